@@ -1,0 +1,131 @@
+"""The recipe as typed dataclasses: every key that a recipe may hold, its type, its default and what it means.
+
+Defaults are the field's usual choices; `recipes/base.yaml` only repeats what a reader wants to see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters on the projections (Hu et al. 2021), through peft."""
+
+    rank: int = 8
+    """Rank of the update."""
+    alpha: float = 16.0
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+    targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "o"])
+    """Roles of the projections: q, k, v, o; a fused projection counts for each role that it holds."""
+    merge: bool = True
+    """Merge the adapter into the exported weights; false keeps it apart in checkpoint/adapter."""
+
+
+@dataclass
+class StageConfig:
+    """One stage of training."""
+
+    objective: dict[str, float] = field(default_factory=dict)
+    """Objective name -> weight. All of one level: per layer (attention transfer) or of the whole model."""
+    tokens: int = 1_000_000
+    """Training tokens in all; accepts 20M, 500k."""
+    batch_size: int = 8
+    """Sequences in a micro-batch."""
+    grad_accum: int = 1
+    """Micro-batches to one optimizer step."""
+    lr: float = 1e-3
+    """Peak learning rate (AdamW)."""
+    min_lr_ratio: float = 0.1
+    """The cosine ends at this share of the peak."""
+    warmup_ratio: float = 0.03
+    """Share of the steps that warm up linearly."""
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+    train: list[str] = field(default_factory=lambda: ["mixers"])
+    """What trains: mixers, lora, all."""
+    lora: LoraConfig | None = None
+    """Adapters for this stage; needed when `train` holds lora."""
+    gradient_checkpointing: bool = False
+    """Trade compute for memory in whole-model stages."""
+    log_every: int = 10
+    """Optimizer steps between two lines of metrics.jsonl."""
+    save_every: int = 200
+    """Optimizer steps between two resumable checkpoints."""
+
+
+@dataclass
+class DataConfig:
+    """Training text."""
+
+    source: Any = "builtin"
+    """builtin, a file or folder (parquet, JSONL, txt), a glob, a hub dataset name, or a list of these."""
+    validation: Any = "builtin"
+    """Held-out text for perplexity, in the same forms."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    text_field: str = "text"
+    """Column that holds the text."""
+    template: str = "none"
+    """none (plain text), alpaca, or chat (the tokenizer's chat template)."""
+    length: int = 1024
+    """Tokens in a packed sequence."""
+    boundaries: bool = True
+    """Documents packed into one sequence do not see each other."""
+
+
+@dataclass
+class EvalConfig:
+    """What is measured before, between and after the stages."""
+
+    length: int = 1024
+    """Window of the perplexity, in tokens."""
+    max_windows: int = 50
+    """At most this many windows of a text; 0 = all."""
+    batch_size: int = 4
+    texts: dict[str, str] = field(default_factory=dict)
+    """Further texts: name -> file."""
+    tasks: list[str] = field(default_factory=list)
+    """lm-eval tasks of eval/tasks, or [all]."""
+    task_data: str = ""
+    """Folder that holds the tasks' JSONL files."""
+    task_limit: int = 0
+    """Items of each task; 0 = all."""
+    ablations: bool = True
+    """Also measure with one branch off and with untrained mixers."""
+
+
+@dataclass
+class RunConfig:
+    """Where and how it runs."""
+
+    seed: int = 0
+    device: str = "auto"
+    """auto, cpu, cuda."""
+    precision: str = "auto"
+    """auto (bf16 autocast on CUDA, else float32), fp32, bf16. Masters stay float32."""
+    workers: int = 0
+    """Data loader processes."""
+
+
+@dataclass
+class Recipe:
+    """A whole conversion: which layers, which mixer, which stages, on which text."""
+
+    description: str = ""
+    """One line, shown by `linearize recipes`."""
+    paper: str = ""
+    """Reference, shown in the report and the model card."""
+    layers: Any = "all"
+    """all | {every: 4} | [0, 2, 5] | {keep: [7, 15]}: which attention layers are converted; the rest stay softmax."""
+    mixer: dict[str, Any] = field(default_factory=dict)
+    """Part -> {name, options}: feature_map, window, update, combine."""
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    """Run in the order written."""
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)

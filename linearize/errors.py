@@ -1,0 +1,51 @@
+"""Errors that a user can act on. Each message names the value, the rule and the remedy.
+
+The command line prints these without a traceback and exits with 2; any other exception is a bug in this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class LinearizeError(Exception):
+    """Base of every error that is the caller's to fix."""
+
+
+class RecipeError(LinearizeError):
+    """A recipe or an override is wrong.
+
+    Args:
+        problems: every mistake found, one sentence each; all of them are shown at once.
+        where: what was being read, for the headline.
+    """
+
+    def __init__(self, problems: Sequence[str], where: str = "recipe") -> None:
+        self.problems = list(problems)
+        count = len(self.problems)
+        headline = f"{where}: {count} problem{'s' if count != 1 else ''}"
+        super().__init__("\n".join([headline, *(f"  - {problem}" for problem in self.problems)]))
+
+
+class UnsupportedModelError(LinearizeError):
+    """The model's attention cannot be converted; the message names the module and the reason."""
+
+
+class ModelNotFoundError(LinearizeError):
+    """The MODEL argument is neither an alias, a folder, a GGUF file nor a reachable hub id."""
+
+
+class DataError(LinearizeError):
+    """Training or evaluation text is missing, unreadable, empty or shorter than a window."""
+
+
+class CheckpointError(LinearizeError):
+    """A checkpoint is corrupt, truncated, of an unknown version, or could not be written."""
+
+
+class NonFiniteLossError(LinearizeError):
+    """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+class RunFolderError(LinearizeError):
+    """The run folder holds another run, or one that has ended."""

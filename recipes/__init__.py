@@ -1,0 +1,1 @@
+"""The recipes, shipped as package data: one YAML a method."""
