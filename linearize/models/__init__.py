@@ -1,0 +1,9 @@
+"""The MODEL argument: hub id, checkpoint folder, GGUF file or alias, to a local checkpoint, a config or a teacher."""
+
+from __future__ import annotations
+
+from linearize.models.cache import cache_dir
+from linearize.models.load import load_config, load_teacher, load_tokenizer
+from linearize.models.resolve import resolve, resolve_config
+
+__all__ = ["cache_dir", "load_config", "load_teacher", "load_tokenizer", "resolve", "resolve_config"]

