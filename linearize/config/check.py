@@ -1,0 +1,181 @@
+"""From plain YAML values to the typed schema, with every mistake collected instead of stopping at the first."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from linearize.config import rules, semantics
+from linearize.config.schema import Recipe
+from linearize.config.values import as_flag, as_number, as_whole, shown
+from linearize.registry import closest
+
+T = TypeVar("T")
+
+
+class _Invalid:
+    """Stands for a value that a problem has been written for; the field then keeps its default."""
+
+
+INVALID = _Invalid()
+
+
+def check(raw: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+    """Build a recipe from plain values and judge it as a whole.
+
+    Args:
+        raw: nested dictionaries, lists, numbers and text, as YAML gives them.
+
+    Returns:
+        The recipe and all problems: unknown keys with the nearest valid one, wrong types by full dotted key, values
+        out of range, and combinations that cannot work. With problems the recipe is only a partial one.
+    """
+    problems: list[str] = []
+    recipe = build(Recipe, _without_removed(raw), "", problems)
+    broken = {problem.split(": ", 1)[0] for problem in problems}
+    return recipe, problems + semantics.problems(recipe, broken)
+
+
+def build(cls: type[T], raw: Mapping[str, Any], path: str, problems: list[str]) -> T:
+    """Fill dataclass `cls` from a mapping; what is wrong is appended to `problems` and left at its default.
+
+    Args:
+        cls: a dataclass whose fields all have defaults.
+        raw: keys and plain values.
+        path: dotted key of the mapping itself, empty for the root.
+        problems: receives one sentence for each mistake.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        dotted = f"{path}.{key}" if path else str(key)
+        if key not in names:
+            problems.append(f"{dotted}: unknown key; {closest(str(key), names)}")
+            continue
+        typed = _convert(hints[key], value, dotted, problems)
+        if typed is not INVALID and _allowed(cls, key, typed, dotted, problems):
+            values[key] = typed
+    return cls(**values)
+
+
+def _without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Null takes an inherited stage, objective, mixer part or part option out again; a name is short for {name: it}."""
+    tidy = dict(raw)
+    if isinstance(tidy.get("mixer"), Mapping):
+        parts = {part: value for part, value in tidy["mixer"].items() if value is not None}
+        for part, value in parts.items():
+            if isinstance(value, str):
+                parts[part] = {"name": value}
+            elif isinstance(value, Mapping):
+                parts[part] = {key: option for key, option in value.items() if option is not None}
+        tidy["mixer"] = parts
+    if isinstance(tidy.get("stages"), Mapping):
+        stages = {name: stage for name, stage in tidy["stages"].items() if stage is not None}
+        for name, stage in stages.items():
+            if isinstance(stage, Mapping) and "objective" in stage:
+                stages[name] = {**stage, "objective": _tidy_objective(stage["objective"])}
+        tidy["stages"] = stages
+    return tidy
+
+
+def _tidy_objective(objective: Any) -> Any:
+    if isinstance(objective, str):
+        return {objective: 1.0}
+    if isinstance(objective, Mapping):
+        return {
+            name: weight
+            for name, weight in objective.items()
+            if weight is not None and as_number(weight) != 0
+        }
+    return objective
+
+
+def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+    """`value` as the annotated type, or INVALID after writing down why not."""
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        inner = [arm for arm in typing.get_args(hint) if arm is not type(None)]
+        return None if value is None else _convert(inner[0], value, path, problems)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, Mapping):
+            return build(typing.cast(type, hint), value, path, problems)
+        return _wrong("a section with keys of its own", value, path, problems)
+    if origin is list:
+        return _convert_list(typing.get_args(hint)[0], value, path, problems)
+    if origin is dict:
+        return _convert_dict(typing.get_args(hint)[1], value, path, problems)
+    return _convert_plain(hint, value, path, problems)
+
+
+def _convert_plain(hint: type, value: Any, path: str, problems: list[str]) -> Any:
+    if hint is int:
+        whole = as_whole(value)
+        return (
+            whole
+            if whole is not None
+            else _wrong("a whole number (20M and 500k work)", value, path, problems)
+        )
+    if hint is float:
+        number = as_number(value)
+        return float(number) if number is not None else _wrong("a number", value, path, problems)
+    if hint is bool:
+        flag = as_flag(value)
+        return flag if flag is not None else _wrong("true or false", value, path, problems)
+    assert hint is str, f"the schema has a field of type {hint} that check.py does not know"
+    return value if isinstance(value, str) else _wrong("text", value, path, problems)
+
+
+def _convert_list(item: Any, value: Any, path: str, problems: list[str]) -> Any:
+    if isinstance(value, str) and item is str and value:
+        value = [value]  # one item may stand without brackets
+    if not isinstance(value, (list, tuple)):
+        return _wrong("a list", value, path, problems)
+    converted = [_convert(item, element, f"{path}[{index}]", problems) for index, element in enumerate(value)]
+    return INVALID if any(element is INVALID for element in converted) else converted
+
+
+def _convert_dict(item: Any, value: Any, path: str, problems: list[str]) -> Any:
+    if not isinstance(value, Mapping):
+        return _wrong("a mapping of names to values", value, path, problems)
+    converted = {
+        str(key): _convert(item, element, f"{path}.{key}", problems) for key, element in value.items()
+    }
+    return {key: element for key, element in converted.items() if element is not INVALID}
+
+
+def _wrong(expected: str, value: Any, path: str, problems: list[str]) -> _Invalid:
+    problems.append(f"{path}: must be {expected}, got {shown(value)}")
+    return INVALID
+
+
+def _allowed(cls: type, key: str, value: Any, path: str, problems: list[str]) -> bool:
+    """Whether the ranges and choices of rules.py hold; if not, the problem is written down."""
+    before = len(problems)
+    rule = rules.RULES.get(cls, {}).get(key)
+    if rule is not None and not rule.holds(value):
+        problems.append(f"{path}: {rule.text}, got {shown(value)}")
+    choices = rules.CHOICES.get(cls, {}).get(key)
+    if choices is not None and value not in choices:
+        problems.append(f"{path}: unknown value {shown(value)}; {_choice(value, choices)}")
+    items = rules.ITEM_CHOICES.get(cls, {}).get(key)
+    if items is not None:
+        if not value:
+            problems.append(f"{path}: empty; name at least one of {', '.join(items)}")
+        for item in dict.fromkeys(value):
+            if item not in items:
+                problems.append(f"{path}: unknown value {shown(item)}; {_choice(item, items)}")
+            elif value.count(item) > 1:
+                problems.append(f"{path}: names {shown(item)} twice")
+    return len(problems) == before
+
+
+def _choice(value: Any, choices: tuple[str, ...]) -> str:
+    nearest = closest(str(value), choices)
+    valid = f"valid: {', '.join(choices)}"
+    return nearest if nearest == valid or nearest.startswith("valid") else f"{nearest} ({valid})"
