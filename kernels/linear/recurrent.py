@@ -1,0 +1,32 @@
+"""One token of linear attention: read the state, add one key to it in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def linear_write(phi_k: Tensor, v: Tensor, sums: Tensor, norms: Tensor) -> None:
+    """Add the outer product of one key and its value to the state, in place.
+
+    Args:
+        phi_k: [B, M, F] (zero for a key that nobody may see).
+        v: [B, M, V].
+        sums, norms: [B, M, F, V], [B, M, F], float32 or wider.
+    """
+    sums.addcmul_(phi_k[..., None], v[:, :, None])
+    norms.add_(phi_k)
+
+
+def linear_read(phi_q: Tensor, sums: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """What one query takes from the state.
+
+    Args:
+        phi_q: [B, H, F], H a multiple of M.
+
+    Returns:
+        numerator [B, H, V], denominator [B, H].
+    """
+    grouped = phi_q.unflatten(1, (sums.shape[1], -1))
+    numerator = torch.einsum("bmgf,bmfv->bmgv", grouped, sums)
+    return numerator.flatten(1, 2), torch.einsum("bmgf,bmf->bmg", grouped, norms).flatten(1, 2)

@@ -1,0 +1,125 @@
+"""What every part of a mixer shares: the shape legend, the layer's fixed numbers, masks, and the branches' common currency.
+
+Legend, for the whole package: B batch, T tokens, H query heads, N key-value heads, G = H / N query heads to a key-value head,
+K key dim, V value dim, F feature dim, D model dim, C chunk length, W window length, S keys seen by a query.
+One layout everywhere: [B, T, H, K].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+CHUNK = 64
+"""Tokens in a chunk of the chunked forms: the window's usual size, and the tile that GPU kernels like."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The numbers of one attention layer that a mixer is built from, read off the teacher by surgery.
+
+    Attributes:
+        heads, kv_heads: query and key-value heads.
+        key_dim, value_dim: width of a head.
+        scaling: factor on q.k before the softmax.
+        softcap: tanh soft cap on the scaled scores (Gemma 2), or None.
+        sliding_window: tokens that the teacher's own layer sees, or None for all.
+    """
+
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    scaling: float
+    softcap: float | None = None
+    sliding_window: int | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads to a key-value head."""
+        return self.heads // self.kv_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass
+class Partial:
+    """What a branch gives: weighted sum of values, sum of weights, and the log scale that both are divided by.
+
+    The branch's true weights are ``weight * exp(stabilizer)``, so two partials can share one normalizer.
+
+    Attributes:
+        numerator: [B, T, H, V], float32 or wider.
+        denominator: [B, T, H].
+        stabilizer: [B, T, H] (the row maximum of a softmax branch), or None for a branch that needs none.
+    """
+
+    numerator: Tensor
+    denominator: Tensor
+    stabilizer: Tensor | None = None
+
+    def normalized(self) -> Tensor:
+        """numerator / denominator, zero where nothing was seen."""
+        return divide(self.numerator, self.denominator)
+
+    def __mul__(self, factor: Tensor) -> Partial:
+        return Partial(self.numerator * factor[..., None], self.denominator * factor, self.stabilizer)
+
+
+def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Row-wise quotient [B, T, H, V] / [B, T, H]; rows with no weight (padding) give zero instead of NaN."""
+    empty = denominator == 0
+    return numerator / denominator.masked_fill(empty, 1.0)[..., None]
+
+
+class Part(nn.Module):
+    """A building block of a mixer: a registered class with a typed `Config` and its own initialization."""
+
+    name: ClassVar[str] = ""
+
+    @dataclass
+    class Config:
+        """Options of the part; overridden by each class."""
+
+    def reset_parameters(self) -> None:
+        """Put every parameter at its initial value."""
+
+
+def fill(parameter: Tensor, value: Tensor | float) -> None:
+    """Initialize a parameter in place, unless transformers has just loaded it from a checkpoint."""
+    if getattr(parameter, "_is_hf_initialized", False):
+        return
+    with torch.no_grad():
+        if isinstance(value, Tensor):
+            parameter.copy_(value.expand_as(parameter))
+        else:
+            parameter.fill_(value)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums and states are kept in: float32, or float64 when the inputs are."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def documents(starts: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
+    """Number of the document that each token belongs to.
+
+    Args:
+        starts: [B, T] bool, true where a document begins, or None for one document a row.
+
+    Returns:
+        [B, T] int64; 0 is the document that a carried state belongs to.
+    """
+    if starts is None:
+        return torch.zeros(batch, tokens, dtype=torch.int64, device=device)
+    return starts.to(torch.int64).cumsum(1)
+
+
+def repeat_heads(x: Tensor, times: int) -> Tensor:
+    """[B, T, N, K] -> [B, T, N * times, K]: each key-value head once for each of its query heads."""
+    return x if times == 1 else x.repeat_interleave(times, dim=2)

@@ -1,0 +1,57 @@
+"""One normalizer over both branches' disjoint token sets (LoLCATs, Zhang et al. 2024, arXiv 2410.10254, eq. 7)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from linearize.mixers.base import LayerShape, Part, Partial, divide, fill
+from linearize.mixers.combine import COMBINES, Combine
+
+
+@COMBINES.register("shared_normalizer")
+class SharedNormalizer(Combine):
+    """y = (g * num_window + a * num_recurrent) / (g * den_window + a * den_recurrent).
+
+    g = sigmoid(factor) per head is learned; a is 1, or 1 - g. The window's weights are exp(s - max s) and the
+    recurrent ones are not rescaled by the same maximum: the maximum is part of LoLCATs' function, so that is the
+    default. ``stabilized: true`` puts both on one scale (weights exp(s) and phi.phi), which is invariant to a shift
+    of the scores but is not what published checkpoints were trained with.
+    """
+
+    @dataclass
+    class Config(Part.Config):
+        window_weight_init: float = 0.1
+        """g at the start."""
+        complement: bool = False
+        """a = 1 - g instead of 1 (LoLCATs' affine attention factors)."""
+        stabilized: bool = False
+        """Both branches on one scale."""
+
+        def problems(self) -> list[str]:
+            """Rules that types alone do not express."""
+            value = self.window_weight_init
+            return [] if 0 < value < 1 else [f"window_weight_init: {value} must lie between 0 and 1"]
+
+    def __init__(self, config: Config, shape: LayerShape) -> None:
+        super().__init__(config, shape)
+        self.config = config
+        self.window_factor = nn.Parameter(torch.empty(shape.heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        start = self.config.window_weight_init
+        fill(self.window_factor, math.log(start / (1 - start)))
+
+    def forward(self, window: Partial, recurrent: Partial) -> Tensor:
+        weight = self.window_factor.to(window.denominator.dtype).sigmoid()
+        near = window * weight.expand_as(window.denominator)
+        far = recurrent * (1 - weight).expand_as(recurrent.denominator) if self.config.complement else recurrent
+        if self.config.stabilized and window.stabilizer is not None:
+            # common scale max(m, 0): the recurrent weights are of order one already
+            top = window.stabilizer.clamp_min(0.0)
+            near, far = near * (window.stabilizer - top).exp(), far * (-top).exp()
+        return divide(near.numerator + far.numerator, near.denominator + far.denominator)

@@ -1,0 +1,69 @@
+"""Window branches: softmax attention over some of the keys, and what it hands on to the recurrent branch; one file each."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.mixers.base import LayerShape, Part, Partial
+from linearize.mixers.state import State
+from linearize.registry import Registry, discover
+
+
+@dataclass
+class Handed:
+    """Keys that leave the window, at the position where they leave it: the recurrent branch's input.
+
+    Attributes:
+        k, v: [B, T, N, K], [B, T, N, V] (T = 1 in the one-token form).
+        valid: [B, T], false where nothing leaves or the key is padding or of an earlier document.
+    """
+
+    k: Tensor
+    v: Tensor
+    valid: Tensor
+
+
+class Window(Part):
+    """Base of the window branches.
+
+    Attributes:
+        size: tokens seen by the softmax, the query's own included; 0 = none, None = all.
+    """
+
+    size: int | None
+
+    def __init__(self, config: Any, shape: LayerShape) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Empty tensors of the state, each [B, ...]."""
+        return {}
+
+    def parallel(
+        self, q: Tensor, k: Tensor, v: Tensor | None, visible: Tensor, age: Tensor
+    ) -> tuple[Partial | None, Tensor | None]:
+        """Dense form: q [B, R, H, K] against all keys -> the partial, and the mask [B, R, S] of what is left to see.
+
+        `visible` [B, R, S] is the causal, padding and document mask; `age` [R, S] how many tokens ago a key came.
+        """
+        raise NotImplementedError(type(self))  # pragma: no cover - every registered window defines it
+
+    def chunked(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, state: State
+    ) -> tuple[Partial | None, Handed | None]:
+        """O(T)-memory form; writes the new ring into `state`."""
+        raise NotImplementedError(type(self))  # pragma: no cover
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State) -> tuple[Partial | None, Handed | None]:
+        """One token (T = 1), in place."""
+        raise NotImplementedError(type(self))  # pragma: no cover
+
+
+WINDOWS: Registry[Window] = Registry("window")
+discover(sys.modules[__name__])

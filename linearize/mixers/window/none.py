@@ -1,0 +1,35 @@
+"""No window: every key goes to the recurrent branch at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from linearize.mixers.base import Part, Partial
+from linearize.mixers.state import State
+from linearize.mixers.window import WINDOWS, Handed, Window
+
+
+@WINDOWS.register("none")
+class NoWindow(Window):
+    """Pure linear attention: the recurrent branch sees the query's own key too."""
+
+    size = 0
+
+    @dataclass
+    class Config(Part.Config):
+        pass
+
+    def parallel(
+        self, q: Tensor, k: Tensor, v: Tensor | None, visible: Tensor, age: Tensor
+    ) -> tuple[Partial | None, Tensor | None]:
+        return None, visible
+
+    def chunked(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, state: State
+    ) -> tuple[Partial | None, Handed | None]:
+        return None, Handed(k, v, valid)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State) -> tuple[Partial | None, Handed | None]:
+        return None, Handed(k, v, valid)
