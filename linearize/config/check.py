@@ -1,4 +1,4 @@
-"""From plain YAML values to the typed schema, with every mistake collected instead of stopping at the first."""
+"""From plain YAML values to the typed schema; every mistake is collected."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def check(raw: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
         raw: nested dictionaries, lists, numbers and text, as YAML gives them.
 
     Returns:
-        The recipe and all problems: unknown keys with the nearest valid one, wrong types by full dotted key, values
-        out of range, and combinations that cannot work. With problems the recipe is only a partial one.
+        The recipe and all problems: unknown keys with the nearest valid one, wrong types by full dotted key,
+        values out of range, and combinations that cannot work. With problems the recipe is only a partial one.
     """
     problems: list[str] = []
     recipe = build(Recipe, _without_removed(raw), "", problems)
@@ -63,7 +63,7 @@ def build(cls: type[T], raw: Mapping[str, Any], path: str, problems: list[str]) 
 
 
 def _without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Null takes an inherited stage, objective, mixer part or part option out again; a name is short for {name: it}."""
+    """Null takes out an inherited stage, objective, mixer part or option; a name is short for {name: it}."""
     tidy = dict(raw)
     if isinstance(tidy.get("mixer"), Mapping):
         parts = {part: value for part, value in tidy["mixer"].items() if value is not None}
@@ -71,7 +71,7 @@ def _without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(value, str):
                 parts[part] = {"name": value}
             elif isinstance(value, Mapping):
-                parts[part] = {key: option for key, option in value.items() if option is not None}
+                parts[part] = {key: _number(option) for key, option in value.items() if option is not None}
         tidy["mixer"] = parts
     if isinstance(tidy.get("stages"), Mapping):
         stages = {name: stage for name, stage in tidy["stages"].items() if stage is not None}
@@ -80,6 +80,12 @@ def _without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
                 stages[name] = {**stage, "objective": _tidy_objective(stage["objective"])}
         tidy["stages"] = stages
     return tidy
+
+
+def _number(option: Any) -> Any:
+    """A mixer option written as 20k or 1_000 as the number it means; each part checks the rest of its options."""
+    number = as_number(option) if isinstance(option, str) else None
+    return option if number is None else number
 
 
 def _tidy_objective(objective: Any) -> Any:

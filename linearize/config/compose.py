@@ -26,10 +26,10 @@ def compose(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Compose a recipe and check all of it before any weight is loaded.
 
     Args:
-        recipe: the name of a shipped recipe, or the path of a YAML file. A file may start from a shipped recipe or
-            from another file of its folder with ``defaults: [lolcats, _self_]``.
-        overrides: ``key=value`` in hydra's grammar, applied in order. A mapping replaces what stands at its key;
-            ``~key`` removes it.
+        recipe: the name of a shipped recipe, or the path of a YAML file. A file may start from a shipped recipe
+            or from another file of its folder with ``defaults: [lolcats, _self_]``.
+        overrides: ``key=value`` in hydra's grammar, applied in order. A mapping replaces what stands at its
+            key; ``~key`` removes it.
 
     Raises:
         RecipeError: with every problem found, each by its full dotted key and with the nearest valid name.
@@ -52,7 +52,7 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def list_recipes() -> list[tuple[str, str]]:
-    """Name and one-line description of each shipped recipe; files without a description are only building blocks."""
+    """Name and one-line description of each shipped recipe; a file without a description is a building block."""
     found = []
     for path in sorted(RECIPES.glob("*.yaml")):
         description = yaml.safe_load(path.read_text(encoding="utf-8")).get("description")
@@ -74,16 +74,16 @@ def _load(recipe: str | Path) -> DictConfig:
         if recipe not in names:
             shipped = [name for name, _ in list_recipes()]
             hint = closest(str(recipe), shipped)
-            listed = "" if hint.startswith("valid") else f"; valid: {', '.join(shipped)}"
+            listed = "" if hint.startswith("valid") else f" (valid: {', '.join(shipped)})"
             raise RecipeError(
-                [f"unknown recipe '{recipe}': {hint}{listed}, or the path of a YAML file"], "recipe"
+                [f"unknown recipe '{recipe}': {hint}{listed}; or give the path of a YAML file"], "recipe"
             )
         return _compose_with_hydra(str(recipe), [])
     path = Path(recipe).expanduser()
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name=_USER_FILE, node=_read_file(path))
-    # Shipped recipes come first on the search path: a file called lolcats.yaml may still start from `lolcats`.
+    # Shipped recipes come first on the search path, so a file called lolcats.yaml may start from `lolcats`.
     return _compose_with_hydra(_USER_FILE, [f"hydra.searchpath=['file://{path.resolve().parent}']"], path)
 
 
@@ -167,9 +167,8 @@ def _apply(tree: DictConfig, changes: Sequence[Override]) -> tuple[dict[str, Any
             else:
                 OmegaConf.update(tree, change.key, change.value, merge=False, force_add=True)
         except (OmegaConfBaseException, ValueError, TypeError, KeyError) as error:
-            problems.append(
-                f"{change.key}: {'cannot be removed' if change.remove else 'cannot be set there'}: {' '.join(str(error).split())}"
-            )
+            verb = "removed" if change.remove else "set there"
+            problems.append(f"{change.key}: cannot be {verb}: {' '.join(str(error).split())}")
     try:
         raw = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:

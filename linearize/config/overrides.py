@@ -27,7 +27,7 @@ def parse(texts: Sequence[str]) -> tuple[list[Override], list[str]]:
     """Read overrides by hydra's grammar; what cannot be read becomes a problem.
 
     A `+` or `++` before the key is accepted and means nothing here: unknown keys are judged later, all together.
-    A plain value outside hydra's grammar is taken as text, so that file names with commas or a tilde need no quotes.
+    A plain value outside hydra's grammar is taken as text: file names with commas or a tilde need no quotes.
 
     Returns:
         The overrides in order, and one sentence for each that is malformed.

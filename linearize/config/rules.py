@@ -41,7 +41,7 @@ ITEM_CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     schema.LoraConfig: {"targets": ("q", "k", "v", "o")},
     schema.StageConfig: {"train": ("mixers", "lora", "all")},
 }
-"""Class -> list field -> the only values its items may have; such a list holds at least one item, none twice."""
+"""Class -> list field -> the only values its items may have; at least one item, none twice."""
 
 RULES: dict[type, dict[str, Rule]] = {
     schema.LoraConfig: {"rank": _at_least(1), "alpha": _above(0), "dropout": _share(one=False)},

@@ -1,4 +1,4 @@
-"""Combinations that the types allow but that cannot work; everything here is known before any weight is loaded."""
+"""Combinations that the types allow but that cannot work, all known before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def problems(recipe: Recipe, broken: Collection[str] = ()) -> list[str]:
 
     Args:
         recipe: its fields have the right types.
-        broken: dotted keys that a problem has been written for already and that hold a default instead of what the
-            user wrote; a combination that involves one of them is not judged.
+        broken: dotted keys that a problem has been written for already; they hold a default instead of what the
+            user wrote, so a combination that involves one of them is not judged.
     """
     found = _layers(recipe.layers)
     if "mixer" not in broken:

@@ -1,0 +1,62 @@
+"""The `linearize` command: parse, dispatch, and turn errors into messages and exit codes.
+
+Exit codes: 0 done, 2 the caller's mistake (message on standard error, no traceback), 130 interrupted. Anything
+else is a bug of this package and shows its traceback. Heavy imports happen inside the commands, so that help is
+instant.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+from linearize.cli.parser import build_parser, parse
+from linearize.errors import LinearizeError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = parse(build_parser(), arguments)
+        code = options.command(options)
+        sys.stdout.flush()  # a reader that went away shows here and not at exit
+        return code
+    except LinearizeError as error:
+        return _fail(str(error), 2)
+    except BrokenPipeError:  # `linearize recipes | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        return _fail(f"the disk is full{where}; free some space and go on with --resume", 2)
+    except KeyboardInterrupt:
+        return _fail(_interrupted(arguments), 130)
+
+
+def _interrupted(arguments: list[str]) -> str:
+    if arguments[:1] != ["run"]:
+        return "interrupted"
+    again = arguments if "--resume" in arguments else [*arguments, "--resume"]
+    return f"interrupted; resume with: {shlex.join(['linearize', *again])}"
+
+
+def _fail(message: str, code: int) -> int:
+    from linearize.cli.console import error_console
+
+    error_console().print(
+        message, style="red" if code == 2 else "", markup=False, highlight=False, soft_wrap=True
+    )
+    return code

@@ -1,0 +1,253 @@
+"""Subcommands and options. Overrides (`key=value`) may stand anywhere after the command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from linearize.config.overrides import FORM
+from linearize.errors import LinearizeError
+from linearize.registry import closest
+from linearize.version import __version__
+
+MODEL_HELP = "hub id, checkpoint folder, GGUF file, or the alias smollm2-135m"
+RECIPE_HELP = "name of a shipped recipe (see `linearize recipes`) or a YAML file"
+PATH_HELP = "exported checkpoint or run folder; also any MODEL"
+OVERRIDE_HELP = "change any field of the recipe, such as stages.transfer.lr=5e-3 or layers=[0,2]"
+
+EXAMPLES = """\
+examples:
+  linearize run smollm2-135m lolcats                         convert, train, evaluate, export
+  linearize run ./my-llama lolcats stages.transfer.tokens=2M mixer.window.size=32 --out runs/small
+  linearize run ./my-llama my_recipe.yaml --resume           go on after an interruption
+  linearize inspect smollm2-135m hedgehog                    what would change; loads no weights
+  linearize eval runs/small --text books=books.parquet --ablations
+  linearize generate runs/small --prompt "The sea was" --temperature 0.8
+  linearize recipes show lolcats layers.every=2              the composed YAML
+"""
+
+
+class UsageError(LinearizeError):
+    """The command line cannot be understood."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors as exceptions and a did-you-mean for commands and choices."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"argument (\S+): invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if wrong is not None:
+            what, given, valid = wrong.groups()
+            names = re.findall(r"[\w-]+", valid)
+            message = f"unknown {what.lower().strip('-')} '{given}'; {closest(given, names)}"
+        raise UsageError(f"{self.prog}: {message}\nsee {self.prog} --help")
+
+
+def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse; leftovers of argparse that look like overrides go to `overrides`, anything else is an error.
+
+    Raises:
+        UsageError: unknown command, option or argument, each with the nearest valid one.
+    """
+    options, rest = parser.parse_known_args(list(arguments))
+    if not hasattr(options, "overrides"):
+        if rest:
+            _refuse(options, rest)
+        return options
+    overrides = [text for text in rest if not text.startswith("-") and ("=" in text or text.startswith("~"))]
+    unknown = [text for text in rest if text not in overrides]
+    if unknown:
+        _refuse(options, unknown)
+    options.overrides = [*options.overrides, *overrides]
+    return options
+
+
+def _refuse(options: argparse.Namespace, unknown: list[str]) -> NoReturn:
+    parser: Parser = options.parser
+    problems = []
+    for text in unknown:
+        if text.startswith("-") and len(text) > 1:
+            name = text.split("=", 1)[0]
+            valid = [
+                flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")
+            ]
+            problems.append(f"unknown option '{name}'; {closest(name, valid)}")
+        else:
+            problems.append(
+                f"unexpected argument '{text}'" + (f"; {FORM}" if hasattr(options, "overrides") else "")
+            )
+    raise UsageError(
+        "\n".join(f"{parser.prog}: {problem}" for problem in problems) + f"\nsee {parser.prog} --help"
+    )
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    parser = Parser(
+        prog="linearize",
+        description="Turn the attention of a pretrained model into linear attention, and keep the model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"linearize {__version__}")
+    parser.set_defaults(parser=parser, command=lambda options: parser.print_help() or 0)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
+
+    run = _add(commands, "run", "convert a model by a recipe: train, evaluate, export", "linearize.cli.run")
+    _recipe_arguments(run)
+    run.usage = "%(prog)s MODEL RECIPE [key=value ...] [--out DIR] [--resume]"
+    run.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/<model>-<recipe>)")
+    run.add_argument("--resume", action="store_true", help="go on with the run that this folder holds")
+
+    inspect = _add(
+        commands, "inspect", "show what a recipe would replace; loads no weights", "linearize.cli.inspection"
+    )
+    _recipe_arguments(inspect)
+    inspect.usage = "%(prog)s MODEL RECIPE [key=value ...] [--length TOKENS]"
+    inspect.add_argument(
+        "--length", type=_positive, metavar="TOKENS", help="also compare the memory at this context length"
+    )
+
+    _eval_arguments(
+        _add(commands, "eval", "perplexity, tasks and ablations of a checkpoint", "linearize.cli.evaluation")
+    )
+    _generate_arguments(_add(commands, "generate", "continue a prompt", "linearize.cli.generation"))
+
+    recipes = _add(
+        commands, "recipes", "list the shipped recipes, or show one composed", "linearize.cli.recipes"
+    )
+    actions = recipes.add_subparsers(title="actions", metavar="ACTION", parser_class=Parser)
+    show = _add(actions, "show", "print the composed and checked YAML", "linearize.cli.recipes", "show")
+    show.add_argument("recipe", metavar="NAME", help=RECIPE_HELP)
+    show.usage = "%(prog)s NAME [key=value ...]"
+    _override_argument(show)
+    return parser
+
+
+def _add(commands: Any, name: str, summary: str, module: str, function: str = "main") -> Parser:
+    parser: Parser = commands.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
+    )
+    parser.set_defaults(parser=parser, command=_late(module, function))
+    return parser
+
+
+def _late(module: str, function: str) -> Callable[[argparse.Namespace], int]:
+    def command(options: argparse.Namespace) -> int:
+        return getattr(importlib.import_module(module), function)(options)
+
+    return command
+
+
+def _recipe_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
+    _override_argument(parser)
+
+
+def _override_argument(parser: Parser) -> None:
+    # Only for the help: argparse gives up on `nargs="*"` once an option stands between two overrides, so
+    # `parse` collects them from what is left over.
+    group = parser.add_argument_group("overrides")
+    group.description = f"key=value: {OVERRIDE_HELP}; ~key removes a field"
+    parser.set_defaults(overrides=[])
+
+
+def _eval_arguments(parser: Parser) -> None:
+    parser.add_argument("path", metavar="PATH", help=PATH_HELP)
+    parser.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        type=_named_file,
+        help="text for perplexity (parquet, JSONL, txt); repeatable; default: the package's held-out sample",
+    )
+    parser.add_argument(
+        "--window", type=_window, default=1024, metavar="N", help="tokens in a window (default: 1024)"
+    )
+    parser.add_argument(
+        "--max-windows", type=_count, default=0, metavar="N", help="windows of each text (default: all)"
+    )
+    parser.add_argument(
+        "--batch-size", type=_positive, default=4, metavar="N", help="windows at once (default: 4)"
+    )
+    parser.add_argument(
+        "--tasks", type=_names, default=[], metavar="all|A,B", help="lm-eval tasks; needs --task-data"
+    )
+    parser.add_argument(
+        "--task-data", type=Path, metavar="DIR", help="folder that holds the tasks' JSONL files"
+    )
+    parser.add_argument(
+        "--limit", type=_count, default=0, metavar="N", help="items of each task (default: all)"
+    )
+    parser.add_argument(
+        "--ablations", action="store_true", help="also with one branch off, and with untrained mixers"
+    )
+    parser.add_argument("--teacher", metavar="MODEL", help="measure this model beside it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    _device_argument(parser)
+
+
+def _generate_arguments(parser: Parser) -> None:
+    parser.add_argument("path", metavar="PATH", help=PATH_HELP)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="default: 128")
+    parser.add_argument(
+        "--temperature",
+        type=_not_negative,
+        default=0.0,
+        metavar="X",
+        help="0 is greedy (default); above 0 samples",
+    )
+    parser.add_argument(
+        "--top-p", type=_share, default=1.0, metavar="X", help="sample from this share of the mass"
+    )
+    parser.add_argument(
+        "--num-beams", type=_positive, default=1, metavar="N", help="beam search (default: 1, none)"
+    )
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    parser.add_argument("--seed", type=_count, default=0, metavar="N", help="of the sampling (default: 0)")
+    _device_argument(parser)
+
+
+def _device_argument(parser: Parser) -> None:
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one"
+    )
+
+
+def _number(kind: type, holds: Callable[[Any], bool], rule: str) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {rule}, got '{text}'")
+        return value
+
+    return convert
+
+
+_count = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
+_positive = _number(int, lambda value: value >= 1, "a whole number above 0")
+_window = _number(int, lambda value: value >= 2, "a whole number of at least 2")
+_not_negative = _number(float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
+_share = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+
+
+def _named_file(text: str) -> tuple[str, str]:
+    name, equals, file = text.partition("=")
+    if not equals or not name or not file:
+        raise argparse.ArgumentTypeError(f"must be NAME=FILE, got '{text}'")
+    return name, file
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

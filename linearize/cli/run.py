@@ -1,0 +1,62 @@
+"""`linearize run MODEL RECIPE`: the whole job."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from linearize.cli.console import console
+from linearize.config import compose, list_recipes
+from linearize.config.compose import is_file_name
+from linearize.errors import RecipeError
+
+
+def main(options: argparse.Namespace) -> int:
+    """Compose and check the recipe, run it, and show what came out."""
+    recipe = composed(options)
+    out = options.out or default_folder(options.model, options.recipe)
+
+    from linearize import distill  # after the recipe is known to be right: importing takes seconds
+
+    distill.run(options.model, recipe, out, resume=options.resume, recipe_name=recipe_name(options.recipe))
+    _show_results(out)
+    return 0
+
+
+def composed(options: argparse.Namespace):
+    """The recipe of a command line that names MODEL and RECIPE; says so when the two were swapped."""
+    try:
+        return compose(options.recipe, options.overrides)
+    except RecipeError as error:
+        names = [name for name, _ in list_recipes()]
+        if options.model in names and options.recipe not in names and not is_file_name(options.recipe):
+            raise RecipeError(
+                [*error.problems, f"MODEL comes first, then RECIPE; '{options.model}' is a recipe"]
+            ) from error
+        raise
+
+
+def recipe_name(recipe: str) -> str:
+    """The recipe's name, or its file's name without folder and ending."""
+    return Path(recipe).stem if is_file_name(recipe) else recipe
+
+
+def default_folder(model: str, recipe: str) -> Path:
+    """runs/<model>-<recipe>, the model without its organization, folder or ending."""
+    name = Path(model.rstrip("/")).name
+    stem = name.rsplit(".", 1)[0] if name.lower().endswith(".gguf") else name
+    return Path("runs") / f"{stem or 'model'}-{recipe_name(recipe)}"
+
+
+def _show_results(out: Path) -> None:
+    from linearize.eval.tables import flatten, rich_table
+
+    screen = console()
+    results = out / "results.json"
+    if results.is_file():
+        screen.print(rich_table(flatten(json.loads(results.read_text(encoding="utf-8"))["rows"])))
+    for label, path in (("checkpoint", out / "checkpoint"), ("report", out / "report.md")):
+        if path.exists():
+            screen.print(f"{label:<11} {path}", markup=False, soft_wrap=True)
+    screen.print(f'try it      linearize generate {out} --prompt "..."', markup=False, soft_wrap=True)
