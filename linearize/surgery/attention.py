@@ -1,0 +1,186 @@
+"""A converted attention layer: the model's own module, whose attention function runs a mixer, or still the teacher."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from linearize.errors import UnsupportedModelError
+from linearize.mixers import Mixer
+from linearize.surgery.cache import LinearizedCacheLayer, adopt
+from linearize.surgery.generated import subclass
+from linearize.surgery.masks import read_mask
+
+NAME = "linearize"
+"""Under which the attention function is registered with transformers."""
+
+
+class Switch:
+    """What all converted layers of one model do: `student`, `teacher`, or `observe` (attention transfer).
+
+    One object is shared by the layers, so that a context manager flips them together, under any wrapper (peft, DDP).
+    """
+
+    def __init__(self) -> None:
+        self.mode = "student"
+        self.observer: Callable[[LayerCall], None] | None = None
+
+
+@dataclass
+class Frame:
+    """What the module's forward knows and its attention function needs.
+
+    Attributes:
+        hidden_states: [B, T, D].
+        cache: the layer's converted cache, or None.
+        offset: column of the first new token in the mask.
+    """
+
+    hidden_states: Tensor
+    cache: LinearizedCacheLayer | None
+    offset: int
+
+
+class LinearizedAttention(nn.Module):
+    """Mixin in front of a model's attention class; see `convert_module`."""
+
+    mixer: Mixer
+    linearize_switch: Switch
+    teacher_config: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with one private argument more, which transformers passes through."""
+        if "cache" in kwargs or "block_table" in kwargs:
+            raise UnsupportedModelError(
+                "continuous batching stores keys and values in pages, which a recurrent state does not have; "
+                "use generate() instead of generate_batch()"
+            )
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, (Cache, EncoderDecoderCache))), None)
+        frame = Frame(hidden, None, 0)
+        if cache is not None and self.linearize_switch.mode == "student":
+            if isinstance(cache, EncoderDecoderCache):
+                cache = cache.self_attention_cache
+            frame.cache = adopt(cache, self.layer_idx)
+            tokens = hidden.shape[1]
+            if tokens > 1:
+                frame.offset = int(frame.cache.get_seq_length()) - frame.cache.get_mask_sizes(tokens)[1]
+        return super().forward(*args, **kwargs, linearize_frame=frame)
+
+    def teacher(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention function that the model would run without surgery: q, k, v [B, H, T, K] -> [B, T, H, V]."""
+        base = next(cls for cls in type(self).__mro__ if not issubclass(cls, LinearizedAttention) and cls is not nn.Module)
+        eager = getattr(sys.modules[base.__module__], "eager_attention_forward", None)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.teacher_config._attn_implementation, eager)
+        return function(self, query, key, value, mask, **kwargs)
+
+
+@dataclass
+class LayerCall:
+    """One converted layer's inputs and the teacher's answer, as attention transfer sees them. No tensor carries a graph.
+
+    Attributes:
+        layer_idx: the layer's number.
+        module: the attention module.
+        q, k, v: [B, T, H, K], [B, T, N, K], [B, T, N, V], after q/k norm and RoPE.
+        hidden_states: [B, T, D], the module's input.
+        valid, starts: [B, T] bool or None: not padding, begins a document.
+        teacher: [B, T, H, V], softmax output before the output projection.
+    """
+
+    layer_idx: int
+    module: LinearizedAttention
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    hidden_states: Tensor
+    valid: Tensor | None
+    starts: Tensor | None
+    teacher: Tensor
+
+    @property
+    def mixer(self) -> Mixer:
+        return self.module.mixer
+
+    def student(self) -> Tensor:
+        """The mixer's output [B, T, H, V] in its chunked form, with a graph to the mixer's parameters."""
+        return self.mixer.chunked(self.q, self.k, self.v, valid=self.valid, starts=self.starts)
+
+    def project(self, y: Tensor) -> Tensor:
+        """Heads [B, T, H, V] -> the layer's output [B, T, D], through the model's own output projection."""
+        from linearize.surgery.projections import projection
+
+        output = projection(self.module, "o")
+        return output(y.flatten(2).to(next(output.parameters()).dtype))
+
+    def weights(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Normalized attention weights of teacher and student for some query rows, each [B, H, R, T]."""
+        masks = {"valid": self.valid, "starts": self.starts, "rows": rows}
+        with torch.no_grad():
+            teacher = teacher_mixer(self.mixer).parallel(self.q, self.k, None, **masks)
+        student = self.mixer.parallel(self.q, self.k, None, **masks)
+        return teacher.transpose(1, 2), student.transpose(1, 2)
+
+
+def teacher_mixer(mixer: Mixer) -> Mixer:
+    """The softmax mixer of the same layer: the teacher's attention in our own form, which can give its weights."""
+    from linearize.mixers import build
+
+    return build({"window": {"name": "full"}}, mixer.shape)
+
+
+def linearized_attention(
+    module: LinearizedAttention, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function of converted layers, as transformers calls it: q, k, v [B, H, T, K] -> [B, T, H, V]."""
+    frame: Frame = kwargs.pop("linearize_frame")
+    switch = module.linearize_switch
+    if switch.mode == "teacher":
+        return module.teacher(query, key, value, attention_mask, **kwargs)
+    batch, _, tokens, _ = query.shape
+    valid, starts = read_mask(attention_mask, batch, tokens, frame.offset)
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if switch.mode == "observe":
+        with torch.no_grad():
+            output, _ = module.teacher(query, key, value, attention_mask, **{**kwargs, "dropout": 0.0})
+        assert switch.observer is not None
+        inputs = (x.detach() for x in (q, k, v, frame.hidden_states))
+        switch.observer(LayerCall(module.layer_idx, module, *inputs, valid, starts, output.detach()))
+        return output, None
+    if frame.cache is not None:
+        output = frame.cache.attend(module.mixer, q, k, v, valid=valid, starts=starts)
+    else:
+        output = module.mixer.chunked(q, k, v, valid=valid, starts=starts)
+    return output.to(query.dtype), None
+
+
+AttentionInterface.register(NAME, linearized_attention)
+# without a mask function of the same name transformers would drop every mask, padding included
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def convert_module(attention: nn.Module, mixer: Mixer, switch: Switch) -> LinearizedAttention:
+    """Turn one attention module into a converted one, in place.
+
+    The module keeps its projections, norms and positions; it gains `mixer`, and a private copy of its config names
+    our attention function, so `model.set_attn_implementation` keeps governing the teacher and the kept layers.
+    """
+    attention.teacher_config = attention.config
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation_internal = NAME
+    attention.__class__ = subclass(type(attention), LinearizedAttention)
+    attention.mixer = mixer.to(next(attention.parameters()).device)
+    attention.linearize_switch = switch
+    return attention

@@ -1,0 +1,179 @@
+"""The cache of a converted layer: the model's own cache layer, with fixed states in place of growing keys and values.
+
+There is no Cache class of ours. On first touch a layer of whatever cache the caller uses is replaced by a generated
+subclass of its own type, which keeps that type's counters and mask sizes, so every mask stays what the teacher
+would get.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+
+from linearize.errors import LinearizeError
+from linearize.mixers import Mixer, State
+from linearize.surgery.generated import subclass
+
+
+class LinearizedCacheLayer:
+    """Mixin in front of a transformers cache layer; holds one mixer's `State`.
+
+    Attributes:
+        state: None until the first token.
+        seen: tokens so far, for layer types that have no counter of their own.
+        record_past: keep what is needed to take tokens back (assisted decoding).
+    """
+
+    is_compileable = False
+    supports_early_init = False
+    state: State | None
+    mixer: Mixer | None
+    record_past: bool
+    seen: int
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Count the tokens and hand the new keys and values [B, N, T, K] straight to the attention function."""
+        tokens = key_states.shape[-2]
+        self.is_initialized = True
+        if isinstance(self, StaticLayer):
+            self.cumulative_length = self.cumulative_length.to(key_states.device).add_(tokens)
+            if hasattr(self, "cumulative_length_int"):
+                self.cumulative_length_int += tokens
+        elif hasattr(self, "cumulative_length"):
+            self.cumulative_length += tokens
+        self.seen += tokens
+        return key_states, value_states
+
+    def attend(
+        self, mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None, starts: Tensor | None
+    ) -> Tensor:
+        """Run the mixer on new tokens [B, T, H, K] and keep its state."""
+        if self.state is None:
+            self.state = mixer.initial_state(k.shape[0], k.dtype, k.device)
+        self.mixer = mixer
+        if self.record_past:
+            if self._snapshot is None:
+                self._snapshot = self.state.clone()
+            self._recorded.append((k, v, torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if valid is None else valid))
+        if k.shape[1] == 1 and not (torch.is_grad_enabled() and q.requires_grad):
+            return mixer.step(q, k, v, state=self.state, valid=valid)
+        return mixer.chunked(q, k, v, valid=valid, starts=starts, state=self.state)
+
+    def get_seq_length(self) -> int:
+        """Tokens so far."""
+        if isinstance(self, StaticLayer) or hasattr(self, "cumulative_length"):
+            return super().get_seq_length()  # type: ignore[misc]
+        return self.seen
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to allocate: the state is made with the first token."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state = None
+        self._drop_record()
+        self._rewind(self.seen)
+
+    def _rewind(self, tokens: int) -> None:
+        self.seen -= tokens
+        if isinstance(self, StaticLayer):
+            self.cumulative_length.sub_(tokens)
+            if hasattr(self, "cumulative_length_int"):
+                self.cumulative_length_int -= tokens
+        elif hasattr(self, "cumulative_length"):
+            self.cumulative_length -= tokens
+
+    def _drop_record(self) -> None:
+        self._snapshot: State | None = None
+        self._recorded: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def activate_past_recording(self) -> None:
+        """Keep a snapshot and the tokens since, so that `crop` can take tokens back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take tokens back: restore the snapshot and replay what remains.
+
+        Args:
+            tokens_to_remove: minus the number of tokens to remove; positive values are an absolute length
+                (transformers 5.17).
+
+        Raises:
+            RuntimeError: more tokens than were recorded since the last call.
+        """
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen - tokens_to_remove, 0)
+        if remove == 0 or self.state is None:
+            self._drop_record()
+            return
+        recorded = sum(k.shape[1] for k, _, _ in self._recorded)
+        if self._snapshot is None or remove > recorded:
+            raise RuntimeError(
+                f"cannot take back {remove} tokens: a linear-attention state keeps only the {recorded} recorded since the "
+                "last crop; call cache.activate_past_recording() before the tokens that may be taken back"
+            )
+        self.state = self._snapshot
+        keep = recorded - remove
+        if keep:
+            k, v, valid = (torch.cat(parts, 1)[:, :keep] for parts in zip(*self._recorded, strict=True))
+            assert self.mixer is not None
+            shape = self.mixer.shape
+            with torch.no_grad():
+                self.mixer.chunked(k.new_zeros(*k.shape[:2], shape.heads, shape.key_dim), k, v, valid=valid, state=self.state)
+        self._drop_record()
+        self._rewind(remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows of the batch in the order of the surviving beams."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows of the batch."""
+        if self.state is not None:
+            self.state.select(torch.arange(self.state.batch, device=indices.device)[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        if self.state is not None:
+            self.state.repeat(repeats)
+
+    def offload(self) -> None:
+        """Move the state to the CPU."""
+        if self.state is not None:
+            self._home = next(iter(self.state.tensors.values())).device
+            self.state.to("cpu")
+
+    def prefetch(self) -> None:
+        """Move the state back."""
+        if self.state is not None and hasattr(self, "_home"):
+            self.state.to(self._home)
+
+
+def adopt(cache: Cache, index: int) -> LinearizedCacheLayer:
+    """The converted cache layer of attention layer `index`, made in place on first touch.
+
+    Raises:
+        LinearizeError: the layer already holds keys and values of the softmax model.
+    """
+    if getattr(cache, "layer_class_to_replicate", None) is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if isinstance(layer, LinearizedCacheLayer):
+        return layer
+    if not isinstance(layer, CacheLayerMixin):
+        raise LinearizeError(f"cache layer {index} is a {type(layer).__name__}; converted layers need an attention cache layer")
+    if layer.get_seq_length() != 0:
+        raise LinearizeError(
+            f"cache layer {index} was filled by softmax attention; start a converted model with an empty cache"
+        )
+    # cache layers are ABCs, whose instances refuse a new __class__; an empty instance takes over their attributes
+    made = object.__new__(subclass(type(layer), LinearizedCacheLayer))
+    made.__dict__.update(layer.__dict__)
+    made.state, made.mixer, made.seen = None, None, 0
+    made.record_past = getattr(layer, "record_past", False)
+    made._drop_record()
+    cache.layers[index] = made
+    return made

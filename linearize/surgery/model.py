@@ -1,0 +1,144 @@
+"""The converted model: generated subclasses of the base model and of its causal language model, and their config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import output_capturing
+
+from linearize.errors import CheckpointError, UnsupportedModelError
+from linearize.mixers import LayerShape, build, check
+from linearize.mixers.base import Part
+from linearize.surgery.attention import LinearizedAttention, Switch, convert_module
+from linearize.surgery.cache import adopt
+from linearize.surgery.generated import subclass
+
+TYPE_PREFIX = "linearized_"
+FORMAT = 1
+"""Version of `config.linearize`; raised when an older reader would misread it."""
+
+
+class LinearizedConfig:
+    """Mixin in front of a model's config class: `model_type` is `linearized_<base>`, `linearize` holds the plan.
+
+    The plan is ``{"format": 1, "mixer": normalized mixer section, "layers": {module path: layer shape}}``: names of
+    the registry and plain numbers, nothing that a loader would import or run.
+    """
+
+    linearize: dict[str, Any]
+
+
+class LinearizedModel:
+    """Mixin in front of a base model (no head)."""
+
+    _keep_in_fp32_modules_strict = {"mixer"}
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        attach(self)  # type: ignore[arg-type]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Part):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+
+class LinearizedCausalLM(LinearizedModel):
+    """Mixin in front of a causal language model."""
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        cache = model_kwargs.get("past_key_values")
+        layers = converted(self)  # type: ignore[arg-type]
+        if cache is not None and layers and layers[0].linearize_switch.mode == "student":
+            for layer in layers:
+                adopt(cache, layer.layer_idx)
+            if getattr(generation_config, "is_assistant", False):
+                cache.activate_past_recording()
+        return result
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: pages of keys and values have no place for a recurrent state."""
+        raise UnsupportedModelError("generate_batch (continuous batching) cannot hold recurrent states; use generate()")
+
+    init_continuous_batching = generate_batch
+    continuous_batching_context_manager = generate_batch
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers saves, without the `auto_map` of a remote-code export, whose file is not copied along."""
+        if getattr(self.config, "auto_map", None):  # type: ignore[attr-defined]
+            del self.config.auto_map  # type: ignore[attr-defined]
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """`Linearized<Base>Config`, with its own `model_type`."""
+    return subclass(base, LinearizedConfig, model_type=TYPE_PREFIX + base.model_type)
+
+
+def model_class(base: type[PreTrainedModel], config: type[PreTrainedConfig], *, head: bool) -> type[PreTrainedModel]:
+    """`Linearized<Base>` of a causal language model (`head`) or of a base model."""
+    return subclass(base, LinearizedCausalLM if head else LinearizedModel, config_class=config)
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Convert the attention modules that `model.config.linearize` names, in place, with freshly initialized mixers.
+
+    Raises:
+        CheckpointError: the plan is of an unknown format, or names modules or parts that do not exist.
+    """
+    plan = getattr(model.config, "linearize", None)
+    if not isinstance(plan, dict) or plan.get("format") != FORMAT:
+        found = plan.get("format") if isinstance(plan, dict) else plan
+        raise CheckpointError(
+            f"config.linearize: format {found!r} is not {FORMAT}; the checkpoint was written by another version of linearize, "
+            "or its config.json was edited"
+        )
+    problems = check(plan["mixer"])
+    if problems:
+        raise CheckpointError("config.linearize: " + "; ".join(problems))
+    prefix = model.base_model_prefix + "."
+    headless = model.base_model is model
+    switch = Switch()
+    for path, numbers in plan["layers"].items():
+        name = path.removeprefix(prefix) if headless else path
+        try:
+            attention = model.get_submodule(name)
+        except AttributeError as error:
+            raise CheckpointError(f"config.linearize: no module {name!r} in {type(model).__name__}") from error
+        convert_module(attention, build(plan["mixer"], LayerShape(**numbers)), switch)
+    base = model.base_model
+    if base is not model:
+        _become(base, model_class(type(base), type(model.config), head=False))
+    _register_outputs(model)
+
+
+def _become(model: PreTrainedModel, cls: type) -> None:
+    model.__class__ = cls
+    _register_outputs(model)
+
+
+def _register_outputs(model: PreTrainedModel) -> None:
+    # transformers files, at construction and by class, what `output_hidden_states` records; a new class is not there
+    registry = getattr(output_capturing, "_CAN_RECORD_REGISTRY", None)
+    if registry is not None and getattr(model, "_can_record_outputs", None) is not None:
+        dict.__setitem__(registry, str(type(model)), model._can_record_outputs)
+
+
+def linearized(model: PreTrainedModel, plan: dict[str, Any]) -> PreTrainedModel:
+    """Give a loaded model its converted classes and layers, in place."""
+    config = model.config
+    config.__class__ = config_class(type(config))
+    config.linearize = plan
+    attach(model)
+    _become(model, model_class(type(model), type(config), head=True))
+    return model
+
+
+def converted(model: nn.Module) -> list[LinearizedAttention]:
+    """The converted attention modules in layer order, under any wrapper."""
+    layers = [module for module in model.modules() if isinstance(module, LinearizedAttention)]
+    return sorted(layers, key=lambda layer: layer.layer_idx)
