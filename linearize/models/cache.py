@@ -35,7 +35,9 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache").expanduser().absolute() / "linearize"
 
 
-def build_once(final: Path, build: Callable[[Path], None], *, usable: Callable[[Path], bool] = Path.is_dir) -> Path:
+def build_once(
+    final: Path, build: Callable[[Path], None], *, usable: Callable[[Path], bool] = Path.is_dir
+) -> Path:
     """Make the folder `final` by `build`, at most once, whole or not at all.
 
     `build` fills a temporary folder beside `final`, which is renamed at the end: whatever stops the process, a folder
@@ -132,4 +134,6 @@ def _unwritable(final: Path, error: OSError) -> CheckpointError:
     remedy = "free some space or set LINEARIZE_CACHE to a folder on another disk"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         remedy = "make it writable or set LINEARIZE_CACHE to a folder that is"
-    return CheckpointError(f"cannot write the model cache {final.parent}: {error.strerror or error}; {remedy}")
+    return CheckpointError(
+        f"cannot write the model cache {final.parent}: {error.strerror or error}; {remedy}"
+    )

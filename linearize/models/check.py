@@ -12,7 +12,14 @@ from linearize.errors import CheckpointError, ModelNotFoundError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format itself."""
 
@@ -26,10 +33,14 @@ def check_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelNotFoundError(f"{folder} is not a checkpoint folder: it has no config.json{_instead(folder)}")
+        raise ModelNotFoundError(
+            f"{folder} is not a checkpoint folder: it has no config.json{_instead(folder)}"
+        )
     config = _read_json(path)
     if not config.get("model_type"):
-        raise CheckpointError(f"{path} names no model_type, so the model's class is unknown; add it, or fetch the model again")
+        raise CheckpointError(
+            f"{path} names no model_type, so the model's class is unknown; add it, or fetch the model again"
+        )
     return config
 
 
@@ -54,7 +65,9 @@ def check_checkpoint(folder: Path) -> None:
     for name in sorted(set(weight_map.values())):
         shard = folder / name
         if not shard.is_file():
-            raise CheckpointError(f"{folder} is incomplete: {INDEX} names {name}, which is missing; fetch the checkpoint again")
+            raise CheckpointError(
+                f"{folder} is incomplete: {INDEX} names {name}, which is missing; fetch the checkpoint again"
+            )
         absent = {key for key, where in weight_map.items() if where == name} - check_shard(shard)
         if absent:
             raise CheckpointError(
@@ -80,7 +93,9 @@ def check_shard(file: Path) -> set[str]:
         tensors = {key: value for key, value in json.loads(header).items() if key != "__metadata__"}
         end = max((value["data_offsets"][1] for value in tensors.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{file} is damaged: its safetensors header cannot be read; fetch it again") from error
+        raise CheckpointError(
+            f"{file} is damaged: its safetensors header cannot be read; fetch it again"
+        ) from error
     if size != 8 + length + end:
         raise CheckpointError(_truncated(file, size, f"its header asks for {8 + length + end:,}"))
     return set(tensors)
@@ -99,9 +114,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch the checkpoint again") from error
+        raise CheckpointError(
+            f"{path} cannot be read as JSON ({error}); fetch the checkpoint again"
+        ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a mapping; fetch the checkpoint again")
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, not a mapping; fetch the checkpoint again"
+        )
     return content
 
 

@@ -55,7 +55,9 @@ def convert(file: Path, out: Path) -> None:
             "give a safetensors checkpoint of the model instead"
         ) from error
     set_tokenizer(tokenizer, metadata)
-    tokenizer.model_max_length = int(getattr(model.config, "max_position_embeddings", tokenizer.model_max_length))
+    tokenizer.model_max_length = int(
+        getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+    )
     ids = {f"{role}_id": getattr(tokenizer, f"{role}_id") for role in ("bos_token", "eos_token", "pad_token")}
     for name, value in ids.items():
         setattr(model.config, name, value)
@@ -90,7 +92,9 @@ def read_metadata(file: Path) -> dict[str, Any]:
     }
     tokens = reader.fields.get("tokenizer.ggml.tokens")
     metadata["special"] = {
-        role: tokens.contents(metadata[key]) for role, key in SPECIAL.items() if tokens is not None and key in metadata
+        role: tokens.contents(metadata[key])
+        for role, key in SPECIAL.items()
+        if tokens is not None and key in metadata
     }
     return metadata
 

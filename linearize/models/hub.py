@@ -75,7 +75,9 @@ def _local(name: str, patterns: list[str]) -> Path | None:
 
     try:
         return Path(
-            snapshot_download(**_split(name), allow_patterns=patterns, ignore_patterns=IGNORED, local_files_only=True)
+            snapshot_download(
+                **_split(name), allow_patterns=patterns, ignore_patterns=IGNORED, local_files_only=True
+            )
         )
     except (LocalEntryNotFoundError, HFValidationError):
         return None
@@ -106,7 +108,9 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
         problem = f"no model '{name}' on the Hugging Face hub (or it is private: `hf auth login`); check the name, {remedy}"
         raise ModelNotFoundError(problem) from error
     except HFValidationError as error:
-        raise ModelNotFoundError(f"'{name}' is not a hub id ({error}); write owner/model, {remedy}") from error
+        raise ModelNotFoundError(
+            f"'{name}' is not a hub id ({error}); write owner/model, {remedy}"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, TimeoutError) as error:
         problem = f"cannot reach the Hugging Face hub for '{name}' ({_first_line(error)}); connect to a network, {remedy}"
         raise ModelNotFoundError(problem) from error

@@ -55,7 +55,9 @@ def load_teacher(
     folder = resolve(model)
     config = _config(folder)
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    extra: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    extra: dict[str, Any] = (
+        {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    )
     try:
         teacher, report = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, **extra
@@ -104,7 +106,9 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}; fetch the checkpoint again") from error
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be loaded: {error}; fetch the checkpoint again"
+        ) from error
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

