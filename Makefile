@@ -1,0 +1,40 @@
+# One line each. `make test` and `make demo` are all that a fresh machine needs: Python 3.11, make, a package registry.
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: help venv dev demo test lint format typecheck build clean
+.DEFAULT_GOAL := help
+
+help:  ## Show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: $(VENV)/.installed  ## Virtual environment with the package (CPU torch where there is no GPU)
+dev: $(VENV)/.installed-dev  ## The same with what tests, linting and building need
+
+$(VENV)/.installed: pyproject.toml scripts/venv.sh
+	scripts/venv.sh $(VENV) && touch $@
+
+$(VENV)/.installed-dev: pyproject.toml scripts/venv.sh
+	scripts/venv.sh $(VENV) dev,eval && touch $@ $(VENV)/.installed
+
+demo: venv  ## Convert the real teacher at a small budget, evaluate, export, reload, generate
+	LINEARIZE=$(BIN)/linearize scripts/demo.sh
+
+test: dev  ## All tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: dev  ## ruff, without changing anything
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: dev  ## ruff, in place
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+typecheck: dev  ## mypy
+	$(BIN)/mypy
+
+build: dev  ## sdist and wheel in dist/ (release from a clean clone)
+	rm -rf build && $(BIN)/python -m build
+
+clean:  ## Remove what the targets above made, but no run
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
