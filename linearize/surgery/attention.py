@@ -21,8 +21,8 @@ from linearize.surgery.cache import LinearizedCacheLayer, adopt
 from linearize.surgery.generated import subclass
 from linearize.surgery.masks import read_mask
 
-NAME = "linearize"
-"""Under which the attention function is registered with transformers."""
+NAME = __name__.replace(".", "_")
+"""Under which the attention function is registered with transformers; another one in a remote-code file."""
 
 
 class Switch:

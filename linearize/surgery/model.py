@@ -100,6 +100,9 @@ def attach(model: PreTrainedModel) -> None:
     problems = check(plan["mixer"])
     if problems:
         raise CheckpointError("config.linearize: " + "; ".join(problems))
+    if any(numbers.get("softcap") for numbers in plan["layers"].values()) and model.config._attn_implementation == "sdpa":
+        # sdpa has no soft cap; transformers before 5.18 drops it without a word, so the teacher would be another model
+        model.config._attn_implementation = "eager"
     prefix = model.base_model_prefix + "."
     headless = model.base_model is model
     switch = Switch()

@@ -1,0 +1,32 @@
+"""linearize: turn a pretrained softmax transformer into a linear-attention one that decodes in constant memory.
+
+After `import linearize`, `AutoModelForCausalLM.from_pretrained` loads what `linearize run` exports.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from linearize.auto import install
+from linearize.version import __version__
+
+if TYPE_CHECKING:
+    from linearize.export import load, save
+    from linearize.surgery import convert
+
+__all__ = ["__version__", "convert", "load", "save"]
+
+install()
+
+
+def __getattr__(name: str) -> Any:
+    # the heavy half of the package is imported by the first use of it
+    if name in ("load", "save"):
+        from linearize import export
+
+        return getattr(export, name)
+    if name == "convert":
+        from linearize.surgery import convert
+
+        return convert
+    raise AttributeError(f"module 'linearize' has no attribute '{name}'")

@@ -1,0 +1,164 @@
+"""One self-contained `modeling_linearized.py`: what a checkpoint needs to load without this package.
+
+The file is the package's own source, concatenated in dependency order, with its internal imports taken out; so it
+cannot drift from what was tested. It imports torch and transformers only.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import pkgutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from linearize.errors import UnsupportedModelError
+from linearize.surgery.model import LinearizedModel
+from linearize.version import __version__
+
+MODULE = "modeling_linearized"
+ROOT = "linearize.surgery.model"
+PACKAGE = "linearize"
+
+
+@dataclass
+class _Source:
+    """One module's contribution: its body without imports, and what it needs."""
+
+    name: str
+    body: str = ""
+    external: list[str] = field(default_factory=list)
+    first: list[str] = field(default_factory=list)
+    """Modules of the package that must stand before this one."""
+    later: list[str] = field(default_factory=list)
+    """Modules that only functions use, and those that fill this module's registry."""
+    names: set[str] = field(default_factory=set)
+
+
+def bundle(model: PreTrainedModel) -> str:
+    """Source of the remote-code file for the family of `model`.
+
+    Raises:
+        UnsupportedModelError: the family itself is not part of transformers.
+    """
+    order: list[_Source] = []
+    _collect(ROOT, order, set())
+    taken: dict[str, str] = {}
+    for source in order:
+        for name in source.names:
+            assert taken.setdefault(name, source.name) == source.name, f"{name} is defined in {taken[name]} and {source.name}"
+    imports = sorted({line for source in order for line in source.external}, key=lambda line: (line.startswith("from"), line))
+    parts = [
+        f'"""Linearized attention for transformers, written by linearize {__version__}; loads without that package."""',
+        "from __future__ import annotations",
+        "\n".join(imports),
+        *(f"# --- {source.name}\n\n{source.body}" for source in order if source.body),
+        _classes(model),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def auto_map(model: PreTrainedModel) -> dict[str, str]:
+    """The `auto_map` entry of config.json."""
+    causal_lm, base, config = base_classes(model)
+    return {
+        "AutoConfig": f"{MODULE}.Linearized{config.__name__}",
+        "AutoModel": f"{MODULE}.Linearized{base.__name__}",
+        "AutoModelForCausalLM": f"{MODULE}.Linearized{causal_lm.__name__}",
+    }
+
+
+def base_classes(model: PreTrainedModel) -> tuple[type, type, type]:
+    """The family's own causal language model, base model and config classes.
+
+    Raises:
+        UnsupportedModelError: they are not part of transformers.
+    """
+    causal_lm, base = (
+        next(cls for cls in type(part).__mro__ if not issubclass(cls, LinearizedModel)) for part in (model, model.base_model)
+    )
+    config = type(model.config).__mro__[2]
+    for cls in (causal_lm, base, config):
+        if not cls.__module__.startswith("transformers."):
+            raise UnsupportedModelError(
+                f"{cls.__name__} comes from {cls.__module__}, not from transformers; save with remote_code=False"
+            )
+    return causal_lm, base, config
+
+
+def _classes(model: PreTrainedModel) -> str:
+    causal_lm, base, config = base_classes(model)
+    lines = ["# --- the classes that config.json names", ""]
+    lines += [f"from {cls.__module__} import {cls.__name__}  # noqa: E402" for cls in (config, base, causal_lm)]
+    prefix, conf = "Linearized", f"Linearized{config.__name__}"
+    lines += [
+        "from transformers.conversion_mapping import (  # noqa: E402",
+        "    get_checkpoint_conversion_mapping,",
+        "    register_checkpoint_conversion_mapping,",
+        ")",
+        "",
+        f"{conf} = config_class({config.__name__})",
+        f"{prefix}{base.__name__} = model_class({base.__name__}, {conf}, head=False)",
+        f"{prefix}{causal_lm.__name__} = model_class({causal_lm.__name__}, {conf}, head=True)",
+        "",
+        f"_conversion = get_checkpoint_conversion_mapping({config.__name__}.model_type)",
+        "if _conversion is not None:",
+        f"    register_checkpoint_conversion_mapping({conf}.model_type, _conversion, overwrite=True)",
+    ]
+    return "\n".join(lines)
+
+
+def _collect(name: str, order: list[_Source], seen: set[str]) -> None:
+    """Depth-first: what a module needs at import time, the module, then what it needs when it runs."""
+    if name in seen:
+        return
+    seen.add(name)
+    source = _read(name)
+    for needed in source.first:
+        _collect(needed, order, seen)
+    order.append(source)
+    for needed in source.later:
+        _collect(needed, order, seen)
+
+
+def _read(name: str) -> _Source:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None, name
+    text = Path(spec.origin).read_text()
+    lines = text.splitlines()
+    tree = ast.parse(text)
+    source = _Source(name)
+    dropped: set[int] = set()
+
+    def drop(node: ast.stmt) -> None:
+        dropped.update(range(node.lineno - 1, (node.end_lineno or node.lineno)))
+
+    for node in ast.walk(tree):
+        top = node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE:
+            assert all(alias.asname is None for alias in node.names), f"{name}: aliased import of {node.module}"
+            (source.first if top else source.later).append(node.module)
+            drop(node)
+        elif top and isinstance(node, (ast.Import, ast.ImportFrom)):
+            if getattr(node, "module", "") != "__future__":
+                source.external.append(ast.unparse(node))
+            drop(node)
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            source.names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = {target.id for target in targets if isinstance(target, ast.Name)}
+            source.names |= names - {"__all__"}
+            if "__all__" in names:
+                drop(node)
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and node is tree.body[0]:
+            drop(node)
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "discover":
+            locations = spec.submodule_search_locations or []
+            source.later += [f"{name}.{module.name}" for module in pkgutil.iter_modules(list(locations))]
+            drop(node)
+    source.body = "\n".join(line for index, line in enumerate(lines) if index not in dropped).strip()
+    return source

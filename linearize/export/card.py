@@ -1,0 +1,73 @@
+"""The model card of an export: what it is, how it was made, what it scores, how to load it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from linearize.surgery import converted
+
+
+def model_card(model: PreTrainedModel, *, base: str, recipe: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """Markdown with the hub's front matter.
+
+    Args:
+        model: the converted model.
+        base: what was converted.
+        recipe: the composed recipe.
+        metrics: ``{"rows": [{"name", "perplexity": {text: value}, "tasks": {...}}]}``.
+    """
+    layers = converted(model)
+    kept = getattr(model.config, "num_hidden_layers", len(layers)) - len(layers)
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [linearize, linear-attention]",
+        "---",
+        "",
+        f"# {base or type(model).__name__}, linearized",
+        "",
+        f"{len(layers)} attention layers were converted with [linearize](https://pypi.org/project/linearize/), {kept} stay "
+        "softmax. Converted layers decode from a state of fixed size, whatever the context's length.",
+        "",
+    ]
+    if recipe.get("description"):
+        lines += [f"Recipe: {recipe['description']}" + (f" ({recipe['paper']})" if recipe.get("paper") else ""), ""]
+    lines += [
+        "## Load",
+        "",
+        "```python",
+        "import linearize  # registers the model type",
+        "from transformers import AutoModelForCausalLM",
+        'model = AutoModelForCausalLM.from_pretrained("PATH")',
+        "```",
+        "",
+        "Without the package: `AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)`, after reading "
+        "`modeling_linearized.py`.",
+        "",
+    ]
+    if layers:
+        lines += ["## Layer", "", "| part | choice |", "|---|---|"]
+        for part, options in model.config.linearize["mixer"].items():
+            rest = ", ".join(f"{key} {value}" for key, value in options.items() if key != "name")
+            lines.append(f"| {part} | {options['name']}{f' ({rest})' if rest else ''} |")
+        lines.append("")
+    if recipe.get("stages"):
+        lines += ["## Training", "", "| stage | objective | tokens | learning rate | trained |", "|---|---|---|---|---|"]
+        for name, stage in recipe["stages"].items():
+            objective = ", ".join(f"{weight} x {key}" for key, weight in stage.get("objective", {}).items())
+            trained = ", ".join(stage.get("train", []))
+            lines.append(f"| {name} | {objective} | {stage.get('tokens', 0):,} | {stage.get('lr', '')} | {trained} |")
+        data = recipe.get("data", {})
+        lines += ["", f"Text: {data.get('source')}, packed to {data.get('length')} tokens.", ""]
+    rows = metrics.get("rows", [])
+    if rows:
+        texts = sorted({text for row in rows for text in row.get("perplexity", {})})
+        lines += ["## Perplexity", "", "| model | " + " | ".join(texts) + " |", "|---" * (len(texts) + 1) + "|"]
+        for row in rows:
+            values = [f"{row['perplexity'][text]:.2f}" if text in row.get("perplexity", {}) else "" for text in texts]
+            lines.append(f"| {row['name']} | " + " | ".join(values) + " |")
+        lines.append("")
+    return "\n".join(lines)

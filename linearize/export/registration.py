@@ -1,0 +1,52 @@
+"""Register the generated classes of one base family with transformers' Auto classes."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+from linearize.errors import UnsupportedModelError
+from linearize.surgery.model import TYPE_PREFIX, config_class, model_class
+
+
+def register(base_type: str) -> type[PreTrainedModel]:
+    """Make and register `linearized_<base_type>`: config, base model, causal language model.
+
+    Args:
+        base_type: a model type of transformers ("llama").
+
+    Returns:
+        The causal language model's class.
+
+    Raises:
+        UnsupportedModelError: transformers has no causal language model of that type.
+    """
+    base_config = CONFIG_MAPPING[base_type]
+    if base_config not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(f"model type '{base_type}': transformers {_version()} has no causal language model for it")
+    return register_classes(base_config, MODEL_FOR_CAUSAL_LM_MAPPING[base_config], MODEL_MAPPING.get(base_config, None))
+
+
+def register_classes(
+    base_config: type[PreTrainedConfig], causal_lm: type[PreTrainedModel], base_model: type[PreTrainedModel] | None
+) -> type[PreTrainedModel]:
+    """Register the generated subclasses of three given classes; see `register`."""
+    config = config_class(base_config)
+    model = model_class(causal_lm, config, head=True)
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
+    if base_model is not None:
+        AutoModel.register(config, model_class(base_model, config, head=False), exist_ok=True)
+    # fused expert weights are mapped by model type: a new type without the entry loads a mixture of experts wrong
+    conversion = get_checkpoint_conversion_mapping(base_config.model_type)
+    if conversion is not None:
+        register_checkpoint_conversion_mapping(TYPE_PREFIX + base_config.model_type, conversion, overwrite=True)
+    return model
+
+
+def _version() -> str:
+    import transformers
+
+    return transformers.__version__

@@ -1,0 +1,83 @@
+"""Write a converted model as an ordinary checkpoint: safetensors, config, tokenizer, model card, remote-code bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from linearize.errors import CheckpointError
+from linearize.export.bundle import MODULE, auto_map, bundle
+from linearize.export.card import model_card
+from linearize.surgery import converted
+
+
+def save(
+    model: PreTrainedModel,
+    path: str | Path,
+    *,
+    tokenizer: Any = None,
+    recipe: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
+    base: str = "",
+    remote_code: bool = True,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write `model` to the folder `path`.
+
+    The folder appears whole or not at all: it is written beside its place and renamed.
+
+    Args:
+        model: a converted model (after LoRA is merged), or any model of transformers.
+        path: the folder; an existing one is replaced.
+        tokenizer: saved along when given.
+        recipe: the composed recipe, for the card and `linearize.json`.
+        metrics: results, likewise.
+        base: what was converted (the MODEL argument), for the card.
+        remote_code: also write `modeling_linearized.py`, so that the folder loads without this package through
+            `trust_remote_code=True`.
+        max_shard_size: largest weight file.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; what was there before is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        model.save_pretrained(scratch, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        if remote_code and converted(model):
+            (scratch / f"{MODULE}.py").write_text(bundle(model))
+            config = json.loads((scratch / "config.json").read_text())
+            config["auto_map"] = auto_map(model)
+            (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        provenance = {"base": base, "recipe": recipe or {}, "metrics": metrics or {}}
+        (scratch / "linearize.json").write_text(json.dumps(provenance, indent=2, default=str) + "\n")
+        (scratch / "README.md").write_text(model_card(model, base=base, recipe=recipe or {}, metrics=metrics or {}))
+        scratch.chmod(0o755)
+        replace_folder(scratch, path)
+    except Exception as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, OSError) or "No space left" in str(error):
+            raise CheckpointError(f"{path}: could not be written ({error}); free some space or choose another folder") from error
+        raise
+    return path
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Put folder `new` in the place of `path`; the old one is removed only once the new one is there."""
+    old = path.with_name(f".{path.name}-old-{os.getpid()}")
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
