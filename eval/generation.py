@@ -1,0 +1,137 @@
+"""Text from a model, whole or as it comes, and the size of the cache that it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TextStreamer
+
+from linearize.errors import LinearizeError
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: str | Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    chat: bool = False,
+    system: str | None = None,
+    on_text: Callable[[str], None] | None = None,
+    **options: Any,
+) -> list[str]:
+    """Continue one or more prompts; a batch is padded on the left.
+
+    Args:
+        model: a causal language model of transformers with `generate`.
+        tokenizer: its tokenizer.
+        prompts: one prompt or several.
+        max_new_tokens: at most this many tokens are added to each prompt.
+        chat: put each prompt into the tokenizer's chat template, as the user's message.
+        system: the system message of the chat template; only with `chat`.
+        on_text: called with each new piece of text as soon as whole words are there (one prompt, no beams).
+        **options: passed to `generate`: do_sample, temperature, top_p, num_beams, ...
+
+    Returns:
+        The new text of each prompt, without the prompt and without special tokens.
+
+    Raises:
+        LinearizeError: no prompt, an empty one, a chat template asked for that the tokenizer lacks, or streaming of
+            several prompts or of beams.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts or not all(texts):
+        raise LinearizeError("an empty prompt: give at least one character to continue")
+    if on_text is not None and (len(texts) > 1 or options.get("num_beams", 1) > 1):
+        raise LinearizeError("streaming shows one sequence: give one prompt and no beams")
+    batch = _encode(tokenizer, [_chat(tokenizer, text, system) for text in texts] if chat else texts, chat)
+    batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch.items()}
+    if on_text is not None:
+        options["streamer"] = _Callback(tokenizer, on_text)
+    options.setdefault("do_sample", False)
+    if not options["do_sample"]:
+        # A checkpoint's generation config may hold sampling values, which greedy decoding warns about.
+        options = {"temperature": None, "top_p": None, "top_k": None} | options
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    training = model.training
+    model.eval()
+    try:
+        ids = model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=pad, **options)
+    finally:
+        model.train(training)
+    return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def cache_bytes(past_key_values: Any) -> int:
+    """Bytes held by every tensor that can be reached from a cache: keys, values, states, counters.
+
+    Each storage counts once and whole, so that a short view which keeps a long tensor alive is not mistaken for a small
+    cache. Modules reached from the cache are not part of it.
+
+    Args:
+        past_key_values: a Cache of transformers, or any object, list or dict that holds tensors.
+    """
+    storages: dict[tuple[torch.device, int], int] = {}
+    seen: set[int] = set()
+    pending = [past_key_values]
+    while pending:
+        item = pending.pop()
+        if id(item) in seen or isinstance(item, nn.Module | type | str | bytes):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            storage = item.untyped_storage()
+            storages[item.device, storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, dict):
+            pending.extend(item.values())
+        elif isinstance(item, list | tuple | set):
+            pending.extend(item)
+        else:
+            pending.extend(getattr(item, "__dict__", {}).values())
+            pending.extend(getattr(item, name, None) for name in _slots(type(item)))
+    return sum(storages.values())
+
+
+class _Callback(TextStreamer):
+    """Hands finished pieces of text on instead of printing them."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.on_text(text)
+
+
+def _chat(tokenizer: Any, text: str, system: str | None) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise LinearizeError("the tokenizer has no chat template: generate without the chat option")
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": text})
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _encode(tokenizer: Any, texts: list[str], chat: bool) -> dict[str, Tensor]:
+    """Left-padded ids and mask. The chat template writes its special tokens itself."""
+    rows = [tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in texts]
+    if not all(rows):
+        raise LinearizeError("an empty prompt: the tokenizer made no token of it")
+    longest = max(len(row) for row in rows)
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    return {
+        "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
+        "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
+    }
+
+
+def _slots(cls: type) -> list[str]:
+    """Names in the `__slots__` of a class and its bases (a state dataclass may have them instead of `__dict__`)."""
+    names: list[str] = []
+    for base in cls.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        names.extend([slots] if isinstance(slots, str) else slots)
+    return [name for name in names if not name.startswith("__")]

@@ -1,0 +1,305 @@
+"""The five downstream tasks, through lm-eval (EleutherAI's evaluation harness), on local files and with no network.
+
+Each task is one file of `eval/tasks/`, an ordinary lm-eval task YAML whose `data_files` entry is looked up in the
+folder that the caller names. lm-eval is an optional dependency: ``pip install 'linearize[eval]'``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+from linearize.errors import DataError, LinearizeError
+from linearize.progress import Meter
+from linearize.registry import closest
+
+TASK_FOLDER = Path(__file__).parent / "tasks"
+_TYPES = {"str": str, "int": int, "list": list}
+
+
+@cache
+def task_names() -> list[str]:
+    """Names of the tasks that `run_tasks` knows, sorted."""
+    return sorted(path.stem for path in TASK_FOLDER.glob("*.yaml"))
+
+
+def expand(tasks: str | Sequence[str]) -> list[str]:
+    """Check task names and expand "all"; order kept, repetitions dropped.
+
+    Raises:
+        LinearizeError: a name that is no task; the message offers the nearest one.
+    """
+    names: dict[str, None] = {}
+    for task in [tasks] if isinstance(tasks, str) else tasks:
+        if task == "all":
+            names.update(dict.fromkeys(task_names()))
+        elif task in task_names():
+            names[task] = None
+        else:
+            raise LinearizeError(f"unknown task '{task}': {closest(str(task), [*task_names(), 'all'])}")
+    return list(names)
+
+
+def check_data(tasks: Sequence[str], data_dir: str | Path, limit: int | None = None) -> dict[str, int]:
+    """Read every task's file and check each item's columns, before any model runs.
+
+    Args:
+        tasks: names, or "all".
+        data_dir: folder that holds `<task>.jsonl`.
+        limit: how many items of a task will be used; None or 0 = all.
+
+    Returns:
+        task -> number of requests that the model will get (one for each choice of each item).
+
+    Raises:
+        DataError: folder or file missing, empty, not JSON lines, or an item without a column; names the line.
+        LinearizeError: unknown task.
+    """
+    folder = Path(data_dir).expanduser()
+    requests: dict[str, int] = {}
+    for task in expand(tasks):
+        config = _config(task)
+        columns: dict[str, str] = config["metadata"]["columns"]
+        path = folder / config["dataset_kwargs"]["data_files"]["test"]
+        expected = f"task '{task}' reads {path}, JSON lines with {_described(columns)}"
+        if not str(data_dir) or not folder.is_dir():
+            raise DataError(
+                f"no folder '{data_dir}' with the evaluation tasks: {expected}. Set eval.task_data to the folder"
+            )
+        if not path.is_file():
+            raise DataError(f"{path} not found: {expected}")
+        items = _read(path, columns, expected)[: limit or None]
+        choices = "context_options" if "context_options" in columns else "choices"
+        requests[task] = sum(len(item.get(choices, [None])) for item in items)
+    return requests
+
+
+def run_tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: str | Sequence[str],
+    *,
+    data_dir: str | Path,
+    limit: int | None = None,
+    batch_size: int = 8,
+    autocast: torch.dtype | None = None,
+    progress: bool = True,
+) -> dict[str, dict[str, float]]:
+    """Zero-shot scores of `model`, as lm-eval computes them.
+
+    PIQA and ARC: the choice with the largest summed log-probability (acc), and with that divided by the choice's length
+    in bytes (acc_norm). WinoGrande: which of two contexts makes the common continuation likelier. LAMBADA: greedy exact
+    match of the last word (acc) and the word's perplexity. Neither the model's mode, nor the tokenizer, nor any random
+    generator is changed.
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel around one.
+        tokenizer: its tokenizer.
+        tasks: names out of `task_names()`, or "all".
+        data_dir: folder that holds `<task>.jsonl`.
+        limit: items of each task, from the start; None or 0 = all.
+        batch_size: sequences in one forward pass.
+        autocast: dtype for torch.autocast on the model's device; None runs in the model's own dtype.
+        progress: show a progress bar.
+
+    Returns:
+        task -> metric -> value; accuracies are shares of 1. "<metric>_stderr" stands beside each accuracy, and "items"
+        is the number of items.
+
+    Raises:
+        LinearizeError: lm-eval is not installed, or a task is unknown.
+        DataError: see `check_data`.
+    """
+    names = expand(tasks)
+    if not names:
+        return {}
+    requests = check_data(names, data_dir, limit)
+    lm_eval = _import_lm_eval()
+    total = sum(requests.values())
+    training = model.training
+    with ExitStack() as stack:
+        stack.callback(model.train, training)
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
+        stack.enter_context(_quiet_and_offline())
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="linearize-tasks-"))
+        meter = stack.enter_context(Meter("tasks", total, unit="requests")) if progress else None
+        # A copy, because the harness gives a tokenizer without a pad token one.
+        wrapped = _language_model()(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size,
+            mixed_precision_dtype=autocast,
+            softmax_dtype=torch.float32,  # log-probabilities of bf16 logits would be rounded to an eighth
+        )
+        wrapped.meter = meter
+        results = lm_eval.simple_evaluate(
+            wrapped,
+            tasks=[_inline(name, Path(data_dir).expanduser(), scratch) for name in names],
+            task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+            limit=limit or None,
+            bootstrap_iters=0,
+            log_samples=False,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
+        if meter is not None:  # requests that differ in their last token alone share a forward pass
+            meter.advance(total - meter.done)
+    return {name: _scores(results, name) for name in names}
+
+
+def _config(task: str) -> dict[str, Any]:
+    return yaml.safe_load((TASK_FOLDER / f"{task}.yaml").read_text(encoding="utf-8"))
+
+
+def _inline(task: str, data_dir: Path, scratch: str) -> dict[str, Any]:
+    """The task's config with an absolute data file, and the parsed copy of it kept out of the user's cache."""
+    config = _config(task)
+    file = config["dataset_kwargs"]["data_files"]["test"]
+    config["dataset_kwargs"] = {
+        "data_files": {"test": str((data_dir / file).resolve())},
+        "cache_dir": scratch,
+    }
+    return config
+
+
+def _read(path: Path, columns: dict[str, str], expected: str) -> list[dict[str, Any]]:
+    items = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}; {expected}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error}); {expected}") from error
+        for column, kind in columns.items():
+            if not isinstance(item, dict) or not isinstance(item.get(column), _TYPES[kind]):
+                raise DataError(f"{path}, line {number}: no column '{column}' of type {kind}; {expected}")
+        options = item.get("choices", item.get("context_options"))
+        if options is not None and not 0 <= item["gold"] < len(options):
+            rule = f"gold {item['gold']} is no index of its {len(options)} choices"
+            raise DataError(f"{path}, line {number}: {rule}; {expected}")
+        items.append(item)
+    if not items:
+        raise DataError(f"{path} is empty; {expected}")
+    return items
+
+
+def _described(columns: dict[str, str]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+
+
+def _import_lm_eval() -> Any:
+    try:
+        import lm_eval
+        import lm_eval.models.huggingface
+        import lm_eval.tasks
+    except ImportError as error:
+        raise LinearizeError(
+            f"the evaluation tasks need lm-eval ({error}): pip install 'linearize[eval]'"
+        ) from error
+    return lm_eval
+
+
+@cache
+def _language_model() -> type:
+    from lm_eval.models.huggingface import HFLM
+
+    class LanguageModel(HFLM):
+        """HFLM on a model in memory, without its progress bar, its KV cache or its look-up on the hub."""
+
+        meter: Meter | None = None
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def _model_call(
+            self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
+        ) -> Tensor:
+            # The harness pads on the right and reads no padded position, so a causal model needs no mask.
+            with (
+                torch.no_grad(),
+                torch.autocast(
+                    inps.device.type,
+                    dtype=self.mixed_precision_dtype,
+                    enabled=self.mixed_precision_dtype is not None,
+                ),
+            ):
+                logits = self.model(input_ids=inps, use_cache=False).logits
+            if self.meter is not None:
+                self.meter.advance(len(inps))
+            return logits
+
+        def get_model_info(self) -> dict[str, Any]:
+            return {}
+
+    return LanguageModel
+
+
+@contextmanager
+def _quiet_and_offline() -> Iterator[None]:
+    """No harness log below an error, no bars, no request to the hub; everything as before on leaving."""
+    import datasets
+    import huggingface_hub.constants
+    import lm_eval.api.task
+
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    bars = datasets.are_progress_bars_disabled()
+    with ExitStack() as stack:
+        # The environment variables are read at import, long ago by now: these are the values they end up in.
+        stack.enter_context(_changed(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
+        stack.enter_context(_changed(datasets.config, "HF_HUB_OFFLINE", True))
+        stack.enter_context(_changed(lm_eval.api.task, "tqdm", partial(lm_eval.api.task.tqdm, disable=True)))
+        logger.setLevel(logging.ERROR)
+        datasets.disable_progress_bars()
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            if not bars:
+                datasets.enable_progress_bars()
+
+
+@contextmanager
+def _changed(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _scores(results: dict[str, Any], task: str) -> dict[str, float]:
+    """`{"acc,none": 0.5, "acc_stderr,none": 0.07, "alias": ...}` without the filter's name and what is no number."""
+    scores: dict[str, float] = {}
+    for key, value in results["results"][task].items():
+        metric, _, kept = key.partition(",")
+        if kept and not metric.endswith("_stderr") and isinstance(value, int | float):
+            scores[metric] = float(value)
+    items = results["n-samples"][task]["effective"]
+    for metric in [name for name in scores if name.startswith("acc")]:
+        # The sample standard error of a share, in closed form; the harness would tie it to its bootstrap.
+        scores[f"{metric}_stderr"] = (scores[metric] * (1 - scores[metric]) / max(1, items - 1)) ** 0.5
+    scores["items"] = items
+    return scores

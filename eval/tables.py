@@ -1,0 +1,98 @@
+"""Rows of numbers as a table for the terminal and as markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+Row = Mapping[str, Any]
+
+METRICS = {"acc": "acc %", "acc_norm": "acc_norm %", "perplexity": "ppl"}
+"""How a task's metric is headed; metrics that are not here stay out of tables."""
+
+
+def number(value: Any) -> str:
+    """A value as a reader wants it: 21.43, 621.4, 1,975, 3.1e+08, inf; "" for None; text as it is."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    if size >= 1e6 or 0 < size < 1e-3:
+        return f"{value:.1e}"
+    if size < 1:
+        return f"{value:.4f}"
+    decimals = 2 if size < 99.995 else 1 if size < 999.95 else 0
+    return f"{value:,.{decimals}f}"
+
+
+def flatten(rows: Sequence[Row], metrics: Sequence[str] = tuple(METRICS)) -> list[dict[str, Any]]:
+    """Rows of results.json as flat rows that all have the same columns: perplexities first, then tasks.
+
+    Args:
+        rows: ``{"name": ..., "perplexity": {text: value}, "tasks": {task: {metric: value}}}``. A perplexity may also be
+            the dictionary of `Perplexity.to_dict`.
+        metrics: which metrics of a task become columns; ["acc"] makes a narrow table.
+
+    Returns:
+        ``{"model": name, "wikitext2 ppl": 21.43, "piqa acc %": "65.9"}``; accuracies are percent; None where a row
+        lacks what another has.
+    """
+    texts = dict.fromkeys(text for row in rows for text in row.get("perplexity") or {})
+    scored = [scores for row in rows for scores in (row.get("tasks") or {}).items()]
+    tasks = dict.fromkeys((task, metric) for task, scores in scored for metric in metrics if metric in scores)
+    flat = []
+    for row in rows:
+        out: dict[str, Any] = {"model": row.get("name", "")}
+        for text in texts:
+            value = (row.get("perplexity") or {}).get(text)
+            out[f"{text} ppl"] = value.get("value") if isinstance(value, Mapping) else value
+        for task, metric in tasks:
+            value = ((row.get("tasks") or {}).get(task) or {}).get(metric)
+            percent = value is not None and metric.startswith("acc")
+            out[f"{task} {METRICS[metric]}"] = f"{100 * value:.1f}" if percent else value
+        flat.append(out)
+    return flat
+
+
+def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
+    """A table for rich's console: text to the left, numbers to the right."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        right = _numeric(rows, name)
+        table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
+    for row in rows:
+        table.add_row(*(number(row.get(name)) for name in names))
+    return table
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The same table in GitHub's markdown; "" for no rows."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if not names:
+        return ""
+    rule = ["---:" if _numeric(rows, name) else "---" for name in names]
+    body = [[number(row.get(name)).replace("|", "\\|") for name in names] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [names, rule, *body])
+
+
+def _numeric(rows: Sequence[Row], name: str) -> bool:
+    """Whether a column holds numbers, or text that reads as one, in every row that has it."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return bool(values) and all(_reads_as_number(value) for value in values)
+
+
+def _reads_as_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, bool)

@@ -1,0 +1,106 @@
+"""Generation: batches, streaming, chat; and the bytes of a cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from linearize import surgery
+from linearize.errors import LinearizeError
+from linearize.eval.generation import cache_bytes, generate
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(model, tokenizer):
+    prompts = ["the cat", "then it was red and the dog ran", "sat on"]
+    alone = [generate(model, tokenizer, prompt, max_new_tokens=8)[0] for prompt in prompts]
+    assert generate(model, tokenizer, prompts, max_new_tokens=8) == alone
+    assert len(set(alone)) == 3
+
+
+def test_streaming_calls_back_with_the_same_text(model, tokenizer):
+    pieces: list[str] = []
+    text = generate(model, tokenizer, "the cat sat", max_new_tokens=8, on_text=pieces.append)[0]
+    assert "".join(pieces).strip() == text.strip() and len(pieces) > 1
+
+
+def test_beams_and_sampling(model, tokenizer):
+    assert generate(model, tokenizer, ["a cat", "the"], max_new_tokens=4, num_beams=3)
+    torch.manual_seed(0)
+    assert generate(model, tokenizer, "a cat", max_new_tokens=4, do_sample=True, temperature=0.9)
+
+
+def test_chat_template(model, tokenizer):
+    with pytest.raises(LinearizeError, match="no chat template"):
+        generate(model, tokenizer, "the cat", chat=True)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} . {% endfor %}Answer :"
+    chat = generate(model, tokenizer, "the cat", chat=True, system="a dog", max_new_tokens=5)
+    assert chat == generate(model, tokenizer, "a dog . the cat . Answer :", max_new_tokens=5)
+
+
+@pytest.mark.parametrize("prompts", [[], "", ["a", ""]])
+def test_an_empty_prompt_is_refused(model, tokenizer, prompts):
+    with pytest.raises(LinearizeError, match="empty prompt"):
+        generate(model, tokenizer, prompts)
+
+
+def test_streaming_a_batch_is_refused(model, tokenizer):
+    with pytest.raises(LinearizeError, match="streaming shows one sequence"):
+        generate(model, tokenizer, ["a", "the"], on_text=print)
+    with pytest.raises(LinearizeError, match="streaming shows one sequence"):
+        generate(model, tokenizer, "a", on_text=print, num_beams=2)
+
+
+def test_cache_bytes_of_an_ordinary_cache(model):
+    for length in (5, 17):
+        cache = model(input_ids=torch.ones(2, length, dtype=torch.int64), use_cache=True).past_key_values
+        assert isinstance(cache, DynamicCache)
+        # 2 layers, keys and values, batch 2, 2 heads of 8 float32
+        assert cache_bytes(cache) == 2 * 2 * 2 * 2 * 8 * 4 * length
+
+
+def test_cache_bytes_finds_states_wherever_they_are():
+    @dataclass(slots=True)
+    class State:
+        matrix: torch.Tensor
+        ring: dict
+
+    class Layer:
+        def __init__(self) -> None:
+            self.state = State(torch.zeros(10), {"k": [torch.zeros(4, dtype=torch.float16)], "none": None})
+            self.again = self.state.matrix[:3]
+            self.owner = torch.nn.Linear(100, 100)
+            self.self = self
+
+    assert cache_bytes([Layer()]) == 40 + 8
+    assert cache_bytes(None) == 0
+
+
+def test_cache_bytes_counts_what_a_view_keeps_alive():
+    assert cache_bytes({"window": torch.zeros(1000)[-4:]}) == 4000
+
+
+def test_the_cache_of_a_converted_model_does_not_grow(model):
+    """A recurrent state and a window of 16 after 64 and after 4,096 tokens, while the softmax model's cache grows."""
+    mixer = {
+        "feature_map": {"name": "hedgehog", "dim": 8},
+        "update": {"name": "additive"},
+        "window": {"name": "sliding", "size": 16},
+        "combine": {"name": "shared_normalizer"},
+    }
+    prompts = {length: torch.arange(length)[None] % 20 for length in (64, 4096)}
+
+    def measure(length: int) -> int:
+        out = model.generate(
+            prompts[length], max_new_tokens=4, min_new_tokens=4, do_sample=False, return_dict_in_generate=True
+        )
+        assert out.past_key_values.get_seq_length() == length + 3
+        return cache_bytes(out.past_key_values)
+
+    growing = {length: measure(length) for length in prompts}
+    surgery.convert(model, mixer, "all")
+    constant = {length: measure(length) for length in prompts}
+    assert growing[4096] > 50 * growing[64]
+    assert constant[64] == constant[4096] < growing[64] * 2
