@@ -2,9 +2,9 @@
 
     python scripts/make_sample.py ../shared/data/text
 
-The input folder holds books.train, books.validation and teacher.train as parquet with columns text and source. Books are
-taken only from authors who wrote in English and died before 1931: out of copyright wherever that lasts for the author's
-life and up to 95 years, and no translator's rights to mind.
+The input folder holds books.train, books.validation and teacher.train as parquet with columns text and source.
+Books are taken only from authors who wrote in English and died before 1931: out of copyright wherever that lasts
+for the author's life and up to 95 years, and no translator's rights to mind.
 """
 
 from __future__ import annotations
@@ -24,27 +24,25 @@ VALIDATION_CHARACTERS = 15_000
 """Of each validation book."""
 TEACHER_SAMPLES = 1_600
 
-AUTHORS = set(
-    """
-    Abbie Farwell Brown; Adam Smith; Ambrose Bierce; Ann Radcliffe; Anna Sewell; Anne Bronte; Anthony Trollope;
-    Arthur Conan Doyle; Booker T. Washington; Bram Stoker; Charles Brockden Brown; Charles Dickens; Charlotte Bronte;
-    Charlotte Dacre; Daniel Defoe; David Hume; Edgar Allan Poe; Edith Nesbit; Edward Bellamy; Edward Bulwer-Lytton;
-    Edward Everett Hale; Edwin A. Abbott; Elizabeth Gaskell; Elizabeth Stuart Phelps; Emily Bronte; Erskine Childers;
-    F. Marion Crawford; Fitz James O'Brien; Frances Hodgson Burnett; Francis Parkman; Frank Norris; Frederick Douglass;
-    Frederick Jackson Turner; George Eliot; George MacDonald; H. Rider Haggard; Harriet Beecher Stowe; Harriet E. Wilson;
-    Harriet Jacobs; Helen Hunt Jackson; Henry Adams; Henry David Thoreau; Henry Fielding; Henry James; Herman Melville;
-    Horace Walpole; Horatio Alger; Howard Pyle; J. Sheridan LeFanu; Jack London; James De Mille; James Fenimore Cooper;
-    Jane Austen; Jerome K. Jerome; John Ruskin; John Stuart Mill; Joseph Conrad; Kate Chopin; L. Frank Baum;
-    Lafcadio Hearn; Lew Wallace; Lewis Carroll; Louisa May Alcott; Mark Twain; Mary Elizabeth Braddon; Mary Kingsley;
-    Mary Wollstonecraft; Mary Wollstonecraft Shelley; Matthew Lewis; Nathaniel Hawthorne; Nellie Bly; Olaudah Equiano;
-    Olive Schreiner; Oscar Wilde; R.D. Blackmore; R.M. Ballantyne; Ralph Waldo Emerson; Richard Harding Davis;
-    Richard Jefferies; Richard Marsh; Robert Louis Stevenson; Sabine Baring-Gould; Samuel Butler; Sarah Orne Jewett;
-    Solomon Northup; Stephen Crane; Thomas Bulfinch; Thomas De Quincey; Thomas Hardy; Thomas Paine; Ulysses S. Grant;
-    Walter Scott; Washington Irving; Wilkie Collins; William Beckford; William Hope Hodgson; William Makepeace Thackeray;
-    William Morris
-    """.replace("\n", " ").split(";")
-)
-AUTHORS = {" ".join(author.split()) for author in AUTHORS}
+_NAMES = """
+Abbie Farwell Brown; Adam Smith; Ambrose Bierce; Ann Radcliffe; Anna Sewell; Anne Bronte; Anthony Trollope;
+Arthur Conan Doyle; Booker T. Washington; Bram Stoker; Charles Brockden Brown; Charles Dickens; Charlotte
+Bronte; Charlotte Dacre; Daniel Defoe; David Hume; Edgar Allan Poe; Edith Nesbit; Edward Bellamy; Edward
+Bulwer-Lytton; Edward Everett Hale; Edwin A. Abbott; Elizabeth Gaskell; Elizabeth Stuart Phelps; Emily Bronte;
+Erskine Childers; F. Marion Crawford; Fitz James O'Brien; Frances Hodgson Burnett; Francis Parkman; Frank
+Norris; Frederick Douglass; Frederick Jackson Turner; George Eliot; George MacDonald; H. Rider Haggard;
+Harriet Beecher Stowe; Harriet E. Wilson; Harriet Jacobs; Helen Hunt Jackson; Henry Adams; Henry David
+Thoreau; Henry Fielding; Henry James; Herman Melville; Horace Walpole; Horatio Alger; Howard Pyle; J. Sheridan
+LeFanu; Jack London; James De Mille; James Fenimore Cooper; Jane Austen; Jerome K. Jerome; John Ruskin; John
+Stuart Mill; Joseph Conrad; Kate Chopin; L. Frank Baum; Lafcadio Hearn; Lew Wallace; Lewis Carroll; Louisa May
+Alcott; Mark Twain; Mary Elizabeth Braddon; Mary Kingsley; Mary Wollstonecraft; Mary Wollstonecraft Shelley;
+Matthew Lewis; Nathaniel Hawthorne; Nellie Bly; Olaudah Equiano; Olive Schreiner; Oscar Wilde; R.D. Blackmore;
+R.M. Ballantyne; Ralph Waldo Emerson; Richard Harding Davis; Richard Jefferies; Richard Marsh; Robert Louis
+Stevenson; Sabine Baring-Gould; Samuel Butler; Sarah Orne Jewett; Solomon Northup; Stephen Crane; Thomas
+Bulfinch; Thomas De Quincey; Thomas Hardy; Thomas Paine; Ulysses S. Grant; Walter Scott; Washington Irving;
+Wilkie Collins; William Beckford; William Hope Hodgson; William Makepeace Thackeray; William Morris
+"""
+AUTHORS = {" ".join(name.split()) for name in _NAMES.split(";")}
 
 
 def main() -> None:

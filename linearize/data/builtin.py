@@ -1,4 +1,4 @@
-"""The sample of text that ships inside the package, for runs without a network. Its README says where it comes from."""
+"""The sample of text that ships inside the package, for runs without a network; see sample/README.md."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ FOLDER = Path(__file__).parent / "sample"
 
 
 def sample(split: str) -> Path:
-    """The parquet file of a split: "validation", or anything else for the training text. Columns: text, source."""
+    """The parquet file (columns text, source) of "validation", or under any other name of the training text."""
     return FOLDER / ("validation.parquet" if split == "validation" else "train.parquet")

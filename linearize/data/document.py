@@ -13,7 +13,8 @@ Row = dict[str, Any]
 class Document:
     """One text that starts with no memory of the one before it.
 
-    The parts are tokenized one by one: where a prompt ends and an answer begins, generation will have the same seam.
+    The parts are tokenized one by one: where a prompt ends and an answer begins, generation will have the
+    same seam.
     """
 
     parts: tuple[tuple[str, bool], ...]

@@ -35,8 +35,8 @@ def open_stream(name: str, *, split: str, seed: int | None) -> tuple[Any, list[s
         stream = _open(load_dataset, repo, config or None, split)
     except DatasetNotFoundError as error:
         raise DataError(
-            f"data source '{name}' is neither a file or folder here nor a dataset on the Hugging Face hub that can be read "
-            f"({_first_line(error)}); check the name, or give a local file"
+            f"data source '{name}' is neither a file or folder here nor a dataset on the Hugging Face hub "
+            f"that can be read ({_first_line(error)}); check the name, or give a local file"
         ) from error
     except (ConnectionError, TimeoutError, OSError) as error:
         raise DataError(
@@ -45,8 +45,8 @@ def open_stream(name: str, *, split: str, seed: int | None) -> tuple[Any, list[s
         ) from error
     except (ValueError, RuntimeError) as error:  # unknown split, missing configuration, loading scripts
         raise DataError(
-            f"hub dataset '{name}', split '{split}', cannot be opened ({_first_line(error)}); set data.split, or write "
-            "owner/name:config"
+            f"hub dataset '{name}', split '{split}', cannot be opened ({_first_line(error)}); set "
+            "data.split, or write owner/name:config"
         ) from error
     return (stream if seed is None else stream.shuffle(seed=seed, buffer_size=BUFFER)), stream.column_names
 

@@ -11,7 +11,8 @@ from linearize.registry import closest
 
 # The prompt of Stanford Alpaca (Taori et al. 2023), which LoLCATs trains on.
 ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 ALPACA_INPUT = (
@@ -25,9 +26,9 @@ class Template:
     """How rows become documents.
 
     Args:
-        name: ``none`` (plain text), ``alpaca`` (columns instruction, input, output), ``chat`` (a column of messages, or
-            columns prompt and response, through the tokenizer's chat template).
-        text_field: the column of plain text; for ``chat``, the column of messages unless it is left at "text".
+        name: ``none`` (plain text), ``alpaca`` (columns instruction, input, output), ``chat`` (a column of
+            messages, or columns prompt and response, through the tokenizer's chat template).
+        text_field: the column of plain text; for ``chat``, of messages, unless it is left at "text".
         tokenizer: needed by ``chat``.
 
     Raises:
@@ -79,8 +80,8 @@ class Template:
             )
         if self.name == "chat" and not self.tokenizer.chat_template:
             raise DataError(
-                "template 'chat' needs a tokenizer with a chat template, and this model's has none; use template 'alpaca', "
-                "or put a chat_template.jinja into the checkpoint"
+                "template 'chat' needs a tokenizer with a chat template, and this model's has none; use "
+                "template 'alpaca', or put a chat_template.jinja into the checkpoint"
             )
 
     def document(self, row: Row, where: str) -> Document | None:
@@ -117,8 +118,8 @@ def _chat(template: Template, row: Row, where: str) -> Document | None:
         isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages
     ):
         raise DataError(
-            f"{where}: column '{template.messages_field}' must hold a list of messages, each with role and content, "
-            f"not {str(messages)[:60]!r}"
+            f"{where}: column '{template.messages_field}' must hold a list of messages, each with role and "
+            f"content, not {str(messages)[:60]!r}"
         )
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
@@ -126,8 +127,8 @@ def _chat(template: Template, row: Row, where: str) -> Document | None:
     parts = _turns(template, messages, turns, where) or _turns(template, messages, turns[-1:], where)
     if parts is None:
         raise DataError(
-            f"{where}: this tokenizer's chat template does not write an answer right after its prompt, so the two cannot be "
-            "told apart; use template 'alpaca' or 'none'"
+            f"{where}: this tokenizer's chat template does not write an answer right after its prompt, so "
+            "the two cannot be told apart; use template 'alpaca' or 'none'"
         )
     (*head, (last, loss)) = parts
     return Document((*head, (last.rstrip(), loss)), framed=True)
@@ -136,7 +137,7 @@ def _chat(template: Template, row: Row, where: str) -> Document | None:
 def _turns(
     template: Template, messages: list[Row], turns: list[int], where: str
 ) -> list[tuple[str, bool]] | None:
-    """Parts around the given assistant turns; None where the template rewrites earlier turns as the chat goes on."""
+    """Parts around the given assistant turns; None where the template rewrites earlier turns later on."""
     parts: list[tuple[str, bool]] = []
     done = ""
     for turn in turns:

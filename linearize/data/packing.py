@@ -25,7 +25,9 @@ IGNORED = -100
 """Label of a token that no loss is taken on; the convention of torch and transformers."""
 
 PIECE = 200_000
-"""Characters tokenized in one go: a longer document is cut at white space, so that a small budget reads little of it."""
+"""Characters tokenized in one go: a longer document is cut at white space, so that a small budget reads
+little of it.
+"""
 
 BATCH = 1_000_000
 """Characters handed to the tokenizer at once; it splits them over the processor's cores."""
@@ -37,10 +39,11 @@ START, LOSS = 1, 2
 class PackedDataset(Dataset[dict[str, torch.Tensor]]):
     """Packed sequences, made of flat arrays when they are asked for.
 
-    An item holds three int64 tensors of shape ``[T]``: ``input_ids``; ``position_ids``, from 0 at the start of the
-    sequence and, with boundaries, again at each document's start; ``labels``, equal to input_ids and **not shifted**
-    (the model's loss shifts), with -100 on prompt tokens, on the first token of the sequence (nothing comes before it)
-    and, with boundaries, on the first token of each document (what comes before it is another document).
+    An item holds three int64 tensors of shape ``[T]``: ``input_ids``; ``position_ids``, from 0 at the start
+    of the sequence and, with boundaries, again at each document's start; ``labels``, equal to input_ids and
+    **not shifted** (the model's loss shifts), with -100 on prompt tokens, on the first token of the sequence
+    (nothing comes before it) and, with boundaries, on the first token of each document (what comes before it
+    is another document).
 
     Args:
         tokens: ``[N * T]`` token ids.
@@ -86,9 +89,9 @@ def packed(
 ) -> PackedDataset:
     """The packed sequences of a token budget.
 
-    Documents are drawn in an order that the seed fixes and tokenized in batches until the budget is reached, each closed
-    by the end-of-text token (and opened by a begin-of-text token where the tokenizer adds one). Text that holds less than
-    the budget gives what there is; the trainer goes over it again.
+    Documents are drawn in an order that the seed fixes and tokenized in batches until the budget is reached,
+    each closed by the end-of-text token (and opened by a begin-of-text token where the tokenizer adds one).
+    Text that holds less than the budget gives what there is; the trainer goes over it again.
 
     Args:
         tokenizer: of the model.
@@ -98,11 +101,12 @@ def packed(
         split: "train" reads `config.source`, "validation" reads `config.validation`.
 
     Raises:
-        DataError: the text is missing, unreadable, empty, shorter than one sequence, or has no token to train on.
+        DataError: the text is missing, unreadable, empty, shorter than one sequence, or all prompt.
     """
     if tokenizer is None:
         raise DataError(
-            "the model has no tokenizer, so text cannot be packed for it; put the tokenizer's files in its folder"
+            "the model has no tokenizer, so text cannot be packed for it; put the tokenizer's files in its "
+            "folder"
         )
     validation = split == "validation"
     source = config.validation if validation else config.source
@@ -119,8 +123,8 @@ def packed(
     ids, flags = _take(Tokens(tokenizer), documents, wanted)
     if len(ids) < length:
         raise DataError(
-            f"{source}: the text has {len(ids):,} tokens, fewer than one sequence of {length:,}; give more text or lower "
-            "data.length"
+            f"{source}: the text has {len(ids):,} tokens, fewer than one sequence of {length:,}; give more "
+            "text or lower data.length"
         )
     whole = len(ids) // length * length
     dataset = _drop_untrained(ids[:whole], flags[:whole], config, source)
@@ -203,7 +207,7 @@ def _pieces(documents: Iterator[Document]) -> Iterator[_Piece]:
 
 
 def _stretches(text: str) -> Iterator[str]:
-    """The text in stretches of at most `PIECE` characters, each but the first starting with the white space at the cut."""
+    """The text in stretches of at most `PIECE` characters; the white space at a cut opens the next one."""
     start = 0
     while len(text) - start > PIECE:
         end = start + PIECE
@@ -238,8 +242,8 @@ def _drop_untrained(ids: np.ndarray, flags: np.ndarray, config: DataConfig, sour
     kept = predicted.any(axis=1)
     if not kept.any():
         raise DataError(
-            f"{source}: no sequence of {length:,} tokens has a token to train on; the prompts fill them all: raise "
-            "data.length, or use template 'none'"
+            f"{source}: no sequence of {length:,} tokens has a token to train on; the prompts fill them "
+            "all: raise data.length, or use template 'none'"
         )
     if not kept.all():
         log.info(

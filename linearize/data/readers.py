@@ -1,7 +1,8 @@
 """Local files to rows: parquet, JSONL, JSON and plain text; compressed JSONL and text too.
 
-pyarrow and the standard library read them, not `datasets.load_dataset`: that would copy every file into the user's cache
-as Arrow (several times its size) before the first row. Parquet is read one row group at a time, only the columns needed.
+pyarrow and the standard library read them, not `datasets.load_dataset`: that would copy every file into the
+user's cache as Arrow (several times its size) before the first row. Parquet is read one row group at a time,
+only the columns needed.
 """
 
 from __future__ import annotations
@@ -94,14 +95,15 @@ def read_json(path: Path) -> Iterator[Row]:
         rows = arrays[0] if len(arrays) == 1 else [rows]
     if not isinstance(rows, list) or not all(isinstance(row, (dict, str)) for row in rows):
         raise DataError(
-            f"{path} must hold a JSON array of objects (or of strings); write one object a line to a .jsonl file"
+            f"{path} must hold a JSON array of objects (or of strings); write one object a line to a .jsonl "
+            "file"
         )
     for row in rows:
         yield row if isinstance(row, dict) else {"text": row}
 
 
 def read_txt(path: Path) -> Iterator[Row]:
-    """The whole file as one document: a book's paragraphs belong together. Corpora of short texts are for JSONL."""
+    """The whole file as one document: a book's paragraphs belong together. Short texts are for JSONL."""
     yield {"text": "".join(_lines(path))}
 
 

@@ -1,4 +1,4 @@
-"""Text sources to documents: what a recipe's `data.source` and `data.validation` may name, and in which order it is read."""
+"""Text sources to documents: what a recipe's `data.source` and `data.validation` may name, and in what order."""
 
 from __future__ import annotations
 
@@ -47,24 +47,26 @@ def load_texts(
     """The documents of a source, read as they are asked for.
 
     Args:
-        source: ``builtin`` (the sample inside the package); a parquet, JSONL, JSON or txt file (a txt file is one
-            document); a folder of files of one of these kinds; a glob; a hub dataset, ``owner/name`` or
+        source: ``builtin`` (the sample inside the package); a parquet, JSONL, JSON or txt file (a txt file is
+            one document); a folder of files of one of these kinds; a glob; a hub dataset, ``owner/name`` or
             ``owner/name:config``, which is streamed; or a list of these.
         split: of the sample and of hub datasets.
         text_field: the column that holds the text.
-        template: none, alpaca or chat; see `Template`. The sample and txt files are plain text under any template.
+        template: none, alpaca or chat; see `Template`. The sample and txt files are always plain text.
         tokenizer: needed by the chat template.
-        seed: None reads in order; a number shuffles: local text within pools of 100 M characters (so most corpora as a
-            whole), a hub dataset within its own buffer. Local text and hub datasets take turns, a document each.
+        seed: None reads in order; a number shuffles: local text within pools of 100 M characters (so most
+            corpora as a whole), a hub dataset within its own buffer. Local text and hub datasets take turns,
+            a document each.
 
     Raises:
-        DataError: at once for what is missing, unreadable or without the column; while reading for bad rows; at the end
-            where there was no text at all.
+        DataError: at once for what is missing, unreadable or without the column; while reading for bad rows;
+            at the end where there was no text at all.
     """
     names = [source] if isinstance(source, (str, Path)) else list(source)
     if not names or not all(isinstance(name, (str, Path)) and str(name) for name in names):
         raise DataError(
-            f"data source {source!r} must be a name or a list of names: builtin, a file, folder, glob or hub dataset"
+            f"data source {source!r} must be a name or a list of names: builtin, a file, folder, glob or "
+            "hub dataset"
         )
     shape = Template(template, text_field, tokenizer)
     shards: list[Shard] = []
@@ -162,7 +164,8 @@ def _local_files(name: str) -> list[Path] | None:
         files = [match for match in found if match.is_file()]
         if not files:
             raise DataError(
-                f"no file matches '{name}' (seen from {Path.cwd()}); check the pattern, and quote it in a shell"
+                f"no file matches '{name}' (seen from {Path.cwd()}); check the pattern, and quote it in a "
+                "shell"
             )
         return files
     if not HUB_NAME.fullmatch(name) or readers.kind(path) or name.startswith(("./", "../", "/", "~")):
@@ -189,8 +192,8 @@ def _folder_files(folder: Path) -> list[Path]:
         )
     if len(by_kind) > 1:
         raise DataError(
-            f"folder {folder} holds files of several kinds ({', '.join(sorted(by_kind))}), and which of them are the text is "
-            f"not for guessing; give a glob such as '{folder}/*.{min(by_kind)}'"
+            f"folder {folder} holds files of several kinds ({', '.join(sorted(by_kind))}), and which of "
+            f"them are the text is not for guessing; give a glob such as '{folder}/*.{min(by_kind)}'"
         )
     return next(iter(by_kind.values()))
 

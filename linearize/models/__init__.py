@@ -1,4 +1,4 @@
-"""The MODEL argument: hub id, checkpoint folder, GGUF file or alias, to a local checkpoint, a config or a teacher."""
+"""The MODEL argument (hub id, checkpoint folder, GGUF file, alias) to a local folder, a config, a teacher."""
 
 from __future__ import annotations
 

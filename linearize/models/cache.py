@@ -25,8 +25,8 @@ PARTIAL = ".partial-"
 def cache_dir() -> Path:
     """The folder that holds downloaded and converted models.
 
-    ``LINEARIZE_CACHE`` where it is set, else ``linearize`` under the user's cache folder (``XDG_CACHE_HOME``, then
-    ``~/.cache``). It is not created by asking.
+    ``LINEARIZE_CACHE`` where it is set, else ``linearize`` under the user's cache folder (``XDG_CACHE_HOME``,
+    then ``~/.cache``). It is not created by asking.
     """
     chosen = os.environ.get("LINEARIZE_CACHE")
     if chosen:
@@ -40,8 +40,9 @@ def build_once(
 ) -> Path:
     """Make the folder `final` by `build`, at most once, whole or not at all.
 
-    `build` fills a temporary folder beside `final`, which is renamed at the end: whatever stops the process, a folder
-    of the final name is a finished one. One process builds, others wait for it; what dead processes left is removed.
+    `build` fills a temporary folder beside `final`, which is renamed at the end: whatever stops the process,
+    a folder of the final name is a finished one. One process builds, others wait for it; what dead processes
+    left is removed.
 
     Args:
         final: the folder wanted.
@@ -74,7 +75,7 @@ def sha256(file: Path) -> str:
 
 
 def content_hash(file: Path) -> str:
-    """SHA-256 of a file, remembered in the cache by path, size and time of change: gigabytes take seconds to read."""
+    """SHA-256 of a file, remembered by its path, size and time of change: gigabytes take seconds to read."""
     path, stat = file.resolve(), file.stat()
     key = [str(path), stat.st_size, stat.st_mtime_ns]
     memory = cache_dir() / "hashes" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.json"

@@ -71,8 +71,8 @@ def check_checkpoint(folder: Path) -> None:
         absent = {key for key, where in weight_map.items() if where == name} - check_shard(shard)
         if absent:
             raise CheckpointError(
-                f"{shard} lacks {len(absent)} of the tensors that {INDEX} promises ({sorted(absent)[0]}, ...); "
-                "fetch the checkpoint again"
+                f"{shard} lacks {len(absent)} of the tensors that {INDEX} promises ({sorted(absent)[0]}, "
+                "...); fetch the checkpoint again"
             )
 
 
@@ -129,14 +129,14 @@ def _no_weights(folder: Path) -> str:
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if pickles:
         return (
-            f"{folder} holds only pickle weights ({', '.join(pickles[:3])}), which can run code when read and are never "
-            "loaded; convert them to safetensors first (transformers' save_pretrained writes that), or take a revision of "
-            "the model that has them"
+            f"{folder} holds only pickle weights ({', '.join(pickles[:3])}), which can run code when read "
+            "and are never loaded; convert them to safetensors first (transformers' save_pretrained writes "
+            "that), or take a revision of the model that has them"
         )
     if others:
         return (
-            f"{folder} has neither {WEIGHTS} nor {INDEX}, only {', '.join(others[:3])}; if shards are missing fetch the "
-            "checkpoint again, else rename the file that holds the whole model"
+            f"{folder} has neither {WEIGHTS} nor {INDEX}, only {', '.join(others[:3])}; if shards are "
+            "missing fetch the checkpoint again, else rename the file that holds the whole model"
         )
     return f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}; fetch the checkpoint again"
 

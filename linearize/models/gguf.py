@@ -1,8 +1,9 @@
 """A GGUF file into an ordinary checkpoint folder: safetensors, config, tokenizer with chat template, generation config.
 
-The weights are what `transformers` dequantizes. The tokenizer it converts needs help: which tokens are special is read
-from the file's own metadata, because versions of transformers disagree (5.17 takes SmolLM2's `<|im_start|>` for its end
-of text and sets no padding), and so is the way that text is cut before the byte-pair merges.
+The weights are what `transformers` dequantizes. The tokenizer it converts needs help: which tokens are
+special is read from the file's own metadata, because versions of transformers disagree (5.17 takes SmolLM2's
+`<|im_start|>` for its end of text and sets no padding), and so is the way that text is cut before the
+byte-pair merges.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
 
 
 def set_tokenizer(tokenizer: Any, metadata: dict[str, Any]) -> None:
-    """Make a converted tokenizer follow the file's metadata: special tokens, text splitting, decoding; in place."""
+    """Make a converted tokenizer follow the file: special tokens, text splitting, decoding; in place."""
     from tokenizers import decoders, pre_tokenizers
 
     for role, token in metadata["special"].items():

@@ -20,8 +20,8 @@ IGNORED = ["*/*", "consolidated*.safetensors", "*.bin.index.json"]
 def fetch(name: str) -> Path:
     """The folder of a hub model's files, downloaded unless they are there already.
 
-    A complete download is used as it is, without asking the hub whether the branch has moved on; pin `@revision` for
-    reproducibility, or delete the model from the hub's cache to get the newest.
+    A complete download is used as it is, without asking the hub whether the branch has moved on; pin
+    `@revision` for reproducibility, or delete the model from the hub's cache to get the newest.
 
     Args:
         name: ``owner/model`` or ``owner/model@revision``.
@@ -87,33 +87,39 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HFValidationError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     log.info("fetching '%s' from the Hugging Face hub", name)
-    remedy = "or give a local checkpoint folder, a GGUF file or an alias"
     try:
         return Path(snapshot_download(**_split(name), allow_patterns=patterns, ignore_patterns=IGNORED))
     except GatedRepoError as error:
-        problem = f"hub model '{name}' is gated; accept its terms on the hub and log in with `hf auth login`, {remedy}"
-        raise ModelNotFoundError(problem) from error
+        problem, cause = (
+            f"hub model '{name}' is gated; accept its terms and log in with `hf auth login`",
+            error,
+        )
     except RevisionNotFoundError as error:
-        problem = f"hub model '{name}': no such revision; look at its branches and tags on the hub, {remedy}"
-        raise ModelNotFoundError(problem) from error
+        problem, cause = f"hub model '{name}' has no such revision; look at its branches and tags", error
     except RepositoryNotFoundError as error:
-        problem = f"no model '{name}' on the Hugging Face hub (or it is private: `hf auth login`); check the name, {remedy}"
-        raise ModelNotFoundError(problem) from error
+        problem, cause = (
+            f"no model '{name}' on the Hugging Face hub, or it is private (`hf auth login`)",
+            error,
+        )
     except HFValidationError as error:
-        raise ModelNotFoundError(
-            f"'{name}' is not a hub id ({error}); write owner/model, {remedy}"
-        ) from error
+        problem, cause = f"'{name}' is not a hub id ({_first_line(error)}); write owner/model", error
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, TimeoutError) as error:
-        problem = f"cannot reach the Hugging Face hub for '{name}' ({_first_line(error)}); connect to a network, {remedy}"
-        raise ModelNotFoundError(problem) from error
+        reason = _first_line(error)
+        problem, cause = (
+            f"cannot reach the Hugging Face hub for '{name}' ({reason}); connect to a network",
+            error,
+        )
+    raise ModelNotFoundError(
+        f"{problem}, or give a local checkpoint folder, a GGUF file or an alias"
+    ) from cause
 
 
 def _first_line(error: Exception) -> str:

@@ -43,11 +43,11 @@ def load_teacher(
         attn_implementation: of transformers; None takes its default (sdpa where the family has it).
 
     Returns:
-        ``(model, tokenizer)``; the tokenizer is None where the checkpoint holds none (`load_tokenizer` raises then).
+        ``(model, tokenizer)``; the tokenizer is None where the checkpoint holds none.
 
     Raises:
-        ModelNotFoundError, CheckpointError: as `resolve`; also when weights are missing or of the wrong shape.
-        UnsupportedModelError: transformers does not know the model type, or has no causal language model for it.
+        ModelNotFoundError, CheckpointError: as `resolve`; also for tensors missing or of the wrong shape.
+        UnsupportedModelError: transformers does not know the model type, or it is not a decoder.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -66,7 +66,8 @@ def load_teacher(
         if "for this kind of AutoModel" not in str(error):
             raise
         raise UnsupportedModelError(
-            f"{folder}: a '{config.model_type}' model has no causal language model in transformers; give a decoder"
+            f"{folder}: a '{config.model_type}' model has no causal language model in transformers; give a "
+            "decoder"
         ) from error
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "shape" not in str(error):
@@ -100,8 +101,8 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     folder = model if isinstance(model, Path) else resolve(model)
     if not has_tokenizer(folder):
         raise CheckpointError(
-            f"{folder} holds no tokenizer (no tokenizer.json or vocabulary file), and text cannot be read or written "
-            "without one; copy the tokenizer's files into the folder"
+            f"{folder} holds no tokenizer (no tokenizer.json or vocabulary file), and text cannot be read "
+            "or written without one; copy the tokenizer's files into the folder"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -123,6 +124,7 @@ def _config(folder: Path) -> PreTrainedConfig:
     except (ValueError, KeyError) as error:
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModelError(
-            f"{folder}: this version of transformers cannot read its config.json ({text}); models that bring their own code "
-            "are never run, so upgrade transformers or give a model of a family that it knows"
+            f"{folder}: this version of transformers cannot read its config.json ({text}); models that "
+            "bring their own code are never run, so upgrade transformers or give a model of a family that "
+            "it knows"
         ) from error

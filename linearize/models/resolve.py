@@ -20,7 +20,7 @@ from linearize.registry import closest
 log = logging.getLogger(__name__)
 
 CONVERSION = 1
-"""Raised when the conversion changes what it writes, so that older folders of a cache are not taken for its output."""
+"""Goes up when the conversion writes something else, so that a cache's older folders are not taken for it."""
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
@@ -29,12 +29,12 @@ def resolve(model: str) -> Path:
     """The local folder of a model, fetched and converted where need be.
 
     Args:
-        model: an alias (``smollm2-135m``), a checkpoint folder, a GGUF file, or a hub id (``owner/model``, optionally
-            ``@revision``). An alias wins over a file of that name; write ``./name`` for the file.
+        model: an alias (``smollm2-135m``), a checkpoint folder, a GGUF file, or a hub id (``owner/model``,
+            optionally ``@revision``). An alias wins over a file of that name; write ``./name`` for the file.
 
     Returns:
-        A folder with config.json, safetensors weights whose sizes agree with their headers, and the tokenizer's files.
-        Takes milliseconds when nothing has to be fetched or converted.
+        A folder with config.json, safetensors weights whose sizes agree with their headers, and the
+        tokenizer's files. Takes milliseconds when nothing has to be fetched or converted.
 
     Raises:
         ModelNotFoundError: nothing of that name, or it cannot be reached.

