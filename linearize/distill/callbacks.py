@@ -1,0 +1,130 @@
+"""What happens around a training step: a line of metrics, the progress bar, and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from linearize.distill.checkpoint import could_not_write, write_file
+from linearize.errors import LinearizeError
+from linearize.progress import Meter
+
+if TYPE_CHECKING:
+    from linearize.distill.stage import StageTrainer
+
+
+class RunStopped(LinearizeError):
+    """The run was stopped on request and can be resumed; the message holds the command."""
+
+
+class Interrupt:
+    """Turns the first Ctrl-C (or SIGTERM) into a wish to stop, and the second into an abort."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def watch(self, meter: Meter) -> Iterator[Interrupt]:
+        """Listen inside the `with` block; outside it signals do what they did before."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self  # only the main thread may set handlers
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            self.requested = True
+            restore()
+            meter.note("stopping after this step; press Ctrl-C again to abort at once")
+
+        for number in before:
+            signal.signal(number, on_signal)
+        try:
+            yield self
+        finally:
+            restore()
+
+
+class StageCallback(TrainerCallback):
+    """Counts tokens, writes metrics.jsonl, moves the meter and obeys `Interrupt`.
+
+    Args:
+        trainer: the stage's trainer, asked for the averages since the last line.
+        metrics: the file that lines are added to.
+        meter: shown progress.
+        interrupt: looked at after every optimizer step.
+    """
+
+    def __init__(self, trainer: StageTrainer, metrics: Path, meter: Meter, interrupt: Interrupt) -> None:
+        self.trainer = trainer
+        self.metrics = metrics
+        self.meter = meter
+        self.interrupt = interrupt
+        self._since = time.monotonic()
+        self._tokens = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._since = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        tokens = self.trainer.tokens_per_step
+        self._tokens += tokens
+        if state.global_step % args.logging_steps == 0 or state.global_step >= state.max_steps:
+            numbers = self.trainer.take_window()
+            now = time.monotonic()
+            line = {
+                "stage": self.trainer.stage_name,
+                "step": state.global_step,
+                "tokens": state.global_step * tokens,
+                "tokens_per_second": round(self._tokens / max(now - self._since, 1e-9), 1),
+                **numbers,
+            }
+            self._since, self._tokens = now, 0
+            append_line(self.metrics, line)
+            self.meter.advance(tokens, loss=numbers["loss"])
+        else:
+            self.meter.advance(tokens)
+        if state.global_step >= state.max_steps:
+            control.should_save = False  # the stage's result is written right after this
+        elif self.interrupt.requested:
+            control.should_save = control.should_training_stop = True
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add one JSON line to a file.
+
+    Raises:
+        CheckpointError: the disk is full or refuses.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise could_not_write(path, error) from error
+
+
+def forget_lines(path: Path, stage: str, after: int) -> None:
+    """Drop a stage's lines of steps after `after`: a resumed run trains, and writes, those steps again."""
+    if not path.is_file():
+        return
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # the last line of a run that was cut off in the middle of writing it
+        if line.get("stage") != stage or line.get("step", 0) <= after:
+            kept.append(text)
+    write_file(path, "".join(f"{text}\n" for text in kept))

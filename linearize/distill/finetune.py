@@ -1,0 +1,100 @@
+"""End-to-end stages: the converted model trained on text, on its teacher's predictions, or on both.
+
+The teacher is the same model with its adapters off and its softmax attention back on, so it costs one more
+forward pass and no second copy of the weights. Only a stage after which the base weights have changed needs a
+copy; the runner gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize import objectives, surgery
+from linearize.distill.stage import StageTrainer
+from linearize.distill.trainable import unwrapped
+
+
+class FinetuneTrainer(StageTrainer):
+    """A stage whose objectives are of the level "model".
+
+    Args:
+        model: prepared by `trainable.prepare`.
+        teacher: a model to compare with instead of the same model in teacher mode.
+        **settings: see `StageTrainer`.
+    """
+
+    def __init__(self, model: nn.Module, *, teacher: nn.Module | None = None, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self.teacher = teacher
+        self.needs_teacher = needs_teacher(self.stage.objective)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """Labeled tokens of the whole optimizer step, so that accumulation equals one large batch."""
+        targets = [
+            objectives.next_targets(batch["labels"], batch.get("position_ids")) for batch in batch_samples
+        ]
+        return torch.stack([(target != -100).sum() for target in targets]).sum().clamp_min(1).to(device)
+
+    def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
+        """The step's loss [1], this micro-batch's share of it."""
+        teacher_logits = None
+        if self.needs_teacher:
+            with self.computing():
+                teacher_logits = predict_teacher(model, batch, self.teacher)
+        model.train()
+        with self.computing():
+            logits = predict(model, batch)
+        targets = objectives.next_targets(batch["labels"], batch.get("position_ids"))
+        loss = objectives.token_backward(
+            logits, targets, self.stage.objective, teacher=teacher_logits, count=count
+        )
+        return loss[None]
+
+
+def needs_teacher(objective: dict[str, float]) -> bool:
+    """Whether one of the objectives compares with the teacher's logits."""
+    return any(getattr(objectives.get(name), "needs_teacher", False) for name in objective)
+
+
+def predict(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Logits [B, T, V] in the compute dtype; packed documents apart."""
+    return model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch.get("attention_mask"),
+        position_ids=batch.get("position_ids"),
+        use_cache=False,
+    ).logits
+
+
+def predict_teacher(model: nn.Module, batch: dict[str, Tensor], teacher: nn.Module | None = None) -> Tensor:
+    """The teacher's logits [B, T, V], without a graph and without dropout."""
+    source = model if teacher is None else teacher
+    training = source.training
+    source.eval()
+    try:
+        with torch.no_grad(), as_teacher(model) if teacher is None else nullcontext():
+            return predict(source, batch)
+    finally:
+        source.train(training)
+
+
+@contextmanager
+def as_teacher(model: nn.Module) -> Iterator[None]:
+    """Adapters off and the original attention on, inside the block."""
+    if not hasattr(model, "disable_adapter"):
+        with surgery.mode(model, "teacher"):
+            yield
+        return
+    # peft marks the active adapter as trainable when it switches it back on; a stage may have frozen it.
+    frozen = [p for name, p in model.named_parameters() if ".lora_" in name and not p.requires_grad]
+    try:
+        with model.disable_adapter(), surgery.mode(unwrapped(model), "teacher"):
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -1,0 +1,222 @@
+"""The main job: teacher, surgery, stages, exported checkpoint; measured on the way, resumable anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers import set_seed
+
+from linearize import data, export, models, surgery
+from linearize.config.schema import Recipe, RunConfig
+from linearize.distill import stages
+from linearize.distill.callbacks import RunStopped
+from linearize.distill.checkpoint import could_not_write, is_full, write_json
+from linearize.distill.folder import RunFolder
+from linearize.distill.results import Measurer, Results
+from linearize.distill.stage import Budget
+from linearize.distill.stages import StagePlace
+from linearize.errors import LinearizeError
+from linearize.eval import tables
+from linearize.eval.report import write_report
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run left behind."""
+
+    folder: Path
+    checkpoint: Path
+    report: Path
+    rows: list[dict[str, Any]]
+    """The rows of results.json."""
+    seconds: float
+    """Wall time of this process's share of the run."""
+
+    def table(self) -> Table:
+        """The rows as one table for the terminal."""
+        return tables.rich_table(tables.flatten(self.rows))
+
+
+def run(
+    model: str, recipe: Recipe, out: str | Path, *, resume: bool = False, recipe_name: str = ""
+) -> RunSummary:
+    """Convert a model by a recipe: train, measure, export and report.
+
+    Args:
+        model: hub id, checkpoint folder, GGUF file or alias.
+        recipe: composed by `config.compose`.
+        out: the run folder.
+        resume: go on with the run in `out`, from its newest complete checkpoint; starts one when there is
+        none.
+        recipe_name: what the user called the recipe, for the report.
+
+    Raises:
+        RunFolderError: `out` is in use, or holds another run.
+        ModelNotFoundError, UnsupportedModelError, DataError: before anything is written.
+        RunStopped: stopped on request; the message holds the command that goes on.
+        NonFiniteLossError, CheckpointError: training or writing failed; what was saved before is intact.
+    """
+    job = _Job(model, recipe, RunFolder(Path(out)), recipe_name or recipe.description)
+    job.folder.check(model, recipe, resume=resume)
+    try:
+        return job.run()
+    except KeyboardInterrupt:
+        if not job.folder.recipe.is_file():
+            raise
+        raise RunStopped(
+            f"aborted; what was saved before is intact. Go on with:\n  {job.resume_command}"
+        ) from None
+    except OSError as error:
+        if is_full(error):
+            raise could_not_write(job.folder.path, error) from error
+        raise
+
+
+class _Job:
+    """One call of `run`."""
+
+    def __init__(self, model: str, recipe: Recipe, folder: RunFolder, recipe_name: str) -> None:
+        self.source = model
+        self.recipe = recipe
+        self.folder = folder
+        self.recipe_name = recipe_name
+        self.device = resolve_device(recipe.run)
+        self.autocast = resolve_precision(recipe.run, self.device)
+        out = shlex.quote(str(folder.path))
+        # The folder's own recipe: overrides need not be repeated.
+        self.resume_command = f"linearize run {shlex.quote(model)} {out}/recipe.yaml --out {out} --resume"
+
+    def run(self) -> RunSummary:
+        started = time.monotonic()
+        recipe, folder = self.recipe, self.folder
+        model, tokenizer = models.load_teacher(self.source, dtype=torch.float32, device=str(self.device))
+        plan = surgery.plan(model.config, recipe.mixer, recipe.layers)
+        measurer = Measurer(recipe, tokenizer, self.autocast)
+        places = self._places()
+        datasets = {place.name: self._dataset(tokenizer, place) for place in places if not place.done}
+        # From here on everything that the user can get wrong has been looked at, and the folder is written.
+        folder.create(recipe, plan_json(plan), self._facts())
+        results = Results(folder.results)
+        results.add("teacher", lambda: measurer.measure(model, "teacher"))
+        set_seed(recipe.run.seed)
+        model = surgery.convert(model, recipe.mixer, recipe.layers)
+        model.eval()
+        results.add("swapped, untrained", lambda: measurer.measure(model, "swapped", tasks=False))
+        model = self._train(model, places, datasets, measurer, results)
+        if recipe.eval.ablations:
+            measurer.ablations(model, results)
+        checkpoint = self._export(model, tokenizer, results)
+        report = write_report(folder.path)
+        write_json(folder.done, {"checkpoint": checkpoint.name})
+        return RunSummary(folder.path, checkpoint, report, results.rows, time.monotonic() - started)
+
+    def _places(self) -> list[StagePlace]:
+        names = list(self.recipe.stages)
+        return [
+            StagePlace(
+                index=index,
+                count=len(names),
+                name=name,
+                folder=self.folder.stage(index, name),
+                metrics=self.folder.metrics,
+                resume_command=self.resume_command,
+            )
+            for index, name in enumerate(names, start=1)
+        ]
+
+    def _dataset(self, tokenizer: Any, place: StagePlace) -> Any:
+        budget = Budget.of(self.recipe.stages[place.name], self.recipe.data.length)
+        seed = self.recipe.run.seed + place.index
+        return data.packed(tokenizer, self.recipe.data, tokens=budget.tokens, seed=seed, split="train")
+
+    def _train(
+        self,
+        model: nn.Module,
+        places: list[StagePlace],
+        datasets: dict[str, Any],
+        measurer: Measurer,
+        results: Results,
+    ) -> nn.Module:
+        base_changes = False
+        for place in places:
+            stage = self.recipe.stages[place.name]
+            base_changes = base_changes or "all" in stage.train
+            if place.done:
+                model = stages.restore(model, stage, place)
+            else:
+                model = stages.train(
+                    model,
+                    stage,
+                    place,
+                    run=self.recipe.run,
+                    dataset=datasets.pop(place.name),
+                    length=self.recipe.data.length,
+                    autocast=self.autocast,
+                    teacher=self._original if base_changes else None,
+                )
+            row = f"after {place.name}"
+            results.add(row, lambda model=model, row=row: measurer.measure(model, row))
+        return model
+
+    def _original(self) -> nn.Module:
+        """A frozen copy of the teacher, for when the model's own base weights are no longer the teacher's."""
+        original, _ = models.load_teacher(self.source, dtype=torch.float32, device=str(self.device))
+        return original.requires_grad_(False).eval()
+
+    def _export(self, model: nn.Module, tokenizer: Any, results: Results) -> Path:
+        lora = [stage.lora for stage in self.recipe.stages.values() if stage.lora is not None]
+        if lora and all(adapters.merge for adapters in lora) and hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload()
+        return export.save(
+            model,
+            self.folder.checkpoint,
+            tokenizer=tokenizer,
+            recipe=dataclasses.asdict(self.recipe),
+            metrics={"rows": results.rows},
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return {
+            "model": self.source,
+            "recipe": self.recipe_name,
+            "device": name,
+            "precision": "bf16 autocast, float32 masters" if self.autocast else "float32",
+            "seed": self.recipe.run.seed,
+        }
+
+
+def resolve_device(run_config: RunConfig) -> torch.device:
+    """The device that `run.device` means here.
+
+    Raises:
+        LinearizeError: cuda was asked for and is not there.
+    """
+    if run_config.device == "cuda" and not torch.cuda.is_available():
+        raise LinearizeError(
+            "run.device: cuda was asked for, but torch sees no CUDA device: use run.device=cpu"
+        )
+    if run_config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(run_config.device)
+
+
+def resolve_precision(run_config: RunConfig, device: torch.device) -> torch.dtype | None:
+    """Autocast dtype of the passes, or None for float32 throughout."""
+    if run_config.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    return torch.bfloat16 if run_config.precision == "bf16" else None
+
+
+def plan_json(plan: Any) -> dict[str, Any]:
+    """The plan for plan.json: one row a layer, and the totals."""
+    totals = plan.to_dict()
+    return {"rows": totals.pop("layers"), **totals}

@@ -1,0 +1,361 @@
+"""The engine of every stage: transformers.Trainer with our checkpoints, our losses and a stop on NaN.
+
+Kept from Trainer: the loop, gradient accumulation, trackers, callbacks. Replaced: what a checkpoint holds
+(only what trains, no pickles, complete or absent), and mixed precision, which wraps the passes here instead
+of patching the model's forward for good.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from linearize.config.schema import RunConfig, StageConfig
+from linearize.distill import checkpoint, state
+from linearize.distill.trainable import load_trained, trained
+from linearize.errors import NonFiniteLossError
+
+KEPT_CHECKPOINTS = 2
+"""The newest, and one more in case the newest is damaged."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A stage's token budget in steps."""
+
+    steps: int
+    tokens_per_step: int
+    sequences: int
+
+    @classmethod
+    def of(cls, stage: StageConfig, length: int) -> Budget:
+        """Whole optimizer steps that fit in the stage's tokens, at least one."""
+        sequences = stage.batch_size * stage.grad_accum
+        steps = max(1, stage.tokens // (sequences * length))
+        return cls(steps=steps, tokens_per_step=sequences * length, sequences=steps * sequences)
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+
+class Cycled(Dataset):
+    """A data set read in order as often as needed, reshuffled on every further pass.
+
+    One long epoch whose every item is a function of its index: what makes skipping to the middle of it exact.
+    """
+
+    def __init__(self, dataset: Any, length: int, seed: int) -> None:
+        self.dataset = dataset
+        self.length = length
+        self.seed = seed
+        self._orders: dict[int, list[int]] = {}
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        turn, place = divmod(index, len(self.dataset))
+        if turn == 0:
+            return self.dataset[place]
+        if turn not in self._orders:
+            generator = torch.Generator().manual_seed(self.seed + turn)
+            self._orders = {turn: torch.randperm(len(self.dataset), generator=generator).tolist()}
+        return self.dataset[self._orders[turn][place]]
+
+
+class StageTrainer(Trainer):
+    """Base of the two kinds of stages; a subclass gives `micro_step`.
+
+    Args:
+        model: prepared by `trainable.prepare`.
+        name: the stage's name in the recipe.
+        stage: its settings.
+        run: seed and workers.
+        folder: the stage's folder; checkpoints go there.
+        dataset: packed sequences (data.packed).
+        length: tokens in a sequence.
+        seed: of this stage.
+        device: where it runs.
+        autocast: compute dtype of the passes, or None for the parameters' own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        stage: StageConfig,
+        run: RunConfig,
+        folder: Path,
+        dataset: Any,
+        length: int,
+        seed: int,
+        device: torch.device,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.stage_name = name
+        self.stage = stage
+        self.seed = seed
+        self.autocast_dtype = autocast
+        self.budget = Budget.of(stage, length)
+        self.parameters = trained(model)
+        self._names = {parameter: key for key, parameter in self.parameters.items()}
+        self._step_values: Tensor | None = None
+        self._window_values: Tensor | None = None
+        self._window_steps = 0
+        self._step_lr = stage.lr
+        self._step_norm: Tensor | float = 0.0
+        optimizer = build_optimizer(self.parameters, stage, fused=device.type == "cuda")
+        super().__init__(
+            model=model,
+            args=_arguments(stage, run, folder, self.budget, seed, device),
+            data_collator=_stack,
+            train_dataset=Cycled(dataset, self.budget.sequences, seed),
+            optimizers=(optimizer, build_scheduler(optimizer, stage, self.budget.steps)),
+        )
+        self.remove_callback(PrinterCallback)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.budget.tokens_per_step
+
+    # What a subclass gives
+
+    def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
+        """Forward and backward on one micro-batch; gradients are added to the parameters.
+
+        Args:
+            model: the model.
+            batch: input_ids, position_ids, labels, each [B, T], on the device.
+            count: labeled tokens of all micro-batches of this optimizer step, scalar.
+
+        Returns:
+            Detached losses [N], one for a converted layer or one in all, that sum over the step's
+            micro-batches to the step's losses.
+        """
+        raise NotImplementedError
+
+    def where_not_finite(self, values: list[float]) -> str:
+        """Which of the step's losses is not finite, in words."""
+        return f"the loss is {values[0]}"
+
+    # The step
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        batch = self._prepare_inputs(inputs)
+        values = self.micro_step(model, batch, num_items_in_batch)
+        self._step_values = values if self._step_values is None else self._step_values + values
+        return values.mean().to(self._tr_loss.dtype)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        return None
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Check that losses and gradients are finite, then clip. The one place a step waits for the device."""
+        assert self._step_values is not None
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        norm = get_total_norm(gradients)
+        finite = torch.stack([self._step_values.isfinite().all(), norm.isfinite()])
+        if not finite.all():
+            self._stop_on_non_finite()
+        clip_grads_with_norm_(self.parameters.values(), self.args.max_grad_norm, norm)
+        self._window_values = (
+            self._step_values if self._window_values is None else self._window_values + self._step_values
+        )
+        self._window_steps += 1
+        self._step_values = None
+        self._step_norm = norm
+        self._step_lr = self.optimizer.param_groups[0]["lr"]
+        return norm
+
+    def take_window(self) -> dict[str, Any]:
+        """Averages since the last call: loss, lr and gradient norm of the last step; subclasses add to it."""
+        assert self._window_values is not None
+        values = (self._window_values / self._window_steps).tolist()
+        self._window_values, self._window_steps = None, 0
+        return {
+            "loss": sum(values) / len(values),
+            "lr": self._step_lr,
+            "grad_norm": float(self._step_norm),
+            **self.describe(values),
+        }
+
+    def describe(self, values: list[float]) -> dict[str, Any]:
+        """Further fields of a metrics line, from the averaged losses."""
+        return {}
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Autocast for a pass. No cache: a cast made under no_grad must not serve a pass with gradients."""
+        if self.autocast_dtype is None:
+            yield
+        else:
+            with torch.autocast(self.args.device.type, dtype=self.autocast_dtype, cache_enabled=False):
+                yield
+
+    def _stop_on_non_finite(self) -> None:
+        assert self._step_values is not None
+        values = self._step_values.tolist()
+        if all(math.isfinite(value) for value in values):
+            gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+            bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+            what = f"the gradient of {bad[0]} is not finite" if bad else "the gradient's norm overflows"
+        else:
+            what = self.where_not_finite(values)
+        last = checkpoint.latest(Path(self.args.output_dir))
+        raise NonFiniteLossError(
+            f"stage '{self.stage_name}', step {self.state.global_step + 1}: {what}. The step was not applied. "
+            f"Last good checkpoint: {last or 'none of this stage yet'}. "
+            f"Try a lower learning rate (stages.{self.stage_name}.lr={self.stage.lr / 10:g}) in a new run folder"
+        )
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        folder = Path(self.args.output_dir)
+        checkpoint.write_folder(folder / f"checkpoint-{self.state.global_step}", self._write_state)
+        checkpoint.prune(folder, KEPT_CHECKPOINTS)
+
+    def _write_state(self, folder: Path) -> None:
+        checkpoint.write_tensors(folder / "trained.safetensors", self.parameters)
+        raw = self._raw_optimizer()
+        checkpoint.write_tensors(folder / "optimizer.safetensors", state.optimizer_tensors(raw, self._names))
+        checkpoint.write_tensors(folder / "rng.safetensors", state.rng_tensors())
+        window = {} if self._window_values is None else {"values": self._window_values}
+        checkpoint.write_tensors(folder / "window.safetensors", window)
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+        scheduler = self.lr_scheduler.state_dict()
+        checkpoint.write_json(
+            folder / "state.json",
+            {
+                "lr": [group["lr"] for group in raw.param_groups],
+                "scheduler": {
+                    key: scheduler[key] for key in ("last_epoch", "_step_count", "_last_lr", "base_lrs")
+                },
+                "rng": state.rng_numbers(),
+                "window_steps": self._window_steps,
+            },
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        path = Path(resume_from_checkpoint) / "trained.safetensors"
+        load_trained(self.model, checkpoint.read_tensors(path), path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is None:
+            return
+        folder = Path(checkpoint_folder)
+        saved = checkpoint.read_json(folder / "state.json")
+        raw = self._raw_optimizer()
+        state.load_optimizer_tensors(
+            raw, checkpoint.read_tensors(folder / "optimizer.safetensors"), self._names
+        )
+        for group, lr in zip(raw.param_groups, saved["lr"], strict=True):
+            group["lr"] = lr
+        self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **saved["scheduler"]})
+        window = checkpoint.read_tensors(folder / "window.safetensors").get("values")
+        self._window_values = None if window is None else window.to(self.args.device)
+        self._window_steps = saved["window_steps"]
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is not None:
+            folder = Path(checkpoint_folder)
+            numbers = checkpoint.read_json(folder / "state.json")["rng"]
+            state.restore_rng(checkpoint.read_tensors(folder / "rng.safetensors"), numbers)
+
+    def _raw_optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer inside accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    # Trainer's defaults that do not fit
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        return 0.0  # the original counts all parameters on every micro-batch
+
+
+def build_optimizer(
+    parameters: dict[str, nn.Parameter], stage: StageConfig, *, fused: bool
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019); weight decay on matrices only."""
+    matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
+    others = [parameter for parameter in parameters.values() if parameter.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": stage.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=stage.lr, fused=fused)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, stage: StageConfig, steps: int) -> Any:
+    """Linear warm-up to `lr`, then a cosine down to `min_lr_ratio` x `lr` at the last step."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, Schedule(stage.warmup_ratio, stage.min_lr_ratio, steps)
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate as a share of the peak, by step (0 is the first)."""
+
+    warmup_ratio: float
+    min_lr_ratio: float
+    steps: int
+
+    def __call__(self, step: int) -> float:
+        warmup = math.ceil(self.warmup_ratio * self.steps)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1, self.steps - 1 - warmup))
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _arguments(
+    stage: StageConfig, run: RunConfig, folder: Path, budget: Budget, seed: int, device: torch.device
+) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=budget.steps,
+        per_device_train_batch_size=stage.batch_size,
+        gradient_accumulation_steps=stage.grad_accum,
+        learning_rate=stage.lr,
+        max_grad_norm=stage.grad_clip or math.inf,
+        logging_steps=stage.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=stage.save_every,
+        seed=seed,
+        dataloader_num_workers=run.workers,
+        dataloader_pin_memory=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        remove_unused_columns=False,
+        average_tokens_across_devices=False,
+        disable_tqdm=True,
+        report_to=os.environ.get("LINEARIZE_REPORT_TO", "none").split(","),
+    )
+    # One process drives one device: without this Trainer would spread the batch over all GPUs with
+    # DataParallel.
+    assert arguments.device.type == device.type
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+def _stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([torch.as_tensor(item[key]) for item in items]) for key in items[0]}

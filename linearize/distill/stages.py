@@ -1,0 +1,176 @@
+"""One stage from start to finish: what trains, which trainer, where it goes on, what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import set_seed
+
+from linearize import objectives
+from linearize.config.schema import RunConfig, StageConfig
+from linearize.distill import checkpoint
+from linearize.distill.callbacks import Interrupt, RunStopped, StageCallback, forget_lines
+from linearize.distill.finetune import FinetuneTrainer, needs_teacher
+from linearize.distill.stage import StageTrainer
+from linearize.distill.trainable import load_trained, prepare, trained, unwrapped
+from linearize.distill.transfer import TransferTrainer
+from linearize.progress import Meter
+
+FINAL = "final.safetensors"
+DONE = "done.json"
+
+
+@dataclass(frozen=True)
+class StagePlace:
+    """Where a stage stands in its run."""
+
+    index: int
+    """From 1."""
+    count: int
+    name: str
+    folder: Path
+    metrics: Path
+    resume_command: str
+
+    @property
+    def done(self) -> bool:
+        """Whether an earlier run has finished this stage."""
+        return (self.folder / DONE).is_file()
+
+
+def restore(model: nn.Module, stage: StageConfig, place: StagePlace) -> nn.Module:
+    """Put a finished stage's result into the model, as if it had just been trained.
+
+    Raises:
+        CheckpointError: the stage's file is damaged or of another recipe.
+    """
+    model = prepare(model, stage)
+    path = place.folder / FINAL
+    load_trained(model, checkpoint.read_tensors(path), path)
+    return model
+
+
+def train(
+    model: nn.Module,
+    stage: StageConfig,
+    place: StagePlace,
+    *,
+    run: RunConfig,
+    dataset: Any,
+    length: int,
+    autocast: torch.dtype | None,
+    teacher: Callable[[], nn.Module] | None,
+) -> nn.Module:
+    """Train a stage, from its newest complete checkpoint when there is one, and write its result.
+
+    Args:
+        model: as the stage before left it; changed in place.
+        stage: its settings.
+        place: its number, name and folder.
+        run: seed and workers.
+        dataset: packed sequences.
+        length: tokens in a sequence.
+        autocast: compute dtype, or None.
+        teacher: gives the original model, for a stage that needs it after the base weights have changed.
+
+    Returns:
+        The model to go on with, in evaluation mode and with nothing marked as trainable.
+
+    Raises:
+        RunStopped: Ctrl-C; a resumable checkpoint has been written.
+        NonFiniteLossError: the loss or its gradient became NaN or infinite.
+        CheckpointError: a checkpoint could not be written or read.
+    """
+    seed = run.seed + place.index
+    set_seed(seed)
+    model = prepare(model, stage)
+    device = next(model.parameters()).device
+    settings: dict[str, Any] = {
+        "name": place.name,
+        "stage": stage,
+        "run": run,
+        "folder": place.folder,
+        "dataset": dataset,
+        "length": length,
+        "seed": seed,
+        "device": device,
+        "autocast": autocast,
+    }
+    use_cache = unwrapped(model).config.use_cache
+    start = checkpoint.latest(place.folder)
+    trainer: StageTrainer
+    with _checkpointing(unwrapped(model), stage.gradient_checkpointing):
+        if objectives.level_of(stage.objective) == "layer":
+            trainer = TransferTrainer(model, **settings)
+        else:
+            original = teacher() if teacher is not None and needs_teacher(stage.objective) else None
+            trainer = FinetuneTrainer(model, teacher=original, **settings)
+        try:
+            stop = _fit(trainer, place, start)
+        finally:
+            unwrapped(model).config.use_cache = use_cache  # Trainer switches it off for good
+            model.zero_grad(set_to_none=True)
+    checkpoint.write_tensors_file(place.folder / FINAL, trained(model))
+    checkpoint.write_json(
+        place.folder / DONE,
+        {"steps": trainer.budget.steps, "tokens": trainer.budget.tokens, "stage": place.name},
+    )
+    checkpoint.prune(place.folder, keep=0)
+    if stop:
+        raise RunStopped(f"stopped after stage '{place.name}'. Go on with:\n  {place.resume_command}")
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> bool:
+    """Run the trainer under the progress bar; true when a stop was asked for at the very last step."""
+    steps_before = int(start.name.rpartition("-")[2]) if start else 0
+    forget_lines(place.metrics, place.name, after=steps_before)
+    interrupt = Interrupt()
+    meter = Meter(
+        f"stage {place.index}/{place.count} {place.name}",
+        trainer.budget.tokens,
+        done=steps_before * trainer.tokens_per_step,
+    )
+    with meter, interrupt.watch(meter):
+        trainer.add_callback(StageCallback(trainer, place.metrics, meter, interrupt))
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+    if trainer.state.global_step < trainer.budget.steps:
+        raise RunStopped(
+            f"stopped in stage '{place.name}' after step {trainer.state.global_step} of "
+            f"{trainer.budget.steps}; "
+            f"everything up to it is saved. Go on with:\n  {place.resume_command}"
+        )
+    return interrupt.requested
+
+
+def _checkpointing(model: Any, on: bool) -> AbstractContextManager[None]:
+    return _Checkpointing(model) if on else nullcontext()
+
+
+class _Checkpointing:
+    """Activation checkpointing inside a `with` block; transformers renamed the switch in 5.23."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.new = hasattr(model, "activation_checkpointing_enable")
+
+    def __enter__(self) -> None:
+        if self.new:
+            self.model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs={"use_reentrant": False}
+            )
+        else:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def __exit__(self, *_: object) -> None:
+        if self.new:
+            self.model.activation_checkpointing_disable()
+        else:
+            self.model.gradient_checkpointing_disable()

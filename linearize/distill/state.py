@@ -1,0 +1,71 @@
+"""What a bit-equal resume needs beside the weights: optimizer moments and random states."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
+) -> dict[str, Tensor]:
+    """The optimizer's per-parameter state as ``{"<parameter>/<slot>": tensor}``.
+
+    Args:
+        optimizer: every state entry is a tensor (AdamW).
+        names: parameter -> its name in the checkpoint.
+    """
+    return {
+        f"{names[parameter]}/{slot}": value
+        for parameter, slots in optimizer.state.items()
+        for slot, value in slots.items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[nn.Parameter, str]
+) -> None:
+    """Put what `optimizer_tensors` gave back, each tensor on its parameter's device."""
+    slots: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, slot = key.rpartition("/")
+        slots.setdefault(name, {})[slot] = value
+    # load_state_dict numbers the parameters in the order of the groups.
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    state = optimizer.state_dict()
+    state["state"] = {index: slots[name] for index, name in enumerate(order) if name in slots}
+    optimizer.load_state_dict(state)
+
+
+def rng_tensors() -> dict[str, Tensor]:
+    """Torch's generators: CPU and, where there is one, the current CUDA device."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def rng_numbers() -> dict[str, Any]:
+    """Python's and NumPy's generators as JSON values."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, following = random.getstate()
+    return {
+        "numpy": [kind, [int(key) for key in keys], int(position), int(has_gauss), float(gauss)],
+        "python": [version, list(internal), following],
+    }
+
+
+def restore_rng(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    """Put every generator back where `rng_tensors` and `rng_numbers` found it."""
+    torch.set_rng_state(tensors["cpu"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+    kind, keys, position, has_gauss, gauss = numbers["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    version, internal, following = numbers["python"]
+    random.setstate((version, tuple(internal), following))

@@ -1,0 +1,129 @@
+"""What a stage trains: the mixers, low-rank adapters, or everything."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from linearize import surgery
+from linearize.config.schema import LoraConfig, StageConfig
+from linearize.errors import CheckpointError, RecipeError
+from linearize.registry import closest
+
+KINDS = ("mixers", "lora", "all")
+MIXER_MODULES = r".*\.mixer(\..*)?"
+"""Modules that adapters stay out of: a mixer trains by itself."""
+
+
+def prepare(model: nn.Module, stage: StageConfig) -> nn.Module:
+    """Freeze the model but for what the stage trains, and hang adapters in when it asks for them.
+
+    Trained parameters become float32, whatever the model's dtype.
+
+    Args:
+        model: a converted model, or the PeftModel that an earlier stage made of it; changed in place.
+        stage: its `train` and `lora` decide.
+
+    Returns:
+        The model to go on with: a PeftModel once adapters are in, else `model`.
+
+    Raises:
+        RecipeError: an unknown entry of `train`, or adapters that differ from those of an earlier stage.
+    """
+    problems = [
+        f"train: unknown '{kind}': {closest(kind, KINDS)}" for kind in stage.train if kind not in KINDS
+    ]
+    if problems:
+        raise RecipeError(problems)
+    if "lora" in stage.train:
+        if stage.lora is None:
+            raise RecipeError(
+                ["train holds lora, but the stage has no lora section: add `lora: {rank: 8, alpha: 16}`"]
+            )
+        model = with_adapters(model, stage.lora)
+    model.requires_grad_(False)
+    mixers = {id(parameter) for layer in surgery.converted(model) for parameter in layer.mixer.parameters()}
+    for name, parameter in model.named_parameters():
+        kind = "mixers" if id(parameter) in mixers else "lora" if ".lora_" in name else "base"
+        parameter.requires_grad_(kind in stage.train or ("all" in stage.train and kind != "lora"))
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if not trained(model):
+        raise RecipeError(
+            [f"train: {stage.train}: the model has no such parameters, so the stage would do nothing"]
+        )
+    return model
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of everything that trains; shared parameters once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
+    """Copy saved values into the parameters that train.
+
+    Raises:
+        CheckpointError: names or shapes do not match the model.
+    """
+    parameters = trained(model)
+    wrong = sorted(parameters.keys() ^ tensors.keys())
+    wrong += [
+        name for name in parameters.keys() & tensors.keys() if parameters[name].shape != tensors[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{source}: does not fit the model: {len(wrong)} of its tensors differ, first '{wrong[0]}'. "
+            "Was it written with another recipe?"
+        )
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[name])
+
+
+def with_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:
+    """A PeftModel with low-rank adapters on the converted layers' projections of the given roles.
+
+    Raises:
+        RecipeError: the model has adapters of another shape, or a role that it does not have.
+    """
+    from peft import LoraConfig as PeftConfig
+    from peft import PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        active = model.peft_config[model.active_adapter]
+        if (active.r, active.lora_alpha, active.lora_dropout) != (lora.rank, lora.alpha, lora.dropout):
+            raise RecipeError(
+                [
+                    f"lora: rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g} differ from an "
+                    f"earlier stage's {active.r}, {active.lora_alpha:g}, {active.lora_dropout:g}: "
+                    "stages share one adapter"
+                ]
+            )
+        return model
+    targets = surgery.role_modules(model, list(lora.targets))
+    if not targets:
+        raise RecipeError([f"lora.targets: no converted layer has a projection of the roles {lora.targets}"])
+    modules = dict(model.named_modules())
+    config = PeftConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        exclude_modules=MIXER_MODULES,
+        # GPT-2's Conv1D keeps its weight transposed.
+        fan_in_fan_out=isinstance(modules[targets[0]], Conv1D),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        # peft asks for `is_gradient_checkpointing`, which transformers 5.23 has renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return get_peft_model(model, config)
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The causal language model itself, out of a PeftModel."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,82 @@
+"""Attention transfer: every converted layer learns to imitate the softmax attention that it replaces.
+
+Teacher and student run in one forward pass over the same frozen projections. The teacher's output goes on, so
+a layer's
+loss depends on its own mixer alone, and its gradient is taken inside the pass, before the next layer runs: no
+graph spans layers, and memory is that of one layer (Zhang et al. 2024, arXiv 2410.10254, section 3.1, without
+its quadratic memory).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize import objectives, surgery
+from linearize.distill.stage import StageTrainer
+from linearize.distill.trainable import unwrapped
+
+
+class TransferTrainer(StageTrainer):
+    """A stage whose objectives are of the level "layer"."""
+
+    def __init__(self, model: nn.Module, **settings: Any) -> None:
+        self.layers = [module.layer_idx for module in surgery.converted(model)]
+        super().__init__(model, **settings)
+
+    def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
+        """Losses [L] in layer order; see `transfer_step`."""
+        with self.computing():
+            losses = transfer_step(
+                model, batch, self.stage.objective, scale=1 / self.current_gradient_accumulation_steps
+            )
+        return losses / self.current_gradient_accumulation_steps
+
+    def where_not_finite(self, values: list[float]) -> str:
+        bad = [
+            f"{layer} is {value}"
+            for layer, value in zip(self.layers, values, strict=True)
+            if not math.isfinite(value)
+        ]
+        more = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
+        return f"the loss of layer {bad[0]}{more}"
+
+    def describe(self, values: list[float]) -> dict[str, Any]:
+        return {"layers": values}
+
+
+def transfer_step(
+    model: nn.Module, batch: dict[str, Tensor], objective: dict[str, float], *, scale: float = 1.0
+) -> Tensor:
+    """One pass of attention transfer: adds the gradient of ``scale * mean over layers of the layer's loss``.
+
+    Args:
+        model: a converted model or a PeftModel around one.
+        batch: input_ids [B, T] and, for packed documents, position_ids [B, T].
+        objective: layer objective -> weight.
+        scale: factor on the gradient, not on what is returned.
+
+    Returns:
+        [L] detached losses of the converted layers, in layer order.
+    """
+    converted = surgery.converted(model)
+    losses: dict[int, Tensor] = {}
+
+    def observe(call: Any) -> None:
+        with torch.enable_grad():
+            losses[call.layer_idx] = objectives.layer_backward(call, objective, scale / len(converted))
+
+    model.eval()  # the teacher that is imitated has no dropout
+    # The base model: without the head, whose logits nobody would look at. Without gradient: only `observe`
+    # takes some.
+    with torch.no_grad(), surgery.observe(model, observe):
+        unwrapped(model).base_model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch.get("attention_mask"),
+            position_ids=batch.get("position_ids"),
+            use_cache=False,
+        )
+    return torch.stack([losses[module.layer_idx] for module in converted])

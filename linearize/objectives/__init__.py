@@ -1,0 +1,41 @@
+"""Training objectives, by name: what a stage drives down.
+
+Two levels, never mixed in a stage. A *layer* objective compares the student's attention with the teacher's
+inside one layer and never sees another one; a *model* objective compares what the whole model predicts.
+Adding an objective is adding a file here.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from linearize.objectives.base import (
+    OBJECTIVES,
+    BlockObjective,
+    LayerObjective,
+    OutputObjective,
+    TokenObjective,
+    level_of,
+    names,
+)
+from linearize.objectives.layer import layer_backward
+from linearize.objectives.token import next_targets, token_backward
+from linearize.registry import discover
+
+discover(sys.modules[__name__])
+
+get = OBJECTIVES.get
+
+__all__ = [
+    "OBJECTIVES",
+    "BlockObjective",
+    "LayerObjective",
+    "OutputObjective",
+    "TokenObjective",
+    "get",
+    "layer_backward",
+    "level_of",
+    "names",
+    "next_targets",
+    "token_backward",
+]

@@ -1,0 +1,47 @@
+"""Attention transfer on weights (Hedgehog, Zhang et al. 2024, arXiv 2402.04347, eq. 4): cross-entropy of the
+student's attention.
+
+Per query n: ``-sum_i a_ni log ahat_ni``, a the teacher's softmax weights, ahat the student's. It has the
+gradient of KL(a || ahat).
+
+**Limitations.** Costs O(T^2) time, whatever the mixer; memory is O(T), because query rows go in blocks and
+each block's gradient is taken before the next begins. Defined only for mixers that have weights (sums of
+values with factors >= 0).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from linearize.objectives.base import OBJECTIVES, BlockObjective, Call
+
+BLOCK_ELEMENTS = 2**22
+"""Weights of a block, B * H * R * T: 16 MB in float32, for each of the few tensors of its graph."""
+SMALLEST = 1e-12
+"""Student weights are clamped here before the logarithm; below it they give no gradient."""
+
+
+@OBJECTIVES.register("attention_weights")
+class AttentionWeights(BlockObjective):
+    """Cross-entropy of the teacher's weights to the student's, mean over valid queries, heads, sequences."""
+
+    def backward(self, call: Call, scale: float) -> Tensor:
+        batch, tokens, heads = call.q.shape[:3]
+        rows = min(tokens, max(16, BLOCK_ELEMENTS // (batch * heads * tokens)))
+        queries = call.q.new_tensor(float(batch * tokens), dtype=torch.float32)
+        if call.valid is not None:
+            queries = call.valid.sum().clamp_min(1).to(torch.float32)
+        total = torch.zeros((), dtype=torch.float32, device=call.q.device)
+        for start in range(0, tokens, rows):
+            block = slice(start, min(start + rows, tokens))
+            with torch.enable_grad():
+                teacher, student = call.weights(block)
+                entropy = -(teacher.detach() * student.clamp_min(SMALLEST).log()).sum(dim=-1)  # [B, H, R]
+                if call.valid is not None:
+                    entropy = torch.where(call.valid[:, None, block], entropy, 0.0)
+                loss = entropy.sum() / (queries * heads)
+                with torch.autocast(call.q.device.type, enabled=False):
+                    (scale * loss).backward()
+            total = total + loss.detach()
+        return total
