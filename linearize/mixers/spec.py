@@ -44,6 +44,8 @@ def check(mixer: dict[str, Any]) -> list[str]:
         )
     if names["feature_map"] != "none" and names["update"] == "none":
         problems.append("mixer.update: 'none' needs feature_map: {name: none}, which switches the recurrent branch off")
+    if names["feature_map"] != "none" and names["window"] != "none" and names["combine"] == "none":
+        problems.append("mixer.combine: 'none' leaves two branches apart; name a rule that joins them, or drop one branch")
     return problems
 
 

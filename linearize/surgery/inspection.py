@@ -96,9 +96,11 @@ def _attention_modules(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
         if isinstance(module, classes) and not getattr(module, "is_cross_attention", False)
     ]
     if not found:
+        named = next(((path, m) for path, m in model.named_modules() if "attention" in type(m).__name__.lower()), None)
+        what = f"{named[0]} ({type(named[1]).__name__})" if named else type(model).__name__
         raise UnsupportedModelError(
-            f"{type(model).__name__}: no softmax attention module found that transformers can record; "
-            "only decoders built on its attention interface can be converted"
+            f"{what}: no softmax attention that goes through transformers' attention interface, so its queries and keys "
+            "cannot be reached; convert a family that does (Llama, Qwen, Gemma, GPT-2, ...)"
         )
     for path, module in found:
         if getattr(module, "is_causal", True) is False:

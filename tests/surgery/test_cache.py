@@ -1,0 +1,144 @@
+"""Generation: greedy, sampling, beams, padding, several turns, static and assisted; and the cache that does not grow."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+from transformers import DynamicCache
+
+from linearize import surgery
+from linearize.errors import LinearizeError, UnsupportedModelError
+
+families = pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+layers = pytest.mark.parametrize("layers", ["all", [1, 2]], ids=str)
+
+
+def hybrid(family: str = "llama", layers="all", mixer=tiny.LOLCATS):
+    model = surgery.convert(tiny.model(family), mixer, layers)
+    tiny.randomize(layer.mixer for layer in surgery.converted(model))
+    return model
+
+
+@families
+@layers
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_beams": 3},
+        {"do_sample": True, "temperature": 0.8, "top_k": 20},
+        {"num_return_sequences": 3, "do_sample": True},
+        {"num_beams": 4, "num_return_sequences": 2},
+    ],
+    ids=["greedy", "beams", "sampling", "several", "several-beams"],
+)
+def test_cached_generation_equals_uncached(family, layers, settings):
+    model = hybrid(family, layers)
+    ids, mask, _ = tiny.left_padded(length=20)
+    outs = []
+    for use_cache in (True, False):
+        torch.manual_seed(5)
+        arguments = {"do_sample": False, **settings, "max_new_tokens": 16, "use_cache": use_cache}
+        outs.append(model.generate(ids, attention_mask=mask, **arguments))
+    assert torch.equal(*outs)
+
+
+@families
+@layers
+def test_static_cache(family, layers):
+    model = hybrid(family, layers)
+    ids, mask, _ = tiny.left_padded(length=20)
+    settings = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False}
+    static = model.generate(ids, cache_implementation="static", disable_compile=True, **settings)
+    assert torch.equal(static, model.generate(ids, **settings))
+
+
+@families
+@layers
+def test_assisted_generation_takes_tokens_back(family, layers):
+    model, assistant = hybrid(family, layers), hybrid(family, layers)
+    tiny.randomize((layer.mixer for layer in surgery.converted(assistant)), seed=3)
+    ids = tiny.tokens(1, 20)
+    expected = model.generate(ids, max_new_tokens=24, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=24, do_sample=False, assistant_model=assistant), expected)
+    assert torch.equal(model.generate(ids, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=3), expected)
+
+
+@layers
+def test_several_turns_reuse_the_cache(layers):
+    model = hybrid("llama", layers)
+    first, second = tiny.tokens(1, 20), tiny.tokens(1, 9, seed=4)
+    cache = DynamicCache(config=model.config)
+    turn = model.generate(first, past_key_values=cache, max_new_tokens=10, do_sample=False)
+    both = torch.cat([turn, second], 1)
+    again = model.generate(both, past_key_values=cache, max_new_tokens=10, do_sample=False)
+    assert torch.equal(again, model.generate(both, max_new_tokens=10, do_sample=False))
+
+
+def cache_bytes(model, length: int) -> int:
+    ids = tiny.tokens(1, length)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    assert cache.get_seq_length() == length
+    states = sum(layer.state.bytes for layer in cache.layers)
+    # nothing else may hold on to keys: whatever tensors a layer keeps count
+    others = [x for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor)]
+    return states + sum(x.numel() * x.element_size() for x in others)
+
+
+@pytest.mark.parametrize("mixer", [tiny.LOLCATS, tiny.HEDGEHOG], ids=["lolcats", "hedgehog"])
+def test_cache_does_not_grow(mixer):
+    model = surgery.convert(tiny.model("llama", max_position_embeddings=8192), mixer)
+    assert cache_bytes(model, 64) == cache_bytes(model, 4096)
+
+
+def test_softmax_cache_does_grow():
+    model = surgery.convert(tiny.model("llama"), tiny.SOFTMAX)
+    assert cache_bytes(model, 256) == 4 * cache_bytes(model, 64)
+
+
+def test_taking_back_more_than_recorded_is_refused():
+    model = hybrid()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tiny.tokens(1, 10), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="activate_past_recording"):
+            cache.crop(-3)
+
+
+def test_a_cache_of_the_softmax_model_is_refused():
+    teacher = tiny.model("llama")
+    with torch.no_grad():
+        cache = teacher(tiny.tokens(1, 10), use_cache=True).past_key_values
+        with pytest.raises(LinearizeError, match="filled by softmax attention"):
+            hybrid()(tiny.tokens(1, 1), past_key_values=cache)
+
+
+def test_continuous_batching_is_refused():
+    model = hybrid()
+    with pytest.raises(UnsupportedModelError, match="generate_batch"):
+        model.generate_batch([[3, 4, 5]])
+
+
+def test_reset_and_reuse():
+    model = hybrid()
+    ids = tiny.tokens(2, 12)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        expected = model(ids, past_key_values=cache).logits
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+
+
+def test_deepcopy_is_independent():
+    model = hybrid()
+    other = copy.deepcopy(model)
+    with surgery.mode(other, "teacher"):
+        assert surgery.converted(model)[0].linearize_switch.mode == "student"
+    ids = tiny.tokens()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, other(ids).logits)
