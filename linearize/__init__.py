@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from linearize.auto import install
+from linearize.late import after_import
 from linearize.version import __version__
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "convert", "load", "save"]
 
-install()
+# Importing this mapping takes seconds and brings torch along, which `linearize --help` has no use for.
+after_import("transformers.models.auto.configuration_auto", install)
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 class LinearizeError(Exception):
     """Base of every error that is the caller's to fix."""
 
+    exit_code = 2
+    """What the command line exits with."""
+
 
 class RecipeError(LinearizeError):
     """A recipe or an override is wrong.

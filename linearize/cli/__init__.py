@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a reader that went away shows here and not at exit
         return code
     except LinearizeError as error:
-        return _fail(str(error), 2)
+        return _fail(str(error), error.exit_code)
     except BrokenPipeError:  # `linearize recipes | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

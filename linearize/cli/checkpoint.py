@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from linearize.errors import CheckpointError
+from linearize.cli.console import quiet_when_piped
+from linearize.errors import CheckpointError, LinearizeError
 
 
 def load(path: str, device: str = "auto") -> tuple[Any, Any]:
@@ -21,6 +22,7 @@ def load(path: str, device: str = "auto") -> tuple[Any, Any]:
     """
     from linearize import models
 
+    quiet_when_piped()
     folder = models.resolve(export_of(path))
     target = pick_device(device)
     if _is_linearized(folder):
@@ -49,8 +51,6 @@ def pick_device(device: str) -> str:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        from linearize.errors import LinearizeError
-
         raise LinearizeError(
             "--device cuda: torch sees no CUDA device; leave the option out or install a CUDA build"
         )

@@ -26,6 +26,14 @@ def error_console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def quiet_when_piped() -> None:
+    """No progress bars of transformers in a log file, where each step of a bar is a line; imports transformers."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
 def size(count: float) -> str:
     """Bytes as people read them: 912 B, 13.5 KiB, 2.10 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -3,81 +3,87 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from linearize.cli.console import console, size
+from linearize.cli.console import console, quiet_when_piped, size
 from linearize.cli.run import composed
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from linearize.surgery.plan import Plan, Row
 
 
 def main(options: argparse.Namespace) -> int:
     """Print a line for each group of equal layers, then the totals and where the memory breaks even."""
     recipe = composed(options)
 
-    from linearize import surgery  # after the recipe is known to be right: importing takes seconds
+    from linearize import mixers, surgery  # after the recipe is known to be right: importing takes seconds
     from linearize.models import load_config
 
+    quiet_when_piped()
     plan = surgery.plan(load_config(options.model), recipe.mixer, recipe.layers)
     screen = console()
-    screen.print(_table(plan.rows))
-    for line in totals(plan.rows, options.length):
+    screen.print(table(plan, describe(mixers.normalize(recipe.mixer))))
+    for line in totals(plan, options.length):
         screen.print(line, markup=False, soft_wrap=True)
     return 0
 
 
-def _table(rows: Sequence[Any]) -> Any:
+def describe(mixer: dict[str, Any]) -> str:
+    """A mixer in a few words: "sliding 64 + hedgehog", "full softmax".
+
+    Args:
+        mixer: the section with every part spelled out, as `mixers.normalize` gives it.
+    """
+    window, feature_map = mixer["window"], mixer["feature_map"]["name"]
+    near = "" if window["name"] == "none" else " ".join([window["name"], str(window.get("size", "softmax"))])
+    far = "" if feature_map == "none" else feature_map
+    return " + ".join(part for part in (near, far) if part)
+
+
+def table(plan: Plan, mixer: str) -> Table:
+    """A line for each group of equal layers; parameters, state and KV bytes are of one layer and one sequence.
+
+    Args:
+        plan: of `surgery.plan`.
+        mixer: what converted layers become, in words.
+    """
     from rich.table import Table
 
-    table = Table(header_style="bold")
-    table.add_column("layers", no_wrap=True)
-    table.add_column("becomes")
-    for title in (
-        "heads",
-        "kv heads",
-        "head dim",
-        "parameters added",
-        "state / sequence",
-        "KV cache / token",
-    ):
-        table.add_column(title, justify="right")
-    for layers, row in grouped(rows):
-        table.add_row(
+    grid = Table(header_style="bold")
+    grid.add_column("layers", max_width=40)
+    grid.add_column("become", no_wrap=True)
+    for title in ("heads", "kv heads", "head dim", "parameters", "state", "KV / token"):
+        grid.add_column(title, justify="right")
+    for layers, row in grouped(plan.rows):
+        converted = row.kind == "mixer"
+        grid.add_row(
             layers,
-            row.kind,
+            mixer if converted else "(stay softmax)",
             str(row.heads),
             str(row.kv_heads),
             str(row.head_dim),
-            f"{row.params:,} each" if "-" in layers or "," in layers else f"{row.params:,}",
+            f"{row.parameters:,}",
             size(row.state_bytes) if row.state_bytes else "grows",
             size(row.kv_bytes_per_token),
         )
-    return table
+    return grid
 
 
-def grouped(rows: Sequence[Any]) -> list[tuple[str, Any]]:
+def grouped(rows: Sequence[Row]) -> list[tuple[str, Row]]:
     """Equal layers under one heading ("0-6, 8"), in order of their first layer."""
-    groups: dict[tuple[Any, ...], list[Any]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(_same(row), []).append(row)
+        shape = (row.kind, row.heads, row.kv_heads, row.head_dim)
+        groups.setdefault((*shape, row.parameters, row.state_bytes, row.kv_bytes_per_token), []).append(row)
     return [(ranges([row.layer for row in group]), group[0]) for group in groups.values()]
 
 
-def _same(row: Any) -> tuple[Any, ...]:
-    return (
-        row.kind,
-        row.heads,
-        row.kv_heads,
-        row.head_dim,
-        row.params,
-        row.state_bytes,
-        row.kv_bytes_per_token,
-    )
-
-
 def ranges(numbers: Sequence[int]) -> str:
-    """Sorted whole numbers as ranges: [0, 1, 2, 5] is "0-2, 5"."""
+    """Whole numbers as ranges: [0, 1, 2, 5] is "0-2, 5"."""
     parts = []
     for _, run in groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0]):
         members = [number for _, number in run]
@@ -85,31 +91,30 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(parts)
 
 
-def totals(rows: Sequence[Any], length: int | None = None) -> list[str]:
-    """What the plan comes to, in sentences.
+def totals(plan: Plan, length: int | None = None) -> list[str]:
+    """What the plan comes to, in sentences. Bytes are those of a model in bfloat16; states are float32.
 
     Args:
-        rows: one for each attention layer, with state_bytes 0 where it stays softmax.
+        plan: of `surgery.plan`.
         length: context length to compare at, in tokens.
     """
-    converted = [row for row in rows if row.state_bytes]
-    state = sum(row.state_bytes for row in converted)
-    per_token = sum(row.kv_bytes_per_token for row in converted)
-    kept = sum(row.kv_bytes_per_token for row in rows) - per_token
-    added = sum(row.params for row in rows)
-    lines = [f"converted: {len(converted)} of {len(rows)} attention layers, {added:,} parameters added"]
-    if not converted:
-        return [*lines, "memory: as before, the cache grows with every token"]
+    converted = [row for row in plan.rows if row.kind == "mixer"]
+    lines = [
+        f"converted   {len(converted)} of {len(plan.rows)} attention layers",
+        f"added       {plan.parameters:,} parameters",
+    ]
+    if not plan.state_bytes:
+        return [*lines, "memory      as before: the KV cache grows with every token"]
+    state, per_token = plan.state_bytes, plan.kv_bytes_per_token
+    kept = sum(row.kv_bytes_per_token for row in plan.rows) - per_token
     lines.append(
-        f"memory: {size(state)} of state per sequence against {size(per_token)} of KV cache per token"
+        f"memory      {size(state)} of state per sequence in place of {size(per_token)} of KV cache per token"
     )
-    if per_token:
-        even = math.ceil(state / per_token)
-        lines.append(f"break-even: {even:,} tokens; a longer context takes less memory than before")
+    lines.append(f"break-even  {plan.break_even:,} tokens: a longer context takes less memory than before")
     if kept:
-        lines.append(f"the layers that stay softmax keep {size(kept)} of KV cache per token")
+        lines.append(f"            the layers that stay softmax keep {size(kept)} of KV cache per token")
     if length is not None:
         before, after = (per_token + kept) * length, state + kept * length
         change = f"{before / after:.1f} times less" if after <= before else f"{after / before:.1f} times more"
-        lines.append(f"at {length:,} tokens: {size(before)} before, {size(after)} after ({change})")
+        lines.append(f"at {length:,} tokens: {size(before)} before, {size(after)} after, {change}")
     return lines

@@ -27,7 +27,7 @@ examples:
   linearize inspect smollm2-135m hedgehog                    what would change; loads no weights
   linearize eval runs/small --text books=books.parquet --ablations
   linearize generate runs/small --prompt "The sea was" --temperature 0.8
-  linearize recipes show lolcats layers.every=2              the composed YAML
+  linearize recipes show lolcats layers.every=4              the composed YAML
 """
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from linearize.cli.console import console
+from linearize.cli.console import console, quiet_when_piped
 from linearize.config import compose, list_recipes
 from linearize.config.compose import is_file_name
 from linearize.errors import RecipeError
+
+if TYPE_CHECKING:
+    from linearize.config import Recipe
+    from linearize.distill import RunSummary
 
 
 def main(options: argparse.Namespace) -> int:
@@ -19,12 +24,13 @@ def main(options: argparse.Namespace) -> int:
 
     from linearize import distill  # after the recipe is known to be right: importing takes seconds
 
-    distill.run(options.model, recipe, out, resume=options.resume, recipe_name=recipe_name(options.recipe))
-    _show_results(out)
+    quiet_when_piped()
+    name = recipe_name(options.recipe)
+    _show(distill.run(options.model, recipe, out, resume=options.resume, recipe_name=name))
     return 0
 
 
-def composed(options: argparse.Namespace):
+def composed(options: argparse.Namespace) -> Recipe:
     """The recipe of a command line that names MODEL and RECIPE; says so when the two were swapped."""
     try:
         return compose(options.recipe, options.overrides)
@@ -49,14 +55,12 @@ def default_folder(model: str, recipe: str) -> Path:
     return Path("runs") / f"{stem or 'model'}-{recipe_name(recipe)}"
 
 
-def _show_results(out: Path) -> None:
-    from linearize.eval.tables import flatten, rich_table
-
+def _show(summary: RunSummary) -> None:
     screen = console()
-    results = out / "results.json"
-    if results.is_file():
-        screen.print(rich_table(flatten(json.loads(results.read_text(encoding="utf-8"))["rows"])))
-    for label, path in (("checkpoint", out / "checkpoint"), ("report", out / "report.md")):
-        if path.exists():
-            screen.print(f"{label:<11} {path}", markup=False, soft_wrap=True)
-    screen.print(f'try it      linearize generate {out} --prompt "..."', markup=False, soft_wrap=True)
+    screen.print(summary.table())
+    for line in (
+        f"checkpoint  {summary.checkpoint}",
+        f"report      {summary.report}",
+        f'try it      linearize generate {shlex.quote(str(summary.folder))} --prompt "..."',
+    ):
+        screen.print(line, markup=False, soft_wrap=True)

@@ -121,7 +121,8 @@ class Recipe:
     paper: str = ""
     """Reference, shown in the report and the model card."""
     layers: Any = "all"
-    """Which attention layers are converted: all | {every: 4} | [0, 2, 5] | {keep: [7, 15]}; the rest stay softmax."""
+    """Which attention layers are converted; the rest stay softmax. all | {every: n} (every n-th stays) | [0, 2, 5] |
+    {keep: [7, 15]}."""
     mixer: dict[str, Any] = field(default_factory=dict)
     """Part -> {name, options}: feature_map, window, update, combine."""
     stages: dict[str, StageConfig] = field(default_factory=dict)

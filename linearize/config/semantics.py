@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from linearize.config.schema import Recipe, StageConfig
-from linearize.config.values import as_whole, shown
+from linearize.config.values import shown
 from linearize.registry import closest
 
 LAYER_FORMS = "all, {every: 4}, [0, 2, 5] or {keep: [7, 15]}"
@@ -38,12 +38,9 @@ def _layers(layers: Any) -> list[str]:
     if isinstance(layers, dict) and len(layers) == 1:
         ((form, value),) = layers.items()
         if form == "every":
-            step = as_whole(value)
-            return (
-                []
-                if step is not None and step >= 1
-                else [f"layers.every: must be a whole number above 0, got {shown(value)}"]
-            )
+            if isinstance(value, int) and not isinstance(value, bool) and value >= 2:
+                return []
+            return [f"layers.every: must be a whole number of at least 2, got {shown(value)}"]
         if form == "keep":
             if isinstance(value, (list, tuple)):
                 return _indices("layers.keep", value, empty="")

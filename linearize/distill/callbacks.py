@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class RunStopped(LinearizeError):
     """The run was stopped on request and can be resumed; the message holds the command."""
 
+    exit_code = 130
+
 
 class Interrupt:
     """Turns the first Ctrl-C (or SIGTERM) into a wish to stop, and the second into an abort."""
