@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ def ablate(model: nn.Module, measure: Callable[[], Result], *, teacher: bool = T
 
 
 @contextmanager
-def _as_teacher(model: nn.Module) -> Iterator[None]:
+def _as_teacher(model: Any) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(surgery.mode(model, "teacher"))
         if hasattr(model, "disable_adapter"):

@@ -13,7 +13,7 @@ from linearize.errors import LinearizeError
 
 
 def generate(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     prompts: str | Sequence[str],
     *,

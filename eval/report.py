@@ -159,32 +159,23 @@ def _converted(plan: Any) -> list[Mapping[str, Any]]:
 
 
 def _results(run: Run) -> str:
-    flat = tables.flatten(run.rows)
-    if not flat:
-        return ""
-    texts = [name for name in flat[0] if name == "model" or name.removesuffix(" ppl") in _texts(run)]
-    scores = [name for name in flat[0] if name == "model" or name not in texts]
+    found = tables.sections(run.rows)
     parts = []
-    if len(texts) > 1:
-        parts.append(tables.markdown([{name: row[name] for name in texts} for row in flat]))
-    if len(scores) > 1:
-        scored = [row for row in flat if any(row[name] is not None for name in scores[1:])]
-        parts.append(tables.markdown([{name: row[name] for name in scores} for row in scored]))
+    if "Perplexity" in found:
+        parts.append(tables.markdown(found["Perplexity"]))
+        evaluation = _mapping(run.recipe.get("eval"))
+        if evaluation.get("length"):
+            length = f"non-overlapping windows of {evaluation['length']:,} tokens"
+            windows = f"at most {evaluation['max_windows']}" if evaluation.get("max_windows") else "all"
+            parts.append(f"Perplexity (ppl): {length}, {windows} of each text.")
+    if "Tasks" in found:
+        parts.append(tables.markdown(found["Tasks"]))
         tasks = [item for row in run.rows for item in (row.get("tasks") or {}).items()]
         items = {task: values["items"] for task, values in tasks if values.get("items")}
         known = ", ".join(f"{task} {int(value):,}" for task, value in items.items())
         rule = "Zero-shot; acc takes the choice of largest summed log-probability, acc_norm divides that by bytes."
         parts.append(f"Items: {known}. {rule}" if known else rule)
-    evaluation = run.recipe.get("eval")
-    if len(texts) > 1 and isinstance(evaluation, Mapping) and evaluation.get("length"):
-        windows = f"at most {evaluation['max_windows']}" if evaluation.get("max_windows") else "all"
-        length = f"non-overlapping windows of {evaluation['length']:,} tokens"
-        parts.append(f"Perplexity (ppl): {length}, {windows} of each text.")
     return "\n\n".join(parts)
-
-
-def _texts(run: Run) -> set[str]:
-    return {text for row in run.rows for text in row.get("perplexity") or {}}
 
 
 def _stages(run: Run) -> str:

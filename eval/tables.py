@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 Row = Mapping[str, Any]
@@ -56,21 +58,40 @@ def flatten(rows: Sequence[Row], metrics: Sequence[str] = tuple(METRICS)) -> lis
             out[f"{text} ppl"] = value.get("value") if isinstance(value, Mapping) else value
         for task, metric in tasks:
             value = ((row.get("tasks") or {}).get(task) or {}).get(metric)
-            percent = value is not None and metric.startswith("acc")
-            out[f"{task} {METRICS[metric]}"] = f"{100 * value:.1f}" if percent else value
+            if value is not None and metric.startswith("acc"):
+                value = f"{100 * value:.1f}"
+            out[f"{task} {METRICS[metric]}"] = value
         flat.append(out)
     return flat
 
 
+def sections(rows: Sequence[Row], metrics: Sequence[str] = tuple(METRICS)) -> dict[str, list[dict[str, Any]]]:
+    """The same as two narrower tables, "Perplexity" and "Tasks"; one without columns is left out, as are rows without
+    any number of a table.
+
+    Args:
+        rows, metrics: as for `flatten`.
+    """
+    parts = {
+        "Perplexity": [{**row, "tasks": None} for row in rows if row.get("perplexity")],
+        "Tasks": [{**row, "perplexity": None} for row in rows if row.get("tasks")],
+    }
+    return {title: flatten(part, metrics) for title, part in parts.items() if part}
+
+
 def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """A table for rich's console: text to the left, numbers to the right."""
-    table = Table(title=title, title_justify="left", header_style="bold")
+    """A table for rich's console: text to the left, numbers to the right; headers are broken to keep columns narrow."""
+    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:
-        right = _numeric(rows, name)
-        table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
+        numeric = _numeric(rows, name)
+        header = name.replace("_", "_\n").replace(" ", "\n", 1) if numeric else name
+        widest = max((len(number(row.get(name))) for row in rows), default=1)
+        least = widest if numeric else min(widest, 18)
+        table.add_column(header, justify="right" if numeric else "left", min_width=least, overflow="fold")
+    table.padding = (0, 1, 0, 0)
     for row in rows:
-        table.add_row(*(number(row.get(name)) for name in names))
+        table.add_row(*(escape(number(row.get(name))) for name in names))
     return table
 
 

@@ -68,6 +68,15 @@ def test_flat_rows_have_the_same_columns():
     assert "lambada_openai ppl" not in tables.flatten(ROWS, metrics=["acc"])[0]
 
 
+def test_sections_part_perplexities_and_tasks():
+    found = tables.sections([*ROWS, {"name": "nothing yet"}])
+    assert list(found) == ["Perplexity", "Tasks"]
+    assert [row["model"] for row in found["Perplexity"]] == ["teacher", "after transfer"]
+    assert found["Tasks"] == [{"model": "after transfer", "piqa acc %": "65.7", "lambada_openai ppl": 1234.5}]
+    assert list(tables.sections(ROWS[:1])) == ["Perplexity"]
+    assert tables.sections([]) == {}
+
+
 def test_markdown():
     assert tables.markdown([]) == ""
     assert tables.markdown(tables.flatten(ROWS, metrics=["acc"])).splitlines() == [
