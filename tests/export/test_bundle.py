@@ -1,0 +1,80 @@
+"""The remote-code export loads in a process that has never seen this package, and matches bit for bit."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import linearize
+from linearize import surgery
+from linearize.export.bundle import bundle
+
+SCRIPT = """
+import json, sys
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+folder, work = sys.argv[1:]
+try:
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    loud = False
+except ValueError:
+    loud = True
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+ids = load_file(work + "/ids.safetensors")["ids"]
+with torch.no_grad():
+    out = {"logits": model(ids).logits, "generated": model.generate(ids, max_new_tokens=8, do_sample=False)}
+model.save_pretrained(work + "/again")
+again = AutoModelForCausalLM.from_pretrained(work + "/again", trust_remote_code=True)
+with torch.no_grad():
+    out["again"] = again(ids).logits
+save_file(out, work + "/out.safetensors")
+print(json.dumps({"loud": loud, "package": "linearize" in sys.modules, "class": type(model).__name__}))
+"""
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral"])
+def test_loads_without_the_package(family, tmp_path):
+    model = surgery.convert(tiny.model(family), tiny.LOLCATS, [0, 2])
+    tiny.randomize(layer.mixer for layer in surgery.converted(model))
+    folder = linearize.save(model, tmp_path / "out")
+    ids = tiny.tokens()
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", SCRIPT, str(folder), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout.splitlines()[-1])
+    assert said == {"loud": True, "package": False, "class": type(model).__name__}
+    out = load_file(tmp_path / "out.safetensors")
+    with torch.no_grad():
+        assert torch.equal(out["logits"], model(ids).logits)
+    assert torch.equal(out["again"], out["logits"])
+    assert torch.equal(out["generated"], model.generate(ids, max_new_tokens=8, do_sample=False))
+
+
+def test_saving_a_loaded_export_drops_the_auto_map(tmp_path):
+    """Otherwise config.json would name a file that is not copied along."""
+    folder = linearize.save(surgery.convert(tiny.model(), tiny.LOLCATS), tmp_path / "out")
+    assert "auto_map" in json.loads((folder / "config.json").read_text())
+    linearize.load(folder).save_pretrained(tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+def test_bundle_is_plain_python_without_internal_imports():
+    source = bundle(surgery.convert(tiny.model(), tiny.LOLCATS))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] in {"__future__", "collections", "dataclasses", "functools", "torch", "transformers", "types", "typing"}
+    assert len(source.splitlines()) < 2500
