@@ -75,12 +75,7 @@ def _mixer(mixer: dict[str, Any]) -> list[str]:
     ]
     if wrong:
         return wrong
-    try:
-        from linearize import mixers  # late: it imports torch, which listing the recipes does not need
-
-        mixers.check  # noqa: B018
-    except (ImportError, AttributeError):  # TRANSITION
-        return []
+    from linearize import mixers  # late: it imports torch, which listing the recipes does not need
 
     return [found if found.startswith("mixer") else f"mixer: {found}" for found in mixers.check(mixer)]
 
@@ -126,12 +121,7 @@ def _adapters(path: str, stage: StageConfig, *, section_known: bool) -> list[str
 
 
 def _objective(path: str, stage: StageConfig, *, train_known: bool) -> list[str]:
-    try:
-        from linearize import objectives  # late: see _mixer
-
-        objectives.names  # noqa: B018
-    except (ImportError, AttributeError):  # TRANSITION
-        return []
+    from linearize import objectives  # late: see _mixer
 
     levels = {name: level for level in ("layer", "model") for name in objectives.names(level)}
     if not stage.objective:

@@ -1,0 +1,224 @@
+"""The command line without a model: help, listing, and what happens when something is misspelt."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+from linearize import cli
+from linearize.cli.inspection import describe, grouped, ranges, totals
+from linearize.cli.parser import build_parser, parse
+from linearize.cli.run import default_folder, recipe_name
+from linearize.config import compose
+from linearize.errors import LinearizeError
+from linearize.version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    try:
+        code = cli.main(arguments)
+    except SystemExit as stop:  # argparse's own help and version
+        code = stop.code or 0
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_help_and_version(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and "examples:" in out and "inspect" in out
+    assert run(capsys)[1] == out
+    assert run(capsys, "--version")[1].strip() == f"linearize {__version__}"
+    for command in ("run", "inspect", "eval", "generate", "recipes"):
+        code, out, _ = run(capsys, command, "--help")
+        assert code == 0 and out.startswith(f"usage: linearize {command}")
+
+
+def test_recipes_lists_and_shows(capsys, tmp_path):
+    code, out, _ = run(capsys, "recipes")
+    assert code == 0 and "\nlolcats " in out and "\nbase " not in out
+    code, out, _ = run(capsys, "recipes", "show", "lolcats", "layers.every=4", "stages.transfer.lr=5e-3")
+    assert code == 0
+    assert yaml.safe_load(out)["layers"] == {"every": 4}
+    (tmp_path / "saved.yaml").write_text(out)
+    assert compose(tmp_path / "saved.yaml").stages["transfer"].lr == 5e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["rnu", "a", "b"], "unknown command 'rnu'; did you mean 'run'?"),
+        (["run", "a"], "required: RECIPE"),
+        (["run", "a", "lolcats", "--ouut", "x"], "unknown option '--ouut'; did you mean '--out'?"),
+        (
+            ["run", "a", "lolcats", "stages.transfer.lr"],
+            "unexpected argument 'stages.transfer.lr'; overrides",
+        ),
+        (["run", "a", "lolcat"], "unknown recipe 'lolcat': did you mean 'lolcats'?"),
+        (["run", "lolcats", "model"], "MODEL comes first, then RECIPE"),
+        (
+            ["run", "a", "lolcats", "stages.transfer.lrr=1"],
+            "stages.transfer.lrr: unknown key; did you mean 'lr'?",
+        ),
+        (["recipes", "shwo", "x"], "unknown action 'shwo'; did you mean 'show'?"),
+        (["recipes", "show", "hedgehg"], "did you mean 'hedgehog'?"),
+        (["recipes", "--all"], "unknown option '--all'"),
+        (["eval", "x", "--window", "1"], "--window: must be a whole number of at least 2, got '1'"),
+        (["eval", "x", "--tasks", "all"], "--task-data"),
+        (["eval", "x", "--text", "books"], "must be NAME=FILE"),
+        (["eval", "x", "--device", "gpu"], "unknown device 'gpu'; did you mean 'cpu'?"),
+        (["generate", "x"], "required: --prompt"),
+        (["generate", "x", "--prompt", "a", "--temperature", "-1"], "must be a number, 0 or more"),
+        (["generate", "no/such/model", "--prompt", "a"], "no/such/model"),
+    ],
+)
+def test_mistakes_exit_with_2_and_a_message(capsys, arguments, expected):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == ""
+    assert expected in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "m", "r", "a.b=1", "--out", "x", "c=[0,2]", "~d"],
+        ["run", "--out", "x", "m", "r", "a.b=1", "c=[0,2]", "~d"],
+        ["run", "m", "r", "a.b=1", "c=[0,2]", "~d", "--out=x"],
+        ["run", "m", "--out", "x", "r", "a.b=1", "c=[0,2]", "~d"],
+    ],
+)
+def test_overrides_stand_before_or_after_options(arguments):
+    options = parse(build_parser(), arguments)
+    assert (options.model, options.recipe, options.out) == ("m", "r", Path("x"))
+    assert options.overrides == ["a.b=1", "c=[0,2]", "~d"]
+
+
+def test_options_that_hold_an_equals_sign_are_no_overrides():
+    options = parse(build_parser(), ["eval", "p", "--text", "a=b.txt", "--text", "c=d=e.txt"])
+    assert options.text == [("a", "b.txt"), ("c", "d=e.txt")]
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "folder"),
+    [
+        ("smollm2-135m", "lolcats", "runs/smollm2-135m-lolcats"),
+        ("org/Model-1.5B", "./mine/my_recipe.yaml", "runs/Model-1.5B-my_recipe"),
+        ("/models/tiny/", "demo", "runs/tiny-demo"),
+        ("a/b.Q4_1.gguf", "demo", "runs/b.Q4_1-demo"),
+    ],
+)
+def test_the_default_run_folder(model, recipe, folder):
+    assert default_folder(model, recipe) == Path(folder)
+    assert "/" not in recipe_name(recipe)
+
+
+def test_run_hands_the_checked_recipe_on(capsys, monkeypatch, tmp_path):
+    calls = []
+
+    def fake(model, recipe, out, *, resume, recipe_name):
+        calls.append((model, recipe.layers, out, resume, recipe_name))
+        return types.SimpleNamespace(
+            table=lambda: "the table", checkpoint=out / "checkpoint", report=out / "report.md", folder=out
+        )
+
+    monkeypatch.setitem(sys.modules, "linearize.distill", types.SimpleNamespace(run=fake))
+    monkeypatch.setattr("linearize.distill", types.SimpleNamespace(run=fake), raising=False)
+    code, out, _ = run(capsys, "run", "m", "demo", "--out", str(tmp_path), "layers=[1]", "--resume")
+    assert code == 0 and "the table" in out and f"linearize generate {tmp_path}" in out
+    assert calls == [("m", [1], tmp_path, True, "demo")]
+
+
+def _raise(error: BaseException):
+    def command(options):
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (LinearizeError("mend it"), 2, "mend it"),
+        (KeyboardInterrupt(), 130, "interrupted; resume with: linearize run m demo --out 'a b' --resume"),
+        (OSError(28, "No space left on device", "/x"), 2, "the disk is full (/x)"),
+    ],
+)
+def test_exit_codes(capsys, monkeypatch, error, code, expected):
+    monkeypatch.setattr("linearize.cli.run.main", _raise(error))
+    found, _, err = run(capsys, "run", "m", "demo", "--out", "a b")
+    assert found == code and expected in err
+
+
+def test_a_bug_is_not_hidden(monkeypatch):
+    monkeypatch.setattr("linearize.cli.run.main", _raise(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["run", "m", "demo"])
+
+
+def test_inspect_counts_bytes_and_groups_layers():
+    def row(layer, kind, parameters, state):
+        return types.SimpleNamespace(
+            layer=layer,
+            kind=kind,
+            heads=9,
+            kv_heads=3,
+            head_dim=64,
+            parameters=parameters,
+            state_bytes=state,
+            kv_bytes_per_token=768,
+        )
+
+    rows = [row(0, "mixer", 10, 7680), row(1, "softmax", 0, 0), row(2, "mixer", 10, 7680)]
+    assert [layers for layers, _ in grouped(rows)] == ["0, 2", "1"]
+    assert ranges([4, 0, 1, 2]) == "0-2, 4"
+    plan = types.SimpleNamespace(
+        rows=rows, parameters=20, state_bytes=15360, kv_bytes_per_token=1536, break_even=10
+    )
+    text = "\n".join(totals(plan, 100))
+    assert "2 of 3 attention layers" in text and "break-even  10 tokens" in text
+    assert "at 100 tokens: 225 KiB before, 90 KiB after, 2.5 times less" in text
+
+
+def test_a_mixer_in_words():
+    from linearize.mixers import normalize
+
+    assert describe(normalize(compose("lolcats").mixer)) == "sliding 64 + hedgehog"
+    assert describe(normalize(compose("hedgehog").mixer)) == "hedgehog"
+    assert describe(normalize(compose("softmax").mixer)) == "full softmax"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["recipes"], ["run", "m"]])
+def test_the_light_commands_import_nothing_heavy(arguments):
+    code = (
+        "import sys; from linearize.cli import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "sys.exit(', '.join({'torch', 'transformers', 'datasets', 'hydra'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m linearize recipes show lolcats | head -1",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith("description") and "Traceback" not in done.stderr, done.stderr
