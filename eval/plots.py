@@ -27,12 +27,13 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 Metrics = Sequence[Mapping[str, Any]]
 
 
-def layer_loss(metrics: Metrics, path: Path) -> Path | None:
+def layer_loss(metrics: Metrics, path: Path, layers: Sequence[int] | None = None) -> Path | None:
     """Loss of every layer at the first, the middle and the last logged step of the stages that log it.
 
     Args:
         metrics: lines of metrics.jsonl; those with "layers" count.
         path: PNG to write.
+        layers: numbers of the layers in the model, in the order of a line's entries; by default 0, 1, ...
 
     Returns:
         The path, or None when no line has per-layer losses.
@@ -45,13 +46,12 @@ def layer_loss(metrics: Metrics, path: Path) -> Path | None:
     # From pale to dark as training goes on, and a marker each: order and identity without color.
     for index, color, marker in zip(picked, ("#56B4E9", "#E69F00", "#000000"), MARKERS, strict=False):
         line = lines[index]
+        numbers = layers if layers is not None else range(len(line["layers"]))
         label = f"{count(line.get('tokens', 0))} tokens"
-        axes.plot(
-            range(len(line["layers"])), line["layers"], marker=marker, ms=4, lw=1.6, color=color, label=label
-        )
+        axes.plot(numbers, line["layers"], marker=marker, ms=4, lw=1.6, color=color, label=label)
     if all(value > 0 for index in picked for value in lines[index]["layers"]):
         _log_y(axes)
-    axes.set_xlabel("converted layer, from the input")
+    axes.set_xlabel("converted layer, from the input" if layers is None else "layer of the model")
     axes.set_ylabel("transfer loss (log scale)" if axes.get_yscale() == "log" else "transfer loss")
     axes.set_title("Attention transfer: loss of each layer", loc="left")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -34,6 +34,13 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def layers(self) -> list[int]:
+        """Which of the model's layers the entries of a line's "layers" are: the converted ones, by the plan."""
+        entries = max((len(line["layers"]) for line in self.metrics if line.get("layers")), default=0)
+        planned = [row["layer"] for row in _converted(self.plan) if isinstance(row.get("layer"), int)]
+        return planned if len(planned) == entries else list(range(entries))
+
+    @property
     def rows(self) -> list[dict[str, Any]]:
         """The rows of results.json."""
         return [row for row in self.results.get("rows") or [] if isinstance(row, dict)]
@@ -77,7 +84,7 @@ def write_report(out: str | Path) -> Path:
     pictures = {
         "Perplexity of each state of the model": plots.perplexity_bars(run.rows, folder / "perplexity.png"),
         "Loss of each stage": plots.loss_curves(run.metrics, folder / "loss.png"),
-        "Transfer loss of each layer": plots.layer_loss(run.metrics, folder / "layer_loss.png"),
+        "Transfer loss of each layer": plots.layer_loss(run.metrics, folder / "layer_loss.png", run.layers),
     }
     path = folder / "report.md"
     path.write_text(
@@ -150,7 +157,7 @@ def _plan_facts(plan: Any) -> list[tuple[str, str]]:
 
 
 def _plan_rows(plan: Any) -> list[Mapping[str, Any]]:
-    rows = plan.get("layers") if isinstance(plan, Mapping) else plan
+    rows = plan.get("rows") if isinstance(plan, Mapping) else None
     return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
 
 
@@ -206,10 +213,7 @@ def _layers(run: Run) -> str:
     if not lines:
         return ""
     first, last = lines[0]["layers"], lines[-1]["layers"]
-    # A line holds the converted layers only; the plan knows which of the model's layers they are.
-    planned = [row.get("layer") for row in _converted(run.plan)]
-    numbers = planned if len(planned) == len(last) else range(len(last))
-    worst = sorted(zip(last, first, numbers, strict=False), key=lambda entry: -entry[0])[:WORST_LAYERS]
+    worst = sorted(zip(last, first, run.layers, strict=False), key=lambda entry: -entry[0])[:WORST_LAYERS]
     rows = [
         {
             "layer": number,
@@ -252,6 +256,10 @@ def _section(
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if (
+        isinstance(value, list) and value and isinstance(value[-1], Mapping)
+    ):  # processes that went on with the run
+        return f"{len(value)} times, last {value[-1].get('started', '')}".rstrip()
     if isinstance(value, list):
         return " ".join(str(item) for item in value)
     return str(value)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -93,6 +94,15 @@ def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
     for row in rows:
         table.add_row(*(escape(number(row.get(name))) for name in names))
     return table
+
+
+def results(rows: Sequence[Row], metrics: Sequence[str] = tuple(METRICS)) -> Group:
+    """All of results.json for the terminal: a table of perplexities and, where there are any, one of the tasks.
+
+    Args:
+        rows, metrics: as for `flatten`.
+    """
+    return Group(*(rich_table(part, title) for title, part in sections(rows, metrics).items()))
 
 
 def markdown(rows: Sequence[Row]) -> str:

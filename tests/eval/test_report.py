@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> Path:
         {"layer": layer, "kind": "mixer", "parameters": 1000, "state_bytes": 2000, "kv_bytes_per_token": 10}
         for layer in (0, 2, 4, 6, 8, 10)
     ]
-    (tmp_path / "plan.json").write_text(json.dumps({"layers": plan}), encoding="utf-8")
+    (tmp_path / "plan.json").write_text(json.dumps({"rows": plan}), encoding="utf-8")
     lines = [
         {
             "stage": "transfer",
@@ -55,6 +55,7 @@ def run(tmp_path: Path) -> Path:
         "model": "smollm2-135m",
         "recipe": "lolcats",
         "device": "cpu",
+        "resumed": [{"started": "2026-11-24T07:00:00", "command": "linearize run x y --resume"}],
         "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
     }
     (tmp_path / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
@@ -76,6 +77,7 @@ def test_a_finished_run(run):
         "| teacher | 65.9 |",
         "| transfer | 20 | 20k | 1.00 | 0.0500 | 500 | 40s |",
         "| torch | 2.13.0 |",
+        "| resumed | 1 times, last 2026-11-24T07:00:00 |",
         "lr: 0.01",
     ):
         assert line in report

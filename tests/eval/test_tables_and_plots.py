@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
@@ -89,10 +90,23 @@ def test_markdown():
 
 
 def test_rich_table():
-    console = Console(width=90, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=90, record=True, file=io.StringIO())
     console.print(tables.rich_table(tables.flatten(ROWS), title="Results"))
     text = console.export_text()
     assert "Results" in text and "after transfer" in text and "65.7" in text and "1,23" in text
+
+
+def test_results_fit_a_terminal_of_80_columns():
+    tasks = {
+        name: {"acc": 0.657, "acc_norm": 0.65} for name in ("piqa", "arc_easy", "arc_challenge", "winogrande")
+    }
+    rows = [
+        {"name": "swapped, untrained", "perplexity": {"wikitext2": 1975.3, "books": 971.2}, "tasks": tasks}
+    ]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(tables.results(rows, metrics=["acc"]))
+    text = console.export_text()
+    assert text.count("65.7") == 4 and "1,975" in text and "…" not in text
 
 
 def metrics(lines: int = 60, layers: int = 6) -> list[dict]:
