@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,17 +172,28 @@ class _Job:
         original, _ = models.load_teacher(self.source, dtype=torch.float32, device=str(self.device))
         return original.requires_grad_(False).eval()
 
-    def _export(self, model: nn.Module, tokenizer: Any, results: Results) -> Path:
-        lora = [stage.lora for stage in self.recipe.stages.values() if stage.lora is not None]
-        if lora and all(adapters.merge for adapters in lora) and hasattr(model, "merge_and_unload"):
-            model = model.merge_and_unload()
-        return export.save(
+    def _export(self, model: Any, tokenizer: Any, results: Results) -> Path:
+        """The checkpoint folder: adapters merged, or beside it in `adapter` when a stage says `merge: false`."""
+        apart = None
+        if hasattr(model, "merge_and_unload"):
+            lora = [stage.lora for stage in self.recipe.stages.values() if stage.lora is not None]
+            if all(adapters.merge for adapters in lora):
+                model = model.merge_and_unload()
+            else:
+                apart = self.folder.path / ".adapter"
+                _save_adapter(model, apart, self.folder.checkpoint)
+                model = model.unload()
+        path = export.save(
             model,
             self.folder.checkpoint,
             tokenizer=tokenizer,
             recipe=dataclasses.asdict(self.recipe),
             metrics={"rows": results.rows},
+            base=self.source,
         )
+        if apart is not None:
+            apart.rename(path / "adapter")
+        return path
 
     def _facts(self) -> dict[str, Any]:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
@@ -192,6 +204,17 @@ class _Job:
             "precision": "bf16 autocast, float32 masters" if self.autocast else "float32",
             "seed": self.recipe.run.seed,
         }
+
+
+def _save_adapter(model: Any, path: Path, base: Path) -> None:
+    """Write a PeftModel's adapter; `PeftModel.from_pretrained(linearize.load(base), base / "adapter")` loads it."""
+    shutil.rmtree(path, ignore_errors=True)
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(
+            base
+        )  # not the teacher, over which the adapter would mean nothing
+    # "auto" would ask the hub whether the vocabulary has grown.
+    model.save_pretrained(path, save_embedding_layers=False)
 
 
 def resolve_device(run_config: RunConfig) -> torch.device:

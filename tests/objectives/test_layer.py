@@ -25,7 +25,9 @@ def expected(call: QuadraticCall, name: str) -> Tensor:
     if name == "attention_output_relative":
         return (student - teacher)[valid].square().sum() / teacher[valid].square().sum()
     assert name == "attention_weights"
-    per_query = -(call.teacher_weights * call.student_weights().clamp_min(1e-12).log()).sum(dim=-1)  # [B, H, T]
+    per_query = -(call.teacher_weights * call.student_weights().clamp_min(1e-12).log()).sum(
+        dim=-1
+    )  # [B, H, T]
     return per_query.transpose(1, 2)[valid].mean()
 
 
@@ -44,7 +46,9 @@ def test_value_and_gradient(call: QuadraticCall, name: str, monkeypatch: pytest.
 
 def test_several_objectives_share_one_student(call: QuadraticCall) -> None:
     weights = {"attention_output": 3.0, "attention_output_projected": 0.5, "attention_weights": 0.1}
-    (gradient,) = torch.autograd.grad(sum(w * expected(call, name) for name, w in weights.items()), call.matrix)
+    (gradient,) = torch.autograd.grad(
+        sum(w * expected(call, name) for name, w in weights.items()), call.matrix
+    )
     call.students = 0
     objectives.layer_backward(call, weights)
     assert call.students == 1

@@ -81,6 +81,8 @@ def test_no_labels_gives_zero_and_not_nan() -> None:
 def test_gradient_has_the_dtype_of_the_logits() -> None:
     logits, teacher, labels = inputs()
     low = logits.detach().bfloat16().requires_grad_()
-    value = objectives.token_backward(low, objectives.next_targets(labels), {"logits_kl": 1.0}, teacher=teacher.bfloat16())
+    value = objectives.token_backward(
+        low, objectives.next_targets(labels), {"logits_kl": 1.0}, teacher=teacher.bfloat16()
+    )
     assert value.dtype == torch.float32
     assert low.grad.dtype == torch.bfloat16

@@ -1,0 +1,177 @@
+"""A run cut off and resumed gives what an uninterrupted run gives, bit for bit, in both kinds of stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from linearize import distill
+from linearize.config.schema import Recipe
+from linearize.distill import checkpoint
+from linearize.distill.callbacks import StageCallback
+
+
+class Crash(Exception):
+    """Stands for a power cut: nothing of ours catches it."""
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, stage: str, step: int, action: Callable[[], None]) -> None:
+    """Do something at the end of one step of one stage, before the stage's own callback runs."""
+    original = StageCallback.on_step_end
+
+    def on_step_end(self: StageCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stage_name == stage and state.global_step == step:
+            action()
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(StageCallback, "on_step_end", on_step_end)
+
+
+def crash() -> None:
+    raise Crash
+
+
+def press_ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def losses(out: Path) -> list[tuple[Any, ...]]:
+    """Every line of metrics.jsonl but for its speed; floats survive JSON bit for bit."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (x["stage"], x["step"], x["tokens"], x["loss"], x["lr"], x["grad_norm"], x.get("layers"))
+        for x in lines
+    ]
+
+
+def finals(out: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {path.parent.name: load_file(path) for path in sorted(out.glob("stage-*/final.safetensors"))}
+
+
+@pytest.fixture
+def small(make_recipe: Callable[..., Recipe]) -> Recipe:
+    """Accumulation, lines that average two steps, and checkpoints that fall between lines."""
+    recipe = make_recipe(grad_accum=2, tokens=8 * 2 * 2 * 64, log_every=2, save_every=3)
+    recipe.eval.ablations = False
+    return recipe
+
+
+@pytest.fixture
+def reference(teacher_folder: Path, small: Recipe, tmp_path: Path) -> Path:
+    out = tmp_path / "reference"
+    distill.run(str(teacher_folder), small, out)
+    return out
+
+
+def assert_equal(out: Path, reference: Path) -> None:
+    assert losses(out) == losses(reference)
+    expected, found = finals(reference), finals(out)
+    assert list(found) == list(expected) == ["stage-1-transfer", "stage-2-recover"]
+    for stage, tensors in expected.items():
+        assert tensors.keys() == found[stage].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, found[stage][name]), (stage, name)
+    rows = [json.loads((folder / "results.json").read_text())["rows"] for folder in (out, reference)]
+    assert rows[0] == rows[1]
+
+
+def test_crash_in_each_stage(
+    teacher_folder: Path, small: Recipe, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is of step 3; steps 4 and 5 are lost and trained again."""
+    out = tmp_path / "run"
+    for stage in ("transfer", "recover"):
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            at_step(patch, stage, 5, crash)
+            distill.run(str(teacher_folder), small, out, resume=True)
+        assert checkpoint.latest(next(out.glob(f"stage-*-{stage}"))).name == "checkpoint-3"
+        torch.manual_seed(123)  # a new process would not share the random state either
+    measured = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["name"] for row in measured] == ["teacher", "swapped, untrained", "after transfer"]
+    summary = distill.run(str(teacher_folder), small, out, resume=True)
+    assert [row["name"] for row in summary.rows][-1] == "after recover"
+    assert_equal(out, reference)
+
+
+def test_ctrl_c_in_each_stage(
+    teacher_folder: Path, small: Recipe, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step in hand is finished and saved, off the rhythm of save_every and log_every."""
+    out = tmp_path / "run"
+    for stage in ("transfer", "recover"):
+        with monkeypatch.context() as patch, pytest.raises(distill.RunStopped) as stopped:
+            at_step(patch, stage, 5, press_ctrl_c)
+            distill.run(str(teacher_folder), small, out, resume=True)
+        assert f"stage '{stage}' after step 5 of 8" in str(stopped.value)
+        assert f"linearize run {teacher_folder} {out}/recipe.yaml --out {out} --resume" in str(stopped.value)
+        assert checkpoint.latest(next(out.glob(f"stage-*-{stage}"))).name == "checkpoint-5"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    distill.run(str(teacher_folder), small, out, resume=True)
+    assert_equal(out, reference)
+
+
+def test_ctrl_c_at_the_last_step_of_a_stage(
+    teacher_folder: Path, small: Recipe, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(distill.RunStopped, match="after stage 'transfer'"):
+        at_step(patch, "transfer", 8, press_ctrl_c)
+        distill.run(str(teacher_folder), small, out)
+    assert (out / "stage-1-transfer" / "done.json").is_file()
+    distill.run(str(teacher_folder), small, out, resume=True)
+    assert_equal(out, reference)
+
+
+def test_partial_checkpoints_are_passed_over(
+    teacher_folder: Path, small: Recipe, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a folder without its marker nor one with a truncated file is resumed from."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        at_step(patch, "transfer", 7, crash)
+        distill.run(str(teacher_folder), small, out)
+    stage = out / "stage-1-transfer"
+    assert [path.name for path in checkpoint.checkpoints(stage)] == ["checkpoint-3", "checkpoint-6"]
+    damaged = stage / "checkpoint-6" / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    (stage / "checkpoint-7").mkdir()
+    assert checkpoint.latest(stage).name == "checkpoint-3"
+    distill.run(str(teacher_folder), small, out, resume=True)
+    assert_equal(out, reference)
+
+
+def test_several_passes_over_a_short_text(
+    teacher_folder: Path, small: Recipe, tmp_path: Path, monkeypatch
+) -> None:
+    """More budget than text: passes are reshuffled, and a resume in a later pass is exact."""
+    text = Path(small.data.source)
+    text.write_text(
+        text.read_text()[: 64 * 10], encoding="utf-8"
+    )  # 10 of the 32 sequences that the stage wants
+    small.data.validation = str(text)
+    distill.run(str(teacher_folder), small, tmp_path / "whole")
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        at_step(patch, "transfer", 7, crash)
+        distill.run(str(teacher_folder), small, out)
+    distill.run(str(teacher_folder), small, out, resume=True)
+    assert_equal(out, tmp_path / "whole")
+
+
+def test_nothing_is_pickled(teacher_folder: Path, small: Recipe, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        at_step(patch, "recover", 5, crash)
+        distill.run(str(teacher_folder), small, out)
+    kinds = {path.suffix for path in out.rglob("*") if path.is_file()}
+    assert kinds <= {".safetensors", ".json", ".jsonl", ".yaml"}
+    names = load_file(out / "stage-2-recover" / "checkpoint-3" / "trained.safetensors").keys()
+    assert names and all(".lora_" in name for name in names)
