@@ -67,9 +67,11 @@ class Template:
         if missing:
             hint = " (or 'prompt' and 'response')" if self.name == "chat" else ""
             setting = "" if self.name == "alpaca" else "; set data.text_field"
+            near = closest(missing[0], have)
+            columns = f" (columns: {', '.join(have)})" if near.startswith("did") else ""
             raise DataError(
                 f"{where} has no column '{missing[0]}'{hint}, which template '{self.name}' reads: "
-                f"{closest(missing[0], have)} (columns: {', '.join(have)}){setting}"
+                f"{near}{columns}{setting}"
             )
         return needed + [column for column in optional if column in have]
 

@@ -172,6 +172,8 @@ def _local_files(name: str) -> list[Path] | None:
         raise DataError(
             f"data source '{name}' does not exist: there is no such file or folder{_nearby(path)}"
         )
+    if "/" in name and "did you mean" in _nearby(path):  # a misspelt file, though it could be a hub name
+        raise DataError(f"data source '{name}' does not exist: there is no such file or folder{_nearby(path)}")
     if difflib.get_close_matches(name, [builtin.NAME], cutoff=0.6):
         raise DataError(f"unknown data source '{name}': did you mean '{builtin.NAME}'?")
     return None

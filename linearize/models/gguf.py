@@ -8,6 +8,7 @@ byte-pair merges.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from pathlib import Path
@@ -38,6 +39,7 @@ def convert(file: Path, out: Path) -> None:
         OSError: `out` cannot be written.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
     metadata = read_metadata(file)
@@ -66,7 +68,11 @@ def convert(file: Path, out: Path) -> None:
     model.config._name_or_path = ""  # else the saved files name a folder of this machine
     if hasattr(model.config, "_model_name_or_path"):  # the GGUF's title, misfiled by the conversion
         del model.config._model_name_or_path
-    model.save_pretrained(out)
+    try:
+        model.save_pretrained(out)
+    except SafetensorError as error:  # it wraps what the system says
+        full = "No space left" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
     tokenizer.save_pretrained(out)
     note = {key: value for key, value in metadata.items() if key.startswith("general.")}
     (out / "gguf.json").write_text(json.dumps({"file": file.name, **note}, indent=2) + "\n", encoding="utf-8")

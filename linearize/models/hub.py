@@ -94,6 +94,7 @@ def _snapshot(name: str, patterns: list[str]) -> Path:
         RevisionNotFoundError,
     )
 
+    cause: Exception
     log.info("fetching '%s' from the Hugging Face hub", name)
     try:
         return Path(snapshot_download(**_split(name), allow_patterns=patterns, ignore_patterns=IGNORED))

@@ -58,29 +58,24 @@ def load_teacher(
     extra: dict[str, Any] = (
         {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     )
+    # Sizes are judged below: the exception that transformers raises names no tensor.
+    options: dict[str, Any] = {
+        "use_safetensors": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
     try:
-        teacher, report = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, **extra
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=kind, **options, **extra
         )
     except ValueError as error:
         if "for this kind of AutoModel" not in str(error):
             raise
         raise UnsupportedModelError(
-            f"{folder}: a '{config.model_type}' model has no causal language model in transformers; give a "
-            "decoder"
+            f"{folder}: a '{config.model_type}' model has no causal language model in transformers; give a decoder"
         ) from error
-    except RuntimeError as error:
-        if "size mismatch" not in str(error) and "shape" not in str(error):
-            raise
-        raise CheckpointError(
-            f"{folder}: the weights do not fit config.json ({str(error).strip()}); fetch the checkpoint again"
-        ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:  # transformers would fill them with random numbers and only warn
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the model's tensors ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}); fetch the checkpoint again"
-        )
+    teacher, report = loaded
+    _check_report(folder, report)
     tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
     if tokenizer is not None and teacher.generation_config.pad_token_id is None:
         teacher.generation_config.pad_token_id = tokenizer.pad_token_id  # else generate() warns at each call
@@ -114,6 +109,24 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
+
+
+def _check_report(folder: Path, report: dict[str, Any]) -> None:
+    """Refuse what transformers would fill with random numbers and only warn of."""
+    unfit = sorted(report["mismatched_keys"])
+    if unfit:
+        name, found, wanted = unfit[0]
+        raise CheckpointError(
+            f"{folder}: {len(unfit)} tensors do not fit config.json ({name} is {list(found)}, and {list(wanted)} is "
+            "asked for); fetch the checkpoint again"
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = ", ..." if len(missing) > 3 else ""
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the model's tensors ({', '.join(missing[:3])}{more}); fetch the "
+            "checkpoint again"
+        )
 
 
 def _config(folder: Path) -> PreTrainedConfig:

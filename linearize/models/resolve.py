@@ -68,6 +68,8 @@ def _local(model: str) -> Path | None:
         return _from_gguf(path)
     if not HUB_ID.fullmatch(model) or model.startswith(".") or path.suffix == ".gguf":
         raise ModelNotFoundError(f"no model '{model}': there is no such file or folder{_nearby(path)}")
+    if "/" in model and "did you mean" in _nearby(path):  # a misspelt folder, though it could be a hub id
+        raise ModelNotFoundError(f"no model '{model}': there is no such file or folder{_nearby(path)}")
     if "/" not in model and difflib.get_close_matches(model.lower(), ALIASES, n=1, cutoff=0.6):
         raise ModelNotFoundError(f"no model '{model}': {closest(model.lower(), ALIASES)}")
     return None

