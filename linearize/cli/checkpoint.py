@@ -28,7 +28,8 @@ def load(path: str, device: str = "auto") -> tuple[Any, Any]:
     if _is_linearized(folder):
         from linearize import export
 
-        model = export.load(folder).to(target).eval()
+        model: Any = export.load(folder)
+        model = model.to(target).eval()
     else:
         model, _ = models.load_teacher(str(folder), device=target)
     return model, models.load_tokenizer(folder)

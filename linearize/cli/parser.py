@@ -95,7 +95,7 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"linearize {__version__}")
-    parser.set_defaults(parser=parser, command=lambda options: parser.print_help() or 0)
+    parser.set_defaults(parser=parser, command=_show_help)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
 
     run = _add(commands, "run", "convert a model by a recipe: train, evaluate, export", "linearize.cli.run")
@@ -127,6 +127,11 @@ def build_parser() -> Parser:
     show.usage = "%(prog)s NAME [key=value ...]"
     _override_argument(show)
     return parser
+
+
+def _show_help(options: argparse.Namespace) -> int:
+    options.parser.print_help()
+    return 0
 
 
 def _add(commands: Any, name: str, summary: str, module: str, function: str = "main") -> Parser:

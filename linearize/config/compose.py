@@ -122,7 +122,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise RecipeError(problems, where)
     if defaults and "_self_" not in defaults:
         raw["defaults"] = [*defaults, "_self_"]  # hydra's own choice too, but with a warning
-    return raw
+    return {str(key): value for key, value in raw.items()}
 
 
 def _compose_with_hydra(name: str, overrides: list[str], path: Path | None = None) -> DictConfig:
