@@ -62,7 +62,7 @@ def load_texts(
         DataError: at once for what is missing, unreadable or without the column; while reading for bad rows;
             at the end where there was no text at all.
     """
-    names = [source] if isinstance(source, (str, Path)) else list(source)
+    names = list(source) if isinstance(source, Sequence) and not isinstance(source, str) else [source]
     if not names or not all(isinstance(name, (str, Path)) and str(name) for name in names):
         raise DataError(
             f"data source {source!r} must be a name or a list of names: builtin, a file, folder, glob or "
@@ -173,7 +173,9 @@ def _local_files(name: str) -> list[Path] | None:
             f"data source '{name}' does not exist: there is no such file or folder{_nearby(path)}"
         )
     if "/" in name and "did you mean" in _nearby(path):  # a misspelt file, though it could be a hub name
-        raise DataError(f"data source '{name}' does not exist: there is no such file or folder{_nearby(path)}")
+        raise DataError(
+            f"data source '{name}' does not exist: there is no such file or folder{_nearby(path)}"
+        )
     if difflib.get_close_matches(name, [builtin.NAME], cutoff=0.6):
         raise DataError(f"unknown data source '{name}': did you mean '{builtin.NAME}'?")
     return None
