@@ -135,9 +135,11 @@ def test_editable(checkout, tmp_path):
     python = folder / "bin" / "python"
     options = ("install", "--no-deps", "--no-build-isolation", "-e", checkout)
     call(sys.executable, "-m", "pip", "--python", python, *options, cwd=tmp_path, env=environment())
-    call(python, "-c", PROBE, checkout / "linearize", cwd=tmp_path, env=environment())
+    # Its own site-packages first: both environments hold a finder module of the same name.
+    own = environment(next(folder.glob("lib/python*/site-packages")))
+    call(python, "-c", PROBE, checkout / "linearize", cwd=tmp_path, env=own)
     (checkout / "kernels" / "newcomer.py").write_text("value = 1\n")
     try:
-        call(python, "-c", "import linearize.kernels.newcomer", cwd=tmp_path, env=environment())
+        call(python, "-c", "import linearize.kernels.newcomer", cwd=tmp_path, env=own)
     finally:
         (checkout / "kernels" / "newcomer.py").unlink()
