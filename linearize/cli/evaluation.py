@@ -28,7 +28,7 @@ def main(options: argparse.Namespace) -> int:
         check_data(options.tasks, options.task_data, options.limit)
     texts = _texts(options.text)
     model, tokenizer = load(options.path, options.device)
-    rows = _measure(Path(options.path).name, model, tokenizer, texts, options)
+    rows = _measure(_name(options.path), model, tokenizer, texts, options)
     if options.teacher:
         teacher, teacher_tokenizer = load(options.teacher, options.device)
         teacher_row = _row("teacher", teacher, teacher_tokenizer, texts, options, tasks=True)
@@ -37,6 +37,12 @@ def main(options: argparse.Namespace) -> int:
     if options.json is not None:
         _write(options.json, rows, options)
     return 0
+
+
+def _name(path: str) -> str:
+    """What the table calls the model: the run, also when its `checkpoint` folder was given."""
+    folder = Path(path)
+    return folder.parent.name if folder.name == "checkpoint" and folder.parent.name else folder.name
 
 
 def _texts(named: list[tuple[str, str]]) -> dict[str, list[str]]:
