@@ -76,6 +76,15 @@ def check_checkpoint(folder: Path) -> None:
             )
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether `check_checkpoint` passes the folder."""
+    try:
+        check_checkpoint(folder)
+    except (CheckpointError, ModelNotFoundError):
+        return False
+    return True
+
+
 def check_shard(file: Path) -> set[str]:
     """The names of the tensors in a safetensors file whose size is the one its header asks for.
 

