@@ -54,6 +54,7 @@ class Meter:
         self._numbers: dict[str, float] = {}
         self._started = self._last_line = time.monotonic()
         self._history: deque[tuple[float, int]] = deque([(self._started, done)])
+        self._line_done: int | None = None
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -80,7 +81,7 @@ class Meter:
             self._refresh()
             self._bar.stop()
             self._bar = None
-        else:
+        elif self._line_done != self.done:
             self._line()
 
     def advance(self, n: int, **numbers: float) -> None:
@@ -128,7 +129,7 @@ class Meter:
         self._bar.update(self._task, completed=self.done, status=self.status())
 
     def _line(self) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._line_done = time.monotonic(), self.done
         share = f" {100 * self.done / self.total:3.0f}%" if self.total else ""
         self.note(f"{self.title}{share}  {self.status()}")
 

@@ -92,8 +92,9 @@ def as_teacher(model: nn.Module) -> Iterator[None]:
         return
     # peft marks the active adapter as trainable when it switches it back on; a stage may have frozen it.
     frozen = [p for name, p in model.named_parameters() if ".lora_" in name and not p.requires_grad]
+    adapted: Any = model
     try:
-        with model.disable_adapter(), surgery.mode(unwrapped(model), "teacher"):
+        with adapted.disable_adapter(), surgery.mode(unwrapped(model), "teacher"):
             yield
     finally:
         for parameter in frozen:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -134,13 +135,18 @@ def environment() -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "packages": versions,
     }
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "linearize" if name == "__main__.py" else name  # python -m linearize
 
 
 def _differences(before: str, after: str) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,18 +108,22 @@ class Measurer:
 
     def ablations(self, model: nn.Module, results: Results) -> None:
         """Rows with a branch off and with untrained mixers; tasks only for the linear branch off."""
-        with_tasks = {ablation.NO_LINEAR: lambda: surgery.branch_off(model, "linear")}
         labels = [ablation.UNTRAINED]
         if any(layer.mixer.has_both_branches for layer in surgery.converted(model)):
             labels = [ablation.NO_LINEAR, ablation.NO_WINDOW, *labels]
         if all(label in results for label in labels):
             return
-        measured = ablation.ablate(model, lambda: self.measure(model, "ablation", tasks=False), teacher=False)
+        numbers = itertools.count(1)
+
+        def measure() -> dict[str, Any]:
+            return self.measure(model, f"ablation {next(numbers)}/{len(labels)}", tasks=False)
+
+        measured = ablation.ablate(model, measure, teacher=False)
         for label, row in measured.items():
-            if label in with_tasks and self.settings.tasks:
-                with with_tasks[label]():
+            if label == ablation.NO_LINEAR and self.settings.tasks:
+                with surgery.branch_off(model, "linear"):
                     row["tasks"] = self.tasks(model)
-            results.add(label, lambda row=row: row)
+            results.add(label, partial(dict, row))
 
     def _cut(self, name: str, texts: list[str]) -> Tensor:
         try:

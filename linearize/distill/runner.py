@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +99,11 @@ class _Job:
 
     def run(self) -> RunSummary:
         started = time.monotonic()
+        if self.autocast is not None and self.device.type == "cuda":
+            # mixers compute in float32 on bfloat16 inputs, which TF32 products take without loss
+            torch.set_float32_matmul_precision("high")
         recipe, folder = self.recipe, self.folder
+        model: Any
         model, tokenizer = models.load_teacher(self.source, dtype=torch.float32, device=str(self.device))
         plan = surgery.plan(model.config, recipe.mixer, recipe.layers)
         measurer = Measurer(recipe, tokenizer, self.autocast)
@@ -164,7 +170,7 @@ class _Job:
                     teacher=self._original if base_changes else None,
                 )
             row = f"after {place.name}"
-            results.add(row, lambda model=model, row=row: measurer.measure(model, row))
+            results.add(row, partial(measurer.measure, model, row))
         return model
 
     def _original(self) -> nn.Module:
@@ -221,8 +227,13 @@ def resolve_device(run_config: RunConfig) -> torch.device:
     """The device that `run.device` means here.
 
     Raises:
-        LinearizeError: cuda was asked for and is not there.
+        LinearizeError: cuda was asked for and is not there, or several processes were started.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LinearizeError(
+            f"{os.environ['WORLD_SIZE']} processes were started (torchrun?), but a run uses one process and one "
+            "device: start it without a launcher"
+        )
     if run_config.device == "cuda" and not torch.cuda.is_available():
         raise LinearizeError(
             "run.device: cuda was asked for, but torch sees no CUDA device: use run.device=cpu"

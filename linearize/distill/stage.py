@@ -105,6 +105,7 @@ class StageTrainer(Trainer):
         device: torch.device,
         autocast: torch.dtype | None,
     ) -> None:
+        self.trained_model = model
         self.stage_name = name
         self.stage = stage
         self.seed = seed
@@ -117,13 +118,15 @@ class StageTrainer(Trainer):
         self._window_steps = 0
         self._step_lr = stage.lr
         self._step_norm: Tensor | float = 0.0
-        optimizer = build_optimizer(self.parameters, stage, fused=device.type == "cuda")
+        self.stage_folder = folder
+        self.adamw = build_optimizer(self.parameters, stage, fused=device.type == "cuda")
+        self.schedule = build_scheduler(self.adamw, stage, self.budget.steps)
         super().__init__(
             model=model,
             args=_arguments(stage, run, folder, self.budget, seed, device),
             data_collator=_stack,
             train_dataset=Cycled(dataset, self.budget.sequences, seed),
-            optimizers=(optimizer, build_scheduler(optimizer, stage, self.budget.steps)),
+            optimizers=(self.adamw, self.schedule),
         )
         self.remove_callback(PrinterCallback)
 
@@ -180,7 +183,7 @@ class StageTrainer(Trainer):
         self._window_steps += 1
         self._step_values = None
         self._step_norm = norm
-        self._step_lr = self.optimizer.param_groups[0]["lr"]
+        self._step_lr = self.adamw.param_groups[0]["lr"]
         return norm
 
     def take_window(self) -> dict[str, Any]:
@@ -217,7 +220,7 @@ class StageTrainer(Trainer):
             what = f"the gradient of {bad[0]} is not finite" if bad else "the gradient's norm overflows"
         else:
             what = self.where_not_finite(values)
-        last = checkpoint.latest(Path(self.args.output_dir))
+        last = checkpoint.latest(self.stage_folder)
         raise NonFiniteLossError(
             f"stage '{self.stage_name}', step {self.state.global_step + 1}: {what}. The step was not applied. "
             f"Last good checkpoint: {last or 'none of this stage yet'}. "
@@ -227,23 +230,24 @@ class StageTrainer(Trainer):
     # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        folder = Path(self.args.output_dir)
-        checkpoint.write_folder(folder / f"checkpoint-{self.state.global_step}", self._write_state)
-        checkpoint.prune(folder, KEPT_CHECKPOINTS)
+        folder = self.stage_folder / f"checkpoint-{self.state.global_step}"
+        checkpoint.write_folder(folder, self._write_state)
+        checkpoint.prune(self.stage_folder, KEPT_CHECKPOINTS)
 
     def _write_state(self, folder: Path) -> None:
         checkpoint.write_tensors(folder / "trained.safetensors", self.parameters)
-        raw = self._raw_optimizer()
-        checkpoint.write_tensors(folder / "optimizer.safetensors", state.optimizer_tensors(raw, self._names))
+        checkpoint.write_tensors(
+            folder / "optimizer.safetensors", state.optimizer_tensors(self.adamw, self._names)
+        )
         checkpoint.write_tensors(folder / "rng.safetensors", state.rng_tensors())
         window = {} if self._window_values is None else {"values": self._window_values}
         checkpoint.write_tensors(folder / "window.safetensors", window)
         self.state.save_to_json(str(folder / "trainer_state.json"))
-        scheduler = self.lr_scheduler.state_dict()
+        scheduler = self.schedule.state_dict()
         checkpoint.write_json(
             folder / "state.json",
             {
-                "lr": [group["lr"] for group in raw.param_groups],
+                "lr": [group["lr"] for group in self.adamw.param_groups],
                 "scheduler": {
                     key: scheduler[key] for key in ("last_epoch", "_step_count", "_last_lr", "base_lrs")
                 },
@@ -254,20 +258,19 @@ class StageTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / "trained.safetensors"
-        load_trained(self.model, checkpoint.read_tensors(path), path)
+        load_trained(self.trained_model, checkpoint.read_tensors(path), path)
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is None:
             return
         folder = Path(checkpoint_folder)
         saved = checkpoint.read_json(folder / "state.json")
-        raw = self._raw_optimizer()
         state.load_optimizer_tensors(
-            raw, checkpoint.read_tensors(folder / "optimizer.safetensors"), self._names
+            self.adamw, checkpoint.read_tensors(folder / "optimizer.safetensors"), self._names
         )
-        for group, lr in zip(raw.param_groups, saved["lr"], strict=True):
+        for group, lr in zip(self.adamw.param_groups, saved["lr"], strict=True):
             group["lr"] = lr
-        self.lr_scheduler.load_state_dict({**self.lr_scheduler.state_dict(), **saved["scheduler"]})
+        self.schedule.load_state_dict({**self.schedule.state_dict(), **saved["scheduler"]})
         window = checkpoint.read_tensors(folder / "window.safetensors").get("values")
         self._window_values = None if window is None else window.to(self.args.device)
         self._window_steps = saved["window_steps"]
@@ -278,17 +281,14 @@ class StageTrainer(Trainer):
             numbers = checkpoint.read_json(folder / "state.json")["rng"]
             state.restore_rng(checkpoint.read_tensors(folder / "rng.safetensors"), numbers)
 
-    def _raw_optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer inside accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
-
     # Trainer's defaults that do not fit
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        assert isinstance(self.train_dataset, Cycled)
         return SequentialSampler(self.train_dataset)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
-        return 0.0  # the original counts all parameters on every micro-batch
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # the original counts all parameters on every micro-batch
 
 
 def build_optimizer(

@@ -21,9 +21,9 @@ def optimizer_tensors(
         names: parameter -> its name in the checkpoint.
     """
     return {
-        f"{names[parameter]}/{slot}": value
-        for parameter, slots in optimizer.state.items()
-        for slot, value in slots.items()
+        f"{name}/{slot}": value
+        for parameter, name in names.items()
+        for slot, value in optimizer.state[parameter].items()
     }
 
 

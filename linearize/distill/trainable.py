@@ -94,7 +94,7 @@ def with_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:
     from peft import PeftModel, get_peft_model
 
     if isinstance(model, PeftModel):
-        active = model.peft_config[model.active_adapter]
+        active: Any = model.peft_config[model.active_adapter]
         if (active.r, active.lora_alpha, active.lora_dropout) != (lora.rank, lora.alpha, lora.dropout):
             raise RecipeError(
                 [
@@ -110,7 +110,7 @@ def with_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:
     modules = dict(model.named_modules())
     config = PeftConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft multiplies by alpha / r
         lora_dropout=lora.dropout,
         target_modules=targets,
         exclude_modules=MIXER_MODULES,
@@ -126,4 +126,5 @@ def with_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:
 
 def unwrapped(model: nn.Module) -> Any:
     """The causal language model itself, out of a PeftModel."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    peft: Any = model
+    return peft.get_base_model() if hasattr(model, "get_base_model") else model

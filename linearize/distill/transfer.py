@@ -24,7 +24,8 @@ class TransferTrainer(StageTrainer):
     """A stage whose objectives are of the level "layer"."""
 
     def __init__(self, model: nn.Module, **settings: Any) -> None:
-        self.layers = [module.layer_idx for module in surgery.converted(model)]
+        converted: list[Any] = surgery.converted(model)
+        self.layers: list[int] = [module.layer_idx for module in converted]
         super().__init__(model, **settings)
 
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
@@ -79,4 +80,4 @@ def transfer_step(
             position_ids=batch.get("position_ids"),
             use_cache=False,
         )
-    return torch.stack([losses[module.layer_idx] for module in converted])
+    return torch.stack([losses[index] for index in sorted(losses)])
