@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+GROUP = 32
+"""Chunks whose states are summed by one matrix product."""
+
 
 def linear_chunk(
     phi_q: Tensor, phi_k: Tensor, v: Tensor, docs: Tensor, state: tuple[Tensor, Tensor], *, chunk: int = 64
@@ -43,18 +46,40 @@ def linear_chunk(
 
     # what a chunk adds for later chunks: only keys of the document that is still open at its end
     open_doc = docs[:, :, -1]
+    before = torch.cat([torch.zeros_like(open_doc[:, :1]), open_doc], dim=1)
     phi_k = phi_k * (docs == open_doc[:, :, None])[..., None, None].to(phi_k.dtype)
-    added, added_norm = torch.einsum("bcsmf,bcsmv->bcmfv", phi_k, v), phi_k.sum(2)
-    before = torch.cat([torch.zeros_like(open_doc[:, :1]), open_doc[:, :-1]], dim=1)
-    keep = (before == open_doc).to(added.dtype)
-    entering, entering_norm = [state[0]], [state[1]]
-    for block in range(blocks):
-        kept = keep[:, block, None, None]
-        entering.append(entering[-1] * kept[..., None] + added[:, block])
-        entering_norm.append(entering_norm[-1] * kept + added_norm[:, block])
-    sees_entering = (docs == before[:, :, None])[..., None, None].to(added.dtype)
-    reader = phi_q * sees_entering[..., None]
-    numerator = numerator + torch.einsum("bctmgf,bcmfv->bctmgv", reader, torch.stack(entering[:-1], 1))
-    denominator = denominator + torch.einsum("bctmgf,bcmf->bctmg", reader, torch.stack(entering_norm[:-1], 1))
+    added = torch.einsum("bcsmf,bcsmv->bcmfv", phi_k, v)
+    entering, last = _carry(added, open_doc, before, state[0])
+    entering_norm, last_norm = _carry(phi_k.sum(2), open_doc, before, state[1])
+    reader = phi_q * (docs == before[:, :-1, None])[..., None, None, None].to(phi_q.dtype)
+    numerator = numerator + torch.einsum("bctmgf,bcmfv->bctmgv", reader, entering)
+    denominator = denominator + torch.einsum("bctmgf,bcmf->bctmg", reader, entering_norm)
     shaped = numerator.reshape(batch, blocks * chunk, heads, -1)[:, :tokens]
-    return shaped, denominator.reshape(batch, blocks * chunk, heads)[:, :tokens], (entering[-1], entering_norm[-1])
+    return shaped, denominator.reshape(batch, blocks * chunk, heads)[:, :tokens], (last, last_norm)
+
+
+def _carry(added: Tensor, open_doc: Tensor, before: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums that enter each chunk, and those that leave the last one.
+
+    Document numbers never decrease, so a chunk's contribution is alive as long as the document that was open at its
+    end still is: a 0/1 matrix says which, and one product per group of chunks sums them.
+
+    Args:
+        added: [B, C, ...] what each chunk adds.
+        open_doc: [B, C] document at the end of each chunk.
+        before: [B, C + 1] document at the start of each chunk, and at the end of all.
+        state: [B, ...] of document 0.
+    """
+    entering = []
+    for first in range(0, added.shape[1], GROUP):
+        piece = added[:, first : first + GROUP]
+        size = piece.shape[1]
+        starts = before[:, first : first + size + 1]
+        earlier = torch.ones(size + 1, size, dtype=torch.bool, device=added.device).tril(-1)
+        alive = earlier & (starts[:, :, None] == open_doc[:, None, first : first + size])
+        kept = (starts == starts[:, :1]).to(added.dtype)
+        sums = torch.einsum("bce,be...->bc...", alive.to(added.dtype), piece)
+        sums = sums + kept[(...,) + (None,) * (state.dim() - 1)] * state[:, None]
+        entering.append(sums[:, :-1])
+        state = sums[:, -1]
+    return entering[0] if len(entering) == 1 else torch.cat(entering, 1), state
