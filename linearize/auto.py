@@ -25,9 +25,10 @@ class OnDemand(dict[str, Any]):
         self._bases = bases
 
     def __contains__(self, key: object) -> bool:
-        return super().__contains__(key) or (
-            isinstance(key, str) and key.startswith(TYPE_PREFIX) and key.removeprefix(TYPE_PREFIX) in self._bases
-        )
+        if super().__contains__(key):
+            return True
+        ours = isinstance(key, str) and key.startswith(TYPE_PREFIX)
+        return ours and str(key).removeprefix(TYPE_PREFIX) in self._bases
 
     def __getitem__(self, key: str) -> Any:
         if not super().__contains__(key) and key in self:

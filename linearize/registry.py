@@ -48,7 +48,8 @@ class Registry(Generic[T]):
 
         def add(cls: type[T]) -> type[T]:
             known = self._entries.get(name)
-            assert known is None or known.__qualname__ == cls.__qualname__, f"{self.kind} '{name}' registered twice"
+            same = known is None or known.__qualname__ == cls.__qualname__
+            assert same, f"{self.kind} '{name}' registered twice"
             self._entries[name] = cls
             cls.name = name  # type: ignore[attr-defined]
             return cls

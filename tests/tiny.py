@@ -32,9 +32,18 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "smollm3": ("SmolLM3Config", COMMON),
     "gemma2": (
         "Gemma2Config",
-        {**COMMON, "head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
+        {
+            **COMMON,
+            "head_dim": 16,
+            "sliding_window": 9,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 2.0,
+        },
     ),
-    "gemma3": ("Gemma3TextConfig", {**COMMON, "head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 16}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {**COMMON, "head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 16},
+    ),
     "phi3": ("Phi3Config", COMMON),
     "gpt2": (
         "GPT2Config",

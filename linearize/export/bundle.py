@@ -48,8 +48,10 @@ def bundle(model: PreTrainedModel) -> str:
     taken: dict[str, str] = {}
     for source in order:
         for name in source.names:
-            assert taken.setdefault(name, source.name) == source.name, f"{name} is defined in {taken[name]} and {source.name}"
-    imports = sorted({line for source in order for line in source.external}, key=lambda line: (line.startswith("from"), line))
+            first = taken.setdefault(name, source.name)
+            assert first == source.name, f"{name} is defined in {first} and {source.name}"
+    found = {line for source in order for line in source.external}
+    imports = sorted(found, key=lambda line: (line.startswith("from"), line))
     parts = [
         f'"""Linearized attention for transformers, written by linearize {__version__}; loads without that package."""',
         "from __future__ import annotations",
@@ -77,7 +79,8 @@ def base_classes(model: PreTrainedModel) -> tuple[type, type, type]:
         UnsupportedModelError: they are not part of transformers.
     """
     causal_lm, base = (
-        next(cls for cls in type(part).__mro__ if not issubclass(cls, LinearizedModel)) for part in (model, model.base_model)
+        next(cls for cls in type(part).__mro__ if not issubclass(cls, LinearizedModel))
+        for part in (model, model.base_model)
     )
     config = type(model.config).__mro__[2]
     for cls in (causal_lm, base, config):
@@ -91,7 +94,8 @@ def base_classes(model: PreTrainedModel) -> tuple[type, type, type]:
 def _classes(model: PreTrainedModel) -> str:
     causal_lm, base, config = base_classes(model)
     lines = ["# --- the classes that config.json names", ""]
-    lines += [f"from {cls.__module__} import {cls.__name__}  # noqa: E402" for cls in (config, base, causal_lm)]
+    classes = (config, base, causal_lm)
+    lines += [f"from {cls.__module__} import {cls.__name__}  # noqa: E402" for cls in classes]
     prefix, conf = "Linearized", f"Linearized{config.__name__}"
     lines += [
         "from transformers.conversion_mapping import (  # noqa: E402",
@@ -138,7 +142,8 @@ def _read(name: str) -> _Source:
     for node in ast.walk(tree):
         top = node in tree.body
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE:
-            assert all(alias.asname is None for alias in node.names), f"{name}: aliased import of {node.module}"
+            aliased = [alias.name for alias in node.names if alias.asname is not None]
+            assert not aliased, f"{name}: imports {aliased[0]} under another name"
             (source.first if top else source.later).append(node.module)
             drop(node)
         elif top and isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -156,7 +161,7 @@ def _read(name: str) -> _Source:
                 drop(node)
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and node is tree.body[0]:
             drop(node)
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "discover":
+        elif isinstance(node, ast.Expr) and ast.unparse(node).startswith("discover("):
             locations = spec.submodule_search_locations or []
             source.later += [f"{name}.{module.name}" for module in pkgutil.iter_modules(list(locations))]
             drop(node)

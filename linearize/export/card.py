@@ -29,12 +29,13 @@ def model_card(model: PreTrainedModel, *, base: str, recipe: dict[str, Any], met
         "",
         f"# {base or type(model).__name__}, linearized",
         "",
-        f"{len(layers)} attention layers were converted with [linearize](https://pypi.org/project/linearize/), {kept} stay "
-        "softmax. Converted layers decode from a state of fixed size, whatever the context's length.",
+        f"{len(layers)} attention layers were converted with [linearize](https://pypi.org/project/linearize/), "
+        f"{kept} stay softmax. Converted layers decode from a state of fixed size, whatever the context's length.",
         "",
     ]
     if recipe.get("description"):
-        lines += [f"Recipe: {recipe['description']}" + (f" ({recipe['paper']})" if recipe.get("paper") else ""), ""]
+        paper = f" ({recipe['paper']})" if recipe.get("paper") else ""
+        lines += [f"Recipe: {recipe['description']}{paper}", ""]
     lines += [
         "## Load",
         "",
@@ -55,19 +56,23 @@ def model_card(model: PreTrainedModel, *, base: str, recipe: dict[str, Any], met
             lines.append(f"| {part} | {options['name']}{f' ({rest})' if rest else ''} |")
         lines.append("")
     if recipe.get("stages"):
-        lines += ["## Training", "", "| stage | objective | tokens | learning rate | trained |", "|---|---|---|---|---|"]
+        lines += ["## Training", ""]
+        lines += ["| stage | objective | tokens | learning rate | trained |", "|---|---|---|---|---|"]
         for name, stage in recipe["stages"].items():
             objective = ", ".join(f"{weight} x {key}" for key, weight in stage.get("objective", {}).items())
             trained = ", ".join(stage.get("train", []))
-            lines.append(f"| {name} | {objective} | {stage.get('tokens', 0):,} | {stage.get('lr', '')} | {trained} |")
+            tokens = f"{stage.get('tokens', 0):,}"
+            lines.append(f"| {name} | {objective} | {tokens} | {stage.get('lr', '')} | {trained} |")
         data = recipe.get("data", {})
         lines += ["", f"Text: {data.get('source')}, packed to {data.get('length')} tokens.", ""]
     rows = metrics.get("rows", [])
     if rows:
         texts = sorted({text for row in rows for text in row.get("perplexity", {})})
-        lines += ["## Perplexity", "", "| model | " + " | ".join(texts) + " |", "|---" * (len(texts) + 1) + "|"]
+        lines += ["## Perplexity", ""]
+        lines += ["| model | " + " | ".join(texts) + " |", "|---" * (len(texts) + 1) + "|"]
         for row in rows:
-            values = [f"{row['perplexity'][text]:.2f}" if text in row.get("perplexity", {}) else "" for text in texts]
+            found = row.get("perplexity", {})
+            values = [f"{found[text]:.2f}" if text in found else "" for text in texts]
             lines.append(f"| {row['name']} | " + " | ".join(values) + " |")
         lines.append("")
     return "\n".join(lines)

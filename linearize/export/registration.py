@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from linearize.errors import UnsupportedModelError
-from linearize.surgery.model import TYPE_PREFIX, config_class, model_class
+from linearize.surgery.model import config_class, model_class
 
 
 def register(base_type: str) -> type[PreTrainedModel]:
@@ -24,13 +30,20 @@ def register(base_type: str) -> type[PreTrainedModel]:
         UnsupportedModelError: transformers has no causal language model of that type.
     """
     base_config = CONFIG_MAPPING[base_type]
-    if base_config not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(f"model type '{base_type}': transformers {_version()} has no causal language model for it")
-    return register_classes(base_config, MODEL_FOR_CAUSAL_LM_MAPPING[base_config], MODEL_MAPPING.get(base_config, None))
+    # typed for models that have several classes to an entry, which causal language models do not
+    heads: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    bases: Any = MODEL_MAPPING
+    if base_config not in heads:
+        raise UnsupportedModelError(
+            f"model type '{base_type}': transformers {transformers.__version__} has no causal language model for it"
+        )
+    return register_classes(base_config, heads[base_config], bases.get(base_config, None))
 
 
 def register_classes(
-    base_config: type[PreTrainedConfig], causal_lm: type[PreTrainedModel], base_model: type[PreTrainedModel] | None
+    base_config: type[PreTrainedConfig],
+    causal_lm: type[PreTrainedModel],
+    base_model: type[PreTrainedModel] | None,
 ) -> type[PreTrainedModel]:
     """Register the generated subclasses of three given classes; see `register`."""
     config = config_class(base_config)
@@ -42,11 +55,5 @@ def register_classes(
     # fused expert weights are mapped by model type: a new type without the entry loads a mixture of experts wrong
     conversion = get_checkpoint_conversion_mapping(base_config.model_type)
     if conversion is not None:
-        register_checkpoint_conversion_mapping(TYPE_PREFIX + base_config.model_type, conversion, overwrite=True)
+        register_checkpoint_conversion_mapping(config.model_type, conversion, overwrite=True)
     return model
-
-
-def _version() -> str:
-    import transformers
-
-    return transformers.__version__

@@ -63,13 +63,17 @@ def save(
             (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         provenance = {"base": base, "recipe": recipe or {}, "metrics": metrics or {}}
         (scratch / "linearize.json").write_text(json.dumps(provenance, indent=2, default=str) + "\n")
-        (scratch / "README.md").write_text(model_card(model, base=base, recipe=recipe or {}, metrics=metrics or {}))
+        (scratch / "README.md").write_text(
+            model_card(model, base=base, recipe=recipe or {}, metrics=metrics or {})
+        )
         scratch.chmod(0o755)
         replace_folder(scratch, path)
     except Exception as error:
         shutil.rmtree(scratch, ignore_errors=True)
         if isinstance(error, OSError) or "No space left" in str(error):
-            raise CheckpointError(f"{path}: could not be written ({error}); free some space or choose another folder") from error
+            raise CheckpointError(
+                f"{path}: could not be written ({error}); free some space or choose another folder"
+            ) from error
         raise
     return path
 

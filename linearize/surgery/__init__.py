@@ -1,7 +1,15 @@
 """Surgery: find a model's attention layers, hang mixers inside them, and keep the teacher one switch away."""
 
 from linearize.surgery.attention import LayerCall, LinearizedAttention
-from linearize.surgery.control import branch_off, fresh_mixers, load_mixer_state, mixer_state, mode, observe, reset_mixers
+from linearize.surgery.control import (
+    branch_off,
+    fresh_mixers,
+    load_mixer_state,
+    mixer_state,
+    mode,
+    observe,
+    reset_mixers,
+)
 from linearize.surgery.convert import convert
 from linearize.surgery.inspection import attention_layers, skeleton
 from linearize.surgery.model import converted

@@ -6,7 +6,7 @@ import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,8 @@ class Frame:
 class LinearizedAttention(nn.Module):
     """Mixin in front of a model's attention class; see `convert_module`."""
 
+    layer_idx: int
+    config: Any
     mixer: Mixer
     linearize_switch: Switch
     teacher_config: Any
@@ -66,7 +68,8 @@ class LinearizedAttention(nn.Module):
                 "use generate() instead of generate_batch()"
             )
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, (Cache, EncoderDecoderCache))), None)
+        given = (*args, *kwargs.values())
+        cache = next((x for x in given if isinstance(x, (Cache, EncoderDecoderCache))), None)
         frame = Frame(hidden, None, 0)
         if cache is not None and self.linearize_switch.mode == "student":
             if isinstance(cache, EncoderDecoderCache):
@@ -81,15 +84,16 @@ class LinearizedAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """The attention function that the model would run without surgery: q, k, v [B, H, T, K] -> [B, T, H, V]."""
-        base = next(cls for cls in type(self).__mro__ if not issubclass(cls, LinearizedAttention) and cls is not nn.Module)
-        eager = getattr(sys.modules[base.__module__], "eager_attention_forward", None)
+        own = (cls for cls in type(self).__mro__ if not issubclass(cls, LinearizedAttention))
+        base = next(cls for cls in own if cls is not nn.Module)
+        eager: Any = getattr(sys.modules[base.__module__], "eager_attention_forward", None)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.teacher_config._attn_implementation, eager)
         return function(self, query, key, value, mask, **kwargs)
 
 
 @dataclass
 class LayerCall:
-    """One converted layer's inputs and the teacher's answer, as attention transfer sees them. No tensor carries a graph.
+    """One converted layer's inputs and the teacher's answer, as attention transfer sees them; no tensor has a graph.
 
     Attributes:
         layer_idx: the layer's number.
@@ -127,11 +131,14 @@ class LayerCall:
 
     def weights(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Normalized attention weights of teacher and student for some query rows, each [B, H, R, T]."""
-        masks = {"valid": self.valid, "starts": self.starts, "rows": rows}
+
+        def weigh_rows(mixer: Mixer) -> Tensor:
+            weights = mixer.parallel(self.q, self.k, None, valid=self.valid, starts=self.starts, rows=rows)
+            return weights.transpose(1, 2)
+
         with torch.no_grad():
-            teacher = teacher_mixer(self.mixer).parallel(self.q, self.k, None, **masks)
-        student = self.mixer.parallel(self.q, self.k, None, **masks)
-        return teacher.transpose(1, 2), student.transpose(1, 2)
+            teacher = weigh_rows(teacher_mixer(self.mixer))
+        return teacher, weigh_rows(self.mixer)
 
 
 def teacher_mixer(mixer: Mixer) -> Mixer:
@@ -156,8 +163,18 @@ def linearized_attention(
         with torch.no_grad():
             output, _ = module.teacher(query, key, value, attention_mask, **{**kwargs, "dropout": 0.0})
         assert switch.observer is not None
-        inputs = (x.detach() for x in (q, k, v, frame.hidden_states))
-        switch.observer(LayerCall(module.layer_idx, module, *inputs, valid, starts, output.detach()))
+        call = LayerCall(
+            layer_idx=module.layer_idx,
+            module=module,
+            q=q.detach(),
+            k=k.detach(),
+            v=v.detach(),
+            hidden_states=frame.hidden_states.detach(),
+            valid=valid,
+            starts=starts,
+            teacher=output.detach(),
+        )
+        switch.observer(call)
         return output, None
     if frame.cache is not None:
         output = frame.cache.attend(module.mixer, q, k, v, valid=valid, starts=starts)
@@ -177,10 +194,11 @@ def convert_module(attention: nn.Module, mixer: Mixer, switch: Switch) -> Linear
     The module keeps its projections, norms and positions; it gains `mixer`, and a private copy of its config names
     our attention function, so `model.set_attn_implementation` keeps governing the teacher and the kept layers.
     """
-    attention.teacher_config = attention.config
-    attention.config = copy.copy(attention.config)
-    attention.config._attn_implementation_internal = NAME
+    made = cast(LinearizedAttention, attention)
+    made.teacher_config = made.config
+    made.config = copy.copy(made.config)
+    made.config._attn_implementation_internal = NAME
     attention.__class__ = subclass(type(attention), LinearizedAttention)
-    attention.mixer = mixer.to(next(attention.parameters()).device)
-    attention.linearize_switch = switch
-    return attention
+    made.mixer = mixer.to(next(made.parameters()).device)
+    made.linearize_switch = switch
+    return made

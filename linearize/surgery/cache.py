@@ -18,8 +18,8 @@ from linearize.mixers import Mixer, State
 from linearize.surgery.generated import subclass
 
 
-class LinearizedCacheLayer:
-    """Mixin in front of a transformers cache layer; holds one mixer's `State`.
+class LinearizedCacheLayer(CacheLayerMixin):
+    """Mixin in front of a transformers cache layer, which keeps the abstract rest; holds one mixer's `State`.
 
     Attributes:
         state: None until the first token.
@@ -33,19 +33,31 @@ class LinearizedCacheLayer:
     mixer: Mixer | None
     record_past: bool
     seen: int
+    _snapshot: State | None
+    _recorded: list[tuple[Tensor, Tensor, Tensor]]
+    _home: torch.device
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Count the tokens and hand the new keys and values [B, N, T, K] straight to the attention function."""
-        tokens = key_states.shape[-2]
         self.is_initialized = True
+        layer: Any = self
         if isinstance(self, StaticLayer):
-            self.cumulative_length = self.cumulative_length.to(key_states.device).add_(tokens)
-            if hasattr(self, "cumulative_length_int"):
-                self.cumulative_length_int += tokens
-        elif hasattr(self, "cumulative_length"):
-            self.cumulative_length += tokens
-        self.seen += tokens
+            layer.cumulative_length = layer.cumulative_length.to(key_states.device)
+        self._count(key_states.shape[-2])
         return key_states, value_states
+
+    def _count(self, tokens: int) -> None:
+        """Add to the counters that the layer's type has, a tensor in static layers, an int in others."""
+        layer: Any = self
+        self.seen += tokens
+        if isinstance(self, StaticLayer):
+            layer.cumulative_length.add_(tokens)
+            if hasattr(self, "cumulative_length_int"):
+                layer.cumulative_length_int += tokens
+        elif hasattr(self, "cumulative_length"):
+            layer.cumulative_length += tokens
 
     def attend(
         self, mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None, starts: Tensor | None
@@ -57,7 +69,8 @@ class LinearizedCacheLayer:
         if self.record_past:
             if self._snapshot is None:
                 self._snapshot = self.state.clone()
-            self._recorded.append((k, v, torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if valid is None else valid))
+            seen = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if valid is None else valid
+            self._recorded.append((k, v, seen))
         if k.shape[1] == 1 and not (torch.is_grad_enabled() and q.requires_grad):
             return mixer.step(q, k, v, state=self.state, valid=valid)
         return mixer.chunked(q, k, v, valid=valid, starts=starts, state=self.state)
@@ -65,7 +78,7 @@ class LinearizedCacheLayer:
     def get_seq_length(self) -> int:
         """Tokens so far."""
         if isinstance(self, StaticLayer) or hasattr(self, "cumulative_length"):
-            return super().get_seq_length()  # type: ignore[misc]
+            return super().get_seq_length()  # type: ignore[safe-super]  # the layer's own type has it
         return self.seen
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -75,20 +88,11 @@ class LinearizedCacheLayer:
         """Forget everything."""
         self.state = None
         self._drop_record()
-        self._rewind(self.seen)
-
-    def _rewind(self, tokens: int) -> None:
-        self.seen -= tokens
-        if isinstance(self, StaticLayer):
-            self.cumulative_length.sub_(tokens)
-            if hasattr(self, "cumulative_length_int"):
-                self.cumulative_length_int -= tokens
-        elif hasattr(self, "cumulative_length"):
-            self.cumulative_length -= tokens
+        self._count(-self.seen)
 
     def _drop_record(self) -> None:
-        self._snapshot: State | None = None
-        self._recorded: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._snapshot = None
+        self._recorded = []
 
     def activate_past_recording(self) -> None:
         """Keep a snapshot and the tokens since, so that `crop` can take tokens back."""
@@ -111,8 +115,8 @@ class LinearizedCacheLayer:
         recorded = sum(k.shape[1] for k, _, _ in self._recorded)
         if self._snapshot is None or remove > recorded:
             raise RuntimeError(
-                f"cannot take back {remove} tokens: a linear-attention state keeps only the {recorded} recorded since the "
-                "last crop; call cache.activate_past_recording() before the tokens that may be taken back"
+                f"cannot take back {remove} tokens: a linear-attention state keeps only the {recorded} recorded "
+                "since the last crop; call cache.activate_past_recording() before the tokens that may be taken back"
             )
         self.state = self._snapshot
         keep = recorded - remove
@@ -120,10 +124,11 @@ class LinearizedCacheLayer:
             k, v, valid = (torch.cat(parts, 1)[:, :keep] for parts in zip(*self._recorded, strict=True))
             assert self.mixer is not None
             shape = self.mixer.shape
+            q = k.new_zeros(*k.shape[:2], shape.heads, shape.key_dim)  # only the state is wanted
             with torch.no_grad():
-                self.mixer.chunked(k.new_zeros(*k.shape[:2], shape.heads, shape.key_dim), k, v, valid=valid, state=self.state)
+                self.mixer.chunked(q, k, v, valid=valid, state=self.state)
         self._drop_record()
-        self._rewind(remove)
+        self._count(-remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows of the batch in the order of the surviving beams."""
@@ -157,20 +162,23 @@ def adopt(cache: Cache, index: int) -> LinearizedCacheLayer:
     Raises:
         LinearizeError: the layer already holds keys and values of the softmax model.
     """
-    if getattr(cache, "layer_class_to_replicate", None) is not None:
+    replicate = getattr(cache, "layer_class_to_replicate", None)
+    if replicate is not None:
         while len(cache.layers) <= index:
-            cache.layers.append(cache.layer_class_to_replicate())
+            cache.layers.append(replicate())
     layer = cache.layers[index]
     if isinstance(layer, LinearizedCacheLayer):
         return layer
     if not isinstance(layer, CacheLayerMixin):
-        raise LinearizeError(f"cache layer {index} is a {type(layer).__name__}; converted layers need an attention cache layer")
+        raise LinearizeError(
+            f"cache layer {index} is a {type(layer).__name__}; converted layers need an attention cache layer"
+        )
     if layer.get_seq_length() != 0:
         raise LinearizeError(
             f"cache layer {index} was filled by softmax attention; start a converted model with an empty cache"
         )
     # cache layers are ABCs, whose instances refuse a new __class__; an empty instance takes over their attributes
-    made = object.__new__(subclass(type(layer), LinearizedCacheLayer))
+    made: LinearizedCacheLayer = object.__new__(subclass(type(layer), LinearizedCacheLayer))
     made.__dict__.update(layer.__dict__)
     made.state, made.mixer, made.seen = None, None, 0
     made.record_past = getattr(layer, "record_past", False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from linearize.surgery.model import converted
 def _switch(model: nn.Module) -> Switch:
     layers = converted(model)
     if not layers:
-        raise LinearizeError(f"{type(model).__name__} has no converted layer; call linearize.surgery.convert first")
+        kind = type(model).__name__
+        raise LinearizeError(f"{kind} has no converted layer; call linearize.surgery.convert first")
     return layers[0].linearize_switch
 
 
@@ -62,7 +64,9 @@ def branch_off(model: nn.Module, branch: str) -> Iterator[None]:
         raise LinearizeError(f"branch '{branch}': {closest(branch, BRANCHES)}")
     mixers = [layer.mixer for layer in converted(model) if layer.mixer.has_both_branches]
     if not mixers:
-        raise LinearizeError(f"branch '{branch}' cannot be switched off: no layer has both a window and a linear branch")
+        raise LinearizeError(
+            f"branch '{branch}' cannot be switched off: no layer has both a window and a linear branch"
+        )
     for mixer in mixers:
         mixer.branch_off = branch
     try:
@@ -84,19 +88,21 @@ def reset_mixers(model: nn.Module) -> None:
 @contextmanager
 def fresh_mixers(model: nn.Module) -> Iterator[None]:
     """Inside, the mixers are at their initial values; the trained ones return afterwards."""
-    kept = [{name: value.clone() for name, value in layer.mixer.state_dict().items()} for layer in converted(model)]
+    mixers = [layer.mixer for layer in converted(model)]
+    kept = [{name: value.clone() for name, value in mixer.state_dict().items()} for mixer in mixers]
     reset_mixers(model)
     try:
         yield
     finally:
-        for layer, values in zip(converted(model), kept, strict=True):
-            layer.mixer.load_state_dict(values)
+        for mixer, values in zip(mixers, kept, strict=True):
+            mixer.load_state_dict(values)
 
 
 def mixer_state(model: nn.Module) -> dict[str, Tensor]:
     """Parameters of all mixers, under their names in the unwrapped model."""
     named = {id(parameter): parameter for layer in converted(model) for parameter in layer.mixer.parameters()}
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapper: Any = model
+    base: nn.Module = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
     return {name: parameter for name, parameter in base.named_parameters() if id(parameter) in named}
 
 

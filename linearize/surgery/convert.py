@@ -36,7 +36,9 @@ def convert(model: PreTrainedModel, mixer: dict[str, Any], layers: Any = "all") 
     if problems:
         raise RecipeError(problems, where="mixer")
     if converted(model):
-        raise LinearizeError("the model is converted already; load the teacher again to convert it another way")
+        raise LinearizeError(
+            "the model is converted already; load the teacher again to convert it another way"
+        )
     found = attention_layers(model)
     chosen = select(layers, [layer.index for layer in found])
     plan = {

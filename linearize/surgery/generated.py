@@ -9,10 +9,10 @@ from typing import Any
 
 PREFIX = "Linearized"
 
-_made: dict[tuple[type, type], type] = {}
+_made: dict[tuple[type, type], type[Any]] = {}
 
 
-def subclass(base: type, mixin: type, **attributes: Any) -> type:
+def subclass(base: type, mixin: type, **attributes: Any) -> type[Any]:
     """The class `Linearized<Base>(mixin, base)`; the same class for the same arguments.
 
     The name never holds a mixer's name: transformers decides by class name how `generate` caches.
@@ -22,7 +22,8 @@ def subclass(base: type, mixin: type, **attributes: Any) -> type:
     key = (base, mixin)
     if key not in _made:
         name = PREFIX + base.__name__
-        _made[key] = type(name, (mixin, base), {"__module__": __name__, "__doc__": base.__doc__, **attributes})
+        namespace = {"__module__": __name__, "__doc__": base.__doc__, **attributes}
+        _made[key] = type(name, (mixin, base), namespace)
         # pickling (torch.save, multiprocessing) finds a class by module and name
         globals().setdefault(name, _made[key])
     return _made[key]

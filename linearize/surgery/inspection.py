@@ -8,20 +8,33 @@ as well as on a loaded model.
 from __future__ import annotations
 
 import copy
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from linearize.errors import UnsupportedModelError
 from linearize.mixers import LayerShape
 
 PROBE = "linearize_probe"
 
-UNDERSTOOD = {"sliding_window", "softcap", "position_ids", "use_cache", "is_causal", "output_attentions", "position_embeddings"}
+UNDERSTOOD = {
+    "sliding_window",
+    "softcap",
+    "position_ids",
+    "use_cache",
+    "is_causal",
+    "output_attentions",
+    "position_embeddings",
+}
 """Extra arguments of attention functions that a mixer honors or that do not change the result."""
 
 CHANGES_RESULT = {"s_aux": "learned attention sinks", "position_bias": "a position bias", "alibi": "ALiBi"}
@@ -57,13 +70,14 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     """
     modules = _attention_modules(model)
     seen = _probe(model)
-    layers = []
+    layers: list[AttentionLayer] = []
     for path, module in modules:
         shape = seen.get(id(module))
         if shape is None:
             raise UnsupportedModelError(
-                f"{path} ({type(module).__name__}): its attention does not go through transformers' attention interface, "
-                "so its queries and keys cannot be reached; convert a model family that does (Llama, Qwen, Gemma, GPT-2, ...)"
+                f"{path} ({type(module).__name__}): its attention does not go through transformers' attention "
+                "interface, so its queries and keys cannot be reached; convert a model family that does "
+                "(Llama, Qwen, Gemma, GPT-2, ...)"
             )
         if isinstance(shape, str):
             raise UnsupportedModelError(f"{path} ({type(module).__name__}): {shape}")
@@ -83,8 +97,9 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     except ValueError as error:
+        name = getattr(config, "model_type", type(config).__name__)
         raise UnsupportedModelError(
-            f"{getattr(config, 'model_type', type(config).__name__)}: not a causal language model of transformers ({error})"
+            f"{name}: not a causal language model of transformers ({error})"
         ) from error
 
 
@@ -96,27 +111,30 @@ def _attention_modules(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
         if isinstance(module, classes) and not getattr(module, "is_cross_attention", False)
     ]
     if not found:
-        named = next(((path, m) for path, m in model.named_modules() if "attention" in type(m).__name__.lower()), None)
-        what = f"{named[0]} ({type(named[1]).__name__})" if named else type(model).__name__
+        kinds = ((path, type(module).__name__) for path, module in model.named_modules())
+        named = [f"{path} ({kind})" for path, kind in kinds if "attention" in kind.lower()]
         raise UnsupportedModelError(
-            f"{what}: no softmax attention that goes through transformers' attention interface, so its queries and keys "
-            "cannot be reached; convert a family that does (Llama, Qwen, Gemma, GPT-2, ...)"
+            f"{named[0] if named else type(model).__name__}: no softmax attention that goes through transformers' "
+            "attention interface, so its queries and keys cannot be reached; convert a family that does "
+            "(Llama, Qwen, Gemma, GPT-2, ...)"
         )
     for path, module in found:
         if getattr(module, "is_causal", True) is False:
-            raise UnsupportedModelError(f"{path} ({type(module).__name__}): not causal; only decoders can be converted")
+            raise UnsupportedModelError(
+                f"{path} ({type(module).__name__}): not causal; only decoders can be converted"
+            )
     return found
 
 
-def _recorded_classes(model: PreTrainedModel) -> tuple[type, ...]:
+def _recorded_classes(model: PreTrainedModel) -> tuple[type[nn.Module], ...]:
     """The attention classes that transformers itself hooks to record attention weights."""
-    classes: list[type] = []
+    classes: list[type[nn.Module]] = []
     for module in model.modules():
         recorders = getattr(module, "_can_record_outputs", None) or {}
         entry = recorders.get("attentions") if isinstance(recorders, dict) else None
         for item in entry if isinstance(entry, (list, tuple)) else [entry]:
             cls = getattr(item, "target_class", item)
-            if inspect.isclass(cls):
+            if isinstance(cls, type) and issubclass(cls, nn.Module):
                 classes.append(cls)
     return tuple(dict.fromkeys(classes))
 
@@ -133,7 +151,9 @@ def _probe(model: PreTrainedModel) -> dict[int, LayerShape | str]:
         if unknown:
             seen[id(module)] = f"uses {unknown[0]}, which no mixer computes yet"
         elif key.shape[2] != tokens or heads % key.shape[1]:
-            seen[id(module)] = f"queries {tuple(query.shape)} and keys {tuple(key.shape)} do not form groups of heads"
+            seen[id(module)] = (
+                f"queries {tuple(query.shape)} and keys {tuple(key.shape)} do not form groups of heads"
+            )
         else:
             scaling = extra.get("scaling")
             seen[id(module)] = LayerShape(
@@ -149,7 +169,8 @@ def _probe(model: PreTrainedModel) -> dict[int, LayerShape | str]:
 
     AttentionInterface.register(PROBE, record)
     AttentionMaskInterface.register(PROBE, lambda *args, **kwargs: None)
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)}
+    owned = (getattr(module, "config", None) for module in model.modules())
+    configs: dict[int, Any] = {id(config): config for config in owned if isinstance(config, PreTrainedConfig)}
     kept = {key: config._attn_implementation_internal for key, config in configs.items()}
     training = model.training
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -31,12 +31,15 @@ class LinearizedConfig:
 
 
 class LinearizedModel:
-    """Mixin in front of a base model (no head)."""
+    """Mixin in front of a base model (no head).
+
+    Its base class, a `PreTrainedModel`, is known at run time alone: hence the ignored types here and below.
+    """
 
     _keep_in_fp32_modules_strict = {"mixer"}
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         attach(self)  # type: ignore[arg-type]
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -49,8 +52,11 @@ class LinearizedModel:
 class LinearizedCausalLM(LinearizedModel):
     """Mixin in front of a causal language model."""
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        prepare = super()._prepare_cache_for_generation  # type: ignore[misc]
+        result = prepare(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         layers = converted(self)  # type: ignore[arg-type]
         if cache is not None and layers and layers[0].linearize_switch.mode == "student":
@@ -62,15 +68,18 @@ class LinearizedCausalLM(LinearizedModel):
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: pages of keys and values have no place for a recurrent state."""
-        raise UnsupportedModelError("generate_batch (continuous batching) cannot hold recurrent states; use generate()")
+        raise UnsupportedModelError(
+            "generate_batch (continuous batching) cannot hold recurrent states; use generate()"
+        )
 
     init_continuous_batching = generate_batch
     continuous_batching_context_manager = generate_batch
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers saves, without the `auto_map` of a remote-code export, whose file is not copied along."""
-        if getattr(self.config, "auto_map", None):  # type: ignore[attr-defined]
-            del self.config.auto_map  # type: ignore[attr-defined]
+        config = self.config  # type: ignore[attr-defined]
+        if getattr(config, "auto_map", None):
+            del config.auto_map
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
 
@@ -79,7 +88,9 @@ def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     return subclass(base, LinearizedConfig, model_type=TYPE_PREFIX + base.model_type)
 
 
-def model_class(base: type[PreTrainedModel], config: type[PreTrainedConfig], *, head: bool) -> type[PreTrainedModel]:
+def model_class(
+    base: type[PreTrainedModel], config: type[PreTrainedConfig], *, head: bool
+) -> type[PreTrainedModel]:
     """`Linearized<Base>` of a causal language model (`head`) or of a base model."""
     return subclass(base, LinearizedCausalLM if head else LinearizedModel, config_class=config)
 
@@ -94,13 +105,14 @@ def attach(model: PreTrainedModel) -> None:
     if not isinstance(plan, dict) or plan.get("format") != FORMAT:
         found = plan.get("format") if isinstance(plan, dict) else plan
         raise CheckpointError(
-            f"config.linearize: format {found!r} is not {FORMAT}; the checkpoint was written by another version of linearize, "
-            "or its config.json was edited"
+            f"config.linearize: format {found!r} is not {FORMAT}; the checkpoint was written by another version of "
+            "linearize, or its config.json was edited"
         )
     problems = check(plan["mixer"])
     if problems:
         raise CheckpointError("config.linearize: " + "; ".join(problems))
-    if any(numbers.get("softcap") for numbers in plan["layers"].values()) and model.config._attn_implementation == "sdpa":
+    capped = any(numbers.get("softcap") for numbers in plan["layers"].values())
+    if capped and model.config._attn_implementation == "sdpa":
         # sdpa has no soft cap; transformers before 5.18 drops it without a word, so the teacher would be another model
         model.config._attn_implementation = "eager"
     prefix = model.base_model_prefix + "."
@@ -111,9 +123,11 @@ def attach(model: PreTrainedModel) -> None:
         try:
             attention = model.get_submodule(name)
         except AttributeError as error:
-            raise CheckpointError(f"config.linearize: no module {name!r} in {type(model).__name__}") from error
+            raise CheckpointError(
+                f"config.linearize: no module {name!r} in {type(model).__name__}"
+            ) from error
         convert_module(attention, build(plan["mixer"], LayerShape(**numbers)), switch)
-    base = model.base_model
+    base = cast(PreTrainedModel, model.base_model)
     if base is not model:
         _become(base, model_class(type(base), type(model.config), head=False))
     _register_outputs(model)

@@ -25,20 +25,26 @@ def select(layers: Any, indices: list[int]) -> list[int]:
     """
     if layers == "all":
         chosen = list(indices)
-    elif isinstance(layers, dict) and set(layers) == {"every"} and isinstance(layers["every"], int) and layers["every"] > 0:
+    elif isinstance(layers, dict) and set(layers) == {"every"} and _is_positive(layers["every"]):
         chosen = [index for place, index in enumerate(indices, start=1) if place % layers["every"]]
     else:
         keep = isinstance(layers, dict) and set(layers) == {"keep"}
         named = layers["keep"] if keep else layers
         if not isinstance(named, (list, tuple)) or not all(isinstance(index, int) for index in named):
-            raise RecipeError([f"layers: {layers!r} is none of all, {{every: n}}, [0, 2, 5], {{keep: [7, 15]}}"])
+            forms = "all, {every: n}, [0, 2, 5], {keep: [7, 15]}"
+            raise RecipeError([f"layers: {layers!r} is none of {forms}"])
         missing = [index for index in named if index not in indices]
         if missing:
-            raise RecipeError([f"layers: the model has no attention layer {missing[0]}; its layers are {indices[0]} to {indices[-1]}"])
+            found = f"its layers are {indices[0]} to {indices[-1]}"
+            raise RecipeError([f"layers: the model has no attention layer {missing[0]}; {found}"])
         chosen = [index for index in indices if (index in named) != keep]
     if not chosen:
         raise RecipeError([f"layers: {layers!r} leaves no layer to convert"])
     return chosen
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
 
 
 @dataclass
@@ -84,8 +90,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for plan.json."""
-        totals = {name: getattr(self, name) for name in ("parameters", "state_bytes", "kv_bytes_per_token", "break_even")}
-        return {"layers": [asdict(row) for row in self.rows], **totals}
+        names = ("parameters", "state_bytes", "kv_bytes_per_token", "break_even")
+        return {"layers": [asdict(row) for row in self.rows], **{name: getattr(self, name) for name in names}}
 
 
 def row(layer: AttentionLayer, mixer: dict[str, Any] | None) -> Row:

@@ -10,30 +10,35 @@ from linearize.surgery.attention import LinearizedAttention
 
 ROLES = ("q", "k", "v", "o")
 
-SEPARATE = {"q": ("q_proj", "query", "q_lin", "wq"), "k": ("k_proj", "key", "k_lin", "wk"), "v": ("v_proj", "value", "v_lin", "wv")}
+SEPARATE = {
+    "q": ("q_proj", "query", "q_lin", "wq"),
+    "k": ("k_proj", "key", "k_lin", "wk"),
+    "v": ("v_proj", "value", "v_lin", "wv"),
+}
 """Names that say which of the three a projection is; shapes cannot, where all three are square."""
 
 
-def projections(attention: nn.Module) -> dict[str, str]:
+def projections(attention: LinearizedAttention) -> dict[str, str]:
     """Role -> name of the child that plays it; fused q/k/v share one child.
 
     Args:
-        attention: a converted attention module.
+        attention: a converted layer.
 
     Raises:
         UnsupportedModelError: a role cannot be told, with the children seen.
     """
-    linears = {name: m for name, m in attention.named_children() if _features(m) is not None}
+    children = attention.named_children()
+    linears = {name: size for name, child in children if (size := _features(child)) is not None}
     found = {role: name for role, names in SEPARATE.items() for name in names if name in linears}
     shape = attention.mixer.shape
-    widths = {"in": shape.heads * shape.value_dim, "fused": (shape.heads + shape.kv_heads) * shape.key_dim + shape.kv_heads * shape.value_dim}
-    for name, module in linears.items():
+    joined = shape.heads * shape.value_dim
+    fused = (shape.heads + shape.kv_heads) * shape.key_dim + shape.kv_heads * shape.value_dim
+    for name, (inputs, outputs) in linears.items():
         if name in found.values():
             continue
-        inputs, outputs = _features(module)  # type: ignore[misc]
-        if outputs == widths["fused"] and "q" not in found and outputs != inputs:
+        if outputs == fused and "q" not in found and outputs != inputs:
             found |= dict.fromkeys("qkv", name)
-        elif inputs == widths["in"]:
+        elif inputs == joined:
             found["o"] = name
     missing = [role for role in ROLES if role not in found]
     if missing:
@@ -44,7 +49,7 @@ def projections(attention: nn.Module) -> dict[str, str]:
     return found
 
 
-def projection(attention: nn.Module, role: str) -> nn.Module:
+def projection(attention: LinearizedAttention, role: str) -> nn.Module:
     """The child that plays a role, LoRA-wrapped or not."""
     return attention.get_submodule(projections(attention)[role])
 

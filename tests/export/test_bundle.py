@@ -76,5 +76,14 @@ def test_bundle_is_plain_python_without_internal_imports():
     source = bundle(surgery.convert(tiny.model(), tiny.LOLCATS))
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
-            assert (node.module or "").split(".")[0] in {"__future__", "collections", "dataclasses", "functools", "torch", "transformers", "types", "typing"}
+            assert (node.module or "").split(".")[0] in {
+                "__future__",
+                "collections",
+                "dataclasses",
+                "functools",
+                "torch",
+                "transformers",
+                "types",
+                "typing",
+            }
     assert len(source.splitlines()) < 2500

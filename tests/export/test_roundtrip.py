@@ -54,7 +54,9 @@ def test_teacher_weights_load_into_the_converted_class(tmp_path):
     teacher = tiny.model()
     teacher.save_pretrained(tmp_path / "teacher")
     model = trained()
-    loaded, report = type(model).from_pretrained(tmp_path / "teacher", config=model.config, output_loading_info=True)
+    loaded, report = type(model).from_pretrained(
+        tmp_path / "teacher", config=model.config, output_loading_info=True
+    )
     assert report["missing_keys"] and all(".mixer." in key for key in report["missing_keys"])
     fresh = surgery.convert(tiny.model(), tiny.LOLCATS)
     assert torch.equal(logits(loaded), logits(fresh)), "mixers must come out initialized, not as raw memory"
@@ -64,7 +66,9 @@ def test_bfloat16_keeps_mixers_in_float32(tmp_path):
     linearize.save(trained(), tmp_path / "out")
     loaded = linearize.load(tmp_path / "out", dtype=torch.bfloat16)
     assert loaded.model.embed_tokens.weight.dtype == torch.bfloat16
-    assert {p.dtype for layer in surgery.converted(loaded) for p in layer.mixer.parameters()} == {torch.float32}
+    assert {p.dtype for layer in surgery.converted(loaded) for p in layer.mixer.parameters()} == {
+        torch.float32
+    }
     assert logits(loaded).isfinite().all()
 
 
@@ -73,12 +77,25 @@ def test_card_and_provenance(tmp_path):
         "description": "hybrid",
         "paper": "someone",
         "data": {"source": "builtin", "length": 8},
-        "stages": {"transfer": {"objective": {"attention_output": 1000.0}, "tokens": 1000, "lr": 0.01, "train": ["mixers"]}},
+        "stages": {
+            "transfer": {
+                "objective": {"attention_output": 1000.0},
+                "tokens": 1000,
+                "lr": 0.01,
+                "train": ["mixers"],
+            }
+        },
     }
     rows = [{"name": "teacher", "perplexity": {"held-out": 12.345}}]
     out = linearize.save(trained(), tmp_path / "out", base="tiny", recipe=recipe, metrics={"rows": rows})
     card = (out / "README.md").read_text()
-    for text in ("tiny, linearized", "hybrid (someone)", "| window | sliding (size 6) |", "1000.0 x attention_output", "12.35"):
+    for text in (
+        "tiny, linearized",
+        "hybrid (someone)",
+        "| window | sliding (size 6) |",
+        "1000.0 x attention_output",
+        "12.35",
+    ):
         assert text in card
     assert json.loads((out / "linearize.json").read_text())["metrics"]["rows"] == rows
 

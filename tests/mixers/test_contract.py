@@ -15,13 +15,21 @@ from linearize.mixers import PARTS, LayerShape, build, check
 
 SHAPES = {
     "grouped": LayerShape(heads=4, kv_heads=2, key_dim=8, value_dim=6, scaling=8**-0.5),
-    "capped": LayerShape(heads=3, kv_heads=1, key_dim=8, value_dim=8, scaling=0.3, softcap=4.0, sliding_window=11),
+    "capped": LayerShape(
+        heads=3, kv_heads=1, key_dim=8, value_dim=8, scaling=0.3, softcap=4.0, sliding_window=11
+    ),
 }
 SMALL = {"dim": 8, "size": 5}
 VARIANTS = [
-    {"feature_map": {"name": "hedgehog", "dim": 5, "per": "kv_head"}, "window": {"name": "sliding", "size": 5}},
+    {
+        "feature_map": {"name": "hedgehog", "dim": 5, "per": "kv_head"},
+        "window": {"name": "sliding", "size": 5},
+    },
     {"feature_map": {"name": "hedgehog", "dim": 8, "tied": True, "space": "half"}},
-    {"feature_map": {"name": "hedgehog", "dim": 8, "activation": "exp"}, "window": {"name": "sliding", "size": 1}},
+    {
+        "feature_map": {"name": "hedgehog", "dim": 8, "activation": "exp"},
+        "window": {"name": "sliding", "size": 1},
+    },
     {
         "feature_map": {"name": "hedgehog", "dim": 8},
         "window": {"name": "sliding", "size": 20},
@@ -43,7 +51,9 @@ def registered() -> list[dict]:
 def _idle(mixer: dict) -> bool:
     """Whether a part is named that this composition does not use: the same mixer stands in the list without it."""
     made = build(mixer, SHAPES["grouped"])
-    return any(mixer[part]["name"] != "none" and getattr(made, part) is None for part in ("update", "combine"))
+    return any(
+        mixer[part]["name"] != "none" and getattr(made, part) is None for part in ("update", "combine")
+    )
 
 
 def _small(registry, name: str) -> dict:
@@ -53,7 +63,9 @@ def _small(registry, name: str) -> dict:
 
 def label(mixer: dict) -> str:
     return "-".join(
-        "_".join(str(value) for value in options.values()) for options in mixer.values() if options["name"] != "none"
+        "_".join(str(value) for value in options.values())
+        for options in mixer.values()
+        if options["name"] != "none"
     )
 
 
@@ -77,7 +89,9 @@ def make(mixer: dict, shape: LayerShape, dtype: torch.dtype):
 
 mixers = pytest.mark.parametrize("mixer", registered(), ids=label)
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-precisions = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["f32", "f64"])
+precisions = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["f32", "f64"]
+)
 
 
 def test_parts_are_found():
@@ -127,7 +141,10 @@ def test_state_carries_across_calls(mixer, dtype, tolerance, cuts):
     first, second = cuts
     with torch.no_grad():
         parts = [made.chunked(q[:, :first], k[:, :first], v[:, :first], valid=valid[:, :first], state=state)]
-        parts += [made.step(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], state=state) for t in range(first, second)]
+        parts += [
+            made.step(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], state=state)
+            for t in range(first, second)
+        ]
         parts.append(made.chunked(q[:, second:], k[:, second:], v[:, second:], state=state))
     torch.testing.assert_close(torch.cat(parts, 1)[valid], expected[valid], atol=tolerance, rtol=tolerance)
 
@@ -156,7 +173,9 @@ def test_packed_documents_do_not_see_each_other(mixer, shape):
     starts = torch.zeros(1, sum(lengths), dtype=torch.bool)
     bounds = [0, *itertools.accumulate(lengths)]
     starts[0, bounds[1:-1]] = True
-    alone = torch.cat([made.parallel(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in itertools.pairwise(bounds)], 1)
+    alone = torch.cat(
+        [made.parallel(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in itertools.pairwise(bounds)], 1
+    )
     state = made.initial_state(1, torch.float64, q.device)
     torch.testing.assert_close(made.parallel(q, k, v, starts=starts), alone, atol=1e-10, rtol=1e-10)
     with torch.no_grad():
@@ -212,7 +231,9 @@ def test_weights_reproduce_the_output(mixer):
     weights = made.parallel(q, k, None, rows=slice(10, 25))
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 15, shape.heads, dtype=torch.float64))
     wide = v.repeat_interleave(shape.group, dim=2)
-    torch.testing.assert_close(torch.einsum("brhs,bshv->brhv", weights, wide), made.parallel(q, k, v)[:, 10:25])
+    torch.testing.assert_close(
+        torch.einsum("brhs,bshv->brhv", weights, wide), made.parallel(q, k, v)[:, 10:25]
+    )
 
 
 @mixers
@@ -235,10 +256,14 @@ def test_beams_reorder_and_repeat(mixer):
 def test_bytes_and_parameters_are_counted(mixer):
     made = build(mixer, SHAPES["grouped"])
     assert made.added_parameters == sum(p.numel() for p in made.parameters())
-    assert made.state_bytes(3, torch.float32) == made.initial_state(3, torch.float32, torch.device("cpu")).bytes
+    assert (
+        made.state_bytes(3, torch.float32) == made.initial_state(3, torch.float32, torch.device("cpu")).bytes
+    )
 
 
-@pytest.mark.parametrize("mixer", [m for m in registered() if m.get("window", {}).get("name") != "full"], ids=label)
+@pytest.mark.parametrize(
+    "mixer", [m for m in registered() if m.get("window", {}).get("name") != "full"], ids=label
+)
 def test_long_bfloat16_decode_stays_close(mixer):
     """3,000 tokens in bfloat16 against float32: a bfloat16 normalizer would be off by half here."""
     shape = SHAPES["grouped"]
@@ -248,5 +273,7 @@ def test_long_bfloat16_decode_stays_close(mixer):
     with torch.no_grad():
         made.chunked(q[:, :-50], k[:, :-50], v[:, :-50], state=state)
         reference = made.chunked(q.float(), k.float(), v.float(), state=exact)[:, -50:]
-        out = torch.cat([made.step(*(x[:, t : t + 1] for x in (q, k, v)), state=state) for t in range(2950, 3000)], 1)
+        out = torch.cat(
+            [made.step(*(x[:, t : t + 1] for x in (q, k, v)), state=state) for t in range(2950, 3000)], 1
+        )
     assert (out - reference).norm() < 0.02 * reference.norm()

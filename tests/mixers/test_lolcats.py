@@ -1,4 +1,4 @@
-"""The hybrid against an independent float64 loop written from LoLCATs' equation 7, and the properties where it is exact."""
+"""The hybrid against an independent float64 loop written from LoLCATs' equation 7, and where it is exact."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ WINDOW = 5
 
 def mixer(window: int = WINDOW):
     torch.manual_seed(0)
-    made = build({"feature_map": {"name": "hedgehog", "dim": 6}, "window": {"name": "sliding", "size": window}}, SHAPE).double()
+    made = build(
+        {"feature_map": {"name": "hedgehog", "dim": 6}, "window": {"name": "sliding", "size": window}}, SHAPE
+    ).double()
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter)
     return made
@@ -38,7 +40,9 @@ def loop(made, q, k, v):
             near = range(max(0, n - WINDOW + 1), n + 1)
             top = max(scores[i] for i in near)
             weights = [
-                gate * torch.exp(scores[i] - top) if i in near else phi(q[0, n, head], wq) @ phi(k[0, i, head // 2], wk)
+                gate * torch.exp(scores[i] - top)
+                if i in near
+                else phi(q[0, n, head], wq) @ phi(k[0, i, head // 2], wk)
                 for i in range(n + 1)
             ]
             out[0, n, head] = sum(w * v[0, i, head // 2] for i, w in enumerate(weights)) / sum(weights)

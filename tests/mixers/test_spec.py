@@ -31,12 +31,19 @@ def test_all_mistakes_at_once():
         ({}, "neither a window nor a feature map"),
         ({"window": {"name": "full"}, "feature_map": {"name": "hedgehog"}}, "'full' leaves no key"),
         ({"feature_map": {"name": "hedgehog", "per": "head"}}, "'head' is not one of query_head, kv_head"),
-        ({"feature_map": {"name": "hedgehog", "per": "kv_head", "tied": True}}, "tied: true needs per: query_head"),
+        (
+            {"feature_map": {"name": "hedgehog", "per": "kv_head", "tied": True}},
+            "tied: true needs per: query_head",
+        ),
         ({"window": {"name": "sliding", "size": 0}}, "size: 0 must be at least 1"),
         ({"window": {"name": "sliding", "size": True}}, "True must be int"),
         ({"window": "sliding"}, "must be a mapping with a name"),
         (
-            {"feature_map": {"name": "hedgehog"}, "window": {"name": "sliding"}, "combine": {"name": "shared_normalizer", "window_weight_init": 1}},
+            {
+                "feature_map": {"name": "hedgehog"},
+                "window": {"name": "sliding"},
+                "combine": {"name": "shared_normalizer", "window_weight_init": 1},
+            },
             "must lie between 0 and 1",
         ),
     ],
@@ -55,7 +62,9 @@ def test_defaults_are_spelled_out_and_stable():
 
 
 def test_lolcats_starts_as_published():
-    mixer = build({"feature_map": {"name": "hedgehog", "dim": 8}, "window": {"name": "sliding", "size": 4}}, SHAPE)
+    mixer = build(
+        {"feature_map": {"name": "hedgehog", "dim": 8}, "window": {"name": "sliding", "size": 4}}, SHAPE
+    )
     assert mixer.combine.window_factor.sigmoid().allclose(mixer.combine.window_factor.new_tensor(0.1))
     assert mixer.feature_map.query_weight.shape == (4, 8, 8)
     assert (mixer.feature_map.query_weight == mixer.feature_map.key_weight).all()

@@ -1,4 +1,4 @@
-"""Generation: greedy, sampling, beams, padding, several turns, static and assisted; and the cache that does not grow."""
+"""Generation: greedy, sampled, beams, padding, turns, static and assisted; and the cache that does not grow."""
 
 from __future__ import annotations
 
@@ -63,8 +63,12 @@ def test_assisted_generation_takes_tokens_back(family, layers):
     tiny.randomize((layer.mixer for layer in surgery.converted(assistant)), seed=3)
     ids = tiny.tokens(1, 20)
     expected = model.generate(ids, max_new_tokens=24, do_sample=False)
-    assert torch.equal(model.generate(ids, max_new_tokens=24, do_sample=False, assistant_model=assistant), expected)
-    assert torch.equal(model.generate(ids, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=3), expected)
+    assert torch.equal(
+        model.generate(ids, max_new_tokens=24, do_sample=False, assistant_model=assistant), expected
+    )
+    assert torch.equal(
+        model.generate(ids, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=3), expected
+    )
 
 
 @layers

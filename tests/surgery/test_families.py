@@ -47,7 +47,12 @@ def test_identity_surgery_reproduces_logits(family):
 def test_identity_surgery_reproduces_cached_generation(family):
     model = untouched(family)
     ids, mask, _ = tiny.left_padded(length=20)
-    settings = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    settings = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     expected = model.generate(ids, attention_mask=mask, **settings)
     swapped = surgery.convert(copy.deepcopy(model), tiny.SOFTMAX)
     out = swapped.generate(ids, attention_mask=mask, **settings)
@@ -89,7 +94,9 @@ def test_hybrid_forms_agree(family, layers):
                 use_cache=True,
             )
             cached.append(step.logits)
-        torch.testing.assert_close(torch.cat(cached, 1)[mask.bool()], full[mask.bool()], atol=TOLERANCE, rtol=1e-5)
+        torch.testing.assert_close(
+            torch.cat(cached, 1)[mask.bool()], full[mask.bool()], atol=TOLERANCE, rtol=1e-5
+        )
         packed = torch.cat([torch.arange(15), torch.arange(25)]).expand(2, -1)
         documents = model(ids, position_ids=packed, use_cache=False).logits
         torch.testing.assert_close(documents[:, 15:], model(ids[:, 15:]).logits, atol=TOLERANCE, rtol=1e-5)

@@ -19,10 +19,20 @@ SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
     [
         ("BloomConfig", {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "BloomAttention"),
         ("FalconConfig", SIZES, "FalconAttention"),
-        ("MambaConfig", {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}, "no softmax attention"),
+        (
+            "MambaConfig",
+            {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2},
+            "no softmax attention",
+        ),
         (
             "GptOssConfig",
-            {**SIZES, "intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4},
+            {
+                **SIZES,
+                "intermediate_size": 32,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "num_local_experts": 4,
+            },
             r"model\.layers\.0\.self_attn \(GptOssAttention\): uses learned attention sinks",
         ),
         ("BertConfig", {**SIZES, "intermediate_size": 32}, "not causal"),
@@ -56,7 +66,12 @@ def test_layer_selection(layers, chosen):
 
 @pytest.mark.parametrize(
     ("layers", "message"),
-    [([9], "no attention layer 9"), ("most", "is none of all"), ([], "leaves no layer"), ({"every": 1}, "leaves no layer")],
+    [
+        ([9], "no attention layer 9"),
+        ("most", "is none of all"),
+        ([], "leaves no layer"),
+        ({"every": 1}, "leaves no layer"),
+    ],
 )
 def test_wrong_layer_selection(layers, message):
     with pytest.raises(RecipeError, match=message):
