@@ -256,9 +256,8 @@ def _section(
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    if (
-        isinstance(value, list) and value and isinstance(value[-1], Mapping)
-    ):  # processes that went on with the run
+    # processes that went on with the run
+    if isinstance(value, list) and value and isinstance(value[-1], Mapping):
         return f"{len(value)} times, last {value[-1].get('started', '')}".rstrip()
     if isinstance(value, list):
         return " ".join(str(item) for item in value)

@@ -67,8 +67,9 @@ def flatten(rows: Sequence[Row], metrics: Sequence[str] = tuple(METRICS)) -> lis
 
 
 def sections(rows: Sequence[Row], metrics: Sequence[str] = tuple(METRICS)) -> dict[str, list[dict[str, Any]]]:
-    """The same as two narrower tables, "Perplexity" and "Tasks"; one without columns is left out, as are rows without
-    any number of a table.
+    """The same as two narrower tables, "Perplexity" and "Tasks".
+
+    A table without columns is left out, and so are rows that have no number for it.
 
     Args:
         rows, metrics: as for `flatten`.

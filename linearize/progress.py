@@ -89,9 +89,8 @@ class Meter:
 
         Args:
             n: units done since the last call; 0 only updates the numbers.
-            **numbers: shown beside the progress, for example ``loss=0.31``; each stays until it is given
-            again. Pass
-                Python numbers: a GPU tensor would have to be waited for.
+            **numbers: shown beside the progress, for example ``loss=0.31``; each stays until it is given again.
+                Pass Python numbers: a GPU tensor would have to be waited for.
         """
         self.done += n
         self._numbers.update(numbers)

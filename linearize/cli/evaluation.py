@@ -1,4 +1,4 @@
-"""`linearize eval PATH`: perplexities, tasks and ablations of a checkpoint, as one table."""
+"""`linearize eval PATH`: perplexities, tasks and ablations of a checkpoint, as tables."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from linearize.errors import LinearizeError
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure, print one table, and write it as JSON when asked."""
+    """Measure, print what fits a terminal, and write every number as JSON when asked."""
     if options.tasks and options.task_data is None:
         raise LinearizeError(
             "--tasks: the tasks need --task-data DIR, the folder that holds their JSONL files"
         )
 
     from linearize.cli.checkpoint import load
-    from linearize.eval.tables import flatten, rich_table
+    from linearize.eval.tables import results
 
     if options.tasks:  # before any weight is loaded
         from linearize.eval.harness import check_data, expand
@@ -33,7 +33,7 @@ def main(options: argparse.Namespace) -> int:
         teacher, teacher_tokenizer = load(options.teacher, options.device)
         teacher_row = _row("teacher", teacher, teacher_tokenizer, texts, options, tasks=True)
         rows.insert(0, teacher_row)
-    console().print(rich_table(flatten(rows)))
+    console().print(results(rows, metrics=["acc"]))
     if options.json is not None:
         _write(options.json, rows, options)
     return 0

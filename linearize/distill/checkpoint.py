@@ -35,8 +35,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         fill: writes the files into the folder that it is given.
 
     Raises:
-        CheckpointError: the disk is full or refuses; nothing of the attempt is left and older checkpoints are
-        untouched.
+        CheckpointError: the disk is full or refuses; nothing of the attempt is left, and older checkpoints are
+            untouched.
     """
     partial = folder.with_name(f".partial-{folder.name}")
     try:

@@ -1,7 +1,6 @@
 """The run folder: what it holds, and when a run may write into it.
 
-recipe.yaml  environment.json  plan.json  metrics.jsonl  results.json  stage-1-transfer/ ...  checkpoint/
-report.md
+recipe.yaml  environment.json  plan.json  metrics.jsonl  results.json  stage-1-transfer/ ...  checkpoint/  report.md
 """
 
 from __future__ import annotations

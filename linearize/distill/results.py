@@ -53,8 +53,7 @@ class Measurer:
         autocast: dtype for the passes, or None for the model's own.
 
     Raises:
-        DataError: a text is missing or shorter than a window, or a task's file is missing: all before
-        training.
+        DataError: a text is missing or shorter than a window, or a task's file is missing; all before training.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: Any, autocast: torch.dtype | None = None) -> None:

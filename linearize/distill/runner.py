@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.console import Group
 from torch import nn
 from transformers import set_seed
 
@@ -43,9 +43,9 @@ class RunSummary:
     seconds: float
     """Wall time of this process's share of the run."""
 
-    def table(self) -> Table:
-        """The rows as one table for the terminal."""
-        return tables.rich_table(tables.flatten(self.rows))
+    def table(self) -> Group:
+        """The rows for the terminal: perplexities, and the tasks' accuracies where there are any."""
+        return tables.results(self.rows, metrics=["acc"])
 
 
 def run(
@@ -57,8 +57,7 @@ def run(
         model: hub id, checkpoint folder, GGUF file or alias.
         recipe: composed by `config.compose`.
         out: the run folder.
-        resume: go on with the run in `out`, from its newest complete checkpoint; starts one when there is
-        none.
+        resume: go on with the run in `out`, from its newest complete checkpoint; starts one when there is none.
         recipe_name: what the user called the recipe, for the report.
 
     Raises:
@@ -216,9 +215,8 @@ def _save_adapter(model: Any, path: Path, base: Path) -> None:
     """Write a PeftModel's adapter; `PeftModel.from_pretrained(linearize.load(base), base / "adapter")` loads it."""
     shutil.rmtree(path, ignore_errors=True)
     for config in model.peft_config.values():
-        config.base_model_name_or_path = str(
-            base
-        )  # not the teacher, over which the adapter would mean nothing
+        # not the teacher, over which the adapter would mean nothing
+        config.base_model_name_or_path = str(base)
     # "auto" would ask the hub whether the vocabulary has grown.
     model.save_pretrained(path, save_embedding_layers=False)
 

@@ -350,8 +350,7 @@ def _arguments(
         disable_tqdm=True,
         report_to=os.environ.get("LINEARIZE_REPORT_TO", "none").split(","),
     )
-    # One process drives one device: without this Trainer would spread the batch over all GPUs with
-    # DataParallel.
+    # One process drives one device: else Trainer would spread the batch over all GPUs with DataParallel.
     assert arguments.device.type == device.type
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments

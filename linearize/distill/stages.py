@@ -143,8 +143,7 @@ def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> bool:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
     if trainer.state.global_step < trainer.budget.steps:
         raise RunStopped(
-            f"stopped in stage '{place.name}' after step {trainer.state.global_step} of "
-            f"{trainer.budget.steps}; "
+            f"stopped in stage '{place.name}' after step {trainer.state.global_step} of {trainer.budget.steps}; "
             f"everything up to it is saved. Go on with:\n  {place.resume_command}"
         )
     return interrupt.requested

@@ -1,10 +1,9 @@
 """Attention transfer: every converted layer learns to imitate the softmax attention that it replaces.
 
-Teacher and student run in one forward pass over the same frozen projections. The teacher's output goes on, so
-a layer's
-loss depends on its own mixer alone, and its gradient is taken inside the pass, before the next layer runs: no
-graph spans layers, and memory is that of one layer (Zhang et al. 2024, arXiv 2410.10254, section 3.1, without
-its quadratic memory).
+Teacher and student run in one forward pass over the same frozen projections. The teacher's output goes on, so a
+layer's loss depends on its own mixer alone, and its gradient is taken inside the pass, before the next layer runs:
+no graph spans layers, and memory is that of one layer (Zhang et al. 2024, arXiv 2410.10254, section 3.1, without its
+quadratic memory).
 """
 
 from __future__ import annotations
@@ -71,8 +70,7 @@ def transfer_step(
             losses[call.layer_idx] = objectives.layer_backward(call, objective, scale / len(converted))
 
     model.eval()  # the teacher that is imitated has no dropout
-    # The base model: without the head, whose logits nobody would look at. Without gradient: only `observe`
-    # takes some.
+    # The base model: the head's logits would have no reader. Without gradient: only `observe` takes some.
     with torch.no_grad(), surgery.observe(model, observe):
         unwrapped(model).base_model(
             input_ids=batch["input_ids"],

@@ -1,8 +1,7 @@
-"""Attention transfer on outputs (LoLCATs, Zhang et al. 2024, arXiv 2410.10254, eq. 7): make each layer's
-mixer give what its softmax gave.
+"""Attention transfer on outputs (LoLCATs, Zhang et al. 2024, arXiv 2410.10254, eq. 7).
 
-The teacher's output goes on to the next layer, so every layer sees the teacher's hidden states and the
-layers' losses are independent of each other.
+Each layer's mixer learns to give what its softmax gave. The teacher's output goes on to the next layer, so every
+layer sees the teacher's hidden states, and the layers' losses are independent of each other.
 """
 
 from __future__ import annotations

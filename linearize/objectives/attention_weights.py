@@ -1,12 +1,11 @@
-"""Attention transfer on weights (Hedgehog, Zhang et al. 2024, arXiv 2402.04347, eq. 4): cross-entropy of the
-student's attention.
+"""Attention transfer on weights (Hedgehog, Zhang et al. 2024, arXiv 2402.04347, eq. 4).
 
-Per query n: ``-sum_i a_ni log ahat_ni``, a the teacher's softmax weights, ahat the student's. It has the
-gradient of KL(a || ahat).
+Cross-entropy of the student's attention, per query n: ``-sum_i a_ni log ahat_ni``, a the teacher's softmax weights,
+ahat the student's. It has the gradient of KL(a || ahat).
 
-**Limitations.** Costs O(T^2) time, whatever the mixer; memory is O(T), because query rows go in blocks and
-each block's gradient is taken before the next begins. Defined only for mixers that have weights (sums of
-values with factors >= 0).
+Limitations: costs O(T^2) time, whatever the mixer; memory is O(T), because query rows go in blocks and each block's
+gradient is taken before the next begins. Defined only for mixers that have weights (sums of values with factors
+>= 0).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The protocols of an objective and the registry that holds them.
 
-Legend (see mixers/base.py): B batch, T tokens, H query heads, V value dim or vocabulary, R query rows of a
-block.
+Legend (see mixers/base.py): B batch, T tokens, H query heads, V value dim or vocabulary, R query rows of a block.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""The whole model's training step: logits against targets and the teacher's logits, a slice of tokens at a
-time.
+"""The whole model's training step: logits against targets and the teacher's logits, a slice of tokens at once.
 
 A float32 copy of the logits of 8 x 1,024 tokens over a vocabulary of 49,152 is 1.6 GB, and its softmax and
 gradient are as much again; here only one slice of them exists.

@@ -42,8 +42,10 @@ def mode(model: nn.Module, name: str) -> Iterator[None]:
 
 @contextmanager
 def observe(model: nn.Module, observer: Callable[[LayerCall], None]) -> Iterator[None]:
-    """Attention transfer: inside, each converted layer runs the teacher, shows itself to `observer`, and passes the
-    teacher's output on, so that no graph spans layers."""
+    """Attention transfer: inside, each converted layer runs the teacher and shows itself to `observer`.
+
+    The teacher's output is what goes on to the next layer, so no graph spans layers.
+    """
     switch = _switch(model)
     before = switch.mode, switch.observer
     switch.mode, switch.observer = "observe", observer

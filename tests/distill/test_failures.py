@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from byte_llama import MIXER, tiny_llama
+from interrupted import at_step, press_ctrl_c
 from safetensors import SafetensorError
 
 from linearize import config, distill
@@ -26,9 +28,6 @@ from linearize.errors import (
     RecipeError,
     RunFolderError,
 )
-
-from .conftest import MIXER, tiny_llama
-from .test_resume import at_step, press_ctrl_c
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,36 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted import at_step, press_ctrl_c
 from safetensors.torch import load_file
 
 from linearize import distill
 from linearize.config.schema import Recipe
 from linearize.distill import checkpoint
-from linearize.distill.callbacks import StageCallback
 
 
 class Crash(Exception):
     """Stands for a power cut: nothing of ours catches it."""
 
 
-def at_step(monkeypatch: pytest.MonkeyPatch, stage: str, step: int, action: Callable[[], None]) -> None:
-    """Do something at the end of one step of one stage, before the stage's own callback runs."""
-    original = StageCallback.on_step_end
-
-    def on_step_end(self: StageCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stage_name == stage and state.global_step == step:
-            action()
-        original(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(StageCallback, "on_step_end", on_step_end)
-
-
 def crash() -> None:
     raise Crash
-
-
-def press_ctrl_c() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def losses(out: Path) -> list[tuple[Any, ...]]:
@@ -153,9 +136,8 @@ def test_several_passes_over_a_short_text(
 ) -> None:
     """More budget than text: passes are reshuffled, and a resume in a later pass is exact."""
     text = Path(small.data.source)
-    text.write_text(
-        text.read_text()[: 64 * 10], encoding="utf-8"
-    )  # 10 of the 32 sequences that the stage wants
+    # 10 of the 32 sequences that the stage wants
+    text.write_text(text.read_text()[: 64 * 10], encoding="utf-8")
     small.data.validation = str(text)
     distill.run(str(teacher_folder), small, tmp_path / "whole")
     out = tmp_path / "run"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from byte_llama import MIXER, tiny_llama
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import linearize
@@ -17,8 +20,6 @@ from linearize.distill import runner, stages
 from linearize.distill.finetune import predict_teacher
 from linearize.distill.trainable import prepare
 from linearize.eval.perplexity import perplexity
-
-from .conftest import MIXER, tiny_llama
 
 ROWS = [
     "teacher",
@@ -63,7 +64,10 @@ def test_two_stages_end_to_end(
     assert [row["name"] for row in results["rows"]] == ROWS
     assert all(set(row["perplexity"]) == {"held-out", "again"} for row in results["rows"])
     assert summary.rows == results["rows"]
-    assert summary.table().row_count == len(ROWS)
+    screen = Console(file=io.StringIO(), width=80)
+    screen.print(summary.table())
+    shown = screen.file.getvalue()
+    assert all(name in shown for name in ROWS) and "again" in shown
     assert summary.checkpoint == out / "checkpoint"
 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

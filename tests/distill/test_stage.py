@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from byte_llama import MIXER, tiny_llama
 from rich.console import Console
 from torch import Tensor
 
@@ -19,8 +20,6 @@ from linearize.distill.finetune import FinetuneTrainer
 from linearize.distill.stage import Budget, Cycled, Schedule, StageTrainer, build_optimizer
 from linearize.distill.trainable import prepare, trained
 from linearize.distill.transfer import TransferTrainer
-
-from .conftest import MIXER, tiny_llama
 
 
 def test_budget() -> None:

@@ -6,13 +6,12 @@ import math
 
 import pytest
 import torch
+from byte_llama import MIXER, tiny_llama
 from torch import Tensor
 
 from linearize import objectives, surgery
 from linearize.distill.trainable import prepare, trained
 from linearize.distill.transfer import transfer_step
-
-from .conftest import MIXER, tiny_llama
 
 
 def converted_model(layers: int = 3):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quadratic import QuadraticCall, make_call
 from torch import Tensor
 
 from linearize import objectives
 from linearize.objectives import attention_weights
-
-from .conftest import QuadraticCall, make_call
 
 SCALE = 0.25
 
@@ -25,9 +24,8 @@ def expected(call: QuadraticCall, name: str) -> Tensor:
     if name == "attention_output_relative":
         return (student - teacher)[valid].square().sum() / teacher[valid].square().sum()
     assert name == "attention_weights"
-    per_query = -(call.teacher_weights * call.student_weights().clamp_min(1e-12).log()).sum(
-        dim=-1
-    )  # [B, H, T]
+    log_student = call.student_weights().clamp_min(1e-12).log()
+    per_query = -(call.teacher_weights * log_student).sum(dim=-1)  # [B, H, T]
     return per_query.transpose(1, 2)[valid].mean()
 
 

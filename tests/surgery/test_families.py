@@ -1,5 +1,7 @@
-"""The proof of generic surgery: the `softmax` mixer reproduces the untouched model in every family, and the hybrid's
-cached, padded and packed forms agree with its plain forward."""
+"""The proof of generic surgery, in every family: a mixer of softmax reproduces the untouched model.
+
+And the hybrid's cached, padded and packed forms agree with its plain forward.
+"""
 
 from __future__ import annotations
 
