@@ -21,8 +21,10 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from linearize.errors import DataError, LinearizeError
+from linearize.patch import changed
 from linearize.progress import Meter
 from linearize.registry import closest
 
@@ -257,19 +259,24 @@ def _language_model() -> type:
 
 @contextmanager
 def _quiet_and_offline() -> Iterator[None]:
-    """No harness log below an error, no bars, no request to the hub; everything as before on leaving."""
+    """No harness log below an error, no bars, no request to the hub, no git; everything as before on leaving."""
     import datasets
     import huggingface_hub.constants
     import lm_eval.api.task
+    import lm_eval.evaluator
 
     logger = logging.getLogger("lm_eval")
     level = logger.level
     bars = datasets.are_progress_bars_disabled()
     with ExitStack() as stack:
         # The environment variables are read at import, long ago by now: these are the values they end up in.
-        stack.enter_context(_changed(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
-        stack.enter_context(_changed(datasets.config, "HF_HUB_OFFLINE", True))
-        stack.enter_context(_changed(lm_eval.api.task, "tqdm", partial(lm_eval.api.task.tqdm, disable=True)))
+        stack.enter_context(changed(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
+        stack.enter_context(changed(datasets.config, "HF_HUB_OFFLINE", True))
+        stack.enter_context(changed(lm_eval.api.task, "tqdm", partial(tqdm, disable=True)))
+        # It asks git for the commit of the working directory, whose complaints would go to the terminal, and lists
+        # the machine's packages, which takes seconds; a run folder has its own environment.json.
+        stack.enter_context(changed(lm_eval.evaluator, "get_git_commit_hash", lambda: None))
+        stack.enter_context(changed(lm_eval.evaluator, "add_env_info", lambda results: None))
         logger.setLevel(logging.ERROR)
         datasets.disable_progress_bars()
         try:
@@ -278,16 +285,6 @@ def _quiet_and_offline() -> Iterator[None]:
             logger.setLevel(level)
             if not bars:
                 datasets.enable_progress_bars()
-
-
-@contextmanager
-def _changed(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def _scores(results: dict[str, Any], task: str) -> dict[str, float]:

@@ -112,6 +112,19 @@ def test_eval_refuses_what_it_cannot_measure(finished, teacher, tmp_path, capsys
     assert "no converted layer" in err and "gone.txt" in err and "Traceback" not in err
 
 
+def test_only_the_packages_own_words_are_shown(finished, teacher, tmp_path, capfd):
+    out = tmp_path / "run"
+    settings = [*SMALL, "data.source=" + str(tmp_path / "text.txt"), "data.validation=builtin"]
+    (tmp_path / "text.txt").write_text("The river rose in spring, and the miller moved his corn. " * 4)
+    assert cli.main(["run", str(teacher), "demo", *settings, "--out", str(out)]) == 0
+    err = capfd.readouterr().err
+    assert "text.txt holds 192 of the 480 tokens asked for: it is repeated" in err
+    lines = [line for line in err.splitlines() if not line.startswith(("eval ", "stage ", str(tmp_path)))]
+    assert lines == []
+    assert cli.main(["generate", str(finished), "--prompt", "The sea", "--max-new-tokens", "5"]) == 0
+    assert capfd.readouterr().err == ""
+
+
 def test_generate_is_the_same_again_and_refuses_a_chat_without_a_template(finished, capsys):
     arguments = ["generate", str(finished), "--prompt", "The sea", "--max-new-tokens", "5"]
     assert cli.main(arguments) == 0

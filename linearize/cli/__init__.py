@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from linearize.cli.console import error_console, messages
 from linearize.cli.parser import build_parser, parse
 from linearize.errors import LinearizeError
 
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         options = parse(build_parser(), arguments)
-        code = options.command(options)
+        with messages():
+            code: int = options.command(options)
         sys.stdout.flush()  # a reader that went away shows here and not at exit
         return code
     except LinearizeError as error:
@@ -54,9 +56,6 @@ def _interrupted(arguments: list[str]) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    from linearize.cli.console import error_console
-
-    error_console().print(
-        message, style="red" if code == 2 else "", markup=False, highlight=False, soft_wrap=True
-    )
+    style = "red" if code == 2 else ""
+    error_console().print(message, style=style, markup=False, highlight=False, soft_wrap=True)
     return code

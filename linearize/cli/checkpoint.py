@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from linearize.cli.console import quiet_when_piped
+from linearize.cli.console import quiet_libraries
 from linearize.errors import CheckpointError, LinearizeError
 
 
@@ -22,7 +22,7 @@ def load(path: str, device: str = "auto") -> tuple[Any, Any]:
     """
     from linearize import models
 
-    quiet_when_piped()
+    quiet_libraries()
     folder = models.resolve(export_of(path))
     target = pick_device(device)
     if _is_linearized(folder):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,12 +31,46 @@ def error_console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def quiet_when_piped() -> None:
-    """No progress bars of transformers in a log file, where each step of a bar is a line; imports transformers."""
-    if not sys.stderr.isatty():
-        from transformers.utils import logging
+class _Lines(logging.Handler):
+    """Messages of the package's loggers as plain lines, above a progress bar where one is shown."""
 
-        logging.disable_progress_bar()
+    def emit(self, record: logging.LogRecord) -> None:
+        error_console().print(self.format(record), markup=False, soft_wrap=True)
+
+
+@contextmanager
+def messages() -> Iterator[None]:
+    """Inside, what the package reports (a download, a conversion, a text that is read twice) goes to standard error."""
+    log, lines = logging.getLogger("linearize"), _Lines(logging.INFO)
+    level = log.level
+    log.addHandler(lines)
+    log.setLevel(min(level or logging.INFO, logging.INFO))
+    try:
+        yield
+    finally:
+        log.removeHandler(lines)
+        log.setLevel(level)
+
+
+def quiet_libraries() -> None:
+    """Hide what libraries say below an error, and their bars but for the hub's downloads; imports transformers.
+
+    ``TRANSFORMERS_VERBOSITY`` and ``python -W`` bring the messages back.
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    hub_bars = sys.stderr.isatty() and not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # the hub's as well
+    if hub_bars:
+        enable_progress_bars()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers_logging.set_verbosity_error()
+    for name in ("accelerate", "huggingface_hub", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        for category in (FutureWarning, UserWarning):
+            warnings.filterwarnings("ignore", category=category)
 
 
 def size(count: float) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from linearize.cli.console import console, quiet_when_piped, size
+from linearize.cli.console import console, quiet_libraries, size
 from linearize.cli.run import composed
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def main(options: argparse.Namespace) -> int:
     from linearize import mixers, surgery  # after the recipe is known to be right: importing takes seconds
     from linearize.models import load_config
 
-    quiet_when_piped()
+    quiet_libraries()
     plan = surgery.plan(load_config(options.model), recipe.mixer, recipe.layers)
     screen = console()
     screen.print(table(plan, describe(mixers.normalize(recipe.mixer))))

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from linearize.cli.console import console, quiet_when_piped
+from linearize.cli.console import console, quiet_libraries
 from linearize.config import compose, list_recipes
 from linearize.config.compose import is_file_name
 from linearize.errors import RecipeError
@@ -24,7 +24,7 @@ def main(options: argparse.Namespace) -> int:
 
     from linearize import distill  # after the recipe is known to be right: importing takes seconds
 
-    quiet_when_piped()
+    quiet_libraries()
     name = recipe_name(options.recipe)
     _show(distill.run(options.model, recipe, out, resume=options.resume, recipe_name=name))
     return 0

@@ -9,12 +9,17 @@ byte-pair merges.
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from linearize.errors import CheckpointError, UnsupportedModelError
+from linearize.patch import changed
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +48,14 @@ def convert(file: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
     metadata = read_metadata(file)
+    reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    options: dict[str, Any] = {"dtype": torch.float32}
+    options["quantization_config"] = GgufConfig(gguf_file=file.name, dequantize=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **source,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
-        )
+        # its bar does not obey transformers' switch for bars
+        with changed(reader, "tqdm", partial(tqdm, disable=True)):
+            model = AutoModelForCausalLM.from_pretrained(**source, **options)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except (ValueError, KeyError, NotImplementedError) as error:
         architecture = metadata.get("general.architecture")
