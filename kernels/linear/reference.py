@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def linear_reference(phi_q: Tensor, phi_k: Tensor, v: Tensor | None, visible: Tensor) -> tuple[Tensor, Tensor]:
+def linear_reference(
+    phi_q: Tensor, phi_k: Tensor, v: Tensor | None, visible: Tensor
+) -> tuple[Tensor, Tensor]:
     """Linear-attention partial of every query over the keys that `visible` grants it.
 
     Args:

@@ -38,7 +38,7 @@ def window_chunk(
     Returns:
         numerator [B, T, H, V], denominator [B, T, H], row maximum [B, T, H].
     """
-    batch, tokens = q.shape[:2]
+    tokens = q.shape[1]
     chunk = min(chunk, tokens)
     extra = -tokens % chunk
     blocks = (tokens + extra) // chunk
@@ -53,5 +53,8 @@ def window_chunk(
     in_window = (offset <= 0) & (offset > -window)
     same_doc = docs_blocks[:, :, None, :] == docs_blocks[:, :, window:, None]
     visible = in_window & same_doc & valid_blocks[:, :, None, :]
-    numerator, denominator, top = weigh(softmax_scores(q_blocks, k_blocks, scaling, softcap), visible[:, :, None], v_blocks)
-    return numerator.flatten(1, 2)[:, :tokens], denominator.flatten(1, 2)[:, :tokens], top.flatten(1, 2)[:, :tokens]
+    scores = softmax_scores(q_blocks, k_blocks, scaling, softcap)
+    numerator, denominator, top = (
+        x.flatten(1, 2)[:, :tokens] for x in weigh(scores, visible[:, :, None], v_blocks)
+    )
+    return numerator, denominator, top

@@ -21,7 +21,8 @@ def softmax_scores(q: Tensor, k: Tensor, scaling: float, softcap: float | None) 
     *lead, tokens, heads, width = q.shape
     kv_heads, seen = k.shape[-2], k.shape[-3]
     q_grouped = q.reshape(*lead, tokens, kv_heads, heads // kv_heads, width)
-    scores = torch.einsum("...tngk,...snk->...ngts", q_grouped, k).reshape(*lead, heads, tokens, seen) * scaling
+    products = torch.einsum("...tngk,...snk->...ngts", q_grouped, k)
+    scores = products.reshape(*lead, heads, tokens, seen) * scaling
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
@@ -37,7 +38,8 @@ def weigh(scores: Tensor, visible: Tensor, v: Tensor | None) -> Weighted:
         v: [..., S, N, V], or None for the weights themselves in the numerator's place (as if v were the identity).
 
     Returns:
-        numerator [..., T, H, V] ([..., T, H, S] without v), denominator [..., T, H], maximum [..., T, H] (zero in rows that see nothing).
+        numerator [..., T, H, V] ([..., T, H, S] without v), denominator [..., T, H], maximum [..., T, H] (zero in
+        rows that see nothing).
     """
     *lead, heads, tokens, seen = scores.shape
     scores = scores.masked_fill(~visible, -torch.inf)

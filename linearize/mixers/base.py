@@ -1,8 +1,8 @@
-"""What every part of a mixer shares: the shape legend, the layer's fixed numbers, masks, and the branches' common currency.
+"""What every part of a mixer shares: the shape legend, the layer's numbers, masks, and the branches' currency.
 
-Legend, for the whole package: B batch, T tokens, H query heads, N key-value heads, G = H / N query heads to a key-value head,
-K key dim, V value dim, F feature dim, D model dim, C chunk length, W window length, S keys seen by a query.
-One layout everywhere: [B, T, H, K].
+Legend, for the whole package: B batch, T tokens, H query heads, N key-value heads, G = H / N query heads to a
+key-value head, K key dim, V value dim, F feature dim, D model dim, C chunk length, W window length, S keys seen by a
+query. One layout everywhere: [B, T, H, K].
 """
 
 from __future__ import annotations

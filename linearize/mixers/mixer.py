@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +30,12 @@ class Mixer(nn.Module):
     """
 
     def __init__(
-        self, shape: LayerShape, window: Window, feature_map: FeatureMap | None, update: Update | None, combine: Combine | None
+        self,
+        shape: LayerShape,
+        window: Window,
+        feature_map: FeatureMap | None,
+        update: Update | None,
+        combine: Combine | None,
     ) -> None:
         super().__init__()
         self.shape = shape
@@ -167,5 +170,3 @@ class Mixer(nn.Module):
     @staticmethod
     def _widen(x: Tensor) -> Tensor:
         return x.to(accumulator(x.dtype))
-
-

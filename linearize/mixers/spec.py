@@ -20,7 +20,7 @@ PARTS: dict[str, tuple[Registry[Any], str]] = {
     "update": (UPDATES, "additive"),
     "combine": (COMBINES, "shared_normalizer"),
 }
-"""Part -> its registry and the choice when a recipe does not mention it. `feature_map: none` means no recurrent branch."""
+"""Part -> its registry, and the choice when a recipe does not name it; `feature_map: none`: no recurrent branch."""
 
 
 def check(mixer: dict[str, Any]) -> list[str]:
@@ -30,7 +30,8 @@ def check(mixer: dict[str, Any]) -> list[str]:
         if part not in PARTS:
             problems.append(f"mixer.{part}: no such part; {closest(str(part), PARTS)}")
         elif not isinstance(given, dict) or not isinstance(given.get("name"), str):
-            problems.append(f"mixer.{part}: {given!r} must be a mapping with a name, such as {{name: {PARTS[part][0].names()[0]}}}")
+            example = f"{{name: {PARTS[part][0].names()[0]}}}"
+            problems.append(f"mixer.{part}: {given!r} must be a mapping with a name, such as {example}")
         elif given["name"] != "none" or "none" in PARTS[part][0]:
             problems += _check_part(part, given)
     if problems:
@@ -40,19 +41,25 @@ def check(mixer: dict[str, Any]) -> list[str]:
         problems.append("mixer: neither a window nor a feature map; name at least one branch")
     if names["window"] == "full" and names["feature_map"] != "none":
         problems.append(
-            "mixer.window: 'full' leaves no key to the recurrent branch; use a sliding window, or feature_map: {name: none}"
+            "mixer.window: 'full' leaves no key to the recurrent branch; use a sliding window, or "
+            "feature_map: {name: none}"
         )
     if names["feature_map"] != "none" and names["update"] == "none":
-        problems.append("mixer.update: 'none' needs feature_map: {name: none}, which switches the recurrent branch off")
+        problems.append(
+            "mixer.update: 'none' needs feature_map: {name: none}, which switches the recurrent branch off"
+        )
     if names["feature_map"] != "none" and names["window"] != "none" and names["combine"] == "none":
-        problems.append("mixer.combine: 'none' leaves two branches apart; name a rule that joins them, or drop one branch")
+        problems.append(
+            "mixer.combine: 'none' leaves two branches apart; name a rule that joins them, or drop one branch"
+        )
     return problems
 
 
 def _check_part(part: str, given: dict[str, Any]) -> list[str]:
     registry = PARTS[part][0]
     if given["name"] not in registry:
-        return [f"mixer.{part}.name: unknown {registry.kind} '{given['name']}'; {closest(given['name'], [*registry.names(), 'none'])}"]
+        hint = closest(given["name"], [*registry.names(), "none"])
+        return [f"mixer.{part}.name: unknown {registry.kind} '{given['name']}'; {hint}"]
     config = registry.get(given["name"]).Config
     types = typing.get_type_hints(config)
     found = []

@@ -76,5 +76,3 @@ class State:
     def batch(self) -> int:
         """Rows."""
         return next(iter(self.tensors.values())).shape[0]
-
-

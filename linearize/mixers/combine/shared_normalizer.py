@@ -49,7 +49,9 @@ class SharedNormalizer(Combine):
     def forward(self, window: Partial, recurrent: Partial) -> Tensor:
         weight = self.window_factor.to(window.denominator.dtype).sigmoid()
         near = window * weight.expand_as(window.denominator)
-        far = recurrent * (1 - weight).expand_as(recurrent.denominator) if self.config.complement else recurrent
+        far = recurrent
+        if self.config.complement:
+            far = recurrent * (1 - weight).expand_as(recurrent.denominator)
         if self.config.stabilized and window.stabilizer is not None:
             # common scale max(m, 0): the recurrent weights are of order one already
             top = window.stabilizer.clamp_min(0.0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from torch import Tensor
+
 from linearize.mixers.base import LayerShape, Part
 from linearize.registry import Registry, discover
 
@@ -23,11 +25,11 @@ class FeatureMap(Part):
         super().__init__()
         self.state_heads = shape.kv_heads
 
-    def query(self, q):  # type: ignore[no-untyped-def]
+    def query(self, q: Tensor) -> Tensor:
         """q [B, T, H, K] -> [B, T, H, F]."""
         raise NotImplementedError(type(self))  # pragma: no cover - every registered map defines it
 
-    def key(self, k):  # type: ignore[no-untyped-def]
+    def key(self, k: Tensor) -> Tensor:
         """k [B, T, N, K] -> [B, T, state_heads, F]."""
         raise NotImplementedError(type(self))  # pragma: no cover
 

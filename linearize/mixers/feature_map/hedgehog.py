@@ -1,4 +1,7 @@
-"""Hedgehog's learned feature map (Zhang et al. 2024, arXiv 2402.04347, section 4; in LoLCATs' form, arXiv 2410.10254, app. A)."""
+"""Hedgehog's learned feature map (Zhang et al. 2024, arXiv 2402.04347, section 4).
+
+In the form that LoLCATs uses (arXiv 2410.10254, app. A).
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,8 @@ class Hedgehog(FeatureMap):
             if self.dim < 1:
                 found.append(f"dim: {self.dim} must be at least 1")
             if self.tied and self.per != "query_head":
-                found.append("tied: true needs per: query_head, since keys and queries would have different head counts")
+                why = "since keys and queries would have different head counts"
+                found.append(f"tied: true needs per: query_head, {why}")
             return found
 
     def __init__(self, config: Config, shape: LayerShape) -> None:

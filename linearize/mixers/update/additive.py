@@ -22,16 +22,18 @@ class Additive(Update):
         pass
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        size = (batch, self.heads, self.feature_dim)
         return {
-            "sums": torch.zeros(batch, self.heads, self.feature_dim, self.value_dim, dtype=dtype, device=device),
-            "norms": torch.zeros(batch, self.heads, self.feature_dim, dtype=dtype, device=device),
+            "sums": torch.zeros(*size, self.value_dim, dtype=dtype, device=device),
+            "norms": torch.zeros(*size, dtype=dtype, device=device),
         }
 
     def parallel(self, phi_q: Tensor, phi_k: Tensor, v: Tensor | None, visible: Tensor) -> Partial:
         return Partial(*linear_reference(phi_q, phi_k, v, visible))
 
     def chunked(self, phi_q: Tensor, phi_k: Tensor, v: Tensor, docs: Tensor, state: State) -> Partial:
-        numerator, denominator, (sums, norms) = linear_chunk(phi_q, phi_k, v, docs, (state["sums"], state["norms"]))
+        before = state["sums"], state["norms"]
+        numerator, denominator, (sums, norms) = linear_chunk(phi_q, phi_k, v, docs, before)
         state.write({"sums": sums, "norms": norms})
         return Partial(numerator, denominator)
 

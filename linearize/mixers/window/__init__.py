@@ -1,4 +1,4 @@
-"""Window branches: softmax attention over some of the keys, and what it hands on to the recurrent branch; one file each."""
+"""Window branches: softmax attention over some keys, and what it hands on to the recurrent branch; one file each."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ class Window(Part):
         """O(T)-memory form; writes the new ring into `state`."""
         raise NotImplementedError(type(self))  # pragma: no cover
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State) -> tuple[Partial | None, Handed | None]:
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State
+    ) -> tuple[Partial | None, Handed | None]:
         """One token (T = 1), in place."""
         raise NotImplementedError(type(self))  # pragma: no cover
 

@@ -45,7 +45,8 @@ class FullWindow(Window):
         self, q: Tensor, k: Tensor, v: Tensor | None, visible: Tensor, age: Tensor
     ) -> tuple[Partial | None, Tensor | None]:
         near = visible if self.size is None else visible & (age < self.size)
-        return Partial(*window_reference(q, k, v, near, scaling=self.shape.scaling, softcap=self.shape.softcap)), None
+        shape = self.shape
+        return Partial(*window_reference(q, k, v, near, scaling=shape.scaling, softcap=shape.softcap)), None
 
     def chunked(
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, state: State
@@ -62,17 +63,21 @@ class FullWindow(Window):
             age = torch.arange(past + first, past + last, device=q.device)[:, None] - torch.arange(
                 seen.start, seen.stop, device=q.device
             )
-            visible = (age >= 0) & valid[:, None, seen] & (all_docs[:, None, seen] == docs[:, first:last, None])
+            same_doc = all_docs[:, None, seen] == docs[:, first:last, None]
+            visible = (age >= 0) & valid[:, None, seen] & same_doc
             block = partial(self.parallel, visible=visible, age=age)
             rows = q[:, first:last], k[:, seen], v[:, seen]
             # recomputed in backward, so that no block's scores outlive it
-            parts.append(checkpoint(block, *rows, use_reentrant=False)[0] if torch.is_grad_enabled() else block(*rows)[0])
+            graph = torch.is_grad_enabled()
+            parts.append((checkpoint(block, *rows, use_reentrant=False) if graph else block(*rows))[0])
         keep = slice(-(self.size - 1) if self.size and self.size > 1 else None, None)
         valid = valid & (all_docs == docs[:, -1:])
         state.write({"window_k": k[:, keep], "window_v": v[:, keep], "window_valid": valid[:, keep]})
-        joined = (torch.cat([getattr(p, name) for p in parts], 1) for name in ("numerator", "denominator", "stabilizer"))
-        return Partial(*joined), None
+        names = ("numerator", "denominator", "stabilizer")
+        return Partial(*(torch.cat([getattr(part, name) for part in parts], 1) for name in names)), None
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State) -> tuple[Partial | None, Handed | None]:
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State
+    ) -> tuple[Partial | None, Handed | None]:
         docs = torch.zeros_like(valid, dtype=torch.int64)
         return self.chunked(q, k, v, valid, docs, state)

@@ -31,5 +31,7 @@ class NoWindow(Window):
     ) -> tuple[Partial | None, Handed | None]:
         return None, Handed(k, v, valid)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State) -> tuple[Partial | None, Handed | None]:
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State
+    ) -> tuple[Partial | None, Handed | None]:
         return None, Handed(k, v, valid)

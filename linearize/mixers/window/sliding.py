@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -11,6 +12,13 @@ from linearize.kernels.window import window_chunk, window_reference
 from linearize.mixers.base import LayerShape, Part, Partial
 from linearize.mixers.state import State
 from linearize.mixers.window import WINDOWS, Handed, Window
+
+
+class Scores(TypedDict):
+    """How products of queries and keys become scores."""
+
+    scaling: float
+    softcap: float | None
 
 
 @WINDOWS.register("sliding")
@@ -28,7 +36,9 @@ class SlidingWindow(Window):
 
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
-            return [] if self.size >= 1 else [f"size: {self.size} must be at least 1 (window: {{name: none}} means no window)"]
+            if self.size >= 1:
+                return []
+            return [f"size: {self.size} must be at least 1 (window: {{name: none}} means no window)"]
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)
@@ -61,7 +71,8 @@ class SlidingWindow(Window):
         docs = torch.cat([torch.zeros_like(docs[:, :1]).expand(-1, size), docs], 1)
         partial = window_chunk(q, k, v, valid, docs, window=size, **self._scores)
         # a key of an earlier document than the query that pushes it out is seen by no later query either
-        leaving = Handed(k[:, :tokens], v[:, :tokens], valid[:, :tokens] & (docs[:, :tokens] == docs[:, size:]))
+        same_doc = docs[:, :tokens] == docs[:, size:]
+        leaving = Handed(k[:, :tokens], v[:, :tokens], valid[:, :tokens] & same_doc)
         state.write(
             {
                 "window_k": k[:, tokens:],
@@ -72,11 +83,13 @@ class SlidingWindow(Window):
         )
         return self._partial(partial), leaving
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State) -> tuple[Partial | None, Handed | None]:
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State
+    ) -> tuple[Partial | None, Handed | None]:
         slot = state["window_next"] % self.size
         rows = torch.arange(q.shape[0], device=q.device)
         ring_k, ring_v, ring_valid = state["window_k"], state["window_v"], state["window_valid"]
-        leaving = Handed(ring_k[rows, slot][:, None], ring_v[rows, slot][:, None], ring_valid[rows, slot][:, None])
+        leaving = Handed(*(ring[rows, slot][:, None] for ring in (ring_k, ring_v, ring_valid)))
         ring_k[rows, slot], ring_v[rows, slot] = k[:, 0].to(ring_k.dtype), v[:, 0].to(ring_v.dtype)
         ring_valid[rows, slot] = valid[:, 0]
         state["window_next"].add_(1)
@@ -84,7 +97,7 @@ class SlidingWindow(Window):
         return self._partial(window_reference(q, keys, values, ring_valid[:, None], **self._scores)), leaving
 
     @property
-    def _scores(self) -> dict[str, float | None]:
+    def _scores(self) -> Scores:
         return {"scaling": self.shape.scaling, "softcap": self.shape.softcap}
 
     @staticmethod
