@@ -120,6 +120,28 @@ def documents(starts: Tensor | None, batch: int, tokens: int, device: torch.devi
     return starts.to(torch.int64).cumsum(1)
 
 
+def positions(valid: Tensor, docs: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens since the first valid one of the own document.
+
+    Args:
+        valid: [B, T] bool, false on padding.
+        docs: [B, T] int64, see `documents`.
+        carried: [B] int64, tokens that document 0 has had before, counted in the same way.
+
+    Returns:
+        position [B, T] int64 (-1 on padding in front), and `carried` [B] for the next call.
+    """
+
+    def in_document(x: Tensor) -> Tensor:
+        total = x.to(torch.int64).cumsum(1)
+        opens = torch.cat([torch.zeros_like(docs[:, :1]), docs], 1).diff(dim=1) != 0
+        return total - torch.where(opens, total - x.to(torch.int64), 0).cummax(1).values
+
+    before = carried[:, None] * (docs == 0)
+    position = in_document(in_document(valid) + before > 0) + before - 1
+    return position, position[:, -1] + 1
+
+
 def repeat_heads(x: Tensor, times: int) -> Tensor:
     """[B, T, N, K] -> [B, T, N * times, K]: each key-value head once for each of its query heads."""
     return x if times == 1 else x.repeat_interleave(times, dim=2)

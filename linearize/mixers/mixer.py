@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Partial, accumulator, documents, repeat_heads
+from linearize.mixers.base import LayerShape, Partial, accumulator, documents, positions, repeat_heads
 from linearize.mixers.combine import Combine
 from linearize.mixers.feature_map import FeatureMap
 from linearize.mixers.state import State
@@ -64,6 +64,8 @@ class Mixer(nn.Module):
         tensors = self.window.initial(batch, dtype, device)
         if self.update is not None:
             tensors |= self.update.initial(batch, accumulator(dtype), device)
+        if self.feature_map is not None and self.feature_map.uses_position:
+            tensors["position"] = torch.zeros(batch, dtype=torch.int64, device=device)
         return State(tensors)
 
     def reset_parameters(self) -> None:
@@ -95,8 +97,8 @@ class Mixer(nn.Module):
         """
         batch, tokens = k.shape[:2]
         rows = slice(0, tokens) if rows is None else rows
-        position = torch.arange(tokens, device=k.device)
-        age = position[rows, None] - position
+        order = torch.arange(tokens, device=k.device)
+        age = order[rows, None] - order
         docs = documents(starts, batch, tokens, k.device)
         visible = (age >= 0) & (docs[:, rows, None] == docs[:, None, :])
         if valid is not None:
@@ -107,9 +109,14 @@ class Mixer(nn.Module):
             near, left = self.window.parallel(q, k, v, visible, age)
             far = None
             if self.update is not None and self.feature_map is not None and left is not None:
-                phi_k = self.feature_map.key(k)
+                position, q_position = None, None
+                if self.feature_map.uses_position:
+                    real = torch.ones_like(docs, dtype=torch.bool) if valid is None else valid
+                    position, _ = positions(real, docs, docs.new_zeros(batch))
+                    q_position = position[:, rows]
+                phi_k = self.feature_map.key(k, position)
                 shared_v = None if v is None else repeat_heads(v, phi_k.shape[2] // v.shape[2])
-                far = self.update.parallel(self.feature_map.query(q), phi_k, shared_v, left)
+                far = self.update.parallel(self.feature_map.query(q, q_position), phi_k, shared_v, left)
             return self._join(near, far)
 
     def chunked(
@@ -136,8 +143,10 @@ class Mixer(nn.Module):
             near, handed = self.window.chunked(q, k, v, valid, docs, state)
             far = None
             if self.update is not None and self.feature_map is not None and handed is not None:
-                phi_k, shared_v = self._recurrent_input(handed)
-                far = self.update.chunked(self.feature_map.query(q), phi_k, shared_v, docs, state)
+                position = self._advance(valid, docs, state)
+                phi_k, shared_v = self._recurrent_input(handed, position)
+                phi_q = self.feature_map.query(q, position)
+                far = self.update.chunked(phi_q, phi_k, shared_v, docs, state)
             return self._join(near, far)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, *, state: State, valid: Tensor | None = None) -> Tensor:
@@ -148,14 +157,25 @@ class Mixer(nn.Module):
             near, handed = self.window.step(q, k, v, valid, state)
             far = None
             if self.update is not None and self.feature_map is not None and handed is not None:
-                phi_k, shared_v = self._recurrent_input(handed)
-                far = self.update.step(self.feature_map.query(q), phi_k, shared_v, state)
+                position = self._advance(valid, torch.zeros_like(valid, dtype=torch.int64), state)
+                phi_k, shared_v = self._recurrent_input(handed, position)
+                far = self.update.step(self.feature_map.query(q, position), phi_k, shared_v, state)
             return self._join(near, far)
 
-    def _recurrent_input(self, handed: Handed) -> tuple[Tensor, Tensor]:
+    def _advance(self, valid: Tensor, docs: Tensor, state: State) -> Tensor | None:
+        """Positions [B, T] of the new tokens for a map that uses them; the count goes on in the state."""
+        if self.feature_map is None or not self.feature_map.uses_position:
+            return None
+        position, seen = positions(valid, docs, state["position"])
+        state.write({"position": seen})
+        return position
+
+    def _recurrent_input(self, handed: Handed, position: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Features and values of the keys handed on, each `window.size` tokens older than the query at its place."""
         assert self.feature_map is not None
         k, v = self._widen(handed.k), self._widen(handed.v)
-        phi_k = self.feature_map.key(k) * handed.valid[..., None, None].to(k.dtype)
+        k_position = None if position is None else position - (self.window.size or 0)
+        phi_k = self.feature_map.key(k, k_position) * handed.valid[..., None, None].to(k.dtype)
         return phi_k, repeat_heads(v, phi_k.shape[2] // v.shape[2])
 
     def _join(self, near: Partial | None, far: Partial | None) -> Tensor:

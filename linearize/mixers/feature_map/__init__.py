@@ -1,8 +1,9 @@
-"""Feature maps: q or k [B, T, H, K] -> non-negative features [B, T, H, F]; one file each."""
+"""Feature maps: q or k [B, T, H, K] -> features [B, T, H, F]; one file each, what several share in `shared`."""
 
 from __future__ import annotations
 
 import sys
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,8 +17,12 @@ class FeatureMap(Part):
     Attributes:
         feature_dim: F.
         state_heads: heads of the key features, so of the recurrent state: H, or N when query heads share them.
+        non_negative: phi(q).phi(k) >= 0 for every q and k, so a running sum of the key features can normalize.
+        uses_position: `query` and `key` need `position`; the others ignore it.
     """
 
+    non_negative: ClassVar[bool] = True
+    uses_position: ClassVar[bool] = False
     feature_dim: int
     state_heads: int
 
@@ -25,12 +30,12 @@ class FeatureMap(Part):
         super().__init__()
         self.state_heads = shape.kv_heads
 
-    def query(self, q: Tensor) -> Tensor:
-        """q [B, T, H, K] -> [B, T, H, F]."""
+    def query(self, q: Tensor, position: Tensor | None = None) -> Tensor:
+        """q [B, T, H, K] -> [B, T, H, F]; position [B, T] int64, tokens since the start of the document."""
         raise NotImplementedError(type(self))  # pragma: no cover - every registered map defines it
 
-    def key(self, k: Tensor) -> Tensor:
-        """k [B, T, N, K] -> [B, T, state_heads, F]."""
+    def key(self, k: Tensor, position: Tensor | None = None) -> Tensor:
+        """k [B, T, N, K] -> [B, T, state_heads, F]; position as in `query`."""
         raise NotImplementedError(type(self))  # pragma: no cover
 
 
