@@ -28,6 +28,7 @@ class LayerShape:
         scaling: factor on q.k before the softmax.
         softcap: tanh soft cap on the scaled scores (Gemma 2), or None.
         sliding_window: tokens that the teacher's own layer sees, or None for all.
+        model_dim: width of the hidden states, D, or None where nobody measured it.
     """
 
     heads: int
@@ -37,6 +38,7 @@ class LayerShape:
     scaling: float
     softcap: float | None = None
     sliding_window: int | None = None
+    model_dim: int | None = None
 
     @property
     def group(self) -> int:
@@ -55,20 +57,21 @@ class Partial:
 
     Attributes:
         numerator: [B, T, H, V], float32 or wider.
-        denominator: [B, T, H].
+        denominator: [B, T, H], or None for a branch without a normalizer.
         stabilizer: [B, T, H] (the row maximum of a softmax branch), or None for a branch that needs none.
     """
 
     numerator: Tensor
-    denominator: Tensor
+    denominator: Tensor | None
     stabilizer: Tensor | None = None
 
     def normalized(self) -> Tensor:
-        """numerator / denominator, zero where nothing was seen."""
-        return divide(self.numerator, self.denominator)
+        """numerator / denominator, zero where nothing was seen; the numerator of a branch without a normalizer."""
+        return self.numerator if self.denominator is None else divide(self.numerator, self.denominator)
 
     def __mul__(self, factor: Tensor) -> Partial:
-        return Partial(self.numerator * factor[..., None], self.denominator * factor, self.stabilizer)
+        denominator = None if self.denominator is None else self.denominator * factor
+        return Partial(self.numerator * factor[..., None], denominator, self.stabilizer)
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from linearize.mixers.base import LayerShape, Part, Partial
+from linearize.mixers.base import LayerShape, Part, Partial, divide
 from linearize.registry import Registry, discover
 
 
@@ -17,14 +17,40 @@ class Combine(Part):
     Args:
         config: the rule's options.
         shape: the layer's numbers.
+
+    Attributes:
+        needs_normalizer: joins denominators, so the recurrent branch must have one.
+        uses_hidden: `forward` wants the layer's hidden states.
     """
+
+    needs_normalizer: ClassVar[bool] = False
+    uses_hidden: bool = False
 
     def __init__(self, config: Any, shape: LayerShape) -> None:
         super().__init__()
 
-    def forward(self, window: Partial, recurrent: Partial) -> Tensor:
-        """Two partials -> output [B, T, H, V]."""
+    def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
+        """Two partials -> output [B, T, H, V]; `hidden` [B, T, D] for rules with `uses_hidden`."""
         raise NotImplementedError(type(self))  # pragma: no cover - every registered rule defines it
+
+
+def blend(window: Partial, recurrent: Partial, near: Tensor, far: Tensor) -> Tensor:
+    """near * window + far * recurrent, each branch normalized by itself -> [B, T, H, V].
+
+    A branch that has seen no key leaves its weight to the other one, so that the first tokens of a text, of which
+    nothing has left the window yet, are not scaled down. A branch without a normalizer counts as having seen some.
+
+    Args:
+        near, far: weights, broadcastable to [B, T, H].
+    """
+
+    def share(weight: Tensor, branch: Partial) -> Tensor:
+        return weight if branch.denominator is None else weight * (branch.denominator != 0)
+
+    shares = share(near, window), share(far, recurrent)
+    total = shares[0] + shares[1]
+    numerator = shares[0][..., None] * window.normalized() + shares[1][..., None] * recurrent.normalized()
+    return divide((near + far)[..., None] * numerator, total)
 
 
 COMBINES: Registry[Combine] = Registry("combination")

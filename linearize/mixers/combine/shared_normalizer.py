@@ -22,6 +22,8 @@ class SharedNormalizer(Combine):
     of the scores but is not what published checkpoints were trained with.
     """
 
+    needs_normalizer = True
+
     @dataclass
     class Config(Part.Config):
         window_weight_init: float = 0.1
@@ -46,7 +48,8 @@ class SharedNormalizer(Combine):
         start = self.config.window_weight_init
         fill(self.window_factor, math.log(start / (1 - start)))
 
-    def forward(self, window: Partial, recurrent: Partial) -> Tensor:
+    def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
+        assert window.denominator is not None and recurrent.denominator is not None, "see needs_normalizer"
         weight = self.window_factor.to(window.denominator.dtype).sigmoid()
         near = window * weight.expand_as(window.denominator)
         far = recurrent
@@ -56,4 +59,5 @@ class SharedNormalizer(Combine):
             # common scale max(m, 0): the recurrent weights are of order one already
             top = window.stabilizer.clamp_min(0.0)
             near, far = near * (window.stabilizer - top).exp(), far * (-top).exp()
+        assert near.denominator is not None and far.denominator is not None
         return divide(near.numerator + far.numerator, near.denominator + far.denominator)

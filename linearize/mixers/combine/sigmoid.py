@@ -1,0 +1,71 @@
+"""A learned share for each branch, per head (Infini-attention, Munkhdalai et al. 2024, arXiv 2404.07143, eq. 10).
+
+Or per head and token, from the hidden states (as the branch gates of NSA, Yuan et al. 2025, arXiv 2502.11089, eq. 5).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from linearize.errors import LinearizeError
+from linearize.mixers.base import LayerShape, Part, Partial, fill
+from linearize.mixers.combine import COMBINES, Combine, blend
+
+
+@COMBINES.register("sigmoid")
+class Sigmoid(Combine):
+    """y = g * y_window + (1 - g) * y_recurrent, each branch normalized by itself.
+
+    g = sigmoid(b) with one b per head, or sigmoid(W x + b) with W [H, D] on the hidden state x of the query's token.
+    W starts at zero, so both begin at the same g. Where a branch has seen no key, the other one takes its share.
+
+    Raises:
+        LinearizeError: ``per: token`` for a layer whose model dim is unknown.
+    """
+
+    @dataclass
+    class Config(Part.Config):
+        per: str = "head"
+        """head, or token: from the hidden states, for every head."""
+        window_weight_init: float = 0.5
+        """g at the start."""
+
+        def problems(self) -> list[str]:
+            """Rules that types alone do not express."""
+            found = [] if self.per in ("head", "token") else [f"per: '{self.per}' is not one of head, token"]
+            if not 0 < self.window_weight_init < 1:
+                found.append(f"window_weight_init: {self.window_weight_init} must lie between 0 and 1")
+            return found
+
+    def __init__(self, config: Config, shape: LayerShape) -> None:
+        super().__init__(config, shape)
+        self.config = config
+        self.uses_hidden = config.per == "token"
+        self.window_factor = nn.Parameter(torch.empty(shape.heads))
+        self.register_parameter("token_weight", None)
+        if self.uses_hidden:
+            if shape.model_dim is None:
+                raise LinearizeError(
+                    "combine sigmoid with per: token reads hidden states, and this layer's model dim is unknown; "
+                    "set LayerShape.model_dim, or use per: head"
+                )
+            self.token_weight = nn.Parameter(torch.empty(shape.heads, shape.model_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        start = self.config.window_weight_init
+        fill(self.window_factor, math.log(start / (1 - start)))
+        if self.token_weight is not None:
+            fill(self.token_weight, 0.0)
+
+    def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
+        dtype = window.numerator.dtype
+        logit = self.window_factor.to(dtype)
+        if self.token_weight is not None:
+            assert hidden is not None, "see uses_hidden"
+            logit = logit + hidden.to(dtype) @ self.token_weight.to(dtype).T
+        return blend(window, recurrent, logit.sigmoid(), (-logit).sigmoid())
