@@ -1,0 +1,69 @@
+"""The same in chunks: decays by halving inside a chunk, a state between chunks; O(T) memory, safe in float32."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linearize.kernels.chunks import cut_documents, decayed_products, decayed_values, make_decay, scan
+from linearize.kernels.gated_linear.reference import Gated, GatedState, check_options
+
+
+def gated_linear_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    docs: Tensor,
+    state: GatedState,
+    *,
+    bonus: Tensor | None = None,
+    read_before: bool = False,
+    normalize: bool = True,
+    decay_values: bool = False,
+    chunk: int = 64,
+) -> Gated:
+    """Arguments and results of `gated_linear_reference`; `chunk` is a power of two.
+
+    The normalizer is one more column of the state, whose values are ones, so that it shares the decay.
+    """
+    check_options(normalize=normalize, decay_values=decay_values)
+    blocks = cut_documents(docs, chunk)
+    sums, norms = state
+    if normalize:
+        v = F.pad(v, (0, 1), value=1.0)
+        sums = torch.cat([sums, (torch.zeros_like(sums[..., 0]) if norms is None else norms)[..., None]], -1)
+    q_cut, k_cut, v_cut = blocks.cut_grouped(q, k.shape[2]), blocks.cut(k), blocks.cut(v)
+    group = q_cut.shape[-2]
+    log_decay = log_decay[..., None] if log_decay.dim() == 3 else log_decay
+    decay = make_decay(blocks.cut(log_decay), read_before=read_before or bonus is not None)
+    visible = blocks.visible[:, :, None].repeat_interleave(group, -2).to(q.dtype)
+    kept = blocks.kept[:, :, None, None].to(q.dtype) * decay.whole
+    entering = blocks.entering[:, :, None, :, None].to(q.dtype)
+    open_keys = k_cut * blocks.open[:, :, None, :, None].to(q.dtype)
+
+    if decay_values:
+        inside = decayed_values((q_cut.flatten(-3, -2) @ k_cut.mT) * visible, v_cut, decay)
+        added = open_keys.mT @ (v_cut * decay.to_end)
+        before, sums = scan(_forget_and_add, sums, kept[..., None, :], added)
+        earlier = (q_cut.flatten(-3, -2) @ before).unflatten(-2, (-1, group))
+        earlier = earlier * (decay.from_start * entering)[..., None, :]
+    else:
+        inside = (decayed_products(q_cut, k_cut, decay) * visible) @ v_cut
+        added = (open_keys * decay.to_end).mT @ v_cut
+        before, sums = scan(_forget_and_add, sums, kept[..., None], added)
+        reader = q_cut * (decay.from_start * entering)[..., None, :]
+        earlier = (reader.flatten(-3, -2) @ before).unflatten(-2, (-1, group))
+    out = inside.unflatten(-2, (-1, group)) + earlier
+    if bonus is not None:
+        own = (q_cut * (k_cut * bonus[:, None])[..., None, :]).sum(-1, keepdim=True)
+        out = out + own * v_cut[..., None, :]
+    out = blocks.join(out)
+    if normalize:
+        return out[..., :-1], out[..., -1], (sums[..., :-1], sums[..., -1])
+    return out, None, (sums, None)
+
+
+def _forget_and_add(state: Tensor, kept: Tensor, added: Tensor) -> Tensor:
+    return torch.addcmul(added, kept, state)

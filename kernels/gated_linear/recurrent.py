@@ -1,0 +1,49 @@
+"""One token, in place on the state."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def gated_linear_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    sums: Tensor,
+    norms: Tensor | None = None,
+    *,
+    bonus: Tensor | None = None,
+    read_before: bool = False,
+    decay_values: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The state forgets, the key is added, the query reads; with `read_before` or a `bonus` it reads first.
+
+    Args:
+        q: [B, H, F].
+        k: [B, M, F] (zero, with zero log decay, for a token that nobody may see).
+        v: [B, M, V].
+        log_decay: [B, M], [B, M, F], or with `decay_values` [B, M, V].
+        sums, norms: [B, M, F, V], [B, M, F] or None, float32 or wider; written in place.
+        bonus: [M, F]; implies `read_before`.
+
+    Returns:
+        numerator [B, H, V], denominator [B, H] (None without norms).
+    """
+    decay = (log_decay[..., None] if log_decay.dim() == 2 else log_decay).exp()
+    read_before = read_before or bonus is not None
+    grouped = q.unflatten(1, (k.shape[1], -1))
+    read = _read(grouped, sums, norms) if read_before else None
+    sums.mul_(decay[..., None, :] if decay_values else decay[..., None]).addcmul_(k[..., None], v[:, :, None])
+    if norms is not None:
+        norms.mul_(decay).add_(k)
+    numerator, denominator = _read(grouped, sums, norms) if read is None else read
+    if bonus is not None:
+        own = (grouped * (bonus * k)[:, :, None]).sum(-1)
+        numerator = numerator + own[..., None] * v[:, :, None]
+        denominator = None if denominator is None else denominator + own
+    return numerator.flatten(1, 2), None if denominator is None else denominator.flatten(1, 2)
+
+
+def _read(q: Tensor, sums: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return q @ sums, None if norms is None else (q @ norms[..., None])[..., 0]
