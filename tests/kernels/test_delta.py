@@ -1,0 +1,150 @@
+"""The delta rule, plain and gated: three forms of one function, and what it is for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from recurrences import (
+    BATCH,
+    Recurrence,
+    check_chunk,
+    check_gradients,
+    check_no_tokens,
+    check_padding,
+    check_split,
+    check_steps,
+    normal,
+    one_document,
+    some_documents,
+    uniform,
+)
+
+from linearize.kernels.delta import delta_chunk, delta_reference, delta_step
+from linearize.kernels.gated_linear import gated_linear_chunk
+
+HEADS, STATE_HEADS, FEATURES, VALUES = 6, 2, 5, 7
+
+
+def make(strength: float | None, *, largest_beta: float = 1.0) -> Recurrence:
+    """Log decays down to -strength, or no decay."""
+
+    def sequence(tokens: int):
+        size = (BATCH, tokens, STATE_HEADS)
+        inputs = {
+            "q": normal(BATCH, tokens, HEADS, FEATURES, seed=1),
+            "k": F.normalize(normal(*size, FEATURES, seed=2), dim=-1),
+            "v": normal(*size, VALUES, seed=3),
+            "beta": largest_beta * uniform(*size, seed=4),
+        }
+        return inputs if strength is None else inputs | {"log_decay": -strength * uniform(*size, seed=5)}
+
+    def whole(form):
+        def run(x, docs, state):
+            out, new = form(**({"log_decay": None} | x), docs=docs, state=state[0])
+            return [out], [new]
+
+        return run
+
+    return Recurrence(
+        sequence=sequence,
+        state=[normal(BATCH, STATE_HEADS, FEATURES, VALUES, seed=6)],
+        reference=whole(delta_reference),
+        chunk=whole(delta_chunk),
+        step=lambda x, state: [delta_step(**({"log_decay": None} | x), state=state[0])],
+        neutral=("beta", "log_decay")[: 2 if strength is not None else 1],
+    )
+
+
+CASES = {
+    "plain": make(None),
+    "reflecting": make(None, largest_beta=2.0),
+    "mild": make(0.1),
+    "strong": make(20.0),
+}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+
+
+@cases
+@dtypes
+@pytest.mark.parametrize("tokens", [1, 7, 64, 131])
+def test_chunks_equal_the_loop(case, dtype, tokens):
+    check_chunk(case, tokens, dtype)
+
+
+@cases
+@dtypes
+def test_steps_equal_the_loop(case, dtype):
+    check_steps(case, 37, dtype)
+
+
+@cases
+@pytest.mark.parametrize("at", [0, 1, 64, 90])
+def test_state_is_carried_across_a_split(case, at):
+    check_split(case, 131, at)
+
+
+@cases
+@dtypes
+def test_gradients_equal_those_of_the_loop(case, dtype):
+    check_gradients(case, 71, dtype)
+
+
+@cases
+def test_padding_changes_nothing(case):
+    check_padding(case, 60, 9)
+
+
+@cases
+def test_no_tokens(case):
+    check_no_tokens(case)
+
+
+@pytest.mark.parametrize("form", [delta_chunk, delta_reference])
+def test_beta_of_zero_leaves_the_state(form):
+    case = make(None, largest_beta=0.0)
+    x, (state,) = case.sequence(131), case.state
+    out, after = form(**x, log_decay=None, docs=one_document(131), state=state)
+    torch.testing.assert_close(after, state)
+    read = torch.einsum("btmgf,bmfv->btmgv", x["q"].unflatten(2, (STATE_HEADS, -1)), state).flatten(2, 3)
+    torch.testing.assert_close(out, read)
+
+
+def test_beta_of_one_stores_the_value():
+    case = make(None)
+    x = case.sequence(131)
+    x |= {"beta": torch.ones_like(x["beta"]), "q": x["k"].repeat_interleave(HEADS // STATE_HEADS, 2)}
+    out, _ = delta_chunk(**x, log_decay=None, docs=some_documents(131), state=case.state[0])
+    torch.testing.assert_close(out, x["v"].repeat_interleave(HEADS // STATE_HEADS, 2))
+
+
+def test_orthogonal_keys_make_it_gated_linear_attention():
+    x = make(0.1).sequence(FEATURES)
+    eye = torch.eye(FEATURES, dtype=torch.float64)
+    x["k"] = eye[None, :, None].expand_as(x["k"])
+    empty = torch.zeros(BATCH, STATE_HEADS, FEATURES, VALUES, dtype=torch.float64)
+    out, state = delta_chunk(**x, docs=one_document(FEATURES), state=empty)
+    beta = x.pop("beta")
+    x["k"] = x["k"] * beta[..., None]
+    plain, _, (sums, _) = gated_linear_chunk(
+        **x, docs=one_document(FEATURES), state=(empty, None), normalize=False
+    )
+    torch.testing.assert_close(out, plain)
+    torch.testing.assert_close(state, sums)
+
+
+@pytest.mark.parametrize("beta", [1.0, 1.5, 2.0])
+def test_repeated_keys_cost_chunks_no_more_digits_than_the_loop(beta):
+    """The hardest triangular system: one key again and again, replaced (beta 1), overshot, or reflected (beta 2)."""
+    case = make(None)
+    x = case.sequence(256)
+    x |= {"k": x["k"][:, :1].expand_as(x["k"]), "beta": torch.full_like(x["beta"], beta)}
+    given = {"log_decay": None, "docs": one_document(256)}
+    expected, _ = delta_reference(**x, **given, state=case.state[0])
+    narrow = {name: tensor.float() for name, tensor in x.items()} | given
+    chunked, looped = (
+        (form(**narrow, state=case.state[0].float())[0] - expected).abs().max()
+        for form in (delta_chunk, delta_reference)
+    )
+    assert chunked < 5 * looped
