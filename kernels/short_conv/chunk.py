@@ -1,0 +1,32 @@
+"""The same for all tokens at once: one shifted product a tap; O(T) memory, no copy of the inputs in columns."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linearize.kernels.short_conv.reference import last_inputs
+
+
+def short_conv_chunk(
+    x: Tensor,
+    weight: Tensor,
+    docs: Tensor,
+    state: Tensor,
+    *,
+    bias: Tensor | None = None,
+    silu: bool = False,
+    residual: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results of `short_conv_reference`."""
+    tokens, taps = x.shape[1], weight.shape[-1]
+    inputs = torch.cat([state, x], 1)
+    owners = torch.cat([docs.new_zeros(len(docs), taps - 1), docs], 1)
+    y = x * weight[..., -1]
+    for j in range(taps - 1):
+        mine = (owners[:, j : j + tokens] == docs)[..., None, None].to(x.dtype)
+        y = torch.addcmul(y, inputs[:, j : j + tokens] * mine, weight[..., j])
+    y = y if bias is None else y + bias
+    y = F.silu(y) if silu else y
+    return y + x if residual else y, last_inputs(inputs, owners, taps)

@@ -1,0 +1,35 @@
+"""One token, in place on the last inputs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def short_conv_step(
+    x: Tensor,
+    weight: Tensor,
+    state: Tensor,
+    *,
+    bias: Tensor | None = None,
+    silu: bool = False,
+    residual: bool = False,
+) -> Tensor:
+    """Convolve one input with those before it, which move up by one.
+
+    Args:
+        x: [B, H, D] (zero for a token that nobody may see).
+        weight: [H, D, W].
+        state: [B, W - 1, H, D], oldest first; written in place.
+        bias, silu, residual: see `short_conv_reference`.
+
+    Returns:
+        [B, H, D].
+    """
+    inputs = torch.cat([state, x[:, None]], 1)
+    y = torch.einsum("bwhd,hdw->bhd", inputs, weight)
+    state.copy_(inputs[:, 1:])
+    y = y if bias is None else y + bias
+    y = F.silu(y) if silu else y
+    return y + x if residual else y
