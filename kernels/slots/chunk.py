@@ -1,0 +1,33 @@
+"""The same as two passes of gated linear attention with a softmax between them (Zhang et al. 2024, section 3.2)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from linearize.kernels.gated_linear import gated_linear_chunk
+from linearize.kernels.slots.reference import SlotState
+
+
+def slots_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    writes: Tensor,
+    log_decay: Tensor,
+    docs: Tensor,
+    state: SlotState,
+    *,
+    chunk: int = 64,
+) -> tuple[Tensor, SlotState]:
+    """Arguments and results of `slots_reference`; `chunk` is a power of two.
+
+    In the first pass the slots are value dimensions, each with its decay; in the second they are key dimensions.
+    """
+    keys, values = state
+    scores, _, (keys, _) = gated_linear_chunk(
+        q, k, writes, log_decay, docs, (keys, None), normalize=False, decay_values=True, chunk=chunk
+    )
+    out, _, (values, _) = gated_linear_chunk(
+        scores.softmax(-1), writes, v, log_decay, docs, (values, None), normalize=False, chunk=chunk
+    )
+    return out, (keys, values)
