@@ -1,0 +1,62 @@
+"""The same in chunks: what a chunk's tokens find in the state by one triangular solve; O(T) memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from linearize.kernels.chunks import cut_documents, decayed_products, make_decay, scan
+
+
+def generalized_delta_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor,
+    docs: Tensor,
+    state: Tensor,
+    *,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results of `generalized_delta_reference`; `chunk` is a power of two.
+
+    Token t finds u_t = S_{t-1}^T a_t, where S_{t-1} is the entering state S and the b_s u_s^T + k_s v_s^T before t,
+    all decayed. So the u of a chunk solve (I - [a, b]) U = [a, k] V + A~ S, with [a, b] the products of every a with
+    every earlier b under the decay between them, and A~ the decayed a. The solve is done for all chunks at once,
+    with [a, k] V and A~ side by side.
+    """
+    blocks = cut_documents(docs, chunk)
+    q_cut = blocks.cut_grouped(q, k.shape[2])
+    k_cut, v_cut, a_cut, b_cut, log_cut = (blocks.cut(x) for x in (k, v, a, b, log_decay))
+    before, after = make_decay(log_cut, read_before=True), make_decay(log_cut)
+    group = q_cut.shape[-2]
+    visible = blocks.visible[:, :, None].to(q.dtype)
+    rows_visible = visible.repeat_interleave(group, -2)
+    entering = blocks.entering[:, :, None, :, None].to(q.dtype)
+    open_end = after.to_end * blocks.open[:, :, None, :, None].to(q.dtype)
+    kept = after.whole[..., None] * blocks.kept[:, :, None, None, None].to(q.dtype)
+
+    a_grouped = a_cut[..., None, :]
+    sides = [
+        decayed_products(a_grouped, k_cut, before) * visible @ v_cut,
+        a_cut * before.from_start * entering,
+    ]
+    lower = -(decayed_products(a_grouped, b_cut, before) * visible)
+    solved = torch.linalg.solve_triangular(lower, torch.cat(sides, -1), upper=False, unitriangular=True)
+    fresh, reader = solved.split([v.shape[-1], k.shape[-1]], -1)
+    added = (k_cut * open_end).mT @ v_cut
+    entered, state = scan(_change, state, kept, added, (b_cut * open_end).mT, fresh, reader)
+
+    found = fresh + reader @ entered
+    out = decayed_products(q_cut, k_cut, after) * rows_visible @ v_cut
+    out = out + decayed_products(q_cut, b_cut, after) * rows_visible @ found
+    out = out + (q_cut * (after.from_start * entering)[..., None, :]).flatten(-3, -2) @ entered
+    return blocks.join(out.unflatten(-2, (-1, group))), state
+
+
+def _change(
+    state: Tensor, kept: Tensor, added: Tensor, writers: Tensor, fresh: Tensor, reader: Tensor
+) -> Tensor:
+    return kept * state + added + writers @ (fresh + reader @ state)
