@@ -48,6 +48,11 @@ def check(mixer: dict[str, Any]) -> list[str]:
         problems.append(
             "mixer.update: 'none' needs feature_map: {name: none}, which switches the recurrent branch off"
         )
+    if names["feature_map"] != "none" and not FEATURE_MAPS.get(names["feature_map"]).non_negative:
+        problems.append(
+            f"mixer.feature_map: '{names['feature_map']}' has signed features, which a running-sum normalizer cannot "
+            "divide by"
+        )
     if names["feature_map"] != "none" and names["window"] != "none" and names["combine"] == "none":
         problems.append(
             "mixer.combine: 'none' leaves two branches apart; name a rule that joins them, or drop one branch"

@@ -1,4 +1,4 @@
-"""cosFormer: ReLU features re-weighted by distance (Qin et al. 2022, arXiv 2202.08791, eq. 8-10)."""
+"""cosFormer: ReLU features re-weighted by distance (Qin et al. 2022, arXiv 2202.08791)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from linearize.errors import LinearizeError
 from linearize.mixers.base import LayerShape, Part
 from linearize.mixers.feature_map import FEATURE_MAPS, FeatureMap
 from linearize.mixers.feature_map.shared import FLOOR
+from linearize.mixers.options import at_least
 
 
 @FEATURE_MAPS.register("cosformer")
@@ -39,7 +40,7 @@ class CosFormer(FeatureMap):
 
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
-            return [] if self.length >= 1 else [f"length: {self.length} must be at least 1"]
+            return at_least(1, length=self.length)
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)

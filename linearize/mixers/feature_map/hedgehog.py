@@ -12,7 +12,8 @@ from torch import Tensor
 
 from linearize.mixers.base import LayerShape
 from linearize.mixers.feature_map import FEATURE_MAPS
-from linearize.mixers.feature_map.shared import FLOOR, PerHeadProjection, exponential, outside
+from linearize.mixers.feature_map.shared import FLOOR, PerHeadProjection, exponential
+from linearize.mixers.options import choice_problems
 
 
 @FEATURE_MAPS.register("hedgehog")
@@ -40,10 +41,9 @@ class Hedgehog(PerHeadProjection):
 
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
-            found = outside(
+            return super().problems() + choice_problems(
                 activation=(self.activation, ("softmax", "exp")), space=(self.space, ("full", "half"))
             )
-            return super().problems() + found
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from linearize.mixers.base import LayerShape, Part, fill, repeat_heads
 from linearize.mixers.feature_map import FeatureMap
+from linearize.mixers.options import at_least, choice_problems
 
 FLOOR = 1e-12
 """Least feature of maps that can reach zero: a query whose features all vanish still has weights to normalize."""
@@ -28,15 +29,6 @@ def exponential(x: Tensor, *, less_maximum: bool) -> Tensor:
     if less_maximum:
         x = x - x.amax(-1, keepdim=True)
     return x.clamp(-EXPONENT, EXPONENT).exp()
-
-
-def outside(**options: tuple[str, tuple[str, ...]]) -> list[str]:
-    """A problem for each option (value, valid values) whose value is not a valid one."""
-    return [
-        f"{key}: '{value}' is not one of {', '.join(valid)}"
-        for key, (value, valid) in options.items()
-        if value not in valid
-    ]
 
 
 class ParameterFree(FeatureMap):
@@ -62,7 +54,8 @@ class PerHeadProjection(FeatureMap):
 
     With ``per: query_head`` every query head maps the keys itself (as published for Hedgehog, T2R and LoLCATs), so
     the recurrent state is not shared inside a group of query heads; ``per: kv_head`` shares it, and the state shrinks
-    by the group size. W starts as the first `dim` columns of the identity, b at zero.
+    by the group size. W starts as the first `dim` columns of the identity, b at zero. A class that allows ``dim: 0``
+    has no W there, and all heads share the key features.
 
     Args:
         config: see `Config`.
@@ -81,15 +74,13 @@ class PerHeadProjection(FeatureMap):
 
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
-            found = outside(per=(self.per, ("query_head", "kv_head")))
-            if self.dim < 1:
-                found.append(f"dim: {self.dim} must be at least 1")
+            found = choice_problems(per=(self.per, ("query_head", "kv_head"))) + at_least(1, dim=self.dim)
             if self.tied and self.per != "query_head":
                 why = "since keys and queries would have different head counts"
                 found.append(f"tied: true needs per: query_head, {why}")
             return found
 
-    query_weight: Tensor
+    query_weight: Tensor | None
     key_weight: Tensor | None
     query_bias: Tensor | None
     key_bias: Tensor | None
@@ -97,7 +88,8 @@ class PerHeadProjection(FeatureMap):
     def __init__(self, config: Config, shape: LayerShape, bias: int = 0) -> None:
         super().__init__(config, shape)
         self.tied = config.tied
-        self.state_heads = shape.heads if config.per == "query_head" else shape.kv_heads
+        if config.per == "query_head" and config.dim:
+            self.state_heads = shape.heads
         for side, heads, made in (("query", shape.heads, True), ("key", self.state_heads, not config.tied)):
             for name, size in (("weight", (shape.key_dim, config.dim)), ("bias", (bias,))):
                 there = made and 0 not in size
@@ -123,7 +115,6 @@ class PerHeadProjection(FeatureMap):
     def key(self, k: Tensor, position: Tensor | None = None) -> Tensor:
         k = repeat_heads(k, self.state_heads // k.shape[2])
         weight, bias = (self.query_weight, self.query_bias) if self.tied else (self.key_weight, self.key_bias)
-        assert weight is not None
         return self.activate(self._project(k, weight, bias))
 
     def activate(self, u: Tensor) -> Tensor:
@@ -131,6 +122,8 @@ class PerHeadProjection(FeatureMap):
         raise NotImplementedError(type(self))  # pragma: no cover - every learned map defines it
 
     @staticmethod
-    def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _project(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if weight is None:
+            return x
         u = torch.einsum("bthk,hkf->bthf", x, weight.to(x.dtype))
         return u if bias is None else u + bias.to(x.dtype)
