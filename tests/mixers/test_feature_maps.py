@@ -108,11 +108,8 @@ def test_identity():
     q, k = heads(4), heads(2, seed=1)
     close(products(made("identity"), q, k), 0.3 * scores(q, k))
     close(products(made("identity", scaled=False), q, k), scores(q, k))
-    lengths = (
-        q.norm(dim=-1).transpose(1, 2)[..., None]
-        * k.norm(dim=-1).repeat_interleave(2, 2).transpose(1, 2)[:, :, None]
-    )
-    close(products(made("identity", l2_normalize=True, scaled=False), q, k), scores(q, k) / lengths)
+    cosines = scores(q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True))
+    close(products(made("identity", l2_normalize=True, scaled=False), q, k), cosines)
 
 
 def test_signed_features_are_refused_under_a_running_sum():
@@ -276,7 +273,7 @@ def test_positions_restart_with_documents_and_skip_padding():
     position, carried = positions(valid, docs, torch.tensor([0, 10]))
     assert position.tolist() == [[-1, -1, 0, 1, 2, 0, 1, 2], [10, 11, 0, 1, 2, 0, 1, 2]]
     assert carried.tolist() == [3, 3]
-    nothing, carried = positions(valid[:1, :2], docs[:1, :2], torch.tensor([0]))
+    _, carried = positions(valid[:1, :2], docs[:1, :2], torch.tensor([0]))
     assert carried.tolist() == [0]
 
 
