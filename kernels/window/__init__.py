@@ -1,6 +1,16 @@
 """Softmax attention over a window of recent keys, unnormalized: numerator, denominator and row maximum."""
 
 from linearize.kernels.window.chunk import window_chunk
+from linearize.kernels.window.merge import add_sink, merge
+from linearize.kernels.window.pinned import window_pinned
 from linearize.kernels.window.reference import softmax_scores, weigh, window_reference
 
-__all__ = ["softmax_scores", "weigh", "window_chunk", "window_reference"]
+__all__ = [
+    "add_sink",
+    "merge",
+    "softmax_scores",
+    "weigh",
+    "window_chunk",
+    "window_pinned",
+    "window_reference",
+]

@@ -24,6 +24,7 @@ def window_chunk(
     window: int,
     scaling: float,
     softcap: float | None = None,
+    reach: Tensor | None = None,
     chunk: int = 64,
 ) -> Weighted:
     """Softmax partial over the last `window` tokens, the query's own included.
@@ -34,6 +35,7 @@ def window_chunk(
         q: [B, T, H, K].
         k, v: [B, W + T, N, K or V].
         valid, docs: [B, W + T], key may be seen / document number; a query sees keys of its own document only.
+        reach: [B, T] int64, tokens that each query sees, at most `window`, which is what all see without it.
 
     Returns:
         numerator [B, T, H, V], denominator [B, T, H], row maximum [B, T, H].
@@ -51,6 +53,8 @@ def window_chunk(
     docs_blocks = _pad(docs, extra).unfold(1, span, chunk)
     offset = torch.arange(span, device=q.device) - window - torch.arange(chunk, device=q.device)[:, None]
     in_window = (offset <= 0) & (offset > -window)
+    if reach is not None:
+        in_window = in_window & (offset > -_pad(reach, extra).unflatten(1, (blocks, chunk))[..., None])
     same_doc = docs_blocks[:, :, None, :] == docs_blocks[:, :, window:, None]
     visible = in_window & same_doc & valid_blocks[:, :, None, :]
     scores = softmax_scores(q_blocks, k_blocks, scaling, softcap)

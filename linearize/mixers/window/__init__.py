@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,28 +10,15 @@ from torch import Tensor
 
 from linearize.mixers.base import LayerShape, Part, Partial
 from linearize.mixers.state import State
+from linearize.mixers.window.handed import Handed
 from linearize.registry import Registry, discover
-
-
-@dataclass
-class Handed:
-    """Keys that leave the window, at the position where they leave it: the recurrent branch's input.
-
-    Attributes:
-        k, v: [B, T, N, K], [B, T, N, V] (T = 1 in the one-token form).
-        valid: [B, T], false where nothing leaves or the key is padding or of an earlier document.
-    """
-
-    k: Tensor
-    v: Tensor
-    valid: Tensor
 
 
 class Window(Part):
     """Base of the window branches.
 
     Attributes:
-        size: tokens seen by the softmax, the query's own included; 0 = none, None = all.
+        size: tokens seen by the softmax, the query's own included, or tokens in a block; 0 = none, None = all.
     """
 
     size: int | None

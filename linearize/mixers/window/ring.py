@@ -1,0 +1,200 @@
+"""What windows of recent keys share: the ring that holds them, pinned first tokens, and a learned sink."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from linearize.kernels.window import add_sink, merge, window_chunk, window_pinned, window_reference
+from linearize.kernels.window.reference import Weighted
+from linearize.mixers.base import LayerShape, Part, Partial, fill
+from linearize.mixers.state import State
+from linearize.mixers.window import Window
+from linearize.mixers.window.handed import Handed
+from linearize.mixers.window.pinned import pin
+
+
+class Scores(TypedDict):
+    """How products of queries and keys become scores."""
+
+    scaling: float
+    softcap: float | None
+
+
+class RingWindow(Window):
+    """Base of the windows that end `span` tokens ago at the latest; a subclass says which keys stay in them.
+
+    The state keeps copies of keys and values in the model's dtype: `first` pinned ones, then a ring of `span` with a
+    write position per row. A pinned key stands in its own slot from the start and never in the ring, so the two are
+    disjoint, and it is never handed on. The softmax sees no key that the teacher's own sliding window, if any, hides.
+
+    Args:
+        config: see `Config`.
+        shape: the layer's numbers.
+        size: tokens in the window or block.
+        span: tokens in the ring, the query's own included.
+    """
+
+    SINK_INIT = -10.0
+    """exp(-10) beside weights that sum to at least one: the layer starts at the teacher."""
+
+    @dataclass
+    class Config(Part.Config):
+        size: int = 64
+        """Tokens seen by the softmax."""
+        overlap: bool = False
+        """The recurrent branch sees every key at once, the window's too (Liger, LAWCAT)."""
+        first: int = 0
+        """First tokens of each document that never leave the softmax (StreamingLLM)."""
+        sinks: str = "none"
+        """none, or learned: a logit per head that takes weight and gives no value."""
+
+        def problems(self) -> list[str]:
+            """Rules that types alone do not express."""
+            found = []
+            if self.size < 1:
+                found.append(f"size: {self.size} must be at least 1 (window: {{name: none}} means no window)")
+            if self.first < 0:
+                found.append(f"first: {self.first} must be at least 0")
+            if self.sinks not in ("none", "learned"):
+                found.append(f"sinks: '{self.sinks}' is not one of none, learned")
+            return found
+
+    def __init__(self, config: Config, shape: LayerShape, *, size: int, span: int) -> None:
+        super().__init__(config, shape)
+        self.size: int = size
+        self.span, self.overlap, self.limit = span, config.overlap, shape.sliding_window
+        # a layer whose own window fits into this one is the teacher without pinned tokens
+        self.first = config.first if self.limit is None or size < self.limit else 0
+        learned = nn.Parameter(torch.empty(shape.heads)) if config.sinks == "learned" else None
+        self.register_parameter("sink_logit", learned)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.sink_logit is not None:
+            fill(self.sink_logit, self.SINK_INIT)
+
+    def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        shape, held = self.shape, self.first + self.span
+        return {
+            "window_k": torch.zeros(batch, held, shape.kv_heads, shape.key_dim, dtype=dtype, device=device),
+            "window_v": torch.zeros(batch, held, shape.kv_heads, shape.value_dim, dtype=dtype, device=device),
+            "window_valid": torch.zeros(batch, held, dtype=torch.bool, device=device),
+            "window_next": torch.zeros(batch, dtype=torch.int64, device=device),
+        }
+
+    def stays(self, visible: Tensor, age: Tensor) -> Tensor:
+        """Which of the `visible` keys [B, R, S] have not been handed on yet, by the query's turn."""
+        raise NotImplementedError(type(self))  # pragma: no cover - both windows define it
+
+    def positions(self, valid: Tensor, docs: Tensor, state: State) -> Tensor | None:
+        """Positions [B, span + T] of the ring's and the new tokens in their documents, if needed; counts them."""
+        return None
+
+    def reach(self, position: Tensor | None) -> Tensor | None:
+        """Tokens that queries at these positions see, or None for `size`."""
+        return None
+
+    def leaving(self, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, position: Tensor | None) -> Handed:
+        """What is handed on in the chunked form; all arguments [B, span + T, ...], the ring in front."""
+        raise NotImplementedError(type(self))  # pragma: no cover
+
+    def leaving_step(
+        self, k: Tensor, v: Tensor, valid: Tensor, oldest: Tensor, position: Tensor | None
+    ) -> Handed:
+        """What is handed on before a token takes the place of the ring's oldest; tensors of the ring, [B, span, ...].
+
+        Args:
+            oldest: [B] int64, slot of the oldest.
+            position: [B, 1] int64 of the token, see `positions`.
+        """
+        raise NotImplementedError(type(self))  # pragma: no cover
+
+    def parallel(
+        self, q: Tensor, k: Tensor, v: Tensor | None, visible: Tensor, age: Tensor
+    ) -> tuple[Partial | None, Tensor | None]:
+        held = self.stays(visible, age)
+        near = held if self.limit is None else held & (age < self.limit)
+        if self.first:
+            pinned = visible & (visible.cumsum(-1) <= self.first)
+            held, near = held | pinned, near | pinned
+        partial = self._partial(window_reference(q, k, v, near, **self._scores))
+        return partial, visible if self.overlap else visible & ~held
+
+    def chunked(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, state: State
+    ) -> tuple[Partial | None, Handed | None]:
+        tokens, first, span = q.shape[1], self.first, self.span
+        rows = torch.arange(q.shape[0], device=q.device)[:, None]
+        slots = first + (state["window_next"][:, None] + torch.arange(span, device=q.device)) % span
+        position = self.positions(valid, docs, state)
+        ring_valid, pinned = valid, None
+        if first:
+            pinned = pin(state["window_valid"][:, :first], valid, docs)
+            ring_valid = valid & ~pinned.chosen
+        ring_k = torch.cat([state["window_k"][rows, slots].to(k.dtype), k], 1)
+        ring_v = torch.cat([state["window_v"][rows, slots].to(v.dtype), v], 1)
+        ring_valid = torch.cat([state["window_valid"][rows, slots], ring_valid], 1)
+        ring_docs = torch.cat([torch.zeros_like(docs[:, :1]).expand(-1, span), docs], 1)
+        reach = self.reach(None if position is None else position[:, span:])
+        weighted = window_chunk(
+            q, ring_k, ring_v, ring_valid, ring_docs, window=span, reach=reach, **self._scores
+        )
+        kept_k, kept_v = ring_k[:, tokens:], ring_v[:, tokens:]
+        kept_valid = ring_valid[:, tokens:] & (ring_docs[:, tokens:] == docs[:, -1:])
+        if pinned is not None:
+            own_k = pinned.gather(state["window_k"][:, :first], k)
+            own_v = pinned.gather(state["window_v"][:, :first], v)
+            weighted = merge(weighted, window_pinned(q, own_k, own_v, pinned.visible, **self._scores))
+            kept_k, kept_v = (torch.cat(pair, 1) for pair in ((own_k[:, -1], kept_k), (own_v[:, -1], kept_v)))
+            kept_valid = torch.cat([pinned.visible[:, -1], kept_valid], 1)
+        handed = Handed(k, v, valid)
+        if not self.overlap:
+            handed = self.leaving(ring_k, ring_v, ring_valid, ring_docs, position)
+        state.write(
+            {
+                "window_k": kept_k,
+                "window_v": kept_v,
+                "window_valid": kept_valid,
+                "window_next": torch.zeros_like(state["window_next"]),
+            }
+        )
+        return self._partial(weighted), handed
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State
+    ) -> tuple[Partial | None, Handed | None]:
+        first, oldest = self.first, state["window_next"] % self.span
+        rows = torch.arange(q.shape[0], device=q.device)
+        all_k, all_v, all_valid = state["window_k"], state["window_v"], state["window_valid"]
+        position = self.positions(valid, torch.zeros_like(valid, dtype=torch.int64), state)
+        position = None if position is None else position[:, -1:]
+        handed = Handed(k, v, valid)
+        if not self.overlap:
+            handed = self.leaving_step(
+                all_k[:, first:], all_v[:, first:], all_valid[:, first:], oldest, position
+            )
+        slot = first + oldest
+        if first:
+            pinned = all_valid[:, :first].sum(1)
+            all_valid[rows, slot] = False
+            slot = torch.where(valid[:, 0] & (pinned < first), pinned, slot)
+        all_k[rows, slot], all_v[rows, slot] = k[:, 0].to(all_k.dtype), v[:, 0].to(all_v.dtype)
+        all_valid[rows, slot] = valid[:, 0]
+        state["window_next"].add_(1)
+        visible, reach = all_valid, self.reach(position)
+        if reach is not None:
+            age = (oldest[:, None] - torch.arange(self.span, device=q.device)) % self.span
+            visible = torch.cat([all_valid[:, :first], all_valid[:, first:] & (age < reach)], 1)
+        keys, values = all_k.to(q.dtype), all_v.to(q.dtype)
+        return self._partial(window_reference(q, keys, values, visible[:, None], **self._scores)), handed
+
+    @property
+    def _scores(self) -> Scores:
+        return {"scaling": self.shape.scaling, "softcap": self.shape.softcap}
+
+    def _partial(self, weighted: Weighted) -> Partial:
+        return Partial(*(weighted if self.sink_logit is None else add_sink(weighted, self.sink_logit)))
