@@ -1,21 +1,9 @@
-"""One token of linear attention: read the state, add one key to it in place."""
+"""One token of linear attention: read the state."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def linear_write(phi_k: Tensor, v: Tensor, sums: Tensor, norms: Tensor) -> None:
-    """Add the outer product of one key and its value to the state, in place.
-
-    Args:
-        phi_k: [B, M, F] (zero for a key that nobody may see).
-        v: [B, M, V].
-        sums, norms: [B, M, F, V], [B, M, F], float32 or wider.
-    """
-    sums.addcmul_(phi_k[..., None], v[:, :, None])
-    norms.add_(phi_k)
 
 
 def linear_read(phi_q: Tensor, sums: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ cannot drift from what was tested. It imports torch and transformers only.
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import pkgutil
 from dataclasses import dataclass, field
@@ -44,7 +45,10 @@ def bundle(model: PreTrainedModel) -> str:
         UnsupportedModelError: the family itself is not part of transformers.
     """
     order: list[_Source] = []
-    _collect(ROOT, order, set())
+    mixer = model.config.linearize["mixer"]
+    # the softmax mixer is the teacher's attention in our own form, which every converted layer can show
+    used = {options["name"] for options in mixer.values()} | {"full"}
+    _collect(ROOT, order, set(), used)
     taken: dict[str, str] = {}
     for source in order:
         for name in source.names:
@@ -114,23 +118,35 @@ def _classes(model: PreTrainedModel) -> str:
     return "\n".join(lines)
 
 
-def _collect(name: str, order: list[_Source], seen: set[str]) -> None:
-    """Depth-first: what a module needs at import time, the module, then what it needs when it runs."""
+def _collect(name: str, order: list[_Source], seen: set[str], used: set[str]) -> None:
+    """Depth-first: what a module needs at import time, the module, then what it needs when it runs.
+
+    Of the parts that a folder discovers, only those registered under a name in `used` come along.
+    """
     if name in seen:
         return
     seen.add(name)
-    source = _read(name)
+    source = _read(name, used)
     for needed in source.first:
-        _collect(needed, order, seen)
+        _collect(needed, order, seen, used)
     order.append(source)
     for needed in source.later:
-        _collect(needed, order, seen)
+        _collect(needed, order, seen, used)
 
 
-def _read(name: str) -> _Source:
+def _text(name: str) -> str:
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.origin is not None, name
-    text = Path(spec.origin).read_text()
+    return Path(spec.origin).read_text()
+
+
+def _registers(name: str, used: set[str]) -> bool:
+    """Whether a module files a part under one of the names."""
+    return any(f'.register("{part}")' in _text(name) for part in used)
+
+
+def _read(name: str, used: set[str]) -> _Source:
+    text = _text(name)
     lines = text.splitlines()
     tree = ast.parse(text)
     source = _Source(name)
@@ -162,8 +178,9 @@ def _read(name: str) -> _Source:
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and node is tree.body[0]:
             drop(node)
         elif isinstance(node, ast.Expr) and ast.unparse(node).startswith("discover("):
-            locations = spec.submodule_search_locations or []
-            source.later += [f"{name}.{module.name}" for module in pkgutil.iter_modules(list(locations))]
+            folder = importlib.import_module(name).__path__
+            parts = [f"{name}.{module.name}" for module in pkgutil.iter_modules(folder)]
+            source.later += [part for part in parts if _registers(part, used)]
             drop(node)
     source.body = "\n".join(line for index, line in enumerate(lines) if index not in dropped).strip()
     return source

@@ -29,6 +29,7 @@ class LayerShape:
         softcap: tanh soft cap on the scaled scores (Gemma 2), or None.
         sliding_window: tokens that the teacher's own layer sees, or None for all.
         model_dim: width of the hidden states, D, or None where nobody measured it.
+        rotary: how q and k have been rotated: "none", "half" (rotate-half, possibly partial), "other".
     """
 
     heads: int
@@ -39,6 +40,7 @@ class LayerShape:
     softcap: float | None = None
     sliding_window: int | None = None
     model_dim: int | None = None
+    rotary: str = "none"
 
     @property
     def group(self) -> int:

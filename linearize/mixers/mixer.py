@@ -5,45 +5,67 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Partial, accumulator, documents, positions, repeat_heads
+from linearize.mixers.base import LayerShape, Partial, accumulator, documents
 from linearize.mixers.combine import Combine
 from linearize.mixers.feature_map import FeatureMap
+from linearize.mixers.output import Output
+from linearize.mixers.position import Position
+from linearize.mixers.recurrent import Inputs, Recurrent
 from linearize.mixers.state import State
 from linearize.mixers.update import Update
-from linearize.mixers.window import Handed, Window
+from linearize.mixers.window import Window
 
 BRANCHES = ("window", "linear")
 
+Plain = tuple[Tensor, Tensor]
+"""q [B, T, H, K] and k [B, T, N, K] before the rotary embedding."""
+
 
 class Mixer(nn.Module):
-    """A token mixer: a window branch, a recurrent branch over what leaves the window, and the rule that joins them.
+    """A token mixer: a window branch, a recurrent branch over what the window hands on, and the rule that joins them.
 
-    The three forms compute one function. `parallel` is the definition (quadratic), `chunked` trains and prefills in
-    O(T) memory, `step` takes one token in constant memory. All accept q [B, T, H, K], k [B, T, N, K], v [B, T, N, V]
-    in any float dtype and return [B, T, H, V] in float32 (float64 for float64 inputs).
+    The three forms compute one function. `parallel` is the definition (quadratic, or a loop), `chunked` trains and
+    prefills in O(T) memory, `step` takes one token in constant memory. All accept q [B, T, H, K], k [B, T, N, K],
+    v [B, T, N, V] in any float dtype and return [B, T, H, V] in float32 (float64 for float64 inputs). `hidden`
+    [B, T, D], the layer's input, and `plain`, q and k before RoPE, are needed where `uses_hidden` and `needs_plain`
+    say so.
 
     Args:
         shape: the layer's numbers.
+        position: which branch sees rotated q and k.
         window: always there, possibly `none`.
-        feature_map, update: the recurrent branch, or None.
+        recurrent: the recurrent branch, or None.
         combine: the joining rule when both branches exist.
+        output: what happens to the joined output, or None.
     """
 
     def __init__(
         self,
         shape: LayerShape,
+        position: Position,
         window: Window,
-        feature_map: FeatureMap | None,
-        update: Update | None,
-        combine: Combine | None,
+        recurrent: Recurrent | None = None,
+        combine: Combine | None = None,
+        output: Output | None = None,
     ) -> None:
         super().__init__()
         self.shape = shape
+        self.position = position
         self.window = window
-        self.feature_map = feature_map
-        self.update = update
+        self.recurrent = recurrent
         self.combine = combine
+        self.output = output
         self.branch_off: str | None = None
+
+    @property
+    def feature_map(self) -> FeatureMap | None:
+        """The recurrent branch's feature map."""
+        return None if self.recurrent is None else self.recurrent.feature_map
+
+    @property
+    def update(self) -> Update | None:
+        """The recurrent branch's update rule."""
+        return None if self.recurrent is None else self.recurrent.update
 
     @property
     def added_parameters(self) -> int:
@@ -55,6 +77,17 @@ class Mixer(nn.Module):
         """Whether `branch_off` leaves something to look at."""
         return self.combine is not None
 
+    @property
+    def uses_hidden(self) -> bool:
+        """Whether the forms need `hidden`."""
+        asking = (self.recurrent, self.combine, self.output)
+        return any(part is not None and part.uses_hidden for part in asking)
+
+    @property
+    def needs_plain(self) -> bool:
+        """Whether the forms need `plain`."""
+        return self.position.needs_plain
+
     def state_bytes(self, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes of the state for a model in `dtype`; zero tokens into a `full` window."""
         return self.initial_state(batch, dtype, torch.device("meta")).bytes
@@ -62,15 +95,14 @@ class Mixer(nn.Module):
     def initial_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
         """An empty state for `batch` rows; sums are float32 or wider, copies of keys and values in `dtype`."""
         tensors = self.window.initial(batch, dtype, device)
-        if self.update is not None:
-            tensors |= self.update.initial(batch, accumulator(dtype), device)
-        if self.feature_map is not None and self.feature_map.uses_position:
-            tensors["position"] = torch.zeros(batch, dtype=torch.int64, device=device)
+        if self.recurrent is not None:
+            tensors |= self.recurrent.initial(batch, dtype, device)
         return State(tensors)
 
     def reset_parameters(self) -> None:
         """Every part back to its initial values."""
-        for part in (self.window, self.feature_map, self.update, self.combine):
+        parts = [self.window, self.combine, self.output, *(self.recurrent.parts() if self.recurrent else [])]
+        for part in parts:
             if part is not None:
                 part.reset_parameters()
 
@@ -83,6 +115,8 @@ class Mixer(nn.Module):
         valid: Tensor | None = None,
         starts: Tensor | None = None,
         rows: slice | None = None,
+        hidden: Tensor | None = None,
+        plain: Plain | None = None,
     ) -> Tensor:
         """The definition.
 
@@ -91,6 +125,7 @@ class Mixer(nn.Module):
             valid: [B, T] bool, false on padding.
             starts: [B, T] bool, true where a packed document begins.
             rows: query rows to compute (all by default); q still holds every row.
+            hidden, plain: see the class.
 
         Returns:
             [B, R, H, V], float32 or wider.
@@ -99,25 +134,21 @@ class Mixer(nn.Module):
         rows = slice(0, tokens) if rows is None else rows
         order = torch.arange(tokens, device=k.device)
         age = order[rows, None] - order
-        docs = documents(starts, batch, tokens, k.device)
-        visible = (age >= 0) & (docs[:, rows, None] == docs[:, None, :])
-        if valid is not None:
-            visible = visible & valid[:, None, :]
         with torch.autocast(q.device.type, enabled=False):
-            q, k = self._widen(q[:, rows]), self._widen(k)
-            v = None if v is None else self._widen(v)
-            near, left = self.window.parallel(q, k, v, visible, age)
+            values = q.new_zeros(batch, tokens, self.shape.kv_heads, 0) if v is None else v
+            near_inputs, inputs = self._inputs(q, k, values, valid, starts, hidden, plain)
+            visible = (
+                (age >= 0)
+                & (inputs.docs[:, rows, None] == inputs.docs[:, None, :])
+                & inputs.valid[:, None, :]
+            )
+            window_v = None if v is None else near_inputs.v
+            near, left = self.window.parallel(near_inputs.q[:, rows], near_inputs.k, window_v, visible, age)
             far = None
-            if self.update is not None and self.feature_map is not None and left is not None:
-                position, q_position = None, None
-                if self.feature_map.uses_position:
-                    real = torch.ones_like(docs, dtype=torch.bool) if valid is None else valid
-                    position, _ = positions(real, docs, docs.new_zeros(batch))
-                    q_position = position[:, rows]
-                phi_k = self.feature_map.key(k, position)
-                shared_v = None if v is None else repeat_heads(v, phi_k.shape[2] // v.shape[2])
-                far = self.update.parallel(self.feature_map.query(q, q_position), phi_k, shared_v, left)
-            return self._join(near, far)
+            if self.recurrent is not None and left is not None:
+                far = self.recurrent.parallel(inputs, left, rows, weights=v is None)
+            seen = None if inputs.hidden is None else inputs.hidden[:, rows]
+            return self._join(near, far, seen, weights=v is None)
 
     def chunked(
         self,
@@ -128,60 +159,83 @@ class Mixer(nn.Module):
         valid: Tensor | None = None,
         starts: Tensor | None = None,
         state: State | None = None,
+        hidden: Tensor | None = None,
+        plain: Plain | None = None,
     ) -> Tensor:
         """The same in O(T) memory; with a state, the tokens before are part of the sequence and the state is written.
 
         A carried state belongs to the document that is open when the call begins; a start at position 0 closes it.
         """
-        batch, tokens = k.shape[:2]
         if state is None:
-            state = self.initial_state(batch, k.dtype, k.device)
-        valid = torch.ones(batch, tokens, dtype=torch.bool, device=k.device) if valid is None else valid
-        docs = documents(starts, batch, tokens, k.device)
+            state = self.initial_state(k.shape[0], k.dtype, k.device)
         with torch.autocast(q.device.type, enabled=False):
-            q, k, v = self._widen(q), self._widen(k), self._widen(v)
-            near, handed = self.window.chunked(q, k, v, valid, docs, state)
+            near_inputs, inputs = self._inputs(q, k, v, valid, starts, hidden, plain)
+            near, handed = self.window.chunked(
+                near_inputs.q, near_inputs.k, near_inputs.v, inputs.valid, inputs.docs, state
+            )
             far = None
-            if self.update is not None and self.feature_map is not None and handed is not None:
-                position = self._advance(valid, docs, state)
-                phi_k, shared_v = self._recurrent_input(handed, position)
-                phi_q = self.feature_map.query(q, position)
-                far = self.update.chunked(phi_q, phi_k, shared_v, docs, state)
-            return self._join(near, far)
+            if self.recurrent is not None and handed is not None:
+                far = self.recurrent.chunked(inputs, handed, state)
+            return self._join(near, far, inputs.hidden)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, *, state: State, valid: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        state: State,
+        valid: Tensor | None = None,
+        hidden: Tensor | None = None,
+        plain: Plain | None = None,
+    ) -> Tensor:
         """One token (T = 1) against the state, which is updated in place."""
-        valid = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if valid is None else valid
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            q, k, v = self._widen(q), self._widen(k), self._widen(v)
-            near, handed = self.window.step(q, k, v, valid, state)
+            near_inputs, inputs = self._inputs(q, k, v, valid, None, hidden, plain)
+            near, handed = self.window.step(near_inputs.q, near_inputs.k, near_inputs.v, inputs.valid, state)
             far = None
-            if self.update is not None and self.feature_map is not None and handed is not None:
-                position = self._advance(valid, torch.zeros_like(valid, dtype=torch.int64), state)
-                phi_k, shared_v = self._recurrent_input(handed, position)
-                far = self.update.step(self.feature_map.query(q, position), phi_k, shared_v, state)
-            return self._join(near, far)
+            if self.recurrent is not None and handed is not None:
+                far = self.recurrent.step(inputs, handed, state)
+            return self._join(near, far, inputs.hidden)
 
-    def _advance(self, valid: Tensor, docs: Tensor, state: State) -> Tensor | None:
-        """Positions [B, T] of the new tokens for a map that uses them; the count goes on in the state."""
-        if self.feature_map is None or not self.feature_map.uses_position:
-            return None
-        position, seen = positions(valid, docs, state["position"])
-        state.write({"position": seen})
-        return position
+    def _inputs(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        starts: Tensor | None,
+        hidden: Tensor | None,
+        plain: Plain | None,
+    ) -> tuple[Inputs, Inputs]:
+        """What the window and what the recurrent branch see, in the accumulator's dtype."""
+        batch, tokens = k.shape[:2]
+        assert hidden is not None or not self.uses_hidden, "this mixer reads hidden states"
+        assert plain is not None or not self.needs_plain, "this mixer wants q and k before RoPE"
+        if valid is None:
+            valid = torch.ones(batch, tokens, dtype=torch.bool, device=k.device)
+        docs = documents(starts, batch, tokens, k.device)
+        wide_v = self._widen(v)
+        wide_hidden = self._widen(hidden) if hidden is not None and self.uses_hidden else None
 
-    def _recurrent_input(self, handed: Handed, position: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Features and values of the keys handed on, each `window.size` tokens older than the query at its place."""
-        assert self.feature_map is not None
-        k, v = self._widen(handed.k), self._widen(handed.v)
-        k_position = None if position is None else position - (self.window.size or 0)
-        phi_k = self.feature_map.key(k, k_position) * handed.valid[..., None, None].to(k.dtype)
-        return phi_k, repeat_heads(v, phi_k.shape[2] // v.shape[2])
+        def inputs(rotated: bool) -> Inputs:
+            pair = (q, k) if rotated or plain is None else plain
+            return Inputs(self._widen(pair[0]), self._widen(pair[1]), wide_v, valid, docs, wide_hidden)
 
-    def _join(self, near: Partial | None, far: Partial | None) -> Tensor:
+        near = inputs(self.position.window_rotated)
+        same = self.position.window_rotated == self.position.recurrent_rotated
+        return near, near if same else inputs(self.position.recurrent_rotated)
+
+    def _join(
+        self, near: Partial | None, far: Partial | None, hidden: Tensor | None, *, weights: bool = False
+    ) -> Tensor:
+        joined = self._joined(near, far, hidden)
+        return joined if self.output is None or weights else self.output(joined, hidden)
+
+    def _joined(self, near: Partial | None, far: Partial | None, hidden: Tensor | None) -> Tensor:
         if near is not None and far is not None and self.combine is not None:
             if self.branch_off is None:
-                return self.combine(near, far)
+                return self.combine(near, far, hidden)
             return (far if self.branch_off == "window" else near).normalized()
         only = near if near is not None else far
         assert only is not None, "a mixer without any branch passed the check"

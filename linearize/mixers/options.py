@@ -14,7 +14,9 @@ def choice_problems(**options: tuple[str, tuple[str, ...]]) -> list[str]:
 
 def at_least(minimum: float, **options: float) -> list[str]:
     """``name=value`` -> one sentence for each value below `minimum`."""
-    return [f"{name}: {value} must be at least {minimum}" for name, value in options.items() if value < minimum]
+    return [
+        f"{name}: {value} must be at least {minimum}" for name, value in options.items() if value < minimum
+    ]
 
 
 def positive(**options: float) -> list[str]:

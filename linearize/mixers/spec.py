@@ -8,17 +8,29 @@ from typing import Any
 
 from linearize.mixers.base import LayerShape, Part
 from linearize.mixers.combine import COMBINES
+from linearize.mixers.composition import composition_problems
 from linearize.mixers.feature_map import FEATURE_MAPS
+from linearize.mixers.gate import GATES
 from linearize.mixers.mixer import Mixer
+from linearize.mixers.normalizer import NORMALIZERS
+from linearize.mixers.output import OUTPUTS
+from linearize.mixers.position import POSITIONS
+from linearize.mixers.recurrent import Recurrent
+from linearize.mixers.short_conv import SHORT_CONVS
 from linearize.mixers.update import UPDATES
 from linearize.mixers.window import WINDOWS
 from linearize.registry import Registry, closest
 
 PARTS: dict[str, tuple[Registry[Any], str]] = {
+    "short_conv": (SHORT_CONVS, "none"),
     "feature_map": (FEATURE_MAPS, "none"),
-    "window": (WINDOWS, "none"),
+    "gate": (GATES, "none"),
     "update": (UPDATES, "additive"),
+    "normalizer": (NORMALIZERS, "running_sum"),
+    "window": (WINDOWS, "none"),
     "combine": (COMBINES, "shared_normalizer"),
+    "output": (OUTPUTS, "none"),
+    "position": (POSITIONS, "rope"),
 }
 """Part -> its registry, and the choice when a recipe does not name it; `feature_map: none`: no recurrent branch."""
 
@@ -36,28 +48,7 @@ def check(mixer: dict[str, Any]) -> list[str]:
             problems += _check_part(part, given)
     if problems:
         return problems
-    names = {part: options["name"] for part, options in normalize(mixer).items()}
-    if names["window"] == "none" and names["feature_map"] == "none":
-        problems.append("mixer: neither a window nor a feature map; name at least one branch")
-    if names["window"] == "full" and names["feature_map"] != "none":
-        problems.append(
-            "mixer.window: 'full' leaves no key to the recurrent branch; use a sliding window, or "
-            "feature_map: {name: none}"
-        )
-    if names["feature_map"] != "none" and names["update"] == "none":
-        problems.append(
-            "mixer.update: 'none' needs feature_map: {name: none}, which switches the recurrent branch off"
-        )
-    if names["feature_map"] != "none" and not FEATURE_MAPS.get(names["feature_map"]).non_negative:
-        problems.append(
-            f"mixer.feature_map: '{names['feature_map']}' has signed features, which a running-sum normalizer cannot "
-            "divide by"
-        )
-    if names["feature_map"] != "none" and names["window"] != "none" and names["combine"] == "none":
-        problems.append(
-            "mixer.combine: 'none' leaves two branches apart; name a rule that joins them, or drop one branch"
-        )
-    return problems
+    return composition_problems(normalize(mixer))
 
 
 def _check_part(part: str, given: dict[str, Any]) -> list[str]:
@@ -117,16 +108,30 @@ def build(mixer: dict[str, Any], shape: LayerShape) -> Mixer:
         cls = PARTS[kind][0].get(whole[kind]["name"])
         return cls, _options(cls.Config, whole[kind])
 
-    window_class, window_options = part("window")
-    window = window_class(window_options, shape)
+    def made(kind: str, *arguments: Any) -> Any:
+        if whole[kind]["name"] == "none" and "none" not in PARTS[kind][0]:
+            return None
+        cls, options = part(kind)
+        return cls(options, shape, *arguments)
+
+    position, window, output = made("position"), made("window"), made("output")
     if whole["feature_map"]["name"] == "none":
-        return Mixer(shape, window, None, None, None)
-    map_class, map_options = part("feature_map")
-    feature_map = map_class(map_options, shape)
-    update_class, update_options = part("update")
-    update = update_class(update_options, feature_map.state_heads, feature_map.feature_dim, shape.value_dim)
-    combine = None
-    if window.size != 0:
-        combine_class, combine_options = part("combine")
-        combine = combine_class(combine_options, shape)
-    return Mixer(shape, window, feature_map, update, combine)
+        return Mixer(shape, position, window, output=output)
+    feature_map, normalizer = made("feature_map"), made("normalizer")
+    rule, rule_options = part("update")
+    gate = made("gate", rule.gate_dim(rule_options, feature_map.feature_dim))
+    heads = max(feature_map.state_heads, gate.heads if gate is not None else 0)
+    update = rule(
+        rule_options,
+        heads,
+        feature_map.feature_dim,
+        shape.value_dim,
+        shape,
+        running_sum=normalizer.running_sum,
+    )
+    delayed = window.size != 0 and not getattr(window, "overlap", False)
+    recurrent = Recurrent(
+        shape, feature_map, update, normalizer, short_conv=made("short_conv"), gate=gate, delayed=delayed
+    )
+    combine = made("combine") if window.size != 0 else None
+    return Mixer(shape, position, window, recurrent, combine, output)

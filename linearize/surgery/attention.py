@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linearize.errors import UnsupportedModelError
 from linearize.mixers import Mixer
+from linearize.mixers.position import rotate_back
 from linearize.surgery.cache import LinearizedCacheLayer, adopt
 from linearize.surgery.generated import subclass
 from linearize.surgery.masks import read_mask
@@ -42,13 +43,15 @@ class Frame:
 
     Attributes:
         hidden_states: [B, T, D].
+        rotation: cos and sin [B, T, R] of the rotary embedding, or None where the module gets none.
         cache: the layer's converted cache, or None.
         offset: column of the first new token in the mask.
     """
 
     hidden_states: Tensor
-    cache: LinearizedCacheLayer | None
-    offset: int
+    rotation: tuple[Tensor, Tensor] | None = None
+    cache: LinearizedCacheLayer | None = None
+    offset: int = 0
 
 
 class LinearizedAttention(nn.Module):
@@ -70,7 +73,7 @@ class LinearizedAttention(nn.Module):
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         given = (*args, *kwargs.values())
         cache = next((x for x in given if isinstance(x, (Cache, EncoderDecoderCache))), None)
-        frame = Frame(hidden, None, 0)
+        frame = Frame(hidden, kwargs.get("position_embeddings"))
         if cache is not None and self.linearize_switch.mode == "student":
             if isinstance(cache, EncoderDecoderCache):
                 cache = cache.self_attention_cache
@@ -102,6 +105,7 @@ class LayerCall:
         hidden_states: [B, T, D], the module's input.
         valid, starts: [B, T] bool or None: not padding, begins a document.
         teacher: [B, T, H, V], softmax output before the output projection.
+        context: what else the mixer reads, see `context`.
     """
 
     layer_idx: int
@@ -113,6 +117,7 @@ class LayerCall:
     valid: Tensor | None
     starts: Tensor | None
     teacher: Tensor
+    context: dict[str, Any] = field(default_factory=dict)
 
     @property
     def mixer(self) -> Mixer:
@@ -120,7 +125,9 @@ class LayerCall:
 
     def student(self) -> Tensor:
         """The mixer's output [B, T, H, V] in its chunked form, with a graph to the mixer's parameters."""
-        return self.mixer.chunked(self.q, self.k, self.v, valid=self.valid, starts=self.starts)
+        return self.mixer.chunked(
+            self.q, self.k, self.v, valid=self.valid, starts=self.starts, **self.context
+        )
 
     def project(self, y: Tensor) -> Tensor:
         """Heads [B, T, H, V] -> the layer's output [B, T, D], through the model's own output projection."""
@@ -132,13 +139,11 @@ class LayerCall:
     def weights(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Normalized attention weights of teacher and student for some query rows, each [B, H, R, T]."""
 
-        def weigh_rows(mixer: Mixer) -> Tensor:
-            weights = mixer.parallel(self.q, self.k, None, valid=self.valid, starts=self.starts, rows=rows)
-            return weights.transpose(1, 2)
-
+        masks: dict[str, Any] = {"valid": self.valid, "starts": self.starts, "rows": rows}
         with torch.no_grad():
-            teacher = weigh_rows(teacher_mixer(self.mixer))
-        return teacher, weigh_rows(self.mixer)
+            teacher = teacher_mixer(self.mixer).parallel(self.q, self.k, None, **masks)
+        student = self.mixer.parallel(self.q, self.k, None, **masks, **self.context)
+        return teacher.transpose(1, 2), student.transpose(1, 2)
 
 
 def teacher_mixer(mixer: Mixer) -> Mixer:
@@ -146,6 +151,22 @@ def teacher_mixer(mixer: Mixer) -> Mixer:
     from linearize.mixers import build
 
     return build({"window": {"name": "full"}}, mixer.shape)
+
+
+def context(module: LinearizedAttention, frame: Frame, q: Tensor, k: Tensor) -> dict[str, Any]:
+    """What a layer's mixer reads beside q, k and v: `hidden` [B, T, D], `plain` q and k before RoPE."""
+    found: dict[str, Any] = {}
+    mixer = module.mixer
+    if mixer.uses_hidden:
+        found["hidden"] = (
+            frame.hidden_states.detach() if module.linearize_switch.mode == "observe" else frame.hidden_states
+        )
+    if mixer.needs_plain:
+        rotation = frame.rotation if mixer.shape.rotary == "half" else None
+        found["plain"] = (
+            (q, k) if rotation is None else (rotate_back(q, *rotation), rotate_back(k, *rotation))
+        )
+    return found
 
 
 def linearized_attention(
@@ -173,13 +194,15 @@ def linearized_attention(
             valid=valid,
             starts=starts,
             teacher=output.detach(),
+            context=context(module, frame, q.detach(), k.detach()),
         )
         switch.observer(call)
         return output, None
+    extra = context(module, frame, q, k)
     if frame.cache is not None:
-        output = frame.cache.attend(module.mixer, q, k, v, valid=valid, starts=starts)
+        output = frame.cache.attend(module.mixer, q, k, v, valid=valid, starts=starts, **extra)
     else:
-        output = module.mixer.chunked(q, k, v, valid=valid, starts=starts)
+        output = module.mixer.chunked(q, k, v, valid=valid, starts=starts, **extra)
     return output.to(query.dtype), None
 
 

@@ -34,7 +34,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
     record_past: bool
     seen: int
     _snapshot: State | None
-    _recorded: list[tuple[Tensor, Tensor, Tensor]]
+    _recorded: list[dict[str, Tensor]]
     _home: torch.device
 
     def update(
@@ -60,9 +60,17 @@ class LinearizedCacheLayer(CacheLayerMixin):
             layer.cumulative_length += tokens
 
     def attend(
-        self, mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None, starts: Tensor | None
+        self,
+        mixer: Mixer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        valid: Tensor | None,
+        starts: Tensor | None,
+        **context: Any,
     ) -> Tensor:
-        """Run the mixer on new tokens [B, T, H, K] and keep its state."""
+        """Run the mixer on new tokens [B, T, H, K] and keep its state; `context` as in `surgery.context`."""
         if self.state is None:
             self.state = mixer.initial_state(k.shape[0], k.dtype, k.device)
         self.mixer = mixer
@@ -70,10 +78,15 @@ class LinearizedCacheLayer(CacheLayerMixin):
             if self._snapshot is None:
                 self._snapshot = self.state.clone()
             seen = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if valid is None else valid
-            self._recorded.append((k, v, seen))
+            recorded = {"q": q, "k": k, "v": v, "valid": seen}
+            if "hidden" in context:
+                recorded["hidden"] = context["hidden"]
+            if "plain" in context:
+                recorded["plain_q"], recorded["plain_k"] = context["plain"]
+            self._recorded.append(recorded)
         if k.shape[1] == 1 and not (torch.is_grad_enabled() and q.requires_grad):
-            return mixer.step(q, k, v, state=self.state, valid=valid)
-        return mixer.chunked(q, k, v, valid=valid, starts=starts, state=self.state)
+            return mixer.step(q, k, v, state=self.state, valid=valid, **context)
+        return mixer.chunked(q, k, v, valid=valid, starts=starts, state=self.state, **context)
 
     def get_seq_length(self) -> int:
         """Tokens so far."""
@@ -112,7 +125,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
         if remove == 0 or self.state is None:
             self._drop_record()
             return
-        recorded = sum(k.shape[1] for k, _, _ in self._recorded)
+        recorded = sum(call["k"].shape[1] for call in self._recorded)
         if self._snapshot is None or remove > recorded:
             raise RuntimeError(
                 f"cannot take back {remove} tokens: a linear-attention state keeps only the {recorded} recorded "
@@ -121,12 +134,15 @@ class LinearizedCacheLayer(CacheLayerMixin):
         self.state = self._snapshot
         keep = recorded - remove
         if keep:
-            k, v, valid = (torch.cat(parts, 1)[:, :keep] for parts in zip(*self._recorded, strict=True))
+            past: dict[str, Any] = {
+                name: torch.cat([call[name] for call in self._recorded], 1)[:, :keep]
+                for name in self._recorded[0]
+            }
+            if "plain_q" in past:
+                past["plain"] = (past.pop("plain_q"), past.pop("plain_k"))
             assert self.mixer is not None
-            shape = self.mixer.shape
-            q = k.new_zeros(*k.shape[:2], shape.heads, shape.key_dim)  # only the state is wanted
             with torch.no_grad():
-                self.mixer.chunked(q, k, v, valid=valid, state=self.state)
+                self.mixer.chunked(**past, state=self.state)
         self._drop_record()
         self._count(-remove)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from linearize.errors import LinearizeError, RecipeError
+from linearize.errors import LinearizeError, RecipeError, UnsupportedModelError
 from linearize.mixers import check, normalize
 from linearize.surgery.inspection import attention_layers
 from linearize.surgery.model import FORMAT, converted, linearized
@@ -41,6 +41,14 @@ def convert(model: PreTrainedModel, mixer: dict[str, Any], layers: Any = "all") 
         )
     found = attention_layers(model)
     chosen = select(layers, [layer.index for layer in found])
+    position = normalize(mixer)["position"]
+    if not (position["window"] and position["recurrent"]):
+        for layer in found:
+            if layer.index in chosen and layer.shape.rotary == "other":
+                raise UnsupportedModelError(
+                    f"{layer.path} ({type(layer.module).__name__}): its rotary embedding is not of the rotate-half kind, "
+                    "so queries and keys cannot be rotated back; leave mixer.position at its default"
+                )
     plan = {
         "format": FORMAT,
         "mixer": normalize(mixer),

@@ -23,6 +23,7 @@ from transformers import (
 
 from linearize.errors import UnsupportedModelError
 from linearize.mixers import LayerShape
+from linearize.mixers.position import rotate_back
 
 PROBE = "linearize_probe"
 
@@ -69,7 +70,7 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
             or uses something that no mixer computes; the message names the module and the reason.
     """
     modules = _attention_modules(model)
-    seen = _probe(model)
+    seen = _probe(model, [module for _, module in modules])
     layers: list[AttentionLayer] = []
     for path, module in modules:
         shape = seen.get(id(module))
@@ -139,9 +140,14 @@ def _recorded_classes(model: PreTrainedModel) -> tuple[type[nn.Module], ...]:
     return tuple(dict.fromkeys(classes))
 
 
-def _probe(model: PreTrainedModel) -> dict[int, LayerShape | str]:
+def _probe(model: PreTrainedModel, modules: list[nn.Module]) -> dict[int, LayerShape | str]:
     """id of each module that reached the attention interface -> its numbers, or why it cannot be converted."""
     seen: dict[int, LayerShape | str] = {}
+    called: dict[int, tuple[Tensor, tuple[Tensor, Tensor] | None]] = {}
+
+    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        called[id(module)] = hidden, kwargs.get("position_embeddings")
 
     def record(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **extra: Any
@@ -164,6 +170,8 @@ def _probe(model: PreTrainedModel) -> dict[int, LayerShape | str]:
                 scaling=float(key_dim**-0.5 if scaling is None else scaling),
                 softcap=extra.get("softcap"),
                 sliding_window=extra.get("sliding_window"),
+                model_dim=called[id(module)][0].shape[-1],
+                rotary=_rotary(query, called[id(module)][1]),
             )
         return query.new_zeros(batch, tokens, heads, value.shape[3]), None
 
@@ -173,6 +181,7 @@ def _probe(model: PreTrainedModel) -> dict[int, LayerShape | str]:
     configs: dict[int, Any] = {id(config): config for config in owned if isinstance(config, PreTrainedConfig)}
     kept = {key: config._attn_implementation_internal for key, config in configs.items()}
     training = model.training
+    hooks = [module.register_forward_pre_hook(remember, with_kwargs=True) for module in modules]
     try:
         for config in configs.values():
             config._attn_implementation_internal = PROBE
@@ -188,7 +197,27 @@ def _probe(model: PreTrainedModel) -> dict[int, LayerShape | str]:
             f"{type(model).__name__}: probing its attention with two tokens failed: {type(error).__name__}: {error}"
         ) from error
     finally:
+        for hook in hooks:
+            hook.remove()
         model.train(training)
         for key, config in configs.items():
             config._attn_implementation_internal = kept[key]
     return seen
+
+
+def _rotary(query: Tensor, rotation: tuple[Tensor, Tensor] | None) -> str:
+    """How the probe's queries [1, H, 2, K] were rotated.
+
+    The probe sends one token twice through attention that adds nothing, so its two queries differ by their rotation
+    alone, in every layer: rotating back must make them equal.
+    """
+    if rotation is None:
+        return "none"
+    if query.is_meta:
+        return "half"
+    first, second = query.float().transpose(1, 2).unbind(1)
+    close = {"atol": 1e-2 * first.abs().max().item(), "rtol": 0.0}
+    if torch.allclose(first, second, **close):
+        return "none"
+    back = rotate_back(query.float().transpose(1, 2), *(x.float() for x in rotation))
+    return "half" if torch.allclose(back[:, 0], back[:, 1], **close) else "other"

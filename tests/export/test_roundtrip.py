@@ -92,7 +92,7 @@ def test_card_and_provenance(tmp_path):
     for text in (
         "tiny, linearized",
         "hybrid (someone)",
-        "| window | sliding (size 6) |",
+        "| window | sliding (size 6,",
         "1000.0 x attention_output",
         "12.35",
     ):

@@ -12,7 +12,7 @@ from linearize.mixers.combine import COMBINES, Combine, blend
 
 
 @COMBINES.register("weighted")
-class Weighted(Combine):
+class FixedWeights(Combine):
     """y = window * y_window + recurrent * y_recurrent, each branch normalized by itself; nothing is learned.
 
     Liger writes one half and one half, and its recurrent branch sees the window's tokens too (window.overlap: true)

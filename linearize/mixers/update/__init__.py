@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from linearize.mixers.base import Part, Partial
+from linearize.mixers.base import LayerShape, Part, Partial
 from linearize.mixers.state import State
 from linearize.registry import Registry, discover
+
+
+@dataclass
+class Stream:
+    """What enters an update rule. Keys that nobody may see have zero features, zero log decay and `valid` false.
+
+    Attributes:
+        q: [B, T, H, F] features (in the one-token form T = 1).
+        k: [B, T, M, F]; in the one-token form of a blockwise window, several keys or none may come with one query.
+        v: [B, T, M, V].
+        docs: [B, T] document numbers, non-decreasing; the carried state belongs to document 0.
+        valid: [B, T] bool.
+        log_decay: None, per head [B, T, M], or per feature [B, T, M, F].
+        hidden: [B, T, D], the layer's input, for rules that read it.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    docs: Tensor
+    valid: Tensor
+    log_decay: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class Update(Part):
@@ -21,27 +45,68 @@ class Update(Part):
         heads: heads of the recurrent state, M.
         feature_dim: F.
         value_dim: V.
+        shape: the layer's numbers.
+        running_sum: keep the sum of the weights too, for a normalizer that divides by it.
+
+    Attributes:
+        decays: kinds of gate that the rule takes: "none", "head", "feature".
+        dense: whether the ungated rule can be computed under an arbitrary visibility mask, as keys that arrive late
+            out of a window need it.
+        sums_weights: whether the rule has weights that a running sum can add up.
+        uses_keys: whether it reads the features of the key.
+        uses_hidden: whether it reads the layer's input.
     """
 
-    def __init__(self, config: Any, heads: int, feature_dim: int, value_dim: int) -> None:
+    decays: ClassVar[tuple[str, ...]] = ("none",)
+    dense: ClassVar[bool] = False
+    sums_weights: ClassVar[bool] = True
+    uses_keys: ClassVar[bool] = True
+    uses_hidden: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        config: Any,
+        heads: int,
+        feature_dim: int,
+        value_dim: int,
+        shape: LayerShape,
+        running_sum: bool = True,
+    ) -> None:
         super().__init__()
         self.heads, self.feature_dim, self.value_dim = heads, feature_dim, value_dim
+        self.running_sum = running_sum
+
+    @classmethod
+    def gate_dim(cls, config: Any, feature_dim: int) -> int:
+        """Width of a gate per feature: F, unless the rule's memory has another axis."""
+        return feature_dim
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Empty tensors of the state, each [B, ...]; `dtype` is float32 or wider."""
         raise NotImplementedError(type(self))  # pragma: no cover - every registered rule defines it
 
-    def parallel(self, phi_q: Tensor, phi_k: Tensor, v: Tensor | None, visible: Tensor) -> Partial:
-        """Dense form: phi_q [B, R, H, F], phi_k [B, S, M, F], v [B, S, M, V] under `visible` [B, R, S]."""
+    def masked(self, q: Tensor, k: Tensor, v: Tensor | None, visible: Tensor) -> Partial:
+        """`dense` rules only: q [B, R, H, F] against all keys under `visible` [B, R, S]; v None gives the weights."""
         raise NotImplementedError(type(self))  # pragma: no cover
 
-    def chunked(self, phi_q: Tensor, phi_k: Tensor, v: Tensor, docs: Tensor, state: State) -> Partial:
-        """O(T)-memory form; keys that nobody sees come with zero features; writes the new state."""
+    def parallel(self, stream: Stream) -> Partial:
+        """The definition: a loop over tokens, or dense."""
         raise NotImplementedError(type(self))  # pragma: no cover
 
-    def step(self, phi_q: Tensor, phi_k: Tensor, v: Tensor, state: State) -> Partial:
-        """One token (T = 1): the key is added, then the query reads; in place."""
+    def chunked(self, stream: Stream, state: State) -> Partial:
+        """O(T)-memory form; writes the new state."""
         raise NotImplementedError(type(self))  # pragma: no cover
+
+    def step(self, stream: Stream, state: State) -> Partial:
+        """One query: the keys are added, then it reads; in place."""
+        raise NotImplementedError(type(self))  # pragma: no cover
+
+    def weights(self, stream: Stream) -> Partial:
+        """The weights [B, T, H, S] in the numerator's place: every rule is linear in the values, so identity values
+        show them."""
+        batch, tokens = stream.k.shape[:2]
+        eye = torch.eye(tokens, dtype=stream.q.dtype, device=stream.q.device)
+        return self.parallel(replace(stream, v=eye[None, :, None].expand(batch, -1, self.heads, -1)))
 
 
 UPDATES: Registry[Update] = Registry("update rule")

@@ -1,4 +1,7 @@
-"""The additive rule of linear attention: S += phi(k) v^T, z += phi(k) (Katharopoulos et al. 2020, eq. 18-20)."""
+"""The additive rule: S += phi(k) v^T, z += phi(k) (Katharopoulos et al. 2020, eq. 18-20), with or without a decay.
+
+With a decay per head it is RetNet's, Mamba-2's and Lizard's recurrence, per feature GLA's (Yang et al. 2023, eq. 3).
+"""
 
 from __future__ import annotations
 
@@ -7,37 +10,85 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linearize.kernels.linear import linear_chunk, linear_read, linear_reference, linear_write
+from linearize.kernels.gated_linear import gated_linear_chunk, gated_linear_reference, gated_linear_step
+from linearize.kernels.linear import linear_chunk, linear_read, linear_reference
 from linearize.mixers.base import Part, Partial
 from linearize.mixers.state import State
-from linearize.mixers.update import UPDATES, Update
+from linearize.mixers.update import UPDATES, Stream, Update
 
 
 @UPDATES.register("additive")
 class Additive(Update):
-    """Sums of outer products [B, M, F, V] and of features [B, M, F], both float32 or wider."""
+    """Sums of outer products [B, M, F, V] and of features [B, M, F], both float32 or wider; both decay alike."""
+
+    decays = ("none", "head", "feature")
+    dense = True
 
     @dataclass
     class Config(Part.Config):
         pass
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        size = (batch, self.heads, self.feature_dim)
-        return {
-            "sums": torch.zeros(*size, self.value_dim, dtype=dtype, device=device),
-            "norms": torch.zeros(*size, dtype=dtype, device=device),
-        }
+        shape = (batch, self.heads, self.feature_dim)
+        state = {"sums": torch.zeros(*shape, self.value_dim, dtype=dtype, device=device)}
+        if self.running_sum:
+            state["norms"] = torch.zeros(shape, dtype=dtype, device=device)
+        return state
 
-    def parallel(self, phi_q: Tensor, phi_k: Tensor, v: Tensor | None, visible: Tensor) -> Partial:
-        return Partial(*linear_reference(phi_q, phi_k, v, visible))
+    def keys(self, stream: Stream) -> Tensor:
+        """What is written: the features of the key."""
+        return stream.k
 
-    def chunked(self, phi_q: Tensor, phi_k: Tensor, v: Tensor, docs: Tensor, state: State) -> Partial:
-        before = state["sums"], state["norms"]
-        numerator, denominator, (sums, norms) = linear_chunk(phi_q, phi_k, v, docs, before)
-        state.write({"sums": sums, "norms": norms})
+    def masked(self, q: Tensor, k: Tensor, v: Tensor | None, visible: Tensor) -> Partial:
+        numerator, denominator = linear_reference(q, k, v, visible)
+        return Partial(numerator, denominator if self.running_sum else None)
+
+    def parallel(self, stream: Stream) -> Partial:
+        k = self.keys(stream)
+        assert stream.log_decay is not None
+        # the state's width follows the values: `weights` sends identity values
+        shape = (k.shape[0], self.heads, self.feature_dim)
+        empty = (
+            k.new_zeros(*shape, stream.v.shape[-1]),
+            k.new_zeros(shape) if self.running_sum else None,
+        )
+        numerator, denominator, _ = gated_linear_reference(
+            stream.q, k, stream.v, stream.log_decay, stream.docs, empty, normalize=self.running_sum
+        )
         return Partial(numerator, denominator)
 
-    def step(self, phi_q: Tensor, phi_k: Tensor, v: Tensor, state: State) -> Partial:
-        linear_write(phi_k[:, 0], v[:, 0], state["sums"], state["norms"])
-        numerator, denominator = linear_read(phi_q[:, 0], state["sums"], state["norms"])
-        return Partial(numerator[:, None], denominator[:, None])
+    def chunked(self, stream: Stream, state: State) -> Partial:
+        k = self.keys(stream)
+        sums = state["sums"]
+        norms = state["norms"] if self.running_sum else None
+        if stream.log_decay is None:
+            running = sums.new_zeros(sums.shape[:-1]) if norms is None else norms
+            numerator, denominator, carried = linear_chunk(
+                stream.q, k, stream.v, stream.docs, (sums, running)
+            )
+        else:
+            numerator, denominator, carried = gated_linear_chunk(
+                stream.q,
+                k,
+                stream.v,
+                stream.log_decay,
+                stream.docs,
+                (sums, norms),
+                normalize=self.running_sum,
+            )
+        state.write({"sums": carried[0]} | ({"norms": carried[1]} if self.running_sum else {}))
+        return Partial(numerator, denominator if self.running_sum else None)
+
+    def step(self, stream: Stream, state: State) -> Partial:
+        k = self.keys(stream)
+        sums, norms = state["sums"], state["norms"] if self.running_sum else None
+        if stream.log_decay is None:
+            sums.add_(torch.einsum("btmf,btmv->bmfv", k, stream.v))
+            running = sums.new_zeros(sums.shape[:-1]) if norms is None else norms.add_(k.sum(1))
+            numerator, denominator = linear_read(stream.q[:, 0], sums, running)
+        else:
+            numerator, denominator = gated_linear_step(
+                stream.q[:, 0], k[:, 0], stream.v[:, 0], stream.log_decay[:, 0], sums, norms
+            )
+        seen = None if norms is None or denominator is None else denominator[:, None]
+        return Partial(numerator[:, None], seen)

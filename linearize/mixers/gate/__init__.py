@@ -1,0 +1,51 @@
+"""Gates of the recurrent branch: log decay <= 0 of the state at each token; one file each.
+
+A decay is per head, [B, T, M], or per feature, [B, T, M, F]; M is `heads`, all query heads or the key-value heads.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from linearize.mixers.base import LayerShape, Part
+from linearize.registry import Registry, discover
+
+
+class Gate(Part):
+    """Base of the gates.
+
+    Args:
+        config: the gate's options.
+        shape: the layer's numbers.
+        feature_dim: F of the feature map, for gates per feature.
+
+    Attributes:
+        per_feature: whether the decay has a feature dimension.
+        uses_hidden: whether the gate reads the layer's input.
+        heads: M of the decay.
+    """
+
+    per_feature: ClassVar[bool] = False
+    uses_hidden: ClassVar[bool] = True
+    heads: int
+
+    def __init__(self, config: Any, shape: LayerShape, feature_dim: int) -> None:
+        super().__init__()
+        self.heads = shape.kv_heads
+
+    def forward(self, hidden: Tensor | None, k: Tensor) -> Tensor:
+        """hidden [B, T, D], k [B, T, N, K] before its feature map -> log decay [B, T, M] or [B, T, M, F]."""
+        raise NotImplementedError(type(self))  # pragma: no cover - every registered gate defines it
+
+
+def log_sigmoid(logits: Tensor, divisor: float) -> Tensor:
+    """log of sigmoid(logits) ** (1 / divisor): the larger the divisor, the slower the decay at the same logit."""
+    return F.logsigmoid(logits) / divisor
+
+
+GATES: Registry[Gate] = Registry("gate")
+discover(sys.modules[__name__])

@@ -1,0 +1,52 @@
+"""A low-rank gate from the hidden state, per feature (GLA, Yang et al. 2023, arXiv 2312.06635, section 4.4; LAWCAT)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from linearize.mixers.base import LayerShape, Part, fill
+from linearize.mixers.gate import GATES, Gate, log_sigmoid
+from linearize.mixers.options import at_least, positive
+
+
+@GATES.register("low_rank")
+class LowRankGate(Gate):
+    """log decay = logsigmoid(x W1 W2 + b) / divisor, per key-value head and feature.
+
+    W ~ N(0, 0.006) and b = 0 as LAWCAT initializes: decay 0.958 at the start, with the divisor of 16.
+    """
+
+    per_feature = True
+
+    @dataclass
+    class Config(Part.Config):
+        rank: int = 16
+        """Width between W1 [D, rank] and W2 [rank, N F]."""
+        divisor: float = 16.0
+        bias: float = 0.0
+        """b at the start; larger remembers longer."""
+
+        def problems(self) -> list[str]:
+            """Rules that types alone do not express."""
+            return at_least(1, rank=self.rank) + positive(divisor=self.divisor)
+
+    def __init__(self, config: Config, shape: LayerShape, feature_dim: int) -> None:
+        super().__init__(config, shape, feature_dim)
+        self.config, self.feature_dim = config, feature_dim
+        self.down = nn.Parameter(torch.empty(shape.model_dim, config.rank))
+        self.up = nn.Parameter(torch.empty(config.rank, shape.kv_heads, feature_dim))
+        self.bias = nn.Parameter(torch.empty(shape.kv_heads, feature_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.down, std=0.006)
+        nn.init.normal_(self.up, std=0.006)
+        fill(self.bias, self.config.bias)
+
+    def forward(self, hidden: Tensor | None, k: Tensor) -> Tensor:
+        assert hidden is not None
+        logits = torch.einsum("btr,rnf->btnf", hidden @ self.down.to(hidden.dtype), self.up.to(hidden.dtype))
+        return log_sigmoid(logits + self.bias.to(hidden.dtype), self.config.divisor)

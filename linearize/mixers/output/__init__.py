@@ -1,0 +1,32 @@
+"""What happens to the mixer's output before the model's own output projection; one file each."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from linearize.mixers.base import LayerShape, Part
+from linearize.registry import Registry, discover
+
+
+class Output(Part):
+    """Base of the outputs.
+
+    Attributes:
+        uses_hidden: whether it reads the layer's input.
+    """
+
+    uses_hidden: ClassVar[bool] = False
+
+    def __init__(self, config: Any, shape: LayerShape) -> None:
+        super().__init__()
+
+    def forward(self, y: Tensor, hidden: Tensor | None) -> Tensor:
+        """y [B, T, H, V], hidden [B, T, D] -> [B, T, H, V]."""
+        raise NotImplementedError(type(self))  # pragma: no cover - every registered output defines it
+
+
+OUTPUTS: Registry[Output] = Registry("output")
+discover(sys.modules[__name__])

@@ -1,0 +1,38 @@
+"""An RMS norm of each head's output with a learned scale per head and dim (fla's layers, Mamba-2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from linearize.mixers.base import LayerShape, Part, fill
+from linearize.mixers.output import OUTPUTS, Output
+
+
+@OUTPUTS.register("norm")
+class OutputNorm(Output):
+    """y / rms(y) * scale [H, V], the scale at `start`.
+
+    Limitations: RADLADS found it to hurt conversions (arXiv 2505.03005, section 4); offered for methods that have it.
+    """
+
+    EPSILON = 1e-6
+
+    @dataclass
+    class Config(Part.Config):
+        start: float = 1.0
+        """Scale at the start; the rms of the teacher's outputs is the value that matches it."""
+
+    def __init__(self, config: Config, shape: LayerShape) -> None:
+        super().__init__(config, shape)
+        self.config = config
+        self.scale = nn.Parameter(torch.empty(shape.heads, shape.value_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        fill(self.scale, self.config.start)
+
+    def forward(self, y: Tensor, hidden: Tensor | None) -> Tensor:
+        return y * (y.square().mean(-1, keepdim=True) + self.EPSILON).rsqrt() * self.scale.to(y.dtype)

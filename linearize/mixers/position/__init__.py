@@ -1,0 +1,57 @@
+"""Which branch sees rotated queries and keys; one file each."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.mixers.base import LayerShape, Part
+from linearize.registry import Registry, discover
+
+
+class Position(Part):
+    """Base of the position choices.
+
+    Attributes:
+        window_rotated, recurrent_rotated: whether the branch takes q and k after RoPE, as the teacher's layer has them.
+    """
+
+    window_rotated: bool = True
+    recurrent_rotated: bool = True
+
+    def __init__(self, config: Any, shape: LayerShape) -> None:
+        super().__init__()
+
+    @property
+    def needs_plain(self) -> bool:
+        """Whether any branch wants q and k before RoPE."""
+        return not (self.window_rotated and self.recurrent_rotated)
+
+
+def rotate_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Undo a rotary embedding (rotate-half convention, possibly on the first dims only).
+
+    The rotation was x cos + rotate_half(x) sin; its inverse is the rotation by the opposite angle, over the square of
+    the factor that YaRN and the like put on cos and sin.
+
+    Args:
+        x: [B, T, H, K], rotated.
+        cos, sin: [B or 1, T, R], R <= K, as transformers hands them to attention modules.
+
+    Returns:
+        [B, T, H, K] before the rotation.
+    """
+    width = cos.shape[-1]
+    cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
+    rotated, rest = x[..., :width], x[..., width:]
+    half = width // 2
+    turned = torch.cat([-rotated[..., half:], rotated[..., :half]], dim=-1)
+    back = (rotated * cos - turned * sin) / (cos.square() + sin.square())
+    return torch.cat([back, rest], dim=-1) if rest.shape[-1] else back
+
+
+POSITIONS: Registry[Position] = Registry("position")
+discover(sys.modules[__name__])

@@ -1,0 +1,167 @@
+"""The recurrent branch: short convolution, feature map, gate, update rule and normalizer, wired in that order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from linearize.mixers.base import LayerShape, Partial, accumulator, positions, repeat_heads
+from linearize.mixers.feature_map import FeatureMap
+from linearize.mixers.gate import Gate
+from linearize.mixers.normalizer import Normalizer
+from linearize.mixers.short_conv import ShortConv
+from linearize.mixers.state import State
+from linearize.mixers.update import Stream, Update
+from linearize.mixers.window import Handed
+
+
+@dataclass
+class Inputs:
+    """One call's inputs, widened to the accumulator's dtype.
+
+    Attributes:
+        q, k, v: [B, T, H, K], [B, T, N, K], [B, T, N, V].
+        valid: [B, T] bool, false on padding.
+        docs: [B, T] document numbers.
+        hidden: [B, T, D] the layer's input, or None where no part reads it.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    valid: Tensor
+    docs: Tensor
+    hidden: Tensor | None
+
+
+class Recurrent(nn.Module):
+    """Linear attention and its relatives over the keys that the window hands on.
+
+    Args:
+        shape: the layer's numbers.
+        feature_map, update, normalizer: always there.
+        short_conv, gate: or None.
+        delayed: keys arrive late, because a window sees them first. There is neither convolution nor gate then:
+            `composition_problems` refuses them.
+    """
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        feature_map: FeatureMap,
+        update: Update,
+        normalizer: Normalizer,
+        *,
+        short_conv: ShortConv | None = None,
+        gate: Gate | None = None,
+        delayed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.shape, self.delayed = shape, delayed
+        self.feature_map, self.update, self.normalizer = feature_map, update, normalizer
+        self.short_conv, self.gate = short_conv, gate
+
+    @property
+    def uses_hidden(self) -> bool:
+        """Whether any part reads the layer's input."""
+        return (self.gate is not None and self.gate.uses_hidden) or self.update.uses_hidden
+
+    def parts(self) -> list[nn.Module]:
+        """The parts that are there."""
+        found = (self.short_conv, self.feature_map, self.gate, self.update, self.normalizer)
+        return [part for part in found if part is not None]
+
+    def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Empty tensors of the state."""
+        tensors = self.update.initial(batch, accumulator(dtype), device)
+        if self.short_conv is not None:
+            tensors |= self.short_conv.initial(batch, dtype, device)
+        if self.feature_map.uses_position:
+            tensors["position"] = torch.zeros(batch, dtype=torch.int64, device=device)
+        return tensors
+
+    def parallel(self, inputs: Inputs, left: Tensor, rows: slice, *, weights: bool) -> Partial:
+        """The definition, for query rows `rows`; `left` [B, R, T] is what the window left to see.
+
+        With `weights` the numerator holds weights [B, R, H, T].
+        """
+        position = None
+        if self.feature_map.uses_position:
+            position, _ = positions(inputs.valid, inputs.docs, inputs.docs.new_zeros(inputs.docs.shape[0]))
+        stream = self._stream(inputs, position, position, None)
+        if self.gate is None and self.update.dense:
+            partial = self.update.masked(stream.q[:, rows], stream.k, None if weights else stream.v, left)
+        else:
+            partial = self.update.weights(stream) if weights else self.update.parallel(stream)
+            seen = None if partial.denominator is None else partial.denominator[:, rows]
+            partial = Partial(partial.numerator[:, rows], seen)
+        return partial if weights else self.normalizer(partial)
+
+    def chunked(self, inputs: Inputs, handed: Handed, state: State) -> Partial:
+        """O(T)-memory form over the keys that leave the window at each token; writes the state."""
+        stream = self._arriving(inputs, handed, self._advance(inputs, state), state)
+        order = handed.order
+        if order is None:
+            return self.normalizer(self.update.chunked(stream, state))
+        # keys that leave in blocks stand in slots of their own, before the queries that may read them
+        placed = replace(
+            stream,
+            q=order.place_queries(stream.q),
+            k=order.place_keys(stream.k),
+            v=order.place_keys(stream.v),
+            docs=order.docs,
+        )
+        return self.normalizer(order.take(self.update.chunked(placed, state)))
+
+    def step(self, inputs: Inputs, handed: Handed, state: State) -> Partial:
+        """One token, in place."""
+        stream = self._arriving(inputs, handed, self._advance(inputs, state), state)
+        return self.normalizer(self.update.step(stream, state))
+
+    def _arriving(self, inputs: Inputs, handed: Handed, position: Tensor | None, state: State) -> Stream:
+        if not self.delayed:
+            return self._stream(inputs, position, position, state)
+        wide = inputs.q.dtype
+        late = Inputs(
+            inputs.q, handed.k.to(wide), handed.v.to(wide), handed.valid, inputs.docs, inputs.hidden
+        )
+        k_position = None
+        if position is not None:
+            k_position = position - handed.lag if handed.position is None else handed.position
+        return self._stream(late, position, k_position, state)
+
+    def _stream(
+        self, inputs: Inputs, position: Tensor | None, k_position: Tensor | None, state: State | None
+    ) -> Stream:
+        q, k, v = inputs.q, inputs.k, inputs.v
+        if self.short_conv is not None:
+            q, k, v = self.short_conv(q, k, v, valid=inputs.valid, docs=inputs.docs, state=state)
+        seen = inputs.valid[..., None]
+        heads = self.update.heads
+        phi_k = self.feature_map.key(k, k_position) * seen[..., None].to(k.dtype)
+        log_decay = None
+        if self.gate is not None:
+            # the gate reads the key as it came: Liger's makes it from the projection itself
+            log_decay = self.gate(inputs.hidden, inputs.k)
+            log_decay = repeat_heads(log_decay, heads // log_decay.shape[2]) * (
+                seen[..., None] if log_decay.dim() == 4 else seen
+            ).to(log_decay.dtype)
+        return Stream(
+            q=self.feature_map.query(q, position),
+            k=repeat_heads(phi_k, heads // phi_k.shape[2]),
+            v=repeat_heads(v, heads // v.shape[2]),
+            docs=inputs.docs,
+            valid=inputs.valid,
+            log_decay=log_decay,
+            hidden=inputs.hidden,
+        )
+
+    def _advance(self, inputs: Inputs, state: State) -> Tensor | None:
+        """Positions [B, T] of the new tokens for a map that uses them; the count goes on in the state."""
+        if not self.feature_map.uses_position:
+            return None
+        position, seen = positions(inputs.valid, inputs.docs, state["position"])
+        state.write({"position": seen})
+        return position

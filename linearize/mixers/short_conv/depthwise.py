@@ -1,0 +1,90 @@
+"""A causal depthwise convolution that does nothing at the start (LAWCAT, Liu et al. 2025, arXiv 2509.18467)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from linearize.kernels.short_conv import short_conv_chunk, short_conv_reference, short_conv_step
+from linearize.mixers.base import LayerShape, Part, fill
+from linearize.mixers.options import at_least, choice_problems
+from linearize.mixers.short_conv import SHORT_CONVS, ShortConv
+from linearize.mixers.state import State
+
+
+@SHORT_CONVS.register("depthwise")
+class Depthwise(ShortConv):
+    """y_t = sum_j w_j x_{t-j} over `taps` tokens, a filter for every channel of q, k and (if asked for) v.
+
+    Starts as the identity: the token's own tap is 1, the others are `others`. A random filter, the usual start of a
+    model trained from scratch, wrecks the copied weights (MMLU .25 instead of .68 in a conversion of 8B parameters).
+    Keys and values are filtered per key-value head, before they are shared in a group.
+    """
+
+    @dataclass
+    class Config(Part.Config):
+        taps: int = 4
+        """Tokens that the filter reaches over, the own one included."""
+        on: str = "qk"
+        """q, k, v that are convolved: qk, qkv or k."""
+        activation: str = "none"
+        """none, or silu behind the filter."""
+        others: float = 0.001
+        """The other taps at the start."""
+
+        def problems(self) -> list[str]:
+            """Rules that types alone do not express."""
+            choices = choice_problems(
+                on=(self.on, ("qk", "qkv", "k")), activation=(self.activation, ("none", "silu"))
+            )
+            return choices + at_least(2, taps=self.taps)
+
+    def __init__(self, config: Config, shape: LayerShape) -> None:
+        super().__init__(config, shape)
+        self.config = config
+        sizes = {
+            "q": (shape.heads, shape.key_dim),
+            "k": (shape.kv_heads, shape.key_dim),
+            "v": (shape.kv_heads, shape.value_dim),
+        }
+        self.sizes = {role: sizes[role] for role in config.on}
+        self.filters = nn.ParameterDict(
+            {role: nn.Parameter(torch.empty(*size, config.taps)) for role, size in self.sizes.items()}
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in self.filters.values():
+            start = torch.full_like(weight, self.config.others)
+            start[..., -1] = 1.0
+            fill(weight, start)
+
+    def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        past = self.config.taps - 1
+        return {
+            f"conv_{role}": torch.zeros(batch, past, *size, dtype=dtype, device=device)
+            for role, size in self.sizes.items()
+        }
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor, docs: Tensor, state: State | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        seen = valid[..., None, None].to(q.dtype)
+        streams = {"q": q, "k": k, "v": v}
+        for role, weight in self.filters.items():
+            streams[role] = self._filter(role, streams[role] * seen, weight.to(q.dtype), docs, state)
+        return streams["q"], streams["k"], streams["v"]
+
+    def _filter(self, role: str, x: Tensor, weight: Tensor, docs: Tensor, state: State | None) -> Tensor:
+        silu = self.config.activation == "silu"
+        if state is None:
+            empty = x.new_zeros(x.shape[0], self.config.taps - 1, *x.shape[2:])
+            return short_conv_reference(x, weight, docs, empty, silu=silu)[0]
+        past = state[f"conv_{role}"]
+        if x.shape[1] == 1 and not torch.is_grad_enabled():
+            return short_conv_step(x[:, 0], weight, past, silu=silu)[:, None]
+        y, last = short_conv_chunk(x, weight, docs, past.to(x.dtype), silu=silu)
+        state.write({f"conv_{role}": last})
+        return y

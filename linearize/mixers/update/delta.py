@@ -1,0 +1,90 @@
+"""The delta rule, plain (DeltaNet, Yang et al. 2024, arXiv 2406.06484) or gated (Gated DeltaNet, arXiv 2412.06464)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from linearize.kernels.delta import delta_chunk, delta_reference, delta_step
+from linearize.mixers.base import LayerShape, Part, Partial, fill
+from linearize.mixers.options import positive
+from linearize.mixers.state import State
+from linearize.mixers.update import UPDATES, Stream, Update
+
+
+@UPDATES.register("delta")
+class Delta(Update):
+    """S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t.
+
+    Keys and queries are brought to length one. beta = sigmoid(x W + b) per head of the state. Without a gate a = 1
+    (DeltaNet), with a gate per head Gated DeltaNet. The scale is learned per query head: a state that holds values
+    under keys of length one answers with a fraction of a value, of a size that no copied weight makes up for.
+    """
+
+    decays = ("none", "head")
+    sums_weights = False
+    uses_hidden = True
+
+    @dataclass
+    class Config(Part.Config):
+        beta_bias: float = 0.0
+        """b at the start: 0 writes with a strength of one half."""
+        scale: float = 1.0
+        """Scale of the output at the start."""
+
+        def problems(self) -> list[str]:
+            """Rules that types alone do not express."""
+            return positive(scale=self.scale)
+
+    def __init__(
+        self,
+        config: Config,
+        heads: int,
+        feature_dim: int,
+        value_dim: int,
+        shape: LayerShape,
+        running_sum: bool = True,
+    ) -> None:
+        super().__init__(config, heads, feature_dim, value_dim, shape, running_sum)
+        assert shape.model_dim is not None
+        self.config = config
+        self.beta_weight = nn.Parameter(torch.empty(shape.model_dim, heads))
+        self.beta_bias = nn.Parameter(torch.empty(heads))
+        self.scale = nn.Parameter(torch.empty(shape.heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        fill(self.beta_weight, 0.0)
+        fill(self.beta_bias, self.config.beta_bias)
+        fill(self.scale, self.config.scale)
+
+    def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        size = (batch, self.heads, self.feature_dim, self.value_dim)
+        return {"sums": torch.zeros(size, dtype=dtype, device=device)}
+
+    def parallel(self, stream: Stream) -> Partial:
+        q, k, beta = self._terms(stream)
+        empty = k.new_zeros(k.shape[0], self.heads, self.feature_dim, stream.v.shape[-1])
+        return Partial(delta_reference(q, k, stream.v, beta, stream.log_decay, stream.docs, empty)[0], None)
+
+    def chunked(self, stream: Stream, state: State) -> Partial:
+        q, k, beta = self._terms(stream)
+        out, sums = delta_chunk(q, k, stream.v, beta, stream.log_decay, stream.docs, state["sums"])
+        state.write({"sums": sums})
+        return Partial(out, None)
+
+    def step(self, stream: Stream, state: State) -> Partial:
+        q, k, beta = (x[:, 0] for x in self._terms(stream))
+        decay = None if stream.log_decay is None else stream.log_decay[:, 0]
+        return Partial(delta_step(q, k, stream.v[:, 0], beta, decay, state["sums"])[:, None], None)
+
+    def _terms(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+        assert stream.hidden is not None
+        dtype = stream.k.dtype
+        logits = stream.hidden @ self.beta_weight.to(dtype) + self.beta_bias.to(dtype)
+        beta = logits.sigmoid() * stream.valid[..., None].to(dtype)
+        q = F.normalize(stream.q, dim=-1) * self.scale.to(dtype)[:, None]
+        return q, F.normalize(stream.k, dim=-1), beta

@@ -1,0 +1,192 @@
+"""Compositions that the contract holds for: every registered part at least once, option variants, every recipe's mixer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linearize.config import compose, list_recipes
+from linearize.mixers import PARTS, LayerShape, Mixer, build, check, normalize
+
+SHAPES = {
+    "grouped": LayerShape(heads=4, kv_heads=2, key_dim=8, value_dim=6, scaling=8**-0.5, model_dim=10),
+    "capped": LayerShape(
+        heads=3, kv_heads=1, key_dim=8, value_dim=8, scaling=0.3, softcap=4.0, sliding_window=11, model_dim=10
+    ),
+}
+SMALL = {"dim": 8, "size": 5, "rank": 3, "slots": 4}
+"""Sizes that every part is shrunk to."""
+
+HEDGEHOG = {"name": "hedgehog", "dim": 8}
+SLIDING = {"name": "sliding", "size": 5}
+SKELETONS: list[dict] = [
+    {"feature_map": HEDGEHOG},
+    {"feature_map": HEDGEHOG, "window": SLIDING},
+    {"feature_map": HEDGEHOG, "gate": {"name": "low_rank", "rank": 3}},
+    {"feature_map": HEDGEHOG, "normalizer": {"name": "none"}},
+    {
+        "feature_map": {"name": "softmax_dim"},
+        "normalizer": {"name": "none"},
+        "gate": {"name": "low_rank", "rank": 3},
+    },
+    {"feature_map": HEDGEHOG, "normalizer": {"name": "none"}, "gate": {"name": "mamba2"}},
+    {
+        "feature_map": {"name": "softmax_dim"},
+        "normalizer": {"name": "none"},
+        "gate": {"name": "key_pool"},
+        "window": {**SLIDING, "overlap": True},
+        "combine": {"name": "weighted"},
+    },
+    {"window": SLIDING},
+]
+"""What a part is put into: the first of these that it makes sense in."""
+
+VARIANTS: list[dict] = [
+    {"feature_map": {"name": "hedgehog", "dim": 5, "per": "kv_head"}, "window": SLIDING},
+    {"feature_map": {"name": "hedgehog", "dim": 8, "tied": True, "space": "half"}},
+    {
+        "feature_map": {"name": "hedgehog", "dim": 8, "activation": "exp"},
+        "window": {"name": "sliding", "size": 1},
+    },
+    {
+        "feature_map": HEDGEHOG,
+        "window": {"name": "sliding", "size": 20},
+        "combine": {"name": "shared_normalizer", "complement": True, "stabilized": True},
+    },
+    {"feature_map": HEDGEHOG, "gate": {"name": "fixed", "slopes": "alibi"}},
+    {"feature_map": {"name": "hedgehog", "dim": 8, "per": "kv_head"}, "gate": {"name": "mamba2"}},
+    {"feature_map": HEDGEHOG, "position": {"name": "rope", "recurrent": False}},
+    {"window": SLIDING, "position": {"name": "rope", "window": False}},
+    {"feature_map": HEDGEHOG, "window": {**SLIDING, "first": 3, "sinks": "learned"}},
+    {
+        "feature_map": HEDGEHOG,
+        "window": {**SLIDING, "first": 7, "overlap": True},
+        "combine": {"name": "weighted"},
+    },
+    {"window": {**SLIDING, "first": 2}},
+    {"feature_map": HEDGEHOG, "window": {"name": "terraced", "size": 8, "first": 3, "sinks": "learned"}},
+    {"feature_map": {"name": "cosformer"}, "window": {"name": "terraced", "size": 3}},
+    {
+        "feature_map": HEDGEHOG,
+        "window": {"name": "terraced", "size": 3, "overlap": True},
+        "combine": {"name": "sigmoid", "per": "token"},
+    },
+]
+"""Options that change shapes or paths."""
+
+
+def registered() -> list[dict]:
+    """Distinct compositions, each checked."""
+    found = [
+        *SKELETONS,
+        *(_with(part, name) for part, (registry, _) in PARTS.items() for name in registry.names()),
+    ]
+    found += VARIANTS + [_shrunk(compose(name, []).mixer) for name, _ in list_recipes()]
+    distinct = {label(mixer): mixer for mixer in found}
+    for mixer in distinct.values():
+        assert check(mixer) == [], (mixer, check(mixer))
+    return list(distinct.values())
+
+
+def _with(part: str, name: str) -> dict:
+    registry = PARTS[part][0]
+    fields = registry.get(name).Config.__dataclass_fields__
+    choice = {"name": name, **{key: value for key, value in SMALL.items() if key in fields}}
+    for skeleton in SKELETONS:
+        mixer = {**skeleton, part: choice}
+        if not check(mixer) and not _idle(mixer, part):
+            return mixer
+    for skeleton in SKELETONS:  # a window of which nothing is handed on
+        mixer = {key: value for key, value in skeleton.items() if key not in ("feature_map", "gate")} | {
+            part: choice
+        }
+        if not check(mixer):
+            return mixer
+    raise AssertionError(f"no skeleton takes {part} '{name}'; add one to tests/compositions.py")
+
+
+def _idle(mixer: dict, part: str) -> bool:
+    return part == "combine" and build(mixer, SHAPES["grouped"]).combine is None
+
+
+def _shrunk(mixer: dict) -> dict:
+    small = {}
+    for part, options in normalize(mixer).items():
+        small[part] = {key: SMALL[key] if key in SMALL and value else value for key, value in options.items()}
+    return small
+
+
+def label(mixer: dict) -> str:
+    """A readable id: what differs from the defaults."""
+    default = normalize({})
+    parts = []
+    for part, options in normalize(mixer).items():
+        changed = [str(value) for key, value in options.items() if default[part].get(key) != value]
+        if changed:
+            parts.append("_".join(changed))
+    return "-".join(parts)
+
+
+@dataclass
+class Draw:
+    """Random inputs of one call, which cut along the tokens together.
+
+    Attributes:
+        q, k, v: [B, T, H, K], [B, T, N, K], [B, T, N, V].
+        hidden: [B, T, D].
+        plain: q and k before RoPE, unrelated random numbers here.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    hidden: Tensor
+    plain: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, shape: LayerShape, tokens: int, dtype: torch.dtype, batch: int = 2, seed: int = 0) -> Draw:
+        """Standard normal draws, queries a little larger, the same for the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(batch, tokens, *size, generator=generator, dtype=torch.float64).to(dtype)
+
+        def queries() -> Tensor:
+            return (1.5 * draw(shape.heads, shape.key_dim)).to(dtype)
+
+        q, k, v = queries(), draw(shape.kv_heads, shape.key_dim), draw(shape.kv_heads, shape.value_dim)
+        return cls(q, k, v, draw(shape.model_dim or 1), (queries(), draw(shape.kv_heads, shape.key_dim)))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.q, self.k, self.v, self.hidden, *self.plain]
+
+    def apply(self, function) -> Draw:
+        """The same with `function` on every tensor."""
+        q, k, v, hidden, plain_q, plain_k = (function(x) for x in self.tensors)
+        return Draw(q, k, v, hidden, (plain_q, plain_k))
+
+    def __getitem__(self, tokens: slice) -> Draw:
+        return self.apply(lambda x: x[:, tokens])
+
+    def join(self, other: Draw) -> Draw:
+        """`other` after this along the tokens."""
+        q, k, v, hidden, *plain = (
+            torch.cat(pair, 1) for pair in zip(self.tensors, other.tensors, strict=True)
+        )
+        return Draw(q, k, v, hidden, (plain[0], plain[1]))
+
+    def run(self, form, **masks):
+        """Call one of a mixer's forms."""
+        return form(self.q, self.k, self.v, hidden=self.hidden, plain=self.plain, **masks)
+
+
+def make(mixer: dict, shape: LayerShape, dtype: torch.dtype) -> Mixer:
+    """The mixer with random parameters."""
+    torch.manual_seed(0)
+    made = build(mixer, shape)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    return made.to(dtype)
