@@ -148,6 +148,25 @@ def test_left_padding_moves_neither_blocks_nor_pinned_tokens(window, near, paddi
 
 
 @geometries
+def test_padding_inside_a_text_keeps_its_place(window, near):
+    """As the second turn of a left-padded batch has it: a gap is no key, and blocks go on across it."""
+    made = mixer(**window)
+    q, k, v = draw(41)
+    valid = torch.rand(1, 41, generator=torch.Generator().manual_seed(3)) > 0.4
+    expected = made.parallel(q, k, v, valid=valid)
+    same(made.chunked(q, k, v, valid=valid)[valid], expected[valid])
+    state = made.initial_state(1, torch.float64, q.device)
+    with torch.no_grad():
+        outputs = [made.chunked(q[:, :9], k[:, :9], v[:, :9], valid=valid[:, :9], state=state)]
+        outputs += [
+            made.step(*(x[:, t : t + 1] for x in (q, k, v)), state=state, valid=valid[:, t : t + 1])
+            for t in range(9, 30)
+        ]
+        outputs.append(made.chunked(q[:, 30:], k[:, 30:], v[:, 30:], valid=valid[:, 30:], state=state))
+    same(torch.cat(outputs, 1)[valid], expected[valid])
+
+
+@geometries
 def test_every_document_has_its_own_start(window, near):
     """Documents of every length around the blocks' borders, each preceded by padding of its own."""
     made = mixer(**window)

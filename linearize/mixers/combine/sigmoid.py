@@ -27,6 +27,8 @@ class Sigmoid(Combine):
         LinearizeError: ``per: token`` for a layer whose model dim is unknown.
     """
 
+    token_weight: nn.Parameter | None
+
     @dataclass
     class Config(Part.Config):
         per: str = "head"

@@ -39,7 +39,8 @@ class RingWindow(Window):
     """
 
     SINK_INIT = -10.0
-    """exp(-10) beside weights that sum to at least one: the layer starts at the teacher."""
+    """exp(-10) beside a sum of weights of order one: the layer starts near the teacher."""
+    sink_logit: nn.Parameter | None
 
     @dataclass
     class Config(Part.Config):

@@ -46,4 +46,6 @@ class SlidingWindow(RingWindow):
         self, k: Tensor, v: Tensor, valid: Tensor, oldest: Tensor, position: Tensor | None
     ) -> Handed:
         rows = torch.arange(k.shape[0], device=k.device)
-        return Handed(*(ring[rows, oldest][:, None] for ring in (k, v, valid)), lag=self.size)
+        return Handed(
+            k[rows, oldest][:, None], v[rows, oldest][:, None], valid[rows, oldest][:, None], lag=self.size
+        )
