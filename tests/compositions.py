@@ -1,4 +1,4 @@
-"""Compositions that the contract holds for: every registered part at least once, option variants, every recipe's mixer."""
+"""Compositions that the contract holds for: every registered part once, option variants, every recipe's mixer."""
 
 from __future__ import annotations
 

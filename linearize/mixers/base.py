@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from linearize.errors import LinearizeError
+
 CHUNK = 64
 """Tokens in a chunk of the chunked forms: the window's usual size, and the tile that GPU kernels like."""
 
@@ -46,6 +48,16 @@ class LayerShape:
     def group(self) -> int:
         """Query heads to a key-value head."""
         return self.heads // self.kv_heads
+
+    def hidden_dim(self) -> int:
+        """D, for parts that cannot be built without it.
+
+        Raises:
+            LinearizeError: the shape was written down by hand, without `model_dim`.
+        """
+        if self.model_dim is None:
+            raise LinearizeError("this mixer reads hidden states: LayerShape needs model_dim, their width")
+        return self.model_dim
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Partial, accumulator, documents
+from linearize.mixers.base import LayerShape, Part, Partial, accumulator, documents
 from linearize.mixers.combine import Combine
 from linearize.mixers.feature_map import FeatureMap
 from linearize.mixers.output import Output
@@ -101,9 +101,8 @@ class Mixer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Every part back to its initial values."""
-        parts = [self.window, self.combine, self.output, *(self.recurrent.parts() if self.recurrent else [])]
-        for part in parts:
-            if part is not None:
+        for part in self.modules():
+            if isinstance(part, Part):
                 part.reset_parameters()
 
     def parallel(

@@ -68,11 +68,6 @@ class Recurrent(nn.Module):
         """Whether any part reads the layer's input."""
         return (self.gate is not None and self.gate.uses_hidden) or self.update.uses_hidden
 
-    def parts(self) -> list[nn.Module]:
-        """The parts that are there."""
-        found = (self.short_conv, self.feature_map, self.gate, self.update, self.normalizer)
-        return [part for part in found if part is not None]
-
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Empty tensors of the state."""
         tensors = self.update.initial(batch, accumulator(dtype), device)

@@ -46,7 +46,8 @@ def convert(model: PreTrainedModel, mixer: dict[str, Any], layers: Any = "all") 
         for layer in found:
             if layer.index in chosen and layer.shape.rotary == "other":
                 raise UnsupportedModelError(
-                    f"{layer.path} ({type(layer.module).__name__}): its rotary embedding is not of the rotate-half kind, "
+                    f"{layer.path} ({type(layer.module).__name__}): its rotary embedding is not of the rotate-half "
+                    "kind, "
                     "so queries and keys cannot be rotated back; leave mixer.position at its default"
                 )
     plan = {

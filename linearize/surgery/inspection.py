@@ -216,8 +216,8 @@ def _rotary(query: Tensor, rotation: tuple[Tensor, Tensor] | None) -> str:
     if query.is_meta:
         return "half"
     first, second = query.float().transpose(1, 2).unbind(1)
-    close = {"atol": 1e-2 * first.abs().max().item(), "rtol": 0.0}
-    if torch.allclose(first, second, **close):
+    near = 1e-2 * first.abs().max().item()
+    if torch.allclose(first, second, atol=near, rtol=0.0):
         return "none"
     back = rotate_back(query.float().transpose(1, 2), *(x.float() for x in rotation))
-    return "half" if torch.allclose(back[:, 0], back[:, 1], **close) else "other"
+    return "half" if torch.allclose(back[:, 0], back[:, 1], atol=near, rtol=0.0) else "other"

@@ -1,4 +1,4 @@
-"""Fixed decay per head (RetNet, Sun et al. 2023, arXiv 2307.08621, eq. 8; SUPRA, Mercat et al. 2024, arXiv 2405.06640)."""
+"""Fixed decay per head (RetNet, Sun et al. 2023, arXiv 2307.08621; SUPRA, Mercat et al. 2024, arXiv 2405.06640)."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class LowRankGate(Gate):
     def __init__(self, config: Config, shape: LayerShape, feature_dim: int) -> None:
         super().__init__(config, shape, feature_dim)
         self.config, self.feature_dim = config, feature_dim
-        self.down = nn.Parameter(torch.empty(shape.model_dim, config.rank))
+        self.down = nn.Parameter(torch.empty(shape.hidden_dim(), config.rank))
         self.up = nn.Parameter(torch.empty(config.rank, shape.kv_heads, feature_dim))
         self.bias = nn.Parameter(torch.empty(shape.kv_heads, feature_dim))
         self.reset_parameters()

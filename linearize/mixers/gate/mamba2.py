@@ -42,7 +42,7 @@ class Mamba2Gate(Gate):
         super().__init__(config, shape, feature_dim)
         self.heads = shape.heads
         self.config = config
-        self.weight = nn.Parameter(torch.empty(shape.model_dim, shape.heads))
+        self.weight = nn.Parameter(torch.empty(shape.hidden_dim(), shape.heads))
         self.dt_bias = nn.Parameter(torch.empty(shape.heads))
         self.a_log = nn.Parameter(torch.empty(shape.heads))
         self.reset_parameters()

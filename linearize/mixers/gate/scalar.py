@@ -36,7 +36,7 @@ class ScalarGate(Gate):
         super().__init__(config, shape, feature_dim)
         self.config = config
         width = 1 if config.per == "layer" else shape.kv_heads
-        self.weight = nn.Parameter(torch.empty(shape.model_dim, width))
+        self.weight = nn.Parameter(torch.empty(shape.hidden_dim(), width))
         self.bias = nn.Parameter(torch.empty(width))
         self.reset_parameters()
 

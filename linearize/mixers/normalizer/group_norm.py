@@ -23,6 +23,7 @@ class GroupNorm(Normalizer):
     """
 
     EPSILON = 1e-5
+    scale: nn.Parameter | None
 
     @dataclass
     class Config(Part.Config):

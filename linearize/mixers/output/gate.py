@@ -29,8 +29,7 @@ class OutputGate(Output):
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)
-        assert shape.model_dim is not None
-        self.down = nn.Parameter(torch.empty(shape.model_dim, config.rank))
+        self.down = nn.Parameter(torch.empty(shape.hidden_dim(), config.rank))
         self.up = nn.Parameter(torch.empty(config.rank, shape.heads, shape.value_dim))
         self.reset_parameters()
 

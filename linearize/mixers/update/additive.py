@@ -6,6 +6,7 @@ With a decay per head it is RetNet's, Mamba-2's and Lizard's recurrence, per fea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from linearize.mixers.update import UPDATES, Stream, Update
 class Additive(Update):
     """Sums of outer products [B, M, F, V] and of features [B, M, F], both float32 or wider; both decay alike."""
 
-    decays = ("none", "head", "feature")
+    decays: ClassVar[tuple[str, ...]] = ("none", "head", "feature")
     dense = True
 
     @dataclass
@@ -59,15 +60,14 @@ class Additive(Update):
 
     def chunked(self, stream: Stream, state: State) -> Partial:
         k = self.keys(stream)
-        sums = state["sums"]
-        norms = state["norms"] if self.running_sum else None
+        sums, norms = self._state(state)
+        denominator: Tensor | None
         if stream.log_decay is None:
             running = sums.new_zeros(sums.shape[:-1]) if norms is None else norms
-            numerator, denominator, carried = linear_chunk(
-                stream.q, k, stream.v, stream.docs, (sums, running)
-            )
+            out = linear_chunk(stream.q, k, stream.v, stream.docs, (sums, running))
+            numerator, denominator, (sums, norms) = out
         else:
-            numerator, denominator, carried = gated_linear_chunk(
+            gated = gated_linear_chunk(
                 stream.q,
                 k,
                 stream.v,
@@ -76,12 +76,15 @@ class Additive(Update):
                 (sums, norms),
                 normalize=self.running_sum,
             )
-        state.write({"sums": carried[0]} | ({"norms": carried[1]} if self.running_sum else {}))
+            numerator, denominator, (sums, norms) = gated
+        kept = {"sums": sums, "norms": norms} if self.running_sum else {"sums": sums}
+        state.write({name: value for name, value in kept.items() if value is not None})
         return Partial(numerator, denominator if self.running_sum else None)
 
     def step(self, stream: Stream, state: State) -> Partial:
         k = self.keys(stream)
-        sums, norms = state["sums"], state["norms"] if self.running_sum else None
+        sums, norms = self._state(state)
+        denominator: Tensor | None
         if stream.log_decay is None:
             sums.add_(torch.einsum("btmf,btmv->bmfv", k, stream.v))
             running = sums.new_zeros(sums.shape[:-1]) if norms is None else norms.add_(k.sum(1))
@@ -92,3 +95,6 @@ class Additive(Update):
             )
         seen = None if norms is None or denominator is None else denominator[:, None]
         return Partial(numerator[:, None], seen)
+
+    def _state(self, state: State) -> tuple[Tensor, Tensor | None]:
+        return state["sums"], state["norms"] if self.running_sum else None

@@ -49,9 +49,8 @@ class Delta(Update):
         running_sum: bool = True,
     ) -> None:
         super().__init__(config, heads, feature_dim, value_dim, shape, running_sum)
-        assert shape.model_dim is not None
         self.config = config
-        self.beta_weight = nn.Parameter(torch.empty(shape.model_dim, heads))
+        self.beta_weight = nn.Parameter(torch.empty(shape.hidden_dim(), heads))
         self.beta_bias = nn.Parameter(torch.empty(heads))
         self.scale = nn.Parameter(torch.empty(shape.heads))
         self.reset_parameters()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ class HGRN2(Additive):
     gate is made from the key (Liger's ``key_pool``).
     """
 
-    decays = ("feature",)
+    decays: ClassVar[tuple[str, ...]] = ("feature",)
     dense = False
     uses_keys = False
 

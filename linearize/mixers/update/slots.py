@@ -1,4 +1,4 @@
-"""Gated slot attention: a fixed number of slots, read by softmax (GSA, Zhang et al. 2024, arXiv 2409.07146, eq. 7-8)."""
+"""Gated slot attention: a fixed number of slots, read by softmax (GSA, Zhang et al. 2024, arXiv 2409.07146)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from linearize.mixers.update import UPDATES, Stream, Update
 
 @UPDATES.register("slots")
 class Slots(Update):
-    """K~_t = diag(a_t) K~_{t-1} + (1 - a_t) k_t^T, V~ likewise, o_t = V~_t^T softmax(K~_t q_t): two memories of S slots.
+    """K~_t = diag(a_t) K~_{t-1} + (1 - a_t) k_t^T, V~ likewise, o_t = V~_t^T softmax(K~_t q_t): two memories.
 
     The gate has one value per slot. Scores are not scaled, as in the published code; the softmax over the slots takes
     the place of a normalizer.
