@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linearize.kernels.chunks import cut_documents, head_decays, make_decay, scan
+from linearize.kernels.chunks import Decay, cut_documents, scan
 
 
 def delta_chunk(
@@ -23,15 +23,15 @@ def delta_chunk(
 
     Token t changes the state by k_t u_t^T, where u_t = beta_t (v_t - what the decayed state holds under k_t), and that
     state is the entering one and the changes before t. So the u of a chunk solve (I + L) U = beta (V - K~ S), with L
-    the strictly lower part of beta K K^T times decays and K~ the decayed keys (Yang et al. 2024, section 3.2; decays
-    as in Gated DeltaNet). The solve is done for all chunks at once, with V and K~ side by side.
+    the strictly lower part of beta K K^T times decays and K~ the decayed keys (Yang et al. 2024; decays as in Gated
+    DeltaNet). The solve is done for all chunks at once, with V and K~ side by side.
     """
     blocks = cut_documents(docs, chunk)
     q_cut, k_cut, v_cut = blocks.cut_grouped(q, k.shape[2]), blocks.cut(k), blocks.cut(v)
     strength = blocks.cut(beta[..., None])
     log_decay = torch.zeros_like(beta) if log_decay is None else log_decay
-    decay = make_decay(blocks.cut(log_decay[..., None]))
-    decays = head_decays(decay) * blocks.visible[:, :, None].to(q.dtype)
+    decay = Decay(blocks.cut(log_decay[..., None]))
+    decays = decay.between * blocks.visible[:, :, None].to(q.dtype)
     reach = decay.from_start * blocks.entering[:, :, None, :, None].to(q.dtype)
     kept = decay.whole[..., None] * blocks.kept[:, :, None, None, None].to(q.dtype)
     writers = (k_cut * decay.to_end * blocks.open[:, :, None, :, None].to(q.dtype)).mT

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linearize.kernels.chunks import cut_documents, decayed_products, decayed_values, make_decay, scan
+from linearize.kernels.chunks import Decay, cut_documents, decayed_products, decayed_values, scan
 from linearize.kernels.gated_linear.reference import Gated, GatedState, check_options
 
 
@@ -37,7 +37,7 @@ def gated_linear_chunk(
     q_cut, k_cut, v_cut = blocks.cut_grouped(q, k.shape[2]), blocks.cut(k), blocks.cut(v)
     group = q_cut.shape[-2]
     log_decay = log_decay[..., None] if log_decay.dim() == 3 else log_decay
-    decay = make_decay(blocks.cut(log_decay), read_before=read_before or bonus is not None)
+    decay = Decay(blocks.cut(log_decay), read_before or bonus is not None)
     visible = blocks.visible[:, :, None].repeat_interleave(group, -2).to(q.dtype)
     kept = blocks.kept[:, :, None, None].to(q.dtype) * decay.whole
     entering = blocks.entering[:, :, None, :, None].to(q.dtype)
@@ -50,12 +50,12 @@ def gated_linear_chunk(
         earlier = (q_cut.flatten(-3, -2) @ before).unflatten(-2, (-1, group))
         earlier = earlier * (decay.from_start * entering)[..., None, :]
     else:
-        inside = (decayed_products(q_cut, k_cut, decay) * visible) @ v_cut
+        inside = ((decayed_products(q_cut, k_cut, decay) * visible) @ v_cut).unflatten(-2, (-1, group))
         added = (open_keys * decay.to_end).mT @ v_cut
         before, sums = scan(_forget_and_add, sums, kept[..., None], added)
         reader = q_cut * (decay.from_start * entering)[..., None, :]
         earlier = (reader.flatten(-3, -2) @ before).unflatten(-2, (-1, group))
-    out = inside.unflatten(-2, (-1, group)) + earlier
+    out = inside + earlier
     if bonus is not None:
         own = (q_cut * (k_cut * bonus[:, None])[..., None, :]).sum(-1, keepdim=True)
         out = out + own * v_cut[..., None, :]

@@ -28,8 +28,8 @@ def gated_linear_reference(
     """S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T, n_t = diag(exp(log_decay_t)) n_{t-1} + k_t.
 
     Numerator S_t^T q_t and denominator n_t . q_t; with `read_before` those of S_{t-1} and n_{t-1}, with a `bonus` u
-    those of S_{t-1} + diag(u) k_t v_t^T and n_{t-1} + diag(u) k_t (RWKV-5 and -6). RetNet, GLA (Yang et al. 2024,
-    eq. 3), HGRN2, Mamba-2 and Lizard are this with their own log decays. The first token of a document meets an empty
+    those of S_{t-1} + diag(u) k_t v_t^T and n_{t-1} + diag(u) k_t (RWKV-5 and -6). RetNet, GLA (Yang et al. 2024),
+    HGRN2, Mamba-2 and Lizard are this with their own log decays. The first token of a document meets an empty
     state. Tokens that nobody may see (padding) come with zero k and zero log decay: they leave the state as it is.
 
     Args:
@@ -58,7 +58,7 @@ def gated_linear_reference(
     decay = (log_decay[..., None] if log_decay.dim() == 3 else log_decay).exp()
     grouped = q.unflatten(2, (k.shape[2], -1))
     numerators, denominators = [], []
-    current = torch.zeros_like(docs[:, 0]) if docs.shape[1] else None
+    current = torch.zeros(docs.shape[0], dtype=docs.dtype, device=docs.device)
     for t in range(q.shape[1]):
         alive = (docs[:, t] == current)[:, None, None].to(sums.dtype)
         current = docs[:, t]

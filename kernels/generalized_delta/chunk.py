@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linearize.kernels.chunks import cut_documents, decayed_products, make_decay, scan
+from linearize.kernels.chunks import Decay, cut_documents, decayed_products, scan
 
 
 def generalized_delta_chunk(
@@ -30,7 +30,7 @@ def generalized_delta_chunk(
     blocks = cut_documents(docs, chunk)
     q_cut = blocks.cut_grouped(q, k.shape[2])
     k_cut, v_cut, a_cut, b_cut, log_cut = (blocks.cut(x) for x in (k, v, a, b, log_decay))
-    before, after = make_decay(log_cut, read_before=True), make_decay(log_cut)
+    before, after = Decay(log_cut, read_before=True), Decay(log_cut)
     group = q_cut.shape[-2]
     visible = blocks.visible[:, :, None].to(q.dtype)
     rows_visible = visible.repeat_interleave(group, -2)

@@ -25,7 +25,7 @@ def short_conv_chunk(
     owners = torch.cat([docs.new_zeros(len(docs), taps - 1), docs], 1)
     y = x * weight[..., -1]
     for j in range(taps - 1):
-        mine = (owners[:, j : j + tokens] == docs)[..., None, None].to(x.dtype)
+        mine = torch.eq(owners[:, j : j + tokens], docs)[..., None, None].to(x.dtype)
         y = torch.addcmul(y, inputs[:, j : j + tokens] * mine, weight[..., j])
     y = y if bias is None else y + bias
     y = F.silu(y) if silu else y

@@ -1,4 +1,4 @@
-"""The same as two passes of gated linear attention with a softmax between them (Zhang et al. 2024, section 3.2)."""
+"""The same as two passes of gated linear attention with a softmax between them (Zhang et al. 2024)."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ def slots_reference(
 ) -> tuple[Tensor, SlotState]:
     """K~_t = diag(a_t) K~_{t-1} + s_t k_t^T ; V~_t = diag(a_t) V~_{t-1} + s_t v_t^T ; o_t = V~_t^T softmax(K~_t q_t).
 
-    Gated slot attention (Zhang et al. 2024, eq. 7-8), there with s = 1 - a. The scores are not scaled: scale q. The
+    Gated slot attention (Zhang et al. 2024), there with s = 1 - a. The scores are not scaled: scale q. The
     first token of a document meets empty slots. Tokens that nobody may see (padding) come with zero writes and zero
     log decay: they leave the slots as they are.
 
