@@ -162,6 +162,8 @@ def _wrong(expected: str, value: Any, path: str, problems: list[str]) -> _Invali
 
 def _allowed(cls: type, key: str, value: Any, path: str, problems: list[str]) -> bool:
     """Whether the ranges and choices of rules.py hold; if not, the problem is written down."""
+    if value is None:
+        return True  # the type allows it
     before = len(problems)
     rule = rules.RULES.get(cls, {}).get(key)
     if rule is not None and not rule.holds(value):
@@ -171,7 +173,7 @@ def _allowed(cls: type, key: str, value: Any, path: str, problems: list[str]) ->
         problems.append(f"{path}: unknown value {shown(value)}; {_choice(value, choices)}")
     items = rules.ITEM_CHOICES.get(cls, {}).get(key)
     if items is not None:
-        if not value:
+        if not value and key not in rules.MAY_BE_EMPTY:
             problems.append(f"{path}: empty; name at least one of {', '.join(items)}")
         for item in dict.fromkeys(value):
             if item not in items:

@@ -31,17 +31,26 @@ def _share(*, one: bool) -> Rule:
     return Rule(lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 
 
+TEMPLATES = ("none", "alpaca", "chat")
+
 CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
-    schema.DataConfig: {"template": ("none", "alpaca", "chat")},
+    schema.DataConfig: {"template": TEMPLATES},
+    schema.StageDataConfig: {"template": TEMPLATES},
     schema.RunConfig: {"device": ("auto", "cpu", "cuda"), "precision": ("auto", "fp32", "bf16")},
 }
 """Class -> field -> the only values it may have."""
 
 ITEM_CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     schema.LoraConfig: {"targets": ("q", "k", "v", "o")},
-    schema.StageConfig: {"train": ("mixers", "lora", "all")},
+    schema.StageConfig: {
+        "train": ("mixers", "lora", "all"),
+        "freeze": ("embeddings", "norms", "mlp"),
+    },
 }
-"""Class -> list field -> the only values its items may have; at least one item, none twice."""
+"""Class -> list field -> the only values its items may have; none twice, and at least one but in `MAY_BE_EMPTY`."""
+
+MAY_BE_EMPTY = frozenset({"freeze"})
+"""List fields of `ITEM_CHOICES` whose default is empty."""
 
 RULES: dict[type, dict[str, Rule]] = {
     schema.LoraConfig: {"rank": _at_least(1), "alpha": _above(0), "dropout": _share(one=False)},
@@ -50,14 +59,17 @@ RULES: dict[type, dict[str, Rule]] = {
         "batch_size": _at_least(1),
         "grad_accum": _at_least(1),
         "lr": _above(0),
+        "lr_mixers": _above(0),
         "min_lr_ratio": _share(one=True),
         "warmup_ratio": _share(one=False),
         "weight_decay": _at_least(0),
         "grad_clip": _at_least(0),
+        "window_dropout": _share(one=False),
         "log_every": _at_least(1),
         "save_every": _at_least(1),
     },
     schema.DataConfig: {"length": _at_least(2)},
+    schema.StageDataConfig: {"length": _at_least(2)},
     schema.EvalConfig: {
         "length": _at_least(2),
         "max_windows": _at_least(0),

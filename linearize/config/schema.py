@@ -5,7 +5,7 @@ Defaults are the field's usual choices; `recipes/base.yaml` only repeats what a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -23,6 +23,18 @@ class LoraConfig:
     """Roles of the projections: q, k, v, o; a fused projection counts for each role that it holds."""
     merge: bool = True
     """Merge the adapter into the exported weights; false keeps it apart in checkpoint/adapter."""
+
+
+@dataclass
+class StageDataConfig:
+    """What one stage changes in the recipe's `data`: a key that is absent or null keeps the recipe's value."""
+
+    source: Any = None
+    split: str | None = None
+    text_field: str | None = None
+    template: str | None = None
+    length: int | None = None
+    boundaries: bool | None = None
 
 
 @dataclass
@@ -48,8 +60,20 @@ class StageConfig:
     """Largest gradient norm; 0 switches clipping off."""
     train: list[str] = field(default_factory=lambda: ["mixers"])
     """What trains: mixers, lora, all."""
+    lr_mixers: float | None = None
+    """Peak learning rate of the mixers, where it is not `lr`; both follow the same schedule."""
+    freeze: list[str] = field(default_factory=list)
+    """What `train: [all]` leaves out: embeddings (the output head too), norms, mlp."""
+    untie: bool = False
+    """Tied embeddings are apart during the stage; then the trained head is thrown away and they are tied again
+    (RADLADS, Goldstein et al. 2025, arXiv 2505.03005). Nothing happens to a model whose embeddings are not tied."""
     lora: LoraConfig | None = None
     """Adapters for this stage; needed when `train` holds lora."""
+    window_dropout: float = 0.0
+    """Per-layer stages: how often, per layer and batch, the window is off, so that the linear branch alone learns the
+    teacher's whole output; queries that see nothing without the window then have no loss."""
+    data: StageDataConfig | None = None
+    """Training text of this stage, where it differs from the recipe's `data`."""
     gradient_checkpointing: bool = False
     """Trade compute for memory in whole-model stages."""
     log_every: int = 10
@@ -76,6 +100,11 @@ class DataConfig:
     """Tokens in a packed sequence."""
     boundaries: bool = True
     """Documents packed into one sequence do not see each other."""
+
+    def of(self, stage: StageConfig) -> DataConfig:
+        """What a stage trains on: this, with what the stage changes."""
+        changed = {} if stage.data is None else vars(stage.data)
+        return replace(self, **{key: value for key, value in changed.items() if value is not None})
 
 
 @dataclass

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from linearize.config.schema import Recipe, StageConfig
+from linearize.config.schema import Recipe
+from linearize.config.stages import source_problem, stage_problems
 from linearize.config.values import shown
 from linearize.registry import closest
 
@@ -26,7 +26,7 @@ def problems(recipe: Recipe, broken: Collection[str] = ()) -> list[str]:
     if "mixer" not in broken:
         found += _mixer(recipe.mixer)
     for name, stage in recipe.stages.items():
-        found += _stage(name, stage, recipe.data.length, broken)
+        found += stage_problems(name, stage, recipe, broken)
     return found + _source(recipe) + _tasks(recipe)
 
 
@@ -80,82 +80,9 @@ def _mixer(mixer: dict[str, Any]) -> list[str]:
     return [found if found.startswith("mixer") else f"mixer: {found}" for found in mixers.check(mixer)]
 
 
-def _stage(name: str, stage: StageConfig, length: int, broken: Collection[str]) -> list[str]:
-    path = f"stages.{name}"
-
-    def known(*keys: str) -> bool:
-        return not any(
-            key == bad or bad.startswith(f"{key}.") or bad.startswith(f"{key}[")
-            for key in keys
-            for bad in broken
-        )
-
-    found = []
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        found.append(f"{path}: a stage names a folder; use letters, digits, - and _")
-    if known(f"{path}.train"):
-        found += _adapters(path, stage, section_known=known(f"{path}.lora"))
-    step = stage.batch_size * stage.grad_accum * length
-    counts = (f"{path}.tokens", f"{path}.batch_size", f"{path}.grad_accum", "data.length")
-    if stage.tokens < step and known(*counts):
-        found.append(
-            f"{path}.tokens: {stage.tokens} is less than one optimizer step of batch_size {stage.batch_size} x "
-            f"grad_accum {stage.grad_accum} x data.length {length} = {step}"
-        )
-    if known(f"{path}.objective"):
-        found += _objective(path, stage, train_known=known(f"{path}.train"))
-    return found
-
-
-def _adapters(path: str, stage: StageConfig, *, section_known: bool) -> list[str]:
-    found = []
-    if "lora" in stage.train and stage.lora is None and section_known:
-        found.append(f"{path}.train: holds lora, but the stage has no lora section; add {path}.lora.rank=8")
-    if stage.lora is not None and "lora" not in stage.train:
-        found.append(
-            f"{path}.lora: would not train; add lora to {path}.train or remove the section (~{path}.lora)"
-        )
-    if {"lora", "all"} <= set(stage.train):
-        found.append(f"{path}.train: all and lora exclude each other; adapters are for frozen weights")
-    return found
-
-
-def _objective(path: str, stage: StageConfig, *, train_known: bool) -> list[str]:
-    from linearize import objectives  # late: see _mixer
-
-    levels = {name: level for level in ("layer", "model") for name in objectives.names(level)}
-    if not stage.objective:
-        return [f"{path}.objective: missing; valid: {', '.join(sorted(levels))}"]
-    found = []
-    for name, weight in stage.objective.items():
-        if name not in levels:
-            found.append(f"{path}.objective.{name}: unknown objective; {closest(name, levels)}")
-        if weight < 0:
-            found.append(f"{path}.objective.{name}: the weight must be above 0, got {weight:g}")
-    used = {levels[name]: name for name in stage.objective if name in levels}
-    if len(used) > 1:
-        found.append(
-            f"{path}.objective: {used['layer']} is per layer and {used['model']} is of the whole model; "
-            "one stage trains on one kind, so use two stages"
-        )
-    elif "layer" in used and train_known and set(stage.train) - {"mixers"}:
-        found.append(
-            f"{path}.train: {used['layer']} is per layer and reaches the mixers alone; "
-            f"train: [mixers], or an objective of the whole model ({', '.join(sorted(objectives.names('model')))})"
-        )
-    return found
-
-
 def _source(recipe: Recipe) -> list[str]:
-    found = []
-    for key in ("source", "validation"):
-        value = getattr(recipe.data, key)
-        texts = value if isinstance(value, (list, tuple)) else [value]
-        if not texts or not all(isinstance(text, str) and text for text in texts):
-            found.append(
-                f"data.{key}: must be builtin, a file, a folder, a hub dataset, or a list of these, got {shown(value)}"
-            )
-    return found
+    named = {"data.source": recipe.data.source, "data.validation": recipe.data.validation}
+    return [problem for path, value in named.items() if (problem := source_problem(path, value))]
 
 
 def _tasks(recipe: Recipe) -> list[str]:
