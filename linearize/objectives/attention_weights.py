@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from linearize.objectives.base import OBJECTIVES, BlockObjective, Call
+from linearize.objectives.blocks import weight_blocks
 
-BLOCK_ELEMENTS = 2**22
-"""Weights of a block, B * H * R * T: 16 MB in float32, for each of the few tensors of its graph."""
 SMALLEST = 1e-12
 """Student weights are clamped here before the logarithm; below it they give no gradient."""
 
@@ -27,20 +26,17 @@ class AttentionWeights(BlockObjective):
 
     def backward(self, call: Call, scale: float) -> Tensor:
         batch, tokens, heads = call.q.shape[:3]
-        rows = min(tokens, max(16, BLOCK_ELEMENTS // (batch * heads * tokens)))
         queries = call.q.new_tensor(float(batch * tokens), dtype=torch.float32)
         if call.valid is not None:
             queries = call.valid.sum().clamp_min(1).to(torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=call.q.device)
-        for start in range(0, tokens, rows):
-            block = slice(start, min(start + rows, tokens))
-            with torch.enable_grad():
-                teacher, student = call.weights(block)
-                entropy = -(teacher.detach() * student.clamp_min(SMALLEST).log()).sum(dim=-1)  # [B, H, R]
-                if call.valid is not None:
-                    entropy = torch.where(call.valid[:, None, block], entropy, 0.0)
+        with torch.enable_grad():
+            for teacher, student, counts in weight_blocks(call):
+                entropy = -(teacher * student.clamp_min(SMALLEST).log()).sum(dim=-1)  # [B, H, R]
+                if counts is not None:
+                    entropy = torch.where(counts, entropy, 0.0)
                 loss = entropy.sum() / (queries * heads)
                 with torch.autocast(call.q.device.type, enabled=False):
                     (scale * loss).backward()
-            total = total + loss.detach()
+                total = total + loss.detach()
         return total

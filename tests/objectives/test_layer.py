@@ -8,7 +8,7 @@ from quadratic import QuadraticCall, make_call
 from torch import Tensor
 
 from linearize import objectives
-from linearize.objectives import attention_weights
+from linearize.objectives import blocks
 
 SCALE = 0.25
 
@@ -23,6 +23,12 @@ def expected(call: QuadraticCall, name: str) -> Tensor:
         return (call.project(student) - call.project(teacher))[valid].square().mean()
     if name == "attention_output_relative":
         return (student - teacher)[valid].square().sum() / teacher[valid].square().sum()
+    if name == "hidden_alignment":
+        error = (call.project(student) - call.project(teacher))[valid]
+        return (error.norm(dim=-1) / error.shape[-1] ** 0.5).mean()
+    if name == "mixing_matrix":
+        difference = (call.student_weights() - call.teacher_weights) * valid[:, None, :, None]
+        return difference.square().sum((2, 3)).sqrt().mean()
     assert name == "attention_weights"
     log_student = call.student_weights().clamp_min(1e-12).log()
     per_query = -(call.teacher_weights * log_student).sum(dim=-1)  # [B, H, T]
@@ -34,7 +40,7 @@ def test_value_and_gradient(call: QuadraticCall, name: str, monkeypatch: pytest.
     loss = expected(call, name)
     (gradient,) = torch.autograd.grad(SCALE * 2.0 * loss, call.matrix)
     # Small blocks, so that the last one is a partial one.
-    monkeypatch.setattr(attention_weights, "BLOCK_ELEMENTS", 2 * 3 * 50 * 16)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 2 * 3 * 50 * 16)
     value = objectives.layer_backward(call, {name: 2.0}, SCALE)
     assert not value.requires_grad
     torch.testing.assert_close(value.double(), 2.0 * loss.detach(), rtol=1e-6, atol=0)
@@ -55,9 +61,27 @@ def test_several_objectives_share_one_student(call: QuadraticCall) -> None:
 
 def test_attention_weights_go_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     call = make_call(padded=False)
-    monkeypatch.setattr(attention_weights, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
     objectives.layer_backward(call, {"attention_weights": 1.0})
     assert call.largest == 16
+
+
+def test_mixing_matrix_in_one_block_and_in_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = make_call(padded=True), make_call(padded=True)
+    value = objectives.layer_backward(whole, {"mixing_matrix": 1.0})
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
+    torch.testing.assert_close(objectives.layer_backward(parts, {"mixing_matrix": 1.0}), value)
+    torch.testing.assert_close(parts.matrix.grad, whole.matrix.grad)
+    assert (whole.largest, parts.largest) == (50, 16)
+
+
+@pytest.mark.parametrize("name", ["mixing_matrix", "hidden_alignment"])
+def test_a_norm_at_its_minimum_has_no_gradient(name: str) -> None:
+    """The square root's slope there is infinite."""
+    call = make_call(padded=True)
+    call.matrix.data.copy_(torch.eye(8))
+    assert objectives.layer_backward(call, {name: 1.0}) == 0
+    assert call.matrix.grad.abs().max() == 0
 
 
 def test_gradients_accumulate(call: QuadraticCall) -> None:

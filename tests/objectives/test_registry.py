@@ -15,6 +15,8 @@ def test_names_by_level() -> None:
         "attention_output_projected",
         "attention_output_relative",
         "attention_weights",
+        "hidden_alignment",
+        "mixing_matrix",
     ]
     assert model == ["logits_kl", "next_token"]
     assert objectives.names() == sorted(layer + model)
