@@ -1,0 +1,69 @@
+"""What the gates of RWKV share: decay logits that start on a curve over the channels and follow the hidden state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linearize.mixers.base import LayerShape, Part
+from linearize.mixers.gate import Gate
+from linearize.mixers.low_rank import LowRank
+from linearize.mixers.options import at_least, choice_problems, positive
+
+
+class CurveGate(Gate):
+    """d = base + tanh(x W1) W2 per head and feature; what becomes of d is the subclass's.
+
+    base_n = slow + (fast - slow) (n / (M F - 1))^exponent over the M F channels of a layer, in the order of its heads:
+    the first head remembers longest, the last one least. W1 = 0, so every token starts on that curve.
+
+    Limitations: the published exponents grow with depth; here one `exponent`, by default that of the middle layer,
+    serves every layer. Published models mix each token with the one before it on the way into W1 (token shift);
+    RADLADS gains nothing from that with RWKV-7 and little with RWKV-6, and it is left out.
+    """
+
+    per_feature = True
+
+    @dataclass
+    class Config(Part.Config):
+        slow: float = 0.0
+        """d of the first channel at the start; the smaller, the longer it remembers."""
+        fast: float = 0.0
+        """d of the last channel at the start; lower it to start nearer the teacher, which forgets nothing."""
+        exponent: float = 1.0
+        """How the curve bends in between: the larger, the more channels remember long."""
+        rank: int = 64
+        """Width between W1 [D, rank] and W2 [rank, M F]."""
+        per: str = "kv_head"
+        """Decays per kv_head, whose query heads then share one state, or per query_head as published."""
+
+        def problems(self) -> list[str]:
+            """Rules that types alone do not express."""
+            found = choice_problems(per=(self.per, ("kv_head", "query_head")))
+            found += positive(exponent=self.exponent) + at_least(1, rank=self.rank)
+            if self.slow > self.fast:
+                found.append(f"slow: {self.slow} must be at most fast ({self.fast})")
+            return found
+
+    def __init__(self, config: Config, shape: LayerShape, feature_dim: int) -> None:
+        super().__init__(config, shape, feature_dim)
+        self.config = config
+        self.heads = shape.heads if config.per == "query_head" else shape.kv_heads
+        self.logits = LowRank(shape.hidden_dim(), config.rank, self.heads, feature_dim, tanh=True)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        base = self.logits.base
+        place = torch.linspace(0, 1, base.numel(), dtype=torch.float64) ** self.config.exponent
+        curve = self.config.slow + (self.config.fast - self.config.slow) * place
+        self.logits.start(curve.view(base.shape).to(base))
+
+    def forward(self, hidden: Tensor | None, k: Tensor) -> Tensor:
+        assert hidden is not None
+        return self.log_decay(self.logits(hidden))
+
+    def log_decay(self, logits: Tensor) -> Tensor:
+        """d -> log decay, both [B, T, M, F]."""
+        raise NotImplementedError(type(self))  # pragma: no cover - every subclass defines it
