@@ -73,6 +73,29 @@ VARIANTS: list[dict] = [
         "window": {"name": "terraced", "size": 3, "overlap": True},
         "combine": {"name": "sigmoid", "per": "token"},
     },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "rwkv6", "rank": 3},
+        "update": {"name": "rwkv6", "bonus": True},
+        "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": HEDGEHOG,
+        "gate": {"name": "fixed"},
+        "update": {"name": "rwkv6", "balanced": False, "bonus": True},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "rwkv7", "rank": 3, "per": "query_head"},
+        "update": {"name": "rwkv7", "rank": 3},
+        "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": {"name": "identity", "scaled": False},
+        "gate": {"name": "rwkv7", "rank": 3},
+        "update": {"name": "rwkv7", "rank": 3, "balanced": False},
+        "normalizer": {"name": "none"},
+    },
 ]
 """Options that change shapes or paths."""
 

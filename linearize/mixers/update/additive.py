@@ -40,6 +40,10 @@ class Additive(Update):
         """What is written: the features of the key."""
         return stream.k
 
+    def bonus(self, dtype: torch.dtype) -> Tensor | None:
+        """u [M, F] of rules that read before the token's own key is added, and see that key times u."""
+        return None
+
     def masked(self, q: Tensor, k: Tensor, v: Tensor | None, visible: Tensor) -> Partial:
         numerator, denominator = linear_reference(q, k, v, visible)
         return Partial(numerator, denominator if self.running_sum else None)
@@ -54,7 +58,14 @@ class Additive(Update):
             k.new_zeros(shape) if self.running_sum else None,
         )
         numerator, denominator, _ = gated_linear_reference(
-            stream.q, k, stream.v, stream.log_decay, stream.docs, empty, normalize=self.running_sum
+            stream.q,
+            k,
+            stream.v,
+            stream.log_decay,
+            stream.docs,
+            empty,
+            bonus=self.bonus(k.dtype),
+            normalize=self.running_sum,
         )
         return Partial(numerator, denominator)
 
@@ -74,6 +85,7 @@ class Additive(Update):
                 stream.log_decay,
                 stream.docs,
                 (sums, norms),
+                bonus=self.bonus(k.dtype),
                 normalize=self.running_sum,
             )
             numerator, denominator, (sums, norms) = gated
@@ -91,7 +103,13 @@ class Additive(Update):
             numerator, denominator = linear_read(stream.q[:, 0], sums, running)
         else:
             numerator, denominator = gated_linear_step(
-                stream.q[:, 0], k[:, 0], stream.v[:, 0], stream.log_decay[:, 0], sums, norms
+                stream.q[:, 0],
+                k[:, 0],
+                stream.v[:, 0],
+                stream.log_decay[:, 0],
+                sums,
+                norms,
+                bonus=self.bonus(k.dtype),
             )
         seen = None if norms is None or denominator is None else denominator[:, None]
         return Partial(numerator[:, None], seen)
