@@ -64,7 +64,7 @@ def _check_part(part: str, given: dict[str, Any]) -> list[str]:
         if key == "name":
             continue
         if key not in types:
-            found.append(f"{where}: {given['name']} has no such option; {closest(key, types)}")
+            found.append(f"{where}: {given['name']} has no such option; {closest(str(key), types)}")
         elif not _fits(value, types[key]):
             found.append(f"{where}: {value!r} must be {types[key].__name__}")
     if not found:

@@ -27,8 +27,8 @@ class Depthwise(ShortConv):
     class Config(Part.Config):
         taps: int = 4
         """Tokens that the filter reaches over, the own one included."""
-        on: str = "qk"
-        """q, k, v that are convolved: qk, qkv or k."""
+        roles: str = "qk"
+        """What is convolved: qk, qkv or k."""
         activation: str = "none"
         """none, or silu behind the filter."""
         others: float = 0.001
@@ -37,7 +37,7 @@ class Depthwise(ShortConv):
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
             choices = choice_problems(
-                on=(self.on, ("qk", "qkv", "k")), activation=(self.activation, ("none", "silu"))
+                roles=(self.roles, ("qk", "qkv", "k")), activation=(self.activation, ("none", "silu"))
             )
             return choices + at_least(2, taps=self.taps)
 
@@ -49,7 +49,7 @@ class Depthwise(ShortConv):
             "k": (shape.kv_heads, shape.key_dim),
             "v": (shape.kv_heads, shape.value_dim),
         }
-        self.sizes = {role: sizes[role] for role in config.on}
+        self.sizes = {role: sizes[role] for role in config.roles}
         self.filters = nn.ParameterDict(
             {role: nn.Parameter(torch.empty(*size, config.taps)) for role, size in self.sizes.items()}
         )
