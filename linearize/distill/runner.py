@@ -139,9 +139,11 @@ class _Job:
         ]
 
     def _dataset(self, tokenizer: Any, place: StagePlace) -> Any:
-        budget = Budget.of(self.recipe.stages[place.name], self.recipe.data.length)
+        stage = self.recipe.stages[place.name]
+        text = self.recipe.data.of(stage)
+        budget = Budget.of(stage, text.length)
         seed = self.recipe.run.seed + place.index
-        return data.packed(tokenizer, self.recipe.data, tokens=budget.tokens, seed=seed, split="train")
+        return data.packed(tokenizer, text, tokens=budget.tokens, seed=seed, split="train")
 
     def _train(
         self,
@@ -164,7 +166,7 @@ class _Job:
                     place,
                     run=self.recipe.run,
                     dataset=datasets.pop(place.name),
-                    length=self.recipe.data.length,
+                    length=self.recipe.data.of(stage).length,
                     autocast=self.autocast,
                     teacher=self._original if base_changes else None,
                 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from linearize.config.schema import RunConfig, StageConfig
 from linearize.distill import checkpoint, state
-from linearize.distill.trainable import load_trained, trained
+from linearize.distill.trainable import load_trained, mixer_parameters, trained
 from linearize.errors import NonFiniteLossError
 
 KEPT_CHECKPOINTS = 2
@@ -116,10 +116,12 @@ class StageTrainer(Trainer):
         self._step_values: Tensor | None = None
         self._window_values: Tensor | None = None
         self._window_steps = 0
-        self._step_lr = stage.lr
+        self._step_lr: dict[str, float] = {}
         self._step_norm: Tensor | float = 0.0
         self.stage_folder = folder
-        self.adamw = build_optimizer(self.parameters, stage, fused=device.type == "cuda")
+        self.adamw = build_optimizer(
+            self.parameters, stage, fused=device.type == "cuda", mixers=mixer_parameters(model)
+        )
         self.schedule = build_scheduler(self.adamw, stage, self.budget.steps)
         super().__init__(
             model=model,
@@ -183,7 +185,7 @@ class StageTrainer(Trainer):
         self._window_steps += 1
         self._step_values = None
         self._step_norm = norm
-        self._step_lr = self.adamw.param_groups[0]["lr"]
+        self._step_lr = self._rates()
         return norm
 
     def take_window(self) -> dict[str, Any]:
@@ -193,10 +195,15 @@ class StageTrainer(Trainer):
         self._window_values, self._window_steps = None, 0
         return {
             "loss": sum(values) / len(values),
-            "lr": self._step_lr,
+            **self._step_lr,
             "grad_norm": float(self._step_norm),
             **self.describe(values),
         }
+
+    def _rates(self) -> dict[str, float]:
+        """The learning rates in use; the mixers' own where they have one."""
+        first, last = self.adamw.param_groups[0]["lr"], self.adamw.param_groups[-1]["lr"]
+        return {"lr": first} if self.stage.lr_mixers is None else {"lr": first, "lr_mixers": last}
 
     def describe(self, values: list[float]) -> dict[str, Any]:
         """Further fields of a metrics line, from the averaged losses."""
@@ -292,15 +299,28 @@ class StageTrainer(Trainer):
 
 
 def build_optimizer(
-    parameters: dict[str, nn.Parameter], stage: StageConfig, *, fused: bool
+    parameters: dict[str, nn.Parameter], stage: StageConfig, *, fused: bool, mixers: Collection[int] = ()
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); weight decay on matrices only."""
-    matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
-    others = [parameter for parameter in parameters.values() if parameter.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": stage.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    """AdamW (Loshchilov & Hutter 2019); weight decay on matrices only.
+
+    Args:
+        parameters: everything that trains.
+        stage: its rates; groups of `lr_mixers` stand last.
+        fused: one kernel for all parameters.
+        mixers: ids of the parameters that `lr_mixers`, if there is one, is for.
+    """
+    rest, apart = list(parameters.values()), []
+    if stage.lr_mixers is not None:
+        rest = [parameter for parameter in parameters.values() if id(parameter) not in mixers]
+        apart = [parameter for parameter in parameters.values() if id(parameter) in mixers]
+    groups = []
+    for own, lr in ((rest, stage.lr), (apart, stage.lr_mixers)):
+        matrices = [parameter for parameter in own if parameter.ndim >= 2]
+        vectors = [parameter for parameter in own if parameter.ndim < 2]
+        groups += [
+            {"params": matrices, "weight_decay": stage.weight_decay, "lr": lr},
+            {"params": vectors, "weight_decay": 0.0, "lr": lr},
+        ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=stage.lr, fused=fused)
 
 

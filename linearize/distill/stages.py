@@ -20,6 +20,7 @@ from linearize.distill.finetune import FinetuneTrainer, needs_teacher
 from linearize.distill.stage import StageTrainer
 from linearize.distill.trainable import load_trained, prepare, trained, unwrapped
 from linearize.distill.transfer import TransferTrainer
+from linearize.distill.tying import untied
 from linearize.progress import Meter
 
 FINAL = "final.safetensors"
@@ -105,7 +106,7 @@ def train(
     use_cache = unwrapped(model).config.use_cache
     start = checkpoint.latest(place.folder)
     trainer: StageTrainer
-    with _checkpointing(unwrapped(model), stage.gradient_checkpointing):
+    with untied(model, stage.untie), _checkpointing(unwrapped(model), stage.gradient_checkpointing):
         if objectives.level_of(stage.objective) == "layer":
             trainer = TransferTrainer(model, **settings)
         else:

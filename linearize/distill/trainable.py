@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from linearize import surgery
 from linearize.config.schema import LoraConfig, StageConfig
+from linearize.distill import roles
 from linearize.errors import CheckpointError, RecipeError
 from linearize.registry import closest
 
@@ -26,13 +27,14 @@ def prepare(model: nn.Module, stage: StageConfig) -> nn.Module:
 
     Args:
         model: a converted model, or the PeftModel that an earlier stage made of it; changed in place.
-        stage: its `train` and `lora` decide.
+        stage: its `train`, `freeze` and `lora` decide.
 
     Returns:
         The model to go on with: a PeftModel once adapters are in, else `model`.
 
     Raises:
-        RecipeError: an unknown entry of `train`, or adapters that differ from those of an earlier stage.
+        RecipeError: an unknown entry of `train`, a role that the model does not have, or adapters that differ from
+            those of an earlier stage.
     """
     problems = [
         f"train: unknown '{kind}': {closest(kind, KINDS)}" for kind in stage.train if kind not in KINDS
@@ -46,10 +48,14 @@ def prepare(model: nn.Module, stage: StageConfig) -> nn.Module:
             )
         model = with_adapters(model, stage.lora)
     model.requires_grad_(False)
-    mixers = {id(parameter) for layer in surgery.converted(model) for parameter in layer.mixer.parameters()}
+    mixers = mixer_parameters(model)
+    frozen = roles.parameters_of(unwrapped(model), stage.freeze)
     for name, parameter in model.named_parameters():
         kind = "mixers" if id(parameter) in mixers else "lora" if ".lora_" in name else "base"
-        parameter.requires_grad_(kind in stage.train or ("all" in stage.train and kind != "lora"))
+        whole = "all" in stage.train and (
+            kind == "mixers" or (kind == "base" and id(parameter) not in frozen)
+        )
+        parameter.requires_grad_(kind in stage.train or whole)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if not trained(model):
@@ -57,6 +63,11 @@ def prepare(model: nn.Module, stage: StageConfig) -> nn.Module:
             [f"train: {stage.train}: the model has no such parameters, so the stage would do nothing"]
         )
     return model
+
+
+def mixer_parameters(model: nn.Module) -> set[int]:
+    """Ids of all mixers' parameters."""
+    return {id(parameter) for layer in surgery.converted(model) for parameter in layer.mixer.parameters()}
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

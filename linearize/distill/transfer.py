@@ -9,12 +9,15 @@ quadratic memory).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linearize import objectives, surgery
+from linearize.distill import window_dropout
 from linearize.distill.stage import StageTrainer
 from linearize.distill.trainable import unwrapped
 
@@ -26,14 +29,29 @@ class TransferTrainer(StageTrainer):
         converted: list[Any] = surgery.converted(model)
         self.layers: list[int] = [module.layer_idx for module in converted]
         super().__init__(model, **settings)
+        self._micro_batch = (0, 0)
 
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
         """Losses [L] in layer order; see `transfer_step`."""
         with self.computing():
             losses = transfer_step(
-                model, batch, self.stage.objective, scale=1 / self.current_gradient_accumulation_steps
+                model,
+                batch,
+                self.stage.objective,
+                scale=1 / self.current_gradient_accumulation_steps,
+                window_off=self._windows_off(),
             )
         return losses / self.current_gradient_accumulation_steps
+
+    def _windows_off(self) -> list[bool]:
+        """Whether each layer's window is off in the next micro-batch."""
+        if not self.stage.window_dropout:
+            return [False] * len(self.layers)
+        step, index = self._micro_batch
+        index = index if step == self.state.global_step else 0
+        step = self.state.global_step
+        self._micro_batch = (step, index + 1)
+        return window_dropout.draws(self.stage.window_dropout, len(self.layers), self.seed, step, index)
 
     def where_not_finite(self, values: list[float]) -> str:
         bad = [
@@ -49,7 +67,12 @@ class TransferTrainer(StageTrainer):
 
 
 def transfer_step(
-    model: nn.Module, batch: dict[str, Tensor], objective: dict[str, float], *, scale: float = 1.0
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    objective: dict[str, float],
+    *,
+    scale: float = 1.0,
+    window_off: Sequence[bool] = (),
 ) -> Tensor:
     """One pass of attention transfer: adds the gradient of ``scale * mean over layers of the layer's loss``.
 
@@ -58,15 +81,18 @@ def transfer_step(
         batch: input_ids [B, T] and, for packed documents, position_ids [B, T].
         objective: layer objective -> weight.
         scale: factor on the gradient, not on what is returned.
+        window_off: whether each layer trains its recurrent branch alone; none does by default.
 
     Returns:
         [L] detached losses of the converted layers, in layer order.
     """
-    converted = surgery.converted(model)
+    converted: list[Any] = surgery.converted(model)
+    off = {module.layer_idx for module, drawn in zip(converted, window_off, strict=False) if drawn}
     losses: dict[int, Tensor] = {}
 
     def observe(call: Any) -> None:
-        with torch.enable_grad():
+        alone = window_dropout.window_off(call) if call.layer_idx in off else nullcontext(call)
+        with torch.enable_grad(), alone as call:
             losses[call.layer_idx] = objectives.layer_backward(call, objective, scale / len(converted))
 
     model.eval()  # the teacher that is imitated has no dropout

@@ -1,0 +1,74 @@
+"""Window dropout in attention transfer: now and then the recurrent branch learns the whole output by itself.
+
+Next to a window that already gives most of the output, transfer leaves the recurrent branch what is left over, and
+it stays nearly idle (the audit of arXiv 2510.05901: without the linear branch LoLCATs scores as before). With the
+window off for a draw, the loss compares the recurrent branch alone with the teacher's full output.
+
+A branch that sees only what has left the window sees nothing at the start of a document; queries there have no loss
+in that draw. To a query that sees something, the target is still the full output: the branch cannot know the window's
+keys, and learns the best that older ones allow. With `window.overlap: true` it sees every key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from linearize.mixers.base import documents
+
+
+def draws(rate: float, layers: int, seed: int, step: int, micro_batch: int) -> list[bool]:
+    """Which layers have their window off: a function of its arguments, so that a resumed run draws the same."""
+    return (np.random.default_rng([seed, step, micro_batch]).random(layers) < rate).tolist()
+
+
+@contextmanager
+def window_off(call: Any) -> Iterator[Any]:
+    """Inside, a call whose student is the recurrent branch alone, and whose `valid` leaves out what sees nothing.
+
+    Args:
+        call: `surgery.LayerCall` of a mixer with both branches.
+    """
+    mixer = call.mixer
+    seen = sees_without_window(call)
+    mixer.branch_off = "window"
+    try:
+        yield _OwnValid(call, seen if call.valid is None else seen & call.valid)
+    finally:
+        mixer.branch_off = None
+
+
+def sees_without_window(call: Any) -> Tensor:
+    """[B, T] bool: queries to which the window has handed on at least one key of their document."""
+    batch, tokens = call.k.shape[:2]
+    mixer, device = call.mixer, call.k.device
+    docs = documents(call.starts, batch, tokens, device)
+    valid = torch.ones_like(docs, dtype=torch.bool) if call.valid is None else call.valid
+    with torch.no_grad():
+        state = mixer.initial_state(batch, call.k.dtype, device)
+        _, handed = mixer.window.chunked(call.q, call.k, call.v, valid, docs, state)
+    added, order = handed.valid, handed.order
+    if order is not None:
+        added, docs = order.place_keys(added), order.docs
+    place = torch.arange(docs.shape[1], device=device)
+    last = (
+        torch.where(added, place, -1).cummax(1).values
+    )  # documents follow each other: the newest key decides
+    seen = (last >= 0) & (docs.gather(1, last.clamp_min(0)) == docs)
+    return seen if order is None else seen.gather(1, order.queries)
+
+
+class _OwnValid:
+    """A layer call, but for the positions that count in the loss."""
+
+    def __init__(self, call: Any, valid: Tensor) -> None:
+        self._call = call
+        self.valid = valid
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
