@@ -70,6 +70,14 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 SOFTMAX = {"window": {"name": "full"}}
 HEDGEHOG = {"feature_map": {"name": "hedgehog", "dim": 8}}
 LOLCATS = {**HEDGEHOG, "window": {"name": "sliding", "size": 6}}
+LAWCAT = {
+    "short_conv": {"name": "depthwise"},
+    **HEDGEHOG,
+    "gate": {"name": "low_rank", "rank": 3},
+    "position": {"name": "rope", "recurrent": False},
+    "output": {"name": "gate", "rank": 3},
+}
+"""Reads hidden states, wants q and k before RoPE, and keeps a convolution in its state."""
 
 
 def config(family: str, **changes: object) -> PreTrainedConfig:

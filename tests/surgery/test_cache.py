@@ -58,8 +58,9 @@ def test_static_cache(family, layers):
 
 @families
 @layers
-def test_assisted_generation_takes_tokens_back(family, layers):
-    model, assistant = hybrid(family, layers), hybrid(family, layers)
+@pytest.mark.parametrize("mixer", [tiny.LOLCATS, tiny.LAWCAT], ids=["lolcats", "lawcat"])
+def test_assisted_generation_takes_tokens_back(family, layers, mixer):
+    model, assistant = hybrid(family, layers, mixer), hybrid(family, layers, mixer)
     tiny.randomize((layer.mixer for layer in surgery.converted(assistant)), seed=3)
     ids = tiny.tokens(1, 20)
     expected = model.generate(ids, max_new_tokens=24, do_sample=False)
@@ -93,7 +94,9 @@ def cache_bytes(model, length: int) -> int:
     return states + sum(x.numel() * x.element_size() for x in others)
 
 
-@pytest.mark.parametrize("mixer", [tiny.LOLCATS, tiny.HEDGEHOG], ids=["lolcats", "hedgehog"])
+@pytest.mark.parametrize(
+    "mixer", [tiny.LOLCATS, tiny.HEDGEHOG, tiny.LAWCAT], ids=["lolcats", "hedgehog", "lawcat"]
+)
 def test_cache_does_not_grow(mixer):
     model = surgery.convert(tiny.model("llama", max_position_embeddings=8192), mixer)
     assert cache_bytes(model, 64) == cache_bytes(model, 4096)

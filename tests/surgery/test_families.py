@@ -17,6 +17,12 @@ families = pytest.mark.parametrize("family", tiny.FAMILIES)
 TOLERANCE = 1e-5
 
 
+def close(out, expected):
+    """Equal to 1e-5 of the largest logit, or of one if that is smaller."""
+    scale = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(out, expected, atol=TOLERANCE * scale, rtol=0)
+
+
 def untouched(family: str):
     model = tiny.model(family)
     if model.config._attn_implementation == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
@@ -76,15 +82,19 @@ def test_teacher_mode_is_bit_equal(family, layers):
 
 
 @families
-@pytest.mark.parametrize("layers", ["all", [0, 2]], ids=str)
-def test_hybrid_forms_agree(family, layers):
-    model = surgery.convert(untouched(family), tiny.LOLCATS, layers)
+@pytest.mark.parametrize(
+    ("mixer", "layers"),
+    [(tiny.LOLCATS, "all"), (tiny.LOLCATS, [0, 2]), (tiny.LAWCAT, [0, 1, 3])],
+    ids=["lolcats", "lolcats-some", "lawcat-some"],
+)
+def test_forms_agree_in_the_model(family, mixer, layers):
+    model = surgery.convert(untouched(family), mixer, layers)
     tiny.randomize(layer.mixer for layer in surgery.converted(model))
     ids, mask, positions = tiny.left_padded()
     with torch.no_grad():
         full = model(ids, attention_mask=mask, position_ids=positions).logits
         alone = model(ids[:1, 7:]).logits
-        torch.testing.assert_close(full[:1, 7:], alone, atol=TOLERANCE, rtol=1e-5)
+        close(full[:1, 7:], alone)
         step = model(ids[:, :25], attention_mask=mask[:, :25], position_ids=positions[:, :25], use_cache=True)
         cached = [step.logits]
         for t in range(25, 40):
@@ -96,12 +106,10 @@ def test_hybrid_forms_agree(family, layers):
                 use_cache=True,
             )
             cached.append(step.logits)
-        torch.testing.assert_close(
-            torch.cat(cached, 1)[mask.bool()], full[mask.bool()], atol=TOLERANCE, rtol=1e-5
-        )
+        close(torch.cat(cached, 1)[mask.bool()], full[mask.bool()])
         packed = torch.cat([torch.arange(15), torch.arange(25)]).expand(2, -1)
         documents = model(ids, position_ids=packed, use_cache=False).logits
-        torch.testing.assert_close(documents[:, 15:], model(ids[:, 15:]).logits, atol=TOLERANCE, rtol=1e-5)
+        close(documents[:, 15:], model(ids[:, 15:]).logits)
 
 
 @families
@@ -120,3 +128,27 @@ def test_plan_loads_no_weights(family):
     assert [row.kind for row in plan.rows] == ["softmax", "mixer", "mixer", "softmax"]
     model = surgery.convert(tiny.model(family), tiny.LOLCATS, [1, 2])
     assert plan.parameters == sum(layer.mixer.added_parameters for layer in surgery.converted(model))
+
+
+@families
+def test_rotating_back_gives_the_model_without_rotation(family):
+    """A softmax over q and k before RoPE is the same model with its rotary embedding switched off."""
+    model = untouched(family)
+    mixer = {"window": {"name": "full"}, "position": {"name": "rope", "window": False}}
+    swapped = surgery.convert(copy.deepcopy(model), mixer)
+    ids = tiny.tokens()
+    base = model.base_model
+    rotary = getattr(base, "rotary_emb", None)
+    with torch.no_grad():
+        if rotary is not None:
+            changed = (model(ids).logits - swapped(ids).logits).abs().max()
+            assert changed > 1e-3, "the rotation must matter here, or this test could not fail"
+            forward = rotary.forward
+
+            def still(*args, **kwargs):
+                cos, sin = forward(*args, **kwargs)
+                return torch.ones_like(cos), torch.zeros_like(sin)
+
+            rotary.forward = still
+        expected = model(ids).logits
+        torch.testing.assert_close(swapped(ids).logits, expected, atol=2e-5, rtol=0)

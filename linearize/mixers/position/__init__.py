@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.mixers.base import LayerShape, Part
+from linearize.mixers.base import LayerShape, Part, accumulator
 from linearize.registry import Registry, discover
 
 
@@ -42,8 +42,9 @@ def rotate_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin: [B or 1, T, R], R <= K, as transformers hands them to attention modules.
 
     Returns:
-        [B, T, H, K] before the rotation.
+        [B, T, H, K] before the rotation, in float32 or wider.
     """
+    x = x.to(accumulator(x.dtype))
     width = cos.shape[-1]
     cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
     rotated, rest = x[..., :width], x[..., width:]
