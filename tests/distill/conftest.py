@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from byte_llama import MIXER, TEXT, byte_tokenizer, tiny_llama
+from transformers import LlamaForCausalLM
 
 from linearize.config.schema import DataConfig, EvalConfig, LoraConfig, Recipe, RunConfig, StageConfig
 
@@ -18,6 +19,18 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ordinary checkpoint folder of the tiny teacher."""
     folder = tmp_path_factory.mktemp("teacher")
     tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny teacher with one table for embedding and head."""
+    folder = tmp_path_factory.mktemp("tied")
+    config = tiny_llama().config
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
