@@ -29,7 +29,7 @@ def linear_chunk(
     """
     batch, tokens, heads, width = phi_q.shape
     state_heads = phi_k.shape[2]
-    chunk = min(chunk, tokens)
+    chunk = max(1, min(chunk, tokens))
     extra = -tokens % chunk
     blocks = (tokens + extra) // chunk
     if extra:
