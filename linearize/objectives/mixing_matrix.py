@@ -4,8 +4,8 @@ A layer without its values is a matrix that mixes tokens, M [T, T]: softmax weig
 student what its rule does to values, since every rule is linear in them: ``||M_teacher - M_student||_F`` asks for no
 weights of one sign, so it serves delta rules and unnormalized mixers too.
 
-Limitations: an output gate or norm, and a group norm in the place of the normalizer, act on outputs and are no part of
-M. Costs O(T^2) time, twice: the norm's gradient needs the whole norm before the first block of rows. Memory is O(T)
+Limitations: an output gate or norm, a group norm in the place of the normalizer, and a convolution of the values act
+channel by channel and are no part of M. Costs O(T^2) time, twice: the norm's gradient needs the whole norm before the first block of rows. Memory is O(T)
 for ungated additive rules; a rule with a gate or a delta rule shows its matrix by its definition, a loop over tokens
 that holds all of it: give such a stage short sequences (`data: {length: 256}`).
 """

@@ -74,6 +74,8 @@ class Depthwise(ShortConv):
         seen = valid[..., None, None].to(q.dtype)
         streams = {"q": q, "k": k, "v": v}
         for role, weight in self.filters.items():
+            if not streams[role].shape[-1]:
+                continue  # values of no width ask for the mixer's weights: what filters the values is no part of them
             streams[role] = self._filter(role, streams[role] * seen, weight.to(q.dtype), docs, state)
         return streams["q"], streams["k"], streams["v"]
 
