@@ -28,6 +28,8 @@ class TransferTrainer(StageTrainer):
     def __init__(self, model: nn.Module, **settings: Any) -> None:
         converted: list[Any] = surgery.converted(model)
         self.layers: list[int] = [module.layer_idx for module in converted]
+        if settings["stage"].window_dropout:
+            window_dropout.check(converted)
         super().__init__(model, **settings)
         self._micro_batch = (0, 0)
 

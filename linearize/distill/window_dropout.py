@@ -11,7 +11,7 @@ keys, and learns the best that older ones allow. With `window.overlap: true` it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linearize.errors import RecipeError
 from linearize.mixers.base import documents
+
+
+def check(layers: Iterable[Any]) -> None:
+    """Refuse converted layers that nothing could be learned in with their window off.
+
+    Raises:
+        RecipeError: a mixer has one branch, or no parameters in its recurrent branch.
+    """
+    for layer in layers:
+        mixer = layer.mixer
+        if not mixer.has_both_branches or not any(True for _ in mixer.recurrent.parameters()):
+            what = "no parameters in its recurrent branch" if mixer.has_both_branches else "one branch alone"
+            raise RecipeError(
+                [
+                    f"window_dropout: the mixer has {what}, so nothing trains without the window; remove window_dropout"
+                ]
+            )
 
 
 def draws(rate: float, layers: int, seed: int, step: int, micro_batch: int) -> list[bool]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import string
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from byte_llama import MIXER, tiny_llama
+from byte_llama import MIXER, byte_tokenizer, tiny_llama
 from safetensors.torch import load_file
 
 import linearize
@@ -170,3 +171,12 @@ def test_the_trained_head_is_thrown_away(
     assert exported.lm_head.weight is exported.model.embed_tokens.weight
     assert torch.equal(exported.lm_head.weight, final["model.embed_tokens.weight"])
     assert not torch.equal(heads[-1], final["model.embed_tokens.weight"])
+    before = load_file(tied_folder / "model.safetensors")["model.embed_tokens.weight"]
+    table = final["model.embed_tokens.weight"]
+    assert not torch.equal(table, before)
+    # tokens that the text does not hold have a gradient through the head alone
+    byte_level = byte_tokenizer().get_vocab()
+    read = {byte_level[symbol] for symbol in byte_level if symbol in string.printable or symbol == "\u0120"}
+    unread = [token for token in range(256) if token not in read]
+    assert len(unread) > 100 and torch.equal(table[unread], before[unread])
+    assert not torch.equal(heads[-1][unread], before[unread])
