@@ -5,9 +5,9 @@ student what its rule does to values, since every rule is linear in them: ``||M_
 weights of one sign, so it serves delta rules and unnormalized mixers too.
 
 Limitations: an output gate or norm, a group norm in the place of the normalizer, and a convolution of the values act
-channel by channel and are no part of M. Costs O(T^2) time, twice: the norm's gradient needs the whole norm before the first block of rows. Memory is O(T)
-for ungated additive rules; a rule with a gate or a delta rule shows its matrix by its definition, a loop over tokens
-that holds all of it: give such a stage short sequences (`data: {length: 256}`).
+channel by channel and are no part of M. Costs O(T^2) time, twice: the norm's gradient needs the whole norm before the
+first block of rows. Memory is O(T) for ungated additive rules; a rule with a gate or a delta rule shows its matrix by
+its definition, a loop over tokens that holds all of it: give such a stage short sequences (`data: {length: 256}`).
 """
 
 from __future__ import annotations
