@@ -35,7 +35,7 @@ TEMPLATES = ("none", "alpaca", "chat")
 
 CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     schema.DataConfig: {"template": TEMPLATES},
-    schema.StageDataConfig: {"template": TEMPLATES},
+    schema.StageDataConfig: {"template": (*TEMPLATES, "preference")},
     schema.RunConfig: {"device": ("auto", "cpu", "cuda"), "precision": ("auto", "fp32", "bf16")},
 }
 """Class -> field -> the only values it may have."""
@@ -65,6 +65,7 @@ RULES: dict[type, dict[str, Rule]] = {
         "weight_decay": _at_least(0),
         "grad_clip": _at_least(0),
         "window_dropout": _share(one=False),
+        "dpo_beta": _above(0),
         "log_every": _at_least(1),
         "save_every": _at_least(1),
     },

@@ -33,6 +33,7 @@ class StageDataConfig:
     split: str | None = None
     text_field: str | None = None
     template: str | None = None
+    """As in `data`, or preference: pairs for dpo, in columns prompt, chosen and rejected."""
     length: int | None = None
     boundaries: bool | None = None
 
@@ -42,7 +43,7 @@ class StageConfig:
     """One stage of training."""
 
     objective: dict[str, float] = field(default_factory=dict)
-    """Objective name -> weight. All of one level: per layer (attention transfer) or of the whole model."""
+    """Objective name -> weight. All of one level: per layer (attention transfer), of the whole model, or on pairs."""
     tokens: int = 1_000_000
     """Training tokens in all; accepts 20M, 500k."""
     batch_size: int = 8
@@ -72,6 +73,8 @@ class StageConfig:
     window_dropout: float = 0.0
     """Per-layer stages: how often, per layer and batch, the window is off, so that the linear branch alone learns the
     teacher's whole output; queries that see nothing without the window then have no loss."""
+    dpo_beta: float = 0.1
+    """dpo: how strongly the student is held to the teacher."""
     data: StageDataConfig | None = None
     """Training text of this stage, where it differs from the recipe's `data`."""
     gradient_checkpointing: bool = False

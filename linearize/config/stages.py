@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from linearize.config.schema import Recipe, StageConfig
 from linearize.config.values import shown
 from linearize.registry import closest
+
+if TYPE_CHECKING:
+    from linearize.objectives.base import Level
+
+LEVELS: dict[Level, str] = {
+    "layer": "is per layer",
+    "model": "is of the whole model",
+    "pair": "is on pairs of answers",
+}
+"""Level of objectives -> what is said of one."""
 
 
 def stage_problems(name: str, stage: StageConfig, recipe: Recipe, broken: Collection[str]) -> list[str]:
@@ -48,6 +58,8 @@ def stage_problems(name: str, stage: StageConfig, recipe: Recipe, broken: Collec
         )
     if known(f"{path}.objective"):
         found += _objective(path, stage, train_known=known(f"{path}.train"))
+        if known(f"{path}.data", "data"):
+            found += _pairs(path, stage, recipe)
         if known(f"{path}.window_dropout", "mixer"):
             found += _window_dropout(path, stage, recipe.mixer)
     return found
@@ -88,13 +100,27 @@ def _groups(path: str, stage: StageConfig, *, freeze_known: bool) -> list[str]:
     return found
 
 
+def _pairs(path: str, stage: StageConfig, recipe: Recipe) -> list[str]:
+    """Objectives on pairs and data of pairs need each other."""
+    from linearize import objectives  # late: see _objective
+
+    wanted = [name for name in stage.objective if name in objectives.names("pair")]
+    if (recipe.data.of(stage).template == "preference") == bool(wanted):
+        return []
+    if wanted:
+        return [
+            f"{path}.objective.{wanted[0]}: compares pairs of answers; set {path}.data.template=preference"
+        ]
+    return [f"{path}.data.template: preference is for {', '.join(objectives.names('pair'))} alone"]
+
+
 def _window_dropout(path: str, stage: StageConfig, mixer: dict[str, Any]) -> list[str]:
     if not stage.window_dropout:
         return []
     from linearize import mixers, objectives  # late: see _objective
 
     found = []
-    if any(name in objectives.names("model") for name in stage.objective):
+    if set(stage.objective) & {*objectives.names("model"), *objectives.names("pair")}:
         found.append(
             f"{path}.window_dropout: is for objectives per layer ({', '.join(objectives.names('layer'))})"
         )
@@ -127,7 +153,7 @@ def source_problem(path: str, value: Any) -> str | None:
 def _objective(path: str, stage: StageConfig, *, train_known: bool) -> list[str]:
     from linearize import objectives  # late: it imports torch, which listing the recipes does not need
 
-    levels = {name: level for level in ("layer", "model") for name in objectives.names(level)}
+    levels = {name: level for level in LEVELS for name in objectives.names(level)}
     if not stage.objective:
         return [f"{path}.objective: missing; valid: {', '.join(sorted(levels))}"]
     found = []
@@ -138,10 +164,8 @@ def _objective(path: str, stage: StageConfig, *, train_known: bool) -> list[str]
             found.append(f"{path}.objective.{name}: the weight must be above 0, got {weight:g}")
     used = {levels[name]: name for name in stage.objective if name in levels}
     if len(used) > 1:
-        found.append(
-            f"{path}.objective: {used['layer']} is per layer and {used['model']} is of the whole model; "
-            "one stage trains on one kind, so use two stages"
-        )
+        kinds = " and ".join(f"{used[level]} {LEVELS[level]}" for level in LEVELS if level in used)
+        found.append(f"{path}.objective: {kinds}; one stage trains on one kind, so use two stages")
     elif "layer" in used and train_known and set(stage.train) - {"mixers"}:
         found.append(
             f"{path}.train: {used['layer']} is per layer and reaches the mixers alone; "

@@ -27,7 +27,8 @@ class Template:
 
     Args:
         name: ``none`` (plain text), ``alpaca`` (columns instruction, input, output), ``chat`` (a column of
-            messages, or columns prompt and response, through the tokenizer's chat template).
+            messages, or columns prompt and response, through the tokenizer's chat template), ``preference``
+            (columns prompt, chosen and rejected, text or messages; through the chat template if there is one).
         text_field: the column of plain text; for ``chat``, of messages, unless it is left at "text".
         tokenizer: needed by ``chat``.
 
@@ -57,6 +58,8 @@ class Template:
         have = list(available)
         if self.name == "alpaca":
             needed, optional = ["instruction", "output"], ["input"]
+        elif self.name == "preference":
+            needed, optional = ["prompt", "chosen", "rejected"], []
         elif self.name == "none":
             needed, optional = [self.text_field], []
         elif self.messages_field in have or not {"prompt", "response"} <= set(have):
@@ -66,7 +69,7 @@ class Template:
         missing = [column for column in needed if column not in have]
         if missing:
             hint = " (or 'prompt' and 'response')" if self.name == "chat" else ""
-            setting = "" if self.name == "alpaca" else "; set data.text_field"
+            setting = "" if self.name in ("alpaca", "preference") else "; set data.text_field"
             near = closest(missing[0], have)
             columns = f" (columns: {', '.join(have)})" if near.startswith("did") else ""
             raise DataError(
@@ -136,6 +139,55 @@ def _chat(template: Template, row: Row, where: str) -> Document | None:
     return Document((*head, (last.rstrip(), loss)), framed=True)
 
 
+def _preference(template: Template, row: Row, where: str) -> Document | None:
+    """Three parts: the prompt without loss, the chosen answer, the rejected one."""
+    chosen, rejected = (
+        _answered(row["prompt"], row[column], column, where) for column in ("chosen", "rejected")
+    )
+    if not chosen[1].strip() or not rejected[1].strip():
+        return None
+    if chosen[0] != rejected[0]:
+        raise DataError(f"{where}: chosen and rejected must answer the same prompt; mend the row")
+    if getattr(template.tokenizer, "chat_template", None) is None:
+        if len(chosen[0]) != 1:
+            raise DataError(
+                f"{where}: a conversation of several turns needs a tokenizer with a chat template, and this model has "
+                "none; put a chat_template.jinja into the checkpoint"
+            )
+        prompt = str(chosen[0][0]["content"])
+        return Document(((prompt, False), (chosen[1], True), (rejected[1], True)))
+    prompt = _render(template, chosen[0], where, add_generation_prompt=True)
+    parts = [(prompt, False)]
+    for answer in (chosen[1], rejected[1]):
+        whole = _render(template, [*chosen[0], {"role": "assistant", "content": answer}], where)
+        if not whole.startswith(prompt):
+            raise DataError(
+                f"{where}: this tokenizer's chat template does not write an answer right after its prompt, so the two "
+                "cannot be told apart"
+            )
+        parts.append((whole[len(prompt) :].rstrip(), True))
+    return Document(tuple(parts), framed=True)
+
+
+def _answered(prompt: Any, answer: Any, column: str, where: str) -> tuple[list[Row], str]:
+    """The messages before the answer, and the answer: text, one message, or the whole conversation."""
+    before = (
+        prompt
+        if isinstance(prompt, list)
+        else [{"role": "user", "content": _text({"prompt": prompt}, "prompt", where)}]
+    )
+    if not isinstance(answer, list):
+        return before, _text({column: answer}, column, where)
+    last = answer[-1] if answer else None
+    if (
+        not isinstance(last, dict)
+        or last.get("role") != "assistant"
+        or not isinstance(last.get("content"), str)
+    ):
+        raise DataError(f"{where}: column '{column}' must end with a message of the role assistant")
+    return (before if len(answer) == 1 else answer[:-1]), last["content"]
+
+
 def _turns(
     template: Template, messages: list[Row], turns: list[int], where: str
 ) -> list[tuple[str, bool]] | None:
@@ -178,4 +230,5 @@ _MAKERS: dict[str, Callable[[Template, Row, str], Document | None]] = {
     "none": _plain,
     "alpaca": _alpaca,
     "chat": _chat,
+    "preference": _preference,
 }

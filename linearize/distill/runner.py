@@ -17,9 +17,9 @@ from rich.console import Group
 from torch import nn
 from transformers import set_seed
 
-from linearize import data, export, models, surgery
+from linearize import data, export, models, objectives, surgery
 from linearize.config.schema import Recipe, RunConfig
-from linearize.distill import stages
+from linearize.distill import preference, stages
 from linearize.distill.callbacks import RunStopped
 from linearize.distill.checkpoint import could_not_write, is_full, write_json
 from linearize.distill.folder import RunFolder
@@ -143,6 +143,8 @@ class _Job:
         text = self.recipe.data.of(stage)
         budget = Budget.of(stage, text.length)
         seed = self.recipe.run.seed + place.index
+        if objectives.level_of(stage.objective) == "pair":
+            return preference.pairs(tokenizer, text, tokens=budget.tokens, seed=seed)
         return data.packed(tokenizer, text, tokens=budget.tokens, seed=seed, split="train")
 
     def _train(

@@ -17,6 +17,7 @@ from linearize.config.schema import RunConfig, StageConfig
 from linearize.distill import checkpoint
 from linearize.distill.callbacks import Interrupt, RunStopped, StageCallback, forget_lines
 from linearize.distill.finetune import FinetuneTrainer, needs_teacher
+from linearize.distill.preference import PreferenceTrainer
 from linearize.distill.stage import StageTrainer
 from linearize.distill.trainable import load_trained, prepare, trained, unwrapped
 from linearize.distill.transfer import TransferTrainer
@@ -75,7 +76,7 @@ def train(
         stage: its settings.
         place: its number, name and folder.
         run: seed and workers.
-        dataset: packed sequences.
+        dataset: packed sequences, or pairs.
         length: tokens in a sequence.
         autocast: compute dtype, or None.
         teacher: gives the original model, for a stage that needs it after the base weights have changed.
@@ -107,11 +108,13 @@ def train(
     start = checkpoint.latest(place.folder)
     trainer: StageTrainer
     with untied(model, stage.untie), _checkpointing(unwrapped(model), stage.gradient_checkpointing):
-        if objectives.level_of(stage.objective) == "layer":
+        level = objectives.level_of(stage.objective)
+        if level == "layer":
             trainer = TransferTrainer(model, **settings)
         else:
             original = teacher() if teacher is not None and needs_teacher(stage.objective) else None
-            trainer = FinetuneTrainer(model, teacher=original, **settings)
+            kind = PreferenceTrainer if level == "pair" else FinetuneTrainer
+            trainer = kind(model, teacher=original, **settings)
         try:
             stop = _fit(trainer, place, start)
         finally:

@@ -1,8 +1,8 @@
 """Training objectives, by name: what a stage drives down.
 
-Two levels, never mixed in a stage. A *layer* objective compares the student's attention with the teacher's
-inside one layer and never sees another one; a *model* objective compares what the whole model predicts.
-Adding an objective is adding a file here.
+Three levels, never mixed in a stage. A *layer* objective compares the student's attention with the teacher's
+inside one layer and never sees another one; a *model* objective compares what the whole model predicts; a *pair*
+objective compares two answers to one prompt. Adding an objective is adding a file here.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from linearize.objectives.base import (
     BlockObjective,
     LayerObjective,
     OutputObjective,
+    PairObjective,
     TokenObjective,
     level_of,
     names,
 )
 from linearize.objectives.layer import layer_backward
+from linearize.objectives.pair import pair_backward
 from linearize.objectives.token import next_targets, token_backward
 from linearize.registry import discover
 
@@ -31,11 +33,13 @@ __all__ = [
     "BlockObjective",
     "LayerObjective",
     "OutputObjective",
+    "PairObjective",
     "TokenObjective",
     "get",
     "layer_backward",
     "level_of",
     "names",
     "next_targets",
+    "pair_backward",
     "token_backward",
 ]

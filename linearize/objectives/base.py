@@ -14,7 +14,7 @@ from torch import Tensor
 from linearize.errors import RecipeError
 from linearize.registry import Registry
 
-Level = Literal["layer", "model"]
+Level = Literal["layer", "model", "pair"]
 OBJECTIVES: Registry[Any] = Registry("objective")
 
 
@@ -90,6 +90,23 @@ class TokenObjective(ABC):
 
         Returns:
             [N]; entries at targets of -100 are ignored.
+        """
+
+
+class PairObjective(ABC):
+    """Compares two answers to one prompt by what the student and the teacher give them."""
+
+    name: ClassVar[str] = ""
+    level: ClassVar[Level] = "pair"
+    needs_teacher: ClassVar[bool] = True
+
+    @abstractmethod
+    def pairs(self, margin: Tensor, beta: float) -> Tensor:
+        """Loss [N] of each pair.
+
+        Args:
+            margin: [N] ``log p(chosen) - log p(rejected)`` of the student, less that of the teacher.
+            beta: how strongly the student is held to the teacher.
         """
 
 

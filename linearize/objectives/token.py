@@ -45,6 +45,7 @@ def token_backward(
     *,
     teacher: Tensor | None = None,
     count: Tensor | float | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """Back-propagate ``sum(weight * loss)`` of the named model objectives through `logits`.
 
@@ -55,6 +56,7 @@ def token_backward(
         teacher: [B, T, V] the teacher's logits; needed by objectives that compare with it.
         count: what the sum over tokens is divided by: the labeled tokens of all micro-batches of the step, so
             that gradient accumulation gives the gradient of one large batch. Default: those of `targets`.
+        factors: [B, T] further weight of each token.
 
     Returns:
         Scalar float32 tensor, ``sum(weight * loss)``, detached.
@@ -68,6 +70,7 @@ def token_backward(
     vocabulary = logits.shape[-1]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     flat, flat_targets = logits.detach().reshape(-1, vocabulary), targets.reshape(-1)
+    flat_factors = None if factors is None else factors.reshape(-1)
     flat_teacher = None if teacher is None else teacher.detach().reshape(-1, vocabulary)
     divisor = (flat_targets != IGNORED).sum().clamp_min(1) if count is None else count
     gradient = torch.empty_like(flat)
@@ -83,8 +86,32 @@ def token_backward(
                     [weight * part.tokens(leaf, against, flat_targets[piece]) for part, weight in parts]
                 )
                 labeled = flat_targets[piece] != IGNORED
-                loss = torch.where(labeled, losses.sum(dim=0), 0.0).sum() / divisor
+                each = losses.sum(dim=0) if flat_factors is None else losses.sum(dim=0) * flat_factors[piece]
+                loss = torch.where(labeled, each, 0.0).sum() / divisor
                 gradient[piece] = torch.autograd.grad(loss, leaf)[0]
             total += loss.detach()
         logits.backward(gradient.view_as(logits))
     return total
+
+
+def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability [B, T] of each target, 0 where there is none; no graph, a slice of tokens at once.
+
+    Args:
+        logits: [B, T, V].
+        targets: [B, T] int64 from `next_targets`.
+    """
+    flat, flat_targets = logits.detach().flatten(0, 1), targets.flatten()
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    step = max(1, SLICE_ELEMENTS // logits.shape[-1])
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+        pieces = [
+            -F.cross_entropy(
+                flat[start : start + step].to(dtype),
+                flat_targets[start : start + step],
+                reduction="none",
+                ignore_index=IGNORED,
+            )
+            for start in range(0, len(flat), step)
+        ]
+    return torch.cat(pieces).view_as(targets)

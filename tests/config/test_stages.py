@@ -71,6 +71,19 @@ def test_stage_options_survive_their_own_yaml(tmp_path):
             ["stages.transfer.data.length=1000k", "stages.transfer.tokens=1M"],
             "stages.transfer.data.length 1000000",
         ),
+        (
+            ["stages.recover.objective={dpo: 1}"],
+            "stages.recover.objective.dpo: compares pairs of answers; set stages.recover.data.template=preference",
+        ),
+        (
+            ["stages.recover.data.template=preference"],
+            "stages.recover.data.template: preference is for dpo alone",
+        ),
+        (
+            ["stages.recover.objective={dpo: 1, next_token: 1}", "stages.recover.data.template=preference"],
+            "next_token is of the whole model and dpo is on pairs of answers; one stage trains on one kind",
+        ),
+        (["stages.recover.dpo_beta=0"], "stages.recover.dpo_beta: must be above 0"),
     ],
 )
 def test_single_mistakes(overrides, expected):

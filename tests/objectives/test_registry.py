@@ -9,7 +9,7 @@ from linearize.errors import LinearizeError, RecipeError
 
 
 def test_names_by_level() -> None:
-    layer, model = objectives.names("layer"), objectives.names("model")
+    layer, model, pair = (objectives.names(level) for level in ("layer", "model", "pair"))
     assert layer == [
         "attention_output",
         "attention_output_projected",
@@ -19,7 +19,8 @@ def test_names_by_level() -> None:
         "mixing_matrix",
     ]
     assert model == ["logits_kl", "next_token"]
-    assert objectives.names() == sorted(layer + model)
+    assert pair == ["dpo"]
+    assert objectives.names() == sorted(layer + model + pair)
 
 
 def test_level_of() -> None:
