@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Mapping
+from typing import Any
 
 from linearize.cli.console import console
-from linearize.config import compose, list_recipes, to_yaml
+from linearize.config import compose, list_recipes, outline, to_yaml
+
+WIDTH = 100
+"""Columns of the list, on terminals that have so many."""
 
 
 def main(options: argparse.Namespace) -> int:
-    """List the shipped recipes with one line each."""
+    """List the shipped recipes: name, paper, parts and one line each."""
     from rich.table import Table
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    screen = console()
+    table = Table(box=None, header_style="bold", pad_edge=False, width=min(WIDTH, screen.width))
     table.add_column("recipe", no_wrap=True)
-    table.add_column("what it does")
+    table.add_column("paper", no_wrap=True)
+    table.add_column("parts", ratio=6)
+    table.add_column("what it does", ratio=7)
     for name, description in list_recipes():
-        table.add_row(name, description)
-    console().print(table)
-    console().print("\n`linearize recipes show NAME` prints one in full; its file can be copied and changed.")
+        recipe = outline(name)
+        who, number = source(recipe.get("paper", ""))
+        table.add_row(name, f"{who}\n{number}".strip(), ", ".join(parts(recipe["mixer"])), description)
+    screen.print(table)
+    screen.print("\n`linearize recipes show NAME` prints one in full; its file can be copied and changed.")
     return 0
 
 
@@ -27,3 +38,66 @@ def show(options: argparse.Namespace) -> int:
     text = to_yaml(compose(options.recipe, options.overrides))
     console().print(text, end="", markup=False, soft_wrap=True)
     return 0
+
+
+def source(paper: str) -> tuple[str, str]:
+    """Who and when, and the arXiv number, of "Title (Authors 2024), arXiv 2410.10254"; empty where there is none."""
+    found = re.search(r"\(([^()]+ \d{4})\), arXiv (\d{4}\.\d{4,5})", paper)
+    return (found[1], found[2]) if found else ("", "")
+
+
+def parts(mixer: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a mixer is put together from, in the order of the grammar: the registered names and what tells them apart.
+
+    Args:
+        mixer: a recipe's section; parts that it leaves out, or names none, are left out here.
+    """
+    named = {part: options for part, options in mixer.items() if options.get("name", "none") != "none"}
+    recurrent, both = "feature_map" in named, {"feature_map", "window"} <= set(named)
+    found = []
+    if "short_conv" in named:
+        found.append(f"{named['short_conv']['name']} conv ({named['short_conv'].get('roles', 'qk')})")
+    if recurrent:
+        found.append(_feature_map(named["feature_map"]))
+    if "gate" in named:
+        gate = named["gate"]
+        found.append(f"{gate['name']} gate" + (f" ({gate['slopes']})" if "slopes" in gate else ""))
+    if recurrent:
+        found.append(mixer.get("update", {}).get("name", "additive"))
+        normalizer = mixer.get("normalizer", {}).get("name", "running_sum")
+        found += [] if normalizer == "none" else [normalizer]
+    if "window" in named:
+        found.append(_window(named["window"]))
+    if both:
+        found.append(mixer.get("combine", {}).get("name", "shared_normalizer"))
+    if "output" in named:
+        found.append(f"output {named['output']['name']}")
+    return found + _position(mixer.get("position", {}), recurrent=recurrent, window="window" in named)
+
+
+def _feature_map(options: Mapping[str, Any]) -> str:
+    size = [str(options["dim"])] if "dim" in options else []
+    flags = {"tied": "tied", "l2_normalize": "of length 1"}
+    return " ".join([options["name"], *size, *(word for key, word in flags.items() if options.get(key))])
+
+
+def _window(options: Mapping[str, Any]) -> str:
+    words = f"{options['name']} window" + (f" {options['size']}" if "size" in options else "")
+    extras = {"first": f"first {options.get('first')}", "overlap": "overlap"}
+    more = [word for key, word in extras.items() if options.get(key)]
+    more += ["sinks"] if options.get("sinks", "none") != "none" else []
+    return words + (f" ({', '.join(more)})" if more else "")
+
+
+_OTHER = {"recurrent": "window", "window": "recurrence"}
+
+
+def _position(options: Mapping[str, Any], *, recurrent: bool, window: bool) -> list[str]:
+    off = [
+        branch
+        for branch, there in (("recurrent", recurrent), ("window", window))
+        if there and not options.get(branch, True)
+    ]
+    if not off:
+        return []
+    return ["no RoPE" if len(off) == recurrent + window else f"no RoPE but in the {_OTHER[off[0]]}"]

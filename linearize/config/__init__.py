@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linearize.config.compose import compose, list_recipes, to_yaml
+from linearize.config.compose import compose, list_recipes, outline, to_yaml
 from linearize.config.schema import DataConfig, EvalConfig, LoraConfig, Recipe, RunConfig, StageConfig
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "StageConfig",
     "compose",
     "list_recipes",
+    "outline",
     "to_yaml",
 ]

@@ -34,7 +34,7 @@ def check(raw: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
         values out of range, and combinations that cannot work. With problems the recipe is only a partial one.
     """
     problems: list[str] = []
-    recipe = build(Recipe, _without_removed(raw), "", problems)
+    recipe = build(Recipe, without_removed(raw), "", problems)
     broken = {problem.split(": ", 1)[0] for problem in problems}
     return recipe, problems + semantics.problems(recipe, broken)
 
@@ -62,7 +62,7 @@ def build(cls: type[T], raw: Mapping[str, Any], path: str, problems: list[str]) 
     return cls(**values)
 
 
-def _without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
+def without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Null takes out an inherited stage, objective, mixer part or option; a name is short for {name: it}."""
     tidy = dict(raw)
     if isinstance(tidy.get("mixer"), Mapping):

@@ -46,6 +46,34 @@ def compose(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return checked
 
 
+def outline(name: str) -> dict[str, Any]:
+    """A shipped recipe as its files say it, with what it starts from merged in: unchecked, no defaults filled in.
+
+    For listing recipes, which must not take the time to import hydra.
+    """
+    from linearize.config.check import without_removed
+
+    tree = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+    merged: dict[str, Any] = {}
+    for start in tree.pop("defaults", ["_self_"]):
+        merged = _merged(merged, tree if start == "_self_" else outline(start))
+    return without_removed(merged)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key; anything else is replaced."""
+    both = {
+        key: _merged(below[key], above[key])
+        for key in below.keys() & above.keys()
+        if _maps(below, above, key)
+    }
+    return {**below, **above, **both}
+
+
+def _maps(below: dict[str, Any], above: dict[str, Any], key: str) -> bool:
+    return isinstance(below[key], dict) and isinstance(above[key], dict)
+
+
 def to_yaml(recipe: Recipe) -> str:
     """The recipe as YAML with every field spelled out; `compose` of that file gives the same recipe."""
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True, width=120)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from linearize.config import compose, list_recipes, to_yaml
+from linearize.config import compose, list_recipes, outline, to_yaml
+from linearize.config.check import check
 from linearize.config.compose import RECIPES
 from linearize.errors import RecipeError
 
@@ -46,6 +47,11 @@ def test_every_shipped_recipe_is_short_explains_itself_and_names_no_model(name):
     text = (Path(RECIPES) / f"{name}.yaml").read_text()
     assert text.startswith("# ") and len(text.splitlines()) <= 60
     assert "model:" not in text
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_outline_is_what_hydra_composes(name):
+    assert check(outline(name)) == (compose(name), [])
 
 
 def test_listing_leaves_building_blocks_out():
