@@ -1,7 +1,9 @@
-"""Every shipped recipe, end to end on a tiny model: two steps a stage, export, reload, generate."""
+"""Every shipped recipe, end to end on a tiny model: two steps a stage, export, reload, generate; and their tables."""
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,15 @@ from byte_llama import TEXT, byte_tokenizer, tiny_llama
 
 import linearize
 from linearize import surgery
-from linearize.config import compose, list_recipes
+from linearize.cli.recipes import parts, source
+from linearize.config import compose, list_recipes, outline
+from linearize.config.compose import RECIPES as FOLDER
 from linearize.config.schema import Recipe
 from linearize.distill import run, runner
+from linearize.errors import ModelNotFoundError
+from linearize.models import resolve
 
+ROOT = Path(__file__).resolve().parent.parent
 RECIPES = [name for name, _ in list_recipes()]
 LENGTH, BATCH, STEPS = 40, 2, 2
 SMALL = {"size": 8, "dim": 8, "rank": 4, "slots": 8, "length": 64}
@@ -37,34 +44,29 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def smaller(name: str, text: Path) -> list[str]:
-    """Overrides that leave a recipe its parts and stages and take its size."""
-    recipe = compose(name)
-    found = [
-        f"data.length={LENGTH}",
-        f"data.source='{text}'",
-        f"data.validation='{text}'",
-        f"eval.length={LENGTH}",
-        "eval.max_windows=2",
-        "eval.ablations=false",
-        "run.device=cpu",
+def short(recipe: Recipe, length: int, batch: int) -> list[str]:
+    """Overrides that take the length of a recipe's stages and of its evaluation, and no more."""
+    found = [f"data.length={length}", f"eval.length={length}", "eval.max_windows=2", "eval.ablations=false"]
+    stage = {
+        "tokens": STEPS * batch * length,
+        "batch_size": batch,
+        "grad_accum": 1,
+        "log_every": 1,
+        "data": "null",
+    }
+    return [*found, "run.device=cpu"] + [
+        f"stages.{name}.{key}={value}" for name in recipe.stages for key, value in stage.items()
     ]
-    for part, options in recipe.mixer.items():
-        found += [f"mixer.{part}.{key}={SMALL[key]}" for key in options if key in SMALL and options[key]]
-    for stage, settings in recipe.stages.items():
-        found += [
-            f"stages.{stage}.{key}={value}"
-            for key, value in {
-                "tokens": STEPS * BATCH * LENGTH,
-                "batch_size": BATCH,
-                "grad_accum": 1,
-                "log_every": 1,
-                "data": "null",
-            }.items()
-        ]
-        if settings.lora is not None:
-            found.append(f"stages.{stage}.lora.rank=2")
-    return found
+
+
+def small(recipe: Recipe) -> list[str]:
+    """Overrides that shrink a recipe's mixer to the tiny model."""
+    return [
+        f"mixer.{part}.{key}={SMALL[key]}"
+        for part, options in recipe.mixer.items()
+        for key in options
+        if key in SMALL and options[key]
+    ]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -72,9 +74,13 @@ def test_end_to_end(name: str, teacher: Path, tmp_path: Path, monkeypatch: pytes
     exported: list[Any] = []
     save = runner.export.save
     monkeypatch.setattr(
-        runner.export, "save", lambda model, *rest, **more: exported.append(model) or save(model, *rest, **more)
+        runner.export,
+        "save",
+        lambda model, *rest, **more: exported.append(model) or save(model, *rest, **more),
     )
-    recipe: Recipe = compose(name, smaller(name, teacher / "text.txt"))
+    shipped, text = compose(name), teacher / "text.txt"
+    texts = [f"data.source='{text}'", f"data.validation='{text}'"]
+    recipe = compose(name, short(shipped, LENGTH, BATCH) + small(shipped) + texts)
     summary = run(str(teacher), recipe, tmp_path / "run", recipe_name=name)
 
     rows = {row["name"]: row["perplexity"]["held-out"] for row in summary.rows}
@@ -92,3 +98,45 @@ def test_end_to_end(name: str, teacher: Path, tmp_path: Path, monkeypatch: pytes
     whole = model.generate(**prompt, **long, use_cache=False)
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), rtol=1e-4, atol=1e-4)
     assert torch.equal(cached.sequences, whole.sequences)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["liger_gla", "gated_deltanet"])
+def test_on_the_real_teacher(name: str, tmp_path: Path) -> None:
+    """Two steps a stage; skipped where the teacher is neither cached nor within reach."""
+    try:
+        resolve("smollm2-135m")
+    except ModelNotFoundError as error:
+        pytest.skip(str(error))
+    recipe = compose(name, short(compose(name), length=128, batch=1))
+    summary = run("smollm2-135m", recipe, tmp_path / "run", recipe_name=name)
+    first, *rows = (row["perplexity"]["held-out"] for row in summary.rows)
+    assert first < 100 and all(first < value < float("inf") for value in rows)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_overrides_that_a_header_offers_are_valid(name: str) -> None:
+    lines = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    header = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+    offered = re.findall(r"[\w.]+=\{[^}]*\}|\w+\.[\w.]+=[\w.-]+|~[\w.]+", header)
+    compose(name, [override.rstrip(".,") for override in offered])
+
+
+def test_tables_are_current() -> None:
+    """docs/recipes.md and README.md show every recipe with the parts that it has now."""
+    spec = importlib.util.spec_from_file_location("recipe_table", ROOT / "scripts" / "recipe_table.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for path, text in script.current().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python scripts/recipe_table.py"
+        assert all(f"`{name}`" in text for name in RECIPES)
+
+
+def test_parts_in_words() -> None:
+    assert parts(outline("swa_sinks")["mixer"]) == ["sliding window 64 (first 4)"]
+    assert parts(outline("lizard")["mixer"])[-3:] == ["sliding window 128 (overlap, sinks)", "sum", "no RoPE"]
+    assert parts({"feature_map": {"name": "relu"}}) == ["relu", "additive", "running_sum"]
+    assert source(outline("lawcat")["paper"]) == ("Liu et al. 2025", "2509.18467")
+    assert source("a note of our own") == ("", "")
+    assert all(source(outline(name)["paper"]) != ("", "") for name in RECIPES)

@@ -1,0 +1,121 @@
+"""Write the tables of docs/recipes.md and README.md from the recipes themselves, between the markers there.
+
+python scripts/recipe_table.py            # writes
+python scripts/recipe_table.py --check    # exit code 1 where a table is not current
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from linearize.cli.recipes import parts, source
+from linearize.config import list_recipes, outline
+from linearize.config.compose import RECIPES
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- recipes: written by scripts/recipe_table.py -->", "<!-- end of recipes -->"
+DIFFERENCES = ("Paper against code:", "The paper leaves open:", "What a recipe cannot say:", "Differs")
+"""How the part of a recipe's header begins that tells it from its paper."""
+TRAINED = {"all": "everything", "lora": "LoRA"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write or check both tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(arguments)
+    stale = []
+    for path, text in current().items():
+        if path.read_text(encoding="utf-8") != text:
+            stale.append(path)
+            if not options.check:
+                path.write_text(text, encoding="utf-8")
+    names = ", ".join(str(path.relative_to(ROOT)) for path in stale) or "nothing"
+    print(f"{'not current' if options.check else 'written'}: {names}", file=sys.stderr)
+    return int(options.check and bool(stale))
+
+
+def current() -> dict[Path, str]:
+    """Each file -> its text with the table as the recipes have it now."""
+    recipes = {name: outline(name) for name, _ in list_recipes()}
+    tables = {
+        ROOT / "docs" / "recipes.md": table(
+            ["paper", "recipe", "parts", "stages", "what differs from the paper"],
+            [
+                [paper(recipe), _link(name), _parts(recipe), stages(recipe), differences(name)]
+                for name, recipe in recipes.items()
+            ],
+        ),
+        ROOT / "README.md": table(
+            ["recipe", "what it does", "paper"],
+            [[f"`{name}`", recipe["description"], paper(recipe)] for name, recipe in recipes.items()],
+        ),
+    }
+    return {path: between(path.read_text(encoding="utf-8"), rows) for path, rows in tables.items()}
+
+
+def between(text: str, rows: str) -> str:
+    """The text with what stands between the markers replaced."""
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{rows}{END}{rest.split(END)[1]}"
+
+
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    """Markdown, one line a row."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in lines)
+
+
+def paper(recipe: dict[str, Any]) -> str:
+    """Who, when, and the link."""
+    who, number = source(recipe.get("paper", ""))
+    return f"{who}, [{number}](https://arxiv.org/abs/{number})" if number else ""
+
+
+def stages(recipe: dict[str, Any]) -> str:
+    """What each stage trains, on which objectives, for how many tokens."""
+    words = []
+    for name, stage in (recipe.get("stages") or {}).items():
+        trained = [TRAINED.get(kind, kind) for kind in stage["train"]]
+        without = f" but {', '.join(stage['freeze'])}" if stage.get("freeze") else ""
+        words.append(
+            f"{name}: {' + '.join(stage['objective'])} on {', '.join(trained)}{without}, {stage['tokens']}"
+        )
+    return "; ".join(words) or "none"
+
+
+def differences(name: str) -> str:
+    """What the recipe's own header says on where it leaves the paper."""
+    lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    header = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    text = " ".join(line.removeprefix("#").strip() for line in header)
+    starts = [text.index(opening) for opening in DIFFERENCES if opening in text]
+    said = text[min(starts) :] if starts else ""
+    said = re.sub(r"Differs( from the (paper|study|fork))?: (\w)", lambda found: found[3].upper(), said)
+    return re.sub(r"[\w.]+=\{[^}]*\}|\w+\.[\w.]+=[\w.-]+|~[\w.]+", _code, said)
+
+
+def _code(found: re.Match[str]) -> str:
+    """Overrides in the text as code, a full stop behind them outside."""
+    text = found[0].rstrip(".")
+    return f"`{text}`{found[0][len(text) :]}"
+
+
+def _parts(recipe: dict[str, Any]) -> str:
+    layers = recipe.get("layers", "all")
+    kept = f"; 1 layer in {layers['every']} stays softmax" if layers != "all" else ""
+    return ", ".join(parts(recipe["mixer"])) + kept
+
+
+def _link(name: str) -> str:
+    return f"[`{name}`](../recipes/{name}.yaml)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
