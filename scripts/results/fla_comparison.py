@@ -1,6 +1,7 @@
 """Our chunked operators against fla's own reference maths (fla-core's `naive` functions), on the CPU in float32.
 
-Random inputs with 67 tokens, one query head to a key head, the same scale on both sides. Needs fla-core and einops beside this package:
+Random inputs with 67 tokens, one query head to a key head, the same scale on both sides. Needs fla-core and einops
+beside this package:
 
     pip install --no-deps --target /tmp/fla fla-core==0.6.0 einops
     PYTHONPATH=/tmp/fla:. python scripts/results/fla_comparison.py --json docs/results/fla-comparison.json
