@@ -60,18 +60,11 @@ def outline(name: str) -> dict[str, Any]:
     return without_removed(merged)
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Mappings merge key by key; anything else is replaced."""
-    both = {
-        key: _merged(below[key], above[key])
-        for key in below.keys() & above.keys()
-        if _maps(below, above, key)
-    }
-    return {**below, **above, **both}
-
-
-def _maps(below: dict[str, Any], above: dict[str, Any], key: str) -> bool:
-    return isinstance(below[key], dict) and isinstance(above[key], dict)
+def _merged(below: Any, above: Any) -> Any:
+    """Mappings merge key by key; of anything else `above` is left."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
 
 
 def to_yaml(recipe: Recipe) -> str:
