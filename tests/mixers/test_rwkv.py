@@ -16,11 +16,11 @@ NONE = {"name": "none"}
 
 def section(number: int, *, per: str = "kv_head", scaled: bool = True, **options) -> dict:
     name = f"rwkv{number}"
-    rank = {"rank": 3} if number == 7 else {}
+    update = {"rank": 3, **options} if number == 7 else options
     return {
         "feature_map": {"name": "identity", "scaled": scaled},
         "gate": {"name": name, "rank": 3, "per": per},
-        "update": {"name": name, **rank, **options},
+        "update": {"name": name, **update},
         "normalizer": NONE,
     }
 
@@ -137,11 +137,11 @@ def test_decays_have_a_floor(number, lowest):
     torch.testing.assert_close(gate(x.hidden, x.k), torch.full((2, 5, 2, 8), lowest, dtype=torch.float64))
 
 
-def test_rate_starts_at_one_half_and_the_scale_at_one():
+def test_rates_and_scales_start_where_the_docstring_says():
     update = started(section(7, balanced=False)).update
     x = Draw.of(SHAPE, 5, torch.float64)
     torch.testing.assert_close(update.rate(x.hidden).sigmoid(), torch.full((2, 5, 2, 8), 0.5).double())
-    for value, start in ((update.removal, 0.85), (update.share, 1.0), (update.scale, 1.0)):
+    for value, start in ((update.removal, 0.85), (update.share, 1.0), (update.scale, 0.03)):
         torch.testing.assert_close(value, torch.full_like(value, start), atol=1e-7, rtol=0)
 
 
@@ -155,7 +155,7 @@ def test_first_gradient_reaches_the_bottleneck():
 
 
 def test_without_removal_rwkv7_is_balanced_rwkv6():
-    mixer = section(7)
+    mixer = section(7, scale=1.0)
     x = Draw.of(SHAPE, 70, torch.float64)
     seven = started({**mixer, "update": {**mixer["update"], "rate_base": -1e4}})
     six = started({**mixer, "update": {"name": "rwkv6"}})
@@ -164,7 +164,7 @@ def test_without_removal_rwkv7_is_balanced_rwkv6():
 
 def test_a_full_rate_overwrites():
     """At a = 1 without forgetting, a key of length one that returns is answered by its last value alone."""
-    mixer = section(7, rate_base=1e4)
+    mixer = section(7, scale=1.0, rate_base=1e4)
     made = started({**mixer, "gate": {**mixer["gate"], "slow": -1e4, "fast": -1e4}})
     x = Draw.of(SHAPE, 30, torch.float64, batch=1)
     x.k = (x.k / x.k.norm(dim=-1, keepdim=True))[:, :1].expand_as(x.k)
@@ -221,3 +221,56 @@ def test_rules_need_their_gate(name):
 def test_a_removing_rule_has_no_running_sum():
     problems = check({**section(7), "feature_map": {"name": "elu"}, "normalizer": {"name": "running_sum"}})
     assert problems and all(problem.startswith("mixer.normalizer: update 'rwkv7'") for problem in problems)
+
+
+RECORDED = {
+    6: [
+        [0.143010, -0.536931, -0.964344],
+        [-1.250952, -0.362010, 0.697191],
+        [1.528369, 1.673284, 1.031227],
+        [-0.375233, -1.446574, -1.837568],
+        [-0.957950, 0.337424, 1.474102],
+        [1.414854, 0.836779, -0.134846],
+    ],
+    7: [
+        [0.207494, -0.779036, -1.399174],
+        [-1.502802, -0.289610, 1.059791],
+        [1.740518, 1.424607, 0.438681],
+        [-0.410941, -0.948764, -1.040368],
+        [-0.622017, -0.196341, 0.321677],
+        [0.533983, 0.503998, 0.236976],
+    ],
+}
+"""Outputs [T, V] of flash-linear-attention 0.6.0 on the inputs below: the maths of its RWKV-6 and RWKV-7 layers behind
+the projections, without token shift and value residual, on its plain float32 recurrences (`naive_recurrent_rwkv6`,
+`dplr_recurrence`)."""
+
+
+def wave(seed: int, *size: int) -> torch.Tensor:
+    return torch.sin(seed + 0.7 * torch.arange(math.prod(size), dtype=torch.float64)).view(size)
+
+
+@pytest.mark.parametrize("number", [6, 7])
+def test_equals_what_fla_recorded(number):
+    shape = LayerShape(heads=1, kv_heads=1, key_dim=4, value_dim=3, scaling=0.5, model_dim=5)
+    mixer = section(number, balanced=False, scaled=False, **({"bonus": True} if number == 6 else {"rank": 2}))
+    mixer["gate"]["rank"] = 2
+    made = build(mixer, shape).double()
+    waves = {made.recurrent.gate.logits: 5}
+    if number == 7:
+        waves[made.update.rate] = 8
+    with torch.no_grad():
+        for part, seed in waves.items():
+            for place, parameter in enumerate((part.down, part.up, part.base)):
+                parameter.copy_(wave(seed + place, *parameter.shape))
+            part.base.sub_(2)  # fla has no floor under RWKV-6's decay, so stay above it
+        if number == 6:
+            made.update.bonus_weight.copy_(wave(20, 1, 4))
+        else:
+            made.update.removal.copy_(wave(11, 1, 4))
+            made.update.share.copy_(wave(12, 1, 4))
+            made.update.scale.fill_(1.0)
+    q, k, v = (wave(seed, 1, 6, 1, width) for seed, width in ((1, 4), (2, 4), (3, 3)))
+    out = made.chunked(q, k, v, hidden=wave(4, 1, 6, 5))
+    recorded = torch.tensor(RECORDED[number], dtype=torch.float64)
+    torch.testing.assert_close(out[0, :, 0], recorded, atol=2e-6, rtol=0)
