@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from linearize.errors import RecipeError
-from linearize.mixers.base import documents
+from linearize.mixers.base import accumulator, documents
 
 
 def check(layers: Iterable[Any]) -> None:
@@ -67,9 +67,9 @@ def sees_without_window(call: Any) -> Tensor:
     mixer, device = call.mixer, call.k.device
     docs = documents(call.starts, batch, tokens, device)
     valid = torch.ones_like(docs, dtype=torch.bool) if call.valid is None else call.valid
-    with torch.no_grad():
-        state = mixer.initial_state(batch, call.k.dtype, device)
-        _, handed = mixer.window.chunked(call.q, call.k, call.v, valid, docs, state)
+    q, k, v = (x.to(accumulator(x.dtype)) for x in (call.q, call.k, call.v))
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        _, handed = mixer.window.chunked(q, k, v, valid, docs, mixer.initial_state(batch, k.dtype, device))
     added, order = handed.valid, handed.order
     if order is not None:
         added, docs = order.place_keys(added), order.docs

@@ -137,6 +137,16 @@ def test_a_branch_without_parameters_is_refused(tmp_path: Path) -> None:
         trainer(stage, mixer, tmp_path)
 
 
+def test_bfloat16_autocast() -> None:
+    model = prepare(surgery.convert(tiny.model(), tiny.LOLCATS, "all"), StageConfig())
+    off, batch = [True] * 4, packed()
+    exact = transfer_step(model, batch, {"attention_output": 1.0}, window_off=off)
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        low = transfer_step(model, batch, {"attention_output": 1.0}, window_off=off)
+    torch.testing.assert_close(low, exact, rtol=0.1, atol=0)
+    assert not torch.equal(low, exact)
+
+
 def test_draws() -> None:
     assert draws(0.5, 8, 3, 1, 0) == draws(0.5, 8, 3, 1, 0)
     others = [draws(0.5, 30, *place) for place in ((3, 1, 0), (4, 1, 0), (3, 2, 0), (3, 1, 1))]
