@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 _USER_FILE = "linearize_user_file"
+_PART_NAME = re.compile(r"mixer\.(\w+)\.name")
 
 
 def compose(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -29,7 +31,8 @@ def compose(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe: the name of a shipped recipe, or the path of a YAML file. A file may start from a shipped recipe
             or from another file of its folder with ``defaults: [lolcats, _self_]``.
         overrides: ``key=value`` in hydra's grammar, applied in order. A mapping replaces what stands at its
-            key; ``~key`` removes it.
+            key; ``~key`` removes it. Naming another choice of a mixer part, here or in a file, drops the options
+            of the choice that it replaces.
 
     Raises:
         RecipeError: with every problem found, each by its full dotted key and with the nearest valid name.
@@ -103,9 +106,35 @@ def _load(recipe: str | Path) -> DictConfig:
     path = Path(recipe).expanduser()
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name=_USER_FILE, node=_read_file(path))
+    raw = _read_file(path)
+    named = _named_parts(raw)
+    ConfigStore.instance().store(name=_USER_FILE, node=raw)
     # Shipped recipes come first on the search path, so a file called lolcats.yaml may start from `lolcats`.
-    return _compose_with_hydra(_USER_FILE, [f"hydra.searchpath=['file://{path.resolve().parent}']"], path)
+    tree = _compose_with_hydra(_USER_FILE, [f"hydra.searchpath=['file://{path.resolve().parent}']"], path)
+    for part, options in named.items():
+        _name_part(tree, part, options)
+    return tree
+
+
+def _named_parts(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Take the mixer parts that a file names out of it: whether they merge depends on what they start from."""
+    mixer = raw.get("mixer")
+    if not isinstance(mixer, dict):
+        return {}
+    named = {part: value for part, value in mixer.items() if isinstance(value, dict) and "name" in value}
+    raw["mixer"] = {part: value for part, value in mixer.items() if part not in named}
+    return named
+
+
+def _name_part(tree: DictConfig, part: str, options: dict[str, Any]) -> None:
+    """Set a mixer part by name: the options of another choice fall away, those of the same one stay."""
+    from omegaconf import OmegaConf
+
+    key = f"mixer.{part}"
+    inherited = OmegaConf.select(tree, key)
+    same = OmegaConf.is_dict(inherited) and inherited.get("name") == options["name"]
+    OmegaConf.set_struct(tree, False)
+    OmegaConf.update(tree, key, options, merge=same, force_add=True)
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -183,8 +212,11 @@ def _apply(tree: DictConfig, changes: Sequence[Override]) -> tuple[dict[str, Any
     problems: list[str] = []
     for change in changes:
         try:
+            part = _PART_NAME.fullmatch(change.key)
             if change.remove:
                 _remove(tree, change.key)
+            elif part is not None:
+                _name_part(tree, part[1], {"name": change.value})
             else:
                 OmegaConf.update(tree, change.key, change.value, merge=False, force_add=True)
         except (OmegaConfBaseException, ValueError, TypeError, KeyError) as error:

@@ -263,3 +263,19 @@ def test_listing_and_reading_recipes_imports_no_torch():
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(RECIPES).parent.parent).returncode == 0
+
+
+def test_naming_another_part_drops_the_options_of_the_old_one(tmp_path):
+    """One line swaps a part: LoLCATs' map has options that relu does not know."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "defaults: [lolcats, _self_]\nmixer:\n  feature_map: {name: relu}\n  window: {name: sliding, first: 2}\n"
+    )
+    for recipe in (
+        compose(path, []),
+        compose("lolcats", ["mixer.feature_map.name=relu", "mixer.window.first=2"]),
+    ):
+        assert recipe.mixer["feature_map"] == {"name": "relu"}
+        assert recipe.mixer["window"] == {"name": "sliding", "size": 64, "first": 2}, (
+            "the same choice still merges"
+        )
