@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help venv dev demo test lint format typecheck build clean
+.PHONY: help venv dev demo test recipes lint format typecheck build clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -23,6 +23,9 @@ demo: venv  ## Convert the real teacher at a small budget, evaluate, export, rel
 
 test: dev  ## All tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+recipes: dev  ## Every recipe for two steps a stage on the real teacher
+	LINEARIZE_ALL_RECIPES=1 $(BIN)/python -m pytest tests/test_recipes.py -k real_teacher $(ARGS)
 
 lint: dev  ## ruff, without changing anything
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from linearize.models import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = [name for name, _ in list_recipes()]
+FEW = ["liger_gla", "gated_deltanet"]
+"""Recipes that every run of the suite takes to the real teacher."""
 LENGTH, BATCH, STEPS = 40, 2, 2
 SMALL = {"size": 8, "dim": 8, "rank": 4, "slots": 8, "length": 64}
 """Options of mixer parts that are shrunk to the tiny model."""
@@ -101,9 +104,12 @@ def test_end_to_end(name: str, teacher: Path, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["liger_gla", "gated_deltanet"])
+@pytest.mark.parametrize("name", RECIPES if os.environ.get("LINEARIZE_ALL_RECIPES") else FEW)
 def test_on_the_real_teacher(name: str, tmp_path: Path) -> None:
-    """Two steps a stage; skipped where the teacher is neither cached nor within reach."""
+    """Two steps a stage; skipped where the teacher is neither cached nor within reach.
+
+    A full run takes half a minute a recipe, so the suite takes two of them and `make recipes` takes all.
+    """
     try:
         resolve("smollm2-135m")
     except ModelNotFoundError as error:
