@@ -117,8 +117,8 @@ def test_on_the_real_teacher(name: str, tmp_path: Path) -> None:
     recipe = compose(name, short(compose(name), length=128, batch=1))
     summary = run("smollm2-135m", recipe, tmp_path / "run", recipe_name=name)
     first, *rows = (row["perplexity"]["held-out"] for row in summary.rows)
-    # the identity equals the teacher; nothing that has barely trained is better
-    assert first < 100 and all(0.999 * first < value < float("inf") for value in rows)
+    # the identity equals the teacher, and a window of nearly the whole text can pass it by a little
+    assert first < 100 and all(0.9 * first < value < float("inf") for value in rows)
 
 
 @pytest.mark.parametrize("name", RECIPES)
