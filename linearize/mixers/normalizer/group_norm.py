@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from linearize.mixers.base import LayerShape, Part, Partial, fill
 from linearize.mixers.normalizer import NORMALIZERS, Normalizer
-from linearize.mixers.options import choice_problems
+from linearize.mixers.options import choice_problems, positive
 
 
 @NORMALIZERS.register("group_norm")
@@ -31,20 +31,22 @@ class GroupNorm(Normalizer):
         """layer (mean off) or rms."""
         scale: bool = True
         """A learned scale per head."""
+        start: float = 1.0
+        """The scale at the start; means of values are small, so teachers' outputs have an rms of 0.03 to 0.5."""
 
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
-            return choice_problems(kind=(self.kind, ("layer", "rms")))
+            return choice_problems(kind=(self.kind, ("layer", "rms"))) + positive(start=self.start)
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)
-        self.kind = config.kind
+        self.kind, self.start = config.kind, config.start
         self.register_parameter("scale", nn.Parameter(torch.empty(shape.heads)) if config.scale else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         if self.scale is not None:
-            fill(self.scale, 1.0)
+            fill(self.scale, self.start)
 
     def forward(self, partial: Partial) -> Partial:
         y: Tensor = partial.numerator
