@@ -75,3 +75,9 @@ def test_sharing_key_features_shrinks_the_state_by_the_group():
     wide = build({"feature_map": {"name": "hedgehog", "dim": 8}}, SHAPE)
     shared = build({"feature_map": {"name": "hedgehog", "dim": 8, "per": "kv_head"}}, SHAPE)
     assert wide.state_bytes() == SHAPE.group * shared.state_bytes()
+
+
+def test_a_key_that_yaml_reads_as_no_text_is_reported():
+    """YAML 1.1 has words such as `on` for true."""
+    problems = check({"feature_map": {"name": "relu"}, "short_conv": {"name": "depthwise", True: "qk"}})
+    assert len(problems) == 1 and "mixer.short_conv.True: depthwise has no such option" in problems[0]
