@@ -27,15 +27,21 @@ class Scores(TypedDict):
 class RingWindow(Window):
     """Base of the windows that end `span` tokens ago at the latest; a subclass says which keys stay in them.
 
-    The state keeps copies of keys and values in the model's dtype: `first` pinned ones, then a ring of `span` with a
-    write position per row. A pinned key stands in its own slot from the start and never in the ring, so the two are
-    disjoint, and it is never handed on. The softmax sees no key that the teacher's own sliding window, if any, hides.
+    The state keeps copies of keys and values in the model's dtype: `first` pinned ones, then a ring of `span + 1` slots
+    in which token n stands at n % (span + 1). One slot more than keys are seen, so that the token that comes and the
+    one that leaves never share a slot: programs that work on the heads of one layer side by side need no order. For the
+    same reason `window_next`, the number n of the next token, is kept once for each head. A pinned key stands in its own
+    slot from the start and never in the ring, so the two are disjoint, and it is never handed on. The softmax sees no
+    key that the teacher's own sliding window, if any, hides.
 
     Args:
         config: see `Config`.
         shape: the layer's numbers.
         size: tokens in the window or block.
-        span: tokens in the ring, the query's own included.
+        span: tokens in the ring that a query may see, its own included.
+
+    Attributes:
+        slots: of the ring, `span + 1`.
     """
 
     SINK_INIT = -10.0
@@ -67,7 +73,8 @@ class RingWindow(Window):
     def __init__(self, config: Config, shape: LayerShape, *, size: int, span: int) -> None:
         super().__init__(config, shape)
         self.size: int = size
-        self.span, self.overlap, self.limit = span, config.overlap, shape.sliding_window
+        self.span, self.slots = span, span + 1
+        self.overlap, self.limit = config.overlap, shape.sliding_window
         # a layer whose own window fits into this one is the teacher without pinned tokens
         self.first = config.first if self.limit is None or size < self.limit else 0
         learned = nn.Parameter(torch.empty(shape.heads)) if config.sinks == "learned" else None
@@ -79,13 +86,29 @@ class RingWindow(Window):
             fill(self.sink_logit, self.SINK_INIT)
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        shape, held = self.shape, self.first + self.span
+        shape, held = self.shape, self.first + self.slots
         return {
             "window_k": torch.zeros(batch, held, shape.kv_heads, shape.key_dim, dtype=dtype, device=device),
             "window_v": torch.zeros(batch, held, shape.kv_heads, shape.value_dim, dtype=dtype, device=device),
             "window_valid": torch.zeros(batch, held, dtype=torch.bool, device=device),
-            "window_next": torch.zeros(batch, dtype=torch.int64, device=device),
+            "window_next": torch.zeros(batch, shape.heads, dtype=torch.int64, device=device),
         }
+
+    def in_order(self, state: State) -> Tensor:
+        """Slots [B, span] of the ring's keys in the state's tensors, oldest first."""
+        place = torch.arange(1, self.slots, device=state["window_next"].device)
+        return self.first + (state["window_next"][:, :1] + place) % self.slots
+
+    def refill(self, state: State, k: Tensor, v: Tensor, valid: Tensor) -> None:
+        """Write pinned and last keys [B, first + span, ...], oldest first, into an emptied ring."""
+        state.write(
+            {
+                "window_k": torch.cat([k, torch.zeros_like(k[:, :1])], 1),
+                "window_v": torch.cat([v, torch.zeros_like(v[:, :1])], 1),
+                "window_valid": torch.cat([valid, torch.zeros_like(valid[:, :1])], 1),
+                "window_next": torch.full_like(state["window_next"], self.span),
+            }
+        )
 
     def stays(self, visible: Tensor, age: Tensor) -> Tensor:
         """Which of the `visible` keys [B, R, S] have not been handed on yet, by the query's turn."""
@@ -106,7 +129,7 @@ class RingWindow(Window):
     def leaving_step(
         self, k: Tensor, v: Tensor, valid: Tensor, oldest: Tensor, position: Tensor | None
     ) -> Handed:
-        """What is handed on before a token takes the place of the ring's oldest; tensors of the ring, [B, span, ...].
+        """What is handed on when a token comes; tensors of the ring, [B, slots, ...], before it is written.
 
         Args:
             oldest: [B] int64, slot of the oldest.
@@ -130,7 +153,7 @@ class RingWindow(Window):
     ) -> tuple[Partial | None, Handed | None]:
         tokens, first, span = q.shape[1], self.first, self.span
         rows = torch.arange(q.shape[0], device=q.device)[:, None]
-        slots = first + (state["window_next"][:, None] + torch.arange(span, device=q.device)) % span
+        slots = self.in_order(state)
         position = self.positions(valid, docs, state)
         ring_valid, pinned = valid, None
         if first:
@@ -155,41 +178,35 @@ class RingWindow(Window):
         handed = Handed(k, v, valid)
         if not self.overlap:
             handed = self.leaving(ring_k, ring_v, ring_valid, ring_docs, position)
-        state.write(
-            {
-                "window_k": kept_k,
-                "window_v": kept_v,
-                "window_valid": kept_valid,
-                "window_next": torch.zeros_like(state["window_next"]),
-            }
-        )
+        self.refill(state, kept_k, kept_v, kept_valid)
         return self._partial(weighted), handed
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State
     ) -> tuple[Partial | None, Handed | None]:
-        first, oldest = self.first, state["window_next"] % self.span
+        first, slot = self.first, state["window_next"][:, 0] % self.slots
         rows = torch.arange(q.shape[0], device=q.device)
         all_k, all_v, all_valid = state["window_k"], state["window_v"], state["window_valid"]
         position = self.positions(valid, torch.zeros_like(valid, dtype=torch.int64), state)
         position = None if position is None else position[:, -1:]
         handed = Handed(k, v, valid)
         if not self.overlap:
+            oldest = (slot + 1) % self.slots
             handed = self.leaving_step(
                 all_k[:, first:], all_v[:, first:], all_valid[:, first:], oldest, position
             )
-        slot = first + oldest
+        age = (slot[:, None] - torch.arange(self.slots, device=q.device)) % self.slots
+        reach = self.reach(position)
+        slot = first + slot
         if first:
             pinned = all_valid[:, :first].sum(1)
-            all_valid[rows, slot] = False
+            all_valid.scatter_(1, slot[:, None], False)
             slot = torch.where(valid[:, 0] & (pinned < first), pinned, slot)
         all_k[rows, slot], all_v[rows, slot] = k[:, 0].to(all_k.dtype), v[:, 0].to(all_v.dtype)
         all_valid[rows, slot] = valid[:, 0]
         state["window_next"].add_(1)
-        visible, reach = all_valid, self.reach(position)
-        if reach is not None:
-            age = (oldest[:, None] - torch.arange(self.span, device=q.device)) % self.span
-            visible = torch.cat([all_valid[:, :first], all_valid[:, first:] & (age < reach)], 1)
+        seen = all_valid[:, first:] & (age < (self.span if reach is None else reach))
+        visible = torch.cat([all_valid[:, :first], seen], 1) if first else seen
         keys, values = all_k.to(q.dtype), all_v.to(q.dtype)
         return self._partial(window_reference(q, keys, values, visible[:, None], **self._scores)), handed
 

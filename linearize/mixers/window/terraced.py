@@ -24,8 +24,9 @@ class TerracedWindow(RingWindow):
     keeps the last `size` keys only, two other functions than the one that was trained. `first`, `sinks` and `overlap`
     are those of `sliding`. In a layer whose teacher slides, no key is seen that the teacher would not see.
 
-    Limitations: the recurrent branch runs over 2 T + size slots in the chunked form, twice those of `sliding`; the
-    one-token form reads one flag back from the device to know whether a block begins.
+    Limitations: the recurrent branch runs over 2 T + size slots in the chunked form, twice those of `sliding`. On a GPU
+    the torch one-token form maps a block's keys at every token, since asking the device whether a block begins would
+    stall it; `window_linear_step` asks on the device.
     """
 
     @dataclass
@@ -37,7 +38,8 @@ class TerracedWindow(RingWindow):
         super().__init__(config, shape, size=config.size, span=2 * config.size)
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        count = torch.zeros(batch, dtype=torch.int64, device=device)
+        # once for each head, as `window_next` is
+        count = torch.zeros(batch, self.shape.heads, dtype=torch.int64, device=device)
         return super().initial(batch, dtype, device) | {"window_position": count}
 
     def stays(self, visible: Tensor, age: Tensor) -> Tensor:
@@ -47,10 +49,10 @@ class TerracedWindow(RingWindow):
         return visible & (age < self._terrace(position)[..., None])
 
     def positions(self, valid: Tensor, docs: Tensor, state: State) -> Tensor:
-        before = state["window_position"][:, None].clone()
+        before = state["window_position"][:, :1].clone()
         ring = before + torch.arange(-self.span, 0, device=valid.device)
         new, count = positions(valid, docs, before[:, 0])
-        state.write({"window_position": count})
+        state.write({"window_position": count[:, None].expand(-1, self.shape.heads)})
         return torch.cat([ring, new.clamp_min(0)], 1)
 
     def reach(self, position: Tensor | None) -> Tensor:
@@ -80,11 +82,11 @@ class TerracedWindow(RingWindow):
     ) -> Handed:
         assert position is not None
         begins = position % self.size == 0
-        if not begins.any():
+        if k.device.type == "cpu" and not torch.compiler.is_compiling() and not begins.any():
             return Handed(k[:, :0], v[:, :0], valid[:, :0], position=position[:, :0])
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
         block = torch.arange(self.size, device=k.device)
-        slots = (oldest[:, None] + block) % self.span
+        slots = (oldest[:, None] + block) % self.slots
         old = position - self.span + block
         return Handed(k[rows, slots], v[rows, slots], valid[rows, slots] & begins, position=old)
 
