@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linearize.kernels import dispatch
 from linearize.kernels.short_conv.reference import last_inputs
 
 
@@ -19,7 +20,41 @@ def short_conv_chunk(
     silu: bool = False,
     residual: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results of `short_conv_reference`."""
+    """Arguments and results of `short_conv_reference`; one stream of `short_conv_streams`, which see.
+
+    Raises:
+        KernelError: Triton is to run what it does not cover.
+    """
+    if dispatch.use_triton(x):
+        from linearize.kernels.short_conv.operator import streams_triton
+
+        biases = None if bias is None else [bias]
+        outputs, finals = streams_triton(
+            [x],
+            [weight],
+            codes=docs,
+            states=[state],
+            biases=biases,
+            silu=silu,
+            residual=residual,
+            return_state=True,
+        )
+        assert finals is not None
+        return outputs[0], finals[0]
+    return chunk_torch(x, weight, docs, state, bias=bias, silu=silu, residual=residual)
+
+
+def chunk_torch(
+    x: Tensor,
+    weight: Tensor,
+    docs: Tensor,
+    state: Tensor,
+    *,
+    bias: Tensor | None = None,
+    silu: bool = False,
+    residual: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The torch form: tensors of one dtype."""
     tokens, taps = x.shape[1], weight.shape[-1]
     inputs = torch.cat([state, x], 1)
     owners = torch.cat([docs.new_zeros(len(docs), taps - 1), docs], 1)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linearize.kernels import dispatch
+
 
 def short_conv_step(
     x: Tensor,
@@ -26,7 +28,29 @@ def short_conv_step(
 
     Returns:
         [B, H, D].
+
+    Raises:
+        KernelError: Triton is to run what it does not cover.
     """
+    if dispatch.use_triton(x):
+        from linearize.kernels.short_conv.operator import covered, step
+
+        biases = None if bias is None else [bias]
+        covered([x], [weight], [state], biases)
+        return step([x], [weight], biases or [], [state], None, silu, residual)[0]
+    return step_torch(x, weight, state, bias=bias, silu=silu, residual=residual)
+
+
+def step_torch(
+    x: Tensor,
+    weight: Tensor,
+    state: Tensor,
+    *,
+    bias: Tensor | None = None,
+    silu: bool = False,
+    residual: bool = False,
+) -> Tensor:
+    """The torch form."""
     inputs = torch.cat([state, x[:, None]], 1)
     y = torch.einsum("bwhd,hdw->bhd", inputs, weight)
     state.copy_(inputs[:, 1:])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from linearize.kernels.short_conv import short_conv_chunk, short_conv_reference, short_conv_step
+from linearize.kernels.short_conv import short_conv_reference, short_conv_step_streams, short_conv_streams
 from linearize.mixers.base import LayerShape, Part, fill
 from linearize.mixers.options import at_least, choice_problems
 from linearize.mixers.short_conv import SHORT_CONVS, ShortConv
@@ -71,22 +71,32 @@ class Depthwise(ShortConv):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor, docs: Tensor, state: State | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        seen = valid[..., None, None].to(q.dtype)
         streams = {"q": q, "k": k, "v": v}
-        for role, weight in self.filters.items():
-            if not streams[role].shape[-1]:
-                continue  # values of no width ask for the mixer's weights: what filters the values is no part of them
-            streams[role] = self._filter(role, streams[role] * seen, weight.to(q.dtype), docs, state)
-        return streams["q"], streams["k"], streams["v"]
-
-    def _filter(self, role: str, x: Tensor, weight: Tensor, docs: Tensor, state: State | None) -> Tensor:
+        # values of no width ask for the mixer's weights: what filters the values is no part of them
+        roles = [role for role in self.filters if streams[role].shape[-1]]
+        inputs, weights = [streams[role] for role in roles], [self.filters[role] for role in roles]
         silu = self.config.activation == "silu"
         if state is None:
-            empty = x.new_zeros(x.shape[0], self.config.taps - 1, *x.shape[2:])
-            return short_conv_reference(x, weight, docs, empty, silu=silu)[0]
-        past = state[f"conv_{role}"]
-        if x.shape[1] == 1 and not torch.is_grad_enabled():
-            return short_conv_step(x[:, 0], weight, past, silu=silu)[:, None]
-        y, last = short_conv_chunk(x, weight, docs, past.to(x.dtype), silu=silu)
-        state.write({f"conv_{role}": last})
-        return y
+            outputs = [_defined(x, w, valid, docs, silu) for x, w in zip(inputs, weights, strict=True)]
+        else:
+            past = [state[f"conv_{role}"] for role in roles]
+            if q.shape[1] == 1 and not torch.is_grad_enabled():
+                tokens = [x[:, 0] for x in inputs]
+                made = short_conv_step_streams(tokens, weights, past, valid=valid[:, 0], silu=silu)
+                outputs = [y[:, None] for y in made]
+            else:
+                codes = torch.where(valid, docs, -1 - docs)
+                outputs, last = short_conv_streams(
+                    inputs, weights, codes=codes, states=past, silu=silu, return_state=True
+                )
+                assert last is not None
+                state.write({f"conv_{role}": x for role, x in zip(roles, last, strict=True)})
+        streams |= dict(zip(roles, outputs, strict=True))
+        return streams["q"], streams["k"], streams["v"]
+
+
+def _defined(x: Tensor, weight: Tensor, valid: Tensor, docs: Tensor, silu: bool) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    seen = x.to(wide) * valid[..., None, None].to(wide)
+    empty = seen.new_zeros(x.shape[0], weight.shape[-1] - 1, *x.shape[2:])
+    return short_conv_reference(seen, weight.to(wide), docs, empty, silu=silu)[0].to(x.dtype)

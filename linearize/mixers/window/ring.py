@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from linearize.kernels.window import add_sink, merge, window_chunk, window_pinned, window_reference
 from linearize.kernels.window.reference import Weighted
+from linearize.kernels.window_linear.recurrent import Ring
 from linearize.mixers.base import LayerShape, Part, Partial, fill
 from linearize.mixers.state import State
 from linearize.mixers.window import Window
@@ -93,6 +94,12 @@ class RingWindow(Window):
             "window_valid": torch.zeros(batch, held, dtype=torch.bool, device=device),
             "window_next": torch.zeros(batch, shape.heads, dtype=torch.int64, device=device),
         }
+
+    def ring(self, state: State) -> Ring:
+        """The state's tensors as `window_linear_step` takes them; only without pinned tokens."""
+        assert not self.first, "pinned tokens stand outside the ring"
+        held = (state[f"window_{name}"] for name in ("k", "v", "valid", "next"))
+        return Ring(*held, limit=min(self.limit or self.span, self.span))
 
     def in_order(self, state: State) -> Tensor:
         """Slots [B, span] of the ring's keys in the state's tensors, oldest first."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from linearize.kernels.window_linear.recurrent import Ring
 from linearize.mixers.base import LayerShape, positions
 from linearize.mixers.state import State
 from linearize.mixers.window import WINDOWS
@@ -41,6 +42,9 @@ class TerracedWindow(RingWindow):
         # once for each head, as `window_next` is
         count = torch.zeros(batch, self.shape.heads, dtype=torch.int64, device=device)
         return super().initial(batch, dtype, device) | {"window_position": count}
+
+    def ring(self, state: State) -> Ring:
+        return replace(super().ring(state), position=state["window_position"], block=self.size)
 
     def stays(self, visible: Tensor, age: Tensor) -> Tensor:
         own = age[:, :1]  # of the text's first token: the query's place in the text

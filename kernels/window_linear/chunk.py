@@ -1,0 +1,152 @@
+"""Window softmax and learned linear attention under one normalizer, in O(T) memory: the operator of a LoLCATs layer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linearize.kernels import dispatch
+from linearize.kernels.linear import linear_chunk
+from linearize.kernels.window.reference import softmax_scores
+from linearize.kernels.window_linear.reference import Layer, Weights, blended, divide, document, hedgehog
+
+State = tuple[Tensor, Tensor]
+"""Sums [B, M, 2 f, V] and norms [B, M, 2 f], float32 or wider."""
+
+
+def window_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_map: Tensor | None,
+    key_map: Tensor | None,
+    *,
+    window: int,
+    scaling: float,
+    window_weight: Tensor | None = None,
+    linear_weight: Tensor | None = None,
+    sink: Tensor | None = None,
+    codes: Tensor | None = None,
+    reach: Tensor | None = None,
+    least: int | None = None,
+    prefix: int = 0,
+    state: State | None = None,
+    return_state: bool = False,
+) -> tuple[Tensor, State | None]:
+    """o_t = sum_j w_tj v_j / sum_j w_tj over the keys j <= t of the query's own document.
+
+    The last `window` keys have w = b exp(scaling q.k - m), m the largest of these scores, and a sink adds b exp(sink - m)
+    to the sum of weights. Every older key has w = a phi(q).phi(k) with Hedgehog's phi(x) = [softmax(x W), softmax(-x W)]
+    (LoLCATs, Zhang et al. 2024, arXiv 2410.10254, eq. 7, app. A). What is decided here:
+
+    - The past is not divided by exp(m): m is part of LoLCATs' function, which is therefore not invariant to a shift of
+      the scores. Nothing overflows, since the largest weight of the window is b and phi.phi lies in (0, 2].
+    - The gradient goes through m, as in LoLCATs: dropping it changes dq and dk by half of their size.
+    - Norms and states are float32. Features below 1e-12 are not raised to it as the module form does.
+    - Triton: states between chunks of 64 are one kernel, each chunk's output another; backward mirrors them (states of
+      the queries ahead, one kernel for dq, one for dk and dv). Where rows and heads are few, the scan over chunks is
+      cut into segments. Nothing is repeated for grouped heads, and no document boundary is read back to the host.
+
+    Args:
+        q: [B, T, H, K].
+        k, v: [B, P + T, N, K or V], N dividing H; P = `prefix` keys come before the first query (a carried window).
+        query_map, key_map: W, [H, K, f] and [M, K, f], M = H or N. Both None: the window alone.
+        window: tokens that the softmax sees, the own included; 0 for linear attention alone (no `window_weight`).
+        scaling: factor on q.k in the window.
+        window_weight, linear_weight: b and a, [H]; one by default.
+        sink: [H].
+        codes: [B, P + T] int32, document number d of each token, non-decreasing along a row, or -1 - d where it is
+            padding, which no query sees. Carried keys and a carried state belong to document 0. None: one document.
+        reach: [B, T] int32, tokens that each query's window sees, `least` to `window`; `window` by default.
+        prefix: P, at most `window`.
+        state: carried sums and norms of everything before the prefix; takes no gradient.
+        return_state: also give the state behind the last query: every key of its document that its window does not see.
+
+    Returns:
+        o [B, T, H, V] in the dtype of v, and the new state or None.
+
+    Raises:
+        KernelError: Triton is to run what it does not cover.
+    """
+    least = window if least is None else least
+    assert (query_map is None) == (key_map is None), "one feature map without the other"
+    assert 0 <= prefix <= window and least <= window, "a prefix longer than the window"
+    layer = Layer(window, least, scaling, prefix)
+    weights = Weights(query_map, key_map, window_weight, linear_weight, sink)
+    if dispatch.use_triton(q, k, v):
+        from linearize.kernels.window_linear.operator import window_linear_triton
+
+        return window_linear_triton(q, k, v, weights, layer, codes, reach, state, return_state)
+    return _torch(q, k, v, weights, layer, codes, reach, state, return_state)
+
+
+def _torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Weights,
+    layer: Layer,
+    codes: Tensor | None,
+    reach: Tensor | None,
+    state: State | None,
+    return_state: bool,
+    chunk: int = 64,
+) -> tuple[Tensor, State | None]:
+    """Blocks of queries against the keys of their window, and what is behind it by lagged linear attention."""
+    batch, tokens, heads, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dtype, (q, k, v) = v.dtype, (x.to(wide) for x in (q, k, v))
+    if codes is None:
+        codes = torch.zeros(batch, k.shape[1], dtype=torch.int32, device=q.device)
+    if reach is None:
+        reach = torch.full((batch, tokens), layer.window, dtype=torch.int32, device=q.device)
+    span = layer.window
+    # `span` keys in front of the first query; those that were not carried belong to nobody
+    missing = span - layer.prefix
+    k, v = (F.pad(x, (0, 0, 0, 0, missing, 0)) for x in (k, v))
+    codes = F.pad(codes, (missing, 0), value=-1)
+    chunk = max(1, min(chunk, tokens))
+    extra = -tokens % chunk
+    blocks = (tokens + extra) // chunk
+    q_cut = F.pad(q, (0, 0, 0, 0, 0, extra)).unflatten(1, (blocks, chunk))
+    k_cut, v_cut = (F.pad(x, (0, 0, 0, 0, 0, extra)).unfold(1, span + chunk, chunk).movedim(-1, 2) for x in (k, v))
+    code_cut = F.pad(codes, (0, extra), value=-1).unfold(1, span + chunk, chunk)
+    reach_cut = F.pad(reach, (0, extra)).unflatten(1, (blocks, chunk))
+    owner = document(code_cut[:, :, span:])
+    order = torch.arange(span + chunk, device=q.device)
+    age = order[span:, None] - order
+    visible = (age >= 0) & (code_cut[:, :, None] == owner[..., None])
+    near, far = (visible & mask for mask in (age < reach_cut[..., None], age >= reach_cut[..., None]))
+    scores = softmax_scores(q_cut, k_cut, layer.scaling, None)
+    if weights.query_map is None or weights.key_map is None:
+        out = divide(*blended(scores, None, near[:, :, None], far[:, :, None], v_cut, weights))
+        return out.flatten(1, 2)[:, :tokens].to(dtype), None
+    phi_q, phi_k = hedgehog(q, weights.query_map), hedgehog(k, weights.key_map)
+    state_heads = phi_k.shape[2]
+    if state is None:
+        size = (batch, state_heads, phi_k.shape[-1])
+        state = (phi_k.new_zeros(*size, v.shape[-1]), phi_k.new_zeros(size))
+    # every key that has been the window's oldest once is behind all later queries
+    value_of = v if state_heads == v.shape[2] else v.repeat_interleave(state_heads // v.shape[2], 2)
+    docs = document(codes[:, span:]).to(torch.int64)
+    behind = phi_k[:, :tokens] * (codes[:, :tokens] == docs)[..., None, None].to(wide)
+    far_far = far & (age < span)
+    phi_q_cut = F.pad(phi_q, (0, 0, 0, 0, 0, extra)).unflatten(1, (blocks, chunk))
+    phi_k_cut = F.pad(phi_k, (0, 0, 0, 0, 0, extra)).unfold(1, span + chunk, chunk).movedim(-1, 2)
+    grouped = phi_k_cut.repeat_interleave(heads // state_heads, 3)
+    products = torch.einsum("bcthf,bcshf->bchts", phi_q_cut, grouped)
+    numerator, denominator = blended(scores, products, near[:, :, None], far_far[:, :, None], v_cut, weights)
+    numerator, denominator = (x.flatten(1, 2)[:, :tokens] for x in (numerator, denominator))
+    reader = phi_q if weights.linear_weight is None else phi_q * weights.linear_weight.to(wide)[:, None]
+    past, past_sum, state = linear_chunk(reader, behind, value_of[:, :tokens], docs, state, chunk=chunk)
+    out = divide(numerator + past, denominator + past_sum).to(dtype)
+    if not return_state:
+        return out, None
+    # keys that only the longest window could see, but the last query's does not
+    last_codes, last_doc = codes[:, tokens:], docs[:, -1:]
+    place = torch.arange(span, device=q.device)
+    left = (span - place > reach[:, -1:]) & (last_codes == last_doc)
+    added = phi_k[:, tokens:] * left[..., None, None].to(wide)
+    sums = state[0] + torch.einsum("bsmf,bsmv->bmfv", added, value_of[:, tokens:])
+    return out, (sums, state[1] + added.sum(1))

@@ -1,0 +1,214 @@
+"""The launches of window_linear, forward and backward, in order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from linearize.kernels.launch import launch
+from linearize.kernels.window_linear.plan import CHUNK, Plan, config, processors
+from linearize.kernels.window_linear.triton_backward import (
+    key_gradient_kernel,
+    map_gradient_kernel,
+    query_gradient_kernel,
+)
+from linearize.kernels.window_linear.triton_forward import output_kernel
+from linearize.kernels.window_linear.triton_states import carry_kernel, key_states_kernel, query_states_kernel
+
+Some = tuple[Tensor | None, ...]
+
+
+def launch_forward(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, maps: Some, factors: Some, masks: Some, carried: Some
+) -> list[Tensor]:
+    """Key states, their carries, outputs; the result is `Plan.outputs`, filled."""
+    outputs = plan.outputs(q)
+    out, maximum, inverse, final, final_norm, states, norms, carries, carry_norms = outputs
+    query_map, key_map = maps
+    weight, factor, sink = factors
+    codes, reach = masks
+    if plan.has_past:
+        assert key_map is not None
+        start, start_norm = carried
+        totals, total_norms = final, final_norm
+        if plan.segments > 1:
+            totals = torch.empty_like(carries, dtype=torch.float32)
+            total_norms = torch.empty_like(carry_norms)
+        if not plan.chunks:
+            final.copy_(torch.zeros_like(final) if start is None else start)
+            final_norm.copy_(torch.zeros_like(final_norm) if start_norm is None else start_norm)
+        made = config("key_states", plan)
+        launch(
+            key_states_kernel,
+            (plan.value_dim // made.values, plan.batch * plan.state_heads * plan.segments * (plan.chunks > 0)),
+            k=k, v=v, weight=key_map, codes=codes, reach=reach, start=start, start_norm=start_norm,
+            states=states, norms=norms, totals=totals, total_norms=total_norms,
+            key_tokens=plan.key_tokens, tokens=plan.tokens, base=plan.base, chunks=plan.chunks,
+            per_segment=plan.per_segment, limit=plan.key_tokens - plan.window,
+            last_tile=plan.last_tile if plan.return_state else plan.chunks, segments=plan.segments,
+            kv_heads=plan.kv_heads, state_heads=plan.state_heads, BV=made.values, **_sizes(plan),
+            HAS_CODES=codes is not None, HAS_REACH=reach is not None, HAS_START=start is not None,
+            HAS_TOTALS=plan.return_state or plan.segments > 1, PRECISION=plan.precision,
+            num_warps=made.warps, num_stages=made.stages,
+        )  # fmt: skip
+        if plan.segments > 1:
+            for total, carry, last in ((totals, carries, final), (total_norms, carry_norms, final_norm)):
+                _carry(plan, total, carry, last if plan.return_state else None, codes, reverse=False)
+    made = config("output", plan)
+    launch(
+        output_kernel,
+        (plan.chunks * (plan.value_dim // made.values), plan.batch * plan.heads),
+        q=q, k=k, v=v, query_map=query_map, key_map=key_map, weight=weight, factor=factor, sink=sink, codes=codes,
+        reach=reach, states=states, norms=norms, carries=carries, carry_norms=carry_norms,
+        out=out, maximum=maximum, inverse=inverse, **_geometry(plan),
+        heads=plan.heads, kv_heads=plan.kv_heads, state_heads=plan.state_heads, BV=made.values, **_sizes(plan),
+        HAS_SINK=sink is not None, HAS_CARRY=plan.segments > 1, **_flags(plan, weight, factor, codes, reach),
+        num_warps=made.warps, num_stages=made.stages,
+    )  # fmt: skip
+    return outputs
+
+
+def launch_backward(
+    plan: Plan, do: Tensor, q: Tensor, k: Tensor, v: Tensor, maps: Some, factors: Some, masks: Some,
+    saved: list[Tensor], train_maps: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Queries' side, query states and their carries, keys' side, maps."""
+    out, maximum, inverse, states, norms, carries, carry_norms = saved
+    query_map, key_map = maps
+    weight, factor, sink = factors
+    codes, reach = masks
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    rows = (plan.batch, plan.tokens, plan.heads)
+    delta, balance, share_gradient, dsink = (q.new_empty(rows, dtype=torch.float32) for _ in range(4))
+    place_of_top = q.new_empty(rows, dtype=torch.int32)
+    trains = train_maps and plan.has_past
+    query_dy = q.new_empty(*rows, plan.map_dim) if trains else None
+    key_dy = q.new_empty(plan.batch, plan.key_tokens, plan.heads, plan.map_dim) if trains else None
+    flags = _flags(plan, weight, factor, codes, reach)
+    both = plan.has_past and plan.window > 0
+    made = config("query_gradient", plan)
+    launch(
+        query_gradient_kernel, (plan.chunks, plan.batch * plan.heads),
+        q=q, k=k, v=v, out=out, do=do, query_map=query_map, key_map=key_map, weight=weight, factor=factor, sink=sink,
+        codes=codes, reach=reach, states=states, norms=norms, carries=carries, carry_norms=carry_norms,
+        maximum=maximum, inverse=inverse, dq=dq, dy=query_dy, delta=delta, balance=balance,
+        share_gradient=share_gradient, place_of_top=place_of_top, dsink=dsink, **_geometry(plan),
+        heads=plan.heads, kv_heads=plan.kv_heads, state_heads=plan.state_heads, **_sizes(plan), HAS_SINK=sink is not None,
+        HAS_CARRY=plan.segments > 1, TRAIN_MAPS=trains, **flags, num_warps=made.warps, num_stages=made.stages,
+    )  # fmt: skip
+    if plan.has_past:
+        states, norms = torch.empty_like(states), torch.empty_like(norms)
+        carries, carry_norms = torch.empty_like(carries), torch.empty_like(carry_norms)
+        totals, total_norms = torch.empty_like(carries, dtype=torch.float32), torch.empty_like(carry_norms)
+        made = config("query_states", plan)
+        launch(
+            query_states_kernel,
+            (plan.value_dim // made.values, plan.batch * plan.state_heads * plan.segments * (plan.chunks > 0)),
+            q=q, do=do, inverse=inverse, delta=delta, weight=query_map, factor=factor, codes=codes,
+            states=states, norms=norms, totals=totals, total_norms=total_norms,
+            key_tokens=plan.key_tokens, tokens=plan.tokens, prefix=plan.prefix, chunks=plan.chunks,
+            per_segment=plan.per_segment, segments=plan.segments,
+            heads=plan.heads, state_heads=plan.state_heads, BV=made.values, **_sizes(plan),
+            HAS_FACTOR=factor is not None, HAS_CODES=codes is not None, HAS_TOTALS=plan.segments > 1,
+            PRECISION=plan.precision, num_warps=made.warps, num_stages=made.stages,
+        )  # fmt: skip
+        if plan.segments > 1:
+            for total, carry in ((totals, carries), (total_norms, carry_norms)):
+                _carry(plan, total, carry, None, codes, reverse=True)
+    first = -plan.base // CHUNK
+    tiles = plan.chunks + plan.lag - first
+    made = config("key_gradient", plan)
+    split = both and plan.value_dim * plan.key_dim > 64 * 64
+    parts = [(True, False, False), (False, True, True)] if split else [(plan.window > 0, plan.has_past, False)]
+    single = (torch.float32,) if split else (q.dtype,)
+    for_k, for_v = (torch.empty_like(x, dtype=single[0]) for x in (dk, dv)) if split else (dk, dv)
+    for do_window, do_linear, add in parts:
+        launch(
+            key_gradient_kernel, (tiles, plan.batch * plan.kv_heads),
+            q=q, k=k, v=v, do=do, query_map=query_map, key_map=key_map, weight=weight, factor=factor, codes=codes,
+            reach=reach, states=states, norms=norms, carries=carries, carry_norms=carry_norms, maximum=maximum,
+            inverse=inverse, delta=delta, balance=balance, place_of_top=place_of_top, dk=for_k, dv=for_v, dy=key_dy,
+            first=first, **_geometry(plan),
+            heads=plan.heads, kv_heads=plan.kv_heads, state_heads=plan.state_heads, **_sizes(plan),
+            HAS_CARRY=plan.segments > 1, TRAIN_MAPS=trains, DO_WINDOW=do_window, DO_LINEAR=do_linear, ADD=add, **flags,
+            num_warps=made.warps, num_stages=made.stages,
+        )  # fmt: skip
+    if split:
+        dk.copy_(for_k)
+        dv.copy_(for_v)
+    found = [x.zero_() for x in plan.gradients(q, train_maps)]
+    if query_dy is not None and key_dy is not None:
+        found[0] = _map_gradient(plan, q, query_dy)
+        per_head = _map_gradient(plan, k, key_dy)
+        found[1] = per_head.unflatten(0, (plan.state_heads, -1)).sum(1)
+    if both:
+        sums = share_gradient.sum((0, 1))
+        found[2] = found[2] if weight is None else sums / weight
+        found[3] = found[3] if factor is None else -sums / factor
+    if sink is not None:
+        found[4] = dsink.sum((0, 1))
+    return [dq, dk, dv, *found]
+
+
+def _carry(
+    plan: Plan, totals: Tensor, carries: Tensor, final: Tensor | None, codes: Tensor | None, *, reverse: bool
+) -> None:
+    size = totals[0, 0, 0].numel()
+    block = min(1024, 1 << (size - 1).bit_length())
+    launch(
+        carry_kernel, (-(-size // block), plan.batch * plan.state_heads),
+        totals=totals, carries=carries, final=final, codes=codes, key_tokens=plan.key_tokens,
+        origin=plan.prefix if reverse else plan.base, span=plan.per_segment * CHUNK, segments=plan.segments,
+        state_heads=plan.state_heads, size=size, REVERSE=reverse, HAS_CODES=codes is not None,
+        HAS_FINAL=final is not None, BLOCK=block, num_warps=4, num_stages=1,
+    )  # fmt: skip
+
+
+def _map_gradient(plan: Plan, x: Tensor, dy: Tensor) -> Tensor:
+    """sum over tokens of x^T dy, [H, K, f] float32; shares of the tokens side by side, added in a fixed order."""
+    count = x.shape[0] * x.shape[1]
+    splits = max(1, min(2 * processors(x.device) // plan.heads, count // 256))
+    per_split = -(-count // splits // CHUNK) * CHUNK
+    splits = -(-count // per_split)
+    parts = x.new_empty(splits, plan.heads, plan.key_dim, plan.map_dim, dtype=torch.float32)
+    made = config("map_gradient", plan)
+    launch(
+        map_gradient_kernel, (splits, plan.heads), x=x, dy=dy, out=parts, count=count, per_split=per_split, splits=splits,
+        x_heads=x.shape[2], heads=plan.heads, K=plan.key_dim, F=plan.map_dim, C=CHUNK, PRECISION=plan.precision,
+        num_warps=made.warps, num_stages=made.stages,
+    )  # fmt: skip
+    return parts.sum(0)
+
+
+def _sizes(plan: Plan) -> dict[str, int]:
+    return {"K": plan.key_dim, "V": plan.value_dim, "F": plan.map_dim, "C": CHUNK}
+
+
+def _geometry(plan: Plan) -> dict[str, int | float]:
+    return {
+        "tokens": plan.tokens,
+        "key_tokens": plan.key_tokens,
+        "prefix": plan.prefix,
+        "base": plan.base,
+        "chunks": plan.chunks,
+        "window": plan.window,
+        "per_segment": plan.per_segment,
+        "segments": plan.segments,
+        "scale": plan.scaling,
+    }
+
+
+def _flags(
+    plan: Plan, weight: Tensor | None, factor: Tensor | None, codes: Tensor | None, reach: Tensor | None
+) -> dict[str, int | bool | str]:
+    return {
+        "TILES": plan.lag + 1,
+        "LINEAR_TILES": plan.linear_tiles,
+        "HAS_WINDOW": plan.window > 0,
+        "HAS_LINEAR": plan.has_past,
+        "HAS_FACTOR": factor is not None,
+        "HAS_CODES": codes is not None,
+        "HAS_REACH": reach is not None,
+        "WIDE": plan.wide,
+        "PRECISION": plan.precision,
+    }

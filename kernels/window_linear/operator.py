@@ -1,0 +1,173 @@
+"""window_linear as torch custom operators over the Triton kernels: shapes checked, kernels launched, gradients wired."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linearize.kernels import dispatch
+from linearize.kernels.window_linear.plan import Plan, make_plan
+from linearize.kernels.window_linear.reference import Layer, Weights
+
+Numbers = list[float]
+"""window, least, prefix, return_state, segments (0: as many as the device wants), scaling: what is no tensor."""
+
+
+def window_linear_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Weights,
+    layer: Layer,
+    codes: Tensor | None,
+    reach: Tensor | None,
+    state: tuple[Tensor, Tensor] | None,
+    return_state: bool,
+    segments: int = 0,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """See `chunk.window_linear`.
+
+    Head dims that are no power of two are filled up with zeros, which changes no product.
+
+    Args:
+        segments: into how many pieces the scan over chunks is cut; 0: as the device's size asks for.
+    """
+    covered(q, k, v, weights, layer, state)
+    value_dim = v.shape[-1]
+    query_map, key_map = weights.query_map, weights.key_map
+    k_extra, v_extra = (_extra(x.shape[-1]) for x in (k, v))
+    if k_extra:
+        q, k = F.pad(q, (0, k_extra)), F.pad(k, (0, k_extra))
+        if query_map is not None and key_map is not None:
+            query_map, key_map = F.pad(query_map, (0, 0, 0, k_extra)), F.pad(key_map, (0, 0, 0, k_extra))
+    if v_extra:
+        v = F.pad(v, (0, v_extra))
+        state = None if state is None else (F.pad(state[0], (0, v_extra)), state[1])
+    start, start_norm = (None, None) if state is None else (state[0].float(), state[1].float())
+    numbers = [layer.window, layer.least, layer.prefix, return_state, segments, layer.scaling]
+    has_past = query_map is not None
+    window_weight = weights.window_weight if has_past and layer.window else None
+    if window_weight is None and has_past and layer.window:
+        window_weight = torch.ones(q.shape[2], device=q.device)
+    out, _, _, sums, norms, *_ = forward(
+        q, k, v, query_map, key_map, window_weight, weights.linear_weight if has_past else None,
+        weights.sink, codes, reach, start, start_norm, [float(x) for x in numbers],
+    )  # fmt: skip
+    out = out[..., :value_dim] if v_extra else out
+    if not return_state or not has_past:
+        return out, None
+    return out, (sums[..., :value_dim] if v_extra else sums, norms)
+
+
+def covered(
+    q: Tensor, k: Tensor, v: Tensor, weights: Weights, layer: Layer, state: tuple[Tensor, Tensor] | None
+) -> None:
+    """Refuse what the kernels do not cover.
+
+    Raises:
+        KernelError: with every rule that is broken.
+    """
+    f = 64 if weights.key_map is None else weights.key_map.shape[-1]
+    heads, kv_heads = q.shape[2], k.shape[2]
+    kinds = (torch.float32, torch.float16, torch.bfloat16)
+    state_heads = heads if weights.key_map is None else weights.key_map.shape[0]
+    dispatch.require(
+        "window_linear",
+        dtype=(q.dtype in kinds and q.dtype == k.dtype == v.dtype, f"{q.dtype}, {k.dtype}, {v.dtype}: one of {kinds}"),
+        key_dim=(k.shape[-1] <= 256, f"{k.shape[-1]} must be at most 256"),
+        value_dim=(v.shape[-1] <= 256, f"{v.shape[-1]} must be at most 256"),
+        map_dim=(16 <= f <= 128 and f & (f - 1) == 0, f"{f} must be 16, 32, 64 or 128"),
+        heads=(heads % kv_heads == 0, f"{heads} must be a multiple of {kv_heads} key-value heads"),
+        key_maps=(state_heads in (heads, kv_heads), f"{state_heads} must be {heads} or {kv_heads}"),
+        state=(
+            state is None or not (state[0].requires_grad or state[1].requires_grad),
+            "a carried state takes no gradient: detach it",
+        ),
+        window=(layer.window > 0 or weights.key_map is not None, "0 without feature maps leaves nothing to see"),
+    )
+
+
+def _extra(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length()) - width
+
+
+@torch.library.custom_op("linearize::window_linear", mutates_args=())
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, query_map: Tensor | None, key_map: Tensor | None,
+    window_weight: Tensor | None, linear_weight: Tensor | None, sink: Tensor | None,
+    codes: Tensor | None, reach: Tensor | None, start: Tensor | None, start_norm: Tensor | None,
+    numbers: list[float],
+) -> list[Tensor]:  # fmt: skip
+    """out, row maximum, 1 / denominator, final sums and norms, and what backward reuses: states, norms and carries."""
+    from linearize.kernels.window_linear.launches import launch_forward
+
+    plan = make_plan(q, k, v, query_map, key_map, numbers)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    maps = tuple(None if x is None else x.to(q.dtype).contiguous() for x in (query_map, key_map))
+    factors = tuple(None if x is None else x.float().contiguous() for x in (window_weight, linear_weight, sink))
+    masks = tuple(None if x is None else x.to(torch.int32).contiguous() for x in (codes, reach))
+    carried = tuple(None if x is None else x.contiguous() for x in (start, start_norm))
+    return launch_forward(plan, q, k, v, maps, factors, masks, carried)
+
+
+@forward.register_fake
+def _(q, k, v, query_map, key_map, window_weight, linear_weight, sink, codes, reach, start, start_norm, numbers):
+    plan = make_plan(q, k, v, query_map, key_map, numbers)
+    return plan.outputs(q)
+
+
+@torch.library.custom_op("linearize::window_linear_backward", mutates_args=())
+def backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, query_map: Tensor | None, key_map: Tensor | None,
+    window_weight: Tensor | None, linear_weight: Tensor | None, sink: Tensor | None,
+    codes: Tensor | None, reach: Tensor | None, saved: list[Tensor], train_maps: bool, numbers: list[float],
+) -> list[Tensor]:  # fmt: skip
+    """dq, dk, dv, and float32 gradients of the maps [H, K, f] twice and of the three factors [H]."""
+    from linearize.kernels.window_linear.launches import launch_backward
+
+    plan = make_plan(q, k, v, query_map, key_map, numbers)
+    do, q, k, v = (x.contiguous() for x in (do, q, k, v))
+    maps = tuple(None if x is None else x.to(q.dtype).contiguous() for x in (query_map, key_map))
+    factors = tuple(None if x is None else x.float().contiguous() for x in (window_weight, linear_weight, sink))
+    masks = tuple(None if x is None else x.to(torch.int32).contiguous() for x in (codes, reach))
+    return launch_backward(plan, do, q, k, v, maps, factors, masks, saved, train_maps)
+
+
+@backward.register_fake
+def _(do, q, k, v, query_map, key_map, window_weight, linear_weight, sink, codes, reach, saved, train_maps, numbers):
+    plan = make_plan(q, k, v, query_map, key_map, numbers)
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)] + plan.gradients(q, train_maps)
+
+
+def _setup(ctx, inputs, output) -> None:
+    *tensors, codes, reach, _, _, numbers = inputs
+    out, maximum, inverse, _, _, states, norms, carries, carry_norms = output
+    ctx.numbers = numbers
+    ctx.save_for_backward(*tensors, codes, reach, out, maximum, inverse, states, norms, carries, carry_norms)
+
+
+def _backward(ctx, grads):
+    q, k, v, query_map, key_map, window_weight, linear_weight, sink, codes, reach, *saved = ctx.saved_tensors
+    train_maps = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    found = backward(
+        grads[0], q, k, v, query_map, key_map, window_weight, linear_weight, sink, codes, reach, saved, train_maps,
+        ctx.numbers,
+    )  # fmt: skip
+    dq, dk, dv, for_query_map, for_key_map, for_weight, for_factor, for_sink = found
+
+    def kept(gradient: Tensor, parameter: Tensor | None, needed: bool) -> Tensor | None:
+        return gradient.to(parameter.dtype) if parameter is not None and needed else None
+
+    needs = ctx.needs_input_grad
+    return (
+        dq, dk, dv, kept(for_query_map, query_map, needs[3]), kept(for_key_map, key_map, needs[4]),
+        kept(for_weight, window_weight, needs[5]), kept(for_factor, linear_weight, needs[6]),
+        kept(for_sink, sink, needs[7]), None, None, None, None, None,
+    )  # fmt: skip
+
+
+forward.register_autograd(_backward, setup_context=_setup)
+
+
+__all__ = ["Plan", "covered", "window_linear_triton"]

@@ -1,0 +1,189 @@
+"""Sizes, tiles, segments and configurations of one call of window_linear's Triton kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from linearize.kernels import dispatch
+
+CHUNK = 64
+"""Tokens in a chunk: one tile of every product."""
+WAVES = 2
+"""Programs to a multiprocessor that a scan over chunks should have."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is compiled.
+
+    Attributes:
+        values: columns of the values in one program.
+        warps, stages: num_warps and num_stages.
+    """
+
+    values: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the launches need to know beside the tensors.
+
+    Attributes:
+        batch, tokens, key_tokens, heads, kv_heads, state_heads, key_dim, value_dim, map_dim: sizes.
+        window, least, prefix, scaling: see `Layer`.
+        return_state: whether the final state is wanted.
+        has_past: whether there are feature maps.
+        chunks: chunks of queries.
+        lag: chunks between a query's own tile and the oldest one that it sees key by key.
+        linear_tiles: how many of its tiles, the oldest first, can hold keys behind the window.
+        segments, per_segment: pieces of the scan over chunks, and chunks in each.
+    """
+
+    batch: int
+    tokens: int
+    key_tokens: int
+    heads: int
+    kv_heads: int
+    state_heads: int
+    key_dim: int
+    value_dim: int
+    map_dim: int
+    window: int
+    least: int
+    prefix: int
+    scaling: float
+    return_state: bool
+    has_past: bool
+    chunks: int
+    lag: int
+    linear_tiles: int
+    segments: int
+    per_segment: int
+    wide: bool
+    precision: str
+
+    @property
+    def base(self) -> int:
+        """First key of tile 0, at most zero."""
+        return self.prefix - self.lag * CHUNK
+
+    @property
+    def last_tile(self) -> int:
+        """Tiles that hold keys behind the last query's window."""
+        return max(self.chunks, -(-(self.key_tokens - self.least - self.base) // CHUNK))
+
+    def state_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of the states between chunks; sums of float16 would overflow."""
+        return dtype if dtype == torch.bfloat16 else torch.float32
+
+    def outputs(self, q: Tensor) -> list[Tensor]:
+        """Empty tensors for what the forward operator gives."""
+        rows = (self.batch, self.tokens, self.heads)
+        single = torch.float32
+        made = [
+            q.new_empty(*rows, self.value_dim),
+            q.new_empty(rows, dtype=single),
+            q.new_empty(rows, dtype=single),
+        ]
+        size = (self.batch, self.state_heads)
+        final = self.return_state and self.has_past
+        width = 2 * self.map_dim
+        made.append(q.new_empty((*size, width, self.value_dim) if final else (0,), dtype=single))
+        made.append(q.new_empty((*size, width) if final else (0,), dtype=single))
+        chunks, pieces = self.chunks if self.has_past else 0, self.segments if self._carries else 0
+        made.append(q.new_empty(*size, chunks, width, self.value_dim, dtype=self.state_dtype(q.dtype)))
+        made.append(q.new_empty(*size, chunks, width, dtype=single))
+        made.append(q.new_empty(*size, pieces, width, self.value_dim, dtype=self.state_dtype(q.dtype)))
+        made.append(q.new_empty(*size, pieces, width, dtype=single))
+        return made
+
+    @property
+    def _carries(self) -> bool:
+        return self.has_past and self.segments > 1
+
+    def gradients(self, q: Tensor, train_maps: bool) -> list[Tensor]:
+        """Empty float32 gradients of maps and factors."""
+        size = (self.heads, self.key_dim, self.map_dim)
+        key_size = (self.state_heads, self.key_dim, self.map_dim)
+        trains = self.has_past and train_maps
+        made = [q.new_empty(x if trains else (0,), dtype=torch.float32) for x in (size, key_size)]
+        return made + [q.new_empty(self.heads, dtype=torch.float32) for _ in range(3)]
+
+
+def make_plan(
+    q: Tensor, k: Tensor, v: Tensor, query_map: Tensor | None, key_map: Tensor | None, numbers: list[float]
+) -> Plan:
+    """Work out the tiles; `numbers` as in `operator.Numbers`."""
+    window, least, prefix, return_state, segments = (int(x) for x in numbers[:5])
+    batch, tokens, heads, key_dim = q.shape
+    key_tokens, kv_heads, value_dim = v.shape[1:]
+    state_heads = heads if key_map is None else key_map.shape[0]
+    chunks = -(-tokens // CHUNK)
+    lag = -(-window // CHUNK)
+    has_past = query_map is not None
+    if not has_past or not chunks:
+        segments = 1
+    elif segments == 0:
+        segments = max(1, min(WAVES * processors(q.device) // max(1, batch * state_heads), chunks // 8))
+    per_segment = max(1, -(-chunks // segments))
+    return Plan(
+        batch=batch,
+        tokens=tokens,
+        key_tokens=key_tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        state_heads=state_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        map_dim=64 if query_map is None else query_map.shape[-1],
+        window=window,
+        least=least,
+        prefix=prefix,
+        scaling=numbers[5],
+        return_state=bool(return_state),
+        has_past=has_past,
+        chunks=chunks,
+        lag=lag,
+        linear_tiles=lag - least // CHUNK + 1,
+        segments=-(-chunks // per_segment) if chunks else 1,
+        per_segment=per_segment,
+        wide=q.dtype != torch.bfloat16,
+        precision="ieee" if q.dtype == torch.float32 else "tf32",
+    )
+
+
+def config(kernel: str, plan: Plan) -> Config:
+    """The fixed table: block of values, warps and stages by head dim; float32 halves the stages."""
+    width = max(plan.key_dim, plan.value_dim)
+    small = CONFIGS[kernel]
+    found = small[64] if width <= 64 else small[128] if width == 128 else small[256]
+    stages = 1 if plan.precision == "ieee" else found.stages
+    return Config(min(found.values, plan.value_dim), found.warps, stages)
+
+
+CONFIGS: dict[str, dict[int, Config]] = {
+    "key_states": {64: Config(64, 4, 3), 128: Config(64, 4, 3), 256: Config(64, 8, 2)},
+    "query_states": {64: Config(64, 4, 3), 128: Config(64, 4, 3), 256: Config(64, 8, 2)},
+    "output": {64: Config(64, 4, 2), 128: Config(128, 8, 2), 256: Config(64, 8, 1)},
+    "query_gradient": {64: Config(64, 4, 2), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
+    "key_gradient": {64: Config(64, 4, 2), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
+    "map_gradient": {64: Config(64, 4, 3), 128: Config(128, 8, 2), 256: Config(256, 8, 2)},
+}
+
+
+@cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device; those of an H100 where there is none."""
+    if device.type != "cuda":
+        return 132 if dispatch.recording() else 1
+    return _processors(torch.cuda.current_device() if device.index is None else device.index)

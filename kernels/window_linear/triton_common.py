@@ -1,0 +1,74 @@
+"""What the Triton kernels of window_linear share: documents, feature maps by rows and by columns, visibility."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def document(code):
+    """Document number of a code: itself, or -1 - code where the token is padding."""
+    return tl.where(code >= 0, code, -1 - code)
+
+
+@triton.jit
+def load_code(codes, row, position, tokens):
+    """Document of one key position; what lies in front of everything belongs to document 0."""
+    inside = (position >= 0) & (position < tokens)
+    return document(tl.load(codes + row * tokens + position, mask=inside, other=0))
+
+
+@triton.jit
+def row_maps(y):
+    """Projections [C, f] -> softmax(y), softmax(-y) over the last axis, float32."""
+    up = tl.exp2((y - tl.max(y, 1)[:, None]) * LOG2E)
+    down = tl.exp2((tl.min(y, 1)[:, None] - y) * LOG2E)
+    return up / tl.sum(up, 1)[:, None], down / tl.sum(down, 1)[:, None]
+
+
+@triton.jit
+def column_maps(y):
+    """The same of [f, C], over the first axis: features that enter a product as they stand, never transposed."""
+    up = tl.exp2((y - tl.max(y, 0)[None, :]) * LOG2E)
+    down = tl.exp2((tl.min(y, 0)[None, :] - y) * LOG2E)
+    return up / tl.sum(up, 0)[None, :], down / tl.sum(down, 0)[None, :]
+
+
+@triton.jit
+def row_softmax(y):
+    """One half of the features of [C, f]: softmax over the last axis."""
+    features = tl.exp2((y - tl.max(y, 1)[:, None]) * LOG2E)
+    return features / tl.sum(features, 1)[:, None]
+
+
+@triton.jit
+def column_softmax(y):
+    """One half of the features of [f, C]: softmax over the first axis."""
+    features = tl.exp2((y - tl.max(y, 0)[None, :]) * LOG2E)
+    return features / tl.sum(features, 0)[None, :]
+
+
+@triton.jit
+def maps_backward(up, down, for_up, for_down):
+    """Gradients of softmax(y) and softmax(-y) [C, f] -> gradient of y."""
+    first = up * (for_up - tl.sum(up * for_up, 1)[:, None])
+    return first - down * (for_down - tl.sum(down * for_down, 1)[:, None])
+
+
+@triton.jit
+def load_rows(x, first, rows, stride, columns, count):
+    """Rows `first + rows` of a [count, columns] matrix with row stride `stride`; zeros outside."""
+    place = first + rows
+    inside = (place >= 0) & (place < count)
+    return tl.load(x + place[:, None] * stride + columns[None, :], mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def load_columns(x, first, rows, stride, columns, count):
+    """The same tile transposed: [columns, rows]."""
+    place = first + rows
+    inside = (place >= 0) & (place < count)
+    return tl.load(x + place[None, :] * stride + columns[:, None], mask=inside[None, :], other=0.0)

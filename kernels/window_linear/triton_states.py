@@ -1,0 +1,196 @@
+"""States between chunks: sums of phi(k) v^T over the keys behind a chunk, or of phi(q) g^T over the queries ahead of it.
+
+One kernel serves both directions. A sequence is cut into segments that are scanned side by side, each from nothing; a
+second kernel sums the segments' totals, and whoever reads a state adds its segment's carry.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from linearize.kernels.window_linear.triton_common import column_maps, document, load_code, load_columns
+
+
+@triton.jit
+def key_states_kernel(
+    k, v, weight, codes, reach, start, start_norm, states, norms, totals, total_norms,
+    key_tokens, tokens, base, chunks, per_segment, limit, last_tile, segments,
+    kv_heads: tl.constexpr, state_heads: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    HAS_CODES: tl.constexpr, HAS_REACH: tl.constexpr, HAS_START: tl.constexpr, HAS_TOTALS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Entering states [B, M, chunks, 2, F, V] and norms [.., 2, F] of one segment, and its total in float32."""
+    tile = tl.program_id(0)
+    segment = tl.program_id(1) % segments
+    row_head = (tl.program_id(1) // segments).to(tl.int64)
+    batch, head = row_head // state_heads, row_head % state_heads
+    kv_head = head // (state_heads // kv_heads)
+    k += (batch * key_tokens * kv_heads + kv_head) * K
+    v += (batch * key_tokens * kv_heads + kv_head) * V
+    rows, dims = tl.arange(0, C), tl.arange(0, K)
+    features, values = tl.arange(0, F), tile * BV + tl.arange(0, BV)
+    projection = tl.load(weight + head * K * F + dims[None, :] * F + features[:, None])
+    place = features[:, None] * V + values[None, :]
+    up_sum = tl.zeros([F, BV], tl.float32)
+    down_sum = tl.zeros([F, BV], tl.float32)
+    up_norm = tl.zeros([F], tl.float32)
+    down_norm = tl.zeros([F], tl.float32)
+    if HAS_START:
+        if segment == 0:
+            up_sum = tl.load(start + row_head * 2 * F * V + place)
+            down_sum = tl.load(start + (row_head * 2 + 1) * F * V + place)
+            up_norm = tl.load(start_norm + row_head * 2 * F + features)
+            down_norm = tl.load(start_norm + (row_head * 2 + 1) * F + features)
+    if HAS_REACH:
+        limit = key_tokens - tl.load(reach + batch * tokens + tokens - 1)
+    first_chunk = segment * per_segment
+    end_chunk = tl.minimum(first_chunk + per_segment, chunks)
+    if HAS_TOTALS:
+        end_chunk = tl.where(segment == segments - 1, last_tile, end_chunk)
+    for chunk in range(first_chunk, end_chunk):
+        here = base + chunk * C
+        if chunk < chunks:
+            to = (row_head * chunks + chunk) * 2
+            tl.store(states + to * F * V + place, up_sum.to(states.dtype.element_ty))
+            tl.store(states + (to + 1) * F * V + place, down_sum.to(states.dtype.element_ty))
+            tl.store(norms + to * F + features, up_norm)
+            tl.store(norms + (to + 1) * F + features, down_norm)
+        x = load_columns(k, here, rows, kv_heads * K, dims, key_tokens)
+        up, down = column_maps(tl.dot(projection, x, input_precision=PRECISION))
+        position = here + rows
+        seen = (position >= 0) & (position < key_tokens) & (position < limit)
+        if HAS_CODES:
+            before = load_code(codes, batch, here - 1, key_tokens)
+            after = load_code(codes, batch, tl.minimum(here + C, key_tokens) - 1, key_tokens)
+            code = tl.load(codes + batch * key_tokens + position, mask=seen, other=-1)
+            seen = seen & (code == after)
+            kept = tl.where(before == after, 1.0, 0.0)
+            up_sum, down_sum, up_norm, down_norm = (
+                up_sum * kept, down_sum * kept, up_norm * kept, down_norm * kept,
+            )  # fmt: skip
+        up = tl.where(seen[None, :], up, 0.0)
+        down = tl.where(seen[None, :], down, 0.0)
+        inside = (position >= 0) & (position < key_tokens)
+        y = tl.load(v + position[:, None] * (kv_heads * V) + values[None, :], mask=inside[:, None], other=0.0)
+        up_norm += tl.sum(up, 1)
+        down_norm += tl.sum(down, 1)
+        up_sum = tl.dot(up.to(y.dtype), y, up_sum, input_precision=PRECISION)
+        down_sum = tl.dot(down.to(y.dtype), y, down_sum, input_precision=PRECISION)
+    if HAS_TOTALS:
+        to = (row_head * segments + segment) * 2
+        if HAS_CODES:
+            # the sums are of the document open at the last tile's end; the last segment's total serves the last token
+            end = tl.minimum(base + end_chunk * C, key_tokens) - 1
+            kept = load_code(codes, batch, end, key_tokens) == load_code(codes, batch, key_tokens - 1, key_tokens)
+            alive = tl.where((segment < segments - 1) | kept, 1.0, 0.0)
+            up_sum, down_sum, up_norm, down_norm = (
+                up_sum * alive, down_sum * alive, up_norm * alive, down_norm * alive,
+            )  # fmt: skip
+        tl.store(totals + to * F * V + place, up_sum)
+        tl.store(totals + (to + 1) * F * V + place, down_sum)
+        tl.store(total_norms + to * F + features, up_norm)
+        tl.store(total_norms + (to + 1) * F + features, down_norm)
+
+
+@triton.jit
+def query_states_kernel(
+    q, do, inverse, delta, weight, factor, codes, states, norms, totals, total_norms,
+    key_tokens, tokens, prefix, chunks, per_segment, segments,
+    heads: tl.constexpr, state_heads: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    HAS_FACTOR: tl.constexpr, HAS_CODES: tl.constexpr, HAS_TOTALS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The mirror image: sums of a phi(q) [do / den, -delta] over the query chunks behind each chunk."""
+    tile = tl.program_id(0)
+    segment = tl.program_id(1) % segments
+    row_head = (tl.program_id(1) // segments).to(tl.int64)
+    batch, state_head = row_head // state_heads, row_head % state_heads
+    group: tl.constexpr = heads // state_heads
+    rows, dims = tl.arange(0, C), tl.arange(0, K)
+    features, values = tl.arange(0, F), tile * BV + tl.arange(0, BV)
+    place = features[:, None] * V + values[None, :]
+    up_sum = tl.zeros([F, BV], tl.float32)
+    down_sum = tl.zeros([F, BV], tl.float32)
+    up_norm = tl.zeros([F], tl.float32)
+    down_norm = tl.zeros([F], tl.float32)
+    first_chunk = segment * per_segment
+    end_chunk = tl.minimum(first_chunk + per_segment, chunks)
+    for step in range(0, end_chunk - first_chunk):
+        chunk = end_chunk - 1 - step
+        here = chunk * C
+        to = (row_head * chunks + chunk) * 2
+        tl.store(states + to * F * V + place, up_sum.to(states.dtype.element_ty))
+        tl.store(states + (to + 1) * F * V + place, down_sum.to(states.dtype.element_ty))
+        tl.store(norms + to * F + features, up_norm)
+        tl.store(norms + (to + 1) * F + features, down_norm)
+        position = here + rows
+        seen = position < tokens
+        if HAS_CODES:
+            opening = load_code(codes, batch, prefix + here, key_tokens)
+            behind = load_code(codes, batch, prefix + here + C, key_tokens)
+            owner = document(tl.load(codes + batch * key_tokens + prefix + position, mask=seen, other=0))
+            seen = seen & (owner == opening)
+            kept = tl.where((opening == behind) & (here + C < tokens), 1.0, 0.0)
+            up_sum, down_sum, up_norm, down_norm = (
+                up_sum * kept, down_sum * kept, up_norm * kept, down_norm * kept,
+            )  # fmt: skip
+        for member in tl.static_range(group):
+            head = state_head * group + member
+            projection = tl.load(weight + head * K * F + dims[None, :] * F + features[:, None])
+            x = load_columns(q + (batch * tokens * heads + head) * K, here, rows, heads * K, dims, tokens)
+            up, down = column_maps(tl.dot(projection, x, input_precision=PRECISION))
+            line = (batch * tokens + position) * heads + head
+            scale = tl.load(inverse + line, mask=seen, other=0.0)
+            if HAS_FACTOR:
+                scale = scale * tl.load(factor + head)
+                up_scale = tl.load(factor + head)
+            else:
+                up_scale = 1.0
+            shift = tl.load(delta + line, mask=seen, other=0.0) * up_scale
+            y = tl.load(do + line[:, None] * V + values[None, :], mask=seen[:, None], other=0.0)
+            g = (y.to(tl.float32) * scale[:, None]).to(y.dtype)
+            up = tl.where(seen[None, :], up, 0.0)
+            down = tl.where(seen[None, :], down, 0.0)
+            up_norm -= tl.sum(up * shift[None, :], 1)
+            down_norm -= tl.sum(down * shift[None, :], 1)
+            up_sum = tl.dot(up.to(g.dtype), g, up_sum, input_precision=PRECISION)
+            down_sum = tl.dot(down.to(g.dtype), g, down_sum, input_precision=PRECISION)
+    if HAS_TOTALS:
+        to = (row_head * segments + segment) * 2
+        tl.store(totals + to * F * V + place, up_sum)
+        tl.store(totals + (to + 1) * F * V + place, down_sum)
+        tl.store(total_norms + to * F + features, up_norm)
+        tl.store(total_norms + (to + 1) * F + features, down_norm)
+
+
+@triton.jit
+def carry_kernel(
+    totals, carries, final, codes, key_tokens, origin, span, segments, state_heads, size,
+    REVERSE: tl.constexpr, HAS_CODES: tl.constexpr, HAS_FINAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Totals [B, M, segments, size] -> what enters each segment, and what leaves the last one."""
+    row_head = tl.program_id(1).to(tl.int64)
+    batch = row_head // state_heads
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    carry = tl.zeros([BLOCK], tl.float32)
+    for step in range(0, segments):
+        segment = segments - 1 - step if REVERSE else step
+        at = (row_head * segments + segment) * size + place
+        tl.store(carries + at, carry.to(carries.dtype.element_ty), mask=inside)
+        if HAS_CODES:
+            # a segment that begins and ends in one document passes on what entered it
+            low, high = origin + segment * span, origin + (segment + 1) * span
+            if REVERSE:
+                same = (
+                    load_code(codes, batch, low, key_tokens) == load_code(codes, batch, high, key_tokens)
+                ) & (high < key_tokens)
+            else:
+                end = tl.where(segment == segments - 1, key_tokens, tl.minimum(high, key_tokens)) - 1
+                same = load_code(codes, batch, low - 1, key_tokens) == load_code(codes, batch, end, key_tokens)
+            carry = tl.where(same, carry, 0.0)
+        carry += tl.load(totals + at, mask=inside, other=0.0)
+    if HAS_FINAL:
+        tl.store(final + row_head * size + place, carry, mask=inside)

@@ -1,0 +1,39 @@
+"""Calls of window_linear whose launches are compiled ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from linearize.kernels.window_linear import window_linear
+
+
+def call(
+    dim: int, *, window: int = 64, heads: int = 4, kv_heads: int = 4, maps: bool = True, codes: bool = False, map_dim: int = 64,
+    batch: int = 1, tokens: int = 4096,
+) -> None:
+    """Forward and backward in bfloat16, maps trained."""
+
+    def draw(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.zeros(*size, dtype=dtype, requires_grad=True)
+
+    q = draw(batch, tokens, heads, dim)
+    k, v = draw(batch, tokens, kv_heads, dim), draw(batch, tokens, kv_heads, dim)
+    weights = [draw(heads, dim, map_dim, dtype=torch.float32) if maps else None for _ in range(2)]
+    weight = draw(heads, dtype=torch.float32) if maps and window else None
+    given = torch.zeros(batch, tokens, dtype=torch.int32) if codes else None
+    out, _ = window_linear(
+        q, k, v, *weights, window=window, scaling=0.125, window_weight=weight, codes=given, return_state=False
+    )
+    out.sum().backward()
+
+
+CALLS: dict[str, Callable[[], None]] = {
+    "dim 64": partial(call, 64),
+    "dim 64, documents, grouped heads, segments": partial(call, 64, heads=9, kv_heads=3, codes=True, tokens=64),
+    "dim 64, no window": partial(call, 64, window=0),
+    "dim 128": partial(call, 128, heads=8, kv_heads=2),
+    "window alone": partial(call, 64, window=128, maps=False),
+}

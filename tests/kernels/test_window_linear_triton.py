@@ -1,0 +1,237 @@
+"""window_linear in Triton and in blocks of torch against its dense definition in float64: outputs, states, gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from linearize.kernels import dispatch
+from linearize.kernels.window_linear import Layer, Weights, window_linear, window_linear_reference
+from linearize.kernels.window_linear.operator import window_linear_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+if DEVICE == "cuda":
+    TOLERANCE[torch.float32] = 1e-4
+NARROW = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape with its options; `None` in `maps` is the window alone, "shared" one key map per key-value head."""
+
+    tokens: int = 130
+    heads: int = 2
+    kv_heads: int = 2
+    key_dim: int = 16
+    value_dim: int = 16
+    map_dim: int = 16
+    window: int = 64
+    least: int | None = None
+    maps: str | None = "own"
+    factor: bool = False
+    sink: bool = False
+    documents: bool = False
+    prefix: int = 0
+    state: bool = False
+    segments: int = 0
+    batch: int = 2
+    tensors: tuple[str, ...] = field(default=(), repr=False)
+
+
+CASES = {
+    "plain": Case(),
+    "short": Case(tokens=7),
+    "one": Case(tokens=1, batch=1),
+    "grouped": Case(heads=4, tokens=150),
+    "shared_maps": Case(heads=4, maps="shared", tokens=150, documents=True),
+    "small_window": Case(window=16, tokens=100),
+    "odd_window": Case(window=75, tokens=170, batch=1),
+    "one_more_than_a_chunk": Case(window=65, tokens=200, batch=1),
+    "wide_window": Case(window=192, tokens=270, batch=1, heads=1, kv_heads=1),
+    "no_window": Case(window=0),
+    "no_window_documents": Case(window=0, documents=True, state=True, tokens=140),
+    "window_alone": Case(maps=None, tokens=140, documents=True, sink=True),
+    "factor_and_sink": Case(factor=True, sink=True, tokens=100),
+    "documents": Case(documents=True, tokens=200, heads=4),
+    "carried": Case(prefix=64, state=True, tokens=100, heads=4),
+    "carried_documents": Case(prefix=48, window=48, state=True, documents=True, tokens=140),
+    "segments": Case(segments=3, tokens=330, batch=1, state=True, prefix=64),
+    "segments_documents": Case(segments=4, tokens=400, batch=2, documents=True, heads=2, kv_heads=1, state=True, prefix=64),
+    "terraced": Case(window=64, least=33, tokens=200, documents=True),
+    "terraced_carried": Case(window=128, least=65, tokens=150, prefix=128, state=True, batch=1),
+    "wide_head": Case(key_dim=64, value_dim=64, map_dim=64, tokens=130, batch=1, heads=2, kv_heads=1),
+    "odd_dims": Case(key_dim=20, value_dim=24, tokens=90, state=True, prefix=64),
+    "split_backward": Case(key_dim=128, value_dim=64, map_dim=16, tokens=100, batch=1, heads=1, kv_heads=1),
+}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def normal(*size: int, seed: int) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def draw(case: Case) -> dict[str, Tensor | None]:
+    """Random float64 tensors of a call."""
+    keys, heads = case.prefix + case.tokens, case.heads
+    found: dict[str, Tensor | None] = {
+        "q": 1.5 * normal(case.batch, case.tokens, heads, case.key_dim, seed=1),
+        "k": normal(case.batch, keys, case.kv_heads, case.key_dim, seed=2),
+        "v": normal(case.batch, keys, case.kv_heads, case.value_dim, seed=3),
+    }
+    if case.maps:
+        state_heads = heads if case.maps == "own" else case.kv_heads
+        found["query_map"] = 0.5 * normal(heads, case.key_dim, case.map_dim, seed=4)
+        found["key_map"] = 0.5 * normal(state_heads, case.key_dim, case.map_dim, seed=5)
+        if case.window:
+            found["window_weight"] = normal(heads, seed=6).sigmoid()
+    if case.factor:
+        found["linear_weight"] = normal(heads, seed=7).sigmoid()
+    if case.sink:
+        found["sink"] = normal(heads, seed=8)
+    return {name: None if x is None else x.to(DEVICE) for name, x in found.items()}
+
+
+def masks(case: Case) -> tuple[Tensor, Tensor]:
+    """Codes (left padding in row 0, packed documents) and reach."""
+    keys = case.prefix + case.tokens
+    docs = torch.zeros(case.batch, keys, dtype=torch.int64)
+    valid = torch.ones(case.batch, keys, dtype=torch.bool)
+    if case.documents:
+        for row, places in enumerate([(5, 6, 70, 128, 190), (0, 3, 64, 91)][: case.batch]):
+            for place in places:
+                docs[row, min(case.prefix + place, keys) :] += 1
+        valid[0, : case.prefix // 2 + 4] = False
+        valid[-1, case.prefix + case.tokens // 2] = False
+    codes = torch.where(valid, docs, -1 - docs).to(torch.int32)
+    reach = torch.full((case.batch, case.tokens), case.window, dtype=torch.int32)
+    if case.least is not None:
+        place = torch.arange(case.tokens) + 13
+        reach[:] = (case.least + place % (case.window - case.least + 1)).to(torch.int32)
+    return codes.to(DEVICE), reach.to(DEVICE)
+
+
+def carried(case: Case) -> tuple[Tensor, Tensor] | None:
+    if not case.state:
+        return None
+    heads = case.heads if case.maps == "own" else case.kv_heads
+    size = (case.batch, heads, 2 * case.map_dim)
+    return normal(*size, case.value_dim, seed=9).to(DEVICE), normal(*size, seed=10).abs().to(DEVICE)
+
+
+def split(tensors: dict[str, Tensor | None]) -> tuple[Tensor, Tensor, Tensor, Weights]:
+    rest = {name: x for name, x in tensors.items() if name not in "qkv"}
+    names = ("query_map", "key_map", "window_weight", "linear_weight", "sink")
+    return tensors["q"], tensors["k"], tensors["v"], Weights(*(rest.get(name) for name in names))
+
+
+def run(case: Case, dtype: torch.dtype, form: str) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+    """Output, gradients by name, and final state of one form."""
+    tensors = {n: x.to(dtype if n in "qkv" else max(dtype, torch.float32, key=lambda d: d.itemsize)) for n, x in draw(case).items()}
+    for x in tensors.values():
+        x.requires_grad_()
+    q, k, v, weights = split(tensors)
+    codes, reach = masks(case)
+    layer = Layer(case.window, case.window if case.least is None else case.least, 0.3, case.prefix)
+    state = carried(case)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    state = None if state is None else tuple(x.to(wide) for x in state)
+    final = None
+    if form == "reference":
+        out = window_linear_reference(q, k, v, weights, layer, codes=codes, reach=reach, state=state)
+    elif form == "triton":
+        given = codes if case.documents else None
+        far = reach if case.least is not None else None
+        with dispatch.kernels("triton"):
+            out, final = window_linear_triton(
+                q, k, v, weights, layer, given, far, state, case.maps is not None, case.segments
+            )
+    else:
+        with dispatch.kernels("torch"):
+            out, final = window_linear(
+                q, k, v, weights.query_map, weights.key_map, window=case.window, scaling=0.3,
+                window_weight=weights.window_weight, linear_weight=weights.linear_weight, sink=weights.sink,
+                codes=codes, reach=reach, least=layer.least, prefix=case.prefix, state=state, return_state=True,
+            )  # fmt: skip
+    assert out.isfinite().all()
+    grads = torch.autograd.grad((out * normal(*out.shape, seed=11).to(out)).sum(), list(tensors.values()))
+    return out.detach(), dict(zip(tensors, grads, strict=True)), final
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    ours, exact = ours.double(), exact.double()
+    return ((ours - exact).norm() / exact.norm().clamp_min(1e-2 * max(1, exact.numel()) ** 0.5)).item()
+
+
+@cases
+@pytest.mark.parametrize("form", ["torch", "triton"])
+def test_equals_the_definition(case, form):
+    for dtype in [torch.float64] if form == "torch" else NARROW:
+        exact, exact_grads, _ = run(case, torch.float64, "reference")
+        out, grads, _ = run(case, dtype, form)
+        assert out.dtype == dtype
+        limit = TOLERANCE[dtype]
+        found = {"out": error(out, exact)} | {n: error(grads[n], exact_grads[n]) / 3 for n in grads}
+        if dtype != torch.float64 and "sink" in found:
+            found["sink"] /= 3  # a small difference of large sums
+        assert max(found.values()) < limit, (dtype, found)
+
+
+@cases
+def test_final_state_equals_that_of_torch(case):
+    if case.maps is None:
+        return
+    _, _, exact = run(case, torch.float64, "torch")
+    for dtype in NARROW:
+        _, _, state = run(case, dtype, "triton")
+        for ours, other in zip(state, exact, strict=True):
+            assert ours.dtype == torch.float32
+            assert error(ours, other) < TOLERANCE[dtype]
+
+
+def test_a_state_carries_over_a_split():
+    """Two calls, the second with the first one's window and state, are one call."""
+    case = Case(tokens=200, heads=4, kv_heads=2)
+    with dispatch.kernels("triton"):
+        q, k, v, weights = split({n: x.float() for n, x in draw(case).items()})
+        options = {"window": 64, "scaling": 0.3, "window_weight": weights.window_weight}
+        whole, final = window_linear(q, k, v, weights.query_map, weights.key_map, **options, return_state=True)
+        first, state = window_linear(
+            q[:, :90], k[:, :90], v[:, :90], weights.query_map, weights.key_map, **options, return_state=True
+        )
+        second, last = window_linear(
+            q[:, 90:], k[:, 26:], v[:, 26:], weights.query_map, weights.key_map, **options, prefix=64, state=state,
+            return_state=True,
+        )  # fmt: skip
+    assert error(torch.cat([first, second], 1), whole) < 1e-5
+    for one, other in zip(last, final, strict=True):
+        assert error(one, other) < 1e-5
+
+
+def test_what_is_not_covered_is_refused_with_a_remedy():
+    case = replace(CASES["plain"], map_dim=24)
+    q, k, v, weights = split({n: x.float() for n, x in draw(case).items()})
+    with dispatch.kernels("triton"), pytest.raises(dispatch.KernelError, match=r"map_dim: 24.*LINEARIZE_KERNELS=torch"):
+        window_linear(q, k, v, weights.query_map, weights.key_map, window=64, scaling=0.3)
+
+
+def test_compiles_and_checkpoints():
+    """One graph under torch.compile, and recomputation under gradient checkpointing gives the same gradients."""
+    case = Case(tokens=70, batch=1)
+    q, k, v, weights = split({n: x.float().requires_grad_() for n, x in draw(case).items()})
+
+    def layer(q, k, v):
+        out, _ = window_linear(
+            q * 1.0, k, v, weights.query_map, weights.key_map, window=64, scaling=0.3, window_weight=weights.window_weight
+        )
+        return out.square()
+
+    with dispatch.kernels("triton"):
+        plain = torch.autograd.grad(layer(q, k, v).sum(), (q, k, v))
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        for other in (compiled, lambda *x: torch.utils.checkpoint.checkpoint(layer, *x, use_reentrant=False)):
+            for one, two in zip(torch.autograd.grad(other(q, k, v).sum(), (q, k, v)), plain, strict=True):
+                assert error(one, two) < 1e-6
