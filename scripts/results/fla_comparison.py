@@ -26,7 +26,7 @@ from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearize.kernels.delta import delta_chunk
+from linearize.kernels.gated_delta import delta_chunk
 from linearize.kernels.gated_linear import gated_linear_chunk
 from linearize.kernels.generalized_delta import generalized_delta_chunk
 from linearize.kernels.linear import linear_chunk

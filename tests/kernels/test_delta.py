@@ -20,7 +20,7 @@ from recurrences import (
     uniform,
 )
 
-from linearize.kernels.delta import delta_chunk, delta_reference, delta_step
+from linearize.kernels.gated_delta import delta_chunk, delta_reference, delta_step
 from linearize.kernels.gated_linear import gated_linear_chunk
 
 HEADS, STATE_HEADS, FEATURES, VALUES = 6, 2, 5, 7

@@ -19,7 +19,7 @@ from recurrences import (
     uniform,
 )
 
-from linearize.kernels.delta import delta_chunk
+from linearize.kernels.gated_delta import delta_chunk
 from linearize.kernels.gated_linear import gated_linear_chunk
 from linearize.kernels.generalized_delta import (
     generalized_delta_chunk,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linearize.kernels.delta import delta_chunk, delta_reference, delta_step
+from linearize.kernels.gated_delta import delta_chunk, delta_reference, delta_step
 from linearize.mixers.base import LayerShape, Part, Partial, fill
 from linearize.mixers.options import positive
 from linearize.mixers.state import State
