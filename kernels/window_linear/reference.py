@@ -90,7 +90,7 @@ def blended(
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Row-wise quotient, zero where there is no weight."""
+    """Row-wise quotient [B, T, H, V] / [B, T, H]; rows with no weight (padding) give zero instead of NaN."""
     empty = denominator == 0
     return numerator / denominator.masked_fill(empty, 1.0)[..., None]
 

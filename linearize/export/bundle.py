@@ -1,7 +1,8 @@
 """One self-contained `modeling_linearized.py`: what a checkpoint needs to load without this package.
 
 The file is the package's own source, concatenated in dependency order, with its internal imports taken out; so it
-cannot drift from what was tested. It imports torch and transformers only.
+cannot drift from what was tested. It imports torch and transformers only: the branches that lead to Triton kernels
+(``if dispatch.use_triton(...):``) are taken out too, and what remains is every operator's torch form.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from linearize.version import __version__
 MODULE = "modeling_linearized"
 ROOT = "linearize.surgery.model"
 PACKAGE = "linearize"
+DISPATCH = f"{PACKAGE}.kernels.dispatch"
+"""The choice between Triton and torch, which has no place in a file that holds torch forms alone."""
 
 
 @dataclass
@@ -155,8 +158,19 @@ def _read(name: str, used: set[str]) -> _Source:
     def drop(node: ast.stmt) -> None:
         dropped.update(range(node.lineno - 1, (node.end_lineno or node.lineno)))
 
+    skipped: set[ast.AST] = set()
     for node in ast.walk(tree):
         top = node in tree.body
+        if node in skipped:
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test).startswith("dispatch.use_triton("):
+            assert not node.orelse, f"{name}: the torch form stands behind the branch, not in an else"
+            skipped.update(ast.walk(node))
+            drop(node)
+            continue
+        if isinstance(node, ast.ImportFrom) and {f"{node.module}.{x.name}" for x in node.names} == {DISPATCH}:
+            drop(node)
+            continue
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE:
             aliased = [alias.name for alias in node.names if alias.asname is not None]
             assert not aliased, f"{name}: imports {aliased[0]} under another name"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
+from linearize.kernels.window_linear.reference import divide
 
 CHUNK = 64
 """Tokens in a chunk of the chunked forms: the window's usual size, and the tile that GPU kernels like."""
@@ -86,12 +87,6 @@ class Partial:
     def __mul__(self, factor: Tensor) -> Partial:
         denominator = None if self.denominator is None else self.denominator * factor
         return Partial(self.numerator * factor[..., None], denominator, self.stabilizer)
-
-
-def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Row-wise quotient [B, T, H, V] / [B, T, H]; rows with no weight (padding) give zero instead of NaN."""
-    empty = denominator == 0
-    return numerator / denominator.masked_fill(empty, 1.0)[..., None]
 
 
 class Part(nn.Module):

@@ -65,14 +65,15 @@ class LinearizedAttention(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with one private argument more, which transformers passes through."""
-        if "cache" in kwargs or "block_table" in kwargs:
+        # transformers 5.24 calls the ordinary generation cache `cache`, as 5.17 calls the paged one of generate_batch()
+        ordinary, given = (Cache, EncoderDecoderCache), kwargs.get("cache")
+        if kwargs.get("block_table") is not None or not (given is None or isinstance(given, ordinary)):
             raise UnsupportedModelError(
                 "continuous batching stores keys and values in pages, which a recurrent state does not have; "
                 "use generate() instead of generate_batch()"
             )
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        given = (*args, *kwargs.values())
-        cache = next((x for x in given if isinstance(x, (Cache, EncoderDecoderCache))), None)
+        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, ordinary)), None)
         frame = Frame(hidden, kwargs.get("position_embeddings"))
         if cache is not None and self.linearize_switch.mode == "student":
             if isinstance(cache, EncoderDecoderCache):

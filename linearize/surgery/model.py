@@ -57,7 +57,8 @@ class LinearizedCausalLM(LinearizedModel):
     ) -> Any:
         prepare = super()._prepare_cache_for_generation  # type: ignore[misc]
         result = prepare(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        # the first name is that of transformers 5.24, the second the one before it
+        cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
         layers = converted(self)  # type: ignore[arg-type]
         if cache is not None and layers and layers[0].linearize_switch.mode == "student":
             for layer in layers:

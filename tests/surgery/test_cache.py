@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from transformers import DynamicCache
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from linearize import surgery
 from linearize.errors import LinearizeError, UnsupportedModelError
@@ -128,6 +129,20 @@ def test_continuous_batching_is_refused():
     model = hybrid()
     with pytest.raises(UnsupportedModelError, match="generate_batch"):
         model.generate_batch([[3, 4, 5]])
+
+
+def test_a_paged_cache_is_refused_and_none_is_no_cache():
+    """`cache` holds pages under continuous batching; from transformers 5.24 on it is the ordinary cache too, or None."""
+    layer = surgery.converted(hybrid())[0]
+    hidden, rotation = torch.randn(1, 4, 32), (torch.ones(1, 4, 8), torch.zeros(1, 4, 8))
+    given = {"position_embeddings": rotation, "attention_mask": None}
+    expected = layer(hidden, **given)[0]
+    assert torch.equal(layer(hidden, **given, cache=None)[0], expected)
+    pages = PagedAttentionCache.__new__(PagedAttentionCache)
+    with pytest.raises(UnsupportedModelError, match="generate_batch"):
+        layer(hidden, **given, cache=pages, block_table=None)
+    with pytest.raises(UnsupportedModelError, match="generate_batch"):
+        layer(hidden, **given, block_table=torch.zeros(1, 1, dtype=torch.int32))
 
 
 def test_reset_and_reuse():

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from linearize.mixers.base import LayerShape, Part, Partial, divide
+from linearize.kernels.window_linear.reference import divide
+from linearize.mixers.base import LayerShape, Part, Partial
 from linearize.registry import Registry, discover
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Part, Partial, divide, fill
+from linearize.kernels.window_linear.reference import divide
+from linearize.mixers.base import LayerShape, Part, Partial, fill
 from linearize.mixers.combine import COMBINES, Combine
 
 
