@@ -23,7 +23,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
 
     Attributes:
         state: None until the first token.
-        seen: tokens so far, for layer types that have no counter of their own.
+        seen: tokens so far, in layer types that have no counter of their own.
         record_past: keep what is needed to take tokens back (assisted decoding).
     """
 
@@ -43,21 +43,23 @@ class LinearizedCacheLayer(CacheLayerMixin):
         """Count the tokens and hand the new keys and values [B, N, T, K] straight to the attention function."""
         self.is_initialized = True
         layer: Any = self
-        if isinstance(self, StaticLayer):
+        if isinstance(self, StaticLayer) and layer.cumulative_length.device != key_states.device:
             layer.cumulative_length = layer.cumulative_length.to(key_states.device)
+            _keep_address(layer.cumulative_length)
         self._count(key_states.shape[-2])
         return key_states, value_states
 
     def _count(self, tokens: int) -> None:
-        """Add to the counters that the layer's type has, a tensor in static layers, an int in others."""
+        """Add to the counter that the layer's type has, a tensor in static layers, an int in others."""
         layer: Any = self
-        self.seen += tokens
         if isinstance(self, StaticLayer):
             layer.cumulative_length.add_(tokens)
             if hasattr(self, "cumulative_length_int"):
                 layer.cumulative_length_int += tokens
         elif hasattr(self, "cumulative_length"):
             layer.cumulative_length += tokens
+        else:
+            self.seen += tokens
 
     def attend(
         self,
@@ -73,7 +75,10 @@ class LinearizedCacheLayer(CacheLayerMixin):
         """Run the mixer on new tokens [B, T, H, K] and keep its state; `context` as in `surgery.context`."""
         if self.state is None:
             self.state = mixer.initial_state(k.shape[0], k.dtype, k.device)
-        self.mixer = mixer
+            if isinstance(self, StaticLayer):
+                _keep_address(*self.state.tensors.values())
+        if self.mixer is not mixer:
+            self.mixer = mixer
         if self.record_past:
             if self._snapshot is None:
                 self._snapshot = self.state.clone()
@@ -101,7 +106,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
         """Forget everything."""
         self.state = None
         self._drop_record()
-        self._count(-self.seen)
+        self._count(-int(self.get_seq_length()))
 
     def _drop_record(self) -> None:
         self._snapshot = None
@@ -121,7 +126,8 @@ class LinearizedCacheLayer(CacheLayerMixin):
         Raises:
             RuntimeError: more tokens than were recorded since the last call.
         """
-        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen - tokens_to_remove, 0)
+        length = int(self.get_seq_length())
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(length - tokens_to_remove, 0)
         if remove == 0 or self.state is None:
             self._drop_record()
             return
@@ -172,8 +178,23 @@ class LinearizedCacheLayer(CacheLayerMixin):
             self.state.to(self._home)
 
 
-def adopt(cache: Cache, index: int) -> LinearizedCacheLayer:
+def has_fixed_state(mixer: Mixer) -> bool:
+    """Whether a mixer's state keeps its shapes, as all do but those with the teacher's own softmax (window `full`)."""
+    empty = mixer.initial_state(1, torch.float32, torch.device("meta"))
+    return all(x.numel() for x in empty.tensors.values())
+
+
+def _keep_address(*tensors: Tensor) -> None:
+    """Tell torch.compile that tensors written in place stay where they are, or it makes no CUDA graph of the step."""
+    if not torch.compiler.is_compiling():
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)
+
+
+def adopt(cache: Cache, index: int, mixer: Mixer) -> LinearizedCacheLayer:
     """The converted cache layer of attention layer `index`, made in place on first touch.
+
+    In a static cache it can be compiled, as its state is written in place; see `has_fixed_state` for the exception.
 
     Raises:
         LinearizeError: the layer already holds keys and values of the softmax model.
@@ -198,6 +219,7 @@ def adopt(cache: Cache, index: int) -> LinearizedCacheLayer:
     made.__dict__.update(layer.__dict__)
     made.state, made.mixer, made.seen = None, None, 0
     made.record_past = getattr(layer, "record_past", False)
+    made.is_compileable = layer.is_compileable and has_fixed_state(mixer)
     made._drop_record()
     cache.layers[index] = made
     return made

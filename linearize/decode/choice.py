@@ -1,0 +1,118 @@
+"""Whether a call of `generate` can run in one CUDA graph, and what it asks for; if not, why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation import GenerationMode
+
+from linearize.decode.masks import PATTERNS, patterns
+from linearize.decode.sampling import Sampling
+from linearize.surgery import converted
+from linearize.surgery.cache import has_fixed_state
+
+DEVICE = "cuda"
+"""Where a graph can be captured."""
+READ = {
+    "max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id",
+    "bos_token_id", "transformers_version", "disable_compile",
+}  # fmt: skip
+"""Fields of a generation config that are read here, or that change no token."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call asks for.
+
+    Attributes:
+        tokens: most new tokens.
+        sampling: how they are chosen.
+        eos: tokens that end a row.
+        pad: what an ended row goes on with.
+    """
+
+    tokens: int
+    sampling: Sampling
+    eos: tuple[int, ...]
+    pad: int
+
+
+def request(model: Any, prompt: int, options: dict[str, Any]) -> tuple[Request | None, list[str]]:
+    """Read the options of `model.generate`, with transformers' defaults and the model's own generation config.
+
+    Args:
+        model: a causal language model of transformers.
+        prompt: tokens of the prompt, padding included.
+        options: keyword arguments of `generate` beside the prompt.
+
+    Returns:
+        The request and no problem, or None and what stands in the way, each a phrase.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return None, [f"a {type(model).__name__} is not a model of transformers itself"]
+    config, unknown = model._prepare_generation_config(None, **options)
+    problems = [f"option {name}" for name in sorted(unknown)]
+    if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        problems.append(f"{config.get_generation_mode().value.replace('_', ' ')}")
+    usual = config._get_default_generation_params()
+    for name, value in vars(config).items():
+        neutral = (None, usual.get(name))
+        if name not in READ and not name.startswith("_") and not any(_same(value, x) for x in neutral):
+            problems.append(f"option {name}")
+    if problems:
+        return None, list(dict.fromkeys(problems))
+    sampling = Sampling()
+    if config.do_sample:
+        top_p = 1.0 if config.top_p is None else config.top_p
+        sampling = Sampling(True, config.temperature or 1.0, config.top_k or 0, top_p)
+    ends = config.eos_token_id
+    eos = () if ends is None else tuple(ends) if isinstance(ends, list | tuple) else (int(ends),)
+    pads = (config.pad_token_id, *eos, 0)
+    tokens = config.max_length - prompt if config.max_new_tokens is None else config.max_new_tokens
+    return Request(max(tokens, 0), sampling, eos, next(int(x) for x in pads if x is not None)), []
+
+
+def _same(value: Any, other: Any) -> bool:
+    return value is other or (isinstance(value, bool | int | float | str) and value == other)
+
+
+def obstacles(model: Any) -> list[str]:
+    """What in the model keeps its steps from being one CUDA graph, each a phrase."""
+    if not isinstance(model, PreTrainedModel):
+        return [f"a {type(model).__name__} is not a model of transformers itself"]
+    problems = []
+    device = next(model.parameters()).device
+    if device.type != DEVICE:
+        problems.append(f"the model is on {device}, and CUDA graphs need a CUDA device")
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        problems.append("the model is spread over several devices")
+    config = model.config.get_text_config()
+    layers = converted(model)
+    if layers and layers[0].linearize_switch.mode != "student":
+        problems.append("the converted layers run as their teacher")
+    growing = [layer.layer_idx for layer in layers if not has_fixed_state(layer.mixer)]
+    if growing:
+        problems.append(f"the mixers of layers {_listed(growing)} keep a state that grows")
+    if len(layers) < config.num_hidden_layers:
+        if config._attn_implementation not in ("sdpa", "eager"):
+            problems.append(f"softmax layers with the attention function {config._attn_implementation}")
+        kinds = patterns(config)
+        other = sorted({kinds} - set(PATTERNS) if isinstance(kinds, str) else set(kinds) - set(PATTERNS))
+        if other:
+            problems.append(f"layers of the kind {', '.join(other)}")
+    return problems
+
+
+def fingerprint(model: Any) -> tuple[Any, ...]:
+    """What a captured graph takes for granted: where the weights are, and how the converted layers are switched."""
+    held = [(x.data_ptr(), x.dtype) for x in (*model.parameters(), *model.buffers())]
+    switches = [(layer.linearize_switch.mode, layer.mixer.branch_off) for layer in converted(model)]
+    attention = model.config.get_text_config()._attn_implementation
+    return (*held, *switches, attention, torch.get_float32_matmul_precision())
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")

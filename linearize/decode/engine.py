@@ -1,0 +1,248 @@
+"""Decoding in one CUDA graph: the model's one-token forward and the choice of the token, captured once, replayed per token."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.decode.cache import fixed_cache, tensors
+from linearize.decode.masks import Masks, token_masks
+from linearize.decode.sampling import Sampling
+from linearize.errors import LinearizeError
+from linearize.surgery import converted
+
+BLOCK = 64
+"""Tokens of each row that stay on the device until the host fetches them."""
+WARM_UP = 3
+"""Steps before the capture: kernels compile, libraries allocate."""
+
+
+class Decoder:
+    """A model with buffers for `batch` rows, ready to continue one batch of prompts after another.
+
+    Prompts go through the model's ordinary chunked forward, which fills the buffers. Then one step follows another
+    without the host knowing anything but how many: ids, positions, counters, states, the choice and who has finished
+    live on the device. With all layers converted nothing depends on the length of the text; kept softmax layers hold
+    `length` tokens.
+
+    Args:
+        model: a causal language model of transformers in evaluation mode, on one device.
+        batch: rows.
+        sampling: how tokens are chosen.
+        eos: tokens that end a row.
+        pad: what an ended row goes on with.
+        length: most tokens, prompt included, if any softmax layer is kept.
+        capture: capture a CUDA graph; without, the same steps run one by one (on any device).
+        compile: options of `torch.compile` for the step, or None for the model's own operations.
+
+    Attributes:
+        steps: one-token steps since the decoder was made, warm-up left out.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        batch: int,
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        *,
+        eos: Sequence[int] = (),
+        pad: int = 0,
+        length: int = 0,
+        capture: bool = True,
+        compile: dict[str, Any] | None = None,  # noqa: A002 - torch's name
+    ) -> None:
+        config = model.config.get_text_config()
+        parameter = next(model.parameters())
+        layers = {layer.layer_idx for layer in converted(model)}
+        self.model, self.batch, self.sampling, self.config = model, batch, sampling, config
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.keeps_softmax = len(layers) < config.num_hidden_layers
+        self.length = length if self.keeps_softmax else 0
+        self.cache, self.clock = fixed_cache(config.num_hidden_layers, layers, self.length, self.device)
+        self.steps = 0
+        names = inspect.signature(model.forward).parameters
+        # the second name is that of transformers before 5.24
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
+        self._optional = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
+
+        def whole(*size: int, fill: Any = 0, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.full(size, fill, dtype=dtype, device=self.device)
+
+        self.tokens, self.positions = whole(batch, 1), whole(batch, 1)
+        self.finished = whole(batch, fill=False, dtype=torch.bool)
+        self.recent, self.column = whole(batch, BLOCK), whole(1)
+        self.eos = torch.tensor(list(eos), dtype=torch.int64, device=self.device)
+        self.pad = whole(fill=pad)
+        self.seen = whole(batch, self.length, fill=True, dtype=torch.bool)
+        # masks of one token are read by kept softmax layers alone
+        self._no_masks = token_masks(config, whole(1, 1, fill=True, dtype=torch.bool), whole(), self.dtype)
+        self._step: Callable[[], None] = self._eager_step
+        if compile is not None:
+            self._step = torch.compile(self._eager_step, dynamic=False, **compile)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._capturing = capture
+        self._ready = False
+
+    @torch.no_grad()
+    def generate(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        tokens: int,
+        *,
+        on_tokens: Callable[[Tensor], None] | None = None,
+        every: int = 16,
+    ) -> Tensor:
+        """Continue prompts, each from an empty state.
+
+        Args:
+            ids: [B, T] int64, padded on the left.
+            mask: [B, T], 0 on padding, or None.
+            tokens: most new tokens.
+            on_tokens: called with each fetched block [B, n] on the CPU; its last columns may lie behind the end.
+            every: tokens between two looks of the host at what has been made: up to `every - 1` steps behind the end of
+                the last row are made in vain, and cut off. At most BLOCK.
+
+        Returns:
+            New tokens [B, n] on the device, n where the last row ended or `tokens`; ended rows go on with `pad`.
+        """
+        if ids.shape[0] != self.batch:
+            raise LinearizeError(f"{ids.shape[0]} prompts for a decoder of {self.batch} rows")
+        if self.keeps_softmax and ids.shape[1] + tokens > self.length:
+            total = ids.shape[1] + tokens
+            raise LinearizeError(f"{total} tokens for a decoder whose softmax layers hold {self.length}")
+        if not self._ready:
+            self._prepare()
+        if tokens < 1:
+            return ids[:, :0]
+        self.read(ids, mask)
+        ended = torch.zeros(self.batch, dtype=torch.bool)
+        ends = self.eos.cpu()
+        blocks: list[Tensor] = []
+        fresh, made = 1, 1
+        while True:
+            block = self._fetch(made, fresh)
+            if on_tokens is not None:
+                on_tokens(block)
+            blocks.append(block)
+            ends_here = torch.isin(block, ends)
+            ended |= ends_here.any(1)
+            if bool(ended.all()) or made >= tokens:
+                break
+            fresh = min(every, BLOCK, tokens - made)
+            self.run(fresh)
+            made += fresh
+        return trimmed(torch.cat(blocks, 1), ends).to(self.device)
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, mask: Tensor | None) -> None:
+        """Forget everything, read the prompts [B, T] in chunked form, and choose each row's first new token."""
+        self._reset()
+        ids = ids.to(self.device)
+        padded = mask is not None and not bool(mask.all())
+        mask = mask.to(self.device).long() if padded and mask is not None else torch.ones_like(ids)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        if self.length:
+            self.seen[:, : ids.shape[1]] = mask.bool()
+            self.seen[:, ids.shape[1] :] = True
+        given = {"attention_mask": mask} if padded else {}
+        logits = self._forward(ids, positions, **given)
+        self.clock.start(ids.shape[1])
+        self.positions.copy_(mask.sum(1, keepdim=True))
+        self._take(logits)
+
+    @torch.no_grad()
+    def run(self, steps: int) -> None:
+        """So many tokens more for every row; the host waits for nothing."""
+        for _ in range(steps):
+            if self._graph is None:
+                self._step()
+            else:
+                self._graph.replay()
+        self.steps += steps
+
+    def _forward(self, ids: Tensor, positions: Tensor, **given: Any) -> Tensor:
+        """Logits [B, V] of the last column."""
+        arguments = {self._cache_name: self.cache, "use_cache": True, **self._optional, **given}
+        return self.model(input_ids=ids, position_ids=positions, **arguments).logits[:, -1]
+
+    def _eager_step(self) -> None:
+        masks: Masks = self._no_masks
+        if self.keeps_softmax:
+            masks = token_masks(self.config, self.seen, self.clock.tokens, self.dtype)
+        logits = self._forward(self.tokens, self.positions, attention_mask=masks)
+        self.clock.tokens.add_(1)
+        self.positions.add_(1)
+        self._take(logits)
+
+    def _take(self, logits: Tensor) -> None:
+        """Choose from logits [B, V] and write down what was chosen."""
+        chosen = torch.where(self.finished, self.pad, self.sampling.choose(logits))
+        self.finished.logical_or_((chosen[:, None] == self.eos).any(1))
+        self.tokens.copy_(chosen[:, None])
+        self.recent.index_copy_(1, self.column, chosen[:, None])
+        self.column.copy_((self.column + 1) % BLOCK)
+
+    def _fetch(self, made: int, fresh: int) -> Tensor:
+        """The last `fresh` of `made` columns, on the CPU; waits for them."""
+        places = torch.arange(made - fresh, made, device=self.device) % BLOCK
+        return self.recent[:, places].cpu()
+
+    def _reset(self) -> None:
+        self.cache.reset()
+        self.clock.running = False
+        self.finished.zero_()
+        self.column.zero_()
+
+    def _prepare(self) -> None:
+        """Make the states with a few steps of nothing, and capture; the generator's state stays as it was."""
+        self._reset()
+        self.clock.start(0)
+        if self.device.type == "cuda" and self._capturing:
+            random = torch.cuda.get_rng_state(self.device)
+            self._capture()
+            torch.cuda.set_rng_state(random, self.device)
+        else:
+            random = torch.get_rng_state()
+            self._twice()
+            torch.set_rng_state(random)
+        self._ready = True
+
+    def _twice(self) -> None:
+        """Two steps; the first, never compiled, makes the states, the second must leave every tensor where it is."""
+        self._eager_step()
+        before = {name: x.data_ptr() for name, x in tensors(self.cache).items()}
+        self._step()
+        moved = [name for name, x in tensors(self.cache).items() if before.get(name) != x.data_ptr()]
+        if moved:
+            raise LinearizeError(f"states that are not written in place cannot be replayed: {', '.join(moved[:3])}")
+
+    def _capture(self) -> None:
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._twice()
+                for _ in range(WARM_UP - 2):
+                    self._step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step()
+            self._graph = graph
+
+
+def trimmed(tokens: Tensor, ends: Tensor) -> Tensor:
+    """Tokens [B, n] up to where the last row ended, that token included; all of them if one has not.
+
+    Args:
+        tokens: what was made.
+        ends: [E] tokens that end a row.
+    """
+    over = torch.isin(tokens, ends).cumsum(1) > 0
+    finished = over.all(0)
+    return tokens[:, : int(finished.int().argmax()) + 1] if bool(finished.any()) else tokens
