@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linearize.kernels import dispatch
 from linearize.kernels.chunks import Decay, cut_documents, scan
 
 
@@ -22,10 +23,46 @@ def delta_chunk(
     """Arguments and results of `delta_reference`; `chunk` is a power of two.
 
     Token t changes the state by k_t u_t^T, where u_t = beta_t (v_t - what the decayed state holds under k_t), and that
-    state is the entering one and the changes before t. So the u of a chunk solve (I + L) U = beta (V - K~ S), with L
+    state is the entering one and the changes before t. So the u of a chunk solve (I + A) U = beta (V - K~ S), with A
     the strictly lower part of beta K K^T times decays and K~ the decayed keys (Yang et al. 2024; decays as in Gated
-    DeltaNet). The solve is done for all chunks at once, with V and K~ side by side.
+    DeltaNet). In torch the solve is done for all chunks at once, with V and K~ side by side. In Triton (chunks of 64
+    whatever `chunk` says) what is decided is:
+
+    - T = (I + A)^-1 is computed once, in float32 by blocks of 16, and kept in the dtype of q for both directions.
+    - The loop over chunks has one product in it: a chunk takes S to kept S - P S + N, with P = K_e^T T (beta K~) and
+      N = K_e^T T (beta V) made for all chunks side by side (K_e: keys with the decay to the chunk's end). The gradients
+      of the states obey the same with P^T, so backward runs the same kernel from right to left. P has at most twice the
+      length of what it takes away, so rounding it costs no more than rounding K and W = T (beta K~) would.
+    - T, P and the entering states are saved; changes and attention within chunks are computed again.
+    - The carried state has a gradient, since that is where the backward loop ends; so does the new state.
+    - Decays within a chunk are differences of sums in float32, at most zero before they are exponentiated: log decays
+      of -20 a token cost 1e-4 of a decay, and nothing overflows.
+    - q, k and v are bfloat16, float16 or float32 alike, F and V at most 256 (float32: 128), any H that is a multiple of
+      M. Nothing is repeated for grouped heads, and no document boundary is read back to the host.
+
+    Returns:
+        o [B, T, H, V], in Triton in the dtype of q, and the new state, in Triton in float32.
+
+    Raises:
+        KernelError: Triton is to run what it does not cover.
     """
+    if dispatch.use_triton(q, k, v, state):
+        from linearize.kernels.gated_delta.operator import delta_triton
+
+        return delta_triton(q, k, v, beta, log_decay, docs, state)
+    return _torch(q, k, v, beta, log_decay, docs, state, chunk)
+
+
+def _torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    docs: Tensor,
+    state: Tensor,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
     blocks = cut_documents(docs, chunk)
     q_cut, k_cut, v_cut = blocks.cut_grouped(q, k.shape[2]), blocks.cut(k), blocks.cut(v)
     strength = blocks.cut(beta[..., None])

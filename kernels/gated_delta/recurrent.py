@@ -4,22 +4,41 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from linearize.kernels import dispatch
+
 
 def delta_step(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor
 ) -> Tensor:
     """The state forgets, the value under the key is moved, the query reads.
 
+    Triton: one launch, nothing read back, nothing allocated but the output, so a CUDA graph can hold it.
+
     Args:
         q: [B, H, F].
-        k: [B, M, F], of length one.
+        k: [B, M, F], of length one, M dividing H.
         v: [B, M, V].
         beta, log_decay: [B, M] (both zero for a token that nobody may see); log_decay None for no forgetting.
         state: [B, M, F, V], float32 or wider; written in place.
 
     Returns:
-        [B, H, V].
+        [B, H, V], in Triton in the dtype of v.
+
+    Raises:
+        KernelError: Triton is to run what it does not cover.
     """
+    if dispatch.use_triton(q, k, v, state):
+        from linearize.kernels.gated_delta import triton_step
+
+        triton_step.covered(q, k, v, state)
+        decay = None if log_decay is None else log_decay.contiguous()
+        return triton_step.step(
+            q.contiguous(), k.contiguous(), v.contiguous(), beta.contiguous(), decay, state
+        )
+    return _torch(q, k, v, beta, log_decay, state)
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
     if log_decay is not None:
         state.mul_(log_decay.exp()[..., None, None])
     held = k[:, :, None] @ state

@@ -1,0 +1,113 @@
+"""The launches of gated_delta, forward and backward, in order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from linearize.kernels.gated_delta.plan import CHUNK, Plan, config, gradients, outputs
+from linearize.kernels.gated_delta.triton_backward import change_kernel, input_gradient_kernel, reader_kernel
+from linearize.kernels.gated_delta.triton_forward import output_kernel, transition_kernel
+from linearize.kernels.gated_delta.triton_inverse import inverse_kernel
+from linearize.kernels.gated_delta.triton_states import states_kernel
+from linearize.kernels.launch import launch
+
+
+def launch_forward(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    docs: Tensor,
+    start: Tensor,
+) -> tuple[Tensor, ...]:
+    """Inverses, what each chunk does to the state, states, outputs; the result is `plan.outputs`, filled."""
+    out, final, inverse, kept, removal, states = made = outputs(plan, q)
+    if not plan.tokens:
+        final.copy_(start)
+        return made
+    gates = {"beta": beta, "log_decay": log_decay, "docs": docs, "HAS_DECAY": log_decay is not None}
+    sizes = {"tokens": plan.tokens, "chunks": plan.chunks, "state_heads": plan.state_heads, "K": plan.key_dim}
+    columns = {"V": plan.value_dim, "C": CHUNK, "PRECISION": plan.precision}
+    rows = plan.batch * plan.state_heads
+    made_for = config("inverse", plan)
+    launch(
+        inverse_kernel, (rows * plan.chunks,), k=k, inverse=inverse, kept=kept, **gates, **sizes, BK=made_for.keys,
+        PRECISION=plan.precision, INNER=plan.inner, num_warps=made_for.warps, num_stages=made_for.stages,
+    )  # fmt: skip
+    made_for = config("transition", plan)
+    launch(
+        transition_kernel, (rows * plan.chunks,), k=k, v=v, inverse=inverse, removal=removal, states=states, **gates,
+        **sizes, **columns, BK=made_for.keys, BV=made_for.values, num_warps=made_for.warps, num_stages=made_for.stages,
+    )  # fmt: skip
+    _states(plan, removal, kept, start, states, final, reverse=False)
+    made_for = config("output", plan)
+    launch(
+        output_kernel, (rows * plan.chunks * (plan.value_dim // made_for.values),), q=q, k=k, v=v, inverse=inverse,
+        states=states, out=out, heads=plan.heads, **gates, **sizes, **columns, BV=made_for.values,
+        num_warps=made_for.warps, num_stages=made_for.stages,
+    )  # fmt: skip
+    return made
+
+
+def launch_backward(
+    plan: Plan, do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor,
+    log_decay: Tensor | None, docs: Tensor, inverse: Tensor, kept: Tensor, removal: Tensor, states: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What queries want, gradients of states, changes, gradients of inputs; the result is `plan.gradients`, filled."""
+    dq, dk, dv, dbeta, dlog_decay, dstart = made = gradients(plan, q, k, v, beta, log_decay)
+    if not plan.tokens:
+        dstart.copy_(torch.zeros_like(dstart) if dfinal is None else dfinal)
+        return made
+    gates = {"beta": beta, "log_decay": log_decay, "docs": docs, "HAS_DECAY": log_decay is not None}
+    sizes = {"tokens": plan.tokens, "chunks": plan.chunks, "state_heads": plan.state_heads, "K": plan.key_dim}
+    columns = {"V": plan.value_dim, "C": CHUNK, "PRECISION": plan.precision}
+    rows = plan.batch * plan.state_heads
+    partial, leaving = torch.empty_like(v), torch.empty_like(states)
+    made_for = config("reader", plan)
+    launch(
+        reader_kernel, (rows * plan.chunks * (plan.value_dim // made_for.values),), q=q, k=k, do=do, inverse=inverse,
+        partial=partial, states=leaving, heads=plan.heads, **gates, **sizes, **columns, BV=made_for.values,
+        num_warps=made_for.warps, num_stages=made_for.stages,
+    )  # fmt: skip
+    _states(plan, removal, kept, dfinal, leaving, dstart, reverse=True)
+    made_for = config("change", plan)
+    parts = plan.value_dim // made_for.values
+    change, missing = torch.empty_like(v), torch.empty_like(v)
+    direct, read = (q.new_empty(parts, *beta.shape, dtype=torch.float32) for _ in range(2))
+    overlap = q.new_empty(parts, rows, plan.chunks, dtype=torch.float32)
+    launch(
+        change_kernel, (rows * plan.chunks * parts,), k=k, v=v, inverse=inverse, states=states, leaving=leaving,
+        kept=kept, partial=partial, change=change, missing=missing, dv=dv, direct=direct, read=read, overlap=overlap, **gates,
+        **sizes, **columns, BV=made_for.values, num_warps=made_for.warps, num_stages=made_for.stages,
+    )  # fmt: skip
+    made_for = config("input_gradient", plan)
+    launch(
+        input_gradient_kernel, (rows * plan.chunks,), q=q, k=k, do=do, states=states, leaving=leaving, change=change,
+        missing=missing, dv=dv, direct=direct, read=read, overlap=overlap, dq=dq, dk=dk, dbeta=dbeta, dlog_decay=dlog_decay,
+        batches=plan.batch, heads=plan.heads, **gates, **sizes, **columns, BK=made_for.keys, BV=made_for.values,
+        PARTS=parts, num_warps=made_for.warps, num_stages=made_for.stages,
+    )  # fmt: skip
+    return made
+
+
+def _states(
+    plan: Plan,
+    removal: Tensor,
+    kept: Tensor,
+    start: Tensor | None,
+    states: Tensor,
+    final: Tensor,
+    *,
+    reverse: bool,
+) -> None:
+    made_for = config("states", plan)
+    parts = plan.value_dim // made_for.values
+    launch(
+        states_kernel, (plan.batch * plan.state_heads * parts,), removal=removal, kept=kept, start=start,
+        states=states, final=final, chunks=plan.chunks, K=plan.key_dim, V=plan.value_dim, BV=made_for.values,
+        REVERSE=reverse, HAS_START=start is not None, PRECISION=plan.precision,
+        num_warps=made_for.warps, num_stages=made_for.stages,
+    )  # fmt: skip
