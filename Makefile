@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help venv dev demo test recipes lint format typecheck build clean
+.PHONY: help venv dev demo bench test recipes lint format typecheck build clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -20,6 +20,10 @@ $(VENV)/.installed-dev: pyproject.toml scripts/venv.sh
 
 demo: venv  ## Convert the real teacher at a small budget, evaluate, export, reload, generate
 	LINEARIZE=$(BIN)/linearize scripts/demo.sh
+
+bench: venv  ## Time every kernel beside fla's and softmax (needs a CUDA device)
+	-$(BIN)/python -m pip install --quiet fla-core==0.6.0
+	$(BIN)/linearize bench kernels $(ARGS)
 
 test: dev  ## All tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)

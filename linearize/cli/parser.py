@@ -118,6 +118,18 @@ def build_parser() -> Parser:
     )
     _generate_arguments(_add(commands, "generate", "continue a prompt", "linearize.cli.generation"))
 
+    bench = _add(commands, "bench", "measure speed on this machine's GPU", "linearize.cli.bench")
+    bench.set_defaults(command=_show_help)
+    what = bench.add_subparsers(title="benchmarks", metavar="WHAT", parser_class=Parser)
+    _bench_kernels_arguments(
+        _add(
+            what, "kernels", "time every operator beside fla's and softmax", "linearize.cli.bench", "kernels"
+        )
+    )
+    _bench_decode_arguments(
+        _add(what, "decode", "tokens/s of a converted model and its teacher", "linearize.cli.bench", "decode")
+    )
+
     recipes = _add(
         commands, "recipes", "list the shipped recipes, or show one composed", "linearize.cli.recipes"
     )
@@ -221,6 +233,76 @@ def _generate_arguments(parser: Parser) -> None:
     _device_argument(parser)
 
 
+def _bench_kernels_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="operators to time (default: all; a wrong name lists them)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=_positive,
+        metavar="N",
+        help="tokens of all sequences together (default: 65536; --quick: 16384)",
+    )
+    parser.add_argument("--quick", action="store_true", help="two lengths, fewer repeats")
+    parser.add_argument(
+        "--peers-at",
+        type=_lengths,
+        default=(2048, 8192, 32_768),
+        metavar="A,B",
+        help="lengths at which peers that tune themselves are timed (default: 2048,8192,32768); 0 for none",
+    )
+    parser.add_argument(
+        "--warm-up",
+        type=_positive,
+        default=240,
+        metavar="SECONDS",
+        help="limit of one peer's first call (default: 240)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=_positive,
+        metavar="SECONDS",
+        help="start nothing new after this; what is left is listed",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="make every call once, which compiles and tunes; time nothing"
+    )
+    _bench_out_argument(parser)
+
+
+def _bench_decode_arguments(parser: Parser) -> None:
+    parser.add_argument("path", metavar="PATH", help=PATH_HELP)
+    parser.add_argument("--teacher", metavar="MODEL", help="the model it was converted from, timed beside it")
+    parser.add_argument(
+        "--batch", type=_lengths, default=(1, 64), metavar="A,B", help="sequences at once (default: 1,64)"
+    )
+    parser.add_argument(
+        "--context",
+        type=_lengths,
+        default=(1024, 8192),
+        metavar="A,B",
+        help="tokens before (default: 1024,8192)",
+    )
+    parser.add_argument(
+        "--new-tokens", type=_positive, default=128, metavar="N", help="tokens timed (default: 128)"
+    )
+    _bench_out_argument(parser)
+
+
+def _bench_out_argument(parser: Parser) -> None:
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/bench"),
+        metavar="DIR",
+        help="folder of the results (default: runs/bench)",
+    )
+
+
 def _device_argument(parser: Parser) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one"
@@ -252,6 +334,10 @@ def _named_file(text: str) -> tuple[str, str]:
     if not equals or not name or not file:
         raise argparse.ArgumentTypeError(f"must be NAME=FILE, got '{text}'")
     return name, file
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(_count(part) for part in text.split(",") if part.strip())
 
 
 def _names(text: str) -> list[str]:

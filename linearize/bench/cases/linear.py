@@ -1,0 +1,45 @@
+"""Plain linear attention on q and k as they are: no feature map, no normalizer."""
+
+from __future__ import annotations
+
+import torch
+
+from linearize.bench.case import Call, Case, Contender, Draw, Tensors
+from linearize.bench.peers import SOFTMAX, linear, ours
+from linearize.bench.shapes import Shape, attention_flops, sized
+
+
+def cases(tokens: int, lengths: tuple[int, ...]) -> list[Case]:
+    """2 x 16,384 x 16 x 128, the shape that Helion's figures are for, and 64-dimensional heads at one length."""
+    longest = min(16_384, lengths[-1])
+    usual = 8192 if 8192 in lengths else longest
+    return [_case(sized(tokens // 2, longest, 16, 128)), _case(sized(tokens, usual, 16, 64))]
+
+
+def _case(shape: Shape) -> Case:
+    def inputs(draw: Draw) -> Tensors:
+        found = shape.qkv(draw)
+        found["q"] = found["q"] * shape.dim**-0.5
+        return found | {"docs": draw.documents(shape.batch, shape.tokens)}
+
+    def build(inputs: Tensors) -> Call:
+        linear_chunk = ours("linear", "linear_chunk")
+        q, k, v = (inputs[name] for name in ("q", "k", "v"))
+        size = (len(q), shape.kv_heads, shape.dim)
+        state = torch.zeros(*size, shape.dim, device=q.device), torch.zeros(*size, device=q.device)
+        return lambda: linear_chunk(q, k, v, inputs["docs"], state)[0]
+
+    return Case(
+        "linear",
+        f"{shape}, no features",
+        shape.tokens,
+        inputs,
+        ("q", "k", "v"),
+        shape.bytes(),
+        attention_flops(shape, features=shape.dim),
+        (
+            Contender("linearize", build, kind="ours"),
+            Contender("fla linear", linear(normalize=False), kind="tuned"),
+            *SOFTMAX,
+        ),
+    )
