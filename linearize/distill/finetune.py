@@ -3,6 +3,9 @@
 The teacher is the same model with its adapters off and its softmax attention back on, so it costs one more
 forward pass and no second copy of the weights. Only a stage after which the base weights have changed needs a
 copy; the runner gives it.
+
+No tensor of all tokens' logits is made where the heads of both are recognized (`headless`) and every objective is
+`fused`: the losses take final hidden states, and make logits a slice of tokens at a time.
 """
 
 from __future__ import annotations
@@ -15,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from linearize import objectives, surgery
+from linearize.distill.headless import predict_final, recognize
 from linearize.distill.stage import StageTrainer
 from linearize.distill.trainable import unwrapped
+from linearize.kernels.distill import Head
+from linearize.objectives import Final
 
 
 class FinetuneTrainer(StageTrainer):
@@ -32,6 +38,7 @@ class FinetuneTrainer(StageTrainer):
         super().__init__(model, **settings)
         self.teacher = teacher
         self.needs_teacher = needs_teacher(self.stage.objective)
+        self._heads: tuple[Head, Head] | tuple[None, None] | None = None
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Labeled tokens of the whole optimizer step, so that accumulation equals one large batch."""
@@ -42,18 +49,40 @@ class FinetuneTrainer(StageTrainer):
 
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
         """The step's loss [1], this micro-batch's share of it."""
-        teacher_logits = None
-        if self.needs_teacher:
-            with self.computing():
-                teacher_logits = predict_teacher(model, batch, self.teacher)
+        fused = objectives.fused(self.stage.objective)
+        student, teacher = self.predictions(model, batch, teacher=self.needs_teacher, fused=fused)
+        targets = objectives.next_targets(batch["labels"], batch.get("position_ids"))
+        loss = objectives.token_backward(student, targets, self.stage.objective, teacher=teacher, count=count)
+        return loss[None]
+
+    def predictions(
+        self, model: nn.Module, batch: dict[str, Tensor], *, teacher: bool, fused: bool
+    ) -> tuple[Tensor | Final, Tensor | Final | None]:
+        """What student and, if asked for, teacher predict: logits [B, T, V], or what the heads make them of.
+
+        Args:
+            model: the student, put in training mode.
+            batch: as in `micro_step`.
+            teacher: whether it is needed.
+            fused: whether the losses take hidden states.
+        """
+        head = teacher_head = theirs = None
+        with self.computing():
+            if fused:
+                head, teacher_head = self._recognized(model, batch["input_ids"].device)
+            if teacher:
+                theirs = teacher_predicts(model, batch, self.teacher, teacher_head)
         model.train()
         with self.computing():
-            logits = predict(model, batch)
-        targets = objectives.next_targets(batch["labels"], batch.get("position_ids"))
-        loss = objectives.token_backward(
-            logits, targets, self.stage.objective, teacher=teacher_logits, count=count
-        )
-        return loss[None]
+            return predicts(model, batch, head), theirs
+
+    def _recognized(self, model: nn.Module, device: torch.device) -> tuple[Head, Head] | tuple[None, None]:
+        """The heads of student and teacher; recognized at the first step, and both or neither."""
+        if self._heads is None:
+            head = recognize(model, device)
+            other = head if head is None or self.teacher is None else recognize(self.teacher, device)
+            self._heads = (None, None) if head is None or other is None else (head, other)
+        return self._heads
 
 
 def needs_teacher(objective: dict[str, float]) -> bool:
@@ -71,14 +100,28 @@ def predict(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     ).logits
 
 
+def predicts(model: nn.Module, batch: dict[str, Tensor], head: Head | None) -> Tensor | Final:
+    """`predict`, or hidden states if the head is known."""
+    return predict(model, batch) if head is None else predict_final(model, batch, head)
+
+
 def predict_teacher(model: nn.Module, batch: dict[str, Tensor], teacher: nn.Module | None = None) -> Tensor:
     """The teacher's logits [B, T, V], without a graph and without dropout."""
+    found = teacher_predicts(model, batch, teacher, None)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def teacher_predicts(
+    model: nn.Module, batch: dict[str, Tensor], teacher: nn.Module | None, head: Head | None
+) -> Tensor | Final:
+    """`predict_teacher`, or its hidden states if the head is known."""
     source = model if teacher is None else teacher
     training = source.training
     source.eval()
     try:
         with torch.no_grad(), as_teacher(model) if teacher is None else nullcontext():
-            return predict(source, batch)
+            return predicts(source, batch, head)
     finally:
         source.train(training)
 

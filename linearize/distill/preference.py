@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from linearize import data, objectives
 from linearize.config.schema import DataConfig
 from linearize.data.packing import IGNORED, Tokens
-from linearize.distill.finetune import FinetuneTrainer, predict, predict_teacher
+from linearize.distill.finetune import FinetuneTrainer
 from linearize.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -28,13 +28,10 @@ class PreferenceTrainer(FinetuneTrainer):
 
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
         assert count is not None
-        with self.computing():
-            reference = predict_teacher(model, batch, self.teacher)
-        model.train()
-        with self.computing():
-            logits = predict(model, batch)
+        student, reference = self.predictions(model, batch, teacher=True, fused=True)
+        assert reference is not None
         loss = objectives.pair_backward(
-            logits,
+            student,
             objectives.next_targets(batch["labels"], batch["position_ids"]),
             batch["side"],
             self.stage.objective,

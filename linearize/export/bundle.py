@@ -2,7 +2,8 @@
 
 The file is the package's own source, concatenated in dependency order, with its internal imports taken out; so it
 cannot drift from what was tested. It imports torch and transformers only: the branches that lead to Triton kernels
-(``if dispatch.use_triton(...):``) are taken out too, and what remains is every operator's torch form.
+(``if dispatch.use_triton(...):``, alone or behind ``and``) are taken out too, and what remains is every operator's
+torch form. A private name that two modules use gets its module's name behind it in the second.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ def bundle(model: PreTrainedModel) -> str:
     for source in order:
         for name in source.names:
             first = taken.setdefault(name, source.name)
-            assert first == source.name, f"{name} is defined in {first} and {source.name}"
+            if first != source.name:
+                assert name.startswith("_"), f"{name} is defined in {first} and {source.name}"
+                own = "_".join(source.name.split(".")[1:])
+                source.body = _renamed(source.body, name, f"{name}_{own}")
     found = {line for source in order for line in source.external}
     imports = sorted(found, key=lambda line: (line.startswith("from"), line))
     parts = [
@@ -148,6 +152,31 @@ def _registers(name: str, used: set[str]) -> bool:
     return any(f'.register("{part}")' in _text(name) for part in used)
 
 
+def _renamed(body: str, name: str, new: str) -> str:
+    """Source text with a name of its module under another one; it may not be an argument's or an attribute's too."""
+    places: set[tuple[int, int]] = set()
+    lines = body.encode().split(b"\n")
+    for node in ast.walk(ast.parse(body)):
+        assert not (isinstance(node, ast.arg) and node.arg == name), (
+            f"{name} is an argument and a module's name"
+        )
+        if isinstance(node, ast.Name) and node.id == name:
+            places.add((node.lineno - 1, node.col_offset))
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
+            word = b"class " if isinstance(node, ast.ClassDef) else b"def "
+            places.add((node.lineno - 1, node.col_offset + len(word)))
+    for line, column in sorted(places, reverse=True):
+        text = lines[line]
+        lines[line] = text[:column] + new.encode() + text[column + len(name) :]
+    return b"\n".join(lines).decode()
+
+
+def _needs_triton(test: ast.expr) -> bool:
+    """Whether a condition holds only where Triton runs; negations are none of them."""
+    conditions = test.values if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else [test]
+    return any(ast.unparse(condition).startswith("dispatch.use_triton(") for condition in conditions)
+
+
 def _read(name: str, used: set[str]) -> _Source:
     text = _text(name)
     lines = text.splitlines()
@@ -163,7 +192,7 @@ def _read(name: str, used: set[str]) -> _Source:
         top = node in tree.body
         if node in skipped:
             continue
-        if isinstance(node, ast.If) and ast.unparse(node.test).startswith("dispatch.use_triton("):
+        if isinstance(node, ast.If) and _needs_triton(node.test):
             assert not node.orelse, f"{name}: the torch form stands behind the branch, not in an else"
             skipped.update(ast.walk(node))
             drop(node)

@@ -19,6 +19,7 @@ from linearize.objectives.base import (
     level_of,
     names,
 )
+from linearize.objectives.final import Final, fused
 from linearize.objectives.layer import layer_backward
 from linearize.objectives.pair import pair_backward
 from linearize.objectives.token import next_targets, token_backward
@@ -31,10 +32,12 @@ get = OBJECTIVES.get
 __all__ = [
     "OBJECTIVES",
     "BlockObjective",
+    "Final",
     "LayerObjective",
     "OutputObjective",
     "PairObjective",
     "TokenObjective",
+    "fused",
     "get",
     "layer_backward",
     "level_of",

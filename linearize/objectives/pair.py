@@ -9,16 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.objectives.base import OBJECTIVES, PairObjective
+from linearize.objectives.final import Final
 from linearize.objectives.token import target_log_probs, token_backward
 
 
 def pair_backward(
-    logits: Tensor,
+    logits: Tensor | Final,
     targets: Tensor,
     side: Tensor,
     objectives: Mapping[str, float],
     *,
-    teacher: Tensor,
+    teacher: Tensor | Final,
     beta: float,
     count: Tensor | float,
 ) -> Tensor:
@@ -29,11 +30,12 @@ def pair_backward(
     is needed.
 
     Args:
-        logits: [B, T, V] of the student, with a graph behind it; a sequence holds one pair as two documents.
+        logits: [B, T, V] of the student, with a graph behind it, or what its head makes them of; a sequence holds one
+            pair as two documents.
         targets: [B, T] int64 from `next_targets`.
         side: [B, T] int64 of the tokens themselves: 1 chosen, -1 rejected, 0 neither.
         objectives: objective name -> weight.
-        teacher: [B, T, V] the teacher's logits.
+        teacher: [B, T, V] the teacher's logits, or what they are made of.
         beta: see `PairObjective`.
         count: pairs in all micro-batches of the step.
 

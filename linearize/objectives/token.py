@@ -1,7 +1,8 @@
 """The whole model's training step: logits against targets and the teacher's logits, a slice of tokens at once.
 
 A float32 copy of the logits of 8 x 1,024 tokens over a vocabulary of 49,152 is 1.6 GB, and its softmax and
-gradient are as much again; here only one slice of them exists.
+gradient are as much again; here only one slice of them exists. Where a model's head is known (`Final`) not even the
+logits themselves do.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.objectives.base import OBJECTIVES, TokenObjective
+from linearize.objectives.final import Final, final_backward, final_log_probs
 
 SLICE_ELEMENTS = 2**24
 """Logits in a slice: 64 MB in float32."""
@@ -39,21 +41,23 @@ def next_targets(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
 
 
 def token_backward(
-    logits: Tensor,
+    logits: Tensor | Final,
     targets: Tensor,
     objectives: Mapping[str, float],
     *,
-    teacher: Tensor | None = None,
+    teacher: Tensor | Final | None = None,
     count: Tensor | float | None = None,
     factors: Tensor | None = None,
 ) -> Tensor:
     """Back-propagate ``sum(weight * loss)`` of the named model objectives through `logits`.
 
     Args:
-        logits: [B, T, V] of the student, with a graph behind it.
+        logits: [B, T, V] of the student, with a graph behind it; or what its head makes them of, if every objective
+            is `fused`.
         targets: [B, T] int64 from `next_targets`.
         objectives: objective name -> weight.
-        teacher: [B, T, V] the teacher's logits; needed by objectives that compare with it.
+        teacher: [B, T, V] the teacher's logits, or what they are made of, as for the student; needed by objectives
+            that compare with it.
         count: what the sum over tokens is divided by: the labeled tokens of all micro-batches of the step, so
             that gradient accumulation gives the gradient of one large batch. Default: those of `targets`.
         factors: [B, T] further weight of each token.
@@ -67,12 +71,21 @@ def token_backward(
     assert teacher is not None or not any(part.needs_teacher for part, _ in parts), (
         "the teacher's logits are missing"
     )
+    labeled = targets != IGNORED
+    divisor = labeled.sum().clamp_min(1) if count is None else count
+    if isinstance(logits, Final):
+        assert not isinstance(teacher, Tensor), "hidden states of the student beside logits of the teacher"
+        each = logits.hidden.new_ones((), dtype=torch.promote_types(logits.dtype, torch.float32)) / divisor
+        each = each if factors is None else each * factors
+        return final_backward(
+            logits, targets, objectives, teacher=teacher, weights=torch.where(labeled, each, 0.0)
+        )
+    assert not isinstance(teacher, Final), "logits of the student beside hidden states of the teacher"
     vocabulary = logits.shape[-1]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     flat, flat_targets = logits.detach().reshape(-1, vocabulary), targets.reshape(-1)
     flat_factors = None if factors is None else factors.reshape(-1)
     flat_teacher = None if teacher is None else teacher.detach().reshape(-1, vocabulary)
-    divisor = (flat_targets != IGNORED).sum().clamp_min(1) if count is None else count
     gradient = torch.empty_like(flat)
     total = torch.zeros((), dtype=dtype, device=logits.device)
     step = max(1, SLICE_ELEMENTS // vocabulary)
@@ -85,22 +98,23 @@ def token_backward(
                 losses = torch.stack(
                     [weight * part.tokens(leaf, against, flat_targets[piece]) for part, weight in parts]
                 )
-                labeled = flat_targets[piece] != IGNORED
                 each = losses.sum(dim=0) if flat_factors is None else losses.sum(dim=0) * flat_factors[piece]
-                loss = torch.where(labeled, each, 0.0).sum() / divisor
+                loss = torch.where(flat_targets[piece] != IGNORED, each, 0.0).sum() / divisor
                 gradient[piece] = torch.autograd.grad(loss, leaf)[0]
             total += loss.detach()
         logits.backward(gradient.view_as(logits))
     return total
 
 
-def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+def target_log_probs(logits: Tensor | Final, targets: Tensor) -> Tensor:
     """Log-probability [B, T] of each target, 0 where there is none; no graph, a slice of tokens at once.
 
     Args:
-        logits: [B, T, V].
+        logits: [B, T, V], or what a head makes them of.
         targets: [B, T] int64 from `next_targets`.
     """
+    if isinstance(logits, Final):
+        return final_log_probs(logits, targets, targets != IGNORED)
     flat, flat_targets = logits.detach().flatten(0, 1), targets.flatten()
     dtype = torch.promote_types(logits.dtype, torch.float32)
     step = max(1, SLICE_ELEMENTS // logits.shape[-1])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import linearize
 from linearize import surgery
-from linearize.export.bundle import bundle
+from linearize.export.bundle import _needs_triton, _renamed, bundle
 
 SCRIPT = """
 import json, sys
@@ -90,3 +90,24 @@ def test_bundle_is_plain_python_without_internal_imports():
         surgery.convert(tiny.model(), tiny.LAWCAT)
     ), "operators come along in their torch form alone"
     assert "class Hedgehog" in source and "class Performer" not in source, "only the parts in use come along"
+
+
+def test_private_names_of_two_modules_stay_apart():
+    """`_part` of the second module; its attribute and the text of the same name stay."""
+    text = "def _part(x):\n    return x._part + _part('_part')\n\nüber = [_part for _ in _part]"
+    assert _renamed(text, "_part", "_part_b") == (
+        "def _part_b(x):\n    return x._part + _part_b('_part')\n\nüber = [_part_b for _ in _part_b]"
+    )
+
+
+def test_branches_to_triton_are_recognized():
+    found = [
+        _needs_triton(ast.parse(text, mode="eval").body)
+        for text in (
+            "dispatch.use_triton(q)",
+            "not a and dispatch.use_triton(q, k)",
+            "not dispatch.use_triton(q)",
+            "a",
+        )
+    ]
+    assert found == [True, True, False, False]
