@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linearize.kernels import dispatch
 from linearize.kernels.chunks import Decay, cut_documents, decayed_products, decayed_values, scan
 from linearize.kernels.gated_linear.reference import Gated, GatedState, check_options
 
@@ -14,9 +15,9 @@ def gated_linear_chunk(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    log_decay: Tensor,
-    docs: Tensor,
-    state: GatedState,
+    log_decay: Tensor | None,
+    docs: Tensor | None,
+    state: GatedState | None,
     *,
     bonus: Tensor | None = None,
     read_before: bool = False,
@@ -24,11 +25,50 @@ def gated_linear_chunk(
     decay_values: bool = False,
     chunk: int = 64,
 ) -> Gated:
-    """Arguments and results of `gated_linear_reference`; `chunk` is a power of two.
+    """Arguments and results of `gated_linear_reference`, and None for no decay, one document, or an empty state.
 
-    The normalizer is one more column of the state, whose values are ones, so that it shares the decay.
+    On CUDA it runs in Triton (`operator.py`): q, k and v of one dtype, bfloat16, float16 or float32, the log decays
+    float32 or narrower; numerators come in the dtype of v, denominators and states in float32. Every decay is exact,
+    strong ones too: exponents are sums of the decays between two tokens of a tile, or their negatives where these stay
+    in range. Decays of values (`decay_values`) keep the form below, in linear memory, on every device.
+
+    Args:
+        chunk: tokens in a chunk of the torch form, a power of two.
+
+    Raises:
+        KernelError: Triton is to run what it does not cover.
     """
     check_options(normalize=normalize, decay_values=decay_values)
+    if not decay_values and dispatch.use_triton(q, k, v):
+        from linearize.kernels.gated_linear.operator import gated_linear_triton
+
+        return gated_linear_triton(
+            q, k, v, log_decay, docs, state, bonus=bonus, read_before=read_before, normalize=normalize
+        )
+    if docs is None:
+        docs = torch.zeros(q.shape[:2], dtype=torch.int64, device=q.device)
+    if log_decay is None:
+        log_decay = k.new_zeros(k.shape[:3])
+    if state is None:
+        wide = torch.promote_types(k.dtype, torch.float32)
+        state = (k.new_zeros(len(k), *k.shape[2:], v.shape[-1], dtype=wide), None)
+    return _torch(q, k, v, log_decay, docs, state, bonus, read_before, normalize, decay_values, chunk)
+
+
+def _torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    docs: Tensor,
+    state: GatedState,
+    bonus: Tensor | None,
+    read_before: bool,
+    normalize: bool,
+    decay_values: bool,
+    chunk: int,
+) -> Gated:
+    """In blocks of torch. The normalizer is one more column of the state, whose values are ones, sharing the decay."""
     blocks = cut_documents(docs, chunk)
     sums, norms = state
     if normalize:

@@ -1,0 +1,160 @@
+"""Sizes, tiles, segments and configurations of one call of gated_linear's Triton kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from linearize.kernels import dispatch
+
+CHUNK = 64
+"""Tokens in a tile of every product."""
+BLOCK = 64
+"""Key dimensions with their own decays that are taken at a time."""
+TILES = {0: 2, 1: 2, 2: 1}
+"""Tiles in a period, between whose ends states are kept: without decay, with one a head, with one a key dimension."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is compiled.
+
+    Attributes:
+        columns: columns of the result in one program.
+        warps, stages: num_warps and num_stages.
+    """
+
+    columns: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the launches need to know beside the tensors.
+
+    Attributes:
+        batch, tokens, heads, state_heads, key_dim, value_dim: sizes.
+        decay: 0 for none, 1 for one of a head, 2 for one of a key dimension.
+        read_before, normalize: see `gated_linear_reference`.
+        tiles, periods: of the sequence.
+        segments, per_segment: pieces of the scan over periods, and periods in each.
+        wide: whether states, and what is multiplied with them, are float32.
+    """
+
+    batch: int
+    tokens: int
+    heads: int
+    state_heads: int
+    key_dim: int
+    value_dim: int
+    decay: int
+    read_before: bool
+    normalize: bool
+    tiles: int
+    periods: int
+    segments: int
+    per_segment: int
+    wide: bool
+    precision: str
+
+    @property
+    def tiles_of_period(self) -> int:
+        return TILES[self.decay]
+
+    def states(self, q: Tensor) -> list[Tensor]:
+        """Empty states, norms, carries, carries of norms and spans, in the order in which kernels take them."""
+        dtype = q.dtype if q.dtype == torch.bfloat16 else torch.float32
+        size, pieces = (self.batch, self.state_heads), self.segments if self.segments > 1 else 0
+        width = self.key_dim if self.normalize else 0
+        spans = (*size, self.periods, self.key_dim) if self.decay == 2 else (*size, self.periods)
+        return [
+            q.new_empty(*size, self.periods, self.key_dim, self.value_dim, dtype=dtype),
+            q.new_empty(*size, self.periods, width, dtype=torch.float32),
+            q.new_empty(*size, pieces, self.key_dim, self.value_dim, dtype=dtype),
+            q.new_empty(*size, pieces, width, dtype=torch.float32),
+            q.new_empty(spans, dtype=torch.float32),
+        ]
+
+    def state(self, q: Tensor) -> list[Tensor]:
+        """Empty sums and norms of one state, float32."""
+        size = (self.batch, self.state_heads, self.key_dim)
+        norms = size if self.normalize else (0,)
+        return [
+            q.new_empty(*size, self.value_dim, dtype=torch.float32),
+            q.new_empty(norms, dtype=torch.float32),
+        ]
+
+    def outputs(self, q: Tensor) -> list[Tensor]:
+        """Empty tensors for what the forward operator gives."""
+        rows = (self.batch, self.tokens, self.heads)
+        denominator = q.new_empty(rows if self.normalize else (0,), dtype=torch.float32)
+        return [q.new_empty(*rows, self.value_dim), denominator, *self.state(q), *self.states(q)]
+
+
+def make_plan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, numbers: list[int]) -> Plan:
+    """Work out the tiles; `numbers` as in `operator.Numbers`."""
+    read_before, normalize, segments = numbers
+    batch, tokens, heads, key_dim = q.shape
+    state_heads, value_dim = v.shape[2:]
+    decay = 0 if log_decay is None else log_decay.dim() - 2
+    span = TILES[decay] * CHUNK
+    tiles, periods = -(-tokens // CHUNK), -(-tokens // span)
+    if not tiles:
+        segments = 1
+    elif segments == 0:
+        columns = min(CONFIGS["scan"][_size(max(key_dim, value_dim))].columns, value_dim)
+        programs = max(1, batch * state_heads * (value_dim // columns))
+        segments = max(1, min(processors(q.device) // programs, tokens // 1024))
+    per_segment = max(1, -(-periods // segments))
+    return Plan(
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        state_heads=state_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        decay=decay,
+        read_before=bool(read_before),
+        normalize=bool(normalize),
+        tiles=tiles,
+        periods=periods,
+        segments=-(-periods // per_segment) if tiles else 1,
+        per_segment=per_segment,
+        wide=q.dtype != torch.bfloat16,
+        precision="tf32x3" if q.dtype == torch.float32 else "tf32",
+    )
+
+
+def _size(width: int) -> int:
+    return 64 if width <= 64 else 128 if width == 128 else 256
+
+
+def config(kernel: str, plan: Plan) -> Config:
+    """The fixed table: block of columns, warps and stages by head dim; float32 takes one stage."""
+    found = CONFIGS[kernel][_size(max(plan.key_dim, plan.value_dim))]
+    return Config(found.columns, found.warps, 1 if plan.wide else found.stages)
+
+
+CONFIGS: dict[str, dict[int, Config]] = {
+    "scan": {64: Config(64, 4, 4), 128: Config(64, 4, 3), 256: Config(64, 8, 2)},
+    "head_output": {64: Config(64, 4, 2), 128: Config(128, 4, 2), 256: Config(128, 8, 1)},
+    "head_gradient": {64: Config(64, 4, 2), 128: Config(128, 4, 2), 256: Config(128, 8, 1)},
+    "key_output": {64: Config(64, 8, 1), 128: Config(128, 8, 1), 256: Config(128, 8, 1)},
+    "key_gradient": {64: Config(64, 8, 1), 128: Config(64, 8, 1), 256: Config(64, 8, 1)},
+}
+
+
+@cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device; those of an H100 where there is none."""
+    if device.type != "cuda":
+        return 132 if dispatch.recording() else 1
+    return _processors(torch.cuda.current_device() if device.index is None else device.index)
