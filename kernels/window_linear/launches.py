@@ -7,11 +7,17 @@ from torch import Tensor
 
 from linearize.kernels.launch import launch
 from linearize.kernels.window_linear.plan import CHUNK, Plan, config, processors
+from linearize.kernels.window_linear.triton_aligned_backward import (
+    aligned_key_gradient_kernel,
+    aligned_query_gradient_kernel,
+)
+from linearize.kernels.window_linear.triton_aligned_forward import aligned_output_kernel
 from linearize.kernels.window_linear.triton_backward import (
     key_gradient_kernel,
     map_gradient_kernel,
     query_gradient_kernel,
 )
+from linearize.kernels.window_linear.triton_common import LOG2E
 from linearize.kernels.window_linear.triton_forward import output_kernel
 from linearize.kernels.window_linear.triton_states import carry_kernel, key_states_kernel, query_states_kernel
 
@@ -23,7 +29,7 @@ def launch_forward(
 ) -> list[Tensor]:
     """Key states, their carries, outputs; the result is `Plan.outputs`, filled."""
     outputs = plan.outputs(q)
-    out, maximum, inverse, final, final_norm, states, norms, carries, carry_norms = outputs
+    out, maximum, inverse, final, final_norm, states, norms, carries, carry_norms, query_lse, key_lse = outputs
     query_map, key_map = maps
     weight, factor, sink = factors
     codes, reach = masks
@@ -42,7 +48,7 @@ def launch_forward(
             key_states_kernel,
             (plan.value_dim // made.values, plan.batch * plan.state_heads * plan.segments * (plan.chunks > 0)),
             k=k, v=v, weight=key_map, codes=codes, reach=reach, start=start, start_norm=start_norm,
-            states=states, norms=norms, totals=totals, total_norms=total_norms,
+            states=states, norms=norms, totals=totals, total_norms=total_norms, key_lse=key_lse,
             key_tokens=plan.key_tokens, tokens=plan.tokens, base=plan.base, chunks=plan.chunks,
             per_segment=plan.per_segment, limit=plan.key_tokens - plan.window,
             last_tile=plan.last_tile if plan.return_state else plan.chunks, segments=plan.segments,
@@ -54,17 +60,19 @@ def launch_forward(
         if plan.segments > 1:
             for total, carry, last in ((totals, carries, final), (total_norms, carry_norms, final_norm)):
                 _carry(plan, total, carry, last if plan.return_state else None, codes, reverse=False)
-    made = config("output", plan)
-    launch(
-        output_kernel,
-        (plan.chunks * (plan.value_dim // made.values), plan.batch * plan.heads),
-        q=q, k=k, v=v, query_map=query_map, key_map=key_map, weight=weight, factor=factor, sink=sink, codes=codes,
-        reach=reach, states=states, norms=norms, carries=carries, carry_norms=carry_norms,
-        out=out, maximum=maximum, inverse=inverse, **_geometry(plan),
-        heads=plan.heads, kv_heads=plan.kv_heads, state_heads=plan.state_heads, BV=made.values, **_sizes(plan),
-        HAS_SINK=sink is not None, HAS_CARRY=plan.segments > 1, **_flags(plan, weight, factor, codes, reach),
-        num_warps=made.warps, num_stages=made.stages,
-    )  # fmt: skip
+    shared = {
+        "q": q, "k": k, "v": v, "query_map": query_map, "key_map": key_map, "weight": weight, "factor": factor,
+        "sink": sink, "codes": codes, "states": states, "norms": norms, "carries": carries, "carry_norms": carry_norms,
+        "out": out, "maximum": maximum, "inverse": inverse, "query_lse": query_lse, "HAS_SINK": sink is not None,
+    }  # fmt: skip
+    aligned = plan.whole_chunks and reach is None
+    made = config("aligned_output" if aligned else "output", plan)
+    grid = (plan.chunks * (plan.value_dim // made.values), plan.batch * plan.heads)
+    options = {"BV": made.values, "num_warps": made.warps, "num_stages": made.stages}
+    if aligned:
+        launch(aligned_output_kernel, grid, key_lse=key_lse, **shared, **_aligned(plan, factor, codes), **options)
+    else:
+        launch(output_kernel, grid, reach=reach, **shared, **_general(plan, factor, codes, reach), **options)
     return outputs
 
 
@@ -73,28 +81,34 @@ def launch_backward(
     saved: list[Tensor], train_maps: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Queries' side, query states and their carries, keys' side, maps."""
-    out, maximum, inverse, states, norms, carries, carry_norms = saved
+    out, maximum, inverse, states, norms, carries, carry_norms, query_lse, key_lse = saved
     query_map, key_map = maps
     weight, factor, sink = factors
     codes, reach = masks
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    rows = (plan.batch, plan.tokens, plan.heads)
+    rows = (plan.batch, plan.heads, plan.tokens)
     delta, balance, share_gradient, dsink = (q.new_empty(rows, dtype=torch.float32) for _ in range(4))
     place_of_top = q.new_empty(rows, dtype=torch.int32)
     trains = train_maps and plan.has_past
-    query_dy = q.new_empty(*rows, plan.map_dim) if trains else None
+    query_dy = q.new_empty(plan.batch, plan.tokens, plan.heads, plan.map_dim) if trains else None
     key_dy = q.new_empty(plan.batch, plan.key_tokens, plan.heads, plan.map_dim) if trains else None
-    flags = _flags(plan, weight, factor, codes, reach)
+    aligned = plan.whole_chunks and reach is None
     both = plan.has_past and plan.window > 0
-    made = config("query_gradient", plan)
+    shared = {
+        "q": q, "k": k, "v": v, "do": do, "query_map": query_map, "key_map": key_map, "weight": weight, "factor": factor,
+        "codes": codes, "maximum": maximum, "inverse": inverse, "delta": delta, "balance": balance,
+        "place_of_top": place_of_top, "TRAIN_MAPS": trains,
+    }  # fmt: skip
+    if aligned:
+        shared |= _aligned(plan, factor, codes) | {"query_lse": query_lse, "key_lse": key_lse}
+    else:
+        shared |= _general(plan, factor, codes, reach) | {"reach": reach}
+    made = config("aligned_query_gradient" if aligned else "query_gradient", plan)
     launch(
-        query_gradient_kernel, (plan.chunks, plan.batch * plan.heads),
-        q=q, k=k, v=v, out=out, do=do, query_map=query_map, key_map=key_map, weight=weight, factor=factor, sink=sink,
-        codes=codes, reach=reach, states=states, norms=norms, carries=carries, carry_norms=carry_norms,
-        maximum=maximum, inverse=inverse, dq=dq, dy=query_dy, delta=delta, balance=balance,
-        share_gradient=share_gradient, place_of_top=place_of_top, dsink=dsink, **_geometry(plan),
-        heads=plan.heads, kv_heads=plan.kv_heads, state_heads=plan.state_heads, **_sizes(plan), HAS_SINK=sink is not None,
-        HAS_CARRY=plan.segments > 1, TRAIN_MAPS=trains, **flags, num_warps=made.warps, num_stages=made.stages,
+        aligned_query_gradient_kernel if aligned else query_gradient_kernel, (plan.chunks, plan.batch * plan.heads),
+        out=out, sink=sink, states=states, norms=norms, carries=carries, carry_norms=carry_norms, dq=dq, dy=query_dy,
+        share_gradient=share_gradient, dsink=dsink, HAS_SINK=sink is not None, **shared,
+        num_warps=made.warps, num_stages=made.stages,
     )  # fmt: skip
     if plan.has_past:
         states, norms = torch.empty_like(states), torch.empty_like(norms)
@@ -104,7 +118,7 @@ def launch_backward(
         launch(
             query_states_kernel,
             (plan.value_dim // made.values, plan.batch * plan.state_heads * plan.segments * (plan.chunks > 0)),
-            q=q, do=do, inverse=inverse, delta=delta, weight=query_map, factor=factor, codes=codes,
+            q=q, do=do, inverse=inverse, delta=delta, weight=query_map, factor=factor, query_lse=query_lse, codes=codes,
             states=states, norms=norms, totals=totals, total_norms=total_norms,
             key_tokens=plan.key_tokens, tokens=plan.tokens, prefix=plan.prefix, chunks=plan.chunks,
             per_segment=plan.per_segment, segments=plan.segments,
@@ -116,37 +130,37 @@ def launch_backward(
             for total, carry in ((totals, carries), (total_norms, carry_norms)):
                 _carry(plan, total, carry, None, codes, reverse=True)
     first = -plan.base // CHUNK
-    tiles = plan.chunks + plan.lag - first
-    made = config("key_gradient", plan)
-    split = both and plan.value_dim * plan.key_dim > 64 * 64
-    parts = [(True, False, False), (False, True, True)] if split else [(plan.window > 0, plan.has_past, False)]
-    single = (torch.float32,) if split else (q.dtype,)
-    for_k, for_v = (torch.empty_like(x, dtype=single[0]) for x in (dk, dv)) if split else (dk, dv)
-    for do_window, do_linear, add in parts:
-        launch(
-            key_gradient_kernel, (tiles, plan.batch * plan.kv_heads),
-            q=q, k=k, v=v, do=do, query_map=query_map, key_map=key_map, weight=weight, factor=factor, codes=codes,
-            reach=reach, states=states, norms=norms, carries=carries, carry_norms=carry_norms, maximum=maximum,
-            inverse=inverse, delta=delta, balance=balance, place_of_top=place_of_top, dk=for_k, dv=for_v, dy=key_dy,
-            first=first, **_geometry(plan),
-            heads=plan.heads, kv_heads=plan.kv_heads, state_heads=plan.state_heads, **_sizes(plan),
-            HAS_CARRY=plan.segments > 1, TRAIN_MAPS=trains, DO_WINDOW=do_window, DO_LINEAR=do_linear, ADD=add, **flags,
-            num_warps=made.warps, num_stages=made.stages,
-        )  # fmt: skip
-    if split:
-        dk.copy_(for_k)
-        dv.copy_(for_v)
+    grid = (plan.chunks + plan.lag - first, plan.batch * plan.kv_heads)
+    shared |= {
+        "states": states, "norms": norms, "carries": carries, "carry_norms": carry_norms, "first": first, "dy": key_dy,
+    }  # fmt: skip
+    made = config("aligned_key_gradient" if aligned else "key_gradient", plan)
+    options = {"num_warps": made.warps, "num_stages": made.stages}
+    if aligned:
+        launch(aligned_key_gradient_kernel, grid, dk=dk, dv=dv, **shared, **options)
+    else:
+        split = both and plan.value_dim * plan.key_dim > 64 * 64
+        parts = [(True, False, False), (False, True, True)] if split else [(plan.window > 0, plan.has_past, False)]
+        for_k, for_v = (torch.empty_like(x, dtype=torch.float32) for x in (dk, dv)) if split else (dk, dv)
+        for do_window, do_linear, add in parts:
+            launch(
+                key_gradient_kernel, grid, dk=for_k, dv=for_v, **shared, DO_WINDOW=do_window, DO_LINEAR=do_linear,
+                ADD=add, **options,
+            )  # fmt: skip
+        if split:
+            dk.copy_(for_k)
+            dv.copy_(for_v)
     found = [x.zero_() for x in plan.gradients(q, train_maps)]
     if query_dy is not None and key_dy is not None:
         found[0] = _map_gradient(plan, q, query_dy)
         per_head = _map_gradient(plan, k, key_dy)
         found[1] = per_head.unflatten(0, (plan.state_heads, -1)).sum(1)
     if both:
-        sums = share_gradient.sum((0, 1))
+        sums = share_gradient.sum((0, 2))
         found[2] = found[2] if weight is None else sums / weight
         found[3] = found[3] if factor is None else -sums / factor
     if sink is not None:
-        found[4] = dsink.sum((0, 1))
+        found[4] = dsink.sum((0, 2))
     return [dq, dk, dv, *found]
 
 
@@ -184,31 +198,40 @@ def _sizes(plan: Plan) -> dict[str, int]:
     return {"K": plan.key_dim, "V": plan.value_dim, "F": plan.map_dim, "C": CHUNK}
 
 
-def _geometry(plan: Plan) -> dict[str, int | float]:
+def _geometry(plan: Plan, factor: Tensor | None, codes: Tensor | None) -> dict[str, int | float | bool | str]:
     return {
         "tokens": plan.tokens,
         "key_tokens": plan.key_tokens,
         "prefix": plan.prefix,
         "base": plan.base,
         "chunks": plan.chunks,
-        "window": plan.window,
         "per_segment": plan.per_segment,
         "segments": plan.segments,
-        "scale": plan.scaling,
-    }
-
-
-def _flags(
-    plan: Plan, weight: Tensor | None, factor: Tensor | None, codes: Tensor | None, reach: Tensor | None
-) -> dict[str, int | bool | str]:
-    return {
-        "TILES": plan.lag + 1,
-        "LINEAR_TILES": plan.linear_tiles,
-        "HAS_WINDOW": plan.window > 0,
+        "heads": plan.heads,
+        "kv_heads": plan.kv_heads,
+        "state_heads": plan.state_heads,
         "HAS_LINEAR": plan.has_past,
         "HAS_FACTOR": factor is not None,
         "HAS_CODES": codes is not None,
-        "HAS_REACH": reach is not None,
+        "HAS_CARRY": plan.segments > 1,
         "WIDE": plan.wide,
         "PRECISION": plan.precision,
+        **_sizes(plan),
     }
+
+
+def _aligned(plan: Plan, factor: Tensor | None, codes: Tensor | None) -> dict[str, int | float | bool | str]:
+    return {"scale": plan.scaling * LOG2E.value, "LAG": plan.lag} | _geometry(plan, factor, codes)
+
+
+def _general(
+    plan: Plan, factor: Tensor | None, codes: Tensor | None, reach: Tensor | None
+) -> dict[str, int | float | bool | str]:
+    return {
+        "scale": plan.scaling,
+        "window": plan.window,
+        "TILES": plan.lag + 1,
+        "LINEAR_TILES": plan.linear_tiles,
+        "HAS_WINDOW": plan.window > 0,
+        "HAS_REACH": reach is not None,
+    } | _geometry(plan, factor, codes)

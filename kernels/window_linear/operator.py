@@ -99,7 +99,7 @@ def forward(
     codes: Tensor | None, reach: Tensor | None, start: Tensor | None, start_norm: Tensor | None,
     numbers: list[float],
 ) -> list[Tensor]:  # fmt: skip
-    """out, row maximum, 1 / denominator, final sums and norms, and what backward reuses: states, norms and carries."""
+    """out, row maximum, 1 / denominator, final sums and norms, and what backward reuses."""
     from linearize.kernels.window_linear.launches import launch_forward
 
     plan = make_plan(q, k, v, query_map, key_map, numbers)
@@ -142,9 +142,9 @@ def _(do, q, k, v, query_map, key_map, window_weight, linear_weight, sink, codes
 
 def _setup(ctx, inputs, output) -> None:
     *tensors, codes, reach, _, _, numbers = inputs
-    out, maximum, inverse, _, _, states, norms, carries, carry_norms = output
+    out, maximum, inverse, _, _, *past = output
     ctx.numbers = numbers
-    ctx.save_for_backward(*tensors, codes, reach, out, maximum, inverse, states, norms, carries, carry_norms)
+    ctx.save_for_backward(*tensors, codes, reach, out, maximum, inverse, *past)
 
 
 def _backward(ctx, grads):

@@ -69,6 +69,11 @@ class Plan:
     precision: str
 
     @property
+    def whole_chunks(self) -> bool:
+        """Whether window and prefix are whole numbers of chunks and the window has one length."""
+        return not (self.window % CHUNK or self.prefix % CHUNK or self.window - self.least)
+
+    @property
     def base(self) -> int:
         """First key of tile 0, at most zero."""
         return self.prefix - self.lag * CHUNK
@@ -84,10 +89,10 @@ class Plan:
 
     def outputs(self, q: Tensor) -> list[Tensor]:
         """Empty tensors for what the forward operator gives."""
-        rows = (self.batch, self.tokens, self.heads)
+        rows = (self.batch, self.heads, self.tokens)
         single = torch.float32
         made = [
-            q.new_empty(*rows, self.value_dim),
+            q.new_empty(self.batch, self.tokens, self.heads, self.value_dim),
             q.new_empty(rows, dtype=single),
             q.new_empty(rows, dtype=single),
         ]
@@ -97,10 +102,13 @@ class Plan:
         made.append(q.new_empty((*size, width, self.value_dim) if final else (0,), dtype=single))
         made.append(q.new_empty((*size, width) if final else (0,), dtype=single))
         chunks, pieces = self.chunks if self.has_past else 0, self.segments if self._carries else 0
-        made.append(q.new_empty(*size, chunks, width, self.value_dim, dtype=self.state_dtype(q.dtype)))
+        made.append(q.new_empty(*size, chunks, 2, self.value_dim, self.map_dim, dtype=self.state_dtype(q.dtype)))
         made.append(q.new_empty(*size, chunks, width, dtype=single))
         made.append(q.new_empty(*size, pieces, width, self.value_dim, dtype=self.state_dtype(q.dtype)))
         made.append(q.new_empty(*size, pieces, width, dtype=single))
+        past = 2 if self.has_past else 0
+        made.append(q.new_empty(self.batch, self.heads, past, self.tokens, dtype=single))
+        made.append(q.new_empty(*size, past, self.key_tokens, dtype=single))
         return made
 
     @property
@@ -154,7 +162,8 @@ def make_plan(
         segments=-(-chunks // per_segment) if chunks else 1,
         per_segment=per_segment,
         wide=q.dtype != torch.bfloat16,
-        precision="ieee" if q.dtype == torch.float32 else "tf32",
+        # full float32 products without tensor cores would take minutes to compile
+        precision="tf32x3" if q.dtype == torch.float32 else "tf32",
     )
 
 
@@ -163,7 +172,7 @@ def config(kernel: str, plan: Plan) -> Config:
     width = max(plan.key_dim, plan.value_dim)
     small = CONFIGS[kernel]
     found = small[64] if width <= 64 else small[128] if width == 128 else small[256]
-    stages = 1 if plan.precision == "ieee" else found.stages
+    stages = 1 if plan.precision == "tf32x3" else found.stages
     return Config(min(found.values, plan.value_dim), found.warps, stages)
 
 
@@ -173,6 +182,9 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "output": {64: Config(64, 4, 2), 128: Config(128, 8, 2), 256: Config(64, 8, 1)},
     "query_gradient": {64: Config(64, 4, 2), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "key_gradient": {64: Config(64, 4, 2), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
+    "aligned_output": {64: Config(64, 4, 2), 128: Config(64, 4, 2), 256: Config(64, 8, 1)},
+    "aligned_query_gradient": {64: Config(64, 4, 2), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
+    "aligned_key_gradient": {64: Config(64, 4, 2), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "map_gradient": {64: Config(64, 4, 3), 128: Config(128, 8, 2), 256: Config(256, 8, 2)},
 }
 

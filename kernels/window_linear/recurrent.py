@@ -50,6 +50,8 @@ def window_linear_step(
     state: tuple[Tensor, Tensor] | None,
     window_weight: Tensor | None = None,
     linear_weight: Tensor | None = None,
+    window_factor: Tensor | None = None,
+    complement: bool = False,
     sink: Tensor | None = None,
     softcap: float | None = None,
     valid: Tensor | None = None,
@@ -69,6 +71,8 @@ def window_linear_step(
         ring: the window, or None for linear attention alone.
         state: sums [B, M, 2 f, V] and norms [B, M, 2 f], float32, or None without maps; written in place.
         window_weight, linear_weight: [H], one by default.
+        window_factor: [H], logits of `window_weight`, in place of both: with `complement` the linear branch has the rest
+            of the weight, else one. Taken by the kernel itself, so that no launch goes before it.
         sink: [H] logit of a key without a value that every window sees.
         softcap: tanh cap on the window's scaled scores.
         valid: [B] bool, false on padding; all true by default.
@@ -83,6 +87,7 @@ def window_linear_step(
     """
     assert (query_map is None) == (key_map is None) == (state is None), "maps and sums belong together"
     assert ring is not None or state is not None, "neither a window nor sums"
+    assert window_factor is None or (window_weight is None and linear_weight is None), "weights or their logits"
     at_once = at_once or ring is None
     if dispatch.use_triton(q, k, v):
         from linearize.kernels.window_linear import triton_step
@@ -93,11 +98,15 @@ def window_linear_step(
         valid = None if valid is None else valid.contiguous()
         cosine, sine = (None, None) if rotation is None else (x.contiguous() for x in rotation)
         block, limit = (0, 0) if ring is None else (ring.block, ring.limit)
+        factor = 0 if window_factor is None else 2 if complement else 1
         return triton_step.step(
-            q.contiguous(), k.contiguous(), v.contiguous(), valid, cosine, sine, query_map, key_map, window_weight,
-            linear_weight, sink, *held, sums, norms,
-            [float(x) for x in (block, limit, at_once, scaling, softcap or 0.0)],
+            q.contiguous(), k.contiguous(), v.contiguous(), valid, cosine, sine, query_map, key_map,
+            window_weight if window_factor is None else window_factor, linear_weight, sink, *held, sums, norms,
+            [float(x) for x in (block, limit, at_once, scaling, softcap or 0.0, factor)],
         )  # fmt: skip
+    if window_factor is not None:
+        window_weight = window_factor.sigmoid()
+        linear_weight = 1 - window_weight if complement else None
     return _torch(
         q, k, v, query_map, key_map, scaling, ring, state, window_weight, linear_weight, sink, softcap, valid,
         rotation, at_once,

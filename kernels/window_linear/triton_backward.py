@@ -51,14 +51,16 @@ def query_gradient_kernel(
     inside = place < tokens
     mine = prefix + place
     lines = (batch * tokens + place) * heads + head
+    row = (batch * heads + head) * tokens + place
     x = load_rows(q, chunk * C, rows, heads * K, dims, tokens)
     square = lines[:, None] * V + values[None, :]
     incoming = tl.load(do + square, mask=inside[:, None], other=0.0)
-    over = tl.load(inverse + lines, mask=inside, other=0.0)
+    over = tl.load(inverse + row, mask=inside, other=0.0)
     answer = tl.load(out + square, mask=inside[:, None], other=0.0)
-    shift = tl.sum(incoming.to(tl.float32) * answer.to(tl.float32), 1) * over
+    shift = tl.sum(incoming.to(tl.float32) * answer.to(tl.float32), 1)
+    tl.store(delta + row, shift, mask=inside)
+    shift *= over
     g = (incoming.to(tl.float32) * over[:, None]).to(x.dtype)
-    tl.store(delta + lines, shift, mask=inside)
     far = tl.zeros([C], tl.int32) + window
     if HAS_REACH:
         far = tl.load(reach + batch * tokens + place, mask=inside, other=0)
@@ -71,7 +73,7 @@ def query_gradient_kernel(
     if HAS_WINDOW:
         if HAS_LINEAR:
             share = tl.load(weight + head)
-        top = tl.load(maximum + lines, mask=inside, other=0.0)
+        top = tl.load(maximum + row, mask=inside, other=0.0)
         sum_of_ds = tl.zeros([C], tl.float32)
         near_part = tl.zeros([C], tl.float32)
         best = tl.full([C], float("-inf"), tl.float32)
@@ -107,7 +109,7 @@ def query_gradient_kernel(
             keys = load_rows(k, here, rows, kv_heads * K, dims, key_tokens)
             for_q = tl.dot(ds.to(x.dtype), keys, for_q, input_precision=PRECISION)
         if HAS_SINK and not HAS_LINEAR:
-            tl.store(dsink + lines, for_sink, mask=inside)
+            tl.store(dsink + row, for_sink, mask=inside)
         for_q *= scale
     if HAS_LINEAR:
         columns = tl.arange(0, F)
@@ -118,7 +120,7 @@ def query_gradient_kernel(
             here = base + i * C
             other = here + rows
             keys = load_rows(k, here, rows, kv_heads * K, dims, key_tokens)
-            up_k, down_k = row_maps(tl.dot(keys, key_projection, input_precision=PRECISION))
+            up_k, down_k, _, _ = row_maps(tl.dot(keys, key_projection, input_precision=PRECISION))
             age = mine[:, None] - other[None, :]
             seen = (age >= far[:, None]) & (other >= 0)[None, :] & (other < key_tokens)[None, :]
             if HAS_CODES:
@@ -134,8 +136,9 @@ def query_gradient_kernel(
         turned = columns[None, :] * V + values[:, None]
         up_norm = tl.load(norms + at * F + columns)
         down_norm = tl.load(norms + (at + 1) * F + columns)
-        up_sum = tl.load(states + at * F * V + turned)
-        down_sum = tl.load(states + (at + 1) * F * V + turned)
+        held = columns[None, :] + values[:, None] * F
+        up_sum = tl.load(states + at * F * V + held)
+        down_sum = tl.load(states + (at + 1) * F * V + held)
         reader = tl.full([C], 1.0, tl.float32)
         if HAS_CODES:
             entering = load_code(codes, batch, base + chunk * C - 1, key_tokens)
@@ -167,21 +170,21 @@ def query_gradient_kernel(
             for_up *= tl.load(factor + head)
             for_down *= tl.load(factor + head)
         projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
-        up, down = row_maps(tl.dot(x, projection, input_precision=PRECISION))
+        up, down, _, _ = row_maps(tl.dot(x, projection, input_precision=PRECISION))
         if HAS_WINDOW:
             # two estimates of one number, whose errors come from the rounding of `out` in delta and cancel like this
             past = tl.sum(up * for_up, 1) + tl.sum(down * for_down, 1)
             near_part *= over
-            tl.store(share_gradient + lines, (1.0 - near_part) * sum_of_ds - near_part * past, mask=inside)
-            tl.store(balance + lines, sum_of_ds, mask=inside)
-            tl.store(place_of_top + lines, best_place, mask=inside)
+            tl.store(share_gradient + row, (1.0 - near_part) * sum_of_ds - near_part * past, mask=inside)
+            tl.store(balance + row, sum_of_ds, mask=inside)
+            tl.store(place_of_top + row, best_place, mask=inside)
             there = (best_place >= 0) & inside
             keys = tl.load(
                 k + best_place.to(tl.int64)[:, None] * (kv_heads * K) + dims[None, :], mask=there[:, None], other=0.0
             )
             for_q -= (scale * sum_of_ds)[:, None] * keys.to(tl.float32)
             if HAS_SINK:
-                tl.store(dsink + lines, tl.where(best_place < 0, for_sink - sum_of_ds, for_sink), mask=inside)
+                tl.store(dsink + row, tl.where(best_place < 0, for_sink - sum_of_ds, for_sink), mask=inside)
         for_y = maps_backward(up, down, for_up, for_down).to(x.dtype)
         if TRAIN_MAPS:
             tl.store(dy + lines[:, None] * F + columns[None, :], for_y, mask=inside[:, None])
@@ -248,10 +251,10 @@ def key_gradient_kernel(
             for chunk in range(first_chunk, last_chunk + 1):
                 place = chunk * C + rows
                 there = place < tokens
-                lines = (batch * tokens + place) * heads + head
-                over = tl.load(inverse + lines, mask=there, other=0.0)
-                shift = tl.load(delta + lines, mask=there, other=0.0)
-                top = tl.load(maximum + lines, mask=there, other=0.0)
+                row = (batch * heads + head) * tokens + place
+                over = tl.load(inverse + row, mask=there, other=0.0)
+                shift = tl.load(delta + row, mask=there, other=0.0) * over
+                top = tl.load(maximum + row, mask=there, other=0.0)
                 x = load_columns(own_q, chunk * C, rows, heads * K, dims, tokens)
                 scores = tl.dot(keys, x, input_precision=PRECISION) * scale
                 age = (prefix + place)[None, :] - mine[:, None]
@@ -267,8 +270,8 @@ def key_gradient_kernel(
                 g = (y.to(tl.float32) * over[None, :]).to(keys.dtype)
                 ds = weights * (tl.dot(held, g, input_precision=PRECISION) - shift[None, :])
                 if HAS_LINEAR:
-                    spare = tl.load(balance + lines, mask=there, other=0.0)
-                    where = tl.load(place_of_top + lines, mask=there, other=-1)
+                    spare = tl.load(balance + row, mask=there, other=0.0)
+                    where = tl.load(place_of_top + row, mask=there, other=-1)
                     ds = tl.where(seen & (where[None, :] == mine[:, None]), ds - spare[None, :], ds)
                 x = load_rows(own_q, chunk * C, rows, heads * K, dims, tokens)
                 for_k = tl.dot((ds * scale).to(keys.dtype), x, for_k, input_precision=PRECISION)
@@ -304,9 +307,9 @@ def key_gradient_kernel(
                     else:
                         read_k = (features * reader[:, None]).to(keys.dtype)
                         read_v = (held.to(tl.float32) * reader[:, None]).to(keys.dtype)
-                    for_v = tl.dot(read_k, tl.load(states + at * F * V + square), for_v, input_precision=PRECISION)
+                    for_v = tl.dot(read_k, tl.load(states + at * F * V + columns[:, None] + values[None, :] * F), for_v, input_precision=PRECISION)
                     for_features = tl.dot(
-                        read_v, tl.load(states + at * F * V + turned), for_features, input_precision=PRECISION
+                        read_v, tl.load(states + at * F * V + columns[None, :] + values[:, None] * F), for_features, input_precision=PRECISION
                     )
                     norm = tl.load(norms + at * F + columns)
                     if HAS_CARRY:
@@ -327,9 +330,9 @@ def key_gradient_kernel(
                 for chunk in range(nearest, last_chunk + 1):
                     place = chunk * C + rows
                     there = place < tokens
-                    lines = (batch * tokens + place) * heads + head
-                    over = tl.load(inverse + lines, mask=there, other=0.0)
-                    shift = tl.load(delta + lines, mask=there, other=0.0)
+                    row = (batch * heads + head) * tokens + place
+                    over = tl.load(inverse + row, mask=there, other=0.0)
+                    shift = tl.load(delta + row, mask=there, other=0.0) * over
                     far = tl.zeros([C], tl.int32) + window
                     if HAS_REACH:
                         far = tl.load(reach + batch * tokens + place, mask=there, other=0)

@@ -23,10 +23,18 @@ def load_code(codes, row, position, tokens):
 
 @triton.jit
 def row_maps(y):
-    """Projections [C, f] -> softmax(y), softmax(-y) over the last axis, float32."""
-    up = tl.exp2((y - tl.max(y, 1)[:, None]) * LOG2E)
-    down = tl.exp2((tl.min(y, 1)[:, None] - y) * LOG2E)
-    return up / tl.sum(up, 1)[:, None], down / tl.sum(down, 1)[:, None]
+    """Projections [C, f] -> softmax(y), softmax(-y) over the last axis, float32, and log2 of what they are divided by.
+
+    A reader that has the logarithms gets the same features as exp2(y log2(e) - up) and exp2(-y log2(e) - down), in any
+    layout, without looking for a maximum or a sum.
+    """
+    y *= LOG2E
+    top, low = tl.max(y, 1), tl.min(y, 1)
+    up, down = tl.exp2(y - top[:, None]), tl.exp2(low[:, None] - y)
+    up_total, down_total = tl.sum(up, 1), tl.sum(down, 1)
+    up *= (1.0 / up_total)[:, None]
+    down *= (1.0 / down_total)[:, None]
+    return up, down, top + tl.log2(up_total), tl.log2(down_total) - low
 
 
 @triton.jit

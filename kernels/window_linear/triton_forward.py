@@ -19,7 +19,7 @@ from linearize.kernels.window_linear.triton_common import (
 @triton.jit
 def output_kernel(
     q, k, v, query_map, key_map, weight, factor, sink, codes, reach,
-    states, norms, carries, carry_norms, out, maximum, inverse,
+    states, norms, carries, carry_norms, out, maximum, inverse, query_lse,
     tokens, key_tokens, prefix, base, chunks, window, per_segment, segments, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -93,7 +93,11 @@ def output_kernel(
             result *= share
         columns = tl.arange(0, F)
         projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
-        up, down = row_maps(tl.dot(x, projection, input_precision=PRECISION))
+        up, down, up_lse, down_lse = row_maps(tl.dot(x, projection, input_precision=PRECISION))
+        if tile == 0:
+            line = (batch * heads + head) * 2 * tokens + place
+            tl.store(query_lse + line, up_lse, mask=inside)
+            tl.store(query_lse + line + tokens, down_lse, mask=inside)
         if HAS_FACTOR:
             up *= tl.load(factor + head)
             down *= tl.load(factor + head)
@@ -127,8 +131,9 @@ def output_kernel(
         up_norm = tl.load(norms + at * F + columns)
         down_norm = tl.load(norms + (at + 1) * F + columns)
         square = columns[:, None] * V + values[None, :]
-        up_sum = tl.load(states + at * F * V + square)
-        down_sum = tl.load(states + (at + 1) * F * V + square)
+        held = columns[:, None] + values[None, :] * F
+        up_sum = tl.load(states + at * F * V + held)
+        down_sum = tl.load(states + (at + 1) * F * V + held)
         if WIDE:
             up_read, down_read = up, down
         else:
@@ -152,10 +157,11 @@ def output_kernel(
         total += tl.sum(up * up_norm[None, :], 1) + tl.sum(down * down_norm[None, :], 1)
     over = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     lines = (batch * tokens + place) * heads + head
+    row = (batch * heads + head) * tokens + place
     tl.store(
         out + lines[:, None] * V + values[None, :], (result * over[:, None]).to(out.dtype.element_ty),
         mask=inside[:, None],
     )  # fmt: skip
     if tile == 0:
-        tl.store(maximum + lines, top, mask=inside)
-        tl.store(inverse + lines, over, mask=inside)
+        tl.store(maximum + row, top, mask=inside)
+        tl.store(inverse + row, over, mask=inside)

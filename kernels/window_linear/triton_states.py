@@ -1,7 +1,8 @@
 """States between chunks: sums of phi(k) v^T over the keys behind a chunk, or of phi(q) g^T over the queries ahead of it.
 
-One kernel serves both directions. A sequence is cut into segments that are scanned side by side, each from nothing; a
-second kernel sums the segments' totals, and whoever reads a state adds its segment's carry.
+A sequence is cut into segments that are scanned side by side, each from nothing; a third kernel sums the segments' totals,
+and whoever reads a state adds its segment's carry. Sums are held and stored as [V, F], values first: features come out of a
+product by rows of tokens, where their softmax needs no other warp, and enter the next one as they stand.
 """
 
 from __future__ import annotations
@@ -9,38 +10,41 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linearize.kernels.window_linear.triton_common import column_maps, document, load_code, load_columns
+from linearize.kernels.window_linear.triton_common import LOG2E, document, load_code, load_rows, row_maps
 
 
 @triton.jit
 def key_states_kernel(
-    k, v, weight, codes, reach, start, start_norm, states, norms, totals, total_norms,
+    k, v, weight, codes, reach, start, start_norm, states, norms, totals, total_norms, key_lse,
     key_tokens, tokens, base, chunks, per_segment, limit, last_tile, segments,
     kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     HAS_CODES: tl.constexpr, HAS_REACH: tl.constexpr, HAS_START: tl.constexpr, HAS_TOTALS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Entering states [B, M, chunks, 2, F, V] and norms [.., 2, F] of one segment, and its total in float32."""
+    """Entering states [B, M, chunks, 2, V, F] and norms [.., 2, F] of one segment, its total, and log sums [B, M, 2, S]."""
     tile = tl.program_id(0)
     segment = tl.program_id(1) % segments
     row_head = (tl.program_id(1) // segments).to(tl.int64)
     batch, head = row_head // state_heads, row_head % state_heads
     kv_head = head // (state_heads // kv_heads)
     k += (batch * key_tokens * kv_heads + kv_head) * K
-    v += (batch * key_tokens * kv_heads + kv_head) * V
-    rows, dims = tl.arange(0, C), tl.arange(0, K)
+    v += (batch * key_tokens * kv_heads + kv_head) * V + tile * BV
+    key_lse += row_head * 2 * key_tokens
+    rows, dims, lanes = tl.arange(0, C), tl.arange(0, K), tl.arange(0, BV)
     features, values = tl.arange(0, F), tile * BV + tl.arange(0, BV)
-    projection = tl.load(weight + head * K * F + dims[None, :] * F + features[:, None])
-    place = features[:, None] * V + values[None, :]
-    up_sum = tl.zeros([F, BV], tl.float32)
-    down_sum = tl.zeros([F, BV], tl.float32)
+    projection = tl.load(weight + head * K * F + dims[:, None] * F + features[None, :])
+    place = values[:, None] * F + features[None, :]
+    # the carried state and the totals are [F, V], as their owners have them
+    outer = features[None, :] * V + values[:, None]
+    up_sum = tl.zeros([BV, F], tl.float32)
+    down_sum = tl.zeros([BV, F], tl.float32)
     up_norm = tl.zeros([F], tl.float32)
     down_norm = tl.zeros([F], tl.float32)
     if HAS_START:
         if segment == 0:
-            up_sum = tl.load(start + row_head * 2 * F * V + place)
-            down_sum = tl.load(start + (row_head * 2 + 1) * F * V + place)
+            up_sum = tl.load(start + row_head * 2 * F * V + outer)
+            down_sum = tl.load(start + (row_head * 2 + 1) * F * V + outer)
             up_norm = tl.load(start_norm + row_head * 2 * F + features)
             down_norm = tl.load(start_norm + (row_head * 2 + 1) * F + features)
     if HAS_REACH:
@@ -51,16 +55,22 @@ def key_states_kernel(
         end_chunk = tl.where(segment == segments - 1, last_tile, end_chunk)
     for chunk in range(first_chunk, end_chunk):
         here = base + chunk * C
+        x = load_rows(k, here, rows, kv_heads * K, dims, key_tokens)
+        y = load_rows(v, here, rows, kv_heads * V, lanes, key_tokens)
         if chunk < chunks:
             to = (row_head * chunks + chunk) * 2
             tl.store(states + to * F * V + place, up_sum.to(states.dtype.element_ty))
             tl.store(states + (to + 1) * F * V + place, down_sum.to(states.dtype.element_ty))
-            tl.store(norms + to * F + features, up_norm)
-            tl.store(norms + (to + 1) * F + features, down_norm)
-        x = load_columns(k, here, rows, kv_heads * K, dims, key_tokens)
-        up, down = column_maps(tl.dot(projection, x, input_precision=PRECISION))
+            if tile == 0:
+                tl.store(norms + to * F + features, up_norm)
+                tl.store(norms + (to + 1) * F + features, down_norm)
         position = here + rows
-        seen = (position >= 0) & (position < key_tokens) & (position < limit)
+        inside = (position >= 0) & (position < key_tokens)
+        up, down, up_lse, down_lse = row_maps(tl.dot(x, projection, input_precision=PRECISION))
+        if tile == 0:
+            tl.store(key_lse + position, up_lse, mask=inside)
+            tl.store(key_lse + key_tokens + position, down_lse, mask=inside)
+        seen = inside & (position < limit)
         if HAS_CODES:
             before = load_code(codes, batch, here - 1, key_tokens)
             after = load_code(codes, batch, tl.minimum(here + C, key_tokens) - 1, key_tokens)
@@ -70,14 +80,13 @@ def key_states_kernel(
             up_sum, down_sum, up_norm, down_norm = (
                 up_sum * kept, down_sum * kept, up_norm * kept, down_norm * kept,
             )  # fmt: skip
-        up = tl.where(seen[None, :], up, 0.0)
-        down = tl.where(seen[None, :], down, 0.0)
-        inside = (position >= 0) & (position < key_tokens)
-        y = tl.load(v + position[:, None] * (kv_heads * V) + values[None, :], mask=inside[:, None], other=0.0)
-        up_norm += tl.sum(up, 1)
-        down_norm += tl.sum(down, 1)
-        up_sum = tl.dot(up.to(y.dtype), y, up_sum, input_precision=PRECISION)
-        down_sum = tl.dot(down.to(y.dtype), y, down_sum, input_precision=PRECISION)
+        up = tl.where(seen[:, None], up, 0.0)
+        down = tl.where(seen[:, None], down, 0.0)
+        up_norm += tl.sum(up, 0)
+        down_norm += tl.sum(down, 0)
+        turned = tl.trans(y)
+        up_sum = tl.dot(turned, up.to(y.dtype), up_sum, input_precision=PRECISION)
+        down_sum = tl.dot(turned, down.to(y.dtype), down_sum, input_precision=PRECISION)
     if HAS_TOTALS:
         to = (row_head * segments + segment) * 2
         if HAS_CODES:
@@ -88,31 +97,33 @@ def key_states_kernel(
             up_sum, down_sum, up_norm, down_norm = (
                 up_sum * alive, down_sum * alive, up_norm * alive, down_norm * alive,
             )  # fmt: skip
-        tl.store(totals + to * F * V + place, up_sum)
-        tl.store(totals + (to + 1) * F * V + place, down_sum)
-        tl.store(total_norms + to * F + features, up_norm)
-        tl.store(total_norms + (to + 1) * F + features, down_norm)
+        tl.store(totals + to * F * V + outer, up_sum)
+        tl.store(totals + (to + 1) * F * V + outer, down_sum)
+        if tile == 0:
+            tl.store(total_norms + to * F + features, up_norm)
+            tl.store(total_norms + (to + 1) * F + features, down_norm)
 
 
 @triton.jit
 def query_states_kernel(
-    q, do, inverse, delta, weight, factor, codes, states, norms, totals, total_norms,
+    q, do, inverse, delta, weight, factor, query_lse, codes, states, norms, totals, total_norms,
     key_tokens, tokens, prefix, chunks, per_segment, segments,
     heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     HAS_FACTOR: tl.constexpr, HAS_CODES: tl.constexpr, HAS_TOTALS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The mirror image: sums of a phi(q) [do / den, -delta] over the query chunks behind each chunk."""
+    """The mirror image: sums of a phi(q) / den [do, -do.o] over the query chunks behind each chunk."""
     tile = tl.program_id(0)
     segment = tl.program_id(1) % segments
     row_head = (tl.program_id(1) // segments).to(tl.int64)
     batch, state_head = row_head // state_heads, row_head % state_heads
     group: tl.constexpr = heads // state_heads
-    rows, dims = tl.arange(0, C), tl.arange(0, K)
+    rows, dims, lanes = tl.arange(0, C), tl.arange(0, K), tl.arange(0, BV)
     features, values = tl.arange(0, F), tile * BV + tl.arange(0, BV)
-    place = features[:, None] * V + values[None, :]
-    up_sum = tl.zeros([F, BV], tl.float32)
-    down_sum = tl.zeros([F, BV], tl.float32)
+    place = values[:, None] * F + features[None, :]
+    outer = features[None, :] * V + values[:, None]
+    up_sum = tl.zeros([BV, F], tl.float32)
+    down_sum = tl.zeros([BV, F], tl.float32)
     up_norm = tl.zeros([F], tl.float32)
     down_norm = tl.zeros([F], tl.float32)
     first_chunk = segment * per_segment
@@ -123,8 +134,9 @@ def query_states_kernel(
         to = (row_head * chunks + chunk) * 2
         tl.store(states + to * F * V + place, up_sum.to(states.dtype.element_ty))
         tl.store(states + (to + 1) * F * V + place, down_sum.to(states.dtype.element_ty))
-        tl.store(norms + to * F + features, up_norm)
-        tl.store(norms + (to + 1) * F + features, down_norm)
+        if tile == 0:
+            tl.store(norms + to * F + features, up_norm)
+            tl.store(norms + (to + 1) * F + features, down_norm)
         position = here + rows
         seen = position < tokens
         if HAS_CODES:
@@ -138,31 +150,33 @@ def query_states_kernel(
             )  # fmt: skip
         for member in tl.static_range(group):
             head = state_head * group + member
-            projection = tl.load(weight + head * K * F + dims[None, :] * F + features[:, None])
-            x = load_columns(q + (batch * tokens * heads + head) * K, here, rows, heads * K, dims, tokens)
-            up, down = column_maps(tl.dot(projection, x, input_precision=PRECISION))
-            line = (batch * tokens + position) * heads + head
-            scale = tl.load(inverse + line, mask=seen, other=0.0)
+            row = batch * heads + head
+            x = load_rows(q + (batch * tokens * heads + head) * K, here, rows, heads * K, dims, tokens)
+            y = load_rows(do + (batch * tokens * heads + head) * V + tile * BV, here, rows, heads * V, lanes, tokens)
+            projection = tl.load(weight + head * K * F + dims[:, None] * F + features[None, :])
+            scale = tl.load(inverse + row * tokens + position, mask=seen, other=0.0)
             if HAS_FACTOR:
                 scale = scale * tl.load(factor + head)
-                up_scale = tl.load(factor + head)
-            else:
-                up_scale = 1.0
-            shift = tl.load(delta + line, mask=seen, other=0.0) * up_scale
-            y = tl.load(do + line[:, None] * V + values[None, :], mask=seen[:, None], other=0.0)
-            g = (y.to(tl.float32) * scale[:, None]).to(y.dtype)
-            up = tl.where(seen[None, :], up, 0.0)
-            down = tl.where(seen[None, :], down, 0.0)
-            up_norm -= tl.sum(up * shift[None, :], 1)
-            down_norm -= tl.sum(down * shift[None, :], 1)
-            up_sum = tl.dot(up.to(g.dtype), g, up_sum, input_precision=PRECISION)
-            down_sum = tl.dot(down.to(g.dtype), g, down_sum, input_precision=PRECISION)
+            shift = tl.load(delta + row * tokens + position, mask=seen, other=0.0)
+            up_lse = tl.load(query_lse + row * 2 * tokens + position, mask=seen, other=0.0)
+            down_lse = tl.load(query_lse + (row * 2 + 1) * tokens + position, mask=seen, other=0.0)
+            logits = tl.dot(x, projection, input_precision=PRECISION) * LOG2E
+            # the factors of a row go into the exponent; a row without weight has log2(0) there
+            offset = tl.log2(scale)
+            up = tl.exp2(logits + (offset - up_lse)[:, None])
+            down = tl.exp2((offset - down_lse)[:, None] - logits)
+            up_norm -= tl.sum(up * shift[:, None], 0)
+            down_norm -= tl.sum(down * shift[:, None], 0)
+            turned = tl.trans(y)
+            up_sum = tl.dot(turned, up.to(y.dtype), up_sum, input_precision=PRECISION)
+            down_sum = tl.dot(turned, down.to(y.dtype), down_sum, input_precision=PRECISION)
     if HAS_TOTALS:
         to = (row_head * segments + segment) * 2
-        tl.store(totals + to * F * V + place, up_sum)
-        tl.store(totals + (to + 1) * F * V + place, down_sum)
-        tl.store(total_norms + to * F + features, up_norm)
-        tl.store(total_norms + (to + 1) * F + features, down_norm)
+        tl.store(totals + to * F * V + outer, up_sum)
+        tl.store(totals + (to + 1) * F * V + outer, down_sum)
+        if tile == 0:
+            tl.store(total_norms + to * F + features, up_norm)
+            tl.store(total_norms + (to + 1) * F + features, down_norm)
 
 
 @triton.jit

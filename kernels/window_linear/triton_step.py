@@ -34,17 +34,72 @@ def load_rotated(x, cosine, sine, dims, K: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def vector_maps(x, weight, dims, columns, K: tl.constexpr, F: tl.constexpr):
-    """softmax(x W), softmax(-x W) of one vector [K], W [K, F]."""
-    inside = columns < F
-    square = (dims < K)[:, None] & inside[None, :]
-    w = tl.load(weight + dims[:, None] * F + columns[None, :], mask=square, other=0.0).to(tl.float32)
-    y = tl.sum(x[:, None] * w, 0)
+def load_map(weight, dims, columns, K: tl.constexpr, F: tl.constexpr):
+    """W [K, F] of one head."""
+    square = (dims < K)[:, None] & (columns < F)[None, :]
+    return tl.load(weight + dims[:, None] * F + columns[None, :], mask=square, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def halves(y, inside):
+    """y [FP, ...] -> softmax(y), softmax(-y) over the first axis, as a new second axis [FP, 2, ...]; `inside` fits that."""
     top = tl.max(tl.where(inside, y, float("-inf")), 0)
-    bottom = tl.min(tl.where(inside, y, float("inf")), 0)
-    up = tl.where(inside, tl.exp2((y - top) * LOG2E), 0.0)
-    down = tl.where(inside, tl.exp2((bottom - y) * LOG2E), 0.0)
-    return up / tl.sum(up, 0), down / tl.sum(down, 0)
+    powers = tl.where(inside, tl.exp2((y - tl.expand_dims(top, 0)) * LOG2E), 0.0)
+    return powers / tl.expand_dims(tl.sum(powers, 0), 0)
+
+
+@triton.jit
+def features(x, w, inside, WIDTH: tl.constexpr):
+    """Features of one vector [K], both signs of a column side by side: [WIDTH = 2 FP]."""
+    y = tl.sum(x[:, None] * w, 0)
+    return tl.reshape(halves(tl.join(y, -y), inside[:, None]), [WIDTH])
+
+
+@triton.jit
+def features_of_two(x, w, other, v, inside, WIDTH: tl.constexpr):
+    """`features` of two vectors with a map each, in the reductions of one."""
+    y = tl.sum(tl.join(x[:, None] * w, other[:, None] * v), 0)
+    signs = tl.permute(tl.join(y, -y), (0, 2, 1))
+    first, second = tl.split(halves(signs, inside[:, None, None]))
+    return tl.reshape(first, [WIDTH]), tl.reshape(second, [WIDTH])
+
+
+@triton.jit
+def ring_tile(ring_k, ring_v, ring_valid, first, slot, reach, dims, values, key, fresh, here, k_stride, v_stride,
+              K: tl.constexpr, V: tl.constexpr, SLOTS: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+    """Keys [BW, KP] and values [BW, BV] of ages `first` and up, and which of them are seen; age 0 is the token itself."""
+    age = first + tl.arange(0, BW)
+    at = slot - age
+    at = tl.where(at < 0, at + SLOTS, at)
+    inside = (age > 0) & (age < reach)
+    inside = inside & (tl.load(ring_valid + at, mask=inside, other=0) != 0)
+    held = (age > 0) & (age < SLOTS)
+    rows = tl.load(
+        ring_k + at[:, None] * k_stride + dims[None, :], mask=held[:, None] & (dims < K)[None, :], other=0.0
+    )
+    kept = tl.load(
+        ring_v + at[:, None] * v_stride + values[None, :], mask=held[:, None] & (values < V)[None, :], other=0.0
+    )
+    own = age == 0
+    rows = tl.where(own[:, None], key[None, :].to(rows.dtype), rows)
+    kept = tl.where(own[:, None], fresh[None, :].to(kept.dtype), kept)
+    return rows, kept, inside | (own & (here != 0))
+
+
+@triton.jit
+def attend(query, rows, kept, inside, top, total, numerator, scaling, cap, HAS_CAP: tl.constexpr):
+    """One tile of the window's softmax, added to what the tiles before gave."""
+    score = tl.sum(rows.to(tl.float32) * query[None, :], 1) * scaling
+    if HAS_CAP:
+        score = cap * (1.0 - 2.0 / (tl.exp2(score * (2.0 * LOG2E / cap)) + 1.0))
+    score = tl.where(inside, score, float("-inf"))
+    higher = tl.maximum(top, tl.max(score, 0))
+    safe = tl.where(higher == float("-inf"), 0.0, higher)
+    weight = tl.where(inside, tl.exp2((score - safe) * LOG2E), 0.0)
+    shrink = tl.exp2((top - safe) * LOG2E)
+    total = total * shrink + tl.sum(weight, 0)
+    numerator = numerator * shrink + tl.sum(weight[:, None] * kept.to(tl.float32), 0)
+    return higher, total, numerator
 
 
 @triton.jit
@@ -56,92 +111,109 @@ def window_linear_step_kernel(
     SLOTS: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
     KP: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr, BW: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_MAPS: tl.constexpr, AT_ONCE: tl.constexpr,
-    HAS_WINDOW_WEIGHT: tl.constexpr, HAS_LINEAR_WEIGHT: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_WINDOW_WEIGHT: tl.constexpr, HAS_LINEAR_WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
+    HAS_SINK: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """`GROUP` query heads of one row; names as in `recurrent.window_linear_step`, F = f."""
+    """`GROUP` query heads of one row; names as in `recurrent.window_linear_step`, F = f.
+
+    FACTOR: 0 weights as they are, 1 `window_weight` is a logit, 2 and the linear branch has the complement.
+    """
     lane = tl.program_id(0) % (heads // GROUP)
     batch = (tl.program_id(0) // (heads // GROUP)).to(tl.int64)
     first_head = lane * GROUP
     per_kv: tl.constexpr = heads // kv_heads
     kv_head = first_head // per_kv
     leads = first_head % per_kv == 0
-    dims, columns = tl.arange(0, KP), tl.arange(0, FP)
+    dims, columns, features_at = tl.arange(0, KP), tl.arange(0, FP), tl.arange(0, 2 * FP)
+    real = columns < F
+    k_stride: tl.constexpr = kv_heads * K
+    v_stride: tl.constexpr = kv_heads * V
+    # both signs of a feature lie side by side in registers and F apart in memory
+    feature = (features_at % 2) * F + features_at // 2
+    is_feature = features_at // 2 < F
     cosine += batch * rotation_stride
     sine += batch * rotation_stride
+    token = tl.cast(0, tl.int64)
+    if HAS_WINDOW:
+        token = tl.load(counter + batch * heads + first_head)
     here = 1
     if HAS_VALID:
         here = tl.load(valid + batch).to(tl.int32)
     key = load_rotated(k + (batch * kv_heads + kv_head) * K, cosine, sine, dims, K, R)
-    slot, reach, place, count = 0, 0, 0, 0
-    following, counted = tl.cast(0, tl.int64), tl.cast(0, tl.int64)
+    query = load_rotated(q + (batch * heads + first_head) * K, cosine, sine, dims, K, R)
+    z = tl.zeros([2 * FP], tl.float32)
+    if HAS_MAPS:
+        # the state's head is the program's
+        sums += (batch * (heads // GROUP) + lane) * 2 * F * V
+        norms += (batch * (heads // GROUP) + lane) * 2 * F
+        key_map += lane * K * F
+    slot, reach, count = 0, 0, 1
+    counted = tl.cast(0, tl.int64)
     if HAS_WINDOW:
         ring_k += (batch * SLOTS * kv_heads + kv_head) * K
         ring_v += (batch * SLOTS * kv_heads + kv_head) * V
         ring_valid += batch * SLOTS
-        token = tl.load(counter + batch * heads + first_head)
-        following = token + 1
         slot = (token % SLOTS).to(tl.int32)
-        reach, count = SLOTS - 1, 1
+        reach = SLOTS - 1
         if BLOCK > 0:
             before = tl.load(position + batch * heads + first_head)
             counted = tl.where((before > 0) | (here != 0), before + 1, 0)
             place = (tl.maximum(counted - 1, 0) % BLOCK).to(tl.int32)
             reach = tl.minimum(BLOCK + place + 1, LIMIT)
             count = tl.where(place == 0, BLOCK, 0)
-        if leads:
-            tl.store(ring_k + slot * (kv_heads * K) + dims, key.to(ring_k.dtype.element_ty), mask=dims < K)
-        if lane == 0:
-            tl.store(ring_valid + slot, here != 0)
-    up_z = tl.zeros([FP], tl.float32)
-    down_z = tl.zeros([FP], tl.float32)
-    if HAS_MAPS:
-        # the state's head is the program's
-        sums += (batch * (heads // GROUP) + lane) * 2 * F * V
-        norms += (batch * (heads // GROUP) + lane) * 2 * F
-        up_z = tl.load(norms + columns, mask=columns < F, other=0.0)
-        down_z = tl.load(norms + F + columns, mask=columns < F, other=0.0)
-        key_map += lane * K * F
-    for tile in range(0, (V + BV - 1) // BV):
+    for tile in tl.static_range((V + BV - 1) // BV):
+        # everything is asked for before the first reduction, what hangs on the token's number last
         values = tile * BV + tl.arange(0, BV)
         wide = values < V
         fresh = tl.load(v + (batch * kv_heads + kv_head) * V + values, mask=wide, other=0.0).to(tl.float32)
-        if HAS_WINDOW:
-            if leads:
-                tl.store(ring_v + slot * (kv_heads * V) + values, fresh.to(ring_v.dtype.element_ty), mask=wide)
-        up_s = tl.zeros([FP, BV], tl.float32)
-        down_s = tl.zeros([FP, BV], tl.float32)
+        square = feature[:, None] * V + values[None, :]
+        held = is_feature[:, None] & wide[None, :]
+        state = tl.zeros([2 * FP, BV], tl.float32)
+        phi_q = tl.zeros([2 * FP], tl.float32)
         if HAS_MAPS:
-            square = columns[:, None] * V + values[None, :]
-            held = (columns < F)[:, None] & wide[None, :]
-            up_s = tl.load(sums + square, mask=held, other=0.0)
-            down_s = tl.load(sums + F * V + square, mask=held, other=0.0)
-            once = tl.where(tile == 0, 1.0, 0.0)  # norms have no tiles
-            if AT_ONCE:
-                up_k, down_k = vector_maps(key, key_map, dims, columns, K, F)
-                up_k, down_k = up_k * here, down_k * here
-                up_s += up_k[:, None] * fresh[None, :]
-                down_s += down_k[:, None] * fresh[None, :]
-                up_z += up_k * once
-                down_z += down_k * once
+            state = tl.load(sums + square, mask=held, other=0.0)
+            w_k = load_map(key_map, dims, columns, K, F)
+            w_q = load_map(query_map + first_head * K * F, dims, columns, K, F)
+            arriving, arriving_value, alive = key, fresh, here.to(tl.float32) if HAS_VALID else 1.0
+            if not AT_ONCE and BLOCK == 0:
+                old = (slot + 1) % SLOTS
+                alive = tl.load(ring_valid + old).to(tl.float32)
+                arriving = tl.load(ring_k + old * k_stride + dims, mask=dims < K, other=0.0).to(tl.float32)
+                arriving_value = tl.load(ring_v + old * v_stride + values, mask=wide, other=0.0).to(tl.float32)
+        if HAS_WINDOW:
+            rows, kept, inside = ring_tile(
+                ring_k, ring_v, ring_valid, 0, slot, reach, dims, values, key, fresh, here, k_stride, v_stride,
+                K, V, SLOTS, BW,
+            )  # fmt: skip
+        if HAS_MAPS:
+            if tile == 0:
+                z = tl.load(norms + feature, mask=is_feature, other=0.0)
+            if AT_ONCE or BLOCK == 0:
+                if GROUP == 1:
+                    phi_k, phi_q = features_of_two(arriving, w_k, query, w_q, real, 2 * FP)
+                else:
+                    phi_k = features(arriving, w_k, real, 2 * FP)
+                phi_k = phi_k * alive
+                state += phi_k[:, None] * arriving_value[None, :]
+                if tile == 0:
+                    z += phi_k
             else:
                 for i in range(0, count):
                     old = (slot + 1 + i) % SLOTS
                     alive = tl.load(ring_valid + old).to(tl.float32)
-                    x = tl.load(ring_k + old * (kv_heads * K) + dims, mask=dims < K, other=0.0).to(tl.float32)
-                    y = tl.load(ring_v + old * (kv_heads * V) + values, mask=wide, other=0.0).to(tl.float32)
-                    up_k, down_k = vector_maps(x, key_map, dims, columns, K, F)
-                    up_k, down_k = up_k * alive, down_k * alive
-                    up_s += up_k[:, None] * y[None, :]
-                    down_s += down_k[:, None] * y[None, :]
-                    up_z += up_k * once
-                    down_z += down_k * once
-            tl.debug_barrier()  # warps that share an element have read it
-            tl.store(sums + square, up_s, mask=held)
-            tl.store(sums + F * V + square, down_s, mask=held)
+                    x = tl.load(ring_k + old * k_stride + dims, mask=dims < K, other=0.0).to(tl.float32)
+                    y = tl.load(ring_v + old * v_stride + values, mask=wide, other=0.0).to(tl.float32)
+                    phi_k = features(x, w_k, real, 2 * FP) * alive
+                    state += phi_k[:, None] * y[None, :]
+                    if tile == 0:
+                        z += phi_k
         for member in tl.static_range(GROUP):
             head = first_head + member
             line = batch * heads + head
-            query = load_rotated(q + line * K, cosine, sine, dims, K, R)
+            if member > 0:
+                query = load_rotated(q + line * K, cosine, sine, dims, K, R)
+                if HAS_MAPS:
+                    w_q = load_map(query_map + head * K * F, dims, columns, K, F)
             numerator = tl.zeros([BV], tl.float32)
             total = 0.0
             if HAS_WINDOW:
@@ -149,72 +221,73 @@ def window_linear_step_kernel(
                 if HAS_SINK:
                     top = tl.load(sink + head).to(tl.float32)
                     total = 1.0
-                for first in range(0, SLOTS - 1, BW):
-                    age = first + tl.arange(0, BW)
-                    at = slot - age
-                    at = tl.where(at < 0, at + SLOTS, at)
-                    inside = (age > 0) & (age < reach)
-                    seen = tl.load(ring_valid + at, mask=inside, other=0) != 0
-                    inside = inside & seen
-                    rows = tl.load(
-                        ring_k + at[:, None] * (kv_heads * K) + dims[None, :],
-                        mask=inside[:, None] & (dims < K)[None, :], other=0.0,
-                    ).to(tl.float32)  # fmt: skip
-                    kept = tl.load(
-                        ring_v + at[:, None] * (kv_heads * V) + values[None, :],
-                        mask=inside[:, None] & wide[None, :], other=0.0,
-                    ).to(tl.float32)  # fmt: skip
-                    own = age == 0
-                    rows = tl.where(own[:, None], key[None, :], rows)
-                    kept = tl.where(own[:, None], fresh[None, :], kept)
-                    inside = inside | (own & (here != 0))
-                    score = tl.sum(rows * query[None, :], 1) * scaling
-                    if HAS_CAP:
-                        score = cap * (1.0 - 2.0 / (tl.exp2(score * (2.0 * LOG2E / cap)) + 1.0))
-                    score = tl.where(inside, score, float("-inf"))
-                    higher = tl.maximum(top, tl.max(score, 0))
-                    safe = tl.where(higher == float("-inf"), 0.0, higher)
-                    weight = tl.where(inside, tl.exp2((score - safe) * LOG2E), 0.0)
-                    shrink = tl.exp2((top - safe) * LOG2E)
-                    total = total * shrink + tl.sum(weight, 0)
-                    numerator = numerator * shrink + tl.sum(weight[:, None] * kept, 0)
-                    top = higher
+                top, total, numerator = attend(
+                    query, rows, kept, inside, top, total, numerator, scaling, cap, HAS_CAP
+                )
+                for first in range(BW, SLOTS - 1, BW):
+                    more_rows, more_kept, more = ring_tile(
+                        ring_k, ring_v, ring_valid, first, slot, reach, dims, values, key, fresh, here, k_stride,
+                        v_stride, K, V, SLOTS, BW,
+                    )  # fmt: skip
+                    top, total, numerator = attend(
+                        query, more_rows, more_kept, more, top, total, numerator, scaling, cap, HAS_CAP
+                    )
             if HAS_MAPS:
+                far = 1.0
                 if HAS_WINDOW_WEIGHT:
                     share = tl.load(window_weight + head).to(tl.float32)
+                    if FACTOR > 0:
+                        share = 1.0 / (1.0 + tl.exp2(-share * LOG2E))
+                    if FACTOR == 2:
+                        far = 1.0 - share
                     numerator, total = numerator * share, total * share
-                up_q, down_q = vector_maps(query, query_map + head * K * F, dims, columns, K, F)
                 if HAS_LINEAR_WEIGHT:
-                    share = tl.load(linear_weight + head).to(tl.float32)
-                    up_q, down_q = up_q * share, down_q * share
-                numerator += tl.sum(up_q[:, None] * up_s, 0) + tl.sum(down_q[:, None] * down_s, 0)
-                total += tl.sum(up_q * up_z + down_q * down_z, 0)
+                    far = tl.load(linear_weight + head).to(tl.float32)
+                if GROUP > 1 or (BLOCK > 0 and not AT_ONCE):
+                    phi_q = features(query, w_q, real, 2 * FP)
+                numerator += tl.sum(phi_q[:, None] * state, 0) * far
+                total += tl.sum(phi_q * z, 0) * far
             over = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
             tl.store(out + line * V + values, (numerator * over).to(out.dtype.element_ty), mask=wide)
-    tl.debug_barrier()  # every warp has read the norms and the counters
+        tl.debug_barrier()  # warps that share an element, or a counter, have read it
+        if HAS_MAPS:
+            tl.store(sums + square, state, mask=held)
+        if HAS_WINDOW:
+            if leads:
+                tl.store(ring_v + slot * v_stride + values, fresh.to(ring_v.dtype.element_ty), mask=wide)
     if HAS_MAPS:
-        tl.store(norms + columns, up_z, mask=columns < F)
-        tl.store(norms + F + columns, down_z, mask=columns < F)
+        tl.store(norms + feature, z, mask=is_feature)
     if HAS_WINDOW:
+        if leads:
+            tl.store(ring_k + slot * k_stride + dims, key.to(ring_k.dtype.element_ty), mask=dims < K)
+        if lane == 0:
+            tl.store(ring_valid + slot, here != 0)
         for member in tl.static_range(GROUP):
-            tl.store(counter + batch * heads + first_head + member, following)
+            tl.store(counter + batch * heads + first_head + member, token + 1)
             if BLOCK > 0:
                 tl.store(position + batch * heads + first_head + member, counted)
 
 
 Numbers = list[float]
-"""block, limit, at_once, scaling, softcap (0: none): what is no tensor."""
+"""block, limit, at_once, scaling, softcap (0: none), factor (see the kernel): what is no tensor."""
 
 
-def configuration(key_dim: int, value_dim: int, features: int, span: int) -> dict[str, int]:
-    """Sizes of tiles, and warps: registers are what bounds them (two tiles of sums, one of keys and one of values)."""
+PROGRAMS = 132
+"""More than one program to each multiprocessor of an H100 is many."""
+
+
+def configuration(key_dim: int, value_dim: int, features: int, span: int, programs: int) -> dict[str, int]:
+    """Sizes of tiles, and warps.
+
+    Registers bound them: a tile of sums, one of keys, one of values and two maps are held at once. Few programs are bound
+    by latency and take many warps each; many are bound by bandwidth, and two share a multiprocessor.
+    """
     widest = max(key_dim, value_dim)
-    wide_state = features * value_dim > 64 * 64
-    value_tile = min(value_dim, 64 if features > 64 else 128)
+    small = features * widest <= 32 * 32
     return {
-        "BV": value_tile,
-        "BW": min(triton.next_power_of_2(max(span, 1)), 64 if widest <= 128 else 32),
-        "num_warps": 8 if wide_state or widest > 64 else 4,
+        "BV": min(value_dim, 64 if features > 64 else 128),
+        "BW": min(triton.next_power_of_2(max(span, 1)), 128 if widest <= 64 else 64 if widest <= 128 else 32),
+        "num_warps": 4 if small or (widest <= 64 and features <= 64 and programs > PROGRAMS) else 8,
         "num_stages": 1,
     }
 
@@ -245,7 +318,7 @@ def step(
     numbers: Numbers,
 ) -> Tensor:
     """The launch; see `recurrent.window_linear_step`. Tensors are contiguous."""
-    block, limit, at_once, scaling, cap = numbers
+    block, limit, at_once, scaling, cap, factor = numbers
     batch, heads, key_dim = q.shape
     kv_heads, value_dim = v.shape[1:]
     features = 1 if query_map is None else query_map.shape[2]
@@ -265,8 +338,8 @@ def step(
         KP=padded[0], FP=padded[2],
         HAS_VALID=valid is not None, HAS_WINDOW=ring_k is not None, HAS_MAPS=query_map is not None,
         AT_ONCE=bool(at_once), HAS_WINDOW_WEIGHT=window_weight is not None,
-        HAS_LINEAR_WEIGHT=linear_weight is not None, HAS_SINK=sink is not None, HAS_CAP=cap > 0,
-        **configuration(*padded, slots - 1),
+        HAS_LINEAR_WEIGHT=linear_weight is not None, FACTOR=int(factor), HAS_SINK=sink is not None, HAS_CAP=cap > 0,
+        **configuration(*padded, slots - 1, batch * (heads // group)),
     )  # fmt: skip
     return out
 
