@@ -1,27 +1,40 @@
-"""Compile Triton launches for sm_80 and sm_90 without a GPU: shared memory, registers, spills, matrix instructions.
+"""Compile the kernels' launches for sm_80 and sm_90 without a GPU: shared memory, registers, spills, tensor cores.
 
-    python scripts/kernels/aot.py [--only NAME] [--arch 90] [--strict]
+    python scripts/kernels/aot.py [--only NAME[:CALL] ...] [--arch 90 ...] [--jobs 2] [--strict] [--json FILE]
 
-Every operator's calls in `tests/kernels/aot_calls.py` are made with launches recorded instead of run, and each distinct
-launch is compiled as the GPU would compile it.
+Every operator's calls in `tests/kernels/aot_calls/NAME.py` are made on CPU tensors with launches recorded instead of
+made, and each distinct launch is compiled as the GPU's driver would get it. Prints a table; exit code 1 when a kernel
+has more shared memory than a block may have, spills, or has no tensor-core instruction for a product of 16-bit numbers.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import multiprocessing
 import os
 import re
-import subprocess
-import tempfile
-from dataclasses import dataclass
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # kernels are compiled here, and Triton reads this when it is imported
+    os.environ["TRITON_INTERPRET"] = "0"
+
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent.parent
+CALLS = ROOT / "tests" / "kernels" / "aot_calls"
 SHARED = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that one block may have (163 KB on A100, 227 KB on H100)."""
 SPILLS = 64
-"""Bytes of register spills that are let pass."""
+"""Bytes of register spills (stores and loads together) from which a kernel is refused; below, it is let pass."""
 NAMES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -34,35 +47,102 @@ NAMES = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Compiled:
     """What the assembler says of one launch."""
 
-    name: str
+    module: str
+    call: str
+    """The first call that makes this launch."""
+    kernel: str
     arch: int
     warps: int
     stages: int
     shared: int
+    """Bytes a block."""
     registers: int
+    """A thread."""
     spills: int
+    """Bytes, stores and loads together."""
     dots: int
     """wgmma (sm_90) or mma instructions in the PTX."""
+    has_dots: bool
+    """Whether the kernel multiplies matrices that tensor cores take: 16-bit ones, or float32 as tf32."""
 
-    def problems(self) -> list[str]:
+    def problems(self, strict: bool = False) -> list[str]:
+        """Every rule that is broken; `strict` lets no spill pass."""
         found = []
         if self.shared > SHARED[self.arch]:
             found.append(f"{self.shared} bytes of shared memory, over {SHARED[self.arch]}")
-        if self.spills >= SPILLS:
-            found.append(f"{self.spills} bytes of spills, {SPILLS} or more")
-        return [f"{self.name} sm_{self.arch}: {problem}" for problem in found]
+        if self.spills >= (1 if strict else SPILLS):
+            found.append(f"{self.spills} bytes of spills")
+        if self.has_dots and not self.dots:
+            found.append("matrix products, but no tensor-core instruction")
+        return [f"{self.module}, '{self.call}': {self.kernel} sm_{self.arch}: {problem}" for problem in found]
 
 
-def compile_launch(launch: Any, arch: int) -> Compiled:
-    """Compile one `launch.Launch` for `arch`, with the specialization that the arguments would get at run time."""
+@dataclass(frozen=True)
+class Job:
+    """One distinct launch to compile, and where it came from."""
+
+    module: str
+    call: str
+    launch: Any
+
+
+def compile_launch(job: Job, arch: int) -> Compiled:
+    """Compile one launch for `arch`, with the specialization that its arguments would get at run time.
+
+    Raises:
+        RuntimeError: the assembler said nothing.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    launch = job.launch
+    target, options = GPUTarget("cuda", arch, 32), dict(launch.options)
+
+    def compiled() -> tuple[Any, str]:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = triton.compile(
+                ASTSource(launch.kernel, *specialized(launch)), target=target, options=options
+            )
+        return made, said.getvalue()
+
+    triton.knobs.nvidia.dump_ptxas_log = True
+    made, log = compiled()
+    # Triton keeps binaries but not what ptxas said of them, so that is kept beside them.
+    known = Path(triton.knobs.cache.dir) / "aot" / f"{made.metadata.hash}.json"
+    if not log and not known.is_file():
+        triton.knobs.compilation.always_compile = True
+        try:
+            made, log = compiled()
+        finally:
+            triton.knobs.compilation.always_compile = False
+    if log:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text(json.dumps(resources(log)), encoding="utf-8")
+    registers, spills = json.loads(known.read_text(encoding="utf-8"))
+    return Compiled(
+        job.module,
+        job.call,
+        launch.kernel.fn.__name__.strip("_"),
+        arch,
+        made.metadata.num_warps,
+        made.metadata.num_stages,
+        made.metadata.shared,
+        registers,
+        spills,
+        len(re.findall(r"wgmma\.mma_async|\bmma\.sync", made.asm["ptx"])),
+        takes_tensor_cores(made.asm["ttir"]),
+    )
+
+
+def specialized(launch: Any) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Signature, constants and attributes of a launch, as the JIT would choose them; tensors are 16-byte aligned."""
     kernel, signature, constants, attributes = launch.kernel, {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = launch.arguments.get(parameter.name, parameter.default)
@@ -82,71 +162,128 @@ def compile_launch(launch: Any, arch: int) -> Compiled:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"
-    source = ASTSource(kernel, signature, constants, attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
-    registers, spills = resources(made.asm["ptx"], arch)
-    name = re.sub(r"^_+", "", kernel.fn.__name__)
-    dots = len(re.findall(r"wgmma\.mma_async|\bmma\.sync", made.asm["ptx"]))
-    options = launch.options
-    return Compiled(
-        name,
-        arch,
-        options.get("num_warps", 4),
-        options.get("num_stages", 3),
-        made.metadata.shared,
-        registers,
-        spills,
-        dots,
+    return signature, constants, attributes
+
+
+def resources(log: str) -> tuple[int, int]:
+    """Registers a thread and bytes of spills, from what ptxas -v says."""
+    registers = [int(x) for x in re.findall(r"Used (\d+) registers", log)]
+    if not registers:
+        raise RuntimeError(f"ptxas said nothing about registers: {log[:500]}")
+    return max(registers), sum(int(x) for x in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+
+
+def takes_tensor_cores(ttir: str) -> bool:
+    """Whether a kernel's intermediate form has products of 16-bit numbers, or of float32 rounded to tf32."""
+    dots = [line for line in ttir.splitlines() if re.search(r"\btt\.dot\b", line)]
+    return any(re.search(r"x(?:bf|f)16[,>]|inputPrecision = tf32", line) for line in dots)
+
+
+def record(module: str, wanted: Sequence[str] = ()) -> list[Job]:
+    """Distinct launches of a module's calls.
+
+    Args:
+        module: name of a file in `tests/kernels/aot_calls`.
+        wanted: names of its calls; all without.
+
+    Raises:
+        SystemExit: no such call.
+    """
+    from linearize.kernels import dispatch
+    from linearize.kernels import launch as launches
+
+    found = importlib.util.spec_from_file_location(f"aot_calls_{module}", CALLS / f"{module}.py")
+    assert found is not None and found.loader is not None
+    loaded = importlib.util.module_from_spec(found)
+    found.loader.exec_module(loaded)
+    if missing := sorted(set(wanted) - set(loaded.CALLS)):
+        raise SystemExit(f"{module} has no call {missing}; it has {list(loaded.CALLS)}")
+    jobs: dict[Any, Job] = {}
+    for name, call in loaded.CALLS.items():
+        if wanted and name not in wanted:
+            continue
+        with dispatch.kernels("triton"), launches.record() as made:
+            call()
+        for launch in made:
+            jobs.setdefault(identity(launch), Job(module, name, launch))
+    return list(jobs.values())
+
+
+def identity(launch: Any) -> Any:
+    """The same for launches that compile to the same binary."""
+    signature, constants, attributes = specialized(launch)
+    parts = (signature, constants, attributes, launch.options)
+    return (
+        launch.kernel.fn.__module__,
+        launch.kernel.fn.__qualname__,
+        *(repr(sorted(part.items())) for part in parts),
     )
 
 
-def resources(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers a thread and bytes of spills (stores and loads) as ptxas counts them."""
-    import triton
-
-    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
-    tool = next(x for x in (folder / "ptxas-blackwell", folder / "ptxas") if x.exists())
-    target = "sm_90a" if arch == 90 else f"sm_{arch}"
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "kernel.ptx"
-        file.write_text(ptx)
-        command = [str(tool), "-v", f"--gpu-name={target}", str(file), "-o", os.devnull]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"ptxas failed: {done.stderr[:2000]}")
-    registers = max(int(x) for x in re.findall(r"Used (\d+) registers", done.stderr))
-    spills = sum(int(x) for x in re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr))
-    return registers, spills
-
-
-def distinct(launches: list[Any]) -> list[Any]:
-    """Launches that compile to different binaries."""
-    seen, kept = set(), []
-    for launch in launches:
-        key = (
-            launch.kernel.fn.__qualname__,
-            tuple(
-                (n, x.dtype if isinstance(x, torch.Tensor) else (x % 16 == 0, x == 1) if _plain(launch, n, x) else x)
-                for n, x in sorted(launch.arguments.items())
-            ),
-            tuple(sorted(launch.options.items())),
-        )
-        if key not in seen:
-            seen.add(key)
-            kept.append(launch)
-    return kept
-
-
-def _plain(launch: Any, name: str, value: Any) -> bool:
-    fixed = {p.name for p in launch.kernel.params if p.is_constexpr}
-    return name not in fixed and isinstance(value, int)
-
-
-def table(rows: list[Compiled]) -> str:
-    """One line a kernel."""
-    lines = [f"{'kernel':44} {'arch':>4} {'warps':>5} {'stages':>6} {'shared':>7} {'regs':>5} {'spills':>6} {'mma':>5}"]
+def table(rows: Sequence[Compiled]) -> str:
+    """One line a kernel, with the call that makes it."""
+    lines = [
+        f"{'kernel':32} {'arch':>4} {'warps':>5} {'stages':>6} {'shared':>7} {'regs':>4} {'spills':>6} {'mma':>4}  call"
+    ]
     lines += [
-        f"{r.name:44} {r.arch:4} {r.warps:5} {r.stages:6} {r.shared:7} {r.registers:5} {r.spills:6} {r.dots:5}"
+        f"{r.kernel:32} {r.arch:4} {r.warps:5} {r.stages:6} {r.shared:7} {r.registers:4} {r.spills:6} {r.dots:4}  "
+        f"{r.module}: {r.call}"
         for r in rows
     ]
     return "\n".join(lines)
+
+
+def compile_all(jobs: Sequence[Job], archs: Sequence[int], processes: int) -> list[Compiled]:
+    """Compile every launch for every architecture, in that many processes."""
+    JOBS[:] = jobs
+    tasks = [(index, arch) for arch in archs for index in range(len(jobs))]
+    if processes == 1:
+        return [_compile(task) for task in tasks]
+    # Forked, because recorded launches cannot be sent: the children find them in their copy of this process.
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        return pool.map(_compile, tasks, chunksize=1)
+
+
+JOBS: list[Job] = []
+"""What the forked processes compile."""
+
+
+def _compile(task: tuple[int, int]) -> Compiled:
+    index, arch = task
+    return compile_launch(JOBS[index], arch)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Record, compile, print; 1 when something is wrong."""
+    names = sorted(path.stem for path in CALLS.glob("*.py") if path.stem != "__init__")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=names, metavar="NAME[:CALL]", help=f"of {', '.join(names)}"
+    )
+    parser.add_argument("--arch", nargs="+", type=int, default=[90, 80], choices=sorted(SHARED), metavar="N")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (default: 2)")
+    parser.add_argument("--strict", action="store_true", help="let no spill pass")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
+    options = parser.parse_args(arguments)
+    wanted: dict[str, list[str]] = {}
+    for item in options.only:
+        name, _, call = item.partition(":")
+        if name not in names:
+            parser.error(f"--only {name}: one of {', '.join(names)}")
+        wanted.setdefault(name, []).extend([call] if call else [])
+    torch.set_num_threads(1)  # before anything is forked
+    jobs = [job for name, calls in wanted.items() for job in record(name, calls)]
+    rows = compile_all(jobs, options.arch, options.jobs)
+    print(table(rows))
+    problems = [problem for row in rows for problem in row.problems(options.strict)]
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    print("\n".join(problems) or f"{len(rows)} kernels, no problem")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.exit(main())
