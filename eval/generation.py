@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TextStreamer
 
+from linearize.decode.generate import evaluating, generate_ids
 from linearize.errors import LinearizeError
 
 
@@ -21,9 +22,16 @@ def generate(
     chat: bool = False,
     system: str | None = None,
     on_text: Callable[[str], None] | None = None,
+    graph: bool | None = None,
+    compile: bool = False,  # noqa: A002 - torch's name
     **options: Any,
 ) -> list[str]:
     """Continue one or more prompts; a batch is padded on the left.
+
+    A converted model on a CUDA device decodes in one CUDA graph that is kept for the next call (`linearize.decode`),
+    greedy or with plain sampling (temperature, top_k, top_p); it gives the tokens that `model.generate` gives. Whatever
+    else is asked for (beams, assistants, penalties, ...) runs through `model.generate`. The host looks for the end of
+    the texts every 16 tokens (every 4 when streaming) and cuts off what lies behind.
 
     Args:
         model: a causal language model of transformers with `generate`.
@@ -33,6 +41,8 @@ def generate(
         chat: put each prompt into the tokenizer's chat template, as the user's message.
         system: the system message of the chat template; only with `chat`.
         on_text: called with each new piece of text as soon as whole words are there (one prompt, no beams).
+        graph: False decodes through transformers always, True insists on the graph.
+        compile: `torch.compile` the graph's step first: about a minute at the first call, then faster tokens.
         **options: passed to `generate`: do_sample, temperature, top_p, num_beams, ...
 
     Returns:
@@ -40,7 +50,7 @@ def generate(
 
     Raises:
         LinearizeError: no prompt, an empty one, a chat template asked for that the tokenizer lacks, or streaming of
-            several prompts or of beams.
+            several prompts or of beams, `graph=True` or `compile` where there can be no graph.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts or not all(texts):
@@ -49,20 +59,31 @@ def generate(
         raise LinearizeError("streaming shows one sequence: give one prompt and no beams")
     batch = _encode(tokenizer, [_chat(tokenizer, text, system) for text in texts] if chat else texts, chat)
     batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch.items()}
-    if on_text is not None:
-        options["streamer"] = _Callback(tokenizer, on_text)
     options.setdefault("do_sample", False)
     if not options["do_sample"]:
         # A checkpoint's generation config may hold sampling values, which greedy decoding warns about.
         options = {"temperature": None, "top_p": None, "top_k": None} | options
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    training = model.training
-    model.eval()
-    try:
-        ids = model.generate(**batch, max_new_tokens=max_new_tokens, pad_token_id=pad, **options)
-    finally:
-        model.train(training)
-    return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    options |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
+    stream = None if on_text is None else _Callback(tokenizer, on_text)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    made = generate_ids(
+        model,
+        ids,
+        mask,
+        options,
+        graph=True if compile else graph,
+        compile=compile,
+        on_tokens=None if stream is None else stream.put_block,
+        every=16 if stream is None else 4,
+    )
+    if made is None:
+        streaming = {} if stream is None else {"streamer": stream}
+        with evaluating(model):
+            made = model.generate(**batch, **options, **streaming)[:, ids.shape[1] :]
+    elif stream is not None:
+        stream.end()
+    return tokenizer.batch_decode(made, skip_special_tokens=True)
 
 
 def cache_bytes(past_key_values: Any) -> int:
@@ -105,6 +126,12 @@ class _Callback(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
             self.on_text(text)
+
+    def put_block(self, tokens: Tensor) -> None:
+        """New tokens [1, n]; the prompt need not have come before."""
+        self.next_tokens_are_prompt = False
+        for token in tokens[0].split(1):
+            self.put(token)
 
 
 def _chat(tokenizer: Any, text: str, system: str | None) -> str:

@@ -17,8 +17,8 @@ from linearize.kernels.window_linear.reference import divide, hedgehog
 class Ring:
     """The last keys and values of a window, in place on the device; all tensors are written.
 
-    Token n of a row stands in slot n % slots. A query sees at most `slots - 1` keys, its own included, so the token that
-    comes never takes the slot of the one that leaves.
+    Token n of a row stands in slot n % slots. A query sees at most `slots - 1` keys, its own included, so the token
+    that comes never takes the slot of the one that leaves.
 
     Attributes:
         k, v: [B, slots, N, K], [B, slots, N, V].
@@ -71,13 +71,13 @@ def window_linear_step(
         ring: the window, or None for linear attention alone.
         state: sums [B, M, 2 f, V] and norms [B, M, 2 f], float32, or None without maps; written in place.
         window_weight, linear_weight: [H], one by default.
-        window_factor: [H], logits of `window_weight`, in place of both: with `complement` the linear branch has the rest
-            of the weight, else one. Taken by the kernel itself, so that no launch goes before it.
+        window_factor: [H], logits of `window_weight`, in place of both: with `complement` the linear branch has the
+            rest of the weight, else one. Taken by the kernel itself, so that no launch goes before it.
         sink: [H] logit of a key without a value that every window sees.
         softcap: tanh cap on the window's scaled scores.
         valid: [B] bool, false on padding; all true by default.
         rotation: cos and sin [B or 1, R] of a rotary embedding that q and k have not had, rotate-half, R <= K.
-        at_once: the sums take the token itself before they are read, not what leaves the window (always so without one).
+        at_once: the sums take the token itself before they are read, not what leaves the window (always without one).
 
     Returns:
         o [B, H, V] in the dtype of v.

@@ -41,8 +41,8 @@ def load_map(weight, dims, columns, K: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def halves(y, inside):
-    """y [FP, ...] -> softmax(y), softmax(-y) over the first axis, as a new second axis [FP, 2, ...]; `inside` fits that."""
+def softmax(y, inside):
+    """Softmax over the first axis, of y [FP, ...]; zero where not `inside`, which fits the shape."""
     top = tl.max(tl.where(inside, y, float("-inf")), 0)
     powers = tl.where(inside, tl.exp2((y - tl.expand_dims(top, 0)) * LOG2E), 0.0)
     return powers / tl.expand_dims(tl.sum(powers, 0), 0)
@@ -52,7 +52,7 @@ def halves(y, inside):
 def features(x, w, inside, WIDTH: tl.constexpr):
     """Features of one vector [K], both signs of a column side by side: [WIDTH = 2 FP]."""
     y = tl.sum(x[:, None] * w, 0)
-    return tl.reshape(halves(tl.join(y, -y), inside[:, None]), [WIDTH])
+    return tl.reshape(softmax(tl.join(y, -y), inside[:, None]), [WIDTH])
 
 
 @triton.jit
@@ -60,14 +60,14 @@ def features_of_two(x, w, other, v, inside, WIDTH: tl.constexpr):
     """`features` of two vectors with a map each, in the reductions of one."""
     y = tl.sum(tl.join(x[:, None] * w, other[:, None] * v), 0)
     signs = tl.permute(tl.join(y, -y), (0, 2, 1))
-    first, second = tl.split(halves(signs, inside[:, None, None]))
+    first, second = tl.split(softmax(signs, inside[:, None, None]))
     return tl.reshape(first, [WIDTH]), tl.reshape(second, [WIDTH])
 
 
 @triton.jit
 def ring_tile(ring_k, ring_v, ring_valid, first, slot, reach, dims, values, key, fresh, here, k_stride, v_stride,
               K: tl.constexpr, V: tl.constexpr, SLOTS: tl.constexpr, BW: tl.constexpr):  # fmt: skip
-    """Keys [BW, KP] and values [BW, BV] of ages `first` and up, and which of them are seen; age 0 is the token itself."""
+    """Keys [BW, KP], values [BW, BV] of ages `first` and up, and which of them are seen; age 0 is the token itself."""
     age = first + tl.arange(0, BW)
     at = slot - age
     at = tl.where(at < 0, at + SLOTS, at)
@@ -78,7 +78,9 @@ def ring_tile(ring_k, ring_v, ring_valid, first, slot, reach, dims, values, key,
         ring_k + at[:, None] * k_stride + dims[None, :], mask=held[:, None] & (dims < K)[None, :], other=0.0
     )
     kept = tl.load(
-        ring_v + at[:, None] * v_stride + values[None, :], mask=held[:, None] & (values < V)[None, :], other=0.0
+        ring_v + at[:, None] * v_stride + values[None, :],
+        mask=held[:, None] & (values < V)[None, :],
+        other=0.0,
     )
     own = age == 0
     rows = tl.where(own[:, None], key[None, :].to(rows.dtype), rows)
@@ -174,12 +176,14 @@ def window_linear_step_kernel(
             state = tl.load(sums + square, mask=held, other=0.0)
             w_k = load_map(key_map, dims, columns, K, F)
             w_q = load_map(query_map + first_head * K * F, dims, columns, K, F)
-            arriving, arriving_value, alive = key, fresh, here.to(tl.float32) if HAS_VALID else 1.0
+            arriving, arriving_value, alive = key, fresh, tl.cast(here, tl.float32)
             if not AT_ONCE and BLOCK == 0:
                 old = (slot + 1) % SLOTS
                 alive = tl.load(ring_valid + old).to(tl.float32)
                 arriving = tl.load(ring_k + old * k_stride + dims, mask=dims < K, other=0.0).to(tl.float32)
-                arriving_value = tl.load(ring_v + old * v_stride + values, mask=wide, other=0.0).to(tl.float32)
+                arriving_value = tl.load(ring_v + old * v_stride + values, mask=wide, other=0.0).to(
+                    tl.float32
+                )
         if HAS_WINDOW:
             rows, kept, inside = ring_tile(
                 ring_k, ring_v, ring_valid, 0, slot, reach, dims, values, key, fresh, here, k_stride, v_stride,
@@ -252,7 +256,7 @@ def window_linear_step_kernel(
         tl.debug_barrier()  # warps that share an element, or a counter, have read it
         if HAS_MAPS:
             tl.store(sums + square, state, mask=held)
-        if HAS_WINDOW:
+        if HAS_WINDOW:  # noqa: SIM102 - known when compiling, the other is not
             if leads:
                 tl.store(ring_v + slot * v_stride + values, fresh.to(ring_v.dtype.element_ty), mask=wide)
     if HAS_MAPS:
@@ -279,8 +283,8 @@ PROGRAMS = 132
 def configuration(key_dim: int, value_dim: int, features: int, span: int, programs: int) -> dict[str, int]:
     """Sizes of tiles, and warps.
 
-    Registers bound them: a tile of sums, one of keys, one of values and two maps are held at once. Few programs are bound
-    by latency and take many warps each; many are bound by bandwidth, and two share a multiprocessor.
+    Registers bound them: a tile of sums, one of keys, one of values and two maps are held at once. Few programs are
+    bound by latency and take many warps each; many are bound by bandwidth, and two share a multiprocessor.
     """
     widest = max(key_dim, value_dim)
     small = features * widest <= 32 * 32
@@ -325,21 +329,22 @@ def step(
     group = 1 if sums is None else heads // sums.shape[1]
     slots = 1 if ring_k is None else ring_k.shape[1]
     rotation = 0 if cosine is None else cosine.shape[-1]
-    padded = [triton.next_power_of_2(x) for x in (key_dim, value_dim, features)]
+    key_pad, value_pad, map_pad = (triton.next_power_of_2(x) for x in (key_dim, value_dim, features))
+    programs = batch * (heads // group)
     out = torch.empty(batch, heads, value_dim, dtype=v.dtype, device=v.device)
     launch(
-        window_linear_step_kernel, (batch * (heads // group),),
+        window_linear_step_kernel, (programs,),
         q=q, k=k, v=v, valid=valid, cosine=q if cosine is None else cosine, sine=q if sine is None else sine,
         rotation_stride=0 if cosine is None or cosine.shape[0] == 1 else rotation,
         query_map=query_map, key_map=key_map, window_weight=window_weight, linear_weight=linear_weight, sink=sink,
         ring_k=ring_k, ring_v=ring_v, ring_valid=ring_valid, counter=counter, position=position, sums=sums, norms=norms,
         out=out, scaling=scaling, cap=cap or 1.0, heads=heads, kv_heads=kv_heads, GROUP=group,
         K=key_dim, V=value_dim, F=features, R=rotation, SLOTS=slots, BLOCK=int(block), LIMIT=int(limit) or slots - 1,
-        KP=padded[0], FP=padded[2],
+        KP=key_pad, FP=map_pad,
         HAS_VALID=valid is not None, HAS_WINDOW=ring_k is not None, HAS_MAPS=query_map is not None,
         AT_ONCE=bool(at_once), HAS_WINDOW_WEIGHT=window_weight is not None,
         HAS_LINEAR_WEIGHT=linear_weight is not None, FACTOR=int(factor), HAS_SINK=sink is not None, HAS_CAP=cap > 0,
-        **configuration(*padded, slots - 1, batch * (heads // group)),
+        **configuration(key_pad, value_pad, map_pad, slots - 1, programs),
     )  # fmt: skip
     return out
 
@@ -360,7 +365,10 @@ def covered(q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None, tensors: list[
         groups.append(sums.shape[1] in (q.shape[1], k.shape[1]))
     dispatch.require(
         "window_linear_step",
-        dtype=(q.dtype in dtypes and k.dtype == v.dtype == q.dtype, f"{q.dtype} must be bfloat16, float16 or float32"),
+        dtype=(
+            q.dtype in dtypes and k.dtype == v.dtype == q.dtype,
+            f"{q.dtype} must be bfloat16, float16 or float32",
+        ),
         head_dim=(max(q.shape[-1], v.shape[-1]) <= 256, f"{max(q.shape[-1], v.shape[-1])} is above 256"),
         heads=(all(groups), "the state has one head for each query head or for each key-value head"),
         state=(

@@ -1,4 +1,4 @@
-"""Decoding: a cache of fixed size, an engine that replays one captured step, and the choice between it and transformers."""
+"""Decoding: a cache of fixed size, one captured step that every token replays, and when transformers is to do it."""
 
 from linearize.decode.engine import Decoder
 from linearize.decode.sampling import Sampling

@@ -44,15 +44,13 @@ def request(model: Any, prompt: int, options: dict[str, Any]) -> tuple[Request |
     """Read the options of `model.generate`, with transformers' defaults and the model's own generation config.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, without `obstacles`.
         prompt: tokens of the prompt, padding included.
         options: keyword arguments of `generate` beside the prompt.
 
     Returns:
         The request and no problem, or None and what stands in the way, each a phrase.
     """
-    if not isinstance(model, PreTrainedModel):
-        return None, [f"a {type(model).__name__} is not a model of transformers itself"]
     config, unknown = model._prepare_generation_config(None, **options)
     problems = [f"option {name}" for name in sorted(unknown)]
     if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):

@@ -1,9 +1,10 @@
-"""Decoding in one CUDA graph: the model's one-token forward and the choice of the token, captured once, replayed per token."""
+"""Decoding in one CUDA graph: a model's one-token forward and the choice of the token, captured once, then replayed."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ class Decoder:
             ids: [B, T] int64, padded on the left.
             mask: [B, T], 0 on padding, or None.
             tokens: most new tokens.
-            on_tokens: called with each fetched block [B, n] on the CPU; its last columns may lie behind the end.
+            on_tokens: called with each block [B, n] on the CPU, as soon as it has been fetched.
             every: tokens between two looks of the host at what has been made: up to `every - 1` steps behind the end of
                 the last row are made in vain, and cut off. At most BLOCK.
 
@@ -115,28 +116,47 @@ class Decoder:
         if self.keeps_softmax and ids.shape[1] + tokens > self.length:
             total = ids.shape[1] + tokens
             raise LinearizeError(f"{total} tokens for a decoder whose softmax layers hold {self.length}")
-        if not self._ready:
-            self._prepare()
+        self.prepare()
         if tokens < 1:
             return ids[:, :0]
         self.read(ids, mask)
-        ended = torch.zeros(self.batch, dtype=torch.bool)
-        ends = self.eos.cpu()
+        ended, ends = torch.zeros(self.batch, 1, dtype=torch.bool), self.eos.cpu()
         blocks: list[Tensor] = []
         fresh, made = 1, 1
         while True:
             block = self._fetch(made, fresh)
+            over = ended | (torch.isin(block, ends).cumsum(1) > 0)
+            ended, all_over = over[:, -1:], over.all(0)
+            if bool(all_over.any()):
+                block = block[:, : int(all_over.int().argmax()) + 1]
+            blocks.append(block)
             if on_tokens is not None:
                 on_tokens(block)
-            blocks.append(block)
-            ends_here = torch.isin(block, ends)
-            ended |= ends_here.any(1)
-            if bool(ended.all()) or made >= tokens:
-                break
+            if bool(all_over.any()) or made >= tokens:
+                return torch.cat(blocks, 1).to(self.device)
             fresh = min(every, BLOCK, tokens - made)
             self.run(fresh)
             made += fresh
-        return trimmed(torch.cat(blocks, 1), ends).to(self.device)
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Make the states with a few steps of nothing, and capture, at the first call; the generator stays as it was.
+
+        Raises:
+            LinearizeError: a state is not written in place.
+            RuntimeError: an operation of the model cannot be captured.
+        """
+        if self._ready:
+            return
+        self._reset()
+        self.clock.start(0)
+        captures = self.device.type == "cuda" and self._capturing
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), self._decoding():
+            if captures:
+                self._capture()
+            else:
+                self._twice()
+        self._ready = True
 
     @torch.no_grad()
     def read(self, ids: Tensor, mask: Tensor | None) -> None:
@@ -158,12 +178,18 @@ class Decoder:
     @torch.no_grad()
     def run(self, steps: int) -> None:
         """So many tokens more for every row; the host waits for nothing."""
-        for _ in range(steps):
-            if self._graph is None:
-                self._step()
-            else:
-                self._graph.replay()
+        with nullcontext() if self._graph is not None else self._decoding():
+            for _ in range(steps):
+                if self._graph is None:
+                    self._step()
+                else:
+                    self._graph.replay()
         self.steps += steps
+
+    def _decoding(self) -> AbstractContextManager[Any]:
+        """How transformers runs one-token steps: experts of a mixture in the form that is quicker there."""
+        switch = getattr(self.model, "_optimize_model_for_decode", None)
+        return nullcontext() if switch is None else switch()
 
     def _forward(self, ids: Tensor, positions: Tensor, **given: Any) -> Tensor:
         """Logits [B, V] of the last column."""
@@ -198,20 +224,6 @@ class Decoder:
         self.finished.zero_()
         self.column.zero_()
 
-    def _prepare(self) -> None:
-        """Make the states with a few steps of nothing, and capture; the generator's state stays as it was."""
-        self._reset()
-        self.clock.start(0)
-        if self.device.type == "cuda" and self._capturing:
-            random = torch.cuda.get_rng_state(self.device)
-            self._capture()
-            torch.cuda.set_rng_state(random, self.device)
-        else:
-            random = torch.get_rng_state()
-            self._twice()
-            torch.set_rng_state(random)
-        self._ready = True
-
     def _twice(self) -> None:
         """Two steps; the first, never compiled, makes the states, the second must leave every tensor where it is."""
         self._eager_step()
@@ -219,7 +231,9 @@ class Decoder:
         self._step()
         moved = [name for name, x in tensors(self.cache).items() if before.get(name) != x.data_ptr()]
         if moved:
-            raise LinearizeError(f"states that are not written in place cannot be replayed: {', '.join(moved[:3])}")
+            raise LinearizeError(
+                f"states that are not written in place cannot be replayed: {', '.join(moved[:3])}"
+            )
 
     def _capture(self) -> None:
         with torch.cuda.device(self.device):
@@ -234,15 +248,3 @@ class Decoder:
             with torch.cuda.graph(graph):
                 self._step()
             self._graph = graph
-
-
-def trimmed(tokens: Tensor, ends: Tensor) -> Tensor:
-    """Tokens [B, n] up to where the last row ended, that token included; all of them if one has not.
-
-    Args:
-        tokens: what was made.
-        ends: [E] tokens that end a row.
-    """
-    over = torch.isin(tokens, ends).cumsum(1) > 0
-    finished = over.all(0)
-    return tokens[:, : int(finished.int().argmax()) + 1] if bool(finished.any()) else tokens

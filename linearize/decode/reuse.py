@@ -29,7 +29,12 @@ class Decoders(OrderedDict):
 
 
 def decoder(
-    model: Any, batch: int, prompt: int, asked: Request, *, compile: dict[str, Any] | None = None
+    model: Any,
+    batch: int,
+    prompt: int,
+    asked: Request,
+    *,
+    compile: dict[str, Any] | None = None,  # noqa: A002
 ) -> Decoder:
     """A decoder for a request, a kept one if there is one that fits and the model has not changed since.
 
@@ -47,7 +52,9 @@ def decoder(
     length = 0
     if len(converted(model)) < model.config.get_text_config().num_hidden_layers:
         length = -(-(prompt + asked.tokens) // STEP) * STEP
-    options = None if compile is None else tuple(sorted((name, str(value)) for name, value in compile.items()))
+    options = (
+        None if compile is None else tuple(sorted((name, str(value)) for name, value in compile.items()))
+    )
     key = (batch, asked.sampling, asked.eos, asked.pad, length, options)
     if key not in kept:
         kept[key] = Decoder(

@@ -68,18 +68,15 @@ def make(mixer: dict, shape: dict) -> Mixer:
 def arguments(made: Mixer, state, rotation=None) -> dict:
     """The operator's arguments for a mixer."""
     near, far = made.window, made.recurrent
-    window_weight = linear_weight = None
-    if made.combine is not None:
-        window_weight = made.combine.window_factor.sigmoid()
-        linear_weight = 1 - window_weight if made.combine.config.complement else None
+    both = made.combine
     return {
         "query_map": None if far is None else far.feature_map.query_weight,
         "key_map": None if far is None else far.feature_map.key_weight,
         "scaling": made.shape.scaling,
         "ring": near.ring(state) if near.size else None,
         "state": None if far is None else (state["sums"], state["norms"]),
-        "window_weight": window_weight,
-        "linear_weight": linear_weight,
+        "window_factor": None if both is None else both.window_factor,
+        "complement": both is not None and both.config.complement,
         "sink": getattr(near, "sink_logit", None),
         "softcap": made.shape.softcap,
         "at_once": getattr(near, "overlap", False),
@@ -104,7 +101,7 @@ def compare(made: Mixer, kernels: str, dtype: torch.dtype, tokens: int, prefille
     xs = draw(made.shape, prefilled + tokens, dtype)
     valid = torch.ones(2, prefilled + tokens, dtype=torch.bool, device=DEVICE)
     valid[0, : max(3, prefilled // 2)] = False
-    valid[1, prefilled + 7] = False
+    valid[1, prefilled + tokens - 2] = False
     state = made.initial_state(2, dtype, torch.device(DEVICE))
     if prefilled:
         with dispatch.kernels("torch"):
@@ -132,7 +129,12 @@ def compare(made: Mixer, kernels: str, dtype: torch.dtype, tokens: int, prefille
 @cases
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_equals_the_mixer(mixer, shape, kernels):
-    compare(make(mixer, shape), kernels, torch.float32, 14 if "size" in mixer.get("window", {}) else 8)
+    compare(
+        make(mixer, shape),
+        kernels,
+        torch.float32,
+        {"terraced": 13, "sliding": 9}.get(mixer.get("window", {}).get("name"), 6),
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,6 +184,26 @@ def test_rotation_inside(kernels, width, rows):
         close(states[1][name], states[0][name], 1e-5, name)
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@torch.no_grad()
+def test_weights_of_the_branches_or_their_logits(kernels):
+    made = make(*CASES["complement"])
+    q, k, v = (x[:, 0] for x in draw(made.shape, 1, torch.float32))
+    outs = []
+    for given in ("logits", "weights"):
+        call = arguments(made, made.initial_state(2, torch.float32, torch.device(DEVICE)))
+        call["ring"].next.fill_(3)
+        call["ring"].k.normal_(generator=torch.Generator(DEVICE).manual_seed(2))
+        call["ring"].v.normal_(generator=torch.Generator(DEVICE).manual_seed(3))
+        call["ring"].valid.fill_(True)
+        if given == "weights":
+            share = call.pop("window_factor").sigmoid()
+            call |= {"window_weight": share, "linear_weight": 1 - share, "complement": False}
+        with dispatch.kernels(kernels):
+            outs.append(window_linear_step(q, k, v, **call))
+    close(*outs, 1e-6)
+
+
 def test_uncovered_shapes_are_refused():
     made = make(*CASES["sliding"])
     state = made.initial_state(1, torch.float32, torch.device(DEVICE))
@@ -207,7 +229,7 @@ def test_is_a_torch_operator():
     maps = [made.feature_map.query_weight.detach(), made.feature_map.key_weight.detach()]
     call = (
         q, k, v, None, None, None, *maps, torch.ones(4, device=DEVICE), None, None, ring.k, ring.v, ring.valid,
-        ring.next, ring.position, sums, norms, [4.0, 8.0, 0.0, 0.25, 0.0],
+        ring.next, ring.position, sums, norms, [4.0, 8.0, 0.0, 0.25, 0.0, 0.0],
     )  # fmt: skip
     with dispatch.kernels("triton"):
         torch.library.opcheck(triton_step.step, call, test_utils=("test_schema", "test_faketensor"))

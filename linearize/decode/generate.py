@@ -1,0 +1,77 @@
+"""Generation in one CUDA graph where it can be had; the caller goes on with transformers' own `generate` where not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from linearize.decode.choice import obstacles, request
+from linearize.decode.reuse import decoder, forget
+from linearize.errors import LinearizeError
+from linearize.surgery import converted
+
+
+def generate_ids(
+    model: Any,
+    ids: Tensor,
+    mask: Tensor | None,
+    options: dict[str, Any],
+    *,
+    graph: bool | None = None,
+    compile: bool = False,  # noqa: A002 - torch's name
+    on_tokens: Callable[[Tensor], None] | None = None,
+    every: int = 16,
+) -> Tensor | None:
+    """The new tokens of `model.generate(ids, attention_mask=mask, **options)`, from one graph that all tokens replay.
+
+    Args:
+        model: a causal language model of transformers.
+        ids, mask: [B, T], padded on the left; mask may be None.
+        options: further arguments of `generate`.
+        graph: True insists, None takes it for converted models where nothing stands in the way, False never does.
+        compile: `torch.compile` the step before it is captured: about a minute once, then faster tokens.
+        on_tokens, every: see `Decoder.generate`.
+
+    Returns:
+        [B, n], or None: transformers is to do it.
+
+    Raises:
+        LinearizeError: a graph was insisted on where it cannot be had; the message says what stands in the way.
+    """
+    if graph is False or (graph is None and not converted(model)):
+        return None
+    problems = obstacles(model)
+    asked = None
+    if not problems:
+        asked, problems = request(model, ids.shape[1], options)
+    if asked is None:
+        if graph:
+            raise LinearizeError(f"graph=True: {'; '.join(problems)}; graph=None decodes without one")
+        return None
+    with evaluating(model):
+        made = decoder(model, ids.shape[0], ids.shape[1], asked, compile={} if compile else None)
+        try:
+            made.prepare()
+        except (RuntimeError, LinearizeError) as error:
+            forget(model)
+            if graph:
+                raise
+            what = str(error).strip().splitlines()[0]
+            warnings.warn(f"no CUDA graph of this model's step, going on without: {what}", stacklevel=2)
+            return None
+        return made.generate(ids, mask, asked.tokens, on_tokens=on_tokens, every=every)
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Inside, the model is in evaluation mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,175 @@
+"""The decoding engine, uncaptured on the CPU and captured on CUDA: the tokens of `model.generate`, one after another."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from linearize import surgery
+from linearize.decode import Decoder, Sampling
+from linearize.decode.cache import tensors
+from linearize.decode.engine import BLOCK
+from linearize.errors import LinearizeError
+
+NEW = 14
+ON_BOTH = [
+    pytest.param("cpu"),
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
+    ),
+]
+devices = pytest.mark.parametrize("device", ON_BOTH)
+MIXERS = {
+    "lolcats": tiny.LOLCATS,
+    "lawcat": tiny.LAWCAT,
+    "terraced": {**tiny.HEDGEHOG, "window": {"name": "terraced", "size": 4}},
+    "pinned": {"window": {"name": "sliding", "size": 5, "first": 2}},
+}
+
+
+def hybrid(family: str = "llama", layers="all", mixer=tiny.LOLCATS, device: str = "cpu", **changes):
+    model = surgery.convert(tiny.model(family, **changes), mixer, layers)
+    tiny.randomize(layer.mixer for layer in surgery.converted(model))
+    return model.to(device)
+
+
+def prompts(device: str, length: int = 20):
+    ids, mask, _ = tiny.left_padded(length=length)
+    return ids.to(device), mask.to(device)
+
+
+def expected(model, ids, mask, tokens: int = NEW, **options):
+    options = {"do_sample": False, **options}
+    return model.generate(ids, attention_mask=mask, max_new_tokens=tokens, **options)[:, ids.shape[1] :]
+
+
+@devices
+@pytest.mark.parametrize("layers", ["all", [1, 2]], ids=str)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "qwen3_moe"])
+def test_gives_the_tokens_of_generate(family, layers, device):
+    """Left padding, kept softmax layers with and without sliding windows and soft caps; a second text on the same state."""
+    model = hybrid(family, layers, device=device)
+    decoder = Decoder(model, 2, eos=[2], pad=0, length=64)
+    for length in (20, 11):
+        ids, mask = prompts(device, length)
+        assert torch.equal(decoder.generate(ids, mask, NEW, every=5), expected(model, ids, mask))
+
+
+@devices
+@pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
+def test_every_kind_of_state(mixer, device):
+    model = hybrid("llama", "all", mixer, device)
+    decoder = Decoder(model, 2, eos=[2], pad=0)
+    ids, mask = prompts(device)
+    made = decoder.generate(ids, mask, NEW)
+    assert torch.equal(made, expected(model, ids, mask))
+    assert torch.equal(decoder.generate(ids, mask, NEW), made), "the state of the text before is gone"
+
+
+@devices
+def test_one_prompt_token(device):
+    model = hybrid("llama", [0, 3], device=device)
+    ids = tiny.tokens(3, 1).to(device)
+    decoder = Decoder(model, 3, eos=[2], pad=0, length=32)
+    assert torch.equal(decoder.generate(ids, None, NEW), expected(model, ids, torch.ones_like(ids)))
+
+
+@devices
+def test_nothing_moves_and_nothing_grows(device):
+    """States stay where they are, prompt or token: what a captured graph relies on."""
+    model = hybrid("llama", [1, 2], device=device)
+    decoder = Decoder(model, 2, length=256)
+    decoder.prepare()
+    places = {name: (x.data_ptr(), x.shape) for name, x in tensors(decoder.cache).items()}
+    assert {name.split(".")[1] for name in places} > {"keys", "values", "sums", "norms", "window_k"}
+    for length in (7, 150):
+        decoder.generate(*prompts(device, length + 10), NEW)
+        assert {name: (x.data_ptr(), x.shape) for name, x in tensors(decoder.cache).items()} == places
+    assert decoder.steps == 2 * (NEW - 1)
+
+
+@devices
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.7, "top_k": 12}, {"top_k": 0, "top_p": 0.8}],
+    ids=["plain", "top_k", "top_p"],
+)
+def test_sampling_draws_what_transformers_draws(settings, device):
+    """The same seed, the same tokens; and again from a decoder that has been used before."""
+    model = hybrid(device=device)
+    ids, mask = prompts(device)
+    options = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, **settings}
+    decoder = Decoder(model, 2, Sampling(True, **options), eos=[2], pad=0)
+    for _ in range(2):
+        torch.manual_seed(3)
+        made = decoder.generate(ids, mask, NEW, every=4)
+        after = torch.rand(1, device=device)
+        torch.manual_seed(3)
+        assert torch.equal(made, expected(model, ids, mask, do_sample=True, **options))
+        assert made.shape[1] == NEW and torch.equal(after, torch.rand(1, device=device))
+    torch.manual_seed(4)
+    assert not torch.equal(decoder.generate(ids, mask, NEW), made)
+
+
+@devices
+@pytest.mark.parametrize("every", [1, 5, 64])
+def test_ends_where_the_last_row_ends(every, device):
+    """Tokens that end a row are chosen from what it says, one early, one late; the other rows go on."""
+    model = hybrid(device=device)
+    ids, mask = prompts(device)
+    free = expected(model, ids, mask, eos_token_id=None, pad_token_id=0)
+    ends = [int(free[0, 3]), int(free[1, 8])]
+    decoder = Decoder(model, 2, eos=ends, pad=5)
+    blocks: list[torch.Tensor] = []
+    made = decoder.generate(ids, mask, NEW, on_tokens=blocks.append, every=every)
+    assert torch.equal(made, expected(model, ids, mask, eos_token_id=ends, pad_token_id=5))
+    assert made.shape[1] <= 9 and torch.equal(torch.cat(blocks, 1), made.cpu())
+    assert decoder.steps < made.shape[1] + every
+
+
+@devices
+def test_longer_than_the_buffer_of_fetched_tokens(device):
+    model = hybrid(device=device, num_hidden_layers=1)
+    ids, mask = prompts(device)
+    made = Decoder(model, 2, eos=[], pad=0).generate(ids, mask, 2 * BLOCK + 9, every=48)
+    assert torch.equal(made, expected(model, ids, mask, 2 * BLOCK + 9, eos_token_id=None, pad_token_id=0))
+
+
+@pytest.mark.parametrize("layers", ["all", [1]], ids=str)
+def test_the_step_compiles_in_one_piece(layers):
+    model = hybrid("llama", layers, tiny.HEDGEHOG, num_hidden_layers=2)
+    ids, mask = prompts("cpu")
+    options = {"backend": "aot_eager", "fullgraph": True}
+    decoder = Decoder(model, 2, eos=[2], pad=0, length=64, compile=options)
+    assert torch.equal(decoder.generate(ids, mask, NEW), expected(model, ids, mask))
+
+
+def test_a_state_that_moves_is_refused(monkeypatch):
+    from linearize.mixers import State
+
+    model = hybrid(mixer=tiny.HEDGEHOG)
+    mixer = surgery.converted(model)[0].mixer
+    step = mixer.step
+
+    def moving(*args, state: State, **given):
+        out = step(*args, state=state, **given)
+        state["sums"] = state["sums"].clone()
+        return out
+
+    monkeypatch.setattr(mixer, "step", moving)
+    with pytest.raises(LinearizeError, match=r"not written in place.*0\.sums"):
+        Decoder(model, 1).prepare()
+
+
+def test_more_than_fits_is_refused():
+    ids = tiny.tokens(2, 20)
+    with pytest.raises(LinearizeError, match="3 prompts for a decoder of 2"):
+        Decoder(hybrid(), 2).generate(tiny.tokens(3, 5), None, 4)
+    with pytest.raises(LinearizeError, match="34 tokens.*hold 32"):
+        Decoder(hybrid("llama", [1]), 2, length=32).generate(ids, None, NEW)
+    assert Decoder(hybrid(), 2, length=32).generate(ids, None, 0).shape == (2, 0)
