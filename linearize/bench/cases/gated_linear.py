@@ -29,15 +29,12 @@ def _case(operator: str, shape: Shape, per_dimension: bool) -> Case:
         logits = draw.normal(*rows, *([shape.dim] if per_dimension else []), dtype=torch.float32)
         decay = torch.nn.functional.logsigmoid(logits) / 16
         found["log_decay"] = decay.to(draw.dtype) if per_dimension else decay
-        return found | {"docs": draw.documents(shape.batch, shape.tokens)}
+        return found
 
     def build(inputs: Tensors) -> Call:
         gated_linear_chunk = ours("gated_linear", "gated_linear_chunk")
         q, k, v, log_decay = (inputs[name] for name in ("q", "k", "v", "log_decay"))
-        start = torch.zeros(len(q), shape.kv_heads, shape.dim, shape.dim, device=q.device)
-        return lambda: gated_linear_chunk(q, k, v, log_decay, inputs["docs"], (start, None), normalize=False)[
-            0
-        ]
+        return lambda: gated_linear_chunk(q, k, v, log_decay, None, None, normalize=False)[0]
 
     def peer(inputs: Tensors) -> Call:
         q, k, v, log_decay = (inputs[name] for name in ("q", "k", "v", "log_decay"))

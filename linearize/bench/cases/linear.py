@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from linearize.bench.case import Call, Case, Contender, Draw, Tensors
 from linearize.bench.peers import SOFTMAX, linear, ours
 from linearize.bench.shapes import Shape, attention_flops, sized
@@ -19,15 +17,12 @@ def cases(tokens: int, lengths: tuple[int, ...]) -> list[Case]:
 def _case(shape: Shape) -> Case:
     def inputs(draw: Draw) -> Tensors:
         found = shape.qkv(draw)
-        found["q"] = found["q"] * shape.dim**-0.5
-        return found | {"docs": draw.documents(shape.batch, shape.tokens)}
+        return found | {"q": found["q"] * shape.dim**-0.5}
 
     def build(inputs: Tensors) -> Call:
-        linear_chunk = ours("linear", "linear_chunk")
+        gated_linear_chunk = ours("gated_linear", "gated_linear_chunk")
         q, k, v = (inputs[name] for name in ("q", "k", "v"))
-        size = (len(q), shape.kv_heads, shape.dim)
-        state = torch.zeros(*size, shape.dim, device=q.device), torch.zeros(*size, device=q.device)
-        return lambda: linear_chunk(q, k, v, inputs["docs"], state)[0]
+        return lambda: gated_linear_chunk(q, k, v, None, None, None, normalize=False)[0]
 
     return Case(
         "linear",
