@@ -1,6 +1,6 @@
 """Compile the kernels' launches for sm_80 and sm_90 without a GPU: shared memory, registers, spills, tensor cores.
 
-    python scripts/kernels/aot.py [--only NAME[:CALL] ...] [--arch 90 ...] [--jobs 2] [--strict] [--json FILE]
+    python scripts/kernels/aot.py [--only NAME[:CALL] ...] [--arch 90 ...] [--jobs 2] [--strict] [--json FILE] [--list]
 
 Every operator's calls in `tests/kernels/aot_calls/NAME.py` are made on CPU tensors with launches recorded instead of
 made, and each distinct launch is compiled as the GPU's driver would get it. Prints a table; exit code 1 when a kernel
@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import sys
 import warnings
 from collections.abc import Sequence
@@ -58,20 +59,24 @@ class Compiled:
     arch: int
     warps: int
     stages: int
-    shared: int
+    shared: int = 0
     """Bytes a block."""
-    registers: int
+    registers: int = 0
     """A thread."""
-    spills: int
+    spills: int = 0
     """Bytes, stores and loads together."""
-    dots: int
+    dots: int = 0
     """wgmma (sm_90) or mma instructions in the PTX."""
-    has_dots: bool
+    has_dots: bool = False
     """Whether the kernel multiplies matrices that tensor cores take: 16-bit ones, or float32 as tf32."""
+    seconds: float = 0.0
+    """Of the processor, to compile it; near zero for what was compiled before."""
+    error: str = ""
+    """Why it does not compile."""
 
     def problems(self, strict: bool = False) -> list[str]:
         """Every rule that is broken; `strict` lets no spill pass."""
-        found = []
+        found = [f"does not compile: {self.error}"] if self.error else []
         if self.shared > SHARED[self.arch]:
             found.append(f"{self.shared} bytes of shared memory, over {SHARED[self.arch]}")
         if self.spills >= (1 if strict else SPILLS):
@@ -100,7 +105,7 @@ def compile_launch(job: Job, arch: int) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    launch = job.launch
+    launch, began = job.launch, _processor_seconds()
     target, options = GPUTarget("cuda", arch, 32), dict(launch.options)
 
     def compiled() -> tuple[Any, str]:
@@ -129,7 +134,7 @@ def compile_launch(job: Job, arch: int) -> Compiled:
     return Compiled(
         job.module,
         job.call,
-        launch.kernel.fn.__name__.strip("_"),
+        kernel_name(launch),
         arch,
         made.metadata.num_warps,
         made.metadata.num_stages,
@@ -138,7 +143,19 @@ def compile_launch(job: Job, arch: int) -> Compiled:
         spills,
         len(re.findall(r"wgmma\.mma_async|\bmma\.sync", made.asm["ptx"])),
         takes_tensor_cores(made.asm["ttir"]),
+        round(_processor_seconds() - began, 1),
     )
+
+
+def _processor_seconds() -> float:
+    """Of this process and of the assemblers that it has started."""
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def kernel_name(launch: Any) -> str:
+    """Of the function that is launched."""
+    return str(launch.kernel.fn.__name__).strip("_")
 
 
 def specialized(launch: Any) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
@@ -179,11 +196,11 @@ def takes_tensor_cores(ttir: str) -> bool:
     return any(re.search(r"x(?:bf|f)16[,>]|inputPrecision = tf32", line) for line in dots)
 
 
-def record(module: str, wanted: Sequence[str] = ()) -> list[Job]:
+def record(module: str, wanted: Sequence[str] = (), folder: Path = CALLS) -> list[Job]:
     """Distinct launches of a module's calls.
 
     Args:
-        module: name of a file in `tests/kernels/aot_calls`.
+        module: name of a file in the folder.
         wanted: names of its calls; all without.
 
     Raises:
@@ -192,7 +209,7 @@ def record(module: str, wanted: Sequence[str] = ()) -> list[Job]:
     from linearize.kernels import dispatch
     from linearize.kernels import launch as launches
 
-    found = importlib.util.spec_from_file_location(f"aot_calls_{module}", CALLS / f"{module}.py")
+    found = importlib.util.spec_from_file_location(f"aot_calls_{module}", folder / f"{module}.py")
     assert found is not None and found.loader is not None
     loaded = importlib.util.module_from_spec(found)
     found.loader.exec_module(loaded)
@@ -250,31 +267,41 @@ JOBS: list[Job] = []
 
 def _compile(task: tuple[int, int]) -> Compiled:
     index, arch = task
-    return compile_launch(JOBS[index], arch)
+    job = JOBS[index]
+    try:
+        return compile_launch(job, arch)
+    except Exception as error:  # whatever Triton or the assembler raises is this kernel's result
+        options = job.launch.options
+        warps, stages = options.get("num_warps", 4), options.get("num_stages", 3)
+        said = f"{type(error).__name__}: {error}"
+        return Compiled(job.module, job.call, kernel_name(job.launch), arch, warps, stages, error=said)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Record, compile, print; 1 when something is wrong."""
-    names = sorted(path.stem for path in CALLS.glob("*.py") if path.stem != "__init__")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--only", nargs="+", default=names, metavar="NAME[:CALL]", help=f"of {', '.join(names)}"
-    )
+    parser.add_argument("--only", nargs="+", metavar="NAME[:CALL]", help="operators, or calls of them")
     parser.add_argument("--arch", nargs="+", type=int, default=[90, 80], choices=sorted(SHARED), metavar="N")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (default: 2)")
     parser.add_argument("--strict", action="store_true", help="let no spill pass")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
+    parser.add_argument("--list", action="store_true", help="only print the kernels that would be compiled")
+    parser.add_argument("--calls", type=Path, default=CALLS, metavar="DIR", help="folder of the calls")
     options = parser.parse_args(arguments)
+    names = sorted(path.stem for path in options.calls.glob("*.py") if path.stem != "__init__")
     wanted: dict[str, list[str]] = {}
-    for item in options.only:
+    for item in options.only or names:
         name, _, call = item.partition(":")
         if name not in names:
             parser.error(f"--only {name}: one of {', '.join(names)}")
         wanted.setdefault(name, []).extend([call] if call else [])
     torch.set_num_threads(1)  # before anything is forked
-    jobs = [job for name, calls in wanted.items() for job in record(name, calls)]
+    jobs = [job for name, calls in wanted.items() for job in record(name, calls, options.calls)]
+    if options.list:
+        print("\n".join(f"{job.module}: {job.call}: {kernel_name(job.launch)}" for job in jobs))
+        return 0
     rows = compile_all(jobs, options.arch, options.jobs)
     print(table(rows))
     problems = [problem for row in rows for problem in row.problems(options.strict)]
