@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linearize.kernels.gated_delta.plan import CHUNK, Plan, config, gradients, outputs
-from linearize.kernels.gated_delta.triton_backward import change_kernel, input_gradient_kernel, reader_kernel
+from linearize.kernels.gated_delta.plan import CHUNK, Plan, Six, config, gradients, outputs
+from linearize.kernels.gated_delta.triton_backward import (
+    change_kernel,
+    key_gradient_kernel,
+    query_gradient_kernel,
+    reader_kernel,
+)
 from linearize.kernels.gated_delta.triton_forward import output_kernel, transition_kernel
 from linearize.kernels.gated_delta.triton_inverse import inverse_kernel
 from linearize.kernels.gated_delta.triton_states import states_kernel
@@ -22,13 +27,14 @@ def launch_forward(
     log_decay: Tensor | None,
     docs: Tensor,
     start: Tensor,
-) -> tuple[Tensor, ...]:
+) -> Six:
     """Inverses, what each chunk does to the state, states, outputs; the result is `plan.outputs`, filled."""
     out, final, inverse, kept, removal, states = made = outputs(plan, q)
     if not plan.tokens:
         final.copy_(start)
         return made
-    gates = {"beta": beta, "log_decay": log_decay, "docs": docs, "HAS_DECAY": log_decay is not None}
+    decays = {"log_decay": log_decay, "docs": docs, "HAS_DECAY": log_decay is not None}
+    gates = {"beta": beta, **decays}
     sizes = {"tokens": plan.tokens, "chunks": plan.chunks, "state_heads": plan.state_heads, "K": plan.key_dim}
     columns = {"V": plan.value_dim, "C": CHUNK, "PRECISION": plan.precision}
     rows = plan.batch * plan.state_heads
@@ -55,13 +61,14 @@ def launch_forward(
 def launch_backward(
     plan: Plan, do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor,
     log_decay: Tensor | None, docs: Tensor, inverse: Tensor, kept: Tensor, removal: Tensor, states: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> Six:  # fmt: skip
     """What queries want, gradients of states, changes, gradients of inputs; the result is `plan.gradients`, filled."""
     dq, dk, dv, dbeta, dlog_decay, dstart = made = gradients(plan, q, k, v, beta, log_decay)
     if not plan.tokens:
         dstart.copy_(torch.zeros_like(dstart) if dfinal is None else dfinal)
         return made
-    gates = {"beta": beta, "log_decay": log_decay, "docs": docs, "HAS_DECAY": log_decay is not None}
+    decays = {"log_decay": log_decay, "docs": docs, "HAS_DECAY": log_decay is not None}
+    gates = {"beta": beta, **decays}
     sizes = {"tokens": plan.tokens, "chunks": plan.chunks, "state_heads": plan.state_heads, "K": plan.key_dim}
     columns = {"V": plan.value_dim, "C": CHUNK, "PRECISION": plan.precision}
     rows = plan.batch * plan.state_heads
@@ -80,16 +87,34 @@ def launch_backward(
     overlap = q.new_empty(parts, rows, plan.chunks, dtype=torch.float32)
     launch(
         change_kernel, (rows * plan.chunks * parts,), k=k, v=v, inverse=inverse, states=states, leaving=leaving,
-        kept=kept, partial=partial, change=change, missing=missing, dv=dv, direct=direct, read=read, overlap=overlap, **gates,
-        **sizes, **columns, BV=made_for.values, num_warps=made_for.warps, num_stages=made_for.stages,
+        kept=kept, partial=partial, change=change, missing=missing, dv=dv, direct=direct, read=read, overlap=overlap,
+        **gates, **sizes, **columns, BV=made_for.values, num_warps=made_for.warps, num_stages=made_for.stages,
     )  # fmt: skip
-    made_for = config("input_gradient", plan)
+    made_for = config("query_gradient", plan)
+    query_parts = plan.key_dim // made_for.keys
+    moved = q.new_empty(query_parts, *q.shape[:3], dtype=torch.float32)
     launch(
-        input_gradient_kernel, (rows * plan.chunks,), q=q, k=k, do=do, states=states, leaving=leaving, change=change,
-        missing=missing, dv=dv, direct=direct, read=read, overlap=overlap, dq=dq, dk=dk, dbeta=dbeta, dlog_decay=dlog_decay,
-        batches=plan.batch, heads=plan.heads, **gates, **sizes, **columns, BK=made_for.keys, BV=made_for.values,
-        PARTS=parts, num_warps=made_for.warps, num_stages=made_for.stages,
+        query_gradient_kernel, (plan.batch * plan.heads * plan.chunks * query_parts,), q=q, k=k, do=do, states=states,
+        change=change, dq=dq, moved=moved, heads=plan.heads, **decays, **sizes, **columns, BK=made_for.keys,
+        BV=made_for.values, num_warps=made_for.warps, num_stages=made_for.stages,
     )  # fmt: skip
+    made_for = config("key_gradient", plan)
+    key_parts = plan.key_dim // made_for.keys
+    for_beta, for_log_decay = dbeta, dlog_decay
+    if key_parts > 1:
+        for_beta = q.new_empty(key_parts, *beta.shape, dtype=torch.float32)
+        for_log_decay = torch.empty_like(for_beta)
+    launch(
+        key_gradient_kernel, (rows * plan.chunks * key_parts,), q=q, k=k, do=do, states=states, leaving=leaving,
+        change=change, missing=missing, dv=dv, direct=direct, read=read, overlap=overlap, moved=moved, dk=dk,
+        dbeta=for_beta, dlog_decay=for_log_decay, batches=plan.batch, heads=plan.heads, **gates, **sizes, **columns,
+        BK=made_for.keys, BV=made_for.values, PARTS=parts, QUERY_PARTS=query_parts, num_warps=made_for.warps,
+        num_stages=made_for.stages,
+    )  # fmt: skip
+    if key_parts > 1:
+        dbeta.copy_(for_beta.sum(0))
+        if log_decay is not None:
+            dlog_decay.copy_(for_log_decay.sum(0))
     return made
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 CHUNK = 64
 """Tokens in a chunk: one tile of every product."""
 
@@ -59,12 +60,16 @@ def make_plan(q: Tensor, k: Tensor, v: Tensor) -> Plan:
 
 
 def config(kernel: str, plan: Plan) -> Config:
-    """The fixed table, by the wider of the head dims; tiles no wider than what they cut, no stages for float32."""
+    """The fixed table, by the wider of the head dims; tiles no wider than what they cut, no stages for float32.
+
+    Heads below 64 take two warps: four would make tiles of 32 columns for wgmma, which Triton 3.6 and 3.7 get wrong.
+    """
     width = max(plan.key_dim, plan.value_dim)
     table = CONFIGS[kernel]
     found = table[next(size for size in sorted(table) if width <= size)]
-    stages = 1 if plan.inner == "ieee" else found.stages
-    return Config(min(found.keys, plan.key_dim), min(found.values, plan.value_dim), found.warps, stages)
+    keys, values = min(found.keys, plan.key_dim), min(found.values, plan.value_dim)
+    warps = min(found.warps, 2) if min(plan.key_dim, plan.value_dim) < 64 else found.warps
+    return Config(keys, values, warps, 1 if plan.inner == "ieee" else found.stages)
 
 
 CONFIGS: dict[str, dict[int, Config]] = {
@@ -73,25 +78,28 @@ CONFIGS: dict[str, dict[int, Config]] = {
         32: Config(32, 32, 2, 1), 64: Config(64, 64, 4, 1), 128: Config(128, 128, 8, 1), 256: Config(64, 64, 8, 1),
     },
     "states": {
-        32: Config(32, 32, 2, 3), 64: Config(64, 32, 2, 3), 128: Config(128, 32, 2, 3), 256: Config(256, 32, 4, 1),
+        32: Config(32, 32, 2, 3), 64: Config(64, 64, 4, 3), 128: Config(128, 64, 4, 3), 256: Config(256, 32, 8, 1),
     },
     "output": {
-        32: Config(32, 32, 2, 1), 64: Config(64, 64, 4, 1), 128: Config(128, 128, 8, 1), 256: Config(256, 64, 8, 1),
+        32: Config(32, 32, 2, 1), 64: Config(64, 64, 4, 1), 128: Config(128, 128, 4, 1), 256: Config(256, 64, 4, 1),
     },
     "reader": {
-        32: Config(32, 32, 2, 1), 64: Config(64, 64, 4, 1), 128: Config(128, 64, 4, 1), 256: Config(256, 64, 8, 1),
+        32: Config(32, 32, 2, 1), 64: Config(64, 64, 4, 1), 128: Config(128, 64, 4, 1), 256: Config(256, 64, 4, 1),
     },
     "change": {
-        32: Config(32, 32, 2, 1), 64: Config(64, 64, 4, 1), 128: Config(128, 64, 4, 1), 256: Config(256, 64, 8, 1),
+        32: Config(32, 32, 2, 1), 64: Config(64, 64, 4, 1), 128: Config(128, 64, 4, 1), 256: Config(256, 64, 4, 1),
     },
-    "input_gradient": {
-        32: Config(32, 32, 2, 1), 64: Config(64, 64, 4, 1), 128: Config(128, 128, 8, 1), 256: Config(64, 64, 8, 1),
+    "query_gradient": {
+        32: Config(32, 32, 2, 1), 64: Config(64, 64, 4, 1), 128: Config(128, 128, 4, 1), 256: Config(64, 64, 4, 1),
+    },
+    "key_gradient": {
+        32: Config(32, 32, 2, 1), 64: Config(64, 64, 4, 1), 128: Config(64, 64, 4, 1), 256: Config(64, 64, 4, 1),
     },
 }  # fmt: skip
-"""Heads below 64 take two warps: four would make tiles of 32 columns for wgmma, which Triton 3.6 and 3.7 get wrong."""
+"""A product of 64 rows whose result is an operand of another takes four warps: the others of eight would do the same."""
 
 
-def outputs(plan: Plan, q: Tensor) -> tuple[Tensor, ...]:
+def outputs(plan: Plan, q: Tensor) -> Six:
     """Empty: out, final state, and what backward reuses: T, decays over chunks, P and the states that enter chunks."""
     size = (plan.batch, plan.state_heads)
     return (
@@ -104,9 +112,7 @@ def outputs(plan: Plan, q: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def gradients(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None
-) -> tuple[Tensor, ...]:
+def gradients(plan: Plan, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None) -> Six:
     """Empty: of q, k, v, beta, log_decay (one number where there is none) and the carried state."""
 
     def empty(x: Tensor) -> Tensor:

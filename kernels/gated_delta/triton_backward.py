@@ -131,30 +131,83 @@ def change_kernel(
     store_rows(missing + values_of_head, first, rows, stride, values, tokens, wanted)
     store_rows(dv + values_of_head, first, rows, stride, values, tokens, wanted * strength[:, None])
     apart = tl.cast(part, tl.int64) * (count // chunks) * tokens
-    store_scalars(direct + apart, batch, first, rows, tokens, state_heads, head, tl.sum(wanted * (value - held), 1))
+    store_scalars(
+        direct + apart, batch, first, rows, tokens, state_heads, head, tl.sum(wanted * (value - held), 1)
+    )
     if HAS_DECAY:
         store_scalars(read + apart, batch, first, rows, tokens, state_heads, head, tl.sum(wanted * held, 1))
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks", "batches"])
-def input_gradient_kernel(
-    q, k, do, beta, log_decay, docs, states, leaving, change, missing, dv, direct, read, overlap,
-    dq, dk, dbeta, dlog_decay, tokens, chunks, batches,
+@triton.jit(do_not_specialize=["tokens", "chunks"])
+def query_gradient_kernel(
+    k, q, do, log_decay, docs, states, change, dq, moved, tokens, chunks,
     heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of one chunk of one query head, columns in tiles.
+
+    `moved` [tiles, B, T, H] gets the sums of q dq, which move the decays.
+    """
+    parts: tl.constexpr = K // BK
+    part = tl.program_id(0) % parts
+    chunk = (tl.program_id(0) // parts) % chunks
+    row_head = (tl.program_id(0) // (parts * chunks)).to(tl.int64)
+    batch, reader = row_head // heads, row_head % heads
+    head = reader // (heads // state_heads)
+    count = tl.num_programs(0) // (parts * chunks)
+    first = chunk * C
+    rows, dims = tl.arange(0, C), part * BK + tl.arange(0, BK)
+    kind = k.dtype.element_ty
+    document, total, from_start, _ = load_decays(
+        log_decay, docs, batch, head, first, rows, tokens, state_heads, C, HAS_DECAY
+    )
+    change += (batch * tokens * state_heads + head) * V
+    do += (batch * tokens * heads + reader) * V
+    states += ((batch * state_heads + head) * chunks + chunk) * K * V
+    for_query = tl.zeros([C, BK], tl.float32)
+    pairs = tl.zeros([C, C], tl.float32)
+    for piece in tl.static_range(V // BV):
+        values = piece * BV + tl.arange(0, BV)
+        y = load_rows(do, first, rows, heads * V, values, tokens)
+        turned = load_columns(change, first, rows, state_heads * V, values, tokens)
+        pairs = tl.dot(y, turned, pairs, input_precision=PRECISION)
+        state = tl.load(states + dims[None, :] * V + values[:, None])
+        for_query = tl.dot(y, state, for_query, input_precision=PRECISION)
+    weights = (pairs * decays_to_earlier(document, total, rows, 0, HAS_DECAY)).to(kind)
+    keys = load_rows(
+        k + (batch * tokens * state_heads + head) * K, first, rows, state_heads * K, dims, tokens
+    )
+    for_query = tl.dot(weights, keys, for_query * from_start[:, None], input_precision=PRECISION)
+    at = (batch * tokens * heads + reader) * K
+    store_rows(dq + at, first, rows, heads * K, dims, tokens, for_query)
+    if HAS_DECAY:
+        x = load_rows(q + at, first, rows, heads * K, dims, tokens).to(tl.float32)
+        moved += tl.cast(part, tl.int64) * count * tokens
+        store_scalars(moved, batch, first, rows, tokens, heads, reader, tl.sum(for_query * x, 1))
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks", "batches"])
+def key_gradient_kernel(
+    q, k, do, beta, log_decay, docs, states, leaving, change, missing, dv, direct, read, overlap, moved,
+    dk, dbeta, dlog_decay, tokens, chunks, batches,
+    heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, QUERY_PARTS: tl.constexpr,
     C: tl.constexpr, HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dbeta and the gradient of the log decays of one chunk of one head of the state."""
+    """dk of one chunk of one head of the state, columns in tiles, and the tile's part of the gates' gradients.
+
+    Both gradients are sums over tiles [tiles, B, T, M]; the first tile adds what other kernels have summed.
+    """
+    parts: tl.constexpr = K // BK
     group: tl.constexpr = heads // state_heads
-    chunk = tl.program_id(0) % chunks
-    row_head = (tl.program_id(0) // chunks).to(tl.int64)
+    part = tl.program_id(0) % parts
+    chunk = (tl.program_id(0) // parts) % chunks
+    row_head = (tl.program_id(0) // (parts * chunks)).to(tl.int64)
     batch, head = row_head // state_heads, row_head % state_heads
     keys_of_head = (batch * tokens * state_heads + head) * K
-    change += (batch * tokens * state_heads + head) * V
-    missing += (batch * tokens * state_heads + head) * V
-    dv += (batch * tokens * state_heads + head) * V
+    values_of_head = (batch * tokens * state_heads + head) * V
     first = chunk * C
-    rows = tl.arange(0, C)
+    rows, dims = tl.arange(0, C), part * BK + tl.arange(0, BK)
     kind = k.dtype.element_ty
     strength = load_scalars(beta, batch, first, rows, tokens, state_heads, head)
     document, total, from_start, to_end = load_decays(
@@ -162,88 +215,83 @@ def input_gradient_kernel(
     )
     at = row_head * chunks + chunk
     stride: tl.constexpr = state_heads * V
-    for_strength = tl.zeros([C], tl.float32)
+    # one accumulator for a key as queries read it, as it is written, as later keys read it, and as it reads
+    for_key = tl.zeros([C, BK], tl.float32)
+    for member in range(group):
+        reader = head * group + member
+        incoming = do + (batch * tokens * heads + reader) * V
+        pairs = tl.zeros([C, C], tl.float32)
+        for piece in range(V // BV):
+            values = piece * BV + tl.arange(0, BV)
+            y = load_rows(change + values_of_head, first, rows, stride, values, tokens)
+            turned = load_columns(incoming, first, rows, heads * V, values, tokens)
+            pairs = tl.dot(y, turned, pairs, input_precision=PRECISION)
+        weights = (pairs * decays_to_later(document, total, rows, 0, HAS_DECAY)).to(kind)
+        x = load_rows(q + (batch * tokens * heads + reader) * K, first, rows, heads * K, dims, tokens)
+        for_key = tl.dot(weights, x, for_key, input_precision=PRECISION)
+    keys = load_rows(k + keys_of_head, first, rows, state_heads * K, dims, tokens)
     for_total = tl.zeros([C], tl.float32)
     for_end = 0.0
-    for part in tl.static_range(PARTS):
-        apart = batches * tl.cast(part, tl.int64) * state_heads
-        for_strength += load_scalars(direct + apart * tokens, batch, first, rows, tokens, state_heads, head)
-        if HAS_DECAY:
-            for_total -= strength * load_scalars(read + apart * tokens, batch, first, rows, tokens, state_heads, head)
-            for_end += tl.load(overlap + apart * chunks + at)
-    for block in tl.static_range(K // BK):
-        dims = block * BK + tl.arange(0, BK)
-        keys = load_rows(k + keys_of_head, first, rows, state_heads * K, dims, tokens)
-        # one accumulator for a key as it is written, read by queries, read by later keys, and as it reads
-        for_key = tl.zeros([C, BK], tl.float32)
-        for piece in tl.static_range(V // BV):
-            values = piece * BV + tl.arange(0, BV)
-            square = at * K * V + dims[None, :] * V + values[:, None]
-            y = load_rows(change, first, rows, stride, values, tokens).to(tl.float32)
-            y = (y * to_end[:, None]).to(kind)
-            for_key = tl.dot(y, tl.load(leaving + square), for_key, input_precision=PRECISION)
-        if HAS_DECAY:
-            for_end += tl.sum(tl.sum(for_key * keys.to(tl.float32), 1), 0)
-        for member in range(group):
-            reader = head * group + member
-            queries = (batch * tokens * heads + reader) * K
-            incoming = do + (batch * tokens * heads + reader) * V
-            for_query = tl.zeros([C, BK], tl.float32)
-            pairs = tl.zeros([C, C], tl.float32)
-            for piece in tl.static_range(V // BV):
-                values = piece * BV + tl.arange(0, BV)
-                y = load_rows(incoming, first, rows, heads * V, values, tokens)
-                turned = load_columns(change, first, rows, stride, values, tokens)
-                pairs = tl.dot(y, turned, pairs, input_precision=PRECISION)
-                square = at * K * V + dims[None, :] * V + values[:, None]
-                y = (y.to(tl.float32) * from_start[:, None]).to(kind)
-                for_query = tl.dot(y, tl.load(states + square), for_query, input_precision=PRECISION)
-            weights = (pairs * decays_to_earlier(document, total, rows, 0, HAS_DECAY)).to(kind)
-            for_query = tl.dot(weights, keys, for_query, input_precision=PRECISION)
-            store_rows(dq + queries, first, rows, heads * K, dims, tokens, for_query)
-            x = load_rows(q + queries, first, rows, heads * K, dims, tokens)
+    if HAS_DECAY:
+        for_total -= tl.sum(for_key * keys.to(tl.float32), 1)
+    for piece in range(V // BV):
+        values = piece * BV + tl.arange(0, BV)
+        written = load_rows(change + values_of_head, first, rows, stride, values, tokens).to(tl.float32)
+        written = (written * to_end[:, None]).to(kind)
+        ahead = tl.load(leaving + at * K * V + dims[None, :] * V + values[:, None])
+        for_key = tl.dot(written, ahead, for_key, input_precision=PRECISION)
+    if HAS_DECAY:
+        both = -tl.sum(for_key * keys.to(tl.float32), 1)
+        for_end = tl.sum(for_total - both, 0)
+        for_total = both
+    pairs = tl.zeros([C, C], tl.float32)
+    for piece in range(V // BV):
+        values = piece * BV + tl.arange(0, BV)
+        y = load_rows(missing + values_of_head, first, rows, stride, values, tokens)
+        turned = load_columns(change + values_of_head, first, rows, stride, values, tokens)
+        pairs = tl.dot(y, turned, pairs, input_precision=PRECISION)
+    pairs *= -decays_to_earlier(document, total, rows, 1, HAS_DECAY)
+    key_columns = load_columns(k + keys_of_head, first, rows, state_heads * K, dims, tokens)
+    shared = pairs * tl.dot(keys, key_columns, input_precision=PRECISION)
+    for_strength = tl.sum(shared, 1)
+    if HAS_DECAY:
+        shared *= strength[:, None]
+        for_total += tl.sum(shared, 1) - tl.sum(shared, 0)
+    for_key = tl.dot((pairs * strength[:, None]).to(kind), keys, for_key, input_precision=PRECISION)
+    pairs = tl.zeros([C, C], tl.float32)
+    for piece in range(V // BV):
+        values = piece * BV + tl.arange(0, BV)
+        y = load_rows(change + values_of_head, first, rows, stride, values, tokens)
+        turned = load_columns(dv + values_of_head, first, rows, stride, values, tokens)
+        pairs = tl.dot(y, turned, pairs, input_precision=PRECISION)
+        reading = load_rows(dv + values_of_head, first, rows, stride, values, tokens).to(tl.float32)
+        reading = (reading * -from_start[:, None]).to(kind)
+        state = tl.load(states + at * K * V + dims[None, :] * V + values[:, None])
+        for_key = tl.dot(reading, state, for_key, input_precision=PRECISION)
+    weights = (pairs * -decays_to_later(document, total, rows, 1, HAS_DECAY)).to(kind)
+    for_key = tl.dot(weights, keys, for_key, input_precision=PRECISION)
+    store_rows(dk + keys_of_head, first, rows, state_heads * K, dims, tokens, for_key)
+    if part == 0:
+        for source in tl.static_range(PARTS):
+            apart = batches * tl.cast(source, tl.int64) * state_heads
+            for_strength += load_scalars(
+                direct + apart * tokens, batch, first, rows, tokens, state_heads, head
+            )
             if HAS_DECAY:
-                for_total += tl.sum(for_query * x.to(tl.float32), 1)
-            pairs = tl.zeros([C, C], tl.float32)
-            for piece in tl.static_range(V // BV):
-                values = piece * BV + tl.arange(0, BV)
-                y = load_rows(change, first, rows, stride, values, tokens)
-                turned = load_columns(incoming, first, rows, heads * V, values, tokens)
-                pairs = tl.dot(y, turned, pairs, input_precision=PRECISION)
-            weights = (pairs * decays_to_later(document, total, rows, 0, HAS_DECAY)).to(kind)
-            for_key = tl.dot(weights, x, for_key, input_precision=PRECISION)
+                held = load_scalars(read + apart * tokens, batch, first, rows, tokens, state_heads, head)
+                for_total -= strength * held
+                for_end += tl.load(overlap + apart * chunks + at)
         if HAS_DECAY:
-            for_total -= tl.sum(for_key * keys.to(tl.float32), 1)
-        pairs = tl.zeros([C, C], tl.float32)
-        for piece in tl.static_range(V // BV):
-            values = piece * BV + tl.arange(0, BV)
-            y = load_rows(missing, first, rows, stride, values, tokens)
-            turned = load_columns(change, first, rows, stride, values, tokens)
-            pairs = tl.dot(y, turned, pairs, input_precision=PRECISION)
-        pairs *= -decays_to_earlier(document, total, rows, 1, HAS_DECAY)
-        turned = load_columns(k + keys_of_head, first, rows, state_heads * K, dims, tokens)
-        shared = pairs * tl.dot(keys, turned, input_precision=PRECISION)
-        for_strength += tl.sum(shared, 1)
-        pairs *= strength[:, None]
-        if HAS_DECAY:
-            shared *= strength[:, None]
-            for_total += tl.sum(shared, 1) - tl.sum(shared, 0)
-        for_key = tl.dot(pairs.to(kind), keys, for_key, input_precision=PRECISION)
-        pairs = tl.zeros([C, C], tl.float32)
-        for piece in tl.static_range(V // BV):
-            values = piece * BV + tl.arange(0, BV)
-            y = load_rows(change, first, rows, stride, values, tokens)
-            turned = load_columns(dv, first, rows, stride, values, tokens)
-            pairs = tl.dot(y, turned, pairs, input_precision=PRECISION)
-            square = at * K * V + dims[None, :] * V + values[:, None]
-            y = load_rows(dv, first, rows, stride, values, tokens).to(tl.float32)
-            y = (y * -from_start[:, None]).to(kind)
-            for_key = tl.dot(y, tl.load(states + square), for_key, input_precision=PRECISION)
-        weights = (pairs * -decays_to_later(document, total, rows, 1, HAS_DECAY)).to(kind)
-        for_key = tl.dot(weights, keys, for_key, input_precision=PRECISION)
-        store_rows(dk + keys_of_head, first, rows, state_heads * K, dims, tokens, for_key)
-    store_scalars(dbeta, batch, first, rows, tokens, state_heads, head, for_strength)
+            for source in tl.static_range(QUERY_PARTS):
+                apart = batches * tl.cast(source, tl.int64) * heads
+                for member in range(group):
+                    reader = head * group + member
+                    for_total += load_scalars(
+                        moved + apart * tokens, batch, first, rows, tokens, heads, reader
+                    )
+    apart = batches * tl.cast(part, tl.int64) * state_heads * tokens
+    store_scalars(dbeta + apart, batch, first, rows, tokens, state_heads, head, for_strength)
     if HAS_DECAY:
         # a decay acts on every later token of its chunk
         found = tl.cumsum(for_total, 0, reverse=True) + for_end
-        store_scalars(dlog_decay, batch, first, rows, tokens, state_heads, head, found)
+        store_scalars(dlog_decay + apart, batch, first, rows, tokens, state_heads, head, found)

@@ -21,7 +21,7 @@ def transition_kernel(
     state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P = K_e^T T (beta K_s) [K, K] and N = K_e^T T (beta V) [K, V] of one chunk of one head.
+    """-P = -K_e^T T (beta K_s) [K, K] and N = K_e^T T (beta V) [K, V] of one chunk of one head.
 
     K_s are the keys with the decay since the chunk's start, K_e with the decay to its end.
     """
@@ -44,7 +44,7 @@ def transition_kernel(
     for block in tl.static_range(K // BK):
         columns = block * BK + tl.arange(0, BK)
         right = load_rows(k, first, rows, state_heads * K, columns, tokens)
-        held = tl.dot(weighted, right, input_precision=PRECISION) * to_end[:, None]
+        held = tl.dot(weighted, right, input_precision=PRECISION) * -to_end[:, None]
         found = tl.dot(writers, held.to(kind), input_precision=PRECISION)
         tl.store(removal + at * K * K + dims[:, None] * K + columns[None, :], found.to(kind))
     weighted = (solve * strength[None, :]).to(kind)

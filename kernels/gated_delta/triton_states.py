@@ -1,7 +1,8 @@
 """States between chunks, from left to right, and their gradients, from right to left: the only loop over chunks.
 
 A chunk takes the state S that enters it to kept S - P S + N: P [K, K] is what its tokens take away, N [K, V] what they
-write. One product a chunk, and its transposed mirror kept E - P^T E + R gives the gradients, with the same P.
+write. One product a chunk, and its transposed mirror kept E - P^T E + R gives the gradients, with the same P. What is
+stored is -P, which the product adds to what it starts from.
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ def states_kernel(
     for step in range(0, chunks):
         chunk = chunks - 1 - step if REVERSE else step
         at = row_head * chunks + chunk
-        following = row_head * chunks + (tl.maximum(chunk - 1, 0) if REVERSE else tl.minimum(chunk + 1, chunks - 1))
+        following = row_head * chunks + (
+            tl.maximum(chunk - 1, 0) if REVERSE else tl.minimum(chunk + 1, chunks - 1)
+        )
         written_next = tl.load(states + following * K * V + place)
         decay_next = tl.load(kept + following)
         taken = tl.load(removal + at * K * K + square)
         entering = state.to(states.dtype.element_ty)
         tl.store(states + at * K * V + place, entering)
-        taken_away = tl.dot(taken, entering, input_precision=PRECISION)
-        state = state * decay + (written.to(tl.float32) - taken_away)
+        state = tl.dot(taken, entering, state * decay + written.to(tl.float32), input_precision=PRECISION)
         written, decay = written_next, decay_next
     tl.store(final + row_head * K * V + place, state)

@@ -1,0 +1,275 @@
+"""gated_delta in Triton against its loop in float64: outputs, states, every gradient, and one token in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linearize.kernels import dispatch
+from linearize.kernels.gated_delta import delta_chunk, delta_reference, delta_step
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU = DEVICE == "cuda"
+TOLERANCE = {torch.float32: 1e-4 if ON_GPU else 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+NARROW = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
+single, half = torch.float32, torch.float16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape with its options; log decays are uniform down to `-strength`, None for no decay."""
+
+    tokens: int
+    batch: int = 1
+    heads: int = 1
+    state_heads: int = 1
+    key_dim: int = 16
+    value_dim: int = 16
+    strength: float | None = 0.1
+    largest_beta: float = 1.0
+    documents: bool = False
+    padding: bool = False
+    same_keys: bool = False
+    dtypes: tuple[torch.dtype, ...] = tuple(NARROW)
+
+
+CASES = {
+    "plain": Case(tokens=70, strength=None),
+    "grouped_documents": Case(tokens=150, heads=2, documents=True, padding=True, strength=0.5),
+    "two_rows": Case(
+        tokens=66, batch=2, state_heads=2, heads=4, documents=True, strength=None, dtypes=(single,)
+    ),
+    "strong": Case(tokens=70, strength=20.0),
+    "one": Case(tokens=1, dtypes=(single,)),
+    "short": Case(tokens=7, batch=2, documents=True, dtypes=(single,)),
+    "odd_dims": Case(tokens=10, key_dim=20, value_dim=40),
+    "reflecting": Case(tokens=64, largest_beta=2.0),
+    "same_keys": Case(tokens=64, same_keys=True, strength=None, dtypes=(single,)),
+    "wide": Case(tokens=65, key_dim=128, value_dim=128, dtypes=(single,)),
+}
+if ON_GPU:
+    CASES |= {
+        "dim_64": Case(
+            tokens=1000,
+            batch=2,
+            heads=4,
+            state_heads=2,
+            key_dim=64,
+            value_dim=64,
+            documents=True,
+            strength=1.0,
+        ),
+        "dim_64_plain": Case(
+            tokens=700, batch=2, heads=2, state_heads=2, key_dim=64, value_dim=64, strength=None
+        ),
+        "dim_128": Case(
+            tokens=500, heads=4, state_heads=2, key_dim=128, value_dim=128, documents=True, padding=True
+        ),
+        "dims_64_and_128": Case(tokens=300, heads=2, state_heads=2, key_dim=64, value_dim=128, strength=None),
+        "dim_256": Case(
+            tokens=200, heads=2, state_heads=2, key_dim=256, value_dim=256, dtypes=(half, torch.bfloat16)
+        ),
+    }
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def normal(*size: int, seed: int) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def uniform(*size: int, seed: int) -> Tensor:
+    return torch.rand(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def draw(case: Case) -> dict[str, Tensor]:
+    """Random float64 tensors of a call; keys are of length one, padding has neither strength nor decay."""
+    size = (case.batch, case.tokens, case.state_heads)
+    k = normal(*size, case.key_dim, seed=2)
+    k = k[:, :1].expand_as(k) if case.same_keys else k
+    beta = case.largest_beta * uniform(*size, seed=4)
+    gates = {"beta": beta}
+    if case.strength is not None:
+        gates["log_decay"] = -case.strength * uniform(*size, seed=5)
+    if case.padding:
+        seen = torch.ones(case.batch, case.tokens, 1, dtype=torch.float64)
+        seen[:, :3] = seen[:, 80:90] = 0
+        gates = {name: x * seen for name, x in gates.items()}
+    return {
+        # a layout that is not contiguous
+        "q": normal(case.batch, case.heads, case.tokens, case.key_dim, seed=1).transpose(1, 2),
+        "k": F.normalize(k, dim=-1),
+        "v": normal(case.value_dim, *size, seed=3).movedim(0, -1),
+        **gates,
+        "state": normal(case.batch, case.state_heads, case.key_dim, case.value_dim, seed=6),
+    }
+
+
+def documents(case: Case) -> Tensor:
+    docs = torch.zeros(case.batch, case.tokens, dtype=torch.int64)
+    if case.documents:
+        for row, places in enumerate([(5, 6, 40, 128, 141, 400), (0, 3, 64, 200)][: case.batch]):
+            for place in places:
+                docs[row, place:] += 1
+    return docs.to(DEVICE)
+
+
+def call(form, x: dict[str, Tensor], docs: Tensor) -> tuple[Tensor, Tensor]:
+    return form(x["q"], x["k"], x["v"], x["beta"], x.get("log_decay"), docs, x["state"])
+
+
+def run(case: Case, dtype: torch.dtype | None, form) -> dict[str, Tensor]:
+    """Output, final state, and gradients by name under random weights of both; None is float64."""
+
+    def cast(name: str, x: Tensor) -> Tensor:
+        wide = torch.float64 if dtype is None else single
+        return x.to(DEVICE, wide if name not in "qkv" or dtype is None else dtype).requires_grad_()
+
+    x = {name: cast(name, tensor) for name, tensor in draw(case).items()}
+    with dispatch.kernels("triton"):
+        out, state = call(form, x, documents(case))
+    if dtype is not None:
+        assert out.dtype == dtype and state.dtype == single
+    loss = (out * normal(*out.shape, seed=7).to(out)).sum() + (
+        state * normal(*state.shape, seed=8).to(state)
+    ).sum()
+    grads = torch.autograd.grad(loss, list(x.values()))
+    return {"out": out.detach(), "final": state.detach()} | dict(zip(x, grads, strict=True))
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    ours, exact = ours.double(), exact.double()
+    assert ours.isfinite().all() and ours.shape == exact.shape
+    return ((ours - exact).norm() / exact.norm().clamp_min(1e-2 * max(1, exact.numel()) ** 0.5)).item()
+
+
+@cases
+def test_equals_the_loop(case):
+    exact = run(case, None, delta_reference)
+    for dtype in case.dtypes:
+        found = {name: error(ours, exact[name]) for name, ours in run(case, dtype, delta_chunk).items()}
+        limit = TOLERANCE[dtype]
+        if case.strength == 20.0 and dtype == single:
+            limit = 1e-4  # decays are differences of sums of hundreds
+        assert max(found.values()) < limit, (dtype, found)
+
+
+def test_no_tokens():
+    case = Case(tokens=0, heads=2, batch=2)
+    x = {name: tensor.to(DEVICE, single).requires_grad_() for name, tensor in draw(case).items()}
+    with dispatch.kernels("triton"):
+        out, state = call(delta_chunk, x, documents(case))
+    assert out.shape == (2, 0, 2, 16)
+    torch.testing.assert_close(state, x["state"], rtol=0, atol=0)
+    (gradient,) = torch.autograd.grad(state.sum(), x["state"])
+    torch.testing.assert_close(gradient, torch.ones_like(gradient))
+
+
+def test_a_state_carries_over_a_split():
+    case = Case(tokens=100, documents=True)
+    x = {name: tensor.to(DEVICE, single) for name, tensor in draw(case).items()}
+    docs = documents(case)
+    with dispatch.kernels("triton"):
+        whole, final = call(delta_chunk, x, docs)
+        head, state = call(
+            delta_chunk, {n: t if n == "state" else t[:, :39] for n, t in x.items()}, docs[:, :39]
+        )
+        rest = {n: t[:, 39:] for n, t in x.items() if n != "state"} | {"state": state}
+        tail, last = call(delta_chunk, rest, docs[:, 39:] - docs[:, 38:39])
+    assert error(torch.cat([head, tail], 1), whole) < 1e-5
+    assert error(last, final) < 1e-5
+
+
+def test_gates_may_be_narrow_and_the_state_alone_may_be_trained_on():
+    case = Case(tokens=20)
+    x = {name: tensor.to(DEVICE, half) for name, tensor in draw(case).items()}
+    wide = {name: tensor.double().requires_grad_() for name, tensor in x.items()}
+    narrow = {name: tensor.requires_grad_() for name, tensor in x.items()}
+    _, exact = call(delta_reference, wide, documents(case))
+    with dispatch.kernels("triton"):
+        _, ours = call(delta_chunk, narrow, documents(case))
+    wanted = normal(*exact.shape, seed=9).to(exact)
+    names = [name for name in x if name != "q"]
+    expected = torch.autograd.grad((exact * wanted).sum(), [wide[name] for name in names])
+    found = torch.autograd.grad((ours * wanted.float()).sum(), [narrow[name] for name in names])
+    for name, one, other in zip(names, found, expected, strict=True):
+        assert one.dtype == half and error(one, other) < TOLERANCE[half], name
+
+
+def test_compiles_and_checkpoints():
+    """One graph under torch.compile, and recomputation under gradient checkpointing gives the same gradients."""
+    case = Case(tokens=20)
+    x = {name: tensor.to(DEVICE, single) for name, tensor in draw(case).items()}
+    trained = [x[name].requires_grad_() for name in ("q", "k", "v", "beta", "log_decay")]
+    docs, state = documents(case), x["state"]
+
+    def layer(q, k, v, beta, log_decay):
+        return delta_chunk(q * 1.0, k, v, beta, log_decay, docs, state)[0].square()
+
+    with dispatch.kernels("triton"):
+        plain = torch.autograd.grad(layer(*trained).sum(), trained)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        for other in (compiled, lambda *y: torch.utils.checkpoint.checkpoint(layer, *y, use_reentrant=False)):
+            for one, two in zip(torch.autograd.grad(other(*trained).sum(), trained), plain, strict=True):
+                assert error(one, two) < 1e-6
+
+
+def test_what_is_not_covered_is_refused_with_a_remedy():
+    case = Case(tokens=3, key_dim=200)
+    x = {name: tensor.to(DEVICE, single) for name, tensor in draw(case).items()}
+    with dispatch.kernels("triton"):
+        with pytest.raises(dispatch.KernelError, match=r"key_dim: 200.*LINEARIZE_KERNELS=torch"):
+            call(delta_chunk, x, documents(case))
+        x["k"] = x["k"].half()
+        with pytest.raises(dispatch.KernelError, match="dtype"):
+            call(delta_chunk, x, documents(case))
+
+
+STEPS = {
+    "plain": Case(tokens=3, batch=2, state_heads=2, heads=2, strength=None),
+    "grouped": Case(tokens=3, state_heads=2, heads=6, strength=0.5),
+    "odd_dims": Case(tokens=3, state_heads=1, heads=2, key_dim=20, value_dim=40),
+    "wide": Case(tokens=2, key_dim=128, value_dim=64),
+}
+
+
+@pytest.mark.parametrize("case", STEPS.values(), ids=STEPS)
+def test_steps_equal_the_loop_in_place(case):
+    exact = {name: tensor.to(DEVICE) for name, tensor in draw(case).items()}
+    out, final = call(delta_reference, exact, documents(case))
+    for dtype in NARROW:
+        x = {name: tensor.to(dtype if name in "qkv" else single) for name, tensor in exact.items()}
+        state = x.pop("state").clone()
+        found = []
+        for t in range(case.tokens):
+            given = {name: tensor[:, t] for name, tensor in x.items()}
+            with dispatch.kernels("triton"):
+                found.append(
+                    delta_step(
+                        given["q"], given["k"], given["v"], given["beta"], given.get("log_decay"), state
+                    )
+                )
+        assert found[0].dtype == dtype
+        assert error(torch.stack(found, 1), out) < TOLERANCE[dtype]
+        assert error(state, final) < TOLERANCE[dtype]
+
+
+def test_a_neutral_token_leaves_the_state():
+    x = {name: tensor.to(DEVICE, single)[:, 0] for name, tensor in draw(replace(STEPS["grouped"])).items()}
+    state = normal(1, 2, 16, 16, seed=9).to(DEVICE, single)
+    before, nothing = state.clone(), torch.zeros_like(x["beta"])
+    with dispatch.kernels("triton"):
+        delta_step(x["q"], x["k"], x["v"], nothing, nothing, state)
+    torch.testing.assert_close(state, before, rtol=0, atol=0)
+
+
+def test_a_state_that_cannot_be_written_in_place_is_refused():
+    x = {name: tensor.to(DEVICE, single) for name, tensor in draw(STEPS["plain"]).items()}
+    given = [x[name][:, 0] for name in ("q", "k", "v", "beta")]
+    with dispatch.kernels("triton"):
+        for state in (x["state"].mT, x["state"].half()):
+            with pytest.raises(dispatch.KernelError, match="state"):
+                delta_step(*given, None, state)
