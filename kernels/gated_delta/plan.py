@@ -96,7 +96,7 @@ CONFIGS: dict[str, dict[int, Config]] = {
         32: Config(32, 32, 2, 1), 64: Config(64, 64, 4, 1), 128: Config(64, 64, 4, 1), 256: Config(64, 64, 4, 1),
     },
 }  # fmt: skip
-"""A product of 64 rows whose result is an operand of another takes four warps: the others of eight would do the same."""
+"""A product of 64 rows whose result is an operand of another takes four warps: the rest of eight would do the same."""
 
 
 def outputs(plan: Plan, q: Tensor) -> Six:
