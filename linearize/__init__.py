@@ -12,10 +12,11 @@ from linearize.late import after_import
 from linearize.version import __version__
 
 if TYPE_CHECKING:
+    from linearize.eval.generation import generate
     from linearize.export import load, save
     from linearize.surgery import convert
 
-__all__ = ["__version__", "convert", "load", "save"]
+__all__ = ["__version__", "convert", "generate", "load", "save"]
 
 # Importing this mapping takes seconds and brings torch along, which `linearize --help` has no use for.
 after_import("transformers.models.auto.configuration_auto", install)
@@ -31,4 +32,8 @@ def __getattr__(name: str) -> Any:
         from linearize.surgery import convert
 
         return convert
+    if name == "generate":
+        from linearize.eval.generation import generate
+
+        return generate
     raise AttributeError(f"module 'linearize' has no attribute '{name}'")

@@ -114,11 +114,12 @@ def window_linear_step_kernel(
     KP: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr, BW: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_MAPS: tl.constexpr, AT_ONCE: tl.constexpr,
     HAS_WINDOW_WEIGHT: tl.constexpr, HAS_LINEAR_WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
-    HAS_SINK: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_SINK: tl.constexpr, HAS_CAP: tl.constexpr, BOTH_MAPS: tl.constexpr,
 ):  # fmt: skip
     """`GROUP` query heads of one row; names as in `recurrent.window_linear_step`, F = f.
 
     FACTOR: 0 weights as they are, 1 `window_weight` is a logit, 2 and the linear branch has the complement.
+    BOTH_MAPS: one key and one query are mapped, and registers hold both maps at once.
     """
     lane = tl.program_id(0) % (heads // GROUP)
     batch = (tl.program_id(0) // (heads // GROUP)).to(tl.int64)
@@ -175,7 +176,8 @@ def window_linear_step_kernel(
         if HAS_MAPS:
             state = tl.load(sums + square, mask=held, other=0.0)
             w_k = load_map(key_map, dims, columns, K, F)
-            w_q = load_map(query_map + first_head * K * F, dims, columns, K, F)
+            if BOTH_MAPS:
+                w_q = load_map(query_map + first_head * K * F, dims, columns, K, F)
             arriving, arriving_value, alive = key, fresh, tl.cast(here, tl.float32)
             if not AT_ONCE and BLOCK == 0:
                 old = (slot + 1) % SLOTS
@@ -193,7 +195,7 @@ def window_linear_step_kernel(
             if tile == 0:
                 z = tl.load(norms + feature, mask=is_feature, other=0.0)
             if AT_ONCE or BLOCK == 0:
-                if GROUP == 1:
+                if BOTH_MAPS:
                     phi_k, phi_q = features_of_two(arriving, w_k, query, w_q, real, 2 * FP)
                 else:
                     phi_k = features(arriving, w_k, real, 2 * FP)
@@ -216,8 +218,6 @@ def window_linear_step_kernel(
             line = batch * heads + head
             if member > 0:
                 query = load_rotated(q + line * K, cosine, sine, dims, K, R)
-                if HAS_MAPS:
-                    w_q = load_map(query_map + head * K * F, dims, columns, K, F)
             numerator = tl.zeros([BV], tl.float32)
             total = 0.0
             if HAS_WINDOW:
@@ -247,7 +247,8 @@ def window_linear_step_kernel(
                     numerator, total = numerator * share, total * share
                 if HAS_LINEAR_WEIGHT:
                     far = tl.load(linear_weight + head).to(tl.float32)
-                if GROUP > 1 or (BLOCK > 0 and not AT_ONCE):
+                if not BOTH_MAPS:
+                    w_q = load_map(query_map + head * K * F, dims, columns, K, F)
                     phi_q = features(query, w_q, real, 2 * FP)
                 numerator += tl.sum(phi_q[:, None] * state, 0) * far
                 total += tl.sum(phi_q * z, 0) * far
@@ -289,9 +290,9 @@ def configuration(key_dim: int, value_dim: int, features: int, span: int, progra
     widest = max(key_dim, value_dim)
     small = features * widest <= 32 * 32
     return {
-        "BV": min(value_dim, 64 if features > 64 else 128),
+        "BV": min(value_dim, 128 if features <= 64 and widest <= 128 else 64),
         "BW": min(triton.next_power_of_2(max(span, 1)), 128 if widest <= 64 else 64 if widest <= 128 else 32),
-        "num_warps": 4 if small or (widest <= 64 and features <= 64 and programs > PROGRAMS) else 8,
+        "num_warps": 4 if small or (max(widest, features, span) <= 64 and programs > PROGRAMS) else 8,
         "num_stages": 1,
     }
 
@@ -331,6 +332,7 @@ def step(
     rotation = 0 if cosine is None else cosine.shape[-1]
     key_pad, value_pad, map_pad = (triton.next_power_of_2(x) for x in (key_dim, value_dim, features))
     programs = batch * (heads // group)
+    one_key = group == 1 and (at_once or not block)
     out = torch.empty(batch, heads, value_dim, dtype=v.dtype, device=v.device)
     launch(
         window_linear_step_kernel, (programs,),
@@ -344,6 +346,7 @@ def step(
         HAS_VALID=valid is not None, HAS_WINDOW=ring_k is not None, HAS_MAPS=query_map is not None,
         AT_ONCE=bool(at_once), HAS_WINDOW_WEIGHT=window_weight is not None,
         HAS_LINEAR_WEIGHT=linear_weight is not None, FACTOR=int(factor), HAS_SINK=sink is not None, HAS_CAP=cap > 0,
+        BOTH_MAPS=query_map is not None and bool(one_key) and key_pad * map_pad <= 64 * 128,
         **configuration(key_pad, value_pad, map_pad, slots - 1, programs),
     )  # fmt: skip
     return out

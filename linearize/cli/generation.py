@@ -29,6 +29,8 @@ def main(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
         chat=options.chat,
         on_text=_write if stream else None,
+        graph=False if options.no_graph else None,
+        compile=options.compile,
         num_beams=options.num_beams,
         **sampling,
     )

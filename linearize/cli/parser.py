@@ -229,6 +229,14 @@ def _generate_arguments(parser: Parser) -> None:
         "--num-beams", type=_positive, default=1, metavar="N", help="beam search (default: 1, none)"
     )
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    parser.add_argument(
+        "--no-graph",
+        action="store_true",
+        help="through transformers' generate, also where one CUDA graph could hold the decoding",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the graph's step first: worth it for long texts"
+    )
     parser.add_argument("--seed", type=_count, default=0, metavar="N", help="of the sampling (default: 0)")
     _device_argument(parser)
 
@@ -275,17 +283,35 @@ def _bench_kernels_arguments(parser: Parser) -> None:
 
 
 def _bench_decode_arguments(parser: Parser) -> None:
-    parser.add_argument("path", metavar="PATH", help=PATH_HELP)
-    parser.add_argument("--teacher", metavar="MODEL", help="the model it was converted from, timed beside it")
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        help="a converted checkpoint, a MODEL to convert, or `random`: SmolLM2-135M's shape with random weights",
+    )
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="what a checkpoint was converted from, timed beside it"
+    )
+    parser.add_argument(
+        "--recipe",
+        default="lolcats",
+        metavar="NAME",
+        help="mixers of a model that is not converted; untrained ones are as fast (default: lolcats)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=_positive,
+        metavar="SECONDS",
+        help="start nothing new after this; what is left is listed",
+    )
     parser.add_argument(
         "--batch", type=_lengths, default=(1, 64), metavar="A,B", help="sequences at once (default: 1,64)"
     )
     parser.add_argument(
         "--context",
         type=_lengths,
-        default=(1024, 8192),
+        default=(128, 1024, 8192),
         metavar="A,B",
-        help="tokens before (default: 1024,8192)",
+        help="tokens of the prompts (default: 128,1024,8192)",
     )
     parser.add_argument(
         "--new-tokens", type=_positive, default=128, metavar="N", help="tokens timed (default: 128)"

@@ -57,8 +57,8 @@ def request(model: Any, prompt: int, options: dict[str, Any]) -> tuple[Request |
         problems.append(f"{config.get_generation_mode().value.replace('_', ' ')}")
     usual = config._get_default_generation_params()
     for name, value in vars(config).items():
-        neutral = (None, usual.get(name))
-        if name not in READ and not name.startswith("_") and not any(_same(value, x) for x in neutral):
+        neutral = value is None or _same(value, usual.get(name, False))
+        if name not in READ and not name.startswith("_") and not neutral:
             problems.append(f"option {name}")
     if problems:
         return None, list(dict.fromkeys(problems))

@@ -50,7 +50,8 @@ def generate_ids(
         asked, problems = request(model, ids.shape[1], options)
     if asked is None:
         if graph:
-            raise LinearizeError(f"graph=True: {'; '.join(problems)}; graph=None decodes without one")
+            name = "compile" if compile else "graph"
+            raise LinearizeError(f"{name}=True: {'; '.join(problems)}; without it transformers decodes")
         return None
     with evaluating(model):
         made = decoder(model, ids.shape[0], ids.shape[1], asked, compile={} if compile else None)

@@ -1,4 +1,4 @@
-"""The decoding engine, uncaptured on the CPU and captured on CUDA: the tokens of `model.generate`, one after another."""
+"""The decoding engine, uncaptured on the CPU and captured on CUDA: it gives the tokens that `model.generate` gives."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def expected(model, ids, mask, tokens: int = NEW, **options):
 @pytest.mark.parametrize("layers", ["all", [1, 2]], ids=str)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "qwen3_moe"])
 def test_gives_the_tokens_of_generate(family, layers, device):
-    """Left padding, kept softmax layers with and without sliding windows and soft caps; a second text on the same state."""
+    """Left padding, kept softmax layers, sliding windows, soft caps; and a second text on the same state."""
     model = hybrid(family, layers, device=device)
     decoder = Decoder(model, 2, eos=[2], pad=0, length=64)
     for length in (20, 11):
@@ -170,6 +170,6 @@ def test_more_than_fits_is_refused():
     ids = tiny.tokens(2, 20)
     with pytest.raises(LinearizeError, match="3 prompts for a decoder of 2"):
         Decoder(hybrid(), 2).generate(tiny.tokens(3, 5), None, 4)
-    with pytest.raises(LinearizeError, match="34 tokens.*hold 32"):
+    with pytest.raises(LinearizeError, match=r"34 tokens.*hold 32"):
         Decoder(hybrid("llama", [1]), 2, length=32).generate(ids, None, NEW)
     assert Decoder(hybrid(), 2, length=32).generate(ids, None, 0).shape == (2, 0)

@@ -104,3 +104,34 @@ def test_the_cache_of_a_converted_model_does_not_grow(model):
     constant = {length: measure(length) for length in prompts}
     assert growing[4096] > 50 * growing[64]
     assert constant[64] == constant[4096] < growing[64] * 2
+
+
+MIXER = {"feature_map": {"name": "hedgehog", "dim": 8}, "window": {"name": "sliding", "size": 4}}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"do_sample": True, "temperature": 0.9, "top_p": 0.9}], ids=["greedy", "drawn"]
+)
+def test_the_captured_step_gives_the_text_of_transformers(model, tokenizer, settings, monkeypatch):
+    """Here its steps run one by one on the CPU; the text comes in pieces all the same."""
+    from linearize.decode import choice
+
+    monkeypatch.setattr(choice, "DEVICE", next(model.parameters()).device.type)
+    surgery.convert(model, MIXER, "all")
+    prompts = ["the cat", "then it was red and the dog ran"]
+    texts = []
+    for graph in (True, None, False):
+        torch.manual_seed(0)
+        texts.append(generate(model, tokenizer, prompts, max_new_tokens=20, graph=graph, **settings))
+    assert texts[0] == texts[1] == texts[2]
+    pieces: list[str] = []
+    torch.manual_seed(0)
+    text = generate(
+        model, tokenizer, prompts[1], max_new_tokens=20, on_text=pieces.append, graph=True, **settings
+    )[0]
+    torch.manual_seed(0)
+    assert text == generate(model, tokenizer, prompts[1], max_new_tokens=20, graph=False, **settings)[0]
+    assert "".join(pieces).strip() == text.strip() and len(pieces) > 1
+    assert len(vars(model)["_linearize_decoders"]) == 2, "one for each batch"
+    with pytest.raises(LinearizeError, match="graph=True: beam search"):
+        generate(model, tokenizer, prompts, num_beams=2, graph=True)

@@ -26,27 +26,27 @@ def terraced(size: int, **options: object) -> dict:
 
 
 CASES: dict[str, tuple[dict, dict]] = {
-    "sliding": ({"feature_map": MAPS, "window": sliding(5)}, {}),
+    "sliding": ({"feature_map": MAPS, "window": sliding(3)}, {}),
     "window of one": ({"feature_map": MAPS, "window": sliding(1)}, {}),
-    "state shared by a group": ({"feature_map": PER_KV, "window": sliding(5)}, {}),
+    "state shared by a group": ({"feature_map": PER_KV, "window": sliding(3)}, {}),
     "complement": (
         {
             "feature_map": MAPS,
-            "window": sliding(5),
+            "window": sliding(3),
             "combine": {"name": "shared_normalizer", "complement": True},
         },
         {},
     ),
-    "sink and cap": ({"feature_map": MAPS, "window": sliding(5, sinks="learned")}, {"softcap": 2.0}),
-    "odd widths": ({"feature_map": {"name": "hedgehog", "dim": 9}, "window": sliding(5)}, {"key_dim": 12, "value_dim": 10}),
-    "overlap": ({"feature_map": PER_KV, "window": sliding(5, overlap=True)}, {}),
-    "terraced": ({"feature_map": MAPS, "window": terraced(4)}, {}),
+    "sink and cap": ({"feature_map": MAPS, "window": sliding(3, sinks="learned")}, {"softcap": 2.0}),
+    "odd widths": ({"feature_map": {"name": "hedgehog", "dim": 9}, "window": sliding(3)}, {"key_dim": 12, "value_dim": 10}),
+    "overlap": ({"feature_map": PER_KV, "window": sliding(3, overlap=True)}, {}),
+    "terraced": ({"feature_map": MAPS, "window": terraced(3)}, {}),
     "terraced, shared, sink": ({"feature_map": PER_KV, "window": terraced(3, sinks="learned")}, {}),
-    "terraced, the teacher slides": ({"feature_map": MAPS, "window": terraced(4)}, {"sliding_window": 6}),
+    "terraced, the teacher slides": ({"feature_map": MAPS, "window": terraced(3)}, {"sliding_window": 5}),
     "no window": ({"feature_map": MAPS}, {}),
     "no window, shared": ({"feature_map": PER_KV}, {}),
-    "window alone": ({"window": sliding(5)}, {}),
-    "window alone, terraced, sink": ({"window": terraced(4, sinks="learned")}, {}),
+    "window alone": ({"window": sliding(3)}, {}),
+    "window alone, terraced, sink": ({"window": terraced(3, sinks="learned")}, {}),
     "head dim 64, two tiles of values": (
         {"feature_map": {"name": "hedgehog", "dim": 128}, "window": sliding(6)},
         {"heads": 2, "kv_heads": 1, "key_dim": 64, "value_dim": 128},
@@ -133,7 +133,7 @@ def test_equals_the_mixer(mixer, shape, kernels):
         make(mixer, shape),
         kernels,
         torch.float32,
-        {"terraced": 13, "sliding": 9}.get(mixer.get("window", {}).get("name"), 6),
+        {"terraced": 10, "sliding": 7}.get(mixer.get("window", {}).get("name"), 5),
     )
 
 
