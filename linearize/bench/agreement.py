@@ -24,9 +24,9 @@ def disagreement(case: Case, contender: Contender, draw: Draw) -> float:
     single = [name for name in PER_SEQUENCE if name in inputs]
     rows = slice(0, 1) if single else slice(None)
     wide = {name: _wide(x[rows] if name in single else x) for name, x in inputs.items()}
-    found = _outputs_and_gradients(case, contender, inputs, rows)
+    found = _outputs_and_gradients(case, contender, inputs, draw.dtype)
     with dispatch.kernels("torch"):
-        expected = _outputs_and_gradients(case, contender, wide, rows)
+        expected = _outputs_and_gradients(case, contender, wide, draw.dtype)
     errors = [
         ((a[rows] if a.dim() else a).float() - b).norm() / b.norm()
         for a, b in zip(found, expected, strict=True)
@@ -39,8 +39,14 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.is_floating_point() else x
 
 
-def _outputs_and_gradients(case: Case, contender: Contender, inputs: Tensors, rows: slice) -> list[Tensor]:
-    """Outputs, and the gradients of inputs with a row for each sequence (of all that train where none has)."""
+def _outputs_and_gradients(
+    case: Case, contender: Contender, inputs: Tensors, dtype: torch.dtype
+) -> list[Tensor]:
+    """Outputs, and the gradients of inputs with a row for each sequence (of all that train where none has).
+
+    Args:
+        dtype: that the outputs' gradients are rounded to, so that both sides get the same ones.
+    """
     used = {name: x.detach().requires_grad_(name in case.trained) for name, x in inputs.items()}
     made = contender.build(used)()
     outputs = [made] if isinstance(made, Tensor) else list(made)
@@ -50,6 +56,6 @@ def _outputs_and_gradients(case: Case, contender: Contender, inputs: Tensors, ro
     for x in outputs:
         size = (1, *x.shape[1:]) if x.dim() else ()
         drawn = torch.randn(size, generator=generator, device=x.device, dtype=torch.float32)
-        against.append(drawn.expand(x.shape).to(x.dtype))
+        against.append(drawn.to(dtype).to(x.dtype).expand(x.shape))
     gradients = torch.autograd.grad(outputs, [used[name] for name in asked], against)
     return [x.detach() for x in (*outputs, *gradients)]
