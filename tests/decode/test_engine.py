@@ -24,15 +24,19 @@ ON_BOTH = [
     ),
 ]
 devices = pytest.mark.parametrize("device", ON_BOTH)
+# as wide as the Triton kernels take at least
+HEDGEHOG = {"feature_map": {"name": "hedgehog", "dim": 16}}
+LOLCATS = {**HEDGEHOG, "window": {"name": "sliding", "size": 6}}
 MIXERS = {
-    "lolcats": tiny.LOLCATS,
+    "lolcats": LOLCATS,
+    "linear": HEDGEHOG,
     "lawcat": tiny.LAWCAT,
-    "terraced": {**tiny.HEDGEHOG, "window": {"name": "terraced", "size": 4}},
+    "terraced": {**HEDGEHOG, "window": {"name": "terraced", "size": 4}},
     "pinned": {"window": {"name": "sliding", "size": 5, "first": 2}},
 }
 
 
-def hybrid(family: str = "llama", layers="all", mixer=tiny.LOLCATS, device: str = "cpu", **changes):
+def hybrid(family: str = "llama", layers="all", mixer=LOLCATS, device: str = "cpu", **changes):
     model = surgery.convert(tiny.model(family, **changes), mixer, layers)
     tiny.randomize(layer.mixer for layer in surgery.converted(model))
     return model.to(device)
@@ -142,7 +146,7 @@ def test_longer_than_the_buffer_of_fetched_tokens(device):
 
 @pytest.mark.parametrize("layers", ["all", [1]], ids=str)
 def test_the_step_compiles_in_one_piece(layers):
-    model = hybrid("llama", layers, tiny.HEDGEHOG, num_hidden_layers=2)
+    model = hybrid("llama", layers, HEDGEHOG, num_hidden_layers=2)
     ids, mask = prompts("cpu")
     options = {"backend": "aot_eager", "fullgraph": True}
     decoder = Decoder(model, 2, eos=[2], pad=0, length=64, compile=options)
@@ -152,7 +156,7 @@ def test_the_step_compiles_in_one_piece(layers):
 def test_a_state_that_moves_is_refused(monkeypatch):
     from linearize.mixers import State
 
-    model = hybrid(mixer=tiny.HEDGEHOG)
+    model = hybrid(mixer=HEDGEHOG)
     mixer = surgery.converted(model)[0].mixer
     step = mixer.step
 

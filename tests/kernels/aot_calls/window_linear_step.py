@@ -1,0 +1,57 @@
+"""Calls of window_linear_step whose launches are compiled ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from linearize.kernels.window_linear.recurrent import Ring, window_linear_step
+
+
+def call(
+    dim: int = 64,
+    *,
+    batch: int = 1,
+    heads: int = 9,
+    kv_heads: int = 3,
+    state_heads: int = 0,
+    window: int = 64,
+    block: int = 0,
+    map_dim: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """One token of `batch` rows; map_dim 0: the window alone."""
+    slots = (2 * window if block else window) + 1
+    q, k = (torch.zeros(batch, n, dim, dtype=dtype) for n in (heads, kv_heads))
+    held = [torch.zeros(batch, slots, kv_heads, dim, dtype=dtype) for _ in range(2)]
+    valid, count = torch.zeros(batch, slots, dtype=torch.bool), torch.zeros(batch, heads, dtype=torch.int64)
+    ring = Ring(*held, valid, count, count.clone() if block else None, block, slots - 1) if window else None
+    state_heads = state_heads or heads
+    state: tuple[torch.Tensor, torch.Tensor] | None = None
+    maps: list[torch.Tensor | None] = [None, None]
+    if map_dim:
+        state = (
+            torch.zeros(batch, state_heads, 2 * map_dim, dim),
+            torch.zeros(batch, state_heads, 2 * map_dim),
+        )
+        maps = [torch.zeros(n, dim, map_dim) for n in (heads, state_heads)]
+    factor = torch.zeros(heads) if window and map_dim else None
+    with torch.no_grad():
+        window_linear_step(q, k, k, *maps, scaling=0.125, ring=ring, state=state, window_factor=factor)
+
+
+CALLS: dict[str, Callable[[], None]] = {
+    "one row": call,
+    "64 rows": partial(call, batch=64),
+    "state shared by a group": partial(call, state_heads=3),
+    "terraced": partial(call, block=64),
+    "window 512": partial(call, window=512),
+    "no window": partial(call, window=0),
+    "window alone": partial(call, map_dim=0),
+    "dim 128": partial(call, 128, heads=32, kv_heads=8),
+    "dim 128, wide maps": partial(call, 128, heads=32, kv_heads=8, map_dim=128),
+    "dim 256": partial(call, 256, heads=8, kv_heads=4),
+    "float32": partial(call, dtype=torch.float32),
+}
