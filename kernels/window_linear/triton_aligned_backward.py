@@ -56,8 +56,78 @@ def aligned_query_gradient_kernel(
     if HAS_CODES:
         owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=inside, other=0))
         old_code = load_codes(codes, batch, oldest + rows, key_tokens)
-    old_dw = tl.dot(incoming, tl.trans(old_values), input_precision=PRECISION) - shift[:, None]
     for_q = tl.zeros([C, K], tl.float32)
+    past = tl.zeros([C], tl.float32)
+    if HAS_LINEAR:
+        line = batch * state_heads + state_head
+        at = (line * chunks + chunk) * 2
+        held = values[:, None] * F + columns[None, :]
+        turned = columns[None, :] * V + values[:, None]
+        dw = tl.dot(incoming, tl.trans(old_values), input_precision=PRECISION) - shift[:, None]
+        seen = causal
+        alive = False
+        origin = at
+        reader = tl.full([C], 1.0, tl.float32)
+        if HAS_CODES:
+            seen = causal & (old_code[None, :] == owner[:, None])
+            entering = load_code(codes, batch, oldest - 1, key_tokens)
+            reader = tl.where(owner == entering, 1.0, 0.0)
+        if HAS_CARRY:
+            segment = chunk // per_segment
+            origin = (line * segments + segment) * 2
+            alive = segment > 0
+            if HAS_CODES:
+                alive = alive & (load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens) == entering)
+        far = tl.where(seen, dw, 0.0).to(x.dtype)
+        projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
+        key_logits = tl.dot(old_keys, projection, input_precision=PRECISION) * LOG2E
+        projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
+        logits = tl.dot(x, projection, input_precision=PRECISION) * LOG2E
+        there = oldest + rows
+        exists = (there >= 0) & (there < key_tokens)
+        own_lse = key_lse + line * 2 * key_tokens + there
+        query_line = query_lse + (batch * heads + head) * 2 * tokens + place
+        if WIDE:
+            from_state = incoming.to(tl.float32)
+        else:
+            from_state = incoming
+        alpha = over
+        if HAS_FACTOR:
+            alpha *= tl.load(factor + head)
+        for_y = tl.zeros([C, F], tl.float32)
+        # softmax(y), then softmax(-y): one after the other, or the registers do not hold them
+        for half in range(2):
+            sign = 1.0 - 2.0 * half
+            norm = tl.load(norms + (at + half) * F + columns)
+            sums = tl.load(states + (at + half) * F * V + held)
+            for_phi = tl.dot(from_state, sums, input_precision=PRECISION)
+            if HAS_CARRY:
+                if alive:
+                    norm += tl.load(carry_norms + (origin + half) * F + columns)
+                    carried = tl.load(carries + (origin + half) * F * V + turned)
+                    for_phi = tl.dot(from_state, carried, for_phi, input_precision=PRECISION)
+            for_phi -= shift[:, None] * norm[None, :]
+            if HAS_CODES:
+                for_phi *= reader[:, None]
+            lse = tl.load(own_lse + half * key_tokens, mask=exists, other=float("inf"))
+            phi_k = tl.exp2(key_logits * sign - lse[:, None]).to(x.dtype)
+            for_phi = tl.dot(far, phi_k, for_phi, input_precision=PRECISION)
+            lse = tl.load(query_line + half * tokens, mask=inside, other=float("inf"))
+            phi = tl.exp2(logits * sign - lse[:, None])
+            for_phi *= phi
+            spread = tl.sum(for_phi, 1)
+            past += spread
+            for_y += sign * (for_phi - phi * spread[:, None])
+        past *= alpha
+        for_y *= alpha[:, None]
+        if TRAIN_MAPS:
+            lines = (batch * tokens + place) * heads + head
+            tl.store(dy + lines[:, None] * F + columns[None, :], for_y.to(dy.dtype.element_ty), mask=inside[:, None])
+        if LAG > 0:
+            # in units of the scores' gradient, to which the window adds
+            for_y *= LOG2E / scale
+        projection = tl.load(query_map + head * K * F + dims[None, :] * F + columns[:, None])
+        for_q = tl.dot(for_y.to(x.dtype), projection, for_q, input_precision=PRECISION)
     if LAG > 0:
         own_keys = load_rows(k, own, rows, kv_heads * K, dims, key_tokens)
         scores = tl.dot(x, tl.trans(own_keys), input_precision=PRECISION)
@@ -78,15 +148,15 @@ def aligned_query_gradient_kernel(
             share = tl.log2(tl.load(weight + head))
         offset = share + tl.log2(over) - top
         weights = tl.exp2(scores + offset[:, None])
-        own_values = load_rows(v, own, rows, kv_heads * V, values, key_tokens)
-        dw = tl.dot(incoming, tl.trans(own_values), input_precision=PRECISION) - shift[:, None]
-        ds = weights * tl.where(causal, dw, old_dw)
-        sum_of_ds = tl.sum(ds, 1)
         near_part = tl.sum(weights, 1)
-        near = tl.where(causal, ds, 0.0).to(x.dtype)
-        for_q = tl.dot(near, own_keys, for_q, input_precision=PRECISION)
-        old = tl.where(causal, 0.0, ds).to(x.dtype)
-        for_q = tl.dot(old, old_keys, for_q, input_precision=PRECISION)
+        own_values = load_rows(v, own, rows, kv_heads * V, values, key_tokens)
+        dw = tl.dot(incoming, tl.trans(own_values), input_precision=PRECISION)
+        old_dw = tl.dot(incoming, tl.trans(old_values), input_precision=PRECISION)
+        ds = weights * (tl.where(causal, dw, old_dw) - shift[:, None])
+        sum_of_ds = tl.sum(ds, 1)
+        narrow = ds.to(x.dtype)
+        for_q = tl.dot(tl.where(causal, narrow, 0.0), own_keys, for_q, input_precision=PRECISION)
+        for_q = tl.dot(tl.where(causal, 0.0, narrow), old_keys, for_q, input_precision=PRECISION)
         if LAG > 1:
             for i in range(1, LAG):
                 middle = oldest + i * C
@@ -126,95 +196,22 @@ def aligned_query_gradient_kernel(
             tl.store(balance + row, sum_of_ds, mask=inside)
             tl.store(place_of_top + row, best_place, mask=inside)
             for_sink = tl.where(best_place < 0, for_sink - sum_of_ds, for_sink)
+            # two estimates of one number, whose errors come from the rounding of `out` in D and cancel like this
+            tl.store(share_gradient + row, (1.0 - near_part) * sum_of_ds - near_part * past, mask=inside)
         if HAS_SINK:
             tl.store(dsink + row, for_sink, mask=inside)
         for_q *= scale / LOG2E
-    if HAS_LINEAR:
-        line = batch * state_heads + state_head
-        at = (line * chunks + chunk) * 2
-        held = values[:, None] * F + columns[None, :]
-        up_norm = tl.load(norms + at * F + columns)
-        down_norm = tl.load(norms + (at + 1) * F + columns)
-        up_sum = tl.load(states + at * F * V + held)
-        down_sum = tl.load(states + (at + 1) * F * V + held)
-        if WIDE:
-            from_state = incoming.to(tl.float32)
-        else:
-            from_state = incoming
-        for_up = tl.dot(from_state, up_sum, input_precision=PRECISION)
-        for_down = tl.dot(from_state, down_sum, input_precision=PRECISION)
-        if HAS_CODES:
-            entering = load_code(codes, batch, oldest - 1, key_tokens)
-        if HAS_CARRY:
-            segment = chunk // per_segment
-            origin = (line * segments + segment) * 2
-            alive = segment > 0
-            if HAS_CODES:
-                alive = alive & (load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens) == entering)
-            if alive:
-                up_norm += tl.load(carry_norms + origin * F + columns)
-                down_norm += tl.load(carry_norms + (origin + 1) * F + columns)
-                turned = columns[None, :] * V + values[:, None]
-                up_sum = tl.load(carries + origin * F * V + turned)
-                for_up = tl.dot(from_state, up_sum, for_up, input_precision=PRECISION)
-                down_sum = tl.load(carries + (origin + 1) * F * V + turned)
-                for_down = tl.dot(from_state, down_sum, for_down, input_precision=PRECISION)
-        for_up -= shift[:, None] * up_norm[None, :]
-        for_down -= shift[:, None] * down_norm[None, :]
-        if HAS_CODES:
-            reader = tl.where(owner == entering, 1.0, 0.0)
-            for_up *= reader[:, None]
-            for_down *= reader[:, None]
-        seen = causal
-        if HAS_CODES:
-            seen = causal & (old_code[None, :] == owner[:, None])
-        far = tl.where(seen, old_dw, 0.0).to(x.dtype)
-        projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
-        logits = tl.dot(old_keys, projection, input_precision=PRECISION) * LOG2E
-        there = oldest + rows
-        exists = (there >= 0) & (there < key_tokens)
-        place_of_lse = line * 2 * key_tokens + there
-        up_lse = tl.load(key_lse + place_of_lse, mask=exists, other=float("inf"))
-        down_lse = tl.load(key_lse + place_of_lse + key_tokens, mask=exists, other=float("inf"))
-        for_up = tl.dot(far, tl.exp2(logits - up_lse[:, None]).to(x.dtype), for_up, input_precision=PRECISION)
-        for_down = tl.dot(far, tl.exp2(-logits - down_lse[:, None]).to(x.dtype), for_down, input_precision=PRECISION)
-        alpha = over
-        if HAS_FACTOR:
-            alpha *= tl.load(factor + head)
-        projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
-        logits = tl.dot(x, projection, input_precision=PRECISION) * LOG2E
-        place_of_lse = (batch * heads + head) * 2 * tokens + place
-        up_lse = tl.load(query_lse + place_of_lse, mask=inside, other=float("inf"))
-        down_lse = tl.load(query_lse + place_of_lse + tokens, mask=inside, other=float("inf"))
-        features = tl.exp2(logits - up_lse[:, None])
-        for_up *= features
-        past = tl.sum(for_up, 1)
-        for_y = for_up - features * past[:, None]
-        features = tl.exp2(-logits - down_lse[:, None])
-        for_down *= features
-        spread = tl.sum(for_down, 1)
-        for_y = (for_y - for_down + features * spread[:, None]) * alpha[:, None]
-        if LAG > 0:
-            # two estimates of one number, whose errors come from the rounding of `out` in D and cancel like this
-            past = (past + spread) * alpha
-            tl.store(share_gradient + row, (1.0 - near_part) * sum_of_ds - near_part * past, mask=inside)
-        narrow = for_y.to(x.dtype)
-        if TRAIN_MAPS:
-            lines = (batch * tokens + place) * heads + head
-            tl.store(dy + lines[:, None] * F + columns[None, :], narrow, mask=inside[:, None])
-        projection = tl.load(query_map + head * K * F + dims[None, :] * F + columns[:, None])
-        for_q = tl.dot(narrow, projection, for_q, input_precision=PRECISION)
     dq += (batch * tokens * heads + head) * K
     tl.store(dq + place[:, None] * (heads * K) + dims[None, :], for_q.to(dq.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
-def key_window(
+def scores_of_chunk(
     keys, held, own_q, own_do, chunk, rows, dims, values, code, codes, batch, prefix, row,
     maximum, inverse, delta, share, scale, tokens, key_tokens, heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, HAS_CODES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q, do, transposed scores with the rows' offsets in them, and dw of one key tile [C] and one chunk of queries [C]."""
+    """q, do, scores with the rows' offsets in them, and dw of one chunk of queries [C] and one tile of keys [C]."""
     place = chunk * C + rows
     there = (place >= 0) & (place < tokens)
     x = load_rows(own_q, chunk * C, rows, heads * K, dims, tokens)
@@ -224,12 +221,22 @@ def key_window(
     shift = tl.load(delta + row + place, mask=there, other=0.0)
     # a query that does not exist has log2(0)
     offset = share + tl.log2(over) - top
-    scores = tl.dot(keys, tl.trans(x), input_precision=PRECISION) * scale + offset[None, :]
+    scores = tl.dot(x, tl.trans(keys), input_precision=PRECISION) * scale + offset[:, None]
     if HAS_CODES:
         owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=there, other=0))
-        scores = tl.where(code[:, None] == owner[None, :], scores, float("-inf"))
-    dw = tl.dot(held, tl.trans(y), input_precision=PRECISION) - shift[None, :]
+        scores = tl.where(code[None, :] == owner[:, None], scores, float("-inf"))
+    dw = tl.dot(y, tl.trans(held), input_precision=PRECISION) - shift[:, None]
     return x, y, scores, dw
+
+
+@triton.jit
+def without_spare(ds, balance, place_of_top, row, chunk, rows, position, tokens, C: tl.constexpr):
+    """The gradient of each row's largest score less what keeps the row's sum at zero."""
+    place = chunk * C + rows
+    there = (place >= 0) & (place < tokens)
+    spare = tl.load(balance + row + place, mask=there, other=0.0)
+    where = tl.load(place_of_top + row + place, mask=there, other=-1)
+    return tl.where(where[:, None] == position[None, :], ds - spare[:, None], ds)
 
 
 @triton.jit
@@ -243,7 +250,11 @@ def aligned_key_gradient_kernel(
     HAS_LINEAR: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_CODES: tl.constexpr, HAS_CARRY: tl.constexpr,
     WIDE: tl.constexpr, TRAIN_MAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one key tile, and the gradient dy of k's projection, from every query head of the group."""
+    """dk and dv of one key tile, and the gradient dy of k's projection, from every query head of the group.
+
+    Tiles are [queries, keys] and gradients are summed as [K, keys] and [V, keys]: what is known of a query then costs a
+    thread two registers instead of sixteen, and no product is transposed on its way into the next one.
+    """
     i = first + tl.program_id(0)
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = tl.program_id(1) % kv_heads
@@ -261,166 +272,147 @@ def aligned_key_gradient_kernel(
     if HAS_CODES:
         code = load_codes(codes, batch, position, key_tokens)
     # in the own chunk a query sees a key of the window here, in the chunk a window later it has it behind
-    mine = rows[None, :] >= rows[:, None]
-    for_k = tl.zeros([C, K], tl.float32)
-    for_v = tl.zeros([C, V], tl.float32)
+    mine = rows[:, None] >= rows[None, :]
+    for_k = tl.zeros([K, C], tl.float32)
+    for_v = tl.zeros([V, C], tl.float32)
     for member in range(group):
         head = kv_head * group + member
         state_head = head // shared
         row = (batch * heads + head) * tokens
         own_q = q + (batch * tokens * heads + head) * K
         own_do = do + (batch * tokens * heads + head) * V
-        share = 0.0
-        if HAS_LINEAR and LAG > 0:
-            share = tl.log2(tl.load(weight + head))
-        place = i * C + rows
-        there = place < tokens
-        over = tl.load(inverse + row + place, mask=there, other=0.0)
+        mixed = tl.zeros([C, C], keys.dtype)
+        if HAS_LINEAR:
+            line = batch * state_heads + state_head
+            place = i * C + rows
+            there = place < tokens
+            # no query is ahead of the keys behind the last chunk
+            scanned = inside & (position < base + chunks * C)
+            last = tl.minimum(i, chunks - 1)
+            at = (line * chunks + last) * 2
+            origin = at
+            same = False
+            reader = tl.where(scanned, 1.0, 0.0)
+            seen = mine
+            if HAS_CODES:
+                owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=there, other=0))
+                ahead = load_code(codes, batch, prefix + (i + 1) * C, key_tokens)
+                reader = tl.where((code == ahead) & scanned, 1.0, 0.0)
+                seen = mine & (code[None, :] == owner[:, None])
+            if HAS_CARRY:
+                segment = last // per_segment
+                origin = (line * segments + segment) * 2
+                same = segment < segments - 1
+                if HAS_CODES:
+                    behind = load_code(codes, batch, prefix + (segment + 1) * per_segment * C, key_tokens)
+                    same = same & (ahead == behind)
+            alpha = tl.load(inverse + row + place, mask=there, other=0.0)
+            if HAS_FACTOR:
+                alpha *= tl.load(factor + head)
+            offset = tl.log2(alpha)
+            own_lse = key_lse + line * 2 * key_tokens + position
+            query_line = query_lse + row * 2 + place
+            far_q = load_rows(own_q, i * C, rows, heads * K, dims, tokens)
+            far_do = load_rows(own_do, i * C, rows, heads * V, values, tokens)
+            shift = tl.load(delta + row + place, mask=there, other=0.0)
+            dw = tl.dot(far_do, tl.trans(held), input_precision=PRECISION) - shift[:, None]
+            far = tl.where(seen, dw, 0.0).to(keys.dtype)
+            projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
+            key_logits = tl.dot(tl.trans(projection), tl.trans(keys), input_precision=PRECISION) * LOG2E
+            query_projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
+            logits = tl.dot(far_q, query_projection, input_precision=PRECISION) * LOG2E
+            pairs = tl.zeros([C, C], tl.float32)
+            for half in range(2):
+                sign = 1.0 - 2.0 * half
+                lse = tl.load(own_lse + half * key_tokens, mask=scanned, other=float("inf"))
+                phi_k = tl.exp2(key_logits * sign - lse[None, :]).to(keys.dtype)
+                lse = offset - tl.load(query_line + half * tokens, mask=there, other=0.0)
+                phi = tl.exp2(logits * sign + lse[:, None]).to(keys.dtype)
+                pairs = tl.dot(phi, phi_k, pairs, input_precision=PRECISION)
+            mixed = tl.where(seen, pairs.to(keys.dtype), 0.0)
+            turned = tl.dot(tl.trans(query_projection), tl.trans(far_q), input_precision=PRECISION) * LOG2E
+            for_y = tl.zeros([F, C], tl.float32)
+            place_of_sum = values[:, None] * F + columns[None, :]
+            square = columns[:, None] * V + values[None, :]
+            for half in range(2):
+                sign = 1.0 - 2.0 * half
+                lse = offset - tl.load(query_line + half * tokens, mask=there, other=0.0)
+                phi = tl.exp2(turned * sign + lse[None, :]).to(keys.dtype)
+                for_phi = tl.dot(phi, far, input_precision=PRECISION)
+                lse = tl.load(own_lse + half * key_tokens, mask=scanned, other=float("inf"))
+                phi_k = tl.exp2(key_logits * sign - lse[None, :])
+                if (shared == 1) or (member == 0):
+                    read_k = phi_k
+                    read_v = held
+                    if HAS_CODES:
+                        read_k *= reader[None, :]
+                        read_v = (held.to(tl.float32) * reader[:, None]).to(keys.dtype)
+                    if WIDE:
+                        read_v = read_v.to(tl.float32)
+                    else:
+                        read_k = read_k.to(keys.dtype)
+                    norm = tl.load(norms + (at + half) * F + columns)
+                    sums = tl.load(states + (at + half) * F * V + place_of_sum)
+                    for_v = tl.dot(sums, read_k, for_v, input_precision=PRECISION)
+                    for_phi = tl.dot(tl.trans(sums), tl.trans(read_v), for_phi, input_precision=PRECISION)
+                    if HAS_CARRY:
+                        if same:
+                            norm += tl.load(carry_norms + (origin + half) * F + columns)
+                            carried = tl.load(carries + (origin + half) * F * V + square)
+                            for_v = tl.dot(tl.trans(carried), read_k, for_v, input_precision=PRECISION)
+                            for_phi = tl.dot(carried, tl.trans(read_v), for_phi, input_precision=PRECISION)
+                    for_phi += norm[:, None] * reader[None, :]
+                for_phi *= phi_k
+                for_y += sign * (for_phi - phi_k * tl.sum(for_phi, 0)[None, :])
+            if TRAIN_MAPS:
+                to = ((batch * key_tokens + position) * heads + head)[None, :] * F + columns[:, None]
+                tl.store(dy + to, for_y.to(dy.dtype.element_ty), mask=inside[None, :])
+            if LAG > 0:
+                # in units of the scores' gradient, to which the window adds
+                for_y *= LOG2E / scale
+            for_k = tl.dot(projection, for_y.to(keys.dtype), for_k, input_precision=PRECISION)
+            if LAG == 0:
+                for_v = tl.dot(tl.trans(far_do), mixed, for_v, input_precision=PRECISION)
         if LAG > 0:
-            x, y, scores, dw = key_window(
+            share = 0.0
+            if HAS_LINEAR:
+                share = tl.log2(tl.load(weight + head))
+            x, y, scores, dw = scores_of_chunk(
                 keys, held, own_q, own_do, i - LAG, rows, dims, values, code, codes, batch, prefix, row,
                 maximum, inverse, delta, share, scale, tokens, key_tokens, heads, K, V, C, HAS_CODES, PRECISION,
             )  # fmt: skip
-            far_q, far_do, far_scores, far_dw = key_window(
-                keys, held, own_q, own_do, i, rows, dims, values, code, codes, batch, prefix, row,
-                maximum, inverse, delta, share, scale, tokens, key_tokens, heads, K, V, C, HAS_CODES, PRECISION,
-            )  # fmt: skip
-            weights = tl.exp2(tl.where(mine, scores, far_scores))
-            ds = weights * tl.where(mine, dw, far_dw)
+            weights = tl.where(mine, tl.exp2(scores), 0.0)
+            ds = weights * dw
             if HAS_LINEAR:
-                early = (i - LAG) * C + rows
-                found = (early >= 0) & (early < tokens)
-                spare = tl.load(balance + row + early, mask=found, other=0.0)
-                where = tl.load(place_of_top + row + early, mask=found, other=-1)
-                late_spare = tl.load(balance + row + place, mask=there, other=0.0)
-                late_where = tl.load(place_of_top + row + place, mask=there, other=-1)
-                is_top = tl.where(mine, where[None, :], late_where[None, :]) == position[:, None]
-                ds = tl.where(is_top, ds - tl.where(mine, spare[None, :], late_spare[None, :]), ds)
-            for_k = tl.dot(tl.where(mine, ds, 0.0).to(keys.dtype), x, for_k, input_precision=PRECISION)
-            for_k = tl.dot(tl.where(mine, 0.0, ds).to(keys.dtype), far_q, for_k, input_precision=PRECISION)
-            for_v = tl.dot(tl.where(mine, weights, 0.0).to(keys.dtype), y, for_v, input_precision=PRECISION)
-            mixed = tl.where(mine, 0.0, weights)
+                ds = without_spare(ds, balance, place_of_top, row, i - LAG, rows, position, tokens, C)
+            for_k = tl.dot(tl.trans(x), tl.where(mine, ds, 0.0).to(keys.dtype), for_k, input_precision=PRECISION)
+            for_v = tl.dot(tl.trans(y), weights.to(keys.dtype), for_v, input_precision=PRECISION)
             if LAG > 1:
                 for chunk in range(tl.maximum(i - LAG + 1, 0), tl.minimum(i, chunks)):
-                    x, y, scores, dw = key_window(
+                    x, y, scores, dw = scores_of_chunk(
                         keys, held, own_q, own_do, chunk, rows, dims, values, code, codes, batch, prefix, row,
                         maximum, inverse, delta, share, scale, tokens, key_tokens, heads, K, V, C, HAS_CODES, PRECISION,
                     )  # fmt: skip
                     weights = tl.exp2(scores)
                     ds = weights * dw
                     if HAS_LINEAR:
-                        between = chunk * C + rows
-                        found = between < tokens
-                        spare = tl.load(balance + row + between, mask=found, other=0.0)
-                        where = tl.load(place_of_top + row + between, mask=found, other=-1)
-                        ds = tl.where(where[None, :] == position[:, None], ds - spare[None, :], ds)
-                    for_k = tl.dot(ds.to(keys.dtype), x, for_k, input_precision=PRECISION)
-                    for_v = tl.dot(weights.to(keys.dtype), y, for_v, input_precision=PRECISION)
-        else:
-            mixed = tl.zeros([C, C], tl.float32)
-            far_q = load_rows(own_q, i * C, rows, heads * K, dims, tokens)
-            far_do = load_rows(own_do, i * C, rows, heads * V, values, tokens)
-            shift = tl.load(delta + row + place, mask=there, other=0.0)
-            far_dw = tl.dot(held, tl.trans(far_do), input_precision=PRECISION) - shift[None, :]
-        if HAS_LINEAR:
-            line = batch * state_heads + state_head
-            # no query is ahead of the keys behind the last chunk
-            scanned = inside & (position < base + chunks * C)
-            if HAS_CODES:
-                owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=there, other=0))
-                ahead = load_code(codes, batch, prefix + (i + 1) * C, key_tokens)
-                reader = tl.where((code == ahead) & scanned, 1.0, 0.0)
-            else:
-                reader = tl.where(scanned, 1.0, 0.0)
-            alpha = over
-            if HAS_FACTOR:
-                alpha *= tl.load(factor + head)
-            offset = tl.log2(alpha)
-            up_offset = offset - tl.load(query_lse + row * 2 + place, mask=there, other=0.0)
-            down_offset = offset - tl.load(query_lse + row * 2 + tokens + place, mask=there, other=0.0)
-            own_lse = key_lse + line * 2 * key_tokens + position
-            up_lse = tl.load(own_lse, mask=scanned, other=float("inf"))
-            down_lse = tl.load(own_lse + key_tokens, mask=scanned, other=float("inf"))
-            projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
-            key_logits = tl.dot(keys, projection, input_precision=PRECISION) * LOG2E
-            turned_map = tl.load(query_map + head * K * F + dims[None, :] * F + columns[:, None])
-            turned = tl.dot(turned_map, tl.trans(far_q), input_precision=PRECISION) * LOG2E
-            up_k = tl.exp2(key_logits - up_lse[:, None])
-            pairs = tl.dot(
-                up_k.to(keys.dtype), tl.exp2(turned + up_offset[None, :]).to(keys.dtype), input_precision=PRECISION
-            )
-            down_k = tl.exp2(-key_logits - down_lse[:, None])
-            pairs = tl.dot(
-                down_k.to(keys.dtype), tl.exp2(down_offset[None, :] - turned).to(keys.dtype), pairs,
-                input_precision=PRECISION,
+                        ds = without_spare(ds, balance, place_of_top, row, chunk, rows, position, tokens, C)
+                    for_k = tl.dot(tl.trans(x), ds.to(keys.dtype), for_k, input_precision=PRECISION)
+                    for_v = tl.dot(tl.trans(y), weights.to(keys.dtype), for_v, input_precision=PRECISION)
+            x, y, scores, dw = scores_of_chunk(
+                keys, held, own_q, own_do, i, rows, dims, values, code, codes, batch, prefix, row,
+                maximum, inverse, delta, share, scale, tokens, key_tokens, heads, K, V, C, HAS_CODES, PRECISION,
             )  # fmt: skip
-            seen = mine
-            if HAS_CODES:
-                seen = mine & (code[:, None] == owner[None, :])
-            mixed += tl.where(seen, pairs, 0.0)
-            for_v = tl.dot(mixed.to(keys.dtype), far_do, for_v, input_precision=PRECISION)
-            far = tl.where(seen, far_dw, 0.0).to(keys.dtype)
-            straight = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
-            logits = tl.dot(far_q, straight, input_precision=PRECISION) * LOG2E
-            for_up = tl.dot(far, tl.exp2(logits + up_offset[:, None]).to(keys.dtype), input_precision=PRECISION)
-            for_down = tl.dot(far, tl.exp2(down_offset[:, None] - logits).to(keys.dtype), input_precision=PRECISION)
-            if (shared == 1) or (member == 0):
-                last = tl.minimum(i, chunks - 1)
-                at = (line * chunks + last) * 2
-                if WIDE:
-                    read_up, read_down = up_k * reader[:, None], down_k * reader[:, None]
-                    read_v = held.to(tl.float32) * reader[:, None]
-                else:
-                    read_up, read_down = (up_k * reader[:, None]).to(keys.dtype), (down_k * reader[:, None]).to(keys.dtype)
-                    if HAS_CODES:
-                        read_v = (held.to(tl.float32) * reader[:, None]).to(keys.dtype)
-                    else:
-                        read_v = held
-                place_of_sum = values[:, None] * F + columns[None, :]
-                up_norm = tl.load(norms + at * F + columns)
-                down_norm = tl.load(norms + (at + 1) * F + columns)
-                up_sum = tl.load(states + at * F * V + place_of_sum)
-                for_v = tl.dot(read_up, tl.trans(up_sum), for_v, input_precision=PRECISION)
-                for_up = tl.dot(read_v, up_sum, for_up, input_precision=PRECISION)
-                down_sum = tl.load(states + (at + 1) * F * V + place_of_sum)
-                for_v = tl.dot(read_down, tl.trans(down_sum), for_v, input_precision=PRECISION)
-                for_down = tl.dot(read_v, down_sum, for_down, input_precision=PRECISION)
-                if HAS_CARRY:
-                    segment = last // per_segment
-                    same = segment < segments - 1
-                    if HAS_CODES:
-                        behind = load_code(codes, batch, prefix + (segment + 1) * per_segment * C, key_tokens)
-                        same = same & (ahead == behind)
-                    if same:
-                        origin = (line * segments + segment) * 2
-                        square = columns[:, None] * V + values[None, :]
-                        up_norm += tl.load(carry_norms + origin * F + columns)
-                        down_norm += tl.load(carry_norms + (origin + 1) * F + columns)
-                        up_sum = tl.load(carries + origin * F * V + square)
-                        for_v = tl.dot(read_up, up_sum, for_v, input_precision=PRECISION)
-                        for_up = tl.dot(read_v, tl.trans(up_sum), for_up, input_precision=PRECISION)
-                        down_sum = tl.load(carries + (origin + 1) * F * V + square)
-                        for_v = tl.dot(read_down, down_sum, for_v, input_precision=PRECISION)
-                        for_down = tl.dot(read_v, tl.trans(down_sum), for_down, input_precision=PRECISION)
-                for_up += reader[:, None] * up_norm[None, :]
-                for_down += reader[:, None] * down_norm[None, :]
-            for_up *= up_k
-            for_y = for_up - up_k * tl.sum(for_up, 1)[:, None]
-            for_down *= down_k
-            for_y = for_y - for_down + down_k * tl.sum(for_down, 1)[:, None]
-            narrow = for_y.to(keys.dtype)
-            if TRAIN_MAPS:
-                to = ((batch * key_tokens + position) * heads + head)[:, None] * F + columns[None, :]
-                tl.store(dy + to, narrow, mask=inside[:, None])
-            projection = tl.load(key_map + state_head * K * F + dims[None, :] * F + columns[:, None])
-            if LAG > 0:
-                narrow = (for_y * (LOG2E / scale)).to(keys.dtype)
-            for_k = tl.dot(narrow, projection, for_k, input_precision=PRECISION)
-        elif LAG > 0:
-            for_v = tl.dot(mixed.to(keys.dtype), far_do, for_v, input_precision=PRECISION)
+            weights = tl.exp2(scores)
+            ds = weights * dw
+            if HAS_LINEAR:
+                ds = without_spare(ds, balance, place_of_top, row, i, rows, position, tokens, C)
+            for_k = tl.dot(tl.trans(x), tl.where(mine, 0.0, ds).to(keys.dtype), for_k, input_precision=PRECISION)
+            weights = tl.where(mine, mixed, weights.to(keys.dtype))
+            for_v = tl.dot(tl.trans(y), weights, for_v, input_precision=PRECISION)
     if LAG > 0:
         for_k *= scale / LOG2E
-    own_k = (batch * key_tokens + position)[:, None] * (kv_heads * K) + kv_head * K + dims[None, :]
-    own_v = (batch * key_tokens + position)[:, None] * (kv_heads * V) + kv_head * V + values[None, :]
-    tl.store(dk + own_k, for_k.to(dk.dtype.element_ty), mask=inside[:, None])
-    tl.store(dv + own_v, for_v.to(dv.dtype.element_ty), mask=inside[:, None])
+    own_k = (batch * key_tokens + position)[None, :] * (kv_heads * K) + kv_head * K + dims[:, None]
+    own_v = (batch * key_tokens + position)[None, :] * (kv_heads * V) + kv_head * V + values[:, None]
+    tl.store(dk + own_k, for_k.to(dk.dtype.element_ty), mask=inside[None, :])
+    tl.store(dv + own_v, for_v.to(dv.dtype.element_ty), mask=inside[None, :])

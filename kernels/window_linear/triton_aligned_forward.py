@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linearize.kernels.window_linear.triton_common import LOG2E, document, load_code, load_rows, row_maps
+from linearize.kernels.window_linear.triton_common import LOG2E, document, load_code, load_rows, row_features
 
 
 @triton.jit
@@ -54,15 +54,39 @@ def aligned_output_kernel(
     causal = rows[None, :] <= rows[:, None]
     x = load_rows(q, chunk * C, rows, heads * K, dims, tokens)
     old_keys = load_rows(k, oldest, rows, kv_heads * K, dims, key_tokens)
-    old_values = load_rows(v, oldest, rows, kv_heads * V, lanes, key_tokens)
     owner = tl.zeros([C], tl.int32)
     if HAS_CODES:
         owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=inside, other=0))
     row = (batch * heads + head) * tokens + place
     result = tl.zeros([C, BV], tl.float32)
     total = tl.zeros([C], tl.float32)
-    mixed = tl.zeros([C, C], tl.float32)
     if LAG > 0:
+        share = 0.0
+        if HAS_LINEAR:
+            share = tl.log2(tl.load(weight + head))
+        top = tl.full([C], float("-inf"), tl.float32)
+        if HAS_SINK:
+            top = tl.zeros([C], tl.float32) + tl.load(sink + head) * LOG2E
+            total += tl.exp2(share)
+        if LAG > 1:
+            for i in range(1, LAG):
+                middle = oldest + i * C
+                keys = load_rows(k, middle, rows, kv_heads * K, dims, key_tokens)
+                scores = tl.dot(x, tl.trans(keys), input_precision=PRECISION) * scale
+                if HAS_CODES:
+                    code = load_codes(codes, batch, middle + rows, key_tokens)
+                    scores = tl.where(code[None, :] == owner[:, None], scores, float("-inf"))
+                else:
+                    scores = tl.where(middle >= 0, scores, float("-inf"))
+                higher = tl.maximum(top, tl.max(scores, 1))
+                # a row that has seen nothing yet has weights exp2(-inf - 0)
+                safe = tl.where(higher == float("-inf"), 0.0, higher)
+                weights = tl.exp2(scores + (share - safe)[:, None])
+                decay = tl.exp2(top - safe)
+                total = total * decay + tl.sum(weights, 1)
+                y = load_rows(v, middle, rows, kv_heads * V, lanes, key_tokens)
+                result = tl.dot(weights.to(y.dtype), y, result * decay[:, None], input_precision=PRECISION)
+                top = higher
         own_keys = load_rows(k, own, rows, kv_heads * K, dims, key_tokens)
         scores = tl.dot(x, tl.trans(own_keys), input_precision=PRECISION)
         old_scores = tl.dot(x, tl.trans(old_keys), input_precision=PRECISION)
@@ -75,105 +99,91 @@ def aligned_output_kernel(
         else:
             # without documents, tiles before the first key are all that can be missing
             scores = tl.where(causal | (oldest >= 0), scores, float("-inf"))
-        top = tl.max(scores, 1)
-        share = 0.0
-        if HAS_LINEAR:
-            share = tl.log2(tl.load(weight + head))
-        if HAS_SINK:
-            logit = tl.load(sink + head) * LOG2E
-            top = tl.maximum(top, logit)
-        # a row that sees nothing has weights exp2(-inf - 0)
-        top = tl.where(top == float("-inf"), 0.0, top)
-        if HAS_SINK:
-            total = tl.exp2(logit + share - top)
+        higher = tl.maximum(top, tl.max(scores, 1))
+        higher = tl.where(higher == float("-inf"), 0.0, higher)
+        if LAG > 1 or HAS_SINK:
+            decay = tl.exp2(top - higher)
+            total *= decay
         if LAG > 1:
-            for i in range(1, LAG):
-                middle = oldest + i * C
-                keys = load_rows(k, middle, rows, kv_heads * K, dims, key_tokens)
-                between = tl.dot(x, tl.trans(keys), input_precision=PRECISION) * scale
-                if HAS_CODES:
-                    code = load_codes(codes, batch, middle + rows, key_tokens)
-                    between = tl.where(code[None, :] == owner[:, None], between, float("-inf"))
-                else:
-                    between = tl.where(middle >= 0, between, float("-inf"))
-                higher = tl.maximum(top, tl.max(between, 1))
-                weights = tl.exp2(between + (share - higher)[:, None])
-                decay = tl.exp2(top - higher)
-                total = total * decay + tl.sum(weights, 1)
-                y = load_rows(v, middle, rows, kv_heads * V, lanes, key_tokens)
-                result = tl.dot(weights.to(y.dtype), y, result * decay[:, None], input_precision=PRECISION)
-                top = higher
-        weights = tl.exp2(scores + (share - top)[:, None])
+            result *= decay[:, None]
+        if tile == 0:
+            tl.store(maximum + row, higher, mask=inside)
+        weights = tl.exp2(scores + (share - higher)[:, None])
         total += tl.sum(weights, 1)
         own_values = load_rows(v, own, rows, kv_heads * V, lanes, key_tokens)
-        near = tl.where(causal, weights, 0.0).to(own_values.dtype)
+        narrow = weights.to(own_values.dtype)
+        near = tl.where(causal, narrow, 0.0)
         result = tl.dot(near, own_values, result, input_precision=PRECISION)
-        mixed = tl.where(causal, 0.0, weights)
-        if tile == 0:
-            tl.store(maximum + row, top, mask=inside)
     if HAS_LINEAR:
         columns = tl.arange(0, F)
         projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
-        up, down, up_lse, down_lse = row_maps(tl.dot(x, projection, input_precision=PRECISION))
-        if tile == 0:
-            line = (batch * heads + head) * 2 * tokens + place
-            tl.store(query_lse + line, up_lse, mask=inside)
-            tl.store(query_lse + line + tokens, down_lse, mask=inside)
-        if HAS_FACTOR:
-            up *= tl.load(factor + head)
-            down *= tl.load(factor + head)
-        up_q, down_q = up.to(x.dtype), down.to(x.dtype)
+        logits = tl.dot(x, projection, input_precision=PRECISION) * LOG2E
         projection = tl.load(key_map + state_head * K * F + dims[None, :] * F + columns[:, None])
         turned = tl.dot(projection, tl.trans(old_keys), input_precision=PRECISION) * LOG2E
         there = oldest + rows
         exists = (there >= 0) & (there < key_tokens)
-        line = (batch * state_heads + state_head) * 2 * key_tokens + there
-        # features of keys that do not exist are exp2(-inf)
-        up_k = tl.exp2(turned - tl.load(key_lse + line, mask=exists, other=float("inf"))[None, :])
-        down_k = tl.exp2(-turned - tl.load(key_lse + line + key_tokens, mask=exists, other=float("inf"))[None, :])
-        pairs = tl.dot(up_q, up_k.to(x.dtype), input_precision=PRECISION)
-        pairs = tl.dot(down_q, down_k.to(x.dtype), pairs, input_precision=PRECISION)
-        if HAS_CODES:
-            code = load_codes(codes, batch, there, key_tokens)
-            pairs = tl.where(code[None, :] == owner[:, None], pairs, 0.0)
-        pairs = tl.where(causal, pairs, 0.0)
-        total += tl.sum(pairs, 1)
-        mixed = mixed + pairs if LAG > 0 else pairs
+        line = batch * state_heads + state_head
+        own_lse = key_lse + line * 2 * key_tokens + there
+        query_line = query_lse + (batch * heads + head) * 2 * tokens + place
+        at = (line * chunks + chunk) * 2
+        held = values[:, None] * F + columns[None, :]
+        square = columns[:, None] * V + values[None, :]
+        alpha = 1.0
+        if HAS_FACTOR:
+            alpha = tl.load(factor + head)
+        reader = tl.full([C], 1.0, tl.float32)
+        alive = False
+        origin = at
         if HAS_CODES:
             entering = load_code(codes, batch, oldest - 1, key_tokens)
             reader = tl.where(owner == entering, 1.0, 0.0)
-            up *= reader[:, None]
-            down *= reader[:, None]
-            up_q, down_q = up.to(x.dtype), down.to(x.dtype)
-        line = batch * state_heads + state_head
-        at = (line * chunks + chunk) * 2
-        up_norm = tl.load(norms + at * F + columns)
-        down_norm = tl.load(norms + (at + 1) * F + columns)
-        held = values[:, None] * F + columns[None, :]
-        if WIDE:
-            up_read, down_read = up, down
-        else:
-            up_read, down_read = up_q, down_q
-        up_sum = tl.load(states + at * F * V + held)
-        result = tl.dot(up_read, tl.trans(up_sum), result, input_precision=PRECISION)
-        down_sum = tl.load(states + (at + 1) * F * V + held)
-        result = tl.dot(down_read, tl.trans(down_sum), result, input_precision=PRECISION)
         if HAS_CARRY:
             segment = chunk // per_segment
             origin = (line * segments + segment) * 2
             alive = segment > 0
             if HAS_CODES:
                 alive = alive & (load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens) == entering)
-            if alive:
-                up_norm += tl.load(carry_norms + origin * F + columns)
-                down_norm += tl.load(carry_norms + (origin + 1) * F + columns)
-                square = columns[:, None] * V + values[None, :]
-                up_sum = tl.load(carries + origin * F * V + square)
-                result = tl.dot(up_read, up_sum, result, input_precision=PRECISION)
-                down_sum = tl.load(carries + (origin + 1) * F * V + square)
-                result = tl.dot(down_read, down_sum, result, input_precision=PRECISION)
-        total += tl.sum(up * up_norm[None, :] + down * down_norm[None, :], 1)
-    result = tl.dot(mixed.to(old_values.dtype), old_values, result, input_precision=PRECISION)
+        pairs = tl.zeros([C, C], tl.float32)
+        # softmax(y), then softmax(-y): one after the other, or the registers do not hold them
+        for half in range(2):
+            sign = 1.0 - 2.0 * half
+            phi, lse = row_features(logits * sign)
+            if tile == 0:
+                tl.store(query_line + half * tokens, lse, mask=inside)
+            if HAS_FACTOR:
+                phi *= alpha
+            # features of keys that do not exist are exp2(-inf)
+            lse = tl.load(own_lse + half * key_tokens, mask=exists, other=float("inf"))
+            phi_k = tl.exp2(turned * sign - lse[None, :]).to(x.dtype)
+            pairs = tl.dot(phi.to(x.dtype), phi_k, pairs, input_precision=PRECISION)
+            norm = tl.load(norms + (at + half) * F + columns)
+            if HAS_CARRY:
+                if alive:
+                    norm += tl.load(carry_norms + (origin + half) * F + columns)
+            if HAS_CODES:
+                phi *= reader[:, None]
+            total += tl.sum(phi * norm[None, :], 1)
+            if not WIDE:
+                phi = phi.to(x.dtype)
+            sums = tl.load(states + (at + half) * F * V + held)
+            result = tl.dot(phi, tl.trans(sums), result, input_precision=PRECISION)
+            if HAS_CARRY:
+                if alive:
+                    carried = tl.load(carries + (origin + half) * F * V + square)
+                    result = tl.dot(phi, carried, result, input_precision=PRECISION)
+        if HAS_CODES:
+            code = load_codes(codes, batch, there, key_tokens)
+            pairs = tl.where(code[None, :] == owner[:, None], pairs, 0.0)
+        pairs = tl.where(causal, pairs, 0.0)
+        total += tl.sum(pairs, 1)
+    old_values = load_rows(v, oldest, rows, kv_heads * V, lanes, key_tokens)
+    if HAS_LINEAR:
+        mixed = pairs.to(old_values.dtype)
+        if LAG > 0:
+            mixed = tl.where(causal, mixed, narrow)
+    else:
+        mixed = tl.where(causal, 0.0, narrow)
+    result = tl.dot(mixed, old_values, result, input_precision=PRECISION)
     over = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     lines = (batch * tokens + place) * heads + head
     tl.store(

@@ -22,19 +22,25 @@ def load_code(codes, row, position, tokens):
 
 
 @triton.jit
-def row_maps(y):
-    """Projections [C, f] -> softmax(y), softmax(-y) over the last axis, float32, and log2 of what they are divided by.
+def row_features(y):
+    """Half of the features of projections y [C, f] times log2 e: softmax over the last axis, and log2 of the sum.
 
-    A reader that has the logarithms gets the same features as exp2(y log2(e) - up) and exp2(-y log2(e) - down), in any
-    layout, without looking for a maximum or a sum.
+    A reader that has the logarithm gets the same features as exp2(y - log), in any layout, without looking for a maximum
+    or a sum. The other half is that of -y.
     """
+    top = tl.max(y, 1)
+    features = tl.exp2(y - top[:, None])
+    total = tl.sum(features, 1)
+    return features * (1.0 / total)[:, None], top + tl.log2(total)
+
+
+@triton.jit
+def row_maps(y):
+    """Projections [C, f] -> softmax(y), softmax(-y) over the last axis, float32, and log2 of what they are divided by."""
     y *= LOG2E
-    top, low = tl.max(y, 1), tl.min(y, 1)
-    up, down = tl.exp2(y - top[:, None]), tl.exp2(low[:, None] - y)
-    up_total, down_total = tl.sum(up, 1), tl.sum(down, 1)
-    up *= (1.0 / up_total)[:, None]
-    down *= (1.0 / down_total)[:, None]
-    return up, down, top + tl.log2(up_total), tl.log2(down_total) - low
+    up, up_lse = row_features(y)
+    down, down_lse = row_features(-y)
+    return up, down, up_lse, down_lse
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linearize.kernels.window_linear.triton_common import LOG2E, document, load_code, load_rows, row_maps
+from linearize.kernels.window_linear.triton_common import LOG2E, document, load_code, load_rows, row_features
 
 
 @triton.jit
@@ -66,10 +66,7 @@ def key_states_kernel(
                 tl.store(norms + (to + 1) * F + features, down_norm)
         position = here + rows
         inside = (position >= 0) & (position < key_tokens)
-        up, down, up_lse, down_lse = row_maps(tl.dot(x, projection, input_precision=PRECISION))
-        if tile == 0:
-            tl.store(key_lse + position, up_lse, mask=inside)
-            tl.store(key_lse + key_tokens + position, down_lse, mask=inside)
+        logits = tl.dot(x, projection, input_precision=PRECISION) * LOG2E
         seen = inside & (position < limit)
         if HAS_CODES:
             before = load_code(codes, batch, here - 1, key_tokens)
@@ -80,13 +77,20 @@ def key_states_kernel(
             up_sum, down_sum, up_norm, down_norm = (
                 up_sum * kept, down_sum * kept, up_norm * kept, down_norm * kept,
             )  # fmt: skip
-        up = tl.where(seen[:, None], up, 0.0)
-        down = tl.where(seen[:, None], down, 0.0)
-        up_norm += tl.sum(up, 0)
-        down_norm += tl.sum(down, 0)
         turned = tl.trans(y)
-        up_sum = tl.dot(turned, up.to(y.dtype), up_sum, input_precision=PRECISION)
-        down_sum = tl.dot(turned, down.to(y.dtype), down_sum, input_precision=PRECISION)
+        # one half after the other: both at once need more registers than there are
+        phi, lse = row_features(logits)
+        if tile == 0:
+            tl.store(key_lse + position, lse, mask=inside)
+        phi = tl.where(seen[:, None], phi, 0.0)
+        up_norm += tl.sum(phi, 0)
+        up_sum = tl.dot(turned, phi.to(y.dtype), up_sum, input_precision=PRECISION)
+        phi, lse = row_features(-logits)
+        if tile == 0:
+            tl.store(key_lse + key_tokens + position, lse, mask=inside)
+        phi = tl.where(seen[:, None], phi, 0.0)
+        down_norm += tl.sum(phi, 0)
+        down_sum = tl.dot(turned, phi.to(y.dtype), down_sum, input_precision=PRECISION)
     if HAS_TOTALS:
         to = (row_head * segments + segment) * 2
         if HAS_CODES:
@@ -163,13 +167,13 @@ def query_states_kernel(
             logits = tl.dot(x, projection, input_precision=PRECISION) * LOG2E
             # the factors of a row go into the exponent; a row without weight has log2(0) there
             offset = tl.log2(scale)
-            up = tl.exp2(logits + (offset - up_lse)[:, None])
-            down = tl.exp2((offset - down_lse)[:, None] - logits)
-            up_norm -= tl.sum(up * shift[:, None], 0)
-            down_norm -= tl.sum(down * shift[:, None], 0)
             turned = tl.trans(y)
-            up_sum = tl.dot(turned, up.to(y.dtype), up_sum, input_precision=PRECISION)
-            down_sum = tl.dot(turned, down.to(y.dtype), down_sum, input_precision=PRECISION)
+            phi = tl.exp2(logits + (offset - up_lse)[:, None])
+            up_norm -= tl.sum(phi * shift[:, None], 0)
+            up_sum = tl.dot(turned, phi.to(y.dtype), up_sum, input_precision=PRECISION)
+            phi = tl.exp2((offset - down_lse)[:, None] - logits)
+            down_norm -= tl.sum(phi * shift[:, None], 0)
+            down_sum = tl.dot(turned, phi.to(y.dtype), down_sum, input_precision=PRECISION)
     if HAS_TOTALS:
         to = (row_head * segments + segment) * 2
         tl.store(totals + to * F * V + outer, up_sum)
