@@ -20,7 +20,7 @@ import re
 import resource
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -241,28 +241,27 @@ def identity(launch: Any) -> Any:
     )
 
 
-def table(rows: Sequence[Compiled]) -> str:
-    """One line a kernel, with the call that makes it."""
-    lines = [
-        f"{'kernel':32} {'arch':>4} {'warps':>5} {'stages':>6} {'shared':>7} {'regs':>4} {'spills':>6} {'mma':>4}  call"
-    ]
-    lines += [
-        f"{r.kernel:32} {r.arch:4} {r.warps:5} {r.stages:6} {r.shared:7} {r.registers:4} {r.spills:6} {r.dots:4}  "
-        f"{r.module}: {r.call}"
-        for r in rows
-    ]
-    return "\n".join(lines)
+HEADER = f"{'kernel':32} {'arch':>4} {'warps':>5} {'stages':>6} {'shared':>7} {'regs':>4} {'spills':>6} {'mma':>4} {'s':>5}  call"
 
 
-def compile_all(jobs: Sequence[Job], archs: Sequence[int], processes: int) -> list[Compiled]:
-    """Compile every launch for every architecture, in that many processes."""
+def line(row: Compiled) -> str:
+    """Of the table, with the call that makes the launch."""
+    return (
+        f"{row.kernel:32} {row.arch:4} {row.warps:5} {row.stages:6} {row.shared:7} {row.registers:4} {row.spills:6} "
+        f"{row.dots:4} {row.seconds:5}  {row.module}: {row.call}"
+    )
+
+
+def compile_all(jobs: Sequence[Job], archs: Sequence[int], processes: int) -> Iterator[Compiled]:
+    """Compile every launch for every architecture, in that many processes, and give the results in order."""
     JOBS[:] = jobs
     tasks = [(index, arch) for arch in archs for index in range(len(jobs))]
     if processes == 1:
-        return [_compile(task) for task in tasks]
+        yield from map(_compile, tasks)
+        return
     # Forked, because recorded launches cannot be sent: the children find them in their copy of this process.
     with multiprocessing.get_context("fork").Pool(processes) as pool:
-        return pool.map(_compile, tasks, chunksize=1)
+        yield from pool.imap(_compile, tasks, chunksize=1)
 
 
 JOBS: list[Job] = []
@@ -306,8 +305,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(f"{job.module}: {job.call}: {kernel_name(job.launch)}" for job in jobs))
         return 0
-    rows = compile_all(jobs, options.arch, options.jobs)
-    print(table(rows))
+    rows: list[Compiled] = []
+    print(HEADER)
+    for row in compile_all(jobs, options.arch, options.jobs):
+        rows.append(row)
+        print(line(row), flush=True)
     problems = [problem for row in rows for problem in row.problems(options.strict)]
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
