@@ -241,7 +241,8 @@ def identity(launch: Any) -> Any:
     )
 
 
-HEADER = f"{'kernel':32} {'arch':>4} {'warps':>5} {'stages':>6} {'shared':>7} {'regs':>4} {'spills':>6} {'mma':>4} {'s':>5}  call"
+TITLES = ("kernel", "arch", "warps", "stages", "shared", "regs", "spills", "mma", "s")
+HEADER = "{:32} {:>4} {:>5} {:>6} {:>7} {:>4} {:>6} {:>4} {:>5}  call".format(*TITLES)
 
 
 def line(row: Compiled) -> str:
