@@ -9,6 +9,7 @@ from torch import Tensor
 from linearize.kernels import dispatch
 from linearize.kernels.chunks import Decay, cut_documents, decayed_products, decayed_values, scan
 from linearize.kernels.gated_linear.reference import Gated, GatedState, check_options
+from linearize.kernels.linear.chunk import torch_chunk
 
 
 def gated_linear_chunk(
@@ -47,11 +48,15 @@ def gated_linear_chunk(
         )
     if docs is None:
         docs = torch.zeros(q.shape[:2], dtype=torch.int64, device=q.device)
-    if log_decay is None:
-        log_decay = k.new_zeros(k.shape[:3])
     if state is None:
         wide = torch.promote_types(k.dtype, torch.float32)
         state = (k.new_zeros(len(k), *k.shape[2:], v.shape[-1], dtype=wide), None)
+    if log_decay is None and bonus is None and not read_before:
+        norms = torch.zeros_like(state[0][..., 0]) if state[1] is None else state[1]
+        numerator, denominator, (sums, norms) = torch_chunk(q, k, v, docs, (state[0], norms), chunk)
+        return (numerator, denominator, (sums, norms)) if normalize else (numerator, None, (sums, None))
+    if log_decay is None:
+        log_decay = k.new_zeros(k.shape[:3])
     return _torch(q, k, v, log_decay, docs, state, bonus, read_before, normalize, decay_values, chunk)
 
 

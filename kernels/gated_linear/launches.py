@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linearize.kernels.gated_linear.plan import BLOCK, CHUNK, Plan, config
+from linearize.kernels.gated_linear.plan import BLOCK, CHUNK, KEY_COLUMNS, Plan, config
 from linearize.kernels.gated_linear.triton_head import (
     decay_gradient_kernel,
     head_gradient_kernel,
@@ -58,12 +58,12 @@ def launch_backward(
     gradients = {"dq": dq, "dk": dk, "dv": dv}
     if plan.decay == 2:
         made = config("key_gradient", plan)
-        key_columns, value_columns = min(BLOCK, plan.key_dim), min(made.columns, plan.value_dim)
+        key_columns, value_columns = min(KEY_COLUMNS, plan.key_dim), min(made.columns, plan.value_dim)
         roles = plan.key_dim // key_columns + plan.value_dim // value_columns
         launch(
             key_gradient_kernel, (plan.tiles * roles, plan.batch * plan.state_heads),
-            **inputs, **gradients, dg=dg, BK=key_columns, BV=value_columns, **_geometry(plan), **_flags(plan, docs),
-            num_warps=made.warps, num_stages=made.stages,
+            **inputs, **gradients, dg=dg, BK=min(BLOCK, plan.key_dim), BV=value_columns, COLUMNS=key_columns,
+            **_geometry(plan), **_flags(plan, docs), num_warps=made.warps, num_stages=made.stages,
         )  # fmt: skip
     else:
         _head_gradients(plan, inputs, gradients, dg, docs)

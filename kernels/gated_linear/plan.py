@@ -13,7 +13,9 @@ from linearize.kernels import dispatch
 CHUNK = 64
 """Tokens in a tile of every product."""
 BLOCK = 64
-"""Key dimensions with their own decays that are taken at a time."""
+"""Key dimensions with their own decays that enter a product at a time."""
+KEY_COLUMNS = 32
+"""Of dq, dk and the decays' gradient, those that one program makes."""
 TILES = {0: 2, 1: 2, 2: 1}
 """Tiles in a period, between whose ends states are kept: without decay, with one a head, with one a key dimension."""
 
@@ -143,8 +145,8 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "scan": {64: Config(64, 4, 4), 128: Config(64, 4, 3), 256: Config(64, 8, 2)},
     "head_output": {64: Config(64, 4, 2), 128: Config(128, 4, 2), 256: Config(128, 8, 1)},
     "head_gradient": {64: Config(64, 4, 2), 128: Config(128, 4, 2), 256: Config(128, 8, 1)},
-    "key_output": {64: Config(64, 8, 1), 128: Config(128, 8, 1), 256: Config(128, 8, 1)},
-    "key_gradient": {64: Config(64, 8, 1), 128: Config(64, 8, 1), 256: Config(64, 8, 1)},
+    "key_output": {64: Config(64, 4, 1), 128: Config(64, 4, 1), 256: Config(64, 4, 1)},
+    "key_gradient": {64: Config(64, 4, 1), 128: Config(64, 4, 1), 256: Config(64, 4, 1)},
 }
 
 

@@ -159,12 +159,14 @@ def add_tiles(
                 seen = seen & (owner[:, None] == load_document(docs, batch, there, tokens)[None, :])
             if HAS_DECAY:
                 sums, rest, coarse, fine = coordinates(g, i * C, rows, start, tokens, state_heads, TILES * C)
-                if CAUSAL:
+                if READ_BEFORE and not CAUSAL:
+                    sums, rest = sums - coarse, rest - fine
+                if WIDE:
                     passed = (own_sum[:, None] - sums[None, :]) + (own_rest[:, None] - rest[None, :])
-                else:
-                    if READ_BEFORE:
-                        sums, rest = sums - coarse, rest - fine
-                    passed = (sums[None, :] - own_sum[:, None]) + (rest[None, :] - own_rest[:, None])
+                else:  # bfloat16 has no use for the digits, and the registers other ones
+                    passed = (own_sum + own_rest)[:, None] - (sums + rest)[None, :]
+                if not CAUSAL:
+                    passed = -passed
                 scores *= tl.exp2(tl.where(seen, passed, float("-inf")))
             else:
                 scores = tl.where(seen, scores, 0.0)

@@ -72,12 +72,13 @@ def column_sums(high, low, rows, middle, last):
 
 
 @triton.jit
-def level_pairs(rows, size, final, CAUSAL: tl.constexpr, READ_BEFORE: tl.constexpr):
-    """Which pairs (own row, other row) a level of blocks of `size` makes, and each row's middle.
+def level_pairs(rows, shift, final, CAUSAL: tl.constexpr, READ_BEFORE: tl.constexpr):
+    """Which pairs (own row, other row) a level of blocks of 2^shift rows makes, and each row's middle.
 
     Before the `final` level those of a reader in the second and a key in the first half; CAUSAL: own rows read.
     """
-    middle = rows // size * size + tl.maximum(size // 2, 1)
+    block = rows >> shift
+    middle = (block << shift) + tl.maximum((1 << shift) >> 1, 1)
     second = rows >= middle
     if CAUSAL:
         order = rows[:, None] > rows[None, :] if READ_BEFORE else rows[:, None] >= rows[None, :]
@@ -85,7 +86,7 @@ def level_pairs(rows, size, final, CAUSAL: tl.constexpr, READ_BEFORE: tl.constex
     else:
         order = rows[:, None] < rows[None, :] if READ_BEFORE else rows[:, None] <= rows[None, :]
         across = (rows < middle)[:, None] & second[None, :]
-    same = (rows // size)[:, None] == (rows // size)[None, :]
+    same = block[:, None] == block[None, :]
     return same & order & (across | final), middle
 
 
@@ -114,8 +115,8 @@ def add_products(
     g += (batch * tokens * state_heads + state_head) * K
     # the last decay that a row has met: readers their own, or the one before it; keys their own
     shift: tl.constexpr = 1 if READ_BEFORE else 0
-    own_last = rows - shift if CAUSAL else rows
-    other_last = rows if CAUSAL else rows - shift
+    own_shift: tl.constexpr = shift if CAUSAL else 0
+    other_shift: tl.constexpr = 0 if CAUSAL else shift
     sign: tl.constexpr = 1.0 if CAUSAL else -1.0
     reach = tl.where(inside, 1.0, 0.0)
     if HAS_DOCS:
@@ -136,19 +137,25 @@ def add_products(
         left = b + (batch * tokens * other_heads + other_head) * K
         scores = tl.zeros([C, C], tl.float32)
         for level in range(0, levels + 1):
-            pairs, middle = level_pairs(rows, C >> level, level == levels, CAUSAL, READ_BEFORE)
+            # always `rows`, but the compiler does not know it: nothing of a level may wait for it in registers
+            lanes = rows + (level >> 3)
+            pairs, middle = level_pairs(lanes, 6 - level, level == levels, CAUSAL, READ_BEFORE)
             found = tl.zeros([C, C], tl.float32)
             for part in tl.static_range(K // BK):
                 dims = part * BK + tl.arange(0, BK)
-                high, low = in_halves(in_base_two(load_rows(g, first, rows, state_heads * K, dims, tokens)))
-                factor = tl.exp2(tl.minimum(row_sums(high, low, rows, middle, own_last) * sign, CAP))
-                x = load_rows(a, first, rows, own_heads * K, dims, tokens)
+                high, low = in_halves(in_base_two(load_rows(g, first, lanes, state_heads * K, dims, tokens)))
+                factor = tl.exp2(
+                    tl.minimum(row_sums(high, low, lanes, middle, lanes - own_shift) * sign, CAP)
+                )
+                x = load_rows(a, first, lanes, own_heads * K, dims, tokens)
                 own = x.to(tl.float32) * factor
                 high, low = in_halves(
-                    in_base_two(load_columns(g, first, rows, state_heads * K, dims, tokens))
+                    in_base_two(load_columns(g, first, lanes, state_heads * K, dims, tokens))
                 )
-                factor = tl.exp2(tl.minimum(column_sums(high, low, rows, middle, other_last) * -sign, CAP))
-                y = load_columns(left, first, rows, other_heads * K, dims, tokens)
+                factor = tl.exp2(
+                    tl.minimum(column_sums(high, low, lanes, middle, lanes - other_shift) * -sign, CAP)
+                )
+                y = load_columns(left, first, lanes, other_heads * K, dims, tokens)
                 other = y.to(tl.float32) * factor
                 if WIDE:
                     found = tl.dot(own, other, found, input_precision=PRECISION)
@@ -170,7 +177,9 @@ def add_products(
     for part in tl.static_range(K // BK):
         dims = part * BK + tl.arange(0, BK)
         high, low = in_halves(in_base_two(load_rows(g, first, rows, state_heads * K, dims, tokens)))
-        outside = row_sums(high, low, rows, tl.zeros([C], tl.int32) + (0 if CAUSAL else C), own_last) * sign
+        outside = (
+            row_sums(high, low, rows, tl.zeros([C], tl.int32) + (0 if CAUSAL else C), rows - own_shift) * sign
+        )
         x = load_rows(a, first, rows, own_heads * K, dims, tokens)
         read = x.to(tl.float32) * tl.exp2(outside) * reach[:, None]
         square = dims[:, None] * V + values[None, :]
@@ -265,11 +274,12 @@ def add_sums(
             for_q = tl.where((owner == before)[:, None], for_q, 0.0)
             scores = tl.where(same, scores, 0.0)
         for level in range(0, levels + 1):
-            pairs, middle = level_pairs(rows, C >> level, level == levels, True, READ_BEFORE)
-            keys = load_rows(k, first, rows, state_heads * K, dims, tokens)
-            down = tl.minimum(-row_sums(high, low, rows, middle, rows), CAP)
+            lanes = rows + (level >> 3)
+            pairs, middle = level_pairs(lanes, 6 - level, level == levels, True, READ_BEFORE)
+            keys = load_rows(k, first, lanes, state_heads * K, dims, tokens)
+            down = tl.minimum(-row_sums(high, low, lanes, middle, lanes), CAP)
             right = keys.to(tl.float32) * tl.exp2(down)
-            up = tl.exp2(tl.minimum(row_sums(high, low, rows, middle, rows - shift), CAP))
+            up = tl.exp2(tl.minimum(row_sums(high, low, lanes, middle, lanes - shift), CAP))
             left = tl.where(pairs, scores, 0.0)
             if WIDE:
                 for_q += up * tl.dot(left, right, input_precision=PRECISION)
@@ -307,11 +317,12 @@ def add_sums(
         if HAS_DOCS:
             scores = tl.where(same, scores, 0.0)
         for level in range(0, levels + 1):
-            pairs, middle = level_pairs(rows, C >> level, level == levels, False, READ_BEFORE)
-            queries = load_rows(q + (batch * tokens * heads + own) * K, first, rows, heads * K, dims, tokens)
-            up = tl.minimum(row_sums(high, low, rows, middle, rows - shift), CAP)
+            lanes = rows + (level >> 3)
+            pairs, middle = level_pairs(lanes, 6 - level, level == levels, False, READ_BEFORE)
+            queries = load_rows(q + (batch * tokens * heads + own) * K, first, lanes, heads * K, dims, tokens)
+            up = tl.minimum(row_sums(high, low, lanes, middle, lanes - shift), CAP)
             right = queries.to(tl.float32) * tl.exp2(up)
-            down = tl.exp2(tl.minimum(-row_sums(high, low, rows, middle, rows), CAP))
+            down = tl.exp2(tl.minimum(-row_sums(high, low, lanes, middle, lanes), CAP))
             left = tl.where(pairs, scores, 0.0)
             if WIDE:
                 for_k += down * tl.dot(left, right, input_precision=PRECISION)
@@ -352,25 +363,26 @@ def key_gradient_kernel(
     ahead, ahead_norms, ahead_carries, ahead_carry_norms, ahead_spans, dq, dk, dv, dg,
     tokens, tiles, periods, per_segment, segments,
     heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr,
+    BV: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr,
     READ_BEFORE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_CARRY: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and the decays' gradient, or dv: one chunk, head of the state and block of columns a program."""
-    roles: tl.constexpr = K // BK + V // BV
+    key_blocks: tl.constexpr = K // COLUMNS
+    roles: tl.constexpr = key_blocks + V // BV
     chunk, role = tl.program_id(0) // roles, tl.program_id(0) % roles
     batch = (tl.program_id(1) // state_heads).to(tl.int64)
     head = tl.program_id(1) % state_heads
     future = (ahead, ahead_norms, ahead_carries, ahead_carry_norms, ahead_spans)
-    if role < K // BK:
+    if role < key_blocks:
         add_sums(
             q, k, v, g, docs, do, weight, (states, norms, carries, carry_norms, spans), future, dq, dk, dg,
             chunk, batch, head, role, tokens, periods, per_segment, segments,
-            heads, state_heads, K, V, BK, C, READ_BEFORE, NORMALIZE, HAS_DOCS, HAS_CARRY, WIDE, PRECISION,
+            heads, state_heads, K, V, COLUMNS, C, READ_BEFORE, NORMALIZE, HAS_DOCS, HAS_CARRY, WIDE, PRECISION,
         )  # fmt: skip
     else:
         add_products(
             k, q, do, g, docs, future, dv, weight,
-            chunk, batch, head, role - K // BK, tokens, periods, per_segment, segments,
+            chunk, batch, head, role - key_blocks, tokens, periods, per_segment, segments,
             heads, state_heads, K, V, BK, BV, C, False, READ_BEFORE, NORMALIZE, HAS_DOCS, HAS_CARRY, WIDE, PRECISION,
         )  # fmt: skip

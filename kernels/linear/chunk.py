@@ -1,10 +1,12 @@
-"""Chunked linear attention in torch: dense inside a chunk, a float32 state between chunks; O(T) memory."""
+"""Chunked linear attention: dense inside a chunk, a float32 state between chunks; O(T) memory."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from linearize.kernels import dispatch
 
 GROUP = 32
 """Chunks whose states are summed by one matrix product."""
@@ -15,7 +17,8 @@ def linear_chunk(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Causal linear attention (query t sees keys s <= t of its own document) with a carried state.
 
-    Keys that nobody may see (padding) must come with zero features.
+    Keys that nobody may see (padding) must come with zero features. On CUDA it runs in Triton, as gated_linear without
+    a decay: phi_q, phi_k and v of one dtype, numerators in that of v, denominators and states in float32.
 
     Args:
         phi_q: [B, T, H, F].
@@ -26,7 +29,23 @@ def linear_chunk(
 
     Returns:
         numerator [B, T, H, V], denominator [B, T, H], and the new state, which holds the last document only.
+
+    Raises:
+        KernelError: Triton is to run what it does not cover.
     """
+    if dispatch.use_triton(phi_q, phi_k, v):
+        from linearize.kernels.gated_linear.operator import gated_linear_triton
+
+        numerator, denominator, (sums, norms) = gated_linear_triton(phi_q, phi_k, v, None, docs, state)
+        assert denominator is not None and norms is not None
+        return numerator, denominator, (sums, norms)
+    return torch_chunk(phi_q, phi_k, v, docs, state, chunk)
+
+
+def torch_chunk(
+    phi_q: Tensor, phi_k: Tensor, v: Tensor, docs: Tensor, state: tuple[Tensor, Tensor], chunk: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """`linear_chunk` in torch."""
     batch, tokens, heads, width = phi_q.shape
     state_heads = phi_k.shape[2]
     chunk = max(1, min(chunk, tokens))

@@ -21,13 +21,24 @@ def slots_chunk(
 ) -> tuple[Tensor, SlotState]:
     """Arguments and results of `slots_reference`; `chunk` is a power of two.
 
-    In the first pass the slots are value dimensions, each with its decay; in the second they are key dimensions.
+    In the first pass the slots are value dimensions, each with its decay; in the second they are key dimensions. On
+    CUDA the second one runs in Triton; the first keeps the torch form, which is as linear in time and memory.
     """
     keys, values = state
+    wide = keys.dtype
     scores, _, (keys, _) = gated_linear_chunk(
-        q, k, writes, log_decay, docs, (keys, None), normalize=False, decay_values=True, chunk=chunk
+        q.to(wide),
+        k.to(wide),
+        writes.to(wide),
+        log_decay.to(wide),
+        docs,
+        (keys, None),
+        normalize=False,
+        decay_values=True,
+        chunk=chunk,
     )
+    weights, writes = scores.softmax(-1).to(v.dtype), writes.to(v.dtype)
     out, _, (values, _) = gated_linear_chunk(
-        scores.softmax(-1), writes, v, log_decay, docs, (values, None), normalize=False, chunk=chunk
+        weights, writes, v, log_decay, docs, (values, None), normalize=False, chunk=chunk
     )
     return out, (keys, values)
