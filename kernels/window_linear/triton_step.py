@@ -290,7 +290,7 @@ def configuration(key_dim: int, value_dim: int, features: int, span: int, progra
     widest = max(key_dim, value_dim)
     small = features * widest <= 32 * 32
     return {
-        "BV": min(value_dim, 128 if features <= 64 and widest <= 128 else 64),
+        "BV": min(value_dim, 128 if features * widest <= 64 * 128 else 32),
         "BW": min(triton.next_power_of_2(max(span, 1)), 128 if widest <= 64 else 64 if widest <= 128 else 32),
         "num_warps": 4 if small or (max(widest, features, span) <= 64 and programs > PROGRAMS) else 8,
         "num_stages": 1,

@@ -12,7 +12,8 @@ from linearize.mixers import LayerShape, Mixer, build
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-GROUPED = {"heads": 4, "kv_heads": 2, "key_dim": 16, "value_dim": 16, "scaling": 0.25}
+GROUPED = {"heads": 2, "kv_heads": 1, "key_dim": 16, "value_dim": 16, "scaling": 0.25}
+FOUR = {"heads": 4, "kv_heads": 2}
 MAPS = {"name": "hedgehog", "dim": 16}
 PER_KV = {**MAPS, "per": "kv_head"}
 
@@ -26,9 +27,9 @@ def terraced(size: int, **options: object) -> dict:
 
 
 CASES: dict[str, tuple[dict, dict]] = {
-    "sliding": ({"feature_map": MAPS, "window": sliding(3)}, {}),
+    "sliding": ({"feature_map": MAPS, "window": sliding(3)}, FOUR),
     "window of one": ({"feature_map": MAPS, "window": sliding(1)}, {}),
-    "state shared by a group": ({"feature_map": PER_KV, "window": sliding(3)}, {}),
+    "state shared by a group": ({"feature_map": PER_KV, "window": sliding(3)}, FOUR),
     "complement": (
         {
             "feature_map": MAPS,
@@ -41,7 +42,7 @@ CASES: dict[str, tuple[dict, dict]] = {
     "odd widths": ({"feature_map": {"name": "hedgehog", "dim": 9}, "window": sliding(3)}, {"key_dim": 12, "value_dim": 10}),
     "overlap": ({"feature_map": PER_KV, "window": sliding(3, overlap=True)}, {}),
     "terraced": ({"feature_map": MAPS, "window": terraced(3)}, {}),
-    "terraced, shared, sink": ({"feature_map": PER_KV, "window": terraced(3, sinks="learned")}, {}),
+    "terraced, shared, sink": ({"feature_map": PER_KV, "window": terraced(3, sinks="learned")}, FOUR),
     "terraced, the teacher slides": ({"feature_map": MAPS, "window": terraced(3)}, {"sliding_window": 5}),
     "no window": ({"feature_map": MAPS}, {}),
     "no window, shared": ({"feature_map": PER_KV}, {}),
@@ -146,13 +147,13 @@ def test_equals_the_mixer(mixer, shape, kernels):
     ids=["two tiles of the window", "terraced"],
 )
 def test_goes_on_from_a_prefilled_state(case):
-    compare(make(*case), "triton", torch.float32, 9, prefilled=77)
+    compare(make(*case), "triton", torch.float32, 6, prefilled=77)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", ["sliding", "state shared by a group", "terraced"])
 def test_half_precision(case, dtype):
-    compare(make(*CASES[case]), "triton", dtype, 11)
+    compare(make(*CASES[case]), "triton", dtype, 8)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
@@ -161,10 +162,10 @@ def test_half_precision(case, dtype):
 def test_rotation_inside(kernels, width, rows):
     """Rotating inside is rotating before."""
     made = make(*CASES["state shared by a group"])
-    xs = draw(made.shape, 9, torch.float32)
+    xs = draw(made.shape, 5, torch.float32)
     states = [made.initial_state(2, torch.float32, torch.device(DEVICE)) for _ in range(2)]
     generator = torch.Generator().manual_seed(5)
-    for t in range(9):
+    for t in range(5):
         q, k, v = (x[:, t] for x in xs)
         angle = torch.randn(rows, width // 2, generator=generator).to(DEVICE).repeat(1, 2)
 
@@ -228,8 +229,8 @@ def test_is_a_torch_operator():
     ring, (sums, norms) = made.window.ring(state), (state["sums"], state["norms"])
     maps = [made.feature_map.query_weight.detach(), made.feature_map.key_weight.detach()]
     call = (
-        q, k, v, None, None, None, *maps, torch.ones(4, device=DEVICE), None, None, ring.k, ring.v, ring.valid,
-        ring.next, ring.position, sums, norms, [4.0, 8.0, 0.0, 0.25, 0.0, 0.0],
+        q, k, v, None, None, None, *maps, torch.ones(made.shape.heads, device=DEVICE), None, None, ring.k, ring.v, ring.valid,
+        ring.next, ring.position, sums, norms, [3.0, 6.0, 0.0, 0.25, 0.0, 0.0],
     )  # fmt: skip
     with dispatch.kernels("triton"):
         torch.library.opcheck(triton_step.step, call, test_utils=("test_schema", "test_faketensor"))
