@@ -41,7 +41,7 @@ def launch_forward(
     made_for = config("inverse", plan)
     launch(
         inverse_kernel, (rows * plan.chunks,), k=k, inverse=inverse, kept=kept, **gates, **sizes, BK=made_for.keys,
-        PRECISION=plan.precision, INNER=plan.inner, num_warps=made_for.warps, num_stages=made_for.stages,
+        PRECISION=plan.precision, num_warps=made_for.warps, num_stages=made_for.stages,
     )  # fmt: skip
     made_for = config("transition", plan)
     launch(

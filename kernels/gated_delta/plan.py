@@ -29,7 +29,12 @@ class Config:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the launches need to know beside the tensors: sizes, and how exact products of float32 are."""
+    """What the launches need to know beside the tensors.
+
+    Attributes:
+        batch, tokens, heads, state_heads, key_dim, value_dim, chunks: sizes.
+        precision: of products of float32 operands, which 16-bit inputs have within T alone.
+    """
 
     batch: int
     tokens: int
@@ -39,13 +44,11 @@ class Plan:
     value_dim: int
     chunks: int
     precision: str
-    inner: str
 
 
 def make_plan(q: Tensor, k: Tensor, v: Tensor) -> Plan:
     """Read the sizes of q [B, T, H, K], k [B, T, M, K], v [B, T, M, V]."""
     batch, tokens, heads, key_dim = q.shape
-    single = q.dtype.itemsize == 4
     return Plan(
         batch=batch,
         tokens=tokens,
@@ -54,8 +57,7 @@ def make_plan(q: Tensor, k: Tensor, v: Tensor) -> Plan:
         key_dim=key_dim,
         value_dim=v.shape[-1],
         chunks=-(-tokens // CHUNK),
-        precision="ieee",
-        inner="ieee" if single else "tf32",
+        precision="tf32x3" if q.dtype.itemsize == 4 else "tf32",
     )
 
 
@@ -69,7 +71,7 @@ def config(kernel: str, plan: Plan) -> Config:
     found = table[next(size for size in sorted(table) if width <= size)]
     keys, values = min(found.keys, plan.key_dim), min(found.values, plan.value_dim)
     warps = min(found.warps, 2) if min(plan.key_dim, plan.value_dim) < 64 else found.warps
-    return Config(keys, values, warps, 1 if plan.inner == "ieee" else found.stages)
+    return Config(keys, values, warps, 1 if plan.precision == "tf32x3" else found.stages)
 
 
 CONFIGS: dict[str, dict[int, Config]] = {

@@ -69,7 +69,7 @@ def store_tile(to, row, column, tile):
 def inverse_kernel(
     k, beta, log_decay, docs, inverse, kept, tokens, chunks,
     state_heads: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr, INNER: tl.constexpr,
+    HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk of one head: T [64, 64], and the decay `kept` over the chunk, zero across a document boundary."""
     chunk = tl.program_id(0) % chunks
@@ -141,19 +141,19 @@ def inverse_kernel(
     g31 = tile_of_a(g31, b3, t3, t1, d3, d1, False, HAS_DECAY)
     g32 = tile_of_a(g32, b3, t3, t2, d3, d2, False, HAS_DECAY)
     g33 = tile_of_a(g33, b3, t3, t3, d3, d3, True, HAS_DECAY)
-    x0 = unit_inverse(g00, INNER)
-    x1 = unit_inverse(g11, INNER)
-    x2 = unit_inverse(g22, INNER)
-    x3 = unit_inverse(g33, INNER)
-    x10 = -tl.dot(x1, tl.dot(g10, x0, input_precision=INNER), input_precision=INNER)
-    x21 = -tl.dot(x2, tl.dot(g21, x1, input_precision=INNER), input_precision=INNER)
-    x32 = -tl.dot(x3, tl.dot(g32, x2, input_precision=INNER), input_precision=INNER)
-    sum20 = tl.dot(g20, x0, input_precision=INNER) + tl.dot(g21, x10, input_precision=INNER)
-    sum31 = tl.dot(g31, x1, input_precision=INNER) + tl.dot(g32, x21, input_precision=INNER)
-    x20 = -tl.dot(x2, sum20, input_precision=INNER)
-    x31 = -tl.dot(x3, sum31, input_precision=INNER)
-    sum30 = tl.dot(g30, x0, input_precision=INNER) + tl.dot(g31, x10, input_precision=INNER)
-    x30 = -tl.dot(x3, sum30 + tl.dot(g32, x20, input_precision=INNER), input_precision=INNER)
+    x0 = unit_inverse(g00, PRECISION)
+    x1 = unit_inverse(g11, PRECISION)
+    x2 = unit_inverse(g22, PRECISION)
+    x3 = unit_inverse(g33, PRECISION)
+    x10 = -tl.dot(x1, tl.dot(g10, x0, input_precision=PRECISION), input_precision=PRECISION)
+    x21 = -tl.dot(x2, tl.dot(g21, x1, input_precision=PRECISION), input_precision=PRECISION)
+    x32 = -tl.dot(x3, tl.dot(g32, x2, input_precision=PRECISION), input_precision=PRECISION)
+    sum20 = tl.dot(g20, x0, input_precision=PRECISION) + tl.dot(g21, x10, input_precision=PRECISION)
+    sum31 = tl.dot(g31, x1, input_precision=PRECISION) + tl.dot(g32, x21, input_precision=PRECISION)
+    x20 = -tl.dot(x2, sum20, input_precision=PRECISION)
+    x31 = -tl.dot(x3, sum31, input_precision=PRECISION)
+    sum30 = tl.dot(g30, x0, input_precision=PRECISION) + tl.dot(g31, x10, input_precision=PRECISION)
+    x30 = -tl.dot(x3, sum30 + tl.dot(g32, x20, input_precision=PRECISION), input_precision=PRECISION)
     to = inverse + (row_head * chunks + chunk) * 64 * 64
     nothing = tl.zeros([16, 16], tl.float32)
     store_tile(to, 0, 0, x0)

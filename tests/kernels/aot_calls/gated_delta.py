@@ -38,7 +38,7 @@ def step(dim: int, *, decay: bool = True, heads: int = 4, state_heads: int = 4) 
 CALLS: dict[str, Callable[[], None]] = {
     "dim 64": partial(call, 64),
     "dim 64, no decay": partial(call, 64, decay=False),
-    "dim 64, grouped heads": partial(call, 64, heads=6, state_heads=2),
+    "dim 64, grouped heads": partial(call, 64, heads=8),
     "dim 128": partial(call, 128),
     "dim 128, no decay": partial(call, 128, decay=False),
     "dim 256": partial(call, 256),
