@@ -30,8 +30,8 @@ def delta_chunk(
 
     - T = (I + A)^-1 is computed once, in float32 by blocks of 16, and kept in the dtype of q for both directions. Its
       products are tf32 for 16-bit inputs: with beta in [0, 1] that costs less than rounding T; with beta near 2 and
-      keys that are nearly one key the error of T grows to 1e-2, as it does from rounding the keys. Every product of float32
-      inputs is three tf32 products, exact to 1e-6.
+      keys that are nearly one key the error of T grows to 1e-2, as it does from rounding the keys.
+    - Every product of float32 inputs is three tf32 products, exact to 1e-6.
     - The loop over chunks has one product in it: a chunk takes S to kept S - P S + N, with P = K_e^T T (beta K~) and
       N = K_e^T T (beta V) made for all chunks side by side (K_e: keys with the decay to the chunk's end). The gradients
       of the states obey the same with P^T, so backward runs the same kernel from right to left. P has at most twice the

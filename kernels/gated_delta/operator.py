@@ -26,7 +26,8 @@ def delta_triton(
         state = F.pad(state, (0, for_value, 0, for_key))
     out, final, *_ = forward(q, k, v, beta, log_decay, docs, state)
     if for_key or for_value:
-        return out[..., :value_dim], final[:, :, :key_dim, :value_dim]
+        # contiguous, as the one-token form writes it in place
+        return out[..., :value_dim], final[:, :, :key_dim, :value_dim].contiguous()
     return out, final
 
 
