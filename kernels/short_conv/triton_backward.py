@@ -1,9 +1,9 @@
 """Backward kernel of short_conv: every gradient in one launch, the pre-activation made again from the inputs.
 
 A program owns `SPAN` tokens of a block of channels as *inputs*: dx_s = sum_k w_{W-1-k} da_{s+k} and
-dw_{W-1-k} = sum_s x_s da_{s+k}, with a the convolution's result before the activation. da at the W tokens from s on needs
-2 W - 1 rows of x around s, which the first level cache holds. Sums over tokens are written by each program and added
-afterwards in a fixed order.
+dw_{W-1-k} = sum_s x_s da_{s+k}, with a the convolution's result before the activation. da at the W tokens from s on
+needs 2 W - 1 rows of x around s, which the first level cache holds. Sums over tokens are written by each program and
+added afterwards in a fixed order.
 """
 
 from __future__ import annotations
@@ -50,9 +50,8 @@ def backward_tiles(
             reader = positions + ahead
             inside = (reader >= 0) & (reader < tokens)
             da = load_rows(dy, dy, base, reader, columns, tokens, channels, TAPS, False)
-            if RESIDUAL:
-                if ahead == 0:
-                    gradient += da
+            if RESIDUAL and ahead == 0:
+                gradient += da
             reader_document = reader
             if HAS_CODES:
                 reader_document = document(load_codes(codes, reader, tokens))
@@ -70,9 +69,8 @@ def backward_tiles(
                     a += other * factor[None, :]
                 gate = tl.sigmoid(a)
                 da = da * gate * (1.0 + a * (1.0 - gate))
-            if HAS_BIAS:
-                if ahead == 0:
-                    sums += tl.where(rows == TAPS, 1.0, 0.0)[:, None] * tl.sum(da, 0)[None, :]
+            if HAS_BIAS and ahead == 0:
+                sums += tl.where(rows == TAPS, 1.0, 0.0)[:, None] * tl.sum(da, 0)[None, :]
             if HAS_CODES:
                 da = tl.where((inside & (own_code == reader_document))[:, None], da, 0.0)
             factor = tl.load(weight + columns * TAPS + (TAPS - 1 - ahead), mask=lanes, other=0.0).to(

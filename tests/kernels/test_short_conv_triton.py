@@ -57,23 +57,29 @@ class Case:
 
 CASES = {
     "plain": Case(),
-    "everything": Case(bias=True, silu=True, residual=True, codes=True, carried=True),
+    "everything": Case(
+        tokens=37,
+        bias=True,
+        silu=True,
+        residual=True,
+        codes=True,
+        carried=True,
+        sizes=((2, 16), (1, 16), (1, 24)),
+    ),
     "documents": Case(codes=True, sizes=((3, 16), (1, 8))),
-    "activation": Case(silu=True, sizes=((5, 16), (1, 16), (1, 16))),
+    "activation": Case(tokens=21, silu=True, sizes=((5, 16), (1, 16))),
     "two taps": Case(taps=2, codes=True, silu=True, sizes=((2, 16),)),
     "three taps": Case(taps=3, residual=True, carried=True, sizes=((2, 16), (2, 16))),
-    "eight taps": Case(
-        tokens=35, taps=8, codes=True, carried=True, bias=True, silu=True, sizes=((1, 16), (1, 8))
-    ),
+    "eight taps": Case(tokens=25, taps=8, codes=True, carried=True, bias=True, silu=True, sizes=((1, 16),)),
     "eight taps without activation": Case(taps=8, sizes=((1, 16),)),
     "one tap": Case(taps=1, bias=True, carried=True, sizes=((1, 16),)),
     "odd widths": Case(sizes=((1, 5), (3, 7)), carried=True, codes=True),
     "fewer tokens than taps": Case(tokens=2, codes=True, carried=True, sizes=((1, 16), (1, 8))),
     "one token": Case(tokens=1, carried=True, silu=True, sizes=((1, 16),)),
-    "several programs": Case(tokens=261, codes=True, carried=True, silu=True, sizes=((1, 16), (1, 8))),
-    "wide head": Case(tokens=20, codes=True, silu=True, sizes=((2, 64), (1, 64), (1, 64))),
+    "several programs": Case(tokens=261, codes=True, carried=True, sizes=((1, 16),)),
+    "several programs, activation": Case(tokens=131, codes=True, silu=True, sizes=((1, 16),)),
+    "wide head": Case(tokens=20, codes=True, sizes=((2, 64), (1, 64), (1, 64))),
 }
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 BATCH = 2
 
 
@@ -148,9 +154,16 @@ def run(case: Case, form: str, tensors: dict, **options: bool) -> tuple[list[Ten
         return short_conv_streams(**tensors, codes=codes, **case.options, **options)
 
 
-@cases
+SLOW = {"several programs", "several programs, activation", "eight taps", "activation", "wide head"}
+"""Cases of many programs or taps, which the interpreter is asked for once, in float32."""
+
+
+@pytest.mark.parametrize("name", CASES)
 @forms
-def test_outputs_states_and_gradients(case: Case, form: str, dtype: torch.dtype) -> None:
+def test_outputs_states_and_gradients(name: str, form: str, dtype: torch.dtype) -> None:
+    if DEVICE == "cpu" and dtype == torch.float16 and name in SLOW:
+        pytest.skip("slow in the interpreter")
+    case = CASES[name]
     tensors = draw(case, dtype)
     leaves = [x.requires_grad_() for x in flat(tensors)]
     outputs, finals = reference(case, tensors)
@@ -179,7 +192,7 @@ def test_outputs_states_and_gradients(case: Case, form: str, dtype: torch.dtype)
 @pytest.mark.parametrize("form", ["torch", "triton"])
 def test_without_state_and_with_frozen_inputs(form: str) -> None:
     """What training asks for: no state either way; gradients of some leaves only; one output left unused."""
-    case = Case(silu=True, sizes=((2, 16), (1, 16)))
+    case = Case(tokens=20, silu=True, sizes=((2, 16), (1, 16)))
     tensors = draw(case, torch.float32)
     ours = on_device(tensors, torch.float32, False)
     ours["weights"][0].requires_grad_()
@@ -193,9 +206,9 @@ def test_without_state_and_with_frozen_inputs(form: str) -> None:
     assert ours["inputs"][0].grad is None
 
 
-@pytest.mark.parametrize("at", [1, 2, 37, 74])
+@pytest.mark.parametrize("at", [1, 2, 37])
 def test_state_is_carried_across_a_split(at: int) -> None:
-    case = Case(silu=True)
+    case = Case(tokens=41, silu=True)
     tensors = on_device(draw(case, torch.float32), torch.float32, False)
     whole, final = run(case, "triton", tensors, return_state=True)
     head, state = run(
@@ -324,5 +337,5 @@ def test_what_is_not_covered_is_refused() -> None:
             short_conv_streams([x], [torch.zeros(1, 8, 9, device=DEVICE)])
         with pytest.raises(dispatch.KernelError, match="streams: 4 of them"):
             short_conv_streams([x] * 4, [torch.zeros(1, 8, 4, device=DEVICE)] * 4)
-        with pytest.raises(dispatch.KernelError, match="weights: .* must be heads, width, taps"):
+        with pytest.raises(dispatch.KernelError, match=r"weights: .* must be heads, width, taps"):
             short_conv_streams([x], [torch.zeros(2, 8, 4, device=DEVICE)])

@@ -18,6 +18,7 @@ def call(
     dim: int,
     taps: int = 4,
     *,
+    tokens: int = 128,
     streams: int = 3,
     codes: bool = False,
     bias: bool = False,
@@ -27,11 +28,11 @@ def call(
 ) -> None:
     """Forward and backward."""
     sizes = SIZES[dim][:streams]
-    inputs = [torch.zeros(1, 128, *size, dtype=dtype, requires_grad=True) for size in sizes]
+    inputs = [torch.zeros(1, tokens, *size, dtype=dtype, requires_grad=True) for size in sizes]
     weights = [torch.zeros(*size, taps, requires_grad=True) for size in sizes]
     biases = [torch.zeros(*size, requires_grad=True) for size in sizes] if bias else None
     states = [torch.zeros(1, taps - 1, *size, dtype=dtype) for size in sizes] if carried else None
-    given = torch.zeros(1, 128, dtype=torch.int32) if codes else None
+    given = torch.zeros(1, tokens, dtype=torch.int32) if codes else None
     outputs, _ = short_conv_streams(
         inputs, weights, codes=given, states=states, biases=biases, silu=silu, return_state=carried
     )
@@ -57,6 +58,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "documents, activation": partial(call, 64, codes=True, silu=True),
     "activation, bias": partial(call, 128, silu=True, bias=True),
     "prefill": partial(call, 64, codes=True, silu=True, carried=True),
+    "one token": partial(call, 64, tokens=1, codes=True, silu=True, carried=True),
     "eight taps, activation": partial(call, 64, 8, silu=True),
     "two taps, one stream": partial(call, 64, 2, streams=1),
     "float32": partial(call, 64, codes=True, silu=True, dtype=torch.float32),
