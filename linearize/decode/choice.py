@@ -11,8 +11,8 @@ from transformers.generation import GenerationMode
 
 from linearize.decode.masks import PATTERNS, patterns
 from linearize.decode.sampling import Sampling
+from linearize.mixers import Mixer
 from linearize.surgery import converted
-from linearize.surgery.cache import has_fixed_state
 
 DEVICE = "cuda"
 """Where a graph can be captured."""
@@ -102,6 +102,12 @@ def obstacles(model: Any) -> list[str]:
         if other:
             problems.append(f"layers of the kind {', '.join(other)}")
     return problems
+
+
+def has_fixed_state(mixer: Mixer) -> bool:
+    """Whether a mixer's state keeps its shapes, as all do but those with the teacher's own softmax (window `full`)."""
+    empty = mixer.initial_state(1, torch.float32, torch.device("meta"))
+    return all(x.numel() for x in empty.tensors.values())
 
 
 def fingerprint(model: Any) -> tuple[Any, ...]:

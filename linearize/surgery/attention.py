@@ -78,7 +78,7 @@ class LinearizedAttention(nn.Module):
         if cache is not None and self.linearize_switch.mode == "student":
             if isinstance(cache, EncoderDecoderCache):
                 cache = cache.self_attention_cache
-            frame.cache = adopt(cache, self.layer_idx, self.mixer)
+            frame.cache = adopt(cache, self.layer_idx)
             tokens = hidden.shape[1]
             if tokens > 1:
                 frame.offset = int(frame.cache.get_seq_length()) - frame.cache.get_mask_sizes(tokens)[1]

@@ -27,7 +27,6 @@ class LinearizedCacheLayer(CacheLayerMixin):
         record_past: keep what is needed to take tokens back (assisted decoding).
     """
 
-    is_compileable = False
     supports_early_init = False
     state: State | None
     mixer: Mixer | None
@@ -178,12 +177,6 @@ class LinearizedCacheLayer(CacheLayerMixin):
             self.state.to(self._home)
 
 
-def has_fixed_state(mixer: Mixer) -> bool:
-    """Whether a mixer's state keeps its shapes, as all do but those with the teacher's own softmax (window `full`)."""
-    empty = mixer.initial_state(1, torch.float32, torch.device("meta"))
-    return all(x.numel() for x in empty.tensors.values())
-
-
 def _keep_address(*tensors: Tensor) -> None:
     """Tell torch.compile that tensors written in place stay where they are, or it makes no CUDA graph of the step."""
     if not torch.compiler.is_compiling():
@@ -191,10 +184,12 @@ def _keep_address(*tensors: Tensor) -> None:
             torch._dynamo.mark_static_address(tensor)
 
 
-def adopt(cache: Cache, index: int, mixer: Mixer) -> LinearizedCacheLayer:
+def adopt(cache: Cache, index: int) -> LinearizedCacheLayer:
     """The converted cache layer of attention layer `index`, made in place on first touch.
 
-    In a static cache it can be compiled, as its state is written in place; see `has_fixed_state` for the exception.
+    It can be compiled where its type can be, in a static cache: the state is written in place. transformers also takes
+    that as the sign that kept layers need a mask for keys yet to come. A mixer whose state grows (window `full`) is
+    compiled again as it does.
 
     Raises:
         LinearizeError: the layer already holds keys and values of the softmax model.
@@ -219,7 +214,6 @@ def adopt(cache: Cache, index: int, mixer: Mixer) -> LinearizedCacheLayer:
     made.__dict__.update(layer.__dict__)
     made.state, made.mixer, made.seen = None, None, 0
     made.record_past = getattr(layer, "record_past", False)
-    made.is_compileable = layer.is_compileable and has_fixed_state(mixer)
     made._drop_record()
     cache.layers[index] = made
     return made

@@ -62,7 +62,7 @@ class LinearizedCausalLM(LinearizedModel):
         layers = converted(self)  # type: ignore[arg-type]
         if cache is not None and layers and layers[0].linearize_switch.mode == "student":
             for layer in layers:
-                adopt(cache, layer.layer_idx, layer.mixer)
+                adopt(cache, layer.layer_idx)
             if getattr(generation_config, "is_assistant", False):
                 cache.activate_past_recording()
         return result

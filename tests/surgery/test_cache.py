@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import tiny
 import torch
-from transformers import DynamicCache
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from linearize import surgery
@@ -55,6 +57,35 @@ def test_static_cache(family, layers):
     settings = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False}
     static = model.generate(ids, cache_implementation="static", disable_compile=True, **settings)
     assert torch.equal(static, model.generate(ids, **settings))
+
+
+@pytest.mark.parametrize("layers", ["all", [1]], ids=str)
+def test_a_static_cache_compiles(layers):
+    """What transformers does by itself on a GPU: the one-token forward in one piece, compiled once for all tokens."""
+    model = surgery.convert(tiny.model("llama", num_hidden_layers=2), tiny.HEDGEHOG, layers)
+    tiny.randomize(layer.mixer for layer in surgery.converted(model))
+    ids, mask, _ = tiny.left_padded(length=20)
+    settings = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False}
+    how = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    how._compile_all_devices = True
+    torch._dynamo.reset()
+    counters.clear()
+    static = model.generate(ids, cache_implementation="static", compile_config=how, **settings)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(static, model.generate(ids, **settings))
+
+
+@pytest.mark.parametrize("mixer", [tiny.LOLCATS, tiny.SOFTMAX], ids=["lolcats", "grows"])
+def test_a_static_cache_without_padding(mixer):
+    """Kept layers must not see keys that are yet to come, though no mask says so."""
+    model = hybrid("llama", [1], mixer)
+    ids = tiny.tokens(1, 8)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    # the first name is that of transformers 5.24, the second the one before it
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    made = model.generate(ids, **{name: cache}, disable_compile=True, **settings)
+    assert torch.equal(made, model.generate(ids, **settings))
 
 
 @families
