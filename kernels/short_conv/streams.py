@@ -61,7 +61,7 @@ def short_conv_streams(
     outputs, finals = [], []
     for index, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
         wide = torch.promote_types(x.dtype, torch.float32)
-        own = x.to(wide) if seen is None else x.to(wide) * seen.to(wide)
+        own = x.to(wide) if seen is None else torch.where(seen, x.to(wide), 0.0)
         start = None if states is None else states[index]
         before = own.new_zeros(batch, weight.shape[-1] - 1, *x.shape[2:]) if start is None else start.to(wide)
         bias = None if biases is None else biases[index].to(wide)
@@ -104,7 +104,7 @@ def short_conv_step_streams(
     outputs = []
     for index, (x, weight, state) in enumerate(zip(inputs, weights, states, strict=True)):
         wide = torch.promote_types(x.dtype, torch.float32)
-        own = x.to(wide) if valid is None else x.to(wide) * valid[:, None, None].to(wide)
+        own = x.to(wide) if valid is None else torch.where(valid[:, None, None], x.to(wide), 0.0)
         bias = None if biases is None else biases[index].to(wide)
         outputs.append(
             step_torch(own, weight.to(wide), state, bias=bias, silu=silu, residual=residual).to(x.dtype)

@@ -16,6 +16,9 @@ from linearize.kernels.short_conv import (
     short_conv_step_streams,
     short_conv_streams,
 )
+from linearize.mixers.base import LayerShape
+from linearize.mixers.short_conv.depthwise import Depthwise
+from linearize.mixers.state import State
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = [
@@ -284,6 +287,42 @@ def test_single_stream_functions_take_the_same_kernels() -> None:
         close(final, finals[0], 1e-6)
         first = short_conv_step(x[:, 0], weight, state, bias=bias, silu=True)
     close(first, outputs[0][:, 0], 1e-5)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["model's dtype", "widened"])
+def test_the_mixers_part(wide: bool) -> None:
+    """Prefill of two documents with padding, then tokens: as in torch, in a state of the model's dtype, in place."""
+    shape = LayerShape(heads=2, kv_heads=1, key_dim=16, value_dim=8, scaling=1.0)
+    part = Depthwise(Depthwise.Config(roles="qkv", activation="silu", others=0.3), shape).to(DEVICE)
+    dtype = torch.float32 if wide else torch.float16
+    q, k, v = (
+        normal(BATCH, 12, *size, seed=i).half().to(DEVICE, dtype)
+        for i, size in enumerate([(2, 16), (1, 16), (1, 8)])
+    )
+    valid = torch.ones(BATCH, 12, dtype=torch.bool, device=DEVICE)
+    valid[0, :2] = False
+    docs = (torch.arange(12, device=DEVICE) >= 5).long().expand(BATCH, 12)
+
+    def run(form: str) -> tuple[list[Tensor], State]:
+        state = State(part.initial(BATCH, torch.float16, torch.device(DEVICE)))
+        places = [state[name].data_ptr() for name in state]
+        found = []
+        with dispatch.kernels(form), torch.no_grad():
+            for a, b in ((0, 9), (9, 10), (10, 11), (11, 12)):
+                # what is carried belongs to document 0 of each call
+                own = docs[:, a:b] if a == 0 else torch.zeros_like(docs[:, a:b])
+                found.append(
+                    part(q[:, a:b], k[:, a:b], v[:, a:b], valid=valid[:, a:b], docs=own, state=state)
+                )
+        assert places == [state[name].data_ptr() for name in state]
+        return [torch.cat(xs, 1) for xs in zip(*found, strict=True)], state
+
+    (ours, state), (plain, expected) = run("triton"), run("torch")
+    for x, y in zip(
+        [*ours, *(state[n] for n in state)], [*plain, *(expected[n] for n in expected)], strict=True
+    ):
+        assert x.dtype == y.dtype
+        close(x, y.double().cpu(), 1e-5 if wide else 1e-3)
 
 
 @pytest.mark.parametrize("size", [(0, 5), (2, 0)])
