@@ -5,6 +5,9 @@
 Every operator's calls in `tests/kernels/aot_calls/NAME.py` are made on CPU tensors with launches recorded instead of
 made, and each distinct launch is compiled as the GPU's driver would get it. Prints a table; exit code 1 when a kernel
 has more shared memory than a block may have, spills, or has no tensor-core instruction for a product of 16-bit numbers.
+
+Registers and spills are those of the installed Triton's assembler; other versions give others. With an unpacked wheel
+of one in front on PYTHONPATH, and a TRITON_CACHE_DIR of its own, that one compiles.
 """
 
 from __future__ import annotations
@@ -291,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (default: 2)")
     parser.add_argument("--strict", action="store_true", help="let no spill pass")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
-    parser.add_argument("--list", action="store_true", help="only print the kernels that would be compiled")
+    parser.add_argument("--list", action="store_true", help="only print what would be compiled")
     parser.add_argument("--calls", type=Path, default=CALLS, metavar="DIR", help="folder of the calls")
     options = parser.parse_args(arguments)
     names = sorted(path.stem for path in options.calls.glob("*.py") if path.stem != "__init__")
@@ -304,7 +307,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # before anything is forked
     jobs = [job for name, calls in wanted.items() for job in record(name, calls, options.calls)]
     if options.list:
-        print("\n".join(f"{job.module}: {job.call}: {kernel_name(job.launch)}" for job in jobs))
+        for job in jobs:
+            operator = job.launch.kernel.fn.__module__.split(".")[-2]
+            print(f"{job.module}: {job.call}: {operator}.{kernel_name(job.launch)}")
         return 0
     rows: list[Compiled] = []
     print(HEADER)
