@@ -54,7 +54,7 @@ def launch_forward(
             last_tile=plan.last_tile if plan.return_state else plan.chunks, segments=plan.segments,
             kv_heads=plan.kv_heads, state_heads=plan.state_heads, BV=made.values, **_sizes(plan),
             HAS_CODES=codes is not None, HAS_REACH=reach is not None, HAS_START=start is not None,
-            HAS_TOTALS=plan.return_state or plan.segments > 1, PRECISION=plan.precision,
+            HAS_TOTALS=plan.return_state or plan.segments > 1, IS_FINAL=plan.segments == 1, PRECISION=plan.precision,
             num_warps=made.warps, num_stages=made.stages,
         )  # fmt: skip
         if plan.segments > 1:
@@ -168,13 +168,14 @@ def _carry(
     plan: Plan, totals: Tensor, carries: Tensor, final: Tensor | None, codes: Tensor | None, *, reverse: bool
 ) -> None:
     size = totals[0, 0, 0].numel()
+    values = plan.value_dim if totals.dim() == 6 else 1
     block = min(1024, 1 << (size - 1).bit_length())
     launch(
         carry_kernel, (-(-size // block), plan.batch * plan.state_heads),
         totals=totals, carries=carries, final=final, codes=codes, key_tokens=plan.key_tokens,
         origin=plan.prefix if reverse else plan.base, span=plan.per_segment * CHUNK, segments=plan.segments,
         state_heads=plan.state_heads, size=size, REVERSE=reverse, HAS_CODES=codes is not None,
-        HAS_FINAL=final is not None, BLOCK=block, num_warps=4, num_stages=1,
+        HAS_FINAL=final is not None, V=values, F=plan.map_dim, BLOCK=block, num_warps=4, num_stages=1,
     )  # fmt: skip
 
 

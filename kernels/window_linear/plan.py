@@ -104,7 +104,7 @@ class Plan:
         chunks, pieces = self.chunks if self.has_past else 0, self.segments if self._carries else 0
         made.append(q.new_empty(*size, chunks, 2, self.value_dim, self.map_dim, dtype=self.state_dtype(q.dtype)))
         made.append(q.new_empty(*size, chunks, width, dtype=single))
-        made.append(q.new_empty(*size, pieces, width, self.value_dim, dtype=self.state_dtype(q.dtype)))
+        made.append(q.new_empty(*size, pieces, 2, self.value_dim, self.map_dim, dtype=self.state_dtype(q.dtype)))
         made.append(q.new_empty(*size, pieces, width, dtype=single))
         past = 2 if self.has_past else 0
         made.append(q.new_empty(self.batch, self.heads, past, self.tokens, dtype=single))

@@ -62,7 +62,6 @@ def aligned_query_gradient_kernel(
         line = batch * state_heads + state_head
         at = (line * chunks + chunk) * 2
         held = values[:, None] * F + columns[None, :]
-        turned = columns[None, :] * V + values[:, None]
         dw = tl.dot(incoming, tl.trans(old_values), input_precision=PRECISION) - shift[:, None]
         seen = causal
         alive = False
@@ -79,10 +78,8 @@ def aligned_query_gradient_kernel(
             if HAS_CODES:
                 alive = alive & (load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens) == entering)
         far = tl.where(seen, dw, 0.0).to(x.dtype)
-        projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
-        key_logits = tl.dot(old_keys, projection, input_precision=PRECISION) * LOG2E
+        key_projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
         projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
-        logits = tl.dot(x, projection, input_precision=PRECISION) * LOG2E
         there = oldest + rows
         exists = (there >= 0) & (there < key_tokens)
         own_lse = key_lse + line * 2 * key_tokens + there
@@ -95,25 +92,25 @@ def aligned_query_gradient_kernel(
         if HAS_FACTOR:
             alpha *= tl.load(factor + head)
         for_y = tl.zeros([C, F], tl.float32)
-        # softmax(y), then softmax(-y): one after the other, or the registers do not hold them
+        # softmax(y), then softmax(-y), each from its own projection: a product costs less than holding the first one's
         for half in range(2):
             sign = 1.0 - 2.0 * half
             norm = tl.load(norms + (at + half) * F + columns)
             sums = tl.load(states + (at + half) * F * V + held)
-            for_phi = tl.dot(from_state, sums, input_precision=PRECISION)
             if HAS_CARRY:
-                if alive:
-                    norm += tl.load(carry_norms + (origin + half) * F + columns)
-                    carried = tl.load(carries + (origin + half) * F * V + turned)
-                    for_phi = tl.dot(from_state, carried, for_phi, input_precision=PRECISION)
+                norm += tl.load(carry_norms + (origin + half) * F + columns, mask=(columns < F) & alive, other=0.0)
+                sums += tl.load(carries + (origin + half) * F * V + held, mask=(columns < F)[None, :] & alive, other=0.0)
+            for_phi = tl.dot(from_state, sums, input_precision=PRECISION)
             for_phi -= shift[:, None] * norm[None, :]
             if HAS_CODES:
                 for_phi *= reader[:, None]
             lse = tl.load(own_lse + half * key_tokens, mask=exists, other=float("inf"))
-            phi_k = tl.exp2(key_logits * sign - lse[:, None]).to(x.dtype)
+            key_logits = tl.dot(old_keys, key_projection, input_precision=PRECISION)
+            phi_k = tl.exp2(key_logits * (sign * LOG2E) - lse[:, None]).to(x.dtype)
             for_phi = tl.dot(far, phi_k, for_phi, input_precision=PRECISION)
             lse = tl.load(query_line + half * tokens, mask=inside, other=float("inf"))
-            phi = tl.exp2(logits * sign - lse[:, None])
+            logits = tl.dot(x, projection, input_precision=PRECISION)
+            phi = tl.exp2(logits * (sign * LOG2E) - lse[:, None])
             for_phi *= phi
             spread = tl.sum(for_phi, 1)
             past += spread
@@ -126,8 +123,7 @@ def aligned_query_gradient_kernel(
         if LAG > 0:
             # in units of the scores' gradient, to which the window adds
             for_y *= LOG2E / scale
-        projection = tl.load(query_map + head * K * F + dims[None, :] * F + columns[:, None])
-        for_q = tl.dot(for_y.to(x.dtype), projection, for_q, input_precision=PRECISION)
+        for_q = tl.dot(for_y.to(x.dtype), tl.trans(projection), for_q, input_precision=PRECISION)
     if LAG > 0:
         own_keys = load_rows(k, own, rows, kv_heads * K, dims, key_tokens)
         scores = tl.dot(x, tl.trans(own_keys), input_precision=PRECISION)
@@ -154,9 +150,8 @@ def aligned_query_gradient_kernel(
         old_dw = tl.dot(incoming, tl.trans(old_values), input_precision=PRECISION)
         ds = weights * (tl.where(causal, dw, old_dw) - shift[:, None])
         sum_of_ds = tl.sum(ds, 1)
-        narrow = ds.to(x.dtype)
-        for_q = tl.dot(tl.where(causal, narrow, 0.0), own_keys, for_q, input_precision=PRECISION)
-        for_q = tl.dot(tl.where(causal, 0.0, narrow), old_keys, for_q, input_precision=PRECISION)
+        for_q = tl.dot(tl.where(causal, ds, 0.0).to(x.dtype), own_keys, for_q, input_precision=PRECISION)
+        for_q = tl.dot(tl.where(causal, 0.0, ds).to(x.dtype), old_keys, for_q, input_precision=PRECISION)
         if LAG > 1:
             for i in range(1, LAG):
                 middle = oldest + i * C
@@ -318,52 +313,59 @@ def aligned_key_gradient_kernel(
             dw = tl.dot(far_do, tl.trans(held), input_precision=PRECISION) - shift[:, None]
             far = tl.where(seen, dw, 0.0).to(keys.dtype)
             projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
-            key_logits = tl.dot(tl.trans(projection), tl.trans(keys), input_precision=PRECISION) * LOG2E
             query_projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
-            logits = tl.dot(far_q, query_projection, input_precision=PRECISION) * LOG2E
             pairs = tl.zeros([C, C], tl.float32)
-            for half in range(2):
-                sign = 1.0 - 2.0 * half
-                lse = tl.load(own_lse + half * key_tokens, mask=scanned, other=float("inf"))
-                phi_k = tl.exp2(key_logits * sign - lse[None, :]).to(keys.dtype)
-                lse = offset - tl.load(query_line + half * tokens, mask=there, other=0.0)
-                phi = tl.exp2(logits * sign + lse[:, None]).to(keys.dtype)
-                pairs = tl.dot(phi, phi_k, pairs, input_precision=PRECISION)
-            mixed = tl.where(seen, pairs.to(keys.dtype), 0.0)
-            turned = tl.dot(tl.trans(query_projection), tl.trans(far_q), input_precision=PRECISION) * LOG2E
             for_y = tl.zeros([F, C], tl.float32)
             place_of_sum = values[:, None] * F + columns[None, :]
-            square = columns[:, None] * V + values[None, :]
+            # features are made once for each use: holding them costs more registers than there are
             for half in range(2):
-                sign = 1.0 - 2.0 * half
-                lse = offset - tl.load(query_line + half * tokens, mask=there, other=0.0)
-                phi = tl.exp2(turned * sign + lse[None, :]).to(keys.dtype)
-                for_phi = tl.dot(phi, far, input_precision=PRECISION)
+                sign = LOG2E - 2.0 * LOG2E * half
                 lse = tl.load(own_lse + half * key_tokens, mask=scanned, other=float("inf"))
-                phi_k = tl.exp2(key_logits * sign - lse[None, :])
+                key_logits = tl.dot(tl.trans(projection), tl.trans(keys), input_precision=PRECISION)
+                phi_k = tl.exp2(key_logits * sign - lse[None, :]).to(keys.dtype)
+                lse = offset - tl.load(query_line + half * tokens, mask=there, other=0.0)
+                logits = tl.dot(far_q, query_projection, input_precision=PRECISION)
+                phi = tl.exp2(logits * sign + lse[:, None]).to(keys.dtype)
+                pairs = tl.dot(phi, phi_k, pairs, input_precision=PRECISION)
                 if (shared == 1) or (member == 0):
                     read_k = phi_k
+                    if HAS_CODES:
+                        read_k = (read_k.to(tl.float32) * reader[None, :]).to(keys.dtype)
+                    if WIDE:
+                        read_k = read_k.to(tl.float32)
+                    sums = tl.load(states + (at + half) * F * V + place_of_sum)
+                    if HAS_CARRY:
+                        carry = carries + (origin + half) * F * V + place_of_sum
+                        sums += tl.load(carry, mask=(columns < F)[None, :] & same, other=0.0)
+                    for_v = tl.dot(sums, read_k, for_v, input_precision=PRECISION)
+            mixed = tl.where(seen, pairs, 0.0).to(keys.dtype)
+            for half in range(2):
+                sign = LOG2E - 2.0 * LOG2E * half
+                lse = offset - tl.load(query_line + half * tokens, mask=there, other=0.0)
+                logits = tl.dot(tl.trans(query_projection), tl.trans(far_q), input_precision=PRECISION)
+                phi = tl.exp2(logits * sign + lse[None, :]).to(keys.dtype)
+                for_phi = tl.dot(phi, far, input_precision=PRECISION)
+                lse = tl.load(own_lse + half * key_tokens, mask=scanned, other=float("inf"))
+                key_logits = tl.dot(tl.trans(projection), tl.trans(keys), input_precision=PRECISION)
+                phi_k = tl.exp2(key_logits * sign - lse[None, :])
+                if (shared == 1) or (member == 0):
                     read_v = held
                     if HAS_CODES:
-                        read_k *= reader[None, :]
                         read_v = (held.to(tl.float32) * reader[:, None]).to(keys.dtype)
                     if WIDE:
                         read_v = read_v.to(tl.float32)
-                    else:
-                        read_k = read_k.to(keys.dtype)
                     norm = tl.load(norms + (at + half) * F + columns)
                     sums = tl.load(states + (at + half) * F * V + place_of_sum)
-                    for_v = tl.dot(sums, read_k, for_v, input_precision=PRECISION)
-                    for_phi = tl.dot(tl.trans(sums), tl.trans(read_v), for_phi, input_precision=PRECISION)
                     if HAS_CARRY:
-                        if same:
-                            norm += tl.load(carry_norms + (origin + half) * F + columns)
-                            carried = tl.load(carries + (origin + half) * F * V + square)
-                            for_v = tl.dot(tl.trans(carried), read_k, for_v, input_precision=PRECISION)
-                            for_phi = tl.dot(carried, tl.trans(read_v), for_phi, input_precision=PRECISION)
+                        from_carry = (columns < F) & same
+                        norm += tl.load(carry_norms + (origin + half) * F + columns, mask=from_carry, other=0.0)
+                        carry = carries + (origin + half) * F * V + place_of_sum
+                        sums += tl.load(carry, mask=from_carry[None, :], other=0.0)
+                    for_phi = tl.dot(tl.trans(sums), tl.trans(read_v), for_phi, input_precision=PRECISION)
                     for_phi += norm[:, None] * reader[None, :]
                 for_phi *= phi_k
-                for_y += sign * (for_phi - phi_k * tl.sum(for_phi, 0)[None, :])
+                spread = tl.sum(for_phi, 0)
+                for_y += (1.0 - 2.0 * half) * (for_phi - phi_k * spread[None, :])
             if TRAIN_MAPS:
                 to = ((batch * key_tokens + position) * heads + head)[None, :] * F + columns[:, None]
                 tl.store(dy + to, for_y.to(dy.dtype.element_ty), mask=inside[None, :])
@@ -408,8 +410,9 @@ def aligned_key_gradient_kernel(
             if HAS_LINEAR:
                 ds = without_spare(ds, balance, place_of_top, row, i, rows, position, tokens, C)
             for_k = tl.dot(tl.trans(x), tl.where(mine, 0.0, ds).to(keys.dtype), for_k, input_precision=PRECISION)
-            weights = tl.where(mine, mixed, weights.to(keys.dtype))
-            for_v = tl.dot(tl.trans(y), weights, for_v, input_precision=PRECISION)
+            # one of the two is zero
+            mixed = mixed + tl.where(mine, 0.0, weights).to(keys.dtype)
+            for_v = tl.dot(tl.trans(y), mixed, for_v, input_precision=PRECISION)
     if LAG > 0:
         for_k *= scale / LOG2E
     own_k = (batch * key_tokens + position)[None, :] * (kv_heads * K) + kv_head * K + dims[:, None]

@@ -111,15 +111,14 @@ def aligned_output_kernel(
         weights = tl.exp2(scores + (share - higher)[:, None])
         total += tl.sum(weights, 1)
         own_values = load_rows(v, own, rows, kv_heads * V, lanes, key_tokens)
-        narrow = weights.to(own_values.dtype)
-        near = tl.where(causal, narrow, 0.0)
+        # selected in float32: sixteen-bit numbers are selected and converted one by one
+        near = tl.where(causal, weights, 0.0).to(own_values.dtype)
+        old = tl.where(causal, 0.0, weights).to(own_values.dtype)
         result = tl.dot(near, own_values, result, input_precision=PRECISION)
     if HAS_LINEAR:
         columns = tl.arange(0, F)
-        projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
-        logits = tl.dot(x, projection, input_precision=PRECISION) * LOG2E
-        projection = tl.load(key_map + state_head * K * F + dims[None, :] * F + columns[:, None])
-        turned = tl.dot(projection, tl.trans(old_keys), input_precision=PRECISION) * LOG2E
+        query_projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
+        projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
         there = oldest + rows
         exists = (there >= 0) & (there < key_tokens)
         line = batch * state_heads + state_head
@@ -127,7 +126,6 @@ def aligned_output_kernel(
         query_line = query_lse + (batch * heads + head) * 2 * tokens + place
         at = (line * chunks + chunk) * 2
         held = values[:, None] * F + columns[None, :]
-        square = columns[:, None] * V + values[None, :]
         alpha = 1.0
         if HAS_FACTOR:
             alpha = tl.load(factor + head)
@@ -144,33 +142,31 @@ def aligned_output_kernel(
             if HAS_CODES:
                 alive = alive & (load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens) == entering)
         pairs = tl.zeros([C, C], tl.float32)
-        # softmax(y), then softmax(-y): one after the other, or the registers do not hold them
+        # softmax(y), then softmax(-y), each from its own projection: a product costs less than holding the first one's
         for half in range(2):
-            sign = 1.0 - 2.0 * half
-            phi, lse = row_features(logits * sign)
+            sign = LOG2E - 2.0 * LOG2E * half
+            phi, lse = row_features(tl.dot(x, query_projection, input_precision=PRECISION) * sign)
             if tile == 0:
                 tl.store(query_line + half * tokens, lse, mask=inside)
             if HAS_FACTOR:
                 phi *= alpha
             # features of keys that do not exist are exp2(-inf)
             lse = tl.load(own_lse + half * key_tokens, mask=exists, other=float("inf"))
+            turned = tl.dot(tl.trans(projection), tl.trans(old_keys), input_precision=PRECISION)
             phi_k = tl.exp2(turned * sign - lse[None, :]).to(x.dtype)
             pairs = tl.dot(phi.to(x.dtype), phi_k, pairs, input_precision=PRECISION)
             norm = tl.load(norms + (at + half) * F + columns)
             if HAS_CARRY:
-                if alive:
-                    norm += tl.load(carry_norms + (origin + half) * F + columns)
+                norm += tl.load(carry_norms + (origin + half) * F + columns, mask=(columns < F) & alive, other=0.0)
             if HAS_CODES:
                 phi *= reader[:, None]
             total += tl.sum(phi * norm[None, :], 1)
             if not WIDE:
                 phi = phi.to(x.dtype)
             sums = tl.load(states + (at + half) * F * V + held)
-            result = tl.dot(phi, tl.trans(sums), result, input_precision=PRECISION)
             if HAS_CARRY:
-                if alive:
-                    carried = tl.load(carries + (origin + half) * F * V + square)
-                    result = tl.dot(phi, carried, result, input_precision=PRECISION)
+                sums += tl.load(carries + (origin + half) * F * V + held, mask=(columns < F)[None, :] & alive, other=0.0)
+            result = tl.dot(phi, tl.trans(sums), result, input_precision=PRECISION)
         if HAS_CODES:
             code = load_codes(codes, batch, there, key_tokens)
             pairs = tl.where(code[None, :] == owner[:, None], pairs, 0.0)
@@ -180,9 +176,10 @@ def aligned_output_kernel(
     if HAS_LINEAR:
         mixed = pairs.to(old_values.dtype)
         if LAG > 0:
-            mixed = tl.where(causal, mixed, narrow)
+            # one of the two is zero
+            mixed = mixed + old
     else:
-        mixed = tl.where(causal, 0.0, narrow)
+        mixed = old
     result = tl.dot(mixed, old_values, result, input_precision=PRECISION)
     over = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     lines = (batch * tokens + place) * heads + head

@@ -133,7 +133,6 @@ def query_gradient_kernel(
             for_down = tl.dot(dw, down_k.to(x.dtype), for_down, input_precision=PRECISION)
         line = batch * state_heads + state_head
         at = (line * chunks + chunk) * 2
-        turned = columns[None, :] * V + values[:, None]
         up_norm = tl.load(norms + at * F + columns)
         down_norm = tl.load(norms + (at + 1) * F + columns)
         held = columns[None, :] + values[:, None] * F
@@ -159,8 +158,8 @@ def query_gradient_kernel(
             if alive:
                 up_norm += tl.load(carry_norms + origin * F + columns)
                 down_norm += tl.load(carry_norms + (origin + 1) * F + columns)
-                up_sum = tl.load(carries + origin * F * V + turned)
-                down_sum = tl.load(carries + (origin + 1) * F * V + turned)
+                up_sum = tl.load(carries + origin * F * V + held)
+                down_sum = tl.load(carries + (origin + 1) * F * V + held)
                 for_up = tl.dot(from_state, up_sum, for_up, input_precision=PRECISION)
                 for_down = tl.dot(from_state, down_sum, for_down, input_precision=PRECISION)
         lost = (shift * reader)[:, None]
@@ -291,8 +290,8 @@ def key_gradient_kernel(
                 reader = tl.where((code == ahead) & inside, alive, 0.0)
             else:
                 reader = tl.where(inside, alive, 0.0)
-            square = columns[:, None] * V + values[None, :]
-            turned = columns[None, :] * V + values[:, None]
+            square = columns[:, None] + values[None, :] * F
+            turned = columns[None, :] + values[:, None] * F
             for_y = tl.zeros([C, F], tl.float32)
             # softmax(y), then softmax(-y): one after the other, or the registers do not hold them
             for half in range(2):
@@ -307,9 +306,9 @@ def key_gradient_kernel(
                     else:
                         read_k = (features * reader[:, None]).to(keys.dtype)
                         read_v = (held.to(tl.float32) * reader[:, None]).to(keys.dtype)
-                    for_v = tl.dot(read_k, tl.load(states + at * F * V + columns[:, None] + values[None, :] * F), for_v, input_precision=PRECISION)
+                    for_v = tl.dot(read_k, tl.load(states + at * F * V + square), for_v, input_precision=PRECISION)
                     for_features = tl.dot(
-                        read_v, tl.load(states + at * F * V + columns[None, :] + values[:, None] * F), for_features, input_precision=PRECISION
+                        read_v, tl.load(states + at * F * V + turned), for_features, input_precision=PRECISION
                     )
                     norm = tl.load(norms + at * F + columns)
                     if HAS_CARRY:

@@ -130,7 +130,6 @@ def output_kernel(
             down = tl.where((owner == entering)[:, None], down, 0.0)
         up_norm = tl.load(norms + at * F + columns)
         down_norm = tl.load(norms + (at + 1) * F + columns)
-        square = columns[:, None] * V + values[None, :]
         held = columns[:, None] + values[None, :] * F
         up_sum = tl.load(states + at * F * V + held)
         down_sum = tl.load(states + (at + 1) * F * V + held)
@@ -150,8 +149,8 @@ def output_kernel(
             if alive:
                 up_norm += tl.load(carry_norms + origin * F + columns)
                 down_norm += tl.load(carry_norms + (origin + 1) * F + columns)
-                up_sum = tl.load(carries + origin * F * V + square)
-                down_sum = tl.load(carries + (origin + 1) * F * V + square)
+                up_sum = tl.load(carries + origin * F * V + held)
+                down_sum = tl.load(carries + (origin + 1) * F * V + held)
                 result = tl.dot(up_read, up_sum, result, input_precision=PRECISION)
                 result = tl.dot(down_read, down_sum, result, input_precision=PRECISION)
         total += tl.sum(up * up_norm[None, :], 1) + tl.sum(down * down_norm[None, :], 1)

@@ -19,7 +19,7 @@ def key_states_kernel(
     key_tokens, tokens, base, chunks, per_segment, limit, last_tile, segments,
     kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    HAS_CODES: tl.constexpr, HAS_REACH: tl.constexpr, HAS_START: tl.constexpr, HAS_TOTALS: tl.constexpr,
+    HAS_CODES: tl.constexpr, HAS_REACH: tl.constexpr, HAS_START: tl.constexpr, HAS_TOTALS: tl.constexpr, IS_FINAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Entering states [B, M, chunks, 2, V, F] and norms [.., 2, F] of one segment, its total, and log sums [B, M, 2, S]."""
@@ -35,7 +35,7 @@ def key_states_kernel(
     features, values = tl.arange(0, F), tile * BV + tl.arange(0, BV)
     projection = tl.load(weight + head * K * F + dims[:, None] * F + features[None, :])
     place = values[:, None] * F + features[None, :]
-    # the carried state and the totals are [F, V], as their owners have them
+    # carried and final states are [F, V], as their owners have them
     outer = features[None, :] * V + values[:, None]
     up_sum = tl.zeros([BV, F], tl.float32)
     down_sum = tl.zeros([BV, F], tl.float32)
@@ -101,8 +101,10 @@ def key_states_kernel(
             up_sum, down_sum, up_norm, down_norm = (
                 up_sum * alive, down_sum * alive, up_norm * alive, down_norm * alive,
             )  # fmt: skip
-        tl.store(totals + to * F * V + outer, up_sum)
-        tl.store(totals + (to + 1) * F * V + outer, down_sum)
+        if IS_FINAL:
+            place = outer
+        tl.store(totals + to * F * V + place, up_sum)
+        tl.store(totals + (to + 1) * F * V + place, down_sum)
         if tile == 0:
             tl.store(total_norms + to * F + features, up_norm)
             tl.store(total_norms + (to + 1) * F + features, down_norm)
@@ -125,7 +127,6 @@ def query_states_kernel(
     rows, dims, lanes = tl.arange(0, C), tl.arange(0, K), tl.arange(0, BV)
     features, values = tl.arange(0, F), tile * BV + tl.arange(0, BV)
     place = values[:, None] * F + features[None, :]
-    outer = features[None, :] * V + values[:, None]
     up_sum = tl.zeros([BV, F], tl.float32)
     down_sum = tl.zeros([BV, F], tl.float32)
     up_norm = tl.zeros([F], tl.float32)
@@ -176,8 +177,8 @@ def query_states_kernel(
             down_sum = tl.dot(turned, phi.to(y.dtype), down_sum, input_precision=PRECISION)
     if HAS_TOTALS:
         to = (row_head * segments + segment) * 2
-        tl.store(totals + to * F * V + outer, up_sum)
-        tl.store(totals + (to + 1) * F * V + outer, down_sum)
+        tl.store(totals + to * F * V + place, up_sum)
+        tl.store(totals + (to + 1) * F * V + place, down_sum)
         if tile == 0:
             tl.store(total_norms + to * F + features, up_norm)
             tl.store(total_norms + (to + 1) * F + features, down_norm)
@@ -186,9 +187,10 @@ def query_states_kernel(
 @triton.jit
 def carry_kernel(
     totals, carries, final, codes, key_tokens, origin, span, segments, state_heads, size,
-    REVERSE: tl.constexpr, HAS_CODES: tl.constexpr, HAS_FINAL: tl.constexpr, BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_CODES: tl.constexpr, HAS_FINAL: tl.constexpr, V: tl.constexpr, F: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Totals [B, M, segments, size] -> what enters each segment, and what leaves the last one."""
+    """Totals [B, M, segments, 2 V F] -> what enters each segment, and, as [2 F, V], what leaves the last one."""
     row_head = tl.program_id(1).to(tl.int64)
     batch = row_head // state_heads
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -211,4 +213,5 @@ def carry_kernel(
             carry = tl.where(same, carry, 0.0)
         carry += tl.load(totals + at, mask=inside, other=0.0)
     if HAS_FINAL:
-        tl.store(final + row_head * size + place, carry, mask=inside)
+        half, rest = place // (V * F), place % (V * F)
+        tl.store(final + row_head * size + half * (V * F) + (rest % F) * V + rest // F, carry, mask=inside)
