@@ -25,20 +25,24 @@ def launch_forward(
     """Key states, their carries, outputs; the result is `Plan.outputs`, filled."""
     outputs = plan.outputs(q)
     out, denominator, *final = outputs[:4]
-    stored = outputs[4:]
+    *stored, marks = outputs[4:]
     _scan(plan, k, v, None, log_decay, docs, start, stored, final, reverse=False)
     inputs = {"q": q, "k": k, "v": v, "g": log_decay, "docs": docs, "out": out, "denominator": denominator}
     inputs |= dict(zip(NAMES, stored, strict=True))
-    by_key = plan.decay == 2
-    made = config("key_output" if by_key else "head_output", plan)
-    columns = min(made.columns, plan.value_dim)
-    extra = {"BK": min(BLOCK, plan.key_dim)} if by_key else {"HAS_DECAY": plan.decay > 0}
-    launch(
-        key_output_kernel if by_key else head_output_kernel,
-        (plan.tiles * (plan.value_dim // columns), plan.batch * plan.heads),
-        **inputs, **extra, BV=columns, **_geometry(plan), **_flags(plan, docs),
-        num_warps=made.warps, num_stages=made.stages,
-    )  # fmt: skip
+    kernels = [(head_output_kernel, "head_output", {"HAS_DECAY": plan.decay > 0})]
+    if plan.decay == 2:
+        kernels = [
+            (key_output_kernel, f"key_output_{name}", _levels(plan, marks, name))
+            for name in ("whole", "halved")
+        ]
+    for kernel, name, extra in kernels:
+        made = config(name, plan)
+        columns = min(made.columns, plan.value_dim)
+        launch(
+            kernel, (plan.tiles * (plan.value_dim // columns), plan.batch * plan.heads),
+            **inputs, **extra, BV=columns, **_geometry(plan), **_flags(plan, docs),
+            num_warps=made.warps, num_stages=made.stages,
+        )  # fmt: skip
     return outputs
 
 
@@ -47,6 +51,7 @@ def launch_backward(
     log_decay: Tensor | None, docs: Tensor | None, stored: list[Tensor], wants_start: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Query states and their carries, then dq, dk, dv side by side, then the decays."""
+    *stored, marks = stored
     ahead = plan.states(q)
     start = plan.state(q)
     _scan(plan, q, do, weight, log_decay, docs, final, ahead, start if wants_start else None, reverse=True)
@@ -57,14 +62,15 @@ def launch_backward(
     inputs |= dict(zip(("ahead", *(f"ahead_{name}" for name in NAMES[1:])), ahead, strict=True))
     gradients = {"dq": dq, "dk": dk, "dv": dv}
     if plan.decay == 2:
-        made = config("key_gradient", plan)
-        key_columns, value_columns = min(KEY_COLUMNS, plan.key_dim), min(made.columns, plan.value_dim)
-        roles = plan.key_dim // key_columns + plan.value_dim // value_columns
-        launch(
-            key_gradient_kernel, (plan.tiles * roles, plan.batch * plan.state_heads),
-            **inputs, **gradients, dg=dg, BK=min(BLOCK, plan.key_dim), BV=value_columns, COLUMNS=key_columns,
-            **_geometry(plan), **_flags(plan, docs), num_warps=made.warps, num_stages=made.stages,
-        )  # fmt: skip
+        for name in ("whole", "halved"):
+            made = config(f"key_gradient_{name}", plan)
+            key_columns, value_columns = min(KEY_COLUMNS, plan.key_dim), min(made.columns, plan.value_dim)
+            roles = plan.key_dim // key_columns + plan.value_dim // value_columns
+            launch(
+                key_gradient_kernel, (plan.tiles * roles, plan.batch * plan.state_heads),
+                **inputs, **gradients, dg=dg, BV=value_columns, COLUMNS=key_columns, **_levels(plan, marks, name),
+                **_geometry(plan), **_flags(plan, docs), num_warps=made.warps, num_stages=made.stages,
+            )  # fmt: skip
     else:
         _head_gradients(plan, inputs, gradients, dg, docs)
     return [dq, dk, dv, dg, *(start if wants_start else [q.new_empty(0), q.new_empty(0)])]
@@ -149,6 +155,11 @@ def _scan(
             segments=plan.segments, size=number, width=number // features, features=features, REVERSE=reverse,
             HAS_FINAL=final is not None, BLOCK=block, num_warps=4, num_stages=1,
         )  # fmt: skip
+
+
+def _levels(plan: Plan, marks: Tensor, name: str) -> dict[str, Tensor | int | bool]:
+    """What the launches for whole and for halved chunks do not share."""
+    return {"halved": marks, "HALVED": name == "halved", "BK": min(BLOCK, plan.key_dim)}
 
 
 def _geometry(plan: Plan) -> dict[str, int]:

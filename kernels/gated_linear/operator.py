@@ -100,7 +100,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, docs: Tensor | None,
     start: Tensor | None, start_norm: Tensor | None, numbers: list[int],
 ) -> list[Tensor]:  # fmt: skip
-    """Numerators, denominators, final sums and norms, and what backward reuses: `Plan.states`."""
+    """Numerators, denominators, final sums and norms, and what backward reuses: states, and marks of chunks."""
     from linearize.kernels.gated_linear.launches import launch_forward
 
     plan = make_plan(q, k, v, log_decay, numbers)

@@ -94,7 +94,9 @@ class Plan:
         """Empty tensors for what the forward operator gives."""
         rows = (self.batch, self.tokens, self.heads)
         denominator = q.new_empty(rows if self.normalize else (0,), dtype=torch.float32)
-        return [q.new_empty(*rows, self.value_dim), denominator, *self.state(q), *self.states(q)]
+        marks = (self.batch, self.state_heads, self.tiles) if self.decay == 2 else (0,)
+        marked = q.new_empty(marks, dtype=torch.int32)
+        return [q.new_empty(*rows, self.value_dim), denominator, *self.state(q), *self.states(q), marked]
 
 
 def make_plan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, numbers: list[int]) -> Plan:
@@ -145,8 +147,10 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "scan": {64: Config(64, 4, 4), 128: Config(64, 4, 3), 256: Config(64, 8, 2)},
     "head_output": {64: Config(64, 4, 2), 128: Config(128, 4, 2), 256: Config(128, 8, 1)},
     "head_gradient": {64: Config(64, 4, 2), 128: Config(128, 4, 2), 256: Config(128, 8, 1)},
-    "key_output": {64: Config(64, 4, 1), 128: Config(64, 4, 1), 256: Config(64, 4, 1)},
-    "key_gradient": {64: Config(64, 4, 1), 128: Config(64, 4, 1), 256: Config(64, 4, 1)},
+    "key_output_whole": {64: Config(64, 4, 1), 128: Config(64, 4, 1), 256: Config(64, 4, 1)},
+    "key_output_halved": {64: Config(64, 4, 1), 128: Config(64, 4, 1), 256: Config(64, 4, 1)},
+    "key_gradient_whole": {64: Config(64, 4, 1), 128: Config(64, 4, 1), 256: Config(64, 4, 1)},
+    "key_gradient_halved": {64: Config(64, 4, 1), 128: Config(64, 4, 1), 256: Config(64, 4, 1)},
 }
 
 
