@@ -75,7 +75,7 @@ def config(kernel: str, plan: Plan) -> Config:
 
 
 CONFIGS: dict[str, dict[int, Config]] = {
-    "inverse": {256: Config(64, 64, 1, 1)},
+    "inverse": {256: Config(32, 64, 1, 1)},
     "transition": {
         32: Config(32, 32, 2, 1), 64: Config(64, 64, 4, 1), 128: Config(128, 128, 8, 1), 256: Config(64, 64, 8, 1),
     },

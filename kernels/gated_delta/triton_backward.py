@@ -48,12 +48,12 @@ def reader_kernel(
     rows, dims, values = tl.arange(0, C), tl.arange(0, K), part * BV + tl.arange(0, BV)
     kind = k.dtype.element_ty
     strength = load_scalars(beta, batch, first, rows, tokens, state_heads, head)
-    document, total, from_start, _ = load_decays(
+    _, end, total, from_start, _ = load_decays(
         log_decay, docs, batch, head, first, rows, tokens, state_heads, C, HAS_DECAY
     )
     at = row_head * chunks + chunk
     keys = load_rows(k, first, rows, state_heads * K, dims, tokens)
-    decays = decays_to_later(document, total, rows, 0, HAS_DECAY)
+    decays = decays_to_later(end, total, rows, 0, HAS_DECAY)
     for_change = tl.zeros([C, BV], tl.float32)
     for_state = tl.zeros([K, BV], tl.float32)
     for member in range(group):
@@ -107,7 +107,7 @@ def change_kernel(
     rows, dims, values = tl.arange(0, C), tl.arange(0, K), part * BV + tl.arange(0, BV)
     kind = k.dtype.element_ty
     strength = load_scalars(beta, batch, first, rows, tokens, state_heads, head)
-    _, _, from_start, to_end = load_decays(
+    _, _, _, from_start, to_end = load_decays(
         log_decay, docs, batch, head, first, rows, tokens, state_heads, C, HAS_DECAY
     )
     at = row_head * chunks + chunk
@@ -158,7 +158,7 @@ def query_gradient_kernel(
     first = chunk * C
     rows, dims = tl.arange(0, C), part * BK + tl.arange(0, BK)
     kind = k.dtype.element_ty
-    document, total, from_start, _ = load_decays(
+    begin, _, total, from_start, _ = load_decays(
         log_decay, docs, batch, head, first, rows, tokens, state_heads, C, HAS_DECAY
     )
     change += (batch * tokens * state_heads + head) * V
@@ -173,7 +173,7 @@ def query_gradient_kernel(
         pairs = tl.dot(y, turned, pairs, input_precision=PRECISION)
         state = tl.load(states + dims[None, :] * V + values[:, None])
         for_query = tl.dot(y, state, for_query, input_precision=PRECISION)
-    weights = (pairs * decays_to_earlier(document, total, rows, 0, HAS_DECAY)).to(kind)
+    weights = (pairs * decays_to_earlier(begin, total, rows, 0, HAS_DECAY)).to(kind)
     keys = load_rows(
         k + (batch * tokens * state_heads + head) * K, first, rows, state_heads * K, dims, tokens
     )
@@ -210,7 +210,7 @@ def key_gradient_kernel(
     rows, dims = tl.arange(0, C), part * BK + tl.arange(0, BK)
     kind = k.dtype.element_ty
     strength = load_scalars(beta, batch, first, rows, tokens, state_heads, head)
-    document, total, from_start, to_end = load_decays(
+    begin, end, total, from_start, to_end = load_decays(
         log_decay, docs, batch, head, first, rows, tokens, state_heads, C, HAS_DECAY
     )
     at = row_head * chunks + chunk
@@ -226,7 +226,7 @@ def key_gradient_kernel(
             y = load_rows(change + values_of_head, first, rows, stride, values, tokens)
             turned = load_columns(incoming, first, rows, heads * V, values, tokens)
             pairs = tl.dot(y, turned, pairs, input_precision=PRECISION)
-        weights = (pairs * decays_to_later(document, total, rows, 0, HAS_DECAY)).to(kind)
+        weights = (pairs * decays_to_later(end, total, rows, 0, HAS_DECAY)).to(kind)
         x = load_rows(q + (batch * tokens * heads + reader) * K, first, rows, heads * K, dims, tokens)
         for_key = tl.dot(weights, x, for_key, input_precision=PRECISION)
     keys = load_rows(k + keys_of_head, first, rows, state_heads * K, dims, tokens)
@@ -250,13 +250,12 @@ def key_gradient_kernel(
         y = load_rows(missing + values_of_head, first, rows, stride, values, tokens)
         turned = load_columns(change + values_of_head, first, rows, stride, values, tokens)
         pairs = tl.dot(y, turned, pairs, input_precision=PRECISION)
-    pairs *= -decays_to_earlier(document, total, rows, 1, HAS_DECAY)
+    pairs *= -decays_to_earlier(begin, total, rows, 1, HAS_DECAY)
     key_columns = load_columns(k + keys_of_head, first, rows, state_heads * K, dims, tokens)
     shared = pairs * tl.dot(keys, key_columns, input_precision=PRECISION)
     for_strength = tl.sum(shared, 1)
     if HAS_DECAY:
-        shared *= strength[:, None]
-        for_total += tl.sum(shared, 1) - tl.sum(shared, 0)
+        for_total += strength * for_strength - tl.sum(shared * strength[:, None], 0)
     for_key = tl.dot((pairs * strength[:, None]).to(kind), keys, for_key, input_precision=PRECISION)
     pairs = tl.zeros([C, C], tl.float32)
     for piece in range(V // BV):
@@ -268,7 +267,7 @@ def key_gradient_kernel(
         reading = (reading * -from_start[:, None]).to(kind)
         state = tl.load(states + at * K * V + dims[None, :] * V + values[:, None])
         for_key = tl.dot(reading, state, for_key, input_precision=PRECISION)
-    weights = (pairs * -decays_to_later(document, total, rows, 1, HAS_DECAY)).to(kind)
+    weights = (pairs * -decays_to_later(end, total, rows, 1, HAS_DECAY)).to(kind)
     for_key = tl.dot(weights, keys, for_key, input_precision=PRECISION)
     store_rows(dk + keys_of_head, first, rows, state_heads * K, dims, tokens, for_key)
     if part == 0:

@@ -67,10 +67,16 @@ def load_ends(docs, batch, first, tokens, C: tl.constexpr):
 def load_decays(
     log_decay, docs, batch, head, first, rows, tokens, heads, C: tl.constexpr, HAS_DECAY: tl.constexpr
 ):
-    """Of each token: its document, the base-2 logarithm of the decay since the chunk's start, that decay, and the decay
-    to the chunk's end, both zero where a document boundary lies between."""
+    """Of each token of a chunk, where its document begins and ends in it, and its decays.
+
+    The latter are the base-2 logarithm of the decay since the chunk's start, that decay, and the decay to the chunk's
+    end, both zero where a document boundary lies between.
+    """
     document = load_documents(docs, batch, first, rows, tokens)
     before, after = load_ends(docs, batch, first, tokens, C)
+    # as numbers of rows alone: comparing documents where they are needed would keep one a column in registers too
+    begin = tl.sum((document[None, :] < document[:, None]).to(tl.int32), 1)
+    end = tl.sum((document[None, :] <= document[:, None]).to(tl.int32), 1)
     total = tl.zeros([C], tl.float32)
     from_start = tl.where(document == before, 1.0, 0.0)
     to_end = tl.where(document == after, 1.0, 0.0)
@@ -79,14 +85,12 @@ def load_decays(
         total = tl.cumsum(step, 0)
         from_start *= tl.exp2(total)
         to_end *= tl.exp2(tl.minimum(tl.sum(step, 0) - total, 0.0))
-    return document, total, from_start, to_end
+    return begin, end, total, from_start, to_end
 
 
 @triton.jit
-def decays_to_earlier(document, total, rows, STRICT: tl.constexpr, HAS_DECAY: tl.constexpr):
+def decays_to_earlier(begin, total, rows, STRICT: tl.constexpr, HAS_DECAY: tl.constexpr):
     """[reader, writer]: the decay from a token to a later one of its document, else zero; not to itself if STRICT."""
-    # where its document begins, not whose it is: one number a row, none a column, in registers
-    begin = tl.sum((document[None, :] < document[:, None]).to(tl.int32), 1)
     seen = (rows[:, None] - rows[None, :] >= STRICT) & (rows[None, :] >= begin[:, None])
     if HAS_DECAY:
         return tl.exp2(tl.where(seen, total[:, None] - total[None, :], float("-inf")))
@@ -94,9 +98,8 @@ def decays_to_earlier(document, total, rows, STRICT: tl.constexpr, HAS_DECAY: tl
 
 
 @triton.jit
-def decays_to_later(document, total, rows, STRICT: tl.constexpr, HAS_DECAY: tl.constexpr):
+def decays_to_later(end, total, rows, STRICT: tl.constexpr, HAS_DECAY: tl.constexpr):
     """[writer, reader]: the same transposed, so that no product has to be."""
-    end = tl.sum((document[None, :] <= document[:, None]).to(tl.int32), 1)
     seen = (rows[None, :] - rows[:, None] >= STRICT) & (rows[None, :] < end[:, None])
     if HAS_DECAY:
         return tl.exp2(tl.where(seen, total[None, :] - total[:, None], float("-inf")))

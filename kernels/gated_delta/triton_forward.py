@@ -34,7 +34,7 @@ def transition_kernel(
     rows, dims = tl.arange(0, C), tl.arange(0, K)
     kind = k.dtype.element_ty
     strength = load_scalars(beta, batch, first, rows, tokens, state_heads, head)
-    _, _, from_start, to_end = load_decays(
+    _, _, _, from_start, to_end = load_decays(
         log_decay, docs, batch, head, first, rows, tokens, state_heads, C, HAS_DECAY
     )
     at = row_head * chunks + chunk
@@ -75,7 +75,7 @@ def output_kernel(
     rows, dims, values = tl.arange(0, C), tl.arange(0, K), part * BV + tl.arange(0, BV)
     kind = k.dtype.element_ty
     strength = load_scalars(beta, batch, first, rows, tokens, state_heads, head)
-    document, total, from_start, _ = load_decays(
+    begin, _, total, from_start, _ = load_decays(
         log_decay, docs, batch, head, first, rows, tokens, state_heads, C, HAS_DECAY
     )
     at = row_head * chunks + chunk
@@ -86,7 +86,7 @@ def output_kernel(
     solve = tl.load(inverse + at * C * C + rows[:, None] * C + rows[None, :])
     change = tl.dot(solve, missing.to(kind), input_precision=PRECISION).to(kind)
     keys = load_columns(k, first, rows, state_heads * K, dims, tokens)
-    decays = decays_to_earlier(document, total, rows, 0, HAS_DECAY)
+    decays = decays_to_earlier(begin, total, rows, 0, HAS_DECAY)
     for member in range(group):
         reader = head * group + member
         x = load_rows(q + (batch * tokens * heads + reader) * K, first, rows, heads * K, dims, tokens)
