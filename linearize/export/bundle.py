@@ -3,7 +3,8 @@
 The file is the package's own source, concatenated in dependency order, with its internal imports taken out; so it
 cannot drift from what was tested. It imports torch and transformers only: the branches that lead to Triton kernels
 (``if dispatch.use_triton(...):``, alone or behind ``and``) are taken out too, and what remains is every operator's
-torch form. A private name that two modules use gets its module's name behind it in the second.
+torch form; what asks for the choice elsewhere is told that it is torch. A name that two modules define gets its
+module's name behind it in the second, and wherever it is imported. A module that is imported whole becomes a namespace.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib.util
 import pkgutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 from transformers import PreTrainedModel
 
@@ -26,6 +28,22 @@ ROOT = "linearize.surgery.model"
 PACKAGE = "linearize"
 DISPATCH = f"{PACKAGE}.kernels.dispatch"
 """The choice between Triton and torch, which has no place in a file that holds torch forms alone."""
+STAND_IN = '''class dispatch:
+    """The package chooses between Triton and torch; here it is torch."""
+
+    @staticmethod
+    def use_triton(*tensors: Any) -> bool:
+        return False
+
+    @staticmethod
+    def automatic() -> bool:
+        return False
+
+    @staticmethod
+    def kernels(choice: str) -> Any:
+        return nullcontext()
+'''
+STAND_IN_IMPORTS = {"from contextlib import nullcontext", "from typing import Any"}
 
 
 @dataclass
@@ -40,6 +58,12 @@ class _Source:
     later: list[str] = field(default_factory=list)
     """Modules that only functions use, and those that fill this module's registry."""
     names: set[str] = field(default_factory=set)
+    imported: set[tuple[str, str]] = field(default_factory=set)
+    """Modules of the package and the names taken from them."""
+    whole: set[str] = field(default_factory=set)
+    """Modules of the package that are imported as such."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """Its names that have become others."""
 
 
 def bundle(model: PreTrainedModel) -> str:
@@ -56,17 +80,22 @@ def bundle(model: PreTrainedModel) -> str:
     taken: dict[str, str] = {}
     for source in order:
         for name in source.names:
-            first = taken.setdefault(name, source.name)
-            if first != source.name:
-                assert name.startswith("_"), f"{name} is defined in {first} and {source.name}"
-                own = "_".join(source.name.split(".")[1:])
-                source.body = _renamed(source.body, name, f"{name}_{own}")
+            if taken.setdefault(name, source.name) != source.name:
+                _rename(order, source, name, f"{name}_{'_'.join(source.name.split('.')[1:])}")
     found = {line for source in order for line in source.external}
+    chooses = any("dispatch." in source.body for source in order)
+    whole = {module for source in order for module in source.whole}
+    found |= STAND_IN_IMPORTS if chooses else set()
+    found |= {"from types import SimpleNamespace"} if whole else set()
+    for source in order:
+        if source.name in whole:
+            source.body += "\n\n\n" + _namespace(source)
     imports = sorted(found, key=lambda line: (line.startswith("from"), line))
     parts = [
         f'"""Linearized attention for transformers, written by linearize {__version__}; loads without that package."""',
         "from __future__ import annotations",
         "\n".join(imports),
+        *([STAND_IN] if chooses else []),
         *(f"# --- {source.name}\n\n{source.body}" for source in order if source.body),
         _classes(model),
     ]
@@ -152,6 +181,21 @@ def _registers(name: str, used: set[str]) -> bool:
     return any(f'.register("{part}")' in _text(name) for part in used)
 
 
+def _rename(order: list[_Source], source: _Source, name: str, new: str) -> None:
+    """Give a module's name another one, there and in the modules that import it, directly or from one that does."""
+    source.body = _renamed(source.body, name, new)
+    source.renamed[name] = new
+    for other in order:
+        if (source.name, name) in other.imported and other is not source:
+            _rename(order, other, name, new)
+
+
+def _namespace(source: _Source) -> str:
+    """The module itself under its last name, for those who import it whole."""
+    members = ", ".join(f"{name}={source.renamed.get(name, name)}" for name in sorted(source.names))
+    return f"{source.name.rpartition('.')[2]} = SimpleNamespace({members})"
+
+
 def _renamed(body: str, name: str, new: str) -> str:
     """Source text with a name of its module under another one; it may not be an argument's or an attribute's too."""
     places: set[tuple[int, int]] = set()
@@ -192,18 +236,27 @@ def _read(name: str, used: set[str]) -> _Source:
         top = node in tree.body
         if node in skipped:
             continue
-        if isinstance(node, ast.If) and _needs_triton(node.test):
+        if isinstance(node, ast.If) and (
+            _needs_triton(node.test) or ast.unparse(node.test) == "TYPE_CHECKING"
+        ):
             assert not node.orelse, f"{name}: the torch form stands behind the branch, not in an else"
             skipped.update(ast.walk(node))
-            drop(node)
-            continue
-        if isinstance(node, ast.ImportFrom) and {f"{node.module}.{x.name}" for x in node.names} == {DISPATCH}:
             drop(node)
             continue
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE:
             aliased = [alias.name for alias in node.names if alias.asname is not None]
             assert not aliased, f"{name}: imports {aliased[0]} under another name"
-            (source.first if top else source.later).append(node.module)
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                if full == DISPATCH:
+                    continue
+                whole = isinstance(
+                    getattr(importlib.import_module(node.module), alias.name, None), ModuleType
+                )
+                needed = full if whole else node.module
+                (source.first if top else source.later).append(needed)
+                source.whole |= {full} if whole else set()
+                source.imported.add((node.module, alias.name))
             drop(node)
         elif top and isinstance(node, (ast.Import, ast.ImportFrom)):
             if getattr(node, "module", "") != "__future__":
