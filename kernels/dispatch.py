@@ -70,6 +70,11 @@ def use_triton(*tensors: Tensor) -> bool:
     return True
 
 
+def automatic() -> bool:
+    """Whether the choice is left to this module, so that what no kernel covers may run in torch without being asked."""
+    return (_forced or _chosen()) == "auto"
+
+
 @contextmanager
 def kernels(choice: str) -> Iterator[None]:
     """Override the choice inside a block: ``with kernels("torch"): ...``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from linearize.mixers import fused
 from linearize.mixers.base import LayerShape, Part, Partial, accumulator, documents
 from linearize.mixers.combine import Combine
 from linearize.mixers.feature_map import FeatureMap
@@ -26,7 +27,8 @@ class Mixer(nn.Module):
 
     The three forms compute one function. `parallel` is the definition (quadratic, or a loop), `chunked` trains and
     prefills in O(T) memory, `step` takes one token in constant memory. All accept q [B, T, H, K], k [B, T, N, K],
-    v [B, T, N, V] in any float dtype and return [B, T, H, V] in float32 (float64 for float64 inputs). `hidden`
+    v [B, T, N, V] in any float dtype and return [B, T, H, V] in float32 (float64 for float64 inputs; where one kernel
+    computes the whole composition, see `fused`, in the dtype of v). `hidden`
     [B, T, D], the layer's input, and `plain`, q and k before RoPE, are needed where `uses_hidden` and `needs_plain`
     say so.
 
@@ -56,6 +58,9 @@ class Mixer(nn.Module):
         self.combine = combine
         self.output = output
         self.branch_off: str | None = None
+        self.is_covered = fused.is_covered(self)
+        if combine is not None and not combine.needs_normalizer:
+            window.alone = True
 
     @property
     def feature_map(self) -> FeatureMap | None:
@@ -165,6 +170,10 @@ class Mixer(nn.Module):
 
         A carried state belongs to the document that is open when the call begins; a start at position 0 closes it.
         """
+        if fused.runs(self, q, k, v):
+            with torch.autocast(q.device.type, enabled=False):
+                seen_q, seen_k = self._fused_pair(q, k, plain)
+                return self._finish(fused.chunked(self, seen_q, seen_k, v, valid, starts, state), hidden)
         if state is None:
             state = self.initial_state(k.shape[0], k.dtype, k.device)
         with torch.autocast(q.device.type, enabled=False):
@@ -190,6 +199,9 @@ class Mixer(nn.Module):
     ) -> Tensor:
         """One token (T = 1) against the state, which is updated in place."""
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            if fused.runs(self, q, k, v):
+                seen_q, seen_k = self._fused_pair(q, k, plain)
+                return self._finish(fused.step(self, seen_q, seen_k, v, valid, state), hidden)
             near_inputs, inputs = self._inputs(q, k, v, valid, None, hidden, plain)
             near, handed = self.window.step(near_inputs.q, near_inputs.k, near_inputs.v, inputs.valid, state)
             far = None
@@ -219,11 +231,22 @@ class Mixer(nn.Module):
 
         def inputs(rotated: bool) -> Inputs:
             pair = (q, k) if rotated or plain is None else plain
-            return Inputs(self._widen(pair[0]), self._widen(pair[1]), wide_v, valid, docs, wide_hidden)
+            return Inputs(self._widen(pair[0]), self._widen(pair[1]), wide_v, valid, docs, wide_hidden, v.dtype)
 
         near = inputs(self.position.window_rotated)
         same = self.position.window_rotated == self.position.recurrent_rotated
         return near, near if same else inputs(self.position.recurrent_rotated)
+
+    def _fused_pair(self, q: Tensor, k: Tensor, plain: Plain | None) -> Plain:
+        """q and k as the kernel's branches see them, in the dtype that comes in."""
+        assert plain is not None or not self.needs_plain, "this mixer wants q and k before RoPE"
+        branch = self.position.window_rotated if self.window.size else self.position.recurrent_rotated
+        return (q, k) if branch or plain is None else plain
+
+    def _finish(self, joined: Tensor, hidden: Tensor | None) -> Tensor:
+        if self.output is None:
+            return joined
+        return self.output(self._widen(joined), None if hidden is None else self._widen(hidden))
 
     def _join(
         self, near: Partial | None, far: Partial | None, hidden: Tensor | None, *, weights: bool = False

@@ -26,6 +26,7 @@ class Inputs:
         valid: [B, T] bool, false on padding.
         docs: [B, T] document numbers.
         hidden: [B, T, D] the layer's input, or None where no part reads it.
+        dtype: of the model's own q, k and v.
     """
 
     q: Tensor
@@ -34,6 +35,7 @@ class Inputs:
     valid: Tensor
     docs: Tensor
     hidden: Tensor | None
+    dtype: torch.dtype = torch.float32
 
 
 class Recurrent(nn.Module):
@@ -120,7 +122,7 @@ class Recurrent(nn.Module):
             return self._stream(inputs, position, position, state)
         wide = inputs.q.dtype
         late = Inputs(
-            inputs.q, handed.k.to(wide), handed.v.to(wide), handed.valid, inputs.docs, inputs.hidden
+            inputs.q, handed.k.to(wide), handed.v.to(wide), handed.valid, inputs.docs, inputs.hidden, inputs.dtype
         )
         k_position = None
         if position is not None:
@@ -151,6 +153,7 @@ class Recurrent(nn.Module):
             valid=inputs.valid,
             log_decay=log_decay,
             hidden=inputs.hidden,
+            dtype=inputs.dtype,
         )
 
     def _advance(self, inputs: Inputs, state: State) -> Tensor | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from linearize.kernels import dispatch
 from linearize.mixers.base import LayerShape, Part, Partial
 from linearize.mixers.state import State
 from linearize.registry import Registry, discover
@@ -26,6 +28,7 @@ class Stream:
         valid: [B, T] bool.
         log_decay: None, per head [B, T, M], or per feature [B, T, M, F].
         hidden: [B, T, D], the layer's input, for rules that read it.
+        dtype: of the model's own q, k and v, from which these were widened.
     """
 
     q: Tensor
@@ -35,6 +38,20 @@ class Stream:
     valid: Tensor
     log_decay: Tensor | None = None
     hidden: Tensor | None = None
+    dtype: torch.dtype = torch.float32
+
+    def narrow(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """As Triton's kernels take them fastest: in bfloat16 where the model is in it; products add up in float32.
+
+        Sums over a long text can pass what float16 holds, so a model in it keeps float32 here.
+        """
+        if self.dtype == torch.bfloat16 and dispatch.use_triton(*tensors):
+            return tuple(x.to(self.dtype) for x in tensors)
+        return tensors
+
+
+WIDEST = 256
+"""Features or values of a head that the Triton kernels take."""
 
 
 class Update(Part):
@@ -80,6 +97,11 @@ class Update(Part):
     def gate_dim(cls, config: Any, feature_dim: int) -> int:
         """Width of a gate per feature: F, unless the rule's memory has another axis."""
         return feature_dim
+
+    def form(self) -> AbstractContextManager[None]:
+        """Around a kernel's call: heads too wide for Triton run in torch, in linear memory too, unless it was forced."""
+        wide = max(self.feature_dim, self.value_dim) > WIDEST
+        return dispatch.kernels("torch") if wide and dispatch.automatic() else nullcontext()
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Empty tensors of the state, each [B, ...]; `dtype` is float32 or wider."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from linearize.kernels.gated_linear import gated_linear_chunk, gated_linear_reference, gated_linear_step
-from linearize.kernels.linear import linear_chunk, linear_read, linear_reference
+from linearize.kernels.linear import linear_read, linear_reference
 from linearize.mixers.base import Part, Partial
 from linearize.mixers.state import State
 from linearize.mixers.update import UPDATES, Stream, Update
@@ -70,47 +70,30 @@ class Additive(Update):
         return Partial(numerator, denominator)
 
     def chunked(self, stream: Stream, state: State) -> Partial:
-        k = self.keys(stream)
-        sums, norms = self._state(state)
-        denominator: Tensor | None
-        if stream.log_decay is None:
-            running = sums.new_zeros(sums.shape[:-1]) if norms is None else norms
-            out = linear_chunk(stream.q, k, stream.v, stream.docs, (sums, running))
-            numerator, denominator, (sums, norms) = out
-        else:
-            gated = gated_linear_chunk(
-                stream.q,
-                k,
-                stream.v,
-                stream.log_decay,
-                stream.docs,
-                (sums, norms),
-                bonus=self.bonus(k.dtype),
-                normalize=self.running_sum,
+        before = self._state(state)
+        with self.form():
+            q, k, v = stream.narrow(stream.q, self.keys(stream), stream.v)
+            numerator, denominator, (sums, norms) = gated_linear_chunk(
+                q, k, v, stream.log_decay, stream.docs, before, bonus=self.bonus(k.dtype), normalize=self.running_sum
             )
-            numerator, denominator, (sums, norms) = gated
         kept = {"sums": sums, "norms": norms} if self.running_sum else {"sums": sums}
         state.write({name: value for name, value in kept.items() if value is not None})
-        return Partial(numerator, denominator if self.running_sum else None)
+        return Partial(numerator.to(stream.q.dtype), denominator)
 
     def step(self, stream: Stream, state: State) -> Partial:
         k = self.keys(stream)
         sums, norms = self._state(state)
-        denominator: Tensor | None
-        if stream.log_decay is None:
+        if k.shape[1] == 1:
+            decay = None if stream.log_decay is None else stream.log_decay[:, 0]
+            with self.form():
+                numerator, denominator = gated_linear_step(
+                    stream.q[:, 0], k[:, 0], stream.v[:, 0], decay, sums, norms, bonus=self.bonus(k.dtype)
+                )
+        else:
+            # keys of a block, or none, came out of a window
             sums.add_(torch.einsum("btmf,btmv->bmfv", k, stream.v))
             running = sums.new_zeros(sums.shape[:-1]) if norms is None else norms.add_(k.sum(1))
             numerator, denominator = linear_read(stream.q[:, 0], sums, running)
-        else:
-            numerator, denominator = gated_linear_step(
-                stream.q[:, 0],
-                k[:, 0],
-                stream.v[:, 0],
-                stream.log_decay[:, 0],
-                sums,
-                norms,
-                bonus=self.bonus(k.dtype),
-            )
         seen = None if norms is None or denominator is None else denominator[:, None]
         return Partial(numerator[:, None], seen)
 

@@ -71,14 +71,17 @@ class Delta(Update):
 
     def chunked(self, stream: Stream, state: State) -> Partial:
         q, k, beta = self._terms(stream)
-        out, sums = delta_chunk(q, k, stream.v, beta, stream.log_decay, stream.docs, state["sums"])
+        with self.form():
+            q, k, v = stream.narrow(q, k, stream.v)
+            out, sums = delta_chunk(q, k, v, beta, stream.log_decay, stream.docs, state["sums"])
         state.write({"sums": sums})
-        return Partial(out, None)
+        return Partial(out.to(stream.q.dtype), None)
 
     def step(self, stream: Stream, state: State) -> Partial:
         q, k, beta = (x[:, 0] for x in self._terms(stream))
         decay = None if stream.log_decay is None else stream.log_decay[:, 0]
-        return Partial(delta_step(q, k, stream.v[:, 0], beta, decay, state["sums"])[:, None], None)
+        with self.form():
+            return Partial(delta_step(q, k, stream.v[:, 0], beta, decay, state["sums"])[:, None], None)
 
     def _terms(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
         assert stream.hidden is not None

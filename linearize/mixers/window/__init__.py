@@ -19,9 +19,11 @@ class Window(Part):
 
     Attributes:
         size: tokens seen by the softmax, the query's own included, or tokens in a block; 0 = none, None = all.
+        alone: whether the branch normalizes itself, so that a kernel may give its output instead of sums.
     """
 
     size: int | None
+    alone = False
 
     def __init__(self, config: Any, shape: LayerShape) -> None:
         super().__init__()

@@ -8,9 +8,11 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
+from linearize.kernels import dispatch
 from linearize.kernels.window import add_sink, merge, window_chunk, window_pinned, window_reference
 from linearize.kernels.window.reference import Weighted
-from linearize.kernels.window_linear.recurrent import Ring
+from linearize.kernels.window_linear import window_linear
+from linearize.kernels.window_linear.recurrent import Ring, window_linear_step
 from linearize.mixers.base import LayerShape, Part, Partial, fill
 from linearize.mixers.state import State
 from linearize.mixers.window import Window
@@ -47,6 +49,8 @@ class RingWindow(Window):
 
     SINK_INIT = -10.0
     """exp(-10) beside a sum of weights of order one: the layer starts near the teacher."""
+    has_reach = False
+    """Whether what a query sees depends on its place, see `reach`."""
     sink_logit: nn.Parameter | None
 
     @dataclass
@@ -81,6 +85,11 @@ class RingWindow(Window):
         learned = nn.Parameter(torch.empty(shape.heads)) if config.sinks == "learned" else None
         self.register_parameter("sink_logit", learned)
         self.reset_parameters()
+
+    @property
+    def least(self) -> int:
+        """Fewest tokens that a query far enough from the start sees."""
+        return self.span
 
     def reset_parameters(self) -> None:
         if self.sink_logit is not None:
@@ -159,21 +168,19 @@ class RingWindow(Window):
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, state: State
     ) -> tuple[Partial | None, Handed | None]:
         tokens, first, span = q.shape[1], self.first, self.span
-        rows = torch.arange(q.shape[0], device=q.device)[:, None]
-        slots = self.in_order(state)
         position = self.positions(valid, docs, state)
         ring_valid, pinned = valid, None
         if first:
             pinned = pin(state["window_valid"][:, :first], valid, docs)
             ring_valid = valid & ~pinned.chosen
-        ring_k = torch.cat([state["window_k"][rows, slots].to(k.dtype), k], 1)
-        ring_v = torch.cat([state["window_v"][rows, slots].to(v.dtype), v], 1)
-        ring_valid = torch.cat([state["window_valid"][rows, slots], ring_valid], 1)
-        ring_docs = torch.cat([torch.zeros_like(docs[:, :1]).expand(-1, span), docs], 1)
+        ring_k, ring_v, ring_valid, ring_docs = self.behind(state, k, v, ring_valid, docs)
         reach = self.reach(None if position is None else position[:, span:])
-        weighted = window_chunk(
-            q, ring_k, ring_v, ring_valid, ring_docs, window=span, reach=reach, **self._scores
-        )
+        if self._runs_kernel(q, k, v):
+            near = self._alone(q, ring_k, ring_v, ring_valid, ring_docs, reach, state["window_k"].dtype)
+        else:
+            weighted = window_chunk(
+                q, ring_k, ring_v, ring_valid, ring_docs, window=span, reach=reach, **self._scores
+            )
         kept_k, kept_v = ring_k[:, tokens:], ring_v[:, tokens:]
         kept_valid = ring_valid[:, tokens:] & (ring_docs[:, tokens:] == docs[:, -1:])
         if pinned is not None:
@@ -186,11 +193,31 @@ class RingWindow(Window):
         if not self.overlap:
             handed = self.leaving(ring_k, ring_v, ring_valid, ring_docs, position)
         self.refill(state, kept_k, kept_v, kept_valid)
-        return self._partial(weighted), handed
+        return near if self._runs_kernel(q, k, v) else self._partial(weighted), handed
+
+    def _alone(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, reach: Tensor | None, dtype: torch.dtype
+    ) -> Partial:
+        """The softmax in the model's own dtype, normalized by itself."""
+        narrow = (x.to(dtype) for x in (q, k, v))
+        out, _ = window_linear(
+            *narrow, None, None, window=self.span, scaling=self.shape.scaling, sink=self.sink_logit,
+            codes=torch.where(valid, docs, -1 - docs).to(torch.int32), prefix=self.span,
+            reach=None if reach is None else reach.to(torch.int32), least=None if reach is None else self.least,
+        )  # fmt: skip
+        return Partial(out.to(q.dtype), None)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State
     ) -> tuple[Partial | None, Handed | None]:
+        if self.overlap and self._runs_kernel(q, k, v):
+            dtype = state["window_k"].dtype
+            token = (x[:, 0].to(dtype) for x in (q, k, v))
+            out = window_linear_step(
+                *token, None, None, scaling=self.shape.scaling, ring=self.ring(state), state=None,
+                sink=self.sink_logit, valid=valid[:, 0],
+            )  # fmt: skip
+            return Partial(out[:, None].to(q.dtype), None), Handed(k, v, valid)
         first, slot = self.first, state["window_next"][:, 0] % self.slots
         rows = torch.arange(q.shape[0], device=q.device)
         all_k, all_v, all_valid = state["window_k"], state["window_v"], state["window_valid"]
@@ -216,6 +243,28 @@ class RingWindow(Window):
         visible = torch.cat([all_valid[:, :first], seen], 1) if first else seen
         keys, values = all_k.to(q.dtype), all_v.to(q.dtype)
         return self._partial(window_reference(q, keys, values, visible[:, None], **self._scores)), handed
+
+    def behind(
+        self, state: State, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys, values, validity and documents of the ring, oldest first, and of the new tokens: each [B, span + T, ...]."""
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        slots = self.in_order(state)
+        return (
+            torch.cat([state["window_k"][rows, slots].to(k.dtype), k], 1),
+            torch.cat([state["window_v"][rows, slots].to(v.dtype), v], 1),
+            torch.cat([state["window_valid"][rows, slots], valid], 1),
+            torch.cat([torch.zeros_like(docs[:, :1]).expand(-1, self.span), docs], 1),
+        )
+
+    @property
+    def kernel_covers(self) -> bool:
+        """Whether `window_linear` computes this window: no pinned tokens, no soft cap, no teacher's window inside."""
+        short = self.limit is not None and self.limit < self.span
+        return not self.first and not short and self.shape.softcap is None
+
+    def _runs_kernel(self, *tensors: Tensor) -> bool:
+        return self.alone and self.kernel_covers and dispatch.use_triton(*tensors)
 
     @property
     def _scores(self) -> Scores:

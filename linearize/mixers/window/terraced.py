@@ -43,6 +43,12 @@ class TerracedWindow(RingWindow):
         count = torch.zeros(batch, self.shape.heads, dtype=torch.int64, device=device)
         return super().initial(batch, dtype, device) | {"window_position": count}
 
+    has_reach = True
+
+    @property
+    def least(self) -> int:
+        return self.size + 1
+
     def ring(self, state: State) -> Ring:
         return replace(super().ring(state), position=state["window_position"], block=self.size)
 

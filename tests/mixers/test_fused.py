@@ -1,0 +1,142 @@
+"""Mixers on the Triton kernels against the same mixers part by part: outputs, states, gradients, one token after another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from linearize.kernels import dispatch
+from linearize.mixers import LayerShape, build
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPE = LayerShape(heads=4, kv_heads=2, key_dim=16, value_dim=16, scaling=0.25, model_dim=10)
+HEDGEHOG = {"name": "hedgehog", "dim": 16}
+SLIDING = {"name": "sliding", "size": 16}
+LOW_RANK = {"name": "low_rank", "rank": 3}
+MIXERS: dict[str, dict] = {
+    "lolcats": {"feature_map": HEDGEHOG, "window": {"name": "sliding", "size": 64}},
+    "short window": {"feature_map": {**HEDGEHOG, "per": "kv_head"}, "window": SLIDING, "combine": {
+        "name": "shared_normalizer", "complement": True}},
+    "terraced": {"feature_map": {**HEDGEHOG, "tied": True}, "window": {"name": "terraced", "size": 16, "sinks": "learned"}},
+    "hedgehog": {"feature_map": HEDGEHOG},
+    "window alone": {"window": {**SLIDING, "sinks": "learned"}},
+    "liger": {
+        "feature_map": {"name": "softmax_dim"}, "gate": {"name": "key_pool"}, "normalizer": {"name": "none"},
+        "window": {**SLIDING, "overlap": True}, "combine": {"name": "weighted"},
+    },
+    "lizard": {
+        "feature_map": HEDGEHOG, "gate": {"name": "scalar"}, "window": {"name": "terraced", "size": 16, "overlap": True},
+        "combine": {"name": "sum"},
+    },
+    "gla": {"feature_map": {"name": "identity"}, "gate": LOW_RANK, "normalizer": {"name": "group_norm"}},
+    "linear": {"feature_map": {"name": "elu"}},
+    "delta": {"feature_map": {"name": "identity"}, "update": {"name": "delta"}, "normalizer": {"name": "none"}},
+    "slots": {
+        "feature_map": {"name": "softmax_dim"}, "update": {"name": "slots", "slots": 16}, "gate": {"name": "key_pool"},
+        "normalizer": {"name": "none"},
+    },
+}  # fmt: skip
+COVERED = {"lolcats", "short window", "terraced", "hedgehog", "window alone"}
+mixers = pytest.mark.parametrize("name", MIXERS)
+
+
+def normal(*size: int, seed: int) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def made(name: str):
+    torch.manual_seed(0)
+    mixer = build(MIXERS[name], SHAPE).to(DEVICE)
+    for parameter in mixer.parameters():
+        parameter.data += 0.3 * normal(*parameter.shape, seed=parameter.numel())
+    return mixer
+
+
+def inputs(tokens: int, batch: int = 2) -> dict[str, Tensor]:
+    return {
+        "q": normal(batch, tokens, 4, 16, seed=1),
+        "k": normal(batch, tokens, 2, 16, seed=2),
+        "v": normal(batch, tokens, 2, 16, seed=3),
+        "hidden": normal(batch, tokens, 10, seed=4),
+    }
+
+
+def close(one: Tensor, two: Tensor, limit: float = 2e-5) -> None:
+    one, two = one.double(), two.double()
+    assert one.isfinite().all()
+    assert (one - two).norm() <= limit * two.norm().clamp_min(1e-2 * two.numel() ** 0.5), (one - two).abs().max()
+
+
+LIMIT = 2e-3 if DEVICE == "cuda" else 2e-5  # float32 products of the torch form may take tf32 there
+
+
+def test_which_compositions_one_kernel_covers():
+    assert {name for name in MIXERS if made(name).is_covered} == COVERED
+
+
+@mixers
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_training_equals_the_parts(name, masked):
+    """Outputs and gradients of inputs and parameters, with packed documents and left padding."""
+    mixer, given, tokens = made(name), inputs(75), 75
+    masks = {}
+    if masked:
+        valid = torch.ones(2, tokens, dtype=torch.bool, device=DEVICE)
+        valid[0, :9] = False
+        starts = torch.zeros(2, tokens, dtype=torch.bool, device=DEVICE)
+        starts[1, [0, 20, 21, 50]] = True
+        masks = {"valid": valid, "starts": starts}
+    found = {}
+    for kind in ("torch", "triton"):
+        tensors = {n: x.clone().requires_grad_() for n, x in given.items()}
+        with dispatch.kernels(kind):
+            out = mixer.chunked(**tensors, **masks)
+            weight = normal(*out.shape, seed=5)
+            if masked:
+                weight = weight * masks["valid"][..., None, None]
+            wanted = [*tensors.values(), *mixer.parameters()]
+            found[kind] = [out, *torch.autograd.grad((out * weight).sum(), wanted, allow_unused=True)]
+    if masked:
+        for outputs in found.values():
+            outputs[0] = outputs[0] * masks["valid"][..., None, None]
+    for one, two in zip(found["triton"], found["torch"], strict=True):
+        assert (one is None) == (two is None)
+        if one is not None:
+            close(one, two, LIMIT)
+
+
+@mixers
+def test_prefill_split_and_tokens_equal_the_parts(name):
+    """A prompt with left padding in two calls, then tokens one by one: the outputs and every tensor of the state."""
+    mixer, given = made(name), inputs(60)
+    valid = torch.ones(2, 60, dtype=torch.bool, device=DEVICE)
+    valid[0, :5] = False
+    found = {}
+    for kind in ("torch", "triton"):
+        with dispatch.kernels(kind), torch.no_grad():
+            state, outputs = mixer.initial_state(2, torch.float32, torch.device(DEVICE)), []
+            for piece in (slice(0, 23), slice(23, 40)):
+                part = {n: x[:, piece] for n, x in given.items()}
+                outputs.append(mixer.chunked(**part, valid=valid[:, piece], state=state))
+            for t in range(40, 60):
+                part = {n: x[:, t : t + 1] for n, x in given.items()}
+                outputs.append(mixer.step(**part, valid=valid[:, t : t + 1], state=state))
+            found[kind] = torch.cat(outputs, 1) * valid[..., None, None], state
+    (one, ours), (two, theirs) = found["triton"], found["torch"]
+    close(one, two, LIMIT)
+    for part in theirs:
+        assert ours[part].dtype == theirs[part].dtype
+        if part not in ("window_k", "window_v", "window_valid", "window_next"):  # a ring may begin at another slot
+            close(ours[part], theirs[part], LIMIT)
+
+
+def test_what_no_kernel_takes_runs_in_torch_unless_triton_was_asked_for(monkeypatch):
+    """Taylor features of a wide head pass 256: automatic choice keeps the linear torch form."""
+    mixer = build({"feature_map": {"name": "taylor", "dim": 24}}, SHAPE).to(DEVICE)
+    given = inputs(20)
+    assert mixer.update is not None and mixer.update.feature_dim > 256
+    monkeypatch.setattr(dispatch, "_chosen", lambda: "auto")
+    assert mixer.chunked(**given).isfinite().all()
+    with dispatch.kernels("triton"), pytest.raises(dispatch.KernelError, match=r"features: .*LINEARIZE_KERNELS=torch"):
+        mixer.chunked(**given)
