@@ -1,8 +1,8 @@
 """Compositions that one kernel computes: window softmax and Hedgehog's linear past under one normalizer (LoLCATs).
 
 Recognized once, when a mixer is built. On a device with Triton their chunked and one-token forms are then
-`kernels.window_linear`, with q, k and v in the model's own dtype; everywhere else, and for every other composition, they
-run part by part. Both read and write the same state.
+`kernels.window_linear`, with q, k and v in the model's own dtype; everywhere else, and for every other composition,
+they run part by part. Both read and write the same state.
 """
 
 from __future__ import annotations
@@ -130,8 +130,9 @@ def step(mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, st
     out = window_linear_step(
         q[:, 0], k[:, 0], v[:, 0], query_map, key_map, scaling=mixer.shape.scaling,
         ring=window.ring(state) if isinstance(window, RingWindow) else None, state=past,
-        window_weight=_share(mixer), linear_weight=_rest(mixer), sink=getattr(window, "sink_logit", None),
-        valid=None if valid is None else valid[:, 0],
+        sink=getattr(window, "sink_logit", None), valid=None if valid is None else valid[:, 0],
+        window_factor=mixer.combine.window_factor if isinstance(mixer.combine, SharedNormalizer) else None,
+        complement=_complement(mixer),
     )  # fmt: skip
     return out[:, None]
 
@@ -148,7 +149,10 @@ def _share(mixer: Mixer) -> Tensor | None:
     return mixer.combine.window_factor.sigmoid() if isinstance(mixer.combine, SharedNormalizer) else None
 
 
+def _complement(mixer: Mixer) -> bool:
+    return isinstance(mixer.combine, SharedNormalizer) and mixer.combine.config.complement
+
+
 def _rest(mixer: Mixer) -> Tensor | None:
-    joined = isinstance(mixer.combine, SharedNormalizer) and mixer.combine.config.complement
     share = _share(mixer)
-    return 1 - share if joined and share is not None else None
+    return 1 - share if _complement(mixer) and share is not None else None

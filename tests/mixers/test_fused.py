@@ -1,4 +1,4 @@
-"""Mixers on the Triton kernels against the same mixers part by part: outputs, states, gradients, one token after another."""
+"""Mixers on the Triton kernels against the same mixers part by part: outputs, states, gradients, token by token."""
 
 from __future__ import annotations
 

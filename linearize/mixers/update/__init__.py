@@ -99,7 +99,7 @@ class Update(Part):
         return feature_dim
 
     def form(self) -> AbstractContextManager[None]:
-        """Around a kernel's call: heads too wide for Triton run in torch, in linear memory too, unless it was forced."""
+        """Around a kernel's call: heads too wide for Triton run in torch, in linear memory too, unless forced."""
         wide = max(self.feature_dim, self.value_dim) > WIDEST
         return dispatch.kernels("torch") if wide and dispatch.automatic() else nullcontext()
 

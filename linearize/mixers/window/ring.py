@@ -247,7 +247,7 @@ class RingWindow(Window):
     def behind(
         self, state: State, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keys, values, validity and documents of the ring, oldest first, and of the new tokens: each [B, span + T, ...]."""
+        """Keys, values, validity, documents of the ring, oldest first, and the new tokens: each [B, span + T, ...]."""
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
         slots = self.in_order(state)
         return (
