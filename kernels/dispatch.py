@@ -36,10 +36,13 @@ def _chosen() -> str:
     return value
 
 
-@cache
+# looked for once, here: torch.compile does not trace the search
+_FOUND = importlib.util.find_spec("triton") is not None
+
+
 def has_triton() -> bool:
     """Whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    return _FOUND
 
 
 def interpreted() -> bool:

@@ -162,18 +162,23 @@ def make_plan(
         segments=-(-chunks // per_segment) if chunks else 1,
         per_segment=per_segment,
         wide=q.dtype != torch.bfloat16,
-        # full float32 products without tensor cores would take minutes to compile
-        precision="tf32x3" if q.dtype == torch.float32 else "tf32",
+        # of float32 operands, among them the states of float16: plain float32 products would take minutes to compile,
+        # and single tf32 ones of states read wrong from segments on Hopper (Triton 3.6)
+        precision="tf32" if q.dtype == torch.bfloat16 else "tf32x3",
     )
 
 
 def config(kernel: str, plan: Plan) -> Config:
-    """The fixed table: block of values, warps and stages by head dim; float32 halves the stages."""
+    """The fixed table: block of values, warps and stages by head dim; no stages where float32 takes the shared memory.
+
+    Tiles of fewer than 64 columns take two warps: with four, wgmma of such tiles is wrong in Triton 3.6 and 3.7 (their
+    issue 11366), and two warps do not use it.
+    """
     width = max(plan.key_dim, plan.value_dim)
-    small = CONFIGS[kernel]
-    found = small[64] if width <= 64 else small[128] if width == 128 else small[256]
-    stages = 1 if plan.precision == "tf32x3" else found.stages
-    return Config(min(found.values, plan.value_dim), found.warps, stages)
+    found = CONFIGS[kernel][64 if width <= 64 else 128 if width == 128 else 256]
+    narrow = min(plan.key_dim, plan.value_dim, plan.map_dim) < 64
+    stages = 1 if plan.wide else found.stages
+    return Config(min(found.values, plan.value_dim), 2 if narrow else found.warps, stages)
 
 
 CONFIGS: dict[str, dict[int, Config]] = {

@@ -64,7 +64,6 @@ def aligned_query_gradient_kernel(
         held = values[:, None] * F + columns[None, :]
         dw = tl.dot(incoming, tl.trans(old_values), input_precision=PRECISION) - shift[:, None]
         seen = causal
-        alive = False
         origin = at
         reader = tl.full([C], 1.0, tl.float32)
         if HAS_CODES:
@@ -77,6 +76,7 @@ def aligned_query_gradient_kernel(
             alive = segment > 0
             if HAS_CODES:
                 alive = alive & (load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens) == entering)
+            carried = columns < tl.where(alive, F, 0)
         far = tl.where(seen, dw, 0.0).to(x.dtype)
         key_projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
         projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
@@ -98,8 +98,8 @@ def aligned_query_gradient_kernel(
             norm = tl.load(norms + (at + half) * F + columns)
             sums = tl.load(states + (at + half) * F * V + held)
             if HAS_CARRY:
-                norm += tl.load(carry_norms + (origin + half) * F + columns, mask=(columns < F) & alive, other=0.0)
-                sums += tl.load(carries + (origin + half) * F * V + held, mask=(columns < F)[None, :] & alive, other=0.0)
+                norm += tl.load(carry_norms + (origin + half) * F + columns, mask=carried, other=0.0)
+                sums += tl.load(carries + (origin + half) * F * V + held, mask=carried[None, :], other=0.0)
             for_phi = tl.dot(from_state, sums, input_precision=PRECISION)
             for_phi -= shift[:, None] * norm[None, :]
             if HAS_CODES:

@@ -130,7 +130,6 @@ def aligned_output_kernel(
         if HAS_FACTOR:
             alpha = tl.load(factor + head)
         reader = tl.full([C], 1.0, tl.float32)
-        alive = False
         origin = at
         if HAS_CODES:
             entering = load_code(codes, batch, oldest - 1, key_tokens)
@@ -141,6 +140,7 @@ def aligned_output_kernel(
             alive = segment > 0
             if HAS_CODES:
                 alive = alive & (load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens) == entering)
+            carried = columns < tl.where(alive, F, 0)
         pairs = tl.zeros([C, C], tl.float32)
         # softmax(y), then softmax(-y), each from its own projection: a product costs less than holding the first one's
         for half in range(2):
@@ -157,7 +157,7 @@ def aligned_output_kernel(
             pairs = tl.dot(phi.to(x.dtype), phi_k, pairs, input_precision=PRECISION)
             norm = tl.load(norms + (at + half) * F + columns)
             if HAS_CARRY:
-                norm += tl.load(carry_norms + (origin + half) * F + columns, mask=(columns < F) & alive, other=0.0)
+                norm += tl.load(carry_norms + (origin + half) * F + columns, mask=carried, other=0.0)
             if HAS_CODES:
                 phi *= reader[:, None]
             total += tl.sum(phi * norm[None, :], 1)
@@ -165,7 +165,7 @@ def aligned_output_kernel(
                 phi = phi.to(x.dtype)
             sums = tl.load(states + (at + half) * F * V + held)
             if HAS_CARRY:
-                sums += tl.load(carries + (origin + half) * F * V + held, mask=(columns < F)[None, :] & alive, other=0.0)
+                sums += tl.load(carries + (origin + half) * F * V + held, mask=carried[None, :], other=0.0)
             result = tl.dot(phi, tl.trans(sums), result, input_precision=PRECISION)
         if HAS_CODES:
             code = load_codes(codes, batch, there, key_tokens)

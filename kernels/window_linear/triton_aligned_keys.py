@@ -98,7 +98,6 @@ def aligned_key_gradient_kernel(
             last = tl.minimum(i, chunks - 1)
             at = (line * chunks + last) * 2
             origin = at
-            same = False
             reader = tl.where(scanned, 1.0, 0.0)
             seen = mine
             if HAS_CODES:
@@ -148,7 +147,7 @@ def aligned_key_gradient_kernel(
                     sums = tl.load(states + (at + half) * F * V + place_of_sum)
                     if HAS_CARRY:
                         carry = carries + (origin + half) * F * V + place_of_sum
-                        sums += tl.load(carry, mask=(columns < F)[None, :] & same, other=0.0)
+                        sums += tl.load(carry, mask=(columns < tl.where(same, F, 0))[None, :], other=0.0)
                     for_v = tl.dot(sums, read_k, for_v, input_precision=PRECISION)
             mixed = tl.where(seen, pairs, 0.0).to(keys.dtype)
             for half in range(2):
@@ -169,7 +168,7 @@ def aligned_key_gradient_kernel(
                     norm = tl.load(norms + (at + half) * F + columns)
                     sums = tl.load(states + (at + half) * F * V + place_of_sum)
                     if HAS_CARRY:
-                        from_carry = (columns < F) & same
+                        from_carry = columns < tl.where(same, F, 0)
                         norm += tl.load(carry_norms + (origin + half) * F + columns, mask=from_carry, other=0.0)
                         carry = carries + (origin + half) * F * V + place_of_sum
                         sums += tl.load(carry, mask=from_carry[None, :], other=0.0)
