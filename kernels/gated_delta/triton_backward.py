@@ -232,18 +232,20 @@ def key_gradient_kernel(
     keys = load_rows(k + keys_of_head, first, rows, state_heads * K, dims, tokens)
     for_total = tl.zeros([C], tl.float32)
     for_end = 0.0
-    if HAS_DECAY:
-        for_total -= tl.sum(for_key * keys.to(tl.float32), 1)
+    # an accumulator of its own: one that is read between two products came out wrong on Hopper (Triton 3.6)
+    as_written = tl.zeros([C, BK], tl.float32)
     for piece in range(V // BV):
         values = piece * BV + tl.arange(0, BV)
         written = load_rows(change + values_of_head, first, rows, stride, values, tokens).to(tl.float32)
         written = (written * to_end[:, None]).to(kind)
         ahead = tl.load(leaving + at * K * V + dims[None, :] * V + values[:, None])
-        for_key = tl.dot(written, ahead, for_key, input_precision=PRECISION)
+        as_written = tl.dot(written, ahead, as_written, input_precision=PRECISION)
     if HAS_DECAY:
-        both = -tl.sum(for_key * keys.to(tl.float32), 1)
-        for_end = tl.sum(for_total - both, 0)
-        for_total = both
+        wide_keys = keys.to(tl.float32)
+        moved_by_end = tl.sum(as_written * wide_keys, 1)
+        for_total = -tl.sum(for_key * wide_keys, 1) - moved_by_end
+        for_end = tl.sum(moved_by_end, 0)
+    for_key += as_written
     pairs = tl.zeros([C, C], tl.float32)
     for piece in range(V // BV):
         values = piece * BV + tl.arange(0, BV)
