@@ -36,9 +36,9 @@ def window_linear(
 ) -> tuple[Tensor, State | None]:
     """o_t = sum_j w_tj v_j / sum_j w_tj over the keys j <= t of the query's own document.
 
-    The last `window` keys have w = b exp(scaling q.k - m), m the largest of these scores, and a sink adds b exp(sink - m)
-    to the sum of weights. Every older key has w = a phi(q).phi(k) with Hedgehog's phi(x) = [softmax(x W), softmax(-x W)]
-    (LoLCATs, Zhang et al. 2024, arXiv 2410.10254, eq. 7, app. A). What is decided here:
+    The last `window` keys have w = b exp(scaling q.k - m), m the largest of these scores, and a sink adds b exp(sink -
+    m) to the sum of weights. Every older key has w = a phi(q).phi(k) with Hedgehog's phi(x) = [softmax(x W), softmax(-x
+    W)] (LoLCATs, Zhang et al. 2024, arXiv 2410.10254, eq. 7, app. A). What is decided here:
 
     - The past is not divided by exp(m): m is part of LoLCATs' function, which is therefore not invariant to a shift of
       the scores. Nothing overflows, since the largest weight of the window is b and phi.phi lies in (0, 2].
@@ -110,7 +110,9 @@ def _torch(
     extra = -tokens % chunk
     blocks = (tokens + extra) // chunk
     q_cut = F.pad(q, (0, 0, 0, 0, 0, extra)).unflatten(1, (blocks, chunk))
-    k_cut, v_cut = (F.pad(x, (0, 0, 0, 0, 0, extra)).unfold(1, span + chunk, chunk).movedim(-1, 2) for x in (k, v))
+    k_cut, v_cut = (
+        F.pad(x, (0, 0, 0, 0, 0, extra)).unfold(1, span + chunk, chunk).movedim(-1, 2) for x in (k, v)
+    )
     code_cut = F.pad(codes, (0, extra), value=-1).unfold(1, span + chunk, chunk)
     reach_cut = F.pad(reach, (0, extra)).unflatten(1, (blocks, chunk))
     owner = document(code_cut[:, :, span:])

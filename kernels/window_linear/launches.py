@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,13 +12,10 @@ from linearize.kernels.window_linear.plan import CHUNK, Plan, config, processors
 from linearize.kernels.window_linear.triton_aligned_backward import aligned_query_gradient_kernel
 from linearize.kernels.window_linear.triton_aligned_forward import aligned_output_kernel
 from linearize.kernels.window_linear.triton_aligned_keys import aligned_key_gradient_kernel
-from linearize.kernels.window_linear.triton_backward import (
-    key_gradient_kernel,
-    map_gradient_kernel,
-    query_gradient_kernel,
-)
+from linearize.kernels.window_linear.triton_backward import key_gradient_kernel, query_gradient_kernel
 from linearize.kernels.window_linear.triton_common import LOG2E
 from linearize.kernels.window_linear.triton_forward import output_kernel
+from linearize.kernels.window_linear.triton_maps import map_gradient_kernel
 from linearize.kernels.window_linear.triton_states import carry_kernel, key_states_kernel, query_states_kernel
 
 Some = tuple[Tensor | None, ...]
@@ -27,7 +26,8 @@ def launch_forward(
 ) -> list[Tensor]:
     """Key states, their carries, outputs; the result is `Plan.outputs`, filled."""
     outputs = plan.outputs(q)
-    out, maximum, inverse, final, final_norm, states, norms, carries, carry_norms, query_lse, key_lse = outputs
+    out, maximum, inverse, final, final_norm, *rest = outputs
+    states, norms, carries, carry_norms, query_lse, key_lse = rest
     query_map, key_map = maps
     weight, factor, sink = factors
     codes, reach = masks
@@ -68,7 +68,9 @@ def launch_forward(
     grid = (plan.chunks * (plan.value_dim // made.values), plan.batch * plan.heads)
     options = {"BV": made.values, "num_warps": made.warps, "num_stages": made.stages}
     if aligned:
-        launch(aligned_output_kernel, grid, key_lse=key_lse, **shared, **_aligned(plan, factor, codes), **options)
+        launch(
+            aligned_output_kernel, grid, key_lse=key_lse, **shared, **_aligned(plan, factor, codes), **options
+        )
     else:
         launch(output_kernel, grid, reach=reach, **shared, **_general(plan, factor, codes, reach), **options)
     return outputs
@@ -92,9 +94,9 @@ def launch_backward(
     key_dy = q.new_empty(plan.batch, plan.key_tokens, plan.heads, plan.map_dim) if trains else None
     aligned = plan.whole_chunks and reach is None
     both = plan.has_past and plan.window > 0
-    shared = {
-        "q": q, "k": k, "v": v, "do": do, "query_map": query_map, "key_map": key_map, "weight": weight, "factor": factor,
-        "codes": codes, "maximum": maximum, "inverse": inverse, "delta": delta, "balance": balance,
+    shared: dict[str, Any] = {
+        "q": q, "k": k, "v": v, "do": do, "query_map": query_map, "key_map": key_map, "weight": weight,
+        "factor": factor, "codes": codes, "maximum": maximum, "inverse": inverse, "delta": delta, "balance": balance,
         "place_of_top": place_of_top, "TRAIN_MAPS": trains,
     }  # fmt: skip
     if aligned:
@@ -138,7 +140,11 @@ def launch_backward(
         launch(aligned_key_gradient_kernel, grid, dk=dk, dv=dv, **shared, **options)
     else:
         split = both and plan.value_dim * plan.key_dim > 64 * 64
-        parts = [(True, False, False), (False, True, True)] if split else [(plan.window > 0, plan.has_past, False)]
+        parts = (
+            [(True, False, False), (False, True, True)]
+            if split
+            else [(plan.window > 0, plan.has_past, False)]
+        )
         for_k, for_v = (torch.empty_like(x, dtype=torch.float32) for x in (dk, dv)) if split else (dk, dv)
         for do_window, do_linear, add in parts:
             launch(
@@ -186,7 +192,8 @@ def _map_gradient(plan: Plan, x: Tensor, dy: Tensor) -> Tensor:
     parts = x.new_empty(splits, plan.heads, plan.key_dim, plan.map_dim, dtype=torch.float32)
     made = config("map_gradient", plan)
     launch(
-        map_gradient_kernel, (splits, plan.heads), x=x, dy=dy, out=parts, count=count, per_split=per_split, splits=splits,
+        map_gradient_kernel, (splits, plan.heads),
+        x=x, dy=dy, out=parts, count=count, per_split=per_split, splits=splits,
         x_heads=x.shape[2], heads=plan.heads, K=plan.key_dim, F=plan.map_dim, C=CHUNK, PRECISION=plan.precision,
         num_warps=made.warps, num_stages=made.stages,
     )  # fmt: skip

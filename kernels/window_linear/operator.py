@@ -1,4 +1,4 @@
-"""window_linear as torch custom operators over the Triton kernels: shapes checked, kernels launched, gradients wired."""
+"""window_linear as torch custom operators over the Triton kernels: shapes checked, kernels launched, gradients."""
 
 from __future__ import annotations
 
@@ -74,7 +74,10 @@ def covered(
     state_heads = heads if weights.key_map is None else weights.key_map.shape[0]
     dispatch.require(
         "window_linear",
-        dtype=(q.dtype in kinds and q.dtype == k.dtype == v.dtype, f"{q.dtype}, {k.dtype}, {v.dtype}: one of {kinds}"),
+        dtype=(
+            q.dtype in kinds and q.dtype == k.dtype == v.dtype,
+            f"{q.dtype}, {k.dtype}, {v.dtype}: one of {kinds}",
+        ),
         key_dim=(k.shape[-1] <= 256, f"{k.shape[-1]} must be at most 256"),
         value_dim=(v.shape[-1] <= 256, f"{v.shape[-1]} must be at most 256"),
         map_dim=(16 <= f <= 128 and f & (f - 1) == 0, f"{f} must be 16, 32, 64 or 128"),
@@ -84,7 +87,10 @@ def covered(
             state is None or not (state[0].requires_grad or state[1].requires_grad),
             "a carried state takes no gradient: detach it",
         ),
-        window=(layer.window > 0 or weights.key_map is not None, "0 without feature maps leaves nothing to see"),
+        window=(
+            layer.window > 0 or weights.key_map is not None,
+            "0 without feature maps leaves nothing to see",
+        ),
     )
 
 
@@ -105,14 +111,18 @@ def forward(
     plan = make_plan(q, k, v, query_map, key_map, numbers)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     maps = tuple(None if x is None else x.to(q.dtype).contiguous() for x in (query_map, key_map))
-    factors = tuple(None if x is None else x.float().contiguous() for x in (window_weight, linear_weight, sink))
+    factors = tuple(
+        None if x is None else x.float().contiguous() for x in (window_weight, linear_weight, sink)
+    )
     masks = tuple(None if x is None else x.to(torch.int32).contiguous() for x in (codes, reach))
     carried = tuple(None if x is None else x.contiguous() for x in (start, start_norm))
     return launch_forward(plan, q, k, v, maps, factors, masks, carried)
 
 
 @forward.register_fake
-def _(q, k, v, query_map, key_map, window_weight, linear_weight, sink, codes, reach, start, start_norm, numbers):
+def _(
+    q, k, v, query_map, key_map, window_weight, linear_weight, sink, codes, reach, start, start_norm, numbers
+):
     plan = make_plan(q, k, v, query_map, key_map, numbers)
     return plan.outputs(q)
 
@@ -129,15 +139,33 @@ def backward(
     plan = make_plan(q, k, v, query_map, key_map, numbers)
     do, q, k, v = (x.contiguous() for x in (do, q, k, v))
     maps = tuple(None if x is None else x.to(q.dtype).contiguous() for x in (query_map, key_map))
-    factors = tuple(None if x is None else x.float().contiguous() for x in (window_weight, linear_weight, sink))
+    factors = tuple(
+        None if x is None else x.float().contiguous() for x in (window_weight, linear_weight, sink)
+    )
     masks = tuple(None if x is None else x.to(torch.int32).contiguous() for x in (codes, reach))
     return launch_backward(plan, do, q, k, v, maps, factors, masks, saved, train_maps)
 
 
 @backward.register_fake
-def _(do, q, k, v, query_map, key_map, window_weight, linear_weight, sink, codes, reach, saved, train_maps, numbers):
+def _(
+    do,
+    q,
+    k,
+    v,
+    query_map,
+    key_map,
+    window_weight,
+    linear_weight,
+    sink,
+    codes,
+    reach,
+    saved,
+    train_maps,
+    numbers,
+):
     plan = make_plan(q, k, v, query_map, key_map, numbers)
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)] + plan.gradients(q, train_maps)
+    inputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    return inputs + plan.gradients(q, train_maps)
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -102,9 +102,13 @@ class Plan:
         made.append(q.new_empty((*size, width, self.value_dim) if final else (0,), dtype=single))
         made.append(q.new_empty((*size, width) if final else (0,), dtype=single))
         chunks, pieces = self.chunks if self.has_past else 0, self.segments if self._carries else 0
-        made.append(q.new_empty(*size, chunks, 2, self.value_dim, self.map_dim, dtype=self.state_dtype(q.dtype)))
+        made.append(
+            q.new_empty(*size, chunks, 2, self.value_dim, self.map_dim, dtype=self.state_dtype(q.dtype))
+        )
         made.append(q.new_empty(*size, chunks, width, dtype=single))
-        made.append(q.new_empty(*size, pieces, 2, self.value_dim, self.map_dim, dtype=self.state_dtype(q.dtype)))
+        made.append(
+            q.new_empty(*size, pieces, 2, self.value_dim, self.map_dim, dtype=self.state_dtype(q.dtype))
+        )
         made.append(q.new_empty(*size, pieces, width, dtype=single))
         past = 2 if self.has_past else 0
         made.append(q.new_empty(self.batch, self.heads, past, self.tokens, dtype=single))

@@ -87,7 +87,9 @@ def window_linear_step(
     """
     assert (query_map is None) == (key_map is None) == (state is None), "maps and sums belong together"
     assert ring is not None or state is not None, "neither a window nor sums"
-    assert window_factor is None or (window_weight is None and linear_weight is None), "weights or their logits"
+    assert window_factor is None or (window_weight is None and linear_weight is None), (
+        "weights or their logits"
+    )
     at_once = at_once or ring is None
     if dispatch.use_triton(q, k, v):
         from linearize.kernels.window_linear import triton_step

@@ -1,9 +1,9 @@
 """Gradients of window_linear where the window is a whole number of chunks; geometry as in `triton_aligned_forward`.
 
 With p_tj the weights divided by their row's sum, D_t = do_t . o_t and dw_tj = do_t . v_j - D_t, the window's scores get
-ds = p dw, and the largest of a row also what keeps the row's sum at zero (see `triton_backward`). One sum is the other: dw of
-the oldest tile serves the window in one triangle and the features in the other. Sums of weights, shares and factors go into
-exponents, so neither a maximum nor a sum of features is looked for again.
+ds = p dw, and the largest of a row also what keeps the row's sum at zero (see `triton_backward`). One sum is the other:
+dw of the oldest tile serves the window in one triangle and the features in the other. Sums of weights, shares and
+factors go into exponents, so neither a maximum nor a sum of features is looked for again.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def aligned_query_gradient_kernel(
             origin = (line * segments + segment) * 2
             alive = segment > 0
             if HAS_CODES:
-                alive = alive & (load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens) == entering)
+                alive = alive & (
+                    load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens) == entering
+                )
             carried = columns < tl.where(alive, F, 0)
         far = tl.where(seen, dw, 0.0).to(x.dtype)
         key_projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
@@ -84,10 +86,7 @@ def aligned_query_gradient_kernel(
         exists = (there >= 0) & (there < key_tokens)
         own_lse = key_lse + line * 2 * key_tokens + there
         query_line = query_lse + (batch * heads + head) * 2 * tokens + place
-        if WIDE:
-            from_state = incoming.to(tl.float32)
-        else:
-            from_state = incoming
+        from_state = incoming.to(tl.float32) if WIDE else incoming
         alpha = over
         if HAS_FACTOR:
             alpha *= tl.load(factor + head)
@@ -119,7 +118,11 @@ def aligned_query_gradient_kernel(
         for_y *= alpha[:, None]
         if TRAIN_MAPS:
             lines = (batch * tokens + place) * heads + head
-            tl.store(dy + lines[:, None] * F + columns[None, :], for_y.to(dy.dtype.element_ty), mask=inside[:, None])
+            tl.store(
+                dy + lines[:, None] * F + columns[None, :],
+                for_y.to(dy.dtype.element_ty),
+                mask=inside[:, None],
+            )
         if LAG > 0:
             # in units of the scores' gradient, to which the window adds
             for_y *= LOG2E / scale
@@ -185,7 +188,9 @@ def aligned_query_gradient_kernel(
         if HAS_LINEAR:
             there = (best_place >= 0) & inside
             keys = tl.load(
-                k + best_place.to(tl.int64)[:, None] * (kv_heads * K) + dims[None, :], mask=there[:, None], other=0.0
+                k + best_place.to(tl.int64)[:, None] * (kv_heads * K) + dims[None, :],
+                mask=there[:, None],
+                other=0.0,
             )
             for_q -= sum_of_ds[:, None] * keys.to(tl.float32)
             tl.store(balance + row, sum_of_ds, mask=inside)
@@ -197,4 +202,6 @@ def aligned_query_gradient_kernel(
             tl.store(dsink + row, for_sink, mask=inside)
         for_q *= scale / LOG2E
     dq += (batch * tokens * heads + head) * K
-    tl.store(dq + place[:, None] * (heads * K) + dims[None, :], for_q.to(dq.dtype.element_ty), mask=inside[:, None])
+    tl.store(
+        dq + place[:, None] * (heads * K) + dims[None, :], for_q.to(dq.dtype.element_ty), mask=inside[:, None]
+    )

@@ -1,9 +1,9 @@
 """The output of window_linear where the window is a whole number of chunks: fewer products and exponentials, few masks.
 
-Query t of a chunk and key s of the oldest tile, a window behind it, are just behind the window where s <= t and in it where
-s > t; in the chunk's own tile it is s <= t that the softmax sees. So the two triangles of one square hold the own tile's and
-the oldest tile's scores, one maximum and one exponential serve both, and the oldest tile's values are multiplied once, by
-softmax weights in one triangle and by products of features in the other.
+Query t of a chunk and key s of the oldest tile, a window behind it, are just behind the window where s <= t and in it
+where s > t; in the chunk's own tile it is s <= t that the softmax sees. So the two triangles of one square hold the own
+tile's and the oldest tile's scores, one maximum and one exponential serve both, and the oldest tile's values are
+multiplied once, by softmax weights in one triangle and by products of features in the other.
 """
 
 from __future__ import annotations
@@ -139,7 +139,9 @@ def aligned_output_kernel(
             origin = (line * segments + segment) * 2
             alive = segment > 0
             if HAS_CODES:
-                alive = alive & (load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens) == entering)
+                alive = alive & (
+                    load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens) == entering
+                )
             carried = columns < tl.where(alive, F, 0)
         pairs = tl.zeros([C, C], tl.float32)
         # softmax(y), then softmax(-y), each from its own projection: a product costs less than holding the first one's

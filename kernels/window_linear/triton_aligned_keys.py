@@ -169,7 +169,9 @@ def aligned_key_gradient_kernel(
                     sums = tl.load(states + (at + half) * F * V + place_of_sum)
                     if HAS_CARRY:
                         from_carry = columns < tl.where(same, F, 0)
-                        norm += tl.load(carry_norms + (origin + half) * F + columns, mask=from_carry, other=0.0)
+                        norm += tl.load(
+                            carry_norms + (origin + half) * F + columns, mask=from_carry, other=0.0
+                        )
                         carry = carries + (origin + half) * F * V + place_of_sum
                         sums += tl.load(carry, mask=from_carry[None, :], other=0.0)
                     for_phi = tl.dot(tl.trans(sums), tl.trans(read_v), for_phi, input_precision=PRECISION)
@@ -198,7 +200,9 @@ def aligned_key_gradient_kernel(
             ds = weights * dw
             if HAS_LINEAR:
                 ds = without_spare(ds, balance, place_of_top, row, i - LAG, rows, position, tokens, C)
-            for_k = tl.dot(tl.trans(x), tl.where(mine, ds, 0.0).to(keys.dtype), for_k, input_precision=PRECISION)
+            for_k = tl.dot(
+                tl.trans(x), tl.where(mine, ds, 0.0).to(keys.dtype), for_k, input_precision=PRECISION
+            )
             for_v = tl.dot(tl.trans(y), weights.to(keys.dtype), for_v, input_precision=PRECISION)
             if LAG > 1:
                 for chunk in range(tl.maximum(i - LAG + 1, 0), tl.minimum(i, chunks)):
@@ -220,7 +224,9 @@ def aligned_key_gradient_kernel(
             ds = weights * dw
             if HAS_LINEAR:
                 ds = without_spare(ds, balance, place_of_top, row, i, rows, position, tokens, C)
-            for_k = tl.dot(tl.trans(x), tl.where(mine, 0.0, ds).to(keys.dtype), for_k, input_precision=PRECISION)
+            for_k = tl.dot(
+                tl.trans(x), tl.where(mine, 0.0, ds).to(keys.dtype), for_k, input_precision=PRECISION
+            )
             # one of the two is zero
             mixed = mixed + tl.where(mine, 0.0, weights).to(keys.dtype)
             for_v = tl.dot(tl.trans(y), mixed, for_v, input_precision=PRECISION)

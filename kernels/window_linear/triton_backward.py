@@ -1,9 +1,9 @@
 """Gradients of window_linear, chunk by chunk: one kernel for the queries' side, one for the keys'.
 
-With g = do / den and delta = (do . o) / den every weight w_tj, of the window or of the past, has dw_tj = g_t.v_j - delta_t
-(o = sum w v / sum w). The window's scores get ds = w dw, and its largest one also what keeps their sum at zero: the row
-maximum is part of the function (the past is not divided by its exponential), so its gradient is not dropped. That sum is
--phi(q).dphi(q), which the query kernel writes for the key kernel, with the place of the maximum.
+With g = do / den and delta = (do . o) / den every weight w_tj, of the window or of the past, has dw_tj = g_t.v_j -
+delta_t (o = sum w v / sum w). The window's scores get ds = w dw, and its largest one also what keeps their sum at zero:
+the row maximum is part of the function (the past is not divided by its exponential), so its gradient is not dropped.
+That sum is -phi(q).dphi(q), which the query kernel writes for the key kernel, with the place of the maximum.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ def query_gradient_kernel(
             age = mine[:, None] - other[None, :]
             seen = (age >= 0) & (age < far[:, None]) & (other >= 0)[None, :] & (other < key_tokens)[None, :]
             if HAS_CODES:
-                code = tl.load(codes + batch * key_tokens + other, mask=(other >= 0) & (other < key_tokens), other=-1)
+                code = tl.load(
+                    codes + batch * key_tokens + other, mask=(other >= 0) & (other < key_tokens), other=-1
+                )
                 seen = seen & (code[None, :] == owner[:, None])
             scores = tl.where(seen, scores * scale, float("-inf"))
             if HAS_LINEAR:
@@ -124,7 +126,9 @@ def query_gradient_kernel(
             age = mine[:, None] - other[None, :]
             seen = (age >= far[:, None]) & (other >= 0)[None, :] & (other < key_tokens)[None, :]
             if HAS_CODES:
-                code = tl.load(codes + batch * key_tokens + other, mask=(other >= 0) & (other < key_tokens), other=-1)
+                code = tl.load(
+                    codes + batch * key_tokens + other, mask=(other >= 0) & (other < key_tokens), other=-1
+                )
                 seen = seen & (code[None, :] == owner[:, None])
             opposite = load_columns(v, here, rows, kv_heads * V, values, key_tokens)
             dw = tl.dot(g, opposite, input_precision=PRECISION) - shift[:, None]
@@ -142,10 +146,8 @@ def query_gradient_kernel(
         if HAS_CODES:
             entering = load_code(codes, batch, base + chunk * C - 1, key_tokens)
             reader = tl.where(owner == entering, 1.0, 0.0)
-        if WIDE:
-            from_state = g.to(tl.float32) * reader[:, None]
-        else:
-            from_state = (g.to(tl.float32) * reader[:, None]).to(x.dtype)
+        from_state = g.to(tl.float32) * reader[:, None]
+        from_state = from_state if WIDE else from_state.to(x.dtype)
         for_up = tl.dot(from_state, up_sum, for_up, input_precision=PRECISION)
         for_down = tl.dot(from_state, down_sum, for_down, input_precision=PRECISION)
         if HAS_CARRY:
@@ -179,7 +181,9 @@ def query_gradient_kernel(
             tl.store(place_of_top + row, best_place, mask=inside)
             there = (best_place >= 0) & inside
             keys = tl.load(
-                k + best_place.to(tl.int64)[:, None] * (kv_heads * K) + dims[None, :], mask=there[:, None], other=0.0
+                k + best_place.to(tl.int64)[:, None] * (kv_heads * K) + dims[None, :],
+                mask=there[:, None],
+                other=0.0,
             )
             for_q -= (scale * sum_of_ds)[:, None] * keys.to(tl.float32)
             if HAS_SINK:
@@ -262,7 +266,9 @@ def key_gradient_kernel(
                     far = tl.load(reach + batch * tokens + place, mask=there, other=0)
                 seen = (age >= 0) & (age < far[None, :]) & inside[:, None] & there[None, :]
                 if HAS_CODES:
-                    owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=there, other=0))
+                    owner = document(
+                        tl.load(codes + batch * key_tokens + prefix + place, mask=there, other=0)
+                    )
                     seen = seen & (code[:, None] == owner[None, :])
                 weights = tl.where(seen, tl.exp2((scores - top[None, :]) * LOG2E) * share, 0.0)
                 y = load_columns(own_do, chunk * C, rows, heads * V, values, tokens)
@@ -306,7 +312,9 @@ def key_gradient_kernel(
                     else:
                         read_k = (features * reader[:, None]).to(keys.dtype)
                         read_v = (held.to(tl.float32) * reader[:, None]).to(keys.dtype)
-                    for_v = tl.dot(read_k, tl.load(states + at * F * V + square), for_v, input_precision=PRECISION)
+                    for_v = tl.dot(
+                        read_k, tl.load(states + at * F * V + square), for_v, input_precision=PRECISION
+                    )
                     for_features = tl.dot(
                         read_v, tl.load(states + at * F * V + turned), for_features, input_precision=PRECISION
                     )
@@ -315,7 +323,9 @@ def key_gradient_kernel(
                         segment = last_chunk // per_segment
                         same = segment < segments - 1
                         if HAS_CODES:
-                            behind = load_code(codes, batch, prefix + (segment + 1) * per_segment * C, key_tokens)
+                            behind = load_code(
+                                codes, batch, prefix + (segment + 1) * per_segment * C, key_tokens
+                            )
                             same = same & (ahead == behind)
                         if same:
                             origin = (line * segments + segment) * 2 + half
@@ -338,7 +348,9 @@ def key_gradient_kernel(
                     age = (prefix + place)[None, :] - mine[:, None]
                     seen = (age >= far[None, :]) & inside[:, None] & there[None, :]
                     if HAS_CODES:
-                        owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=there, other=0))
+                        owner = document(
+                            tl.load(codes + batch * key_tokens + prefix + place, mask=there, other=0)
+                        )
                         seen = seen & (code[:, None] == owner[None, :])
                     x = load_columns(own_q, chunk * C, rows, heads * K, dims, tokens)
                     turned_map = tl.load(query_projection + dims[None, :] * F + columns[:, None])
@@ -366,26 +378,3 @@ def key_gradient_kernel(
             for_k = tl.dot(narrow_y, projection, for_k, input_precision=PRECISION)
     tl.store(dk + own_k, for_k.to(dk.dtype.element_ty), mask=inside[:, None])
     tl.store(dv + own_v, for_v.to(dv.dtype.element_ty), mask=inside[:, None])
-
-
-@triton.jit
-def map_gradient_kernel(
-    x, dy, out, count, per_split, splits,
-    x_heads: tl.constexpr, heads: tl.constexpr, K: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """x^T dy of one head over one share of the tokens: [splits, H, K, F], summed by the caller in a fixed order."""
-    split, head = tl.program_id(0), tl.program_id(1)
-    x_head = head // (heads // x_heads)
-    rows, dims, columns = tl.arange(0, C), tl.arange(0, K), tl.arange(0, F)
-    total = tl.zeros([K, F], tl.float32)
-    begin = split * per_split
-    end = tl.minimum(begin + per_split, count)
-    for first in range(begin, end, C):
-        place = tl.cast(first, tl.int64) + rows
-        inside = place < end
-        left = tl.load(x + (place[None, :] * x_heads + x_head) * K + dims[:, None], mask=inside[None, :], other=0.0)
-        right = tl.load(dy + (place[:, None] * heads + head) * F + columns[None, :], mask=inside[:, None], other=0.0)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
-    to = (tl.cast(split, tl.int64) * heads + head) * K * F + dims[:, None] * F + columns[None, :]
-    tl.store(out + to, total)

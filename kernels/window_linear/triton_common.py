@@ -25,8 +25,8 @@ def load_code(codes, row, position, tokens):
 def row_features(y):
     """Half of the features of projections y [C, f] times log2 e: softmax over the last axis, and log2 of the sum.
 
-    A reader that has the logarithm gets the same features as exp2(y - log), in any layout, without looking for a maximum
-    or a sum. The other half is that of -y.
+    A reader that has the logarithm gets the same features as exp2(y - log), in any layout, without looking for a
+    maximum or a sum. The other half is that of -y.
     """
     top = tl.max(y, 1)
     features = tl.exp2(y - top[:, None])
@@ -36,7 +36,7 @@ def row_features(y):
 
 @triton.jit
 def row_maps(y):
-    """Projections [C, f] -> softmax(y), softmax(-y) over the last axis, float32, and log2 of what they are divided by."""
+    """Projections [C, f] -> softmax(y), softmax(-y) over the last axis, float32, and log2 of their divisors."""
     y *= LOG2E
     up, up_lse = row_features(y)
     down, down_lse = row_features(-y)

@@ -67,11 +67,15 @@ def output_kernel(
         for i in range(first_tile, chunk + TILES):
             here = base + i * C
             other = here + rows
-            scores = tl.dot(x, load_columns(k, here, rows, kv_heads * K, dims, key_tokens), input_precision=PRECISION)
+            scores = tl.dot(
+                x, load_columns(k, here, rows, kv_heads * K, dims, key_tokens), input_precision=PRECISION
+            )
             age = mine[:, None] - other[None, :]
             seen = (age >= 0) & (age < far[:, None]) & (other >= 0)[None, :] & (other < key_tokens)[None, :]
             if HAS_CODES:
-                code = tl.load(codes + batch * key_tokens + other, mask=(other >= 0) & (other < key_tokens), other=-1)
+                code = tl.load(
+                    codes + batch * key_tokens + other, mask=(other >= 0) & (other < key_tokens), other=-1
+                )
                 seen = seen & (code[None, :] == owner[:, None])
             scores = tl.where(seen, scores * scale, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
@@ -113,7 +117,9 @@ def output_kernel(
             age = mine[:, None] - other[None, :]
             seen = (age >= far[:, None]) & (other >= 0)[None, :] & (other < key_tokens)[None, :]
             if HAS_CODES:
-                code = tl.load(codes + batch * key_tokens + other, mask=(other >= 0) & (other < key_tokens), other=-1)
+                code = tl.load(
+                    codes + batch * key_tokens + other, mask=(other >= 0) & (other < key_tokens), other=-1
+                )
                 seen = seen & (code[None, :] == owner[:, None])
             pairs = tl.where(seen, pairs, 0.0)
             total += tl.sum(pairs, 1)

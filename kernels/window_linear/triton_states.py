@@ -1,8 +1,8 @@
-"""States between chunks: sums of phi(k) v^T over the keys behind a chunk, or of phi(q) g^T over the queries ahead of it.
+"""States between chunks: sums of phi(k) v^T over the keys behind a chunk, or of phi(q) g^T over the queries ahead.
 
-A sequence is cut into segments that are scanned side by side, each from nothing; a third kernel sums the segments' totals,
-and whoever reads a state adds its segment's carry. Sums are held and stored as [V, F], values first: features come out of a
-product by rows of tokens, where their softmax needs no other warp, and enter the next one as they stand.
+A sequence is cut into segments that are scanned side by side, each from nothing; a third kernel sums the segments'
+totals, and whoever reads a state adds its segment's carry. Sums are held and stored as [V, F], values first: features
+come out of a product by rows of tokens, where their softmax needs no other warp, and enter the next one as they stand.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def key_states_kernel(
     key_tokens, tokens, base, chunks, per_segment, limit, last_tile, segments,
     kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    HAS_CODES: tl.constexpr, HAS_REACH: tl.constexpr, HAS_START: tl.constexpr, HAS_TOTALS: tl.constexpr, IS_FINAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_CODES: tl.constexpr, HAS_REACH: tl.constexpr, HAS_START: tl.constexpr, HAS_TOTALS: tl.constexpr,
+    IS_FINAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Entering states [B, M, chunks, 2, V, F] and norms [.., 2, F] of one segment, its total, and log sums [B, M, 2, S]."""
+    """Entering states [B, M, chunks, 2, V, F] and norms [.., 2, F] of a segment, its total, log sums [B, M, 2, S]."""
     tile = tl.program_id(0)
     segment = tl.program_id(1) % segments
     row_head = (tl.program_id(1) // segments).to(tl.int64)
@@ -41,7 +41,7 @@ def key_states_kernel(
     down_sum = tl.zeros([BV, F], tl.float32)
     up_norm = tl.zeros([F], tl.float32)
     down_norm = tl.zeros([F], tl.float32)
-    if HAS_START:
+    if HAS_START:  # noqa: SIM102 (one is known to the compiler, the other is not)
         if segment == 0:
             up_sum = tl.load(start + row_head * 2 * F * V + outer)
             down_sum = tl.load(start + (row_head * 2 + 1) * F * V + outer)
@@ -96,7 +96,9 @@ def key_states_kernel(
         if HAS_CODES:
             # the sums are of the document open at the last tile's end; the last segment's total serves the last token
             end = tl.minimum(base + end_chunk * C, key_tokens) - 1
-            kept = load_code(codes, batch, end, key_tokens) == load_code(codes, batch, key_tokens - 1, key_tokens)
+            kept = load_code(codes, batch, end, key_tokens) == load_code(
+                codes, batch, key_tokens - 1, key_tokens
+            )
             alive = tl.where((segment < segments - 1) | kept, 1.0, 0.0)
             up_sum, down_sum, up_norm, down_norm = (
                 up_sum * alive, down_sum * alive, up_norm * alive, down_norm * alive,
@@ -157,7 +159,9 @@ def query_states_kernel(
             head = state_head * group + member
             row = batch * heads + head
             x = load_rows(q + (batch * tokens * heads + head) * K, here, rows, heads * K, dims, tokens)
-            y = load_rows(do + (batch * tokens * heads + head) * V + tile * BV, here, rows, heads * V, lanes, tokens)
+            y = load_rows(
+                do + (batch * tokens * heads + head) * V + tile * BV, here, rows, heads * V, lanes, tokens
+            )
             projection = tl.load(weight + head * K * F + dims[:, None] * F + features[None, :])
             scale = tl.load(inverse + row * tokens + position, mask=seen, other=0.0)
             if HAS_FACTOR:
@@ -209,7 +213,9 @@ def carry_kernel(
                 ) & (high < key_tokens)
             else:
                 end = tl.where(segment == segments - 1, key_tokens, tl.minimum(high, key_tokens)) - 1
-                same = load_code(codes, batch, low - 1, key_tokens) == load_code(codes, batch, end, key_tokens)
+                same = load_code(codes, batch, low - 1, key_tokens) == load_code(
+                    codes, batch, end, key_tokens
+                )
             carry = tl.where(same, carry, 0.0)
         carry += tl.load(totals + at, mask=inside, other=0.0)
     if HAS_FINAL:

@@ -69,7 +69,13 @@ def runs(mixer: Mixer, *tensors: Tensor) -> bool:
 
 
 def chunked(
-    mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, starts: Tensor | None, state: State | None
+    mixer: Mixer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    starts: Tensor | None,
+    state: State | None,
 ) -> Tensor:
     """`Mixer.chunked` up to the output part, [B, T, H, V] in the dtype of v; q and k as the branches see them."""
     window, tokens = mixer.window, q.shape[1]

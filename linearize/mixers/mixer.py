@@ -231,7 +231,9 @@ class Mixer(nn.Module):
 
         def inputs(rotated: bool) -> Inputs:
             pair = (q, k) if rotated or plain is None else plain
-            return Inputs(self._widen(pair[0]), self._widen(pair[1]), wide_v, valid, docs, wide_hidden, v.dtype)
+            return Inputs(
+                self._widen(pair[0]), self._widen(pair[1]), wide_v, valid, docs, wide_hidden, v.dtype
+            )
 
         near = inputs(self.position.window_rotated)
         same = self.position.window_rotated == self.position.recurrent_rotated

@@ -122,7 +122,13 @@ class Recurrent(nn.Module):
             return self._stream(inputs, position, position, state)
         wide = inputs.q.dtype
         late = Inputs(
-            inputs.q, handed.k.to(wide), handed.v.to(wide), handed.valid, inputs.docs, inputs.hidden, inputs.dtype
+            inputs.q,
+            handed.k.to(wide),
+            handed.v.to(wide),
+            handed.valid,
+            inputs.docs,
+            inputs.hidden,
+            inputs.dtype,
         )
         k_position = None
         if position is not None:

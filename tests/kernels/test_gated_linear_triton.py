@@ -274,7 +274,9 @@ def test_no_tokens_and_a_split(over):
         assert nothing.shape == (1, 0, 1, 16)
         for given, back in zip(state, same, strict=True):
             assert torch.equal(given, back)
-            assert torch.equal(torch.autograd.grad(back.sum(), given, retain_graph=True)[0], torch.ones_like(given))
+            assert torch.equal(
+                torch.autograd.grad(back.sum(), given, retain_graph=True)[0], torch.ones_like(given)
+            )
         whole, whole_sum, final = piece(0, 150, state)
         first, first_sum, middle = piece(0, 70, state)
         second, second_sum, last = piece(70, 150, middle)

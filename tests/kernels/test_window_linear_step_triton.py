@@ -39,7 +39,10 @@ CASES: dict[str, tuple[dict, dict]] = {
         {},
     ),
     "sink and cap": ({"feature_map": MAPS, "window": sliding(3, sinks="learned")}, {"softcap": 2.0}),
-    "odd widths": ({"feature_map": {"name": "hedgehog", "dim": 9}, "window": sliding(3)}, {"key_dim": 12, "value_dim": 10}),
+    "odd widths": (
+        {"feature_map": {"name": "hedgehog", "dim": 9}, "window": sliding(3)},
+        {"key_dim": 12, "value_dim": 10},
+    ),
     "overlap": ({"feature_map": PER_KV, "window": sliding(3, overlap=True)}, {}),
     "terraced": ({"feature_map": MAPS, "window": terraced(3)}, {}),
     "terraced, shared, sink": ({"feature_map": PER_KV, "window": terraced(3, sinks="learned")}, FOUR),
@@ -229,7 +232,8 @@ def test_is_a_torch_operator():
     ring, (sums, norms) = made.window.ring(state), (state["sums"], state["norms"])
     maps = [made.feature_map.query_weight.detach(), made.feature_map.key_weight.detach()]
     call = (
-        q, k, v, None, None, None, *maps, torch.ones(made.shape.heads, device=DEVICE), None, None, ring.k, ring.v, ring.valid,
+        q, k, v, None, None, None, *maps, torch.ones(made.shape.heads, device=DEVICE), None, None,
+        ring.k, ring.v, ring.valid,
         ring.next, ring.position, sums, norms, [3.0, 6.0, 0.0, 0.25, 0.0, 0.0],
     )  # fmt: skip
     with dispatch.kernels("triton"):

@@ -1,4 +1,4 @@
-"""window_linear in Triton and in blocks of torch against its dense definition in float64: outputs, states, gradients."""
+"""window_linear in Triton and in blocks of torch against its dense definition in float64: output, state, gradients."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ CASES = {
     "carried": Case(prefix=64, state=True, tokens=100, heads=4),
     "carried_documents": Case(prefix=48, window=48, state=True, documents=True, tokens=140),
     "segments": Case(segments=3, tokens=330, batch=1, state=True, prefix=64),
-    "segments_documents": Case(segments=4, tokens=400, batch=2, documents=True, heads=2, kv_heads=1, state=True, prefix=64),
+    "segments_documents": Case(
+        segments=4, tokens=400, batch=2, documents=True, heads=2, kv_heads=1, state=True, prefix=64
+    ),
     "terraced": Case(window=64, least=33, tokens=200, documents=True),
     "terraced_carried": Case(window=128, least=65, tokens=150, prefix=128, state=True, batch=1),
     "wide_head": Case(key_dim=64, value_dim=64, map_dim=64, tokens=130, batch=1, heads=2, kv_heads=1),
@@ -128,9 +130,12 @@ def split(tensors: dict[str, Tensor | None]) -> tuple[Tensor, Tensor, Tensor, We
     return tensors["q"], tensors["k"], tensors["v"], Weights(*(rest.get(name) for name in names))
 
 
-def run(case: Case, dtype: torch.dtype, form: str) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+def run(
+    case: Case, dtype: torch.dtype, form: str
+) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]:
     """Output, gradients by name, and final state of one form."""
-    tensors = {n: x.to(dtype if n in "qkv" else max(dtype, torch.float32, key=lambda d: d.itemsize)) for n, x in draw(case).items()}
+    wide = max(dtype, torch.float32, key=lambda d: d.itemsize)
+    tensors = {n: x.to(dtype if n in "qkv" else wide) for n, x in draw(case).items()}
     for x in tensors.values():
         x.requires_grad_()
     q, k, v, weights = split(tensors)
@@ -198,7 +203,9 @@ def test_a_state_carries_over_a_split():
     with dispatch.kernels("triton"):
         q, k, v, weights = split({n: x.float() for n, x in draw(case).items()})
         options = {"window": 64, "scaling": 0.3, "window_weight": weights.window_weight}
-        whole, final = window_linear(q, k, v, weights.query_map, weights.key_map, **options, return_state=True)
+        whole, final = window_linear(
+            q, k, v, weights.query_map, weights.key_map, **options, return_state=True
+        )
         first, state = window_linear(
             q[:, :90], k[:, :90], v[:, :90], weights.query_map, weights.key_map, **options, return_state=True
         )
@@ -214,7 +221,10 @@ def test_a_state_carries_over_a_split():
 def test_what_is_not_covered_is_refused_with_a_remedy():
     case = replace(CASES["plain"], map_dim=24)
     q, k, v, weights = split({n: x.float() for n, x in draw(case).items()})
-    with dispatch.kernels("triton"), pytest.raises(dispatch.KernelError, match=r"map_dim: 24.*LINEARIZE_KERNELS=torch"):
+    with (
+        dispatch.kernels("triton"),
+        pytest.raises(dispatch.KernelError, match=r"map_dim: 24.*LINEARIZE_KERNELS=torch"),
+    ):
         window_linear(q, k, v, weights.query_map, weights.key_map, window=64, scaling=0.3)
 
 
@@ -225,7 +235,14 @@ def test_compiles_and_checkpoints():
 
     def layer(q, k, v):
         out, _ = window_linear(
-            q * 1.0, k, v, weights.query_map, weights.key_map, window=64, scaling=0.3, window_weight=weights.window_weight
+            q * 1.0,
+            k,
+            v,
+            weights.query_map,
+            weights.key_map,
+            window=64,
+            scaling=0.3,
+            window_weight=weights.window_weight,
         )
         return out.square()
 

@@ -18,7 +18,10 @@ MIXERS: dict[str, dict] = {
     "lolcats": {"feature_map": HEDGEHOG, "window": {"name": "sliding", "size": 64}},
     "short window": {"feature_map": {**HEDGEHOG, "per": "kv_head"}, "window": SLIDING, "combine": {
         "name": "shared_normalizer", "complement": True}},
-    "terraced": {"feature_map": {**HEDGEHOG, "tied": True}, "window": {"name": "terraced", "size": 16, "sinks": "learned"}},
+    "terraced": {
+        "feature_map": {**HEDGEHOG, "tied": True},
+        "window": {"name": "terraced", "size": 16, "sinks": "learned"},
+    },
     "hedgehog": {"feature_map": HEDGEHOG},
     "window alone": {"window": {**SLIDING, "sinks": "learned"}},
     "liger": {
@@ -26,7 +29,8 @@ MIXERS: dict[str, dict] = {
         "window": {**SLIDING, "overlap": True}, "combine": {"name": "weighted"},
     },
     "lizard": {
-        "feature_map": HEDGEHOG, "gate": {"name": "scalar"}, "window": {"name": "terraced", "size": 16, "overlap": True},
+        "feature_map": HEDGEHOG, "gate": {"name": "scalar"},
+        "window": {"name": "terraced", "size": 16, "overlap": True},
         "combine": {"name": "sum"},
     },
     "gla": {"feature_map": {"name": "identity"}, "gate": LOW_RANK, "normalizer": {"name": "group_norm"}},
@@ -65,7 +69,9 @@ def inputs(tokens: int, batch: int = 2) -> dict[str, Tensor]:
 def close(one: Tensor, two: Tensor, limit: float = 2e-5) -> None:
     one, two = one.double(), two.double()
     assert one.isfinite().all()
-    assert (one - two).norm() <= limit * two.norm().clamp_min(1e-2 * two.numel() ** 0.5), (one - two).abs().max()
+    assert (one - two).norm() <= limit * two.norm().clamp_min(1e-2 * two.numel() ** 0.5), (
+        (one - two).abs().max()
+    )
 
 
 LIMIT = 2e-3 if DEVICE == "cuda" else 2e-5  # float32 products of the torch form may take tf32 there
@@ -127,7 +133,12 @@ def test_prefill_split_and_tokens_equal_the_parts(name):
     close(one, two, LIMIT)
     for part in theirs:
         assert ours[part].dtype == theirs[part].dtype
-        if part not in ("window_k", "window_v", "window_valid", "window_next"):  # a ring may begin at another slot
+        if part not in (
+            "window_k",
+            "window_v",
+            "window_valid",
+            "window_next",
+        ):  # a ring may begin at another slot
             close(ours[part], theirs[part], LIMIT)
 
 
@@ -138,5 +149,8 @@ def test_what_no_kernel_takes_runs_in_torch_unless_triton_was_asked_for(monkeypa
     assert mixer.update is not None and mixer.update.feature_dim > 256
     monkeypatch.setattr(dispatch, "_chosen", lambda: "auto")
     assert mixer.chunked(**given).isfinite().all()
-    with dispatch.kernels("triton"), pytest.raises(dispatch.KernelError, match=r"features: .*LINEARIZE_KERNELS=torch"):
+    with (
+        dispatch.kernels("triton"),
+        pytest.raises(dispatch.KernelError, match=r"features: .*LINEARIZE_KERNELS=torch"),
+    ):
         mixer.chunked(**given)

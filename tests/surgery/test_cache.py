@@ -163,7 +163,7 @@ def test_continuous_batching_is_refused():
 
 
 def test_a_paged_cache_is_refused_and_none_is_no_cache():
-    """`cache` holds pages under continuous batching; from transformers 5.24 on it is the ordinary cache too, or None."""
+    """`cache` holds pages under continuous batching; from transformers 5.24 on also the ordinary cache, or None."""
     layer = surgery.converted(hybrid())[0]
     hidden, rotation = torch.randn(1, 4, 32), (torch.ones(1, 4, 8), torch.zeros(1, 4, 8))
     given = {"position_embeddings": rotation, "attention_mask": None}

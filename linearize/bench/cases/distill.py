@@ -11,8 +11,12 @@ from linearize.bench.peers import ours
 
 
 def cases(tokens: int, lengths: tuple[int, ...]) -> list[Case]:
-    """SmolLM2-135M's head and Llama-3-1B's: 49,152 words from 576 numbers, 128,256 from 2,048."""
-    return [_case(tokens // 8, 576, 49_152), _case(tokens // 16, 2048, 128_256)]
+    """Heads of SmolLM2-135M (49,152 words from 576 numbers), Llama-3.2-1B and Llama-3.1-8B, and one of 256,000 words.
+
+    A row of the last is read in more than one block of words by every kernel.
+    """
+    small = [_case(tokens // 8, 576, 49_152), _case(tokens // 16, 2048, 128_256)]
+    return small + [_case(tokens // 8, 4096, words) for words in (128_256, 256_000)]
 
 
 def _case(tokens: int, width: int, vocabulary: int) -> Case:

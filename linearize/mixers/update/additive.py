@@ -74,7 +74,14 @@ class Additive(Update):
         with self.form():
             q, k, v = stream.narrow(stream.q, self.keys(stream), stream.v)
             numerator, denominator, (sums, norms) = gated_linear_chunk(
-                q, k, v, stream.log_decay, stream.docs, before, bonus=self.bonus(k.dtype), normalize=self.running_sum
+                q,
+                k,
+                v,
+                stream.log_decay,
+                stream.docs,
+                before,
+                bonus=self.bonus(k.dtype),
+                normalize=self.running_sum,
             )
         kept = {"sums": sums, "norms": norms} if self.running_sum else {"sums": sums}
         state.write({name: value for name, value in kept.items() if value is not None})

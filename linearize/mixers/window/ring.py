@@ -33,9 +33,9 @@ class RingWindow(Window):
     The state keeps copies of keys and values in the model's dtype: `first` pinned ones, then a ring of `span + 1` slots
     in which token n stands at n % (span + 1). One slot more than keys are seen, so that the token that comes and the
     one that leaves never share a slot: programs that work on the heads of one layer side by side need no order. For the
-    same reason `window_next`, the number n of the next token, is kept once for each head. A pinned key stands in its own
-    slot from the start and never in the ring, so the two are disjoint, and it is never handed on. The softmax sees no
-    key that the teacher's own sliding window, if any, hides.
+    same reason `window_next`, the number n of the next token, is kept once for each head. A pinned key stands in its
+    own slot from the start and never in the ring, so the two are disjoint, and it is never handed on. The softmax sees
+    no key that the teacher's own sliding window, if any, hides.
 
     Args:
         config: see `Config`.
@@ -107,8 +107,8 @@ class RingWindow(Window):
     def ring(self, state: State) -> Ring:
         """The state's tensors as `window_linear_step` takes them; only without pinned tokens."""
         assert not self.first, "pinned tokens stand outside the ring"
-        held = (state[f"window_{name}"] for name in ("k", "v", "valid", "next"))
-        return Ring(*held, limit=min(self.limit or self.span, self.span))
+        k, v, valid, count = (state[f"window_{name}"] for name in ("k", "v", "valid", "next"))
+        return Ring(k, v, valid, count, limit=min(self.limit or self.span, self.span))
 
     def in_order(self, state: State) -> Tensor:
         """Slots [B, span] of the ring's keys in the state's tensors, oldest first."""
@@ -196,12 +196,20 @@ class RingWindow(Window):
         return near if self._runs_kernel(q, k, v) else self._partial(weighted), handed
 
     def _alone(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, reach: Tensor | None, dtype: torch.dtype
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor,
+        docs: Tensor,
+        reach: Tensor | None,
+        dtype: torch.dtype,
     ) -> Partial:
         """The softmax in the model's own dtype, normalized by itself."""
-        narrow = (x.to(dtype) for x in (q, k, v))
+        narrow_q, narrow_k, narrow_v = (x.to(dtype) for x in (q, k, v))
         out, _ = window_linear(
-            *narrow, None, None, window=self.span, scaling=self.shape.scaling, sink=self.sink_logit,
+            narrow_q, narrow_k, narrow_v, None, None,
+            window=self.span, scaling=self.shape.scaling, sink=self.sink_logit,
             codes=torch.where(valid, docs, -1 - docs).to(torch.int32), prefix=self.span,
             reach=None if reach is None else reach.to(torch.int32), least=None if reach is None else self.least,
         )  # fmt: skip
@@ -212,9 +220,9 @@ class RingWindow(Window):
     ) -> tuple[Partial | None, Handed | None]:
         if self.overlap and self._runs_kernel(q, k, v):
             dtype = state["window_k"].dtype
-            token = (x[:, 0].to(dtype) for x in (q, k, v))
+            token_q, token_k, token_v = (x[:, 0].to(dtype) for x in (q, k, v))
             out = window_linear_step(
-                *token, None, None, scaling=self.shape.scaling, ring=self.ring(state), state=None,
+                token_q, token_k, token_v, None, None, scaling=self.shape.scaling, ring=self.ring(state), state=None,
                 sink=self.sink_logit, valid=valid[:, 0],
             )  # fmt: skip
             return Partial(out[:, None].to(q.dtype), None), Handed(k, v, valid)

@@ -11,8 +11,16 @@ from linearize.kernels.window_linear import window_linear
 
 
 def call(
-    dim: int, *, window: int = 64, heads: int = 4, kv_heads: int = 4, maps: bool = True, codes: bool = False, map_dim: int = 64,
-    batch: int = 1, tokens: int = 4096,
+    dim: int,
+    *,
+    window: int = 64,
+    heads: int = 4,
+    kv_heads: int = 4,
+    maps: bool = True,
+    codes: bool = False,
+    map_dim: int = 64,
+    batch: int = 1,
+    tokens: int = 4096,
 ) -> None:
     """Forward and backward in bfloat16, maps trained."""
 
@@ -32,7 +40,9 @@ def call(
 
 CALLS: dict[str, Callable[[], None]] = {
     "dim 64": partial(call, 64),
-    "dim 64, documents, grouped heads, segments": partial(call, 64, heads=9, kv_heads=3, codes=True, tokens=64),
+    "dim 64, documents, grouped heads, segments": partial(
+        call, 64, heads=9, kv_heads=3, codes=True, tokens=1024
+    ),
     "dim 64, no window": partial(call, 64, window=0),
     "dim 128": partial(call, 128, heads=8, kv_heads=2),
     "window alone": partial(call, 64, window=128, maps=False),
