@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from linearize.kernels.gated_linear.plan import BLOCK, CHUNK, KEY_COLUMNS, Plan, config
+from linearize.kernels.gated_linear.plan import BLOCK, CHUNK, Plan, config, key_columns
 from linearize.kernels.gated_linear.triton_head import (
     decay_gradient_kernel,
     head_gradient_kernel,
@@ -29,6 +31,7 @@ def launch_forward(
     _scan(plan, k, v, None, log_decay, docs, start, stored, final, reverse=False)
     inputs = {"q": q, "k": k, "v": v, "g": log_decay, "docs": docs, "out": out, "denominator": denominator}
     inputs |= dict(zip(NAMES, stored, strict=True))
+    kernels: list[tuple[Any, str, dict[str, Any]]]
     kernels = [(head_output_kernel, "head_output", {"HAS_DECAY": plan.decay > 0})]
     if plan.decay == 2:
         kernels = [
@@ -62,14 +65,15 @@ def launch_backward(
     inputs |= dict(zip(("ahead", *(f"ahead_{name}" for name in NAMES[1:])), ahead, strict=True))
     gradients = {"dq": dq, "dk": dk, "dv": dv}
     if plan.decay == 2:
-        for name in ("whole", "halved"):
+        for name, sums, products in (("whole", True, True), ("halved", True, False), ("halved", False, True)):
             made = config(f"key_gradient_{name}", plan)
-            key_columns, value_columns = min(KEY_COLUMNS, plan.key_dim), min(made.columns, plan.value_dim)
-            roles = plan.key_dim // key_columns + plan.value_dim // value_columns
+            columns, value_columns = key_columns(plan, name), min(made.columns, plan.value_dim)
+            roles = sums * (plan.key_dim // columns) + products * (plan.value_dim // value_columns)
             launch(
                 key_gradient_kernel, (plan.tiles * roles, plan.batch * plan.state_heads),
-                **inputs, **gradients, dg=dg, BV=value_columns, COLUMNS=key_columns, **_levels(plan, marks, name),
-                **_geometry(plan), **_flags(plan, docs), num_warps=made.warps, num_stages=made.stages,
+                **inputs, **gradients, dg=dg, BV=value_columns, COLUMNS=columns, SUMS=sums, PRODUCTS=products,
+                **_levels(plan, marks, name), **_geometry(plan), **_flags(plan, docs),
+                num_warps=made.warps, num_stages=made.stages,
             )  # fmt: skip
     else:
         _head_gradients(plan, inputs, gradients, dg, docs)
@@ -121,8 +125,8 @@ def _scan(
 ) -> None:  # fmt: skip
     """States of the periods, and the state at the end of the scan where `final` is given."""
     if not plan.tiles or not plan.batch:
-        for given, made in zip(start, final or (), strict=False):
-            made.copy_(torch.zeros_like(made) if given is None else given)
+        for given, to in zip(start, final or (), strict=False):
+            to.copy_(torch.zeros_like(to) if given is None else given)
         return
     states, norms, carries, carry_norms, spans = stored
     size = (plan.batch, plan.state_heads, plan.segments)
@@ -157,9 +161,9 @@ def _scan(
         )  # fmt: skip
 
 
-def _levels(plan: Plan, marks: Tensor, name: str) -> dict[str, Tensor | int | bool]:
+def _levels(plan: Plan, marks: Tensor, name: str) -> dict[str, Any]:
     """What the launches for whole and for halved chunks do not share."""
-    return {"halved": marks, "HALVED": name == "halved", "BK": min(BLOCK, plan.key_dim)}
+    return {"halved": marks, "HALVED": name == "halved", "BK": min(BLOCK[name], plan.key_dim)}
 
 
 def _geometry(plan: Plan) -> dict[str, int]:

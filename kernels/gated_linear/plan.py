@@ -12,10 +12,8 @@ from linearize.kernels import dispatch
 
 CHUNK = 64
 """Tokens in a tile of every product."""
-BLOCK = 64
-"""Key dimensions with their own decays that enter a product at a time."""
-KEY_COLUMNS = 32
-"""Of dq, dk and the decays' gradient, those that one program makes."""
+BLOCK = {"whole": 64, "halved": 16}
+"""Key dimensions with their own decays that enter a product at a time; halved chunks are short of registers."""
 TILES = {0: 2, 1: 2, 2: 1}
 """Tiles in a period, between whose ends states are kept: without decay, with one a head, with one a key dimension."""
 
@@ -138,19 +136,38 @@ def _size(width: int) -> int:
 
 
 def config(kernel: str, plan: Plan) -> Config:
-    """The fixed table: block of columns, warps and stages by head dim; float32 takes one stage."""
-    found = CONFIGS[kernel][_size(max(plan.key_dim, plan.value_dim))]
-    return Config(found.columns, found.warps, 1 if plan.wide else found.stages)
+    """The fixed table: block of columns, warps and stages by head dim; float32 and float16 take one stage.
+
+    Narrower blocks where one of the kind's variants would not fit into registers or shared memory. Tiles of fewer than
+    64 columns take two warps: with four, wgmma of such tiles makes illegal accesses in Triton 3.6 and 3.7 (their issue
+    11366, seen here on an H100), and two warps do not use it.
+    """
+    size = _size(max(plan.key_dim, plan.value_dim))
+    found = CONFIGS[kernel][size]
+    columns = found.columns
+    if kernel == "head_gradient" and size == 128 and plan.normalize:
+        columns = 64
+    if plan.precision == "tf32x3":
+        columns = min(columns, 64)
+    narrowest = min(columns, plan.key_dim, plan.value_dim)
+    if kernel.startswith("key_gradient"):
+        narrowest = min(narrowest, key_columns(plan, kernel.removeprefix("key_gradient_")))
+    return Config(columns, 2 if narrowest < 64 else found.warps, 1 if plan.wide else found.stages)
+
+
+def key_columns(plan: Plan, name: str) -> int:
+    """Columns of dq, dk and the decays' gradient in one program, where every key dimension has its decay."""
+    return min(16 if name == "halved" else 64, plan.key_dim)
 
 
 CONFIGS: dict[str, dict[int, Config]] = {
     "scan": {64: Config(64, 4, 4), 128: Config(64, 4, 3), 256: Config(64, 8, 2)},
     "head_output": {64: Config(64, 4, 2), 128: Config(128, 4, 2), 256: Config(128, 8, 1)},
-    "head_gradient": {64: Config(64, 4, 2), 128: Config(128, 4, 2), 256: Config(128, 8, 1)},
+    "head_gradient": {64: Config(64, 4, 2), 128: Config(128, 4, 1), 256: Config(64, 4, 1)},
     "key_output_whole": {64: Config(64, 4, 1), 128: Config(64, 4, 1), 256: Config(64, 4, 1)},
-    "key_output_halved": {64: Config(64, 4, 1), 128: Config(64, 4, 1), 256: Config(64, 4, 1)},
+    "key_output_halved": {64: Config(32, 4, 1), 128: Config(32, 4, 1), 256: Config(32, 4, 1)},
     "key_gradient_whole": {64: Config(64, 4, 1), 128: Config(64, 4, 1), 256: Config(64, 4, 1)},
-    "key_gradient_halved": {64: Config(64, 4, 1), 128: Config(64, 4, 1), 256: Config(64, 4, 1)},
+    "key_gradient_halved": {64: Config(32, 4, 1), 128: Config(32, 4, 1), 256: Config(32, 4, 1)},
 }
 
 

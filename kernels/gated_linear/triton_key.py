@@ -52,15 +52,17 @@ def key_gradient_kernel(
     tokens, tiles, periods, per_segment, segments,
     heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr, HALVED: tl.constexpr,
+    SUMS: tl.constexpr, PRODUCTS: tl.constexpr,
     READ_BEFORE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_CARRY: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and the decays' gradient, or dv: one chunk, head of the state and block of columns a program.
+    """dq, dk and the decays' gradient (SUMS), or dv (PRODUCTS): one chunk, head and block of columns a program.
 
-    Two launches as in the forward, which has marked the chunks.
+    Whole chunks have one launch for both, whose programs share what they read in the cache; halved ones, for want of
+    registers, one for each.
     """
-    key_blocks: tl.constexpr = K // COLUMNS
-    roles: tl.constexpr = key_blocks + V // BV
+    key_blocks: tl.constexpr = K // COLUMNS if SUMS else 0
+    roles: tl.constexpr = key_blocks + (V // BV if PRODUCTS else 0)
     chunk, role = tl.program_id(0) // roles, tl.program_id(0) % roles
     batch = (tl.program_id(1) // state_heads).to(tl.int64)
     head = tl.program_id(1) % state_heads
@@ -68,14 +70,14 @@ def key_gradient_kernel(
     often = tl.load(halved + (batch * state_heads + head) * tiles + chunk)
     mine = often != 0 if HALVED else often == 0
     if mine:
-        if role < key_blocks:
+        if SUMS and (not PRODUCTS or role < key_blocks):
             add_sums(
                 q, k, v, g, docs, do, weight, (states, norms, carries, carry_norms, spans), future, dq, dk, dg,
                 chunk, batch, head, role, tokens, periods, per_segment, segments,
                 heads, state_heads, K, V, COLUMNS, C, HALVED, READ_BEFORE, NORMALIZE, HAS_DOCS, HAS_CARRY, WIDE,
                 PRECISION,
             )  # fmt: skip
-        else:
+        if PRODUCTS and (not SUMS or role >= key_blocks):
             add_products(
                 k, q, do, g, docs, future, dv, weight,
                 chunk, batch, head, role - key_blocks, tokens, periods, per_segment, segments,

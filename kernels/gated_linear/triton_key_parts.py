@@ -75,7 +75,7 @@ def add_products(
                 lanes = rows + (level >> 3)
                 pairs, middle = level_pairs(lanes, 6 - level, level == levels, CAUSAL, READ_BEFORE)
                 found = tl.zeros([C, C], tl.float32)
-                for part in tl.static_range(K // BK):
+                for part in range(K // BK):
                     dims = part * BK + tl.arange(0, BK)
                     high, low = in_halves(
                         in_base_two(load_rows(g, first, lanes, state_heads * K, dims, tokens))
@@ -85,6 +85,7 @@ def add_products(
                     )
                     x = load_rows(a, first, lanes, own_heads * K, dims, tokens)
                     own = x.to(tl.float32) * factor
+                    tl.debug_barrier()  # the other tile is not loaded before there are registers for it
                     high, low = in_halves(
                         in_base_two(load_columns(g, first, lanes, state_heads * K, dims, tokens))
                     )
@@ -98,8 +99,9 @@ def add_products(
                     else:
                         found = tl.dot(own.to(x.dtype), other.to(x.dtype), found, input_precision=PRECISION)
                 scores = tl.where(pairs, found, scores)
+                tl.debug_barrier()  # nor the next level's
         else:
-            for part in tl.static_range(K // BK):
+            for part in range(K // BK):
                 dims = part * BK + tl.arange(0, BK)
                 decays = in_base_two(load_rows(g, first, rows, state_heads * K, dims, tokens))
                 passed, _ = row_exponents(decays, rows, C)
@@ -130,7 +132,7 @@ def add_products(
             result = tl.dot(scores, z.to(tl.float32), result, input_precision=PRECISION)
         else:
             result = tl.dot(scores.to(z.dtype), z, result, input_precision=PRECISION)
-    for part in tl.static_range(K // BK):
+    for part in range(K // BK):
         dims = part * BK + tl.arange(0, BK)
         decays = in_base_two(load_rows(g, first, rows, state_heads * K, dims, tokens))
         if HALVED:
@@ -190,7 +192,8 @@ def add_sums(
     """
     group: tl.constexpr = heads // state_heads
     line = batch * state_heads + head
-    rows, dims, values = tl.arange(0, C), block * BK + tl.arange(0, BK), tl.arange(0, V)
+    rows, dims = tl.arange(0, C), block * BK + tl.arange(0, BK)
+    BV: tl.constexpr = 64 if V > 64 else V
     first = chunk * C
     segment = chunk // per_segment
     place = first + rows
@@ -219,7 +222,6 @@ def add_sums(
         after = load_document(docs, batch, first + C - 1, tokens)
         same = owner[:, None] == load_document(docs, batch, first + rows, tokens)[None, :]
         kept = tl.where(before == after, 1.0, 0.0)
-    square = dims[None, :] * V + values[:, None]
     norm = tl.zeros([BK], tl.float32)
     if NORMALIZE:
         norm = load_norm(past, line, chunk, periods, segment, segments, dims, K, 2, HAS_CARRY, False)
@@ -228,14 +230,19 @@ def add_sums(
     for member in range(group):
         own = head * group + member
         lines = (batch * tokens + place) * heads + own
-        incoming = load_rows(do + (batch * tokens * heads + own) * V, first, rows, heads * V, values, tokens)
-        ahead = load_state(
-            past, line, chunk, periods, segment, segments, square, dims, K, V, 2, HAS_CARRY, False, True
-        )
-        for_q = tl.dot(incoming.to(ahead.dtype), ahead, input_precision=PRECISION)
-        scores = tl.dot(
-            incoming, load_columns(v, first, rows, state_heads * V, values, tokens), input_precision=PRECISION
-        )
+        outgoing = do + (batch * tokens * heads + own) * V
+        for_q = tl.zeros([C, BK], tl.float32)
+        scores = tl.zeros([C, C], tl.float32)
+        for part in range(V // BV):
+            values = part * BV + tl.arange(0, BV)
+            square = dims[None, :] * V + values[:, None]
+            x = load_rows(outgoing, first, rows, heads * V, values, tokens)
+            ahead = load_state(
+                past, line, chunk, periods, segment, segments, square, dims, K, V, 2, HAS_CARRY, False, True
+            )
+            for_q = tl.dot(x.to(ahead.dtype), ahead, for_q, input_precision=PRECISION)
+            turned = load_columns(v, first, rows, state_heads * V, values, tokens)
+            scores = tl.dot(x, turned, scores, input_precision=PRECISION)
         if NORMALIZE:
             bias = tl.load(weight + lines, mask=inside, other=0.0)
             for_q += bias[:, None] * norm[None, :]
@@ -273,15 +280,20 @@ def add_sums(
         queries = load_rows(q + (batch * tokens * heads + own) * K, first, rows, heads * K, dims, tokens)
         readers += queries.to(tl.float32) * for_q
     # the keys' side
-    held = load_rows(v, first, rows, state_heads * V, values, tokens)
-    behind = load_state(
-        future, line, chunk, periods, segment, segments, square, dims, K, V, 2, HAS_CARRY, True, True
-    )
-    ahead = load_state(
-        past, line, chunk, periods, segment, segments, square, dims, K, V, 2, HAS_CARRY, False, True
-    )
-    through = tl.sum(behind.to(tl.float32) * ahead.to(tl.float32), 0)
-    for_k = tl.dot(held.to(behind.dtype), behind, input_precision=PRECISION)
+    through = tl.zeros([BK], tl.float32)
+    for_k = tl.zeros([C, BK], tl.float32)
+    for part in range(V // BV):
+        values = part * BV + tl.arange(0, BV)
+        square = dims[None, :] * V + values[:, None]
+        behind = load_state(
+            future, line, chunk, periods, segment, segments, square, dims, K, V, 2, HAS_CARRY, True, True
+        )
+        ahead = load_state(
+            past, line, chunk, periods, segment, segments, square, dims, K, V, 2, HAS_CARRY, False, True
+        )
+        through += tl.sum(behind.to(tl.float32) * ahead.to(tl.float32), 0)
+        x = load_rows(v, first, rows, state_heads * V, values, tokens)
+        for_k = tl.dot(x.to(behind.dtype), behind, for_k, input_precision=PRECISION)
     if NORMALIZE:
         behind_norm = load_norm(future, line, chunk, periods, segment, segments, dims, K, 2, HAS_CARRY, True)
         for_k += behind_norm[None, :]
@@ -296,8 +308,13 @@ def add_sums(
     through = through * tl.exp2(whole) * kept + tl.sum((keys if HALVED else keys * down) * for_k, 0)
     for member in range(group):
         own = head * group + member
-        turned = load_columns(do + (batch * tokens * heads + own) * V, first, rows, heads * V, values, tokens)
-        scores = tl.dot(held, turned, input_precision=PRECISION)
+        outgoing = do + (batch * tokens * heads + own) * V
+        scores = tl.zeros([C, C], tl.float32)
+        for part in range(V // BV):
+            values = part * BV + tl.arange(0, BV)
+            x = load_rows(v, first, rows, state_heads * V, values, tokens)
+            turned = load_columns(outgoing, first, rows, heads * V, values, tokens)
+            scores = tl.dot(x, turned, scores, input_precision=PRECISION)
         if NORMALIZE:
             at = (batch * tokens + first + rows) * heads + own
             scores += tl.load(weight + at, mask=first + rows < tokens, other=0.0)[None, :]
@@ -317,7 +334,7 @@ def add_sums(
                 if WIDE:
                     for_k += down * tl.dot(left, right, input_precision=PRECISION)
                 else:
-                    for_k += down * tl.dot(left.to(held.dtype), right.to(held.dtype))
+                    for_k += down * tl.dot(left.to(queries.dtype), right.to(queries.dtype))
         else:
             queries = load_rows(q + (batch * tokens * heads + own) * K, first, rows, heads * K, dims, tokens)
             right = queries.to(tl.float32) * up
@@ -325,7 +342,7 @@ def add_sums(
             if WIDE:
                 for_k = tl.dot(scores, right, for_k, input_precision=PRECISION)
             else:
-                for_k = tl.dot(scores.to(held.dtype), right.to(held.dtype), for_k)
+                for_k = tl.dot(scores.to(queries.dtype), right.to(queries.dtype), for_k)
     if not HALVED:
         for_k *= down
     lines = (batch * tokens + place) * state_heads + head

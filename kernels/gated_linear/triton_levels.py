@@ -50,7 +50,7 @@ def halvings(
 ):
     """The same for all K dimensions of a head, from memory."""
     token, half = 0.0, 0.0
-    for part in tl.static_range(K // BK):
+    for part in range(K // BK):
         dims = part * BK + tl.arange(0, BK)
         decays = in_base_two(load_rows(g, first, rows, state_heads * K, dims, tokens))
         by_token, by_half = strongest(decays, rows, C)
