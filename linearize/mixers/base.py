@@ -84,7 +84,8 @@ class Partial:
         """numerator / denominator, zero where nothing was seen; the numerator of a branch without a normalizer."""
         return self.numerator if self.denominator is None else divide(self.numerator, self.denominator)
 
-    def __mul__(self, factor: Tensor) -> Partial:
+    def scaled(self, factor: Tensor) -> Partial:
+        """Both sums times a factor [B, T, H]; a named method, since torch.compile cannot trace `*` of a dataclass."""
         denominator = None if self.denominator is None else self.denominator * factor
         return Partial(self.numerator * factor[..., None], denominator, self.stabilizer)
 

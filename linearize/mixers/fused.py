@@ -78,6 +78,8 @@ def chunked(
     state: State | None,
 ) -> Tensor:
     """`Mixer.chunked` up to the output part, [B, T, H, V] in the dtype of v; q and k as the branches see them."""
+    # under autocast a rotary embedding leaves q and k in float32
+    q, k = q.to(v.dtype), k.to(v.dtype)
     window, tokens = mixer.window, q.shape[1]
     codes = reach = least = None
     span = 0
@@ -128,6 +130,7 @@ def chunked(
 
 def step(mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, state: State) -> Tensor:
     """`Mixer.step` up to the output part, [B, 1, H, V] in the dtype of v, in place on the state."""
+    q, k = q.to(v.dtype), k.to(v.dtype)
     window = mixer.window
     query_map, key_map, past = None, None, None
     if mixer.recurrent is not None:

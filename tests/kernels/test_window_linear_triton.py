@@ -38,38 +38,42 @@ class Case:
     prefix: int = 0
     state: bool = False
     segments: int = 0
-    batch: int = 2
+    batch: int = 1
     tensors: tuple[str, ...] = field(default=(), repr=False)
 
 
 CASES = {
-    "plain": Case(),
+    "plain": Case(batch=2),
     "short": Case(tokens=7),
-    "one": Case(tokens=1, batch=1),
-    "grouped": Case(heads=4, tokens=150),
-    "shared_maps": Case(heads=4, maps="shared", tokens=150, documents=True),
+    "one": Case(tokens=1),
+    "grouped": Case(heads=4, tokens=70),
+    "shared_maps": Case(kv_heads=1, maps="shared", tokens=140, documents=True, batch=2),
     "small_window": Case(window=16, tokens=100),
-    "odd_window": Case(window=75, tokens=170, batch=1),
-    "one_more_than_a_chunk": Case(window=65, tokens=200, batch=1),
-    "wide_window": Case(window=192, tokens=270, batch=1, heads=1, kv_heads=1),
+    "odd_window": Case(window=75, tokens=170),
+    "one_more_than_a_chunk": Case(window=65, tokens=150, heads=1, kv_heads=1),
+    "wide_window": Case(window=192, tokens=270, heads=1, kv_heads=1),
     "no_window": Case(window=0),
-    "no_window_documents": Case(window=0, documents=True, state=True, tokens=140),
-    "window_alone": Case(maps=None, tokens=140, documents=True, sink=True),
+    "no_window_documents": Case(window=0, documents=True, state=True, tokens=140, batch=2),
+    "window_alone": Case(maps=None, tokens=140, documents=True, sink=True, batch=2),
     "factor_and_sink": Case(factor=True, sink=True, tokens=100),
-    "documents": Case(documents=True, tokens=200, heads=4),
-    "carried": Case(prefix=64, state=True, tokens=100, heads=4),
-    "carried_documents": Case(prefix=48, window=48, state=True, documents=True, tokens=140),
-    "segments": Case(segments=3, tokens=330, batch=1, state=True, prefix=64),
-    "segments_documents": Case(
-        segments=4, tokens=400, batch=2, documents=True, heads=2, kv_heads=1, state=True, prefix=64
+    "documents": Case(kv_heads=1, documents=True, tokens=200, batch=2),
+    "carried": Case(prefix=64, state=True, tokens=100, kv_heads=1, batch=2),
+    "carried_documents": Case(
+        prefix=48, window=48, state=True, documents=True, tokens=140, batch=2, heads=1, kv_heads=1
     ),
-    "terraced": Case(window=64, least=33, tokens=200, documents=True),
-    "terraced_carried": Case(window=128, least=65, tokens=150, prefix=128, state=True, batch=1),
-    "wide_head": Case(key_dim=64, value_dim=64, map_dim=64, tokens=130, batch=1, heads=2, kv_heads=1),
+    "segments": Case(segments=3, tokens=330, state=True, prefix=64, heads=1, kv_heads=1),
+    "segments_documents": Case(
+        segments=3, tokens=300, batch=2, documents=True, kv_heads=1, state=True, prefix=64
+    ),
+    "terraced": Case(window=64, least=33, tokens=140, documents=True, batch=2, heads=1, kv_heads=1),
+    "terraced_carried": Case(window=128, least=65, tokens=150, prefix=128, state=True),
+    "wide_head": Case(key_dim=64, value_dim=64, map_dim=64, tokens=130, heads=2, kv_heads=1),
     "odd_dims": Case(key_dim=20, value_dim=24, tokens=90, state=True, prefix=64),
-    "split_backward": Case(key_dim=128, value_dim=64, map_dim=16, tokens=100, batch=1, heads=1, kv_heads=1),
+    "split_backward": Case(key_dim=128, value_dim=64, map_dim=16, tokens=100, heads=1, kv_heads=1),
 }
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+IN_HALF_ON_CPU = {"grouped", "small_window", "no_window_documents"}
+"""The interpreter takes seconds a case, so only these run there in float16; on CUDA all do, and in bfloat16 too."""
+cases = pytest.mark.parametrize("name", CASES)
 
 
 def normal(*size: int, seed: int) -> Tensor:
@@ -142,7 +146,6 @@ def run(
     codes, reach = masks(case)
     layer = Layer(case.window, case.window if case.least is None else case.least, 0.3, case.prefix)
     state = carried(case)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
     state = None if state is None else tuple(x.to(wide) for x in state)
     final = None
     if form == "reference":
@@ -173,33 +176,28 @@ def error(ours: Tensor, exact: Tensor) -> float:
 
 @cases
 @pytest.mark.parametrize("form", ["torch", "triton"])
-def test_equals_the_definition(case, form):
-    for dtype in [torch.float64] if form == "torch" else NARROW:
-        exact, exact_grads, _ = run(case, torch.float64, "reference")
-        out, grads, _ = run(case, dtype, form)
+def test_equals_the_definition(name, form):
+    """The final state, which the definition does not give, is compared with that of torch in float64."""
+    case = CASES[name]
+    exact, exact_grads, _ = run(case, torch.float64, "reference")
+    exact_state = None if form == "torch" or case.maps is None else run(case, torch.float64, "torch")[2]
+    narrow = NARROW if DEVICE == "cuda" or name in IN_HALF_ON_CPU else NARROW[:1]
+    for dtype in [torch.float64] if form == "torch" else narrow:
+        out, grads, state = run(case, dtype, form)
         assert out.dtype == dtype
         limit = TOLERANCE[dtype]
         found = {"out": error(out, exact)} | {n: error(grads[n], exact_grads[n]) / 3 for n in grads}
         if dtype != torch.float64 and "sink" in found:
             found["sink"] /= 3  # a small difference of large sums
-        assert max(found.values()) < limit, (dtype, found)
-
-
-@cases
-def test_final_state_equals_that_of_torch(case):
-    if case.maps is None:
-        return
-    _, _, exact = run(case, torch.float64, "torch")
-    for dtype in NARROW:
-        _, _, state = run(case, dtype, "triton")
-        for ours, other in zip(state, exact, strict=True):
+        for ours, other in zip(state or (), exact_state or (), strict=form == "triton"):
             assert ours.dtype == torch.float32
-            assert error(ours, other) < TOLERANCE[dtype]
+            found[f"state {ours.dim()}"] = error(ours, other)
+        assert max(found.values()) < limit, (dtype, found)
 
 
 def test_a_state_carries_over_a_split():
     """Two calls, the second with the first one's window and state, are one call."""
-    case = Case(tokens=200, heads=4, kv_heads=2)
+    case = Case(tokens=200, kv_heads=1)
     with dispatch.kernels("triton"):
         q, k, v, weights = split({n: x.float() for n, x in draw(case).items()})
         options = {"window": 64, "scaling": 0.3, "window_weight": weights.window_weight}

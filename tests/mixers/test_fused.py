@@ -74,6 +74,8 @@ def close(one: Tensor, two: Tensor, limit: float = 2e-5) -> None:
     )
 
 
+RING = {"window_k", "window_v", "window_valid", "window_next"}
+"""Of the state; a ring may begin at another slot."""
 LIMIT = 2e-3 if DEVICE == "cuda" else 2e-5  # float32 products of the torch form may take tf32 there
 
 
@@ -81,17 +83,19 @@ def test_which_compositions_one_kernel_covers():
     assert {name for name in MIXERS if made(name).is_covered} == COVERED
 
 
-@mixers
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize(
+    ("name", "masked"),
+    [(name, True) for name in MIXERS] + [(name, False) for name in ("lolcats", "gla")],
+)
 def test_training_equals_the_parts(name, masked):
     """Outputs and gradients of inputs and parameters, with packed documents and left padding."""
-    mixer, given, tokens = made(name), inputs(75), 75
+    mixer, given, tokens = made(name), inputs(84, 1), 84
     masks = {}
     if masked:
-        valid = torch.ones(2, tokens, dtype=torch.bool, device=DEVICE)
-        valid[0, :9] = False
-        starts = torch.zeros(2, tokens, dtype=torch.bool, device=DEVICE)
-        starts[1, [0, 20, 21, 50]] = True
+        valid = torch.ones(1, tokens, dtype=torch.bool, device=DEVICE)
+        valid[0, :5] = False
+        starts = torch.zeros(1, tokens, dtype=torch.bool, device=DEVICE)
+        starts[0, [6, 7, 77]] = True  # one document is longer than every window
         masks = {"valid": valid, "starts": starts}
     found = {}
     for kind in ("torch", "triton"):
@@ -114,18 +118,18 @@ def test_training_equals_the_parts(name, masked):
 
 @mixers
 def test_prefill_split_and_tokens_equal_the_parts(name):
-    """A prompt with left padding in two calls, then tokens one by one: the outputs and every tensor of the state."""
-    mixer, given = made(name), inputs(60)
-    valid = torch.ones(2, 60, dtype=torch.bool, device=DEVICE)
+    """A prompt with left padding in two calls, then tokens one by one beyond the windows: the outputs and the state."""
+    mixer, given = made(name), inputs(36)
+    valid = torch.ones(2, 36, dtype=torch.bool, device=DEVICE)
     valid[0, :5] = False
     found = {}
     for kind in ("torch", "triton"):
         with dispatch.kernels(kind), torch.no_grad():
             state, outputs = mixer.initial_state(2, torch.float32, torch.device(DEVICE)), []
-            for piece in (slice(0, 23), slice(23, 40)):
+            for piece in (slice(0, 13), slice(13, 28)):
                 part = {n: x[:, piece] for n, x in given.items()}
                 outputs.append(mixer.chunked(**part, valid=valid[:, piece], state=state))
-            for t in range(40, 60):
+            for t in range(28, 36):
                 part = {n: x[:, t : t + 1] for n, x in given.items()}
                 outputs.append(mixer.step(**part, valid=valid[:, t : t + 1], state=state))
             found[kind] = torch.cat(outputs, 1) * valid[..., None, None], state
@@ -133,12 +137,7 @@ def test_prefill_split_and_tokens_equal_the_parts(name):
     close(one, two, LIMIT)
     for part in theirs:
         assert ours[part].dtype == theirs[part].dtype
-        if part not in (
-            "window_k",
-            "window_v",
-            "window_valid",
-            "window_next",
-        ):  # a ring may begin at another slot
+        if part not in RING:
             close(ours[part], theirs[part], LIMIT)
 
 
@@ -154,3 +153,17 @@ def test_what_no_kernel_takes_runs_in_torch_unless_triton_was_asked_for(monkeypa
         pytest.raises(dispatch.KernelError, match=r"features: .*LINEARIZE_KERNELS=torch"),
     ):
         mixer.chunked(**given)
+
+
+def test_autocast_leaves_queries_and_keys_in_float32():
+    """A rotary embedding in float32 in front of values in sixteen bits: the kernel takes them, training and decoding."""
+    mixer, given = made("short window"), inputs(40)
+    narrow = {**given, "v": given["v"].to(torch.float16)}
+    found = {}
+    for kind, tensors in (("torch", given), ("triton", narrow)):
+        with dispatch.kernels(kind), torch.no_grad():
+            state = mixer.initial_state(2, tensors["v"].dtype, torch.device(DEVICE))
+            outputs = [mixer.chunked(**{n: x[:, :39] for n, x in tensors.items()}, state=state)]
+            outputs.append(mixer.step(**{n: x[:, 39:] for n, x in tensors.items()}, state=state))
+            found[kind] = torch.cat([x.float() for x in outputs], 1)
+    close(found["triton"], found["torch"], 3e-3)

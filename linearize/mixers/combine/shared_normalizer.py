@@ -52,13 +52,13 @@ class SharedNormalizer(Combine):
     def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
         assert window.denominator is not None and recurrent.denominator is not None, "see needs_normalizer"
         weight = self.window_factor.to(window.denominator.dtype).sigmoid()
-        near = window * weight.expand_as(window.denominator)
+        near = window.scaled(weight.expand_as(window.denominator))
         far = recurrent
         if self.config.complement:
-            far = recurrent * (1 - weight).expand_as(recurrent.denominator)
+            far = recurrent.scaled((1 - weight).expand_as(recurrent.denominator))
         if self.config.stabilized and window.stabilizer is not None:
             # common scale max(m, 0): the recurrent weights are of order one already
             top = window.stabilizer.clamp_min(0.0)
-            near, far = near * (window.stabilizer - top).exp(), far * (-top).exp()
+            near, far = near.scaled((window.stabilizer - top).exp()), far.scaled((-top).exp())
         assert near.denominator is not None and far.denominator is not None
         return divide(near.numerator + far.numerator, near.denominator + far.denominator)
