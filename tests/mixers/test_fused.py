@@ -156,7 +156,7 @@ def test_what_no_kernel_takes_runs_in_torch_unless_triton_was_asked_for(monkeypa
 
 
 def test_autocast_leaves_queries_and_keys_in_float32():
-    """A rotary embedding in float32 in front of values in sixteen bits: the kernel takes them, training and decoding."""
+    """A rotary embedding in float32 in front of sixteen-bit values: the kernel takes them, training and decoding."""
     mixer, given = made("short window"), inputs(40)
     narrow = {**given, "v": given["v"].to(torch.float16)}
     found = {}
