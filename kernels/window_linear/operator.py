@@ -170,6 +170,7 @@ def _(
 
 def _setup(ctx, inputs, output) -> None:
     *tensors, codes, reach, _, _, numbers = inputs
+    ctx.set_materialize_grads(False)  # or zeros as large as the saved states would be made for each backward
     out, maximum, inverse, _, _, *past = output
     ctx.numbers = numbers
     ctx.save_for_backward(*tensors, codes, reach, out, maximum, inverse, *past)
@@ -177,6 +178,8 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, grads):
     q, k, v, query_map, key_map, window_weight, linear_weight, sink, codes, reach, *saved = ctx.saved_tensors
+    if grads[0] is None:
+        return (None,) * len(ctx.needs_input_grad)
     train_maps = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
     found = backward(
         grads[0], q, k, v, query_map, key_map, window_weight, linear_weight, sink, codes, reach, saved, train_maps,
