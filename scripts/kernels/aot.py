@@ -4,7 +4,8 @@
 
 Every operator's calls in `tests/kernels/aot_calls/NAME.py` are made on CPU tensors with launches recorded instead of
 made, and each distinct launch is compiled as the GPU's driver would get it. Prints a table; exit code 1 when a kernel
-has more shared memory than a block may have, spills, or has no tensor-core instruction for a product of 16-bit numbers.
+has more shared memory than a block may have, spills more than is let pass, or has no tensor-core instruction for a
+product of 16-bit numbers.
 
 Registers and spills are those of the installed Triton's assembler; other versions give others. With an unpacked wheel
 of one in front on PYTHONPATH, and a TRITON_CACHE_DIR of its own, that one compiles.
@@ -39,6 +40,30 @@ SHARED = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that one block may have (163 KB on A100, 227 KB on H100)."""
 SPILLS = 64
 """Bytes of register spills (stores and loads together) from which a kernel is refused; below, it is let pass."""
+LET_PASS: dict[tuple[str, int], int] = {
+    ("window_linear.aligned_key_gradient_kernel", 90): 3296,
+    ("window_linear.aligned_output_kernel", 90): 416,
+    ("window_linear.aligned_query_gradient_kernel", 90): 1136,
+    ("window_linear.key_gradient_kernel", 90): 2624,
+    ("window_linear.key_states_kernel", 90): 256,
+    ("window_linear.output_kernel", 90): 528,
+    ("window_linear.query_gradient_kernel", 90): 2800,
+    ("window_linear.query_states_kernel", 90): 368,
+    ("window_linear.aligned_key_gradient_kernel", 80): 15696,
+    ("window_linear.aligned_output_kernel", 80): 848,
+    ("window_linear.aligned_query_gradient_kernel", 80): 7520,
+    ("window_linear.key_gradient_kernel", 80): 3536,
+    ("window_linear.key_states_kernel", 80): 1152,
+    ("window_linear.output_kernel", 80): 576,
+    ("window_linear.query_gradient_kernel", 80): 15776,
+    ("window_linear.query_states_kernel", 80): 1088,
+}
+"""Operator and kernel, architecture -> most bytes of spills that are let pass, whatever the call.
+
+Only for kernels that were measured faster on an H100 than their variants without spills (more warps, fewer registers a
+thread, smaller tiles); the numbers of sm_80, where nothing was measured, only keep the spills from growing. Each is the
+largest of what Triton 3.6 and 3.9 give and a tenth more, and may only go down.
+"""
 NAMES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -76,13 +101,16 @@ class Compiled:
     """Of the processor, to compile it; near zero for what was compiled before."""
     error: str = ""
     """Why it does not compile."""
+    operator: str = ""
+    """That the kernel belongs to."""
 
     def problems(self, strict: bool = False) -> list[str]:
         """Every rule that is broken; `strict` lets no spill pass."""
         found = [f"does not compile: {self.error}"] if self.error else []
         if self.shared > SHARED[self.arch]:
             found.append(f"{self.shared} bytes of shared memory, over {SHARED[self.arch]}")
-        if self.spills >= (1 if strict else SPILLS):
+        let_pass = LET_PASS.get((f"{self.operator}.{self.kernel}", self.arch), SPILLS - 1)
+        if self.spills > (0 if strict else let_pass):
             found.append(f"{self.spills} bytes of spills")
         if self.has_dots and not self.dots:
             found.append("matrix products, but no tensor-core instruction")
@@ -147,6 +175,7 @@ def compile_launch(job: Job, arch: int) -> Compiled:
         len(re.findall(r"wgmma\.mma_async|\bmma\.sync", made.asm["ptx"])),
         takes_tensor_cores(made.asm["ttir"]),
         round(_processor_seconds() - began, 1),
+        operator=operator_name(launch),
     )
 
 
@@ -154,6 +183,11 @@ def _processor_seconds() -> float:
     """Of this process and of the assemblers that it has started."""
     own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def operator_name(launch: Any) -> str:
+    """Of the folder that the function is in."""
+    return str(launch.kernel.fn.__module__.rpartition(".")[0].rpartition(".")[2])
 
 
 def kernel_name(launch: Any) -> str:
@@ -308,8 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = [job for name, calls in wanted.items() for job in record(name, calls, options.calls)]
     if options.list:
         for job in jobs:
-            operator = job.launch.kernel.fn.__module__.split(".")[-2]
-            print(f"{job.module}: {job.call}: {operator}.{kernel_name(job.launch)}")
+            print(f"{job.module}: {job.call}: {operator_name(job.launch)}.{kernel_name(job.launch)}")
         return 0
     rows: list[Compiled] = []
     print(HEADER)

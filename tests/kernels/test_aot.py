@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,14 @@ def test_rules():
         "64 bytes of spills",
         "matrix products, but no tensor-core instruction",
     ]
+    for (name, arch), most in aot.LET_PASS.items():
+        operator, _, kernel = name.partition(".")
+        passes = aot.Compiled("m", "c", kernel, arch, 4, 2, spills=most, operator=operator)
+        assert most >= aot.SPILLS and passes.problems() == [] and len(passes.problems(strict=True)) == 1
+        for other in (
+            replace(passes, spills=most + 1), replace(passes, operator="other"), replace(passes, kernel="other"),
+        ):  # fmt: skip
+            assert len(other.problems()) == 1
     assert aot.takes_tensor_cores("%1 = tt.dot %a, %b, %c : tensor<64x64xbf16> * tensor<64x64xbf16>")
     assert not aot.takes_tensor_cores(
         "%1 = tt.dot %a, %b, %c, inputPrecision = ieee : tensor<16x16xf32> * tensor<f32>"
