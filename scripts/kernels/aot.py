@@ -75,12 +75,12 @@ LET_PASS: dict[tuple[str, int], int] = {
 }
 """Operator and kernel, architecture -> most bytes of spills that are let pass, whatever the call.
 
-On sm_90 a debt of gated_linear with decays per dimension and of gated_delta's key gradient: the variants without spills
-were wrong on an H100 (tiles of 32 columns with four warps, an accumulator read between products), and what the spills cost
-has not been measured. For window_linear: at head dim 64 with aligned windows its kernels were measured faster on an H100 than
-their variants without spills (more warps, fewer registers a thread), and the others, not measured so, are built alike.
-Nothing was measured on sm_80: its numbers only keep the spills from growing. Each is the largest of what Triton 3.6 and
-3.9 give and a tenth more, and may only go down.
+On sm_90 a debt of gated_linear with decays per dimension and of gated_delta's key gradient: the variants without
+spills were wrong on an H100 (tiles of 32 columns with four warps, an accumulator read between products), and what the
+spills cost has not been measured. For window_linear: at head dim 64 with aligned windows its kernels were measured
+faster on an H100 than their variants without spills (more warps, fewer registers a thread), and the others, not
+measured so, are built alike. Nothing was measured on sm_80: its numbers only keep the spills from growing. Each is
+the largest of what Triton 3.6 and 3.9 give and a tenth more, and may only go down.
 """
 NAMES = {
     torch.float32: "fp32",
