@@ -31,9 +31,7 @@ def gated_linear_chunk(
     On CUDA it runs in Triton (`operator.py`): q, k and v of one dtype, bfloat16, float16 or float32, the log decays
     float32 or narrower; numerators come in the dtype of v, denominators and states in float32. Every decay is exact,
     strong ones too: exponents are sums of the decays between two tokens of a tile, or their negatives where these stay
-    in range. Decays of values (`decay_values`) keep the form below, in linear memory, on every device. So do decays per
-    dimension that train on CUDA, unless LINEARIZE_KERNELS=triton: their backward kernel made an illegal access on an
-    H100 (tiles of 32 columns, Triton 3.6) and has not been run there since its tiles are wider.
+    in range. Decays of values (`decay_values`) keep the form below, in linear memory, on every device.
 
     Args:
         chunk: tokens in a chunk of the torch form, a power of two.
@@ -42,8 +40,7 @@ def gated_linear_chunk(
         KernelError: Triton is to run what it does not cover.
     """
     check_options(normalize=normalize, decay_values=decay_values)
-    torch_form = decay_values or _trains_unproven(q, k, v, log_decay)
-    if not torch_form and dispatch.use_triton(q, k, v):
+    if not decay_values and dispatch.use_triton(q, k, v):
         from linearize.kernels.gated_linear.operator import gated_linear_triton
 
         return gated_linear_triton(
@@ -61,13 +58,6 @@ def gated_linear_chunk(
     if log_decay is None:
         log_decay = k.new_zeros(k.shape[:3])
     return _torch(q, k, v, log_decay, docs, state, bonus, read_before, normalize, decay_values, chunk)
-
-
-def _trains_unproven(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> bool:
-    """Whether the call would need the one backward kernel that no GPU has run in its present form."""
-    if log_decay is None or log_decay.dim() < 4 or not (q.is_cuda and dispatch.automatic()):
-        return False
-    return torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, log_decay))
 
 
 def _torch(

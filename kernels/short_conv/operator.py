@@ -15,8 +15,10 @@ STREAMS, TAPS = 3, 8
 """Streams in a launch and taps of a filter, at most."""
 KINDS = (torch.float32, torch.float16, torch.bfloat16)
 FORWARD = {"BT": 64, "BC": 64, "num_warps": 4, "num_stages": 1}
-SPAN = 128
-"""Tokens of a program in backward: so many add up before a partial sum of dw is written."""
+SPANS = (128, 64, 32)
+"""Tokens of a program in backward: each reads 3 (W - 1) rows that belong to its neighbours beside 2 a token."""
+PROGRAMS = 8192
+"""Of one warp each, 14 to 16 an SM: they fill an H100 about four times over. With fewer, spans are shorter."""
 STEP_CHANNELS = 256
 """Channels of a program in the one-token form."""
 Lists = list[Tensor]
@@ -169,37 +171,41 @@ def backward(
     )
     codes = None if codes is None else codes.to(torch.int32).contiguous()
     (batch, tokens), taps = inputs[0].shape[:2], weights[0].shape[-1]
-    made = backward_configuration(taps, silu)
-    rows = -(-(tokens + (taps - 1 if starts else 0)) // SPAN)
+    made = backward_configuration(taps, inputs[0].element_size())
     blocks = _blocks(inputs, made["BC"])
     widths = [x.shape[-2] * x.shape[-1] for x in inputs]
+    reach = tokens + (taps - 1 if starts else 0)
+    span = next((x for x in SPANS if batch * sum(blocks) * -(-reach // x) >= PROGRAMS), SPANS[-1])
+    rows = -(-reach // span)
     dxs = [torch.empty_like(x) for x in inputs]
     dstarts = [torch.empty_like(x) for x in starts] if start_gradient else []
-    count = taps + bool(biases)
-    partials = [
-        x.new_empty(batch * rows, count, width, dtype=torch.float32)
-        for x, width in zip(inputs, widths, strict=True)
-    ]
+    # of all streams side by side, so that one sum adds them up
+    partial = inputs[0].new_empty(batch * rows, taps + bool(biases), sum(widths), dtype=torch.float32)
     names = ("x", "weight", "bias", "start", "dy", "dfinal", "dx", "dstart", "partial", "channels", "blocks")
+    partials = partial.split(widths, -1)
     columns = (inputs, weights, biases, starts, dys, dfinals, dxs, dstarts, partials, widths, blocks)
     launch(
         backward_kernel, (sum(blocks), rows, batch), **_without_last(_named(names, columns), "blocks"),
-        codes=codes, tokens=tokens, STREAMS=len(inputs), TAPS=taps, ROWS=1 << (count - 1).bit_length(),
+        codes=codes, tokens=tokens, span=span, total=sum(widths), STREAMS=len(inputs), TAPS=taps,
         HAS_BIAS=bool(biases), HAS_START=bool(starts), HAS_CODES=codes is not None, SILU=silu, RESIDUAL=residual,
-        HAS_FINAL=bool(dfinals), START_GRADIENT=start_gradient, SPAN=SPAN, **made,
+        HAS_FINAL=bool(dfinals), START_GRADIENT=start_gradient, **made,
     )  # fmt: skip
-    sums = [x.sum(0) for x in partials]
-    for_weights = [x[:taps].mT.reshape(w.shape).to(w.dtype) for x, w in zip(sums, weights, strict=True)]
+    sums = partial.sum(0).split(widths, -1)
+    for_weights = [  # copies: results of an operator must not share memory
+        torch.empty_like(w).copy_(x[:taps].mT.reshape(w.shape)) for x, w in zip(sums, weights, strict=True)
+    ]
     for_biases = [
         x[taps].view(bias.shape).to(bias.dtype, copy=True) for x, bias in zip(sums, biases, strict=False)
     ]
-    return [*dxs, *(x.contiguous() for x in for_weights), *for_biases, *dstarts]
+    return [*dxs, *for_weights, *for_biases, *dstarts]
 
 
-def backward_configuration(taps: int, silu: bool) -> dict[str, int]:
-    """Tiles that keep 2 W - 1 rows of inputs (W with no activation) in registers."""
-    wide = silu and taps > 4
-    return {"BT": 16 if silu or taps > 4 else 32, "BC": 64, "num_warps": 8 if wide else 4, "num_stages": 1}
+def backward_configuration(taps: int, size: int) -> dict[str, int]:
+    """One warp and 8 bytes a thread, 4 with many taps: of each number 4 W - 2 float32 and a group of x and dy are kept.
+
+    `size` is that of a number of x, in bytes.
+    """
+    return {"GROUP": 4, "BC": 128 if size == 2 and taps <= 5 else 64, "num_warps": 1, "num_stages": 1}
 
 
 @backward.register_fake
