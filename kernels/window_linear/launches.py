@@ -26,7 +26,7 @@ def launch_forward(
 ) -> list[Tensor]:
     """Key states, their carries, outputs; the result is `Plan.outputs`, filled."""
     outputs = plan.outputs(q)
-    out, maximum, inverse, final, final_norm, *rest = outputs
+    out, maximum, log_inverse, final, final_norm, *rest = outputs
     states, norms, carries, carry_norms, query_lse, key_lse = rest
     query_map, key_map = maps
     weight, factor, sink = factors
@@ -61,7 +61,7 @@ def launch_forward(
     shared = {
         "q": q, "k": k, "v": v, "query_map": query_map, "key_map": key_map, "weight": weight, "factor": factor,
         "sink": sink, "codes": codes, "states": states, "norms": norms, "carries": carries, "carry_norms": carry_norms,
-        "out": out, "maximum": maximum, "inverse": inverse, "query_lse": query_lse, "HAS_SINK": sink is not None,
+        "out": out, "maximum": maximum, "log_inverse": log_inverse, "query_lse": query_lse, "HAS_SINK": sink is not None,
     }  # fmt: skip
     aligned = plan.whole_chunks and reach is None
     made = config("aligned_output" if aligned else "output", plan)
@@ -81,7 +81,7 @@ def launch_backward(
     saved: list[Tensor], train_maps: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Queries' side, query states and their carries, keys' side, maps."""
-    out, maximum, inverse, states, norms, carries, carry_norms, query_lse, key_lse = saved
+    out, maximum, log_inverse, states, norms, carries, carry_norms, query_lse, key_lse = saved
     query_map, key_map = maps
     weight, factor, sink = factors
     codes, reach = masks
@@ -96,7 +96,7 @@ def launch_backward(
     both = plan.has_past and plan.window > 0
     shared: dict[str, Any] = {
         "q": q, "k": k, "v": v, "do": do, "query_map": query_map, "key_map": key_map, "weight": weight,
-        "factor": factor, "codes": codes, "maximum": maximum, "inverse": inverse, "delta": delta, "balance": balance,
+        "factor": factor, "codes": codes, "maximum": maximum, "log_inverse": log_inverse, "delta": delta, "balance": balance,
         "place_of_top": place_of_top, "TRAIN_MAPS": trains,
     }  # fmt: skip
     if aligned:
@@ -118,7 +118,7 @@ def launch_backward(
         launch(
             query_states_kernel,
             (plan.value_dim // made.values, plan.batch * plan.state_heads * plan.segments * (plan.chunks > 0)),
-            q=q, do=do, inverse=inverse, delta=delta, weight=query_map, factor=factor, query_lse=query_lse, codes=codes,
+            q=q, do=do, log_inverse=log_inverse, delta=delta, weight=query_map, factor=factor, query_lse=query_lse, codes=codes,
             states=states, norms=norms, totals=totals, total_norms=total_norms,
             key_tokens=plan.key_tokens, tokens=plan.tokens, prefix=plan.prefix, chunks=plan.chunks,
             per_segment=plan.per_segment, segments=plan.segments,

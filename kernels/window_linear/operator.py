@@ -171,9 +171,9 @@ def _(
 def _setup(ctx, inputs, output) -> None:
     *tensors, codes, reach, _, _, numbers = inputs
     ctx.set_materialize_grads(False)  # or zeros as large as the saved states would be made for each backward
-    out, maximum, inverse, _, _, *past = output
+    out, maximum, log_inverse, _, _, *past = output
     ctx.numbers = numbers
-    ctx.save_for_backward(*tensors, codes, reach, out, maximum, inverse, *past)
+    ctx.save_for_backward(*tensors, codes, reach, out, maximum, log_inverse, *past)
 
 
 def _backward(ctx, grads):

@@ -192,8 +192,8 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "query_gradient": {64: Config(64, 4, 2), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "key_gradient": {64: Config(64, 4, 2), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "aligned_output": {64: Config(64, 4, 2), 128: Config(64, 4, 2), 256: Config(64, 8, 1)},
-    "aligned_query_gradient": {64: Config(64, 4, 2), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
-    "aligned_key_gradient": {64: Config(64, 4, 2), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
+    "aligned_query_gradient": {64: Config(64, 4, 1), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
+    "aligned_key_gradient": {64: Config(64, 4, 1), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "map_gradient": {64: Config(64, 4, 3), 128: Config(128, 8, 2), 256: Config(256, 8, 2)},
 }
 

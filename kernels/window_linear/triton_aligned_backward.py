@@ -18,7 +18,7 @@ from linearize.kernels.window_linear.triton_common import LOG2E, document, load_
 @triton.jit
 def aligned_query_gradient_kernel(
     q, k, v, out, do, query_map, key_map, weight, factor, sink, codes, key_lse, query_lse,
-    states, norms, carries, carry_norms, maximum, inverse,
+    states, norms, carries, carry_norms, maximum, log_inverse,
     dq, dy, delta, balance, share_gradient, place_of_top, dsink,
     tokens, key_tokens, prefix, base, chunks, per_segment, segments, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
@@ -49,13 +49,15 @@ def aligned_query_gradient_kernel(
     answer = load_rows(out, chunk * C, rows, heads * V, values, tokens)
     shift = tl.sum(incoming.to(tl.float32) * answer.to(tl.float32), 1)
     tl.store(delta + row, shift, mask=inside)
-    over = tl.load(inverse + row, mask=inside, other=0.0)
+    log_over = tl.load(log_inverse + row, mask=inside, other=float("-inf"))
     old_keys = load_rows(k, oldest, rows, kv_heads * K, dims, key_tokens)
     old_values = load_rows(v, oldest, rows, kv_heads * V, values, key_tokens)
     owner = tl.zeros([C], tl.int32)
     if HAS_CODES:
         owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=inside, other=0))
         old_code = load_codes(codes, batch, oldest + rows, key_tokens)
+    # of a zero that the compiler knows, selections would be made of sixteen-bit numbers, one by one
+    nothing = scale - scale
     for_q = tl.zeros([C, K], tl.float32)
     past = tl.zeros([C], tl.float32)
     if HAS_LINEAR:
@@ -79,7 +81,7 @@ def aligned_query_gradient_kernel(
                     load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens) == entering
                 )
             carried = columns < tl.where(alive, F, 0)
-        far = tl.where(seen, dw, 0.0).to(x.dtype)
+        far = tl.where(seen, dw, nothing).to(x.dtype)
         key_projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
         projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
         there = oldest + rows
@@ -87,7 +89,7 @@ def aligned_query_gradient_kernel(
         own_lse = key_lse + line * 2 * key_tokens + there
         query_line = query_lse + (batch * heads + head) * 2 * tokens + place
         from_state = incoming.to(tl.float32) if WIDE else incoming
-        alpha = over
+        alpha = tl.exp2(log_over)
         if HAS_FACTOR:
             alpha *= tl.load(factor + head)
         for_y = tl.zeros([C, F], tl.float32)
@@ -96,10 +98,11 @@ def aligned_query_gradient_kernel(
             sign = 1.0 - 2.0 * half
             norm = tl.load(norms + (at + half) * F + columns)
             sums = tl.load(states + (at + half) * F * V + held)
+            for_phi = tl.dot(from_state, sums, input_precision=PRECISION)
             if HAS_CARRY:
                 norm += tl.load(carry_norms + (origin + half) * F + columns, mask=carried, other=0.0)
-                sums += tl.load(carries + (origin + half) * F * V + held, mask=carried[None, :], other=0.0)
-            for_phi = tl.dot(from_state, sums, input_precision=PRECISION)
+                sums = tl.load(carries + (origin + half) * F * V + held, mask=carried[None, :], other=0.0)
+                for_phi = tl.dot(from_state, sums, for_phi, input_precision=PRECISION)
             for_phi -= shift[:, None] * norm[None, :]
             if HAS_CODES:
                 for_phi *= reader[:, None]
@@ -131,13 +134,14 @@ def aligned_query_gradient_kernel(
         own_keys = load_rows(k, own, rows, kv_heads * K, dims, key_tokens)
         scores = tl.dot(x, tl.trans(own_keys), input_precision=PRECISION)
         old_scores = tl.dot(x, tl.trans(old_keys), input_precision=PRECISION)
-        scores = tl.where(causal, scores, old_scores) * scale
         if HAS_CODES:
+            scores = tl.where(causal, scores, old_scores) * scale
             own_code = load_codes(codes, batch, own + rows, key_tokens)
             seen = tl.where(causal, own_code[None, :], old_code[None, :]) == owner[:, None]
             scores = tl.where(seen, scores, float("-inf"))
         else:
-            scores = tl.where(causal | (oldest >= 0), scores, float("-inf"))
+            missing = tl.where(oldest >= 0, 0.0, float("-inf"))
+            scores = tl.where(causal, scores * scale, old_scores * scale + missing)
         best = tl.max(scores, 1)
         best_place = tl.where(causal, own + rows[None, :], oldest + rows[None, :])
         best_place = tl.min(tl.where(scores == best[:, None], best_place, 2147483647), 1)
@@ -145,7 +149,7 @@ def aligned_query_gradient_kernel(
         share = 0.0
         if HAS_LINEAR:
             share = tl.log2(tl.load(weight + head))
-        offset = share + tl.log2(over) - top
+        offset = share + log_over - top
         weights = tl.exp2(scores + offset[:, None])
         near_part = tl.sum(weights, 1)
         own_values = load_rows(v, own, rows, kv_heads * V, values, key_tokens)
@@ -153,8 +157,9 @@ def aligned_query_gradient_kernel(
         old_dw = tl.dot(incoming, tl.trans(old_values), input_precision=PRECISION)
         ds = weights * (tl.where(causal, dw, old_dw) - shift[:, None])
         sum_of_ds = tl.sum(ds, 1)
-        for_q = tl.dot(tl.where(causal, ds, 0.0).to(x.dtype), own_keys, for_q, input_precision=PRECISION)
-        for_q = tl.dot(tl.where(causal, 0.0, ds).to(x.dtype), old_keys, for_q, input_precision=PRECISION)
+        own_ds = tl.where(causal, ds, nothing)
+        for_q = tl.dot(own_ds.to(x.dtype), own_keys, for_q, input_precision=PRECISION)
+        for_q = tl.dot((ds - own_ds).to(x.dtype), old_keys, for_q, input_precision=PRECISION)
         if LAG > 1:
             for i in range(1, LAG):
                 middle = oldest + i * C

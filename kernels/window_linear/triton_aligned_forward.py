@@ -24,14 +24,14 @@ def load_codes(codes, batch, position, key_tokens):
 @triton.jit
 def aligned_output_kernel(
     q, k, v, query_map, key_map, weight, factor, sink, codes, key_lse,
-    states, norms, carries, carry_norms, out, maximum, inverse, query_lse,
+    states, norms, carries, carry_norms, out, maximum, log_inverse, query_lse,
     tokens, key_tokens, prefix, base, chunks, per_segment, segments, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LAG: tl.constexpr,
     HAS_LINEAR: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CODES: tl.constexpr,
     HAS_CARRY: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one query head: out [B, T, H, V]; by [B, H, T] the row maximum (times log2 e) and 1 / denominator.
+    """One chunk of one query head: out [B, T, H, V]; by [B, H, T] the row maximum (times log2 e) and log2 of 1 / denominator.
 
     LAG is the window in chunks; zero leaves linear attention alone.
     """
@@ -59,62 +59,8 @@ def aligned_output_kernel(
         owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=inside, other=0))
     row = (batch * heads + head) * tokens + place
     result = tl.zeros([C, BV], tl.float32)
+    pairs = tl.zeros([C, C], tl.float32)
     total = tl.zeros([C], tl.float32)
-    if LAG > 0:
-        share = 0.0
-        if HAS_LINEAR:
-            share = tl.log2(tl.load(weight + head))
-        top = tl.full([C], float("-inf"), tl.float32)
-        if HAS_SINK:
-            top = tl.zeros([C], tl.float32) + tl.load(sink + head) * LOG2E
-            total += tl.exp2(share)
-        if LAG > 1:
-            for i in range(1, LAG):
-                middle = oldest + i * C
-                keys = load_rows(k, middle, rows, kv_heads * K, dims, key_tokens)
-                scores = tl.dot(x, tl.trans(keys), input_precision=PRECISION) * scale
-                if HAS_CODES:
-                    code = load_codes(codes, batch, middle + rows, key_tokens)
-                    scores = tl.where(code[None, :] == owner[:, None], scores, float("-inf"))
-                else:
-                    scores = tl.where(middle >= 0, scores, float("-inf"))
-                higher = tl.maximum(top, tl.max(scores, 1))
-                # a row that has seen nothing yet has weights exp2(-inf - 0)
-                safe = tl.where(higher == float("-inf"), 0.0, higher)
-                weights = tl.exp2(scores + (share - safe)[:, None])
-                decay = tl.exp2(top - safe)
-                total = total * decay + tl.sum(weights, 1)
-                y = load_rows(v, middle, rows, kv_heads * V, lanes, key_tokens)
-                result = tl.dot(weights.to(y.dtype), y, result * decay[:, None], input_precision=PRECISION)
-                top = higher
-        own_keys = load_rows(k, own, rows, kv_heads * K, dims, key_tokens)
-        scores = tl.dot(x, tl.trans(own_keys), input_precision=PRECISION)
-        old_scores = tl.dot(x, tl.trans(old_keys), input_precision=PRECISION)
-        scores = tl.where(causal, scores, old_scores) * scale
-        if HAS_CODES:
-            old_code = load_codes(codes, batch, oldest + rows, key_tokens)
-            own_code = load_codes(codes, batch, own + rows, key_tokens)
-            seen = tl.where(causal, own_code[None, :], old_code[None, :]) == owner[:, None]
-            scores = tl.where(seen, scores, float("-inf"))
-        else:
-            # without documents, tiles before the first key are all that can be missing
-            scores = tl.where(causal | (oldest >= 0), scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        higher = tl.where(higher == float("-inf"), 0.0, higher)
-        if LAG > 1 or HAS_SINK:
-            decay = tl.exp2(top - higher)
-            total *= decay
-        if LAG > 1:
-            result *= decay[:, None]
-        if tile == 0:
-            tl.store(maximum + row, higher, mask=inside)
-        weights = tl.exp2(scores + (share - higher)[:, None])
-        total += tl.sum(weights, 1)
-        own_values = load_rows(v, own, rows, kv_heads * V, lanes, key_tokens)
-        # selected in float32: sixteen-bit numbers are selected and converted one by one
-        near = tl.where(causal, weights, 0.0).to(own_values.dtype)
-        old = tl.where(causal, 0.0, weights).to(own_values.dtype)
-        result = tl.dot(near, own_values, result, input_precision=PRECISION)
     if HAS_LINEAR:
         columns = tl.arange(0, F)
         query_projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
@@ -130,7 +76,6 @@ def aligned_output_kernel(
         if HAS_FACTOR:
             alpha = tl.load(factor + head)
         reader = tl.full([C], 1.0, tl.float32)
-        origin = at
         if HAS_CODES:
             entering = load_code(codes, batch, oldest - 1, key_tokens)
             reader = tl.where(owner == entering, 1.0, 0.0)
@@ -143,7 +88,6 @@ def aligned_output_kernel(
                     load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens) == entering
                 )
             carried = columns < tl.where(alive, F, 0)
-        pairs = tl.zeros([C, C], tl.float32)
         # softmax(y), then softmax(-y), each from its own projection: a product costs less than holding the first one's
         for half in range(2):
             sign = LOG2E - 2.0 * LOG2E * half
@@ -152,37 +96,94 @@ def aligned_output_kernel(
                 tl.store(query_line + half * tokens, lse, mask=inside)
             if HAS_FACTOR:
                 phi *= alpha
+            norm = tl.load(norms + (at + half) * F + columns)
+            if HAS_CARRY:
+                norm += tl.load(carry_norms + (origin + half) * F + columns, mask=carried, other=0.0)
+            total += tl.sum(phi * norm[None, :], 1) * reader
+            reading = phi
+            if HAS_CODES:
+                reading = phi * reader[:, None]
+            if not WIDE:
+                reading = reading.to(x.dtype)
+            sums = tl.load(states + (at + half) * F * V + held)
+            result = tl.dot(reading, tl.trans(sums), result, input_precision=PRECISION)
+            if HAS_CARRY:
+                sums = tl.load(carries + (origin + half) * F * V + held, mask=carried[None, :], other=0.0)
+                result = tl.dot(reading, tl.trans(sums), result, input_precision=PRECISION)
             # features of keys that do not exist are exp2(-inf)
             lse = tl.load(own_lse + half * key_tokens, mask=exists, other=float("inf"))
             turned = tl.dot(tl.trans(projection), tl.trans(old_keys), input_precision=PRECISION)
             phi_k = tl.exp2(turned * sign - lse[None, :]).to(x.dtype)
             pairs = tl.dot(phi.to(x.dtype), phi_k, pairs, input_precision=PRECISION)
-            norm = tl.load(norms + (at + half) * F + columns)
-            if HAS_CARRY:
-                norm += tl.load(carry_norms + (origin + half) * F + columns, mask=carried, other=0.0)
-            if HAS_CODES:
-                phi *= reader[:, None]
-            total += tl.sum(phi * norm[None, :], 1)
-            if not WIDE:
-                phi = phi.to(x.dtype)
-            sums = tl.load(states + (at + half) * F * V + held)
-            if HAS_CARRY:
-                sums += tl.load(carries + (origin + half) * F * V + held, mask=carried[None, :], other=0.0)
-            result = tl.dot(phi, tl.trans(sums), result, input_precision=PRECISION)
         if HAS_CODES:
             code = load_codes(codes, batch, there, key_tokens)
             pairs = tl.where(code[None, :] == owner[:, None], pairs, 0.0)
-        pairs = tl.where(causal, pairs, 0.0)
-        total += tl.sum(pairs, 1)
     old_values = load_rows(v, oldest, rows, kv_heads * V, lanes, key_tokens)
-    if HAS_LINEAR:
-        mixed = pairs.to(old_values.dtype)
-        if LAG > 0:
-            # one of the two is zero
-            mixed = mixed + old
+    # of a zero that the compiler knows, selections would be made of sixteen-bit numbers, one by one
+    nothing = scale - scale
+    if LAG > 0:
+        past = result
+        share = 0.0
+        if HAS_LINEAR:
+            share = tl.log2(tl.load(weight + head))
+        top = tl.full([C], float("-inf"), tl.float32)
+        near_total = tl.zeros([C], tl.float32)
+        if HAS_SINK:
+            top = tl.zeros([C], tl.float32) + tl.load(sink + head) * LOG2E
+            near_total += tl.exp2(share)
+        if LAG > 1:
+            result = tl.zeros([C, BV], tl.float32)
+            for i in range(1, LAG):
+                middle = oldest + i * C
+                keys = load_rows(k, middle, rows, kv_heads * K, dims, key_tokens)
+                scores = tl.dot(x, tl.trans(keys), input_precision=PRECISION) * scale
+                if HAS_CODES:
+                    code = load_codes(codes, batch, middle + rows, key_tokens)
+                    scores = tl.where(code[None, :] == owner[:, None], scores, float("-inf"))
+                else:
+                    scores = tl.where(middle >= 0, scores, float("-inf"))
+                higher = tl.maximum(top, tl.max(scores, 1))
+                # a row that has seen nothing yet has weights exp2(-inf - 0)
+                safe = tl.where(higher == float("-inf"), 0.0, higher)
+                weights = tl.exp2(scores + (share - safe)[:, None])
+                decay = tl.exp2(top - safe)
+                near_total = near_total * decay + tl.sum(weights, 1)
+                y = load_rows(v, middle, rows, kv_heads * V, lanes, key_tokens)
+                result = tl.dot(weights.to(y.dtype), y, result * decay[:, None], input_precision=PRECISION)
+                top = higher
+        own_keys = load_rows(k, own, rows, kv_heads * K, dims, key_tokens)
+        own_values = load_rows(v, own, rows, kv_heads * V, lanes, key_tokens)
+        own_scores = tl.dot(x, tl.trans(own_keys), input_precision=PRECISION)
+        old_scores = tl.dot(x, tl.trans(old_keys), input_precision=PRECISION)
+        if HAS_CODES:
+            scores = tl.where(causal, own_scores, old_scores) * scale
+            old_code = load_codes(codes, batch, oldest + rows, key_tokens)
+            own_code = load_codes(codes, batch, own + rows, key_tokens)
+            seen = tl.where(causal, own_code[None, :], old_code[None, :]) == owner[:, None]
+            scores = tl.where(seen, scores, float("-inf"))
+        else:
+            # without documents, tiles before the first key are all that can be missing
+            missing = tl.where(oldest >= 0, 0.0, float("-inf"))
+            scores = tl.where(causal, own_scores * scale, old_scores * scale + missing)
+        higher = tl.maximum(top, tl.max(scores, 1))
+        higher = tl.where(higher == float("-inf"), 0.0, higher)
+        if LAG > 1 or HAS_SINK:
+            decay = tl.exp2(top - higher)
+            near_total *= decay
+        if LAG > 1:
+            result *= decay[:, None]
+            result += past
+        if tile == 0:
+            tl.store(maximum + row, higher, mask=inside)
+        weights = tl.exp2(scores + (share - higher)[:, None])
+        near = tl.where(causal, weights, nothing)
+        mixed = tl.where(causal, pairs, weights) if HAS_LINEAR else weights - near
+        total += near_total + tl.sum(near + mixed, 1)
+        result = tl.dot(near.to(own_values.dtype), own_values, result, input_precision=PRECISION)
     else:
-        mixed = old
-    result = tl.dot(mixed, old_values, result, input_precision=PRECISION)
+        mixed = tl.where(causal, pairs, nothing)
+        total += tl.sum(mixed, 1)
+    result = tl.dot(mixed.to(old_values.dtype), old_values, result, input_precision=PRECISION)
     over = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     lines = (batch * tokens + place) * heads + head
     tl.store(
@@ -190,4 +191,4 @@ def aligned_output_kernel(
         mask=inside[:, None],
     )  # fmt: skip
     if tile == 0:
-        tl.store(inverse + row, over, mask=inside)
+        tl.store(log_inverse + row, tl.log2(over), mask=inside)

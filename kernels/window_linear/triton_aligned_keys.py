@@ -15,7 +15,7 @@ from linearize.kernels.window_linear.triton_common import LOG2E, document, load_
 @triton.jit
 def scores_of_chunk(
     keys, held, own_q, own_do, chunk, rows, dims, values, code, codes, batch, prefix, row,
-    maximum, inverse, delta, share, scale, tokens, key_tokens, heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    maximum, log_inverse, delta, share, scale, tokens, key_tokens, heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, HAS_CODES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q, do, scores with the rows' offsets in them, and dw of one chunk of queries [C] and one tile of keys [C]."""
@@ -24,10 +24,10 @@ def scores_of_chunk(
     x = load_rows(own_q, chunk * C, rows, heads * K, dims, tokens)
     y = load_rows(own_do, chunk * C, rows, heads * V, values, tokens)
     top = tl.load(maximum + row + place, mask=there, other=0.0)
-    over = tl.load(inverse + row + place, mask=there, other=0.0)
-    shift = tl.load(delta + row + place, mask=there, other=0.0)
     # a query that does not exist has log2(0)
-    offset = share + tl.log2(over) - top
+    log_over = tl.load(log_inverse + row + place, mask=there, other=float("-inf"))
+    shift = tl.load(delta + row + place, mask=there, other=0.0)
+    offset = share + log_over - top
     scores = tl.dot(x, tl.trans(keys), input_precision=PRECISION) * scale + offset[:, None]
     if HAS_CODES:
         owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=there, other=0))
@@ -49,7 +49,7 @@ def without_spare(ds, balance, place_of_top, row, chunk, rows, position, tokens,
 @triton.jit
 def aligned_key_gradient_kernel(
     q, k, v, do, query_map, key_map, weight, factor, codes, key_lse, query_lse,
-    states, norms, carries, carry_norms, maximum, inverse, delta, balance, place_of_top,
+    states, norms, carries, carry_norms, maximum, log_inverse, delta, balance, place_of_top,
     dk, dv, dy,
     tokens, key_tokens, prefix, base, chunks, per_segment, segments, first, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
@@ -80,6 +80,8 @@ def aligned_key_gradient_kernel(
         code = load_codes(codes, batch, position, key_tokens)
     # in the own chunk a query sees a key of the window here, in the chunk a window later it has it behind
     mine = rows[:, None] >= rows[None, :]
+    # of a zero that the compiler knows, selections would be made of sixteen-bit numbers, one by one
+    nothing = scale - scale
     for_k = tl.zeros([K, C], tl.float32)
     for_v = tl.zeros([V, C], tl.float32)
     for member in range(group):
@@ -88,7 +90,6 @@ def aligned_key_gradient_kernel(
         row = (batch * heads + head) * tokens
         own_q = q + (batch * tokens * heads + head) * K
         own_do = do + (batch * tokens * heads + head) * V
-        mixed = tl.zeros([C, C], keys.dtype)
         if HAS_LINEAR:
             line = batch * state_heads + state_head
             place = i * C + rows
@@ -112,73 +113,63 @@ def aligned_key_gradient_kernel(
                 if HAS_CODES:
                     behind = load_code(codes, batch, prefix + (segment + 1) * per_segment * C, key_tokens)
                     same = same & (ahead == behind)
-            alpha = tl.load(inverse + row + place, mask=there, other=0.0)
+            offset = tl.load(log_inverse + row + place, mask=there, other=float("-inf"))
             if HAS_FACTOR:
-                alpha *= tl.load(factor + head)
-            offset = tl.log2(alpha)
+                offset += tl.log2(tl.load(factor + head))
             own_lse = key_lse + line * 2 * key_tokens + position
             query_line = query_lse + row * 2 + place
             far_q = load_rows(own_q, i * C, rows, heads * K, dims, tokens)
             far_do = load_rows(own_do, i * C, rows, heads * V, values, tokens)
             shift = tl.load(delta + row + place, mask=there, other=0.0)
             dw = tl.dot(far_do, tl.trans(held), input_precision=PRECISION) - shift[:, None]
-            far = tl.where(seen, dw, 0.0).to(keys.dtype)
+            far = tl.where(seen, dw, nothing).to(keys.dtype)
             projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
             query_projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
             pairs = tl.zeros([C, C], tl.float32)
             for_y = tl.zeros([F, C], tl.float32)
             place_of_sum = values[:, None] * F + columns[None, :]
-            # features are made once for each use: holding them costs more registers than there are
             for half in range(2):
                 sign = LOG2E - 2.0 * LOG2E * half
                 lse = tl.load(own_lse + half * key_tokens, mask=scanned, other=float("inf"))
                 key_logits = tl.dot(tl.trans(projection), tl.trans(keys), input_precision=PRECISION)
-                phi_k = tl.exp2(key_logits * sign - lse[None, :]).to(keys.dtype)
+                wide_k = tl.exp2(key_logits * sign - lse[None, :])
+                phi_k = wide_k.to(keys.dtype)
                 lse = offset - tl.load(query_line + half * tokens, mask=there, other=0.0)
                 logits = tl.dot(far_q, query_projection, input_precision=PRECISION)
                 phi = tl.exp2(logits * sign + lse[:, None]).to(keys.dtype)
                 pairs = tl.dot(phi, phi_k, pairs, input_precision=PRECISION)
-                if (shared == 1) or (member == 0):
-                    read_k = phi_k
-                    if HAS_CODES:
-                        read_k = (read_k.to(tl.float32) * reader[None, :]).to(keys.dtype)
-                    if WIDE:
-                        read_k = read_k.to(tl.float32)
-                    sums = tl.load(states + (at + half) * F * V + place_of_sum)
-                    if HAS_CARRY:
-                        carry = carries + (origin + half) * F * V + place_of_sum
-                        sums += tl.load(carry, mask=(columns < tl.where(same, F, 0))[None, :], other=0.0)
-                    for_v = tl.dot(sums, read_k, for_v, input_precision=PRECISION)
-            mixed = tl.where(seen, pairs, 0.0).to(keys.dtype)
-            for half in range(2):
-                sign = LOG2E - 2.0 * LOG2E * half
-                lse = offset - tl.load(query_line + half * tokens, mask=there, other=0.0)
+                # made again, not turned: queries are the columns here
                 logits = tl.dot(tl.trans(query_projection), tl.trans(far_q), input_precision=PRECISION)
                 phi = tl.exp2(logits * sign + lse[None, :]).to(keys.dtype)
                 for_phi = tl.dot(phi, far, input_precision=PRECISION)
-                lse = tl.load(own_lse + half * key_tokens, mask=scanned, other=float("inf"))
-                key_logits = tl.dot(tl.trans(projection), tl.trans(keys), input_precision=PRECISION)
-                phi_k = tl.exp2(key_logits * sign - lse[None, :])
                 if (shared == 1) or (member == 0):
-                    read_v = held
+                    read_k, read_v = phi_k, held
                     if HAS_CODES:
+                        read_k = (phi_k.to(tl.float32) * reader[None, :]).to(keys.dtype)
                         read_v = (held.to(tl.float32) * reader[:, None]).to(keys.dtype)
                     if WIDE:
-                        read_v = read_v.to(tl.float32)
+                        read_k, read_v = read_k.to(tl.float32), read_v.to(tl.float32)
                     norm = tl.load(norms + (at + half) * F + columns)
                     sums = tl.load(states + (at + half) * F * V + place_of_sum)
+                    for_v = tl.dot(sums, read_k, for_v, input_precision=PRECISION)
+                    for_phi = tl.dot(tl.trans(sums), tl.trans(read_v), for_phi, input_precision=PRECISION)
                     if HAS_CARRY:
                         from_carry = columns < tl.where(same, F, 0)
                         norm += tl.load(
                             carry_norms + (origin + half) * F + columns, mask=from_carry, other=0.0
                         )
                         carry = carries + (origin + half) * F * V + place_of_sum
-                        sums += tl.load(carry, mask=from_carry[None, :], other=0.0)
-                    for_phi = tl.dot(tl.trans(sums), tl.trans(read_v), for_phi, input_precision=PRECISION)
+                        sums = tl.load(carry, mask=from_carry[None, :], other=0.0)
+                        for_v = tl.dot(sums, read_k, for_v, input_precision=PRECISION)
+                        for_phi = tl.dot(
+                            tl.trans(sums), tl.trans(read_v), for_phi, input_precision=PRECISION
+                        )
                     for_phi += norm[:, None] * reader[None, :]
-                for_phi *= phi_k
+                for_phi *= wide_k
                 spread = tl.sum(for_phi, 0)
-                for_y += (1.0 - 2.0 * half) * (for_phi - phi_k * spread[None, :])
+                for_y += (1.0 - 2.0 * half) * (for_phi - wide_k * spread[None, :])
+            pairs = tl.where(seen, pairs, nothing)
+            for_v = tl.dot(tl.trans(far_do), pairs.to(keys.dtype), for_v, input_precision=PRECISION)
             if TRAIN_MAPS:
                 to = ((batch * key_tokens + position) * heads + head)[None, :] * F + columns[:, None]
                 tl.store(dy + to, for_y.to(dy.dtype.element_ty), mask=inside[None, :])
@@ -186,29 +177,25 @@ def aligned_key_gradient_kernel(
                 # in units of the scores' gradient, to which the window adds
                 for_y *= LOG2E / scale
             for_k = tl.dot(projection, for_y.to(keys.dtype), for_k, input_precision=PRECISION)
-            if LAG == 0:
-                for_v = tl.dot(tl.trans(far_do), mixed, for_v, input_precision=PRECISION)
         if LAG > 0:
             share = 0.0
             if HAS_LINEAR:
                 share = tl.log2(tl.load(weight + head))
             x, y, scores, dw = scores_of_chunk(
                 keys, held, own_q, own_do, i - LAG, rows, dims, values, code, codes, batch, prefix, row,
-                maximum, inverse, delta, share, scale, tokens, key_tokens, heads, K, V, C, HAS_CODES, PRECISION,
+                maximum, log_inverse, delta, share, scale, tokens, key_tokens, heads, K, V, C, HAS_CODES, PRECISION,
             )  # fmt: skip
-            weights = tl.where(mine, tl.exp2(scores), 0.0)
+            weights = tl.where(mine, tl.exp2(scores), nothing)
             ds = weights * dw
             if HAS_LINEAR:
                 ds = without_spare(ds, balance, place_of_top, row, i - LAG, rows, position, tokens, C)
-            for_k = tl.dot(
-                tl.trans(x), tl.where(mine, ds, 0.0).to(keys.dtype), for_k, input_precision=PRECISION
-            )
+            for_k = tl.dot(tl.trans(x), ds.to(keys.dtype), for_k, input_precision=PRECISION)
             for_v = tl.dot(tl.trans(y), weights.to(keys.dtype), for_v, input_precision=PRECISION)
             if LAG > 1:
                 for chunk in range(tl.maximum(i - LAG + 1, 0), tl.minimum(i, chunks)):
                     x, y, scores, dw = scores_of_chunk(
                         keys, held, own_q, own_do, chunk, rows, dims, values, code, codes, batch, prefix, row,
-                        maximum, inverse, delta, share, scale, tokens, key_tokens, heads, K, V, C, HAS_CODES, PRECISION,
+                        maximum, log_inverse, delta, share, scale, tokens, key_tokens, heads, K, V, C, HAS_CODES, PRECISION,
                     )  # fmt: skip
                     weights = tl.exp2(scores)
                     ds = weights * dw
@@ -218,18 +205,14 @@ def aligned_key_gradient_kernel(
                     for_v = tl.dot(tl.trans(y), weights.to(keys.dtype), for_v, input_precision=PRECISION)
             x, y, scores, dw = scores_of_chunk(
                 keys, held, own_q, own_do, i, rows, dims, values, code, codes, batch, prefix, row,
-                maximum, inverse, delta, share, scale, tokens, key_tokens, heads, K, V, C, HAS_CODES, PRECISION,
+                maximum, log_inverse, delta, share, scale, tokens, key_tokens, heads, K, V, C, HAS_CODES, PRECISION,
             )  # fmt: skip
-            weights = tl.exp2(scores)
+            weights = tl.where(mine, nothing, tl.exp2(scores))
             ds = weights * dw
             if HAS_LINEAR:
                 ds = without_spare(ds, balance, place_of_top, row, i, rows, position, tokens, C)
-            for_k = tl.dot(
-                tl.trans(x), tl.where(mine, 0.0, ds).to(keys.dtype), for_k, input_precision=PRECISION
-            )
-            # one of the two is zero
-            mixed = mixed + tl.where(mine, 0.0, weights).to(keys.dtype)
-            for_v = tl.dot(tl.trans(y), mixed, for_v, input_precision=PRECISION)
+            for_k = tl.dot(tl.trans(x), ds.to(keys.dtype), for_k, input_precision=PRECISION)
+            for_v = tl.dot(tl.trans(y), weights.to(keys.dtype), for_v, input_precision=PRECISION)
     if LAG > 0:
         for_k *= scale / LOG2E
     own_k = (batch * key_tokens + position)[None, :] * (kv_heads * K) + kv_head * K + dims[:, None]

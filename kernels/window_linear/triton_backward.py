@@ -27,7 +27,7 @@ from linearize.kernels.window_linear.triton_common import (
 @triton.jit
 def query_gradient_kernel(
     q, k, v, out, do, query_map, key_map, weight, factor, sink, codes, reach,
-    states, norms, carries, carry_norms, maximum, inverse,
+    states, norms, carries, carry_norms, maximum, log_inverse,
     dq, dy, delta, balance, share_gradient, place_of_top, dsink,
     tokens, key_tokens, prefix, base, chunks, window, per_segment, segments, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
@@ -55,7 +55,7 @@ def query_gradient_kernel(
     x = load_rows(q, chunk * C, rows, heads * K, dims, tokens)
     square = lines[:, None] * V + values[None, :]
     incoming = tl.load(do + square, mask=inside[:, None], other=0.0)
-    over = tl.load(inverse + row, mask=inside, other=0.0)
+    over = tl.exp2(tl.load(log_inverse + row, mask=inside, other=float("-inf")))
     answer = tl.load(out + square, mask=inside[:, None], other=0.0)
     shift = tl.sum(incoming.to(tl.float32) * answer.to(tl.float32), 1)
     tl.store(delta + row, shift, mask=inside)
@@ -199,7 +199,7 @@ def query_gradient_kernel(
 @triton.jit
 def key_gradient_kernel(
     q, k, v, do, query_map, key_map, weight, factor, codes, reach,
-    states, norms, carries, carry_norms, maximum, inverse, delta, balance, place_of_top,
+    states, norms, carries, carry_norms, maximum, log_inverse, delta, balance, place_of_top,
     dk, dv, dy,
     tokens, key_tokens, prefix, base, chunks, window, per_segment, segments, first, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
@@ -255,7 +255,7 @@ def key_gradient_kernel(
                 place = chunk * C + rows
                 there = place < tokens
                 row = (batch * heads + head) * tokens + place
-                over = tl.load(inverse + row, mask=there, other=0.0)
+                over = tl.exp2(tl.load(log_inverse + row, mask=there, other=float("-inf")))
                 shift = tl.load(delta + row, mask=there, other=0.0) * over
                 top = tl.load(maximum + row, mask=there, other=0.0)
                 x = load_columns(own_q, chunk * C, rows, heads * K, dims, tokens)
@@ -340,7 +340,7 @@ def key_gradient_kernel(
                     place = chunk * C + rows
                     there = place < tokens
                     row = (batch * heads + head) * tokens + place
-                    over = tl.load(inverse + row, mask=there, other=0.0)
+                    over = tl.exp2(tl.load(log_inverse + row, mask=there, other=float("-inf")))
                     shift = tl.load(delta + row, mask=there, other=0.0) * over
                     far = tl.zeros([C], tl.int32) + window
                     if HAS_REACH:

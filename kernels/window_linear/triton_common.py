@@ -35,6 +35,19 @@ def row_features(y):
 
 
 @triton.jit
+def masked_features(y, seen, NEGATIVE: tl.constexpr):
+    """The same of raw projections, or of their negatives, with zeros in rows that are not `seen`."""
+    if NEGATIVE:
+        top = -tl.min(y, 1) * LOG2E
+        features = tl.exp2(y * -LOG2E - top[:, None])
+    else:
+        top = tl.max(y, 1) * LOG2E
+        features = tl.exp2(y * LOG2E - top[:, None])
+    total = tl.sum(features, 1)
+    return features * tl.where(seen, 1.0 / total, 0.0)[:, None], top + tl.log2(total)
+
+
+@triton.jit
 def row_maps(y):
     """Projections [C, f] -> softmax(y), softmax(-y) over the last axis, float32, and log2 of their divisors."""
     y *= LOG2E
@@ -74,15 +87,18 @@ def maps_backward(up, down, for_up, for_down):
 
 @triton.jit
 def load_rows(x, first, rows, stride, columns, count):
-    """Rows `first + rows` of a [count, columns] matrix with row stride `stride`; zeros outside."""
-    place = first + rows
-    inside = (place >= 0) & (place < count)
-    return tl.load(x + place[:, None] * stride + columns[None, :], mask=inside[:, None], other=0.0)
+    """Rows `first + rows` of a [count, columns] matrix with row stride `stride`; zeros outside.
+
+    The tile's place is one 64-bit number for all threads, and what is left of an address the same in every tile.
+    """
+    inside = (rows >= -first) & (rows < count - first)
+    tile = x + tl.cast(first, tl.int64) * stride
+    return tl.load(tile + (rows[:, None] * stride + columns[None, :]), mask=inside[:, None], other=0.0)
 
 
 @triton.jit
 def load_columns(x, first, rows, stride, columns, count):
     """The same tile transposed: [columns, rows]."""
-    place = first + rows
-    inside = (place >= 0) & (place < count)
-    return tl.load(x + place[None, :] * stride + columns[:, None], mask=inside[None, :], other=0.0)
+    inside = (rows >= -first) & (rows < count - first)
+    tile = x + tl.cast(first, tl.int64) * stride
+    return tl.load(tile + (rows[None, :] * stride + columns[:, None]), mask=inside[None, :], other=0.0)

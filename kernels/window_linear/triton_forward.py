@@ -19,7 +19,7 @@ from linearize.kernels.window_linear.triton_common import (
 @triton.jit
 def output_kernel(
     q, k, v, query_map, key_map, weight, factor, sink, codes, reach,
-    states, norms, carries, carry_norms, out, maximum, inverse, query_lse,
+    states, norms, carries, carry_norms, out, maximum, log_inverse, query_lse,
     tokens, key_tokens, prefix, base, chunks, window, per_segment, segments, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -169,4 +169,4 @@ def output_kernel(
     )  # fmt: skip
     if tile == 0:
         tl.store(maximum + row, top, mask=inside)
-        tl.store(inverse + row, over, mask=inside)
+        tl.store(log_inverse + row, tl.log2(over), mask=inside)

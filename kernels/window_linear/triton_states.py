@@ -10,7 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linearize.kernels.window_linear.triton_common import LOG2E, document, load_code, load_rows, row_features
+from linearize.kernels.window_linear.triton_common import (
+    LOG2E,
+    document,
+    load_code,
+    load_rows,
+    masked_features,
+)
 
 
 @triton.jit
@@ -66,7 +72,7 @@ def key_states_kernel(
                 tl.store(norms + (to + 1) * F + features, down_norm)
         position = here + rows
         inside = (position >= 0) & (position < key_tokens)
-        logits = tl.dot(x, projection, input_precision=PRECISION) * LOG2E
+        logits = tl.dot(x, projection, input_precision=PRECISION)
         seen = inside & (position < limit)
         if HAS_CODES:
             before = load_code(codes, batch, here - 1, key_tokens)
@@ -79,16 +85,14 @@ def key_states_kernel(
             )  # fmt: skip
         turned = tl.trans(y)
         # one half after the other: both at once need more registers than there are
-        phi, lse = row_features(logits)
+        phi, lse = masked_features(logits, seen, False)
         if tile == 0:
             tl.store(key_lse + position, lse, mask=inside)
-        phi = tl.where(seen[:, None], phi, 0.0)
         up_norm += tl.sum(phi, 0)
         up_sum = tl.dot(turned, phi.to(y.dtype), up_sum, input_precision=PRECISION)
-        phi, lse = row_features(-logits)
+        phi, lse = masked_features(logits, seen, True)
         if tile == 0:
             tl.store(key_lse + key_tokens + position, lse, mask=inside)
-        phi = tl.where(seen[:, None], phi, 0.0)
         down_norm += tl.sum(phi, 0)
         down_sum = tl.dot(turned, phi.to(y.dtype), down_sum, input_precision=PRECISION)
     if HAS_TOTALS:
@@ -114,7 +118,7 @@ def key_states_kernel(
 
 @triton.jit
 def query_states_kernel(
-    q, do, inverse, delta, weight, factor, query_lse, codes, states, norms, totals, total_norms,
+    q, do, log_inverse, delta, weight, factor, query_lse, codes, states, norms, totals, total_norms,
     key_tokens, tokens, prefix, chunks, per_segment, segments,
     heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -163,20 +167,19 @@ def query_states_kernel(
                 do + (batch * tokens * heads + head) * V + tile * BV, here, rows, heads * V, lanes, tokens
             )
             projection = tl.load(weight + head * K * F + dims[:, None] * F + features[None, :])
-            scale = tl.load(inverse + row * tokens + position, mask=seen, other=0.0)
+            # the factors of a row go into the exponent; a row without weight has log2(0) there
+            offset = tl.load(log_inverse + row * tokens + position, mask=seen, other=float("-inf"))
             if HAS_FACTOR:
-                scale = scale * tl.load(factor + head)
+                offset += tl.log2(tl.load(factor + head))
             shift = tl.load(delta + row * tokens + position, mask=seen, other=0.0)
             up_lse = tl.load(query_lse + row * 2 * tokens + position, mask=seen, other=0.0)
             down_lse = tl.load(query_lse + (row * 2 + 1) * tokens + position, mask=seen, other=0.0)
-            logits = tl.dot(x, projection, input_precision=PRECISION) * LOG2E
-            # the factors of a row go into the exponent; a row without weight has log2(0) there
-            offset = tl.log2(scale)
+            logits = tl.dot(x, projection, input_precision=PRECISION)
             turned = tl.trans(y)
-            phi = tl.exp2(logits + (offset - up_lse)[:, None])
+            phi = tl.exp2(logits * LOG2E + (offset - up_lse)[:, None])
             up_norm -= tl.sum(phi * shift[:, None], 0)
             up_sum = tl.dot(turned, phi.to(y.dtype), up_sum, input_precision=PRECISION)
-            phi = tl.exp2((offset - down_lse)[:, None] - logits)
+            phi = tl.exp2(logits * -LOG2E + (offset - down_lse)[:, None])
             down_norm -= tl.sum(phi * shift[:, None], 0)
             down_sum = tl.dot(turned, phi.to(y.dtype), down_sum, input_precision=PRECISION)
     if HAS_TOTALS:
