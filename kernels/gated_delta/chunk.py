@@ -53,7 +53,8 @@ def delta_chunk(
         from linearize.kernels.gated_delta.operator import delta_triton
 
         return delta_triton(q, k, v, beta, log_decay, docs, state)
-    return _torch(q, k, v, beta, log_decay, docs, state, chunk)
+    out, state = _torch(*dispatch.at_least_float32(q, k, v, beta, log_decay), docs, state, chunk)
+    return out.to(q.dtype), state
 
 
 def _torch(

@@ -46,6 +46,8 @@ def gated_linear_chunk(
         return gated_linear_triton(
             q, k, v, log_decay, docs, state, bonus=bonus, read_before=read_before, normalize=normalize
         )
+    dtype = v.dtype
+    q, k, v, log_decay, bonus = dispatch.at_least_float32(q, k, v, log_decay, bonus)
     if docs is None:
         docs = torch.zeros(q.shape[:2], dtype=torch.int64, device=q.device)
     if state is None:
@@ -54,10 +56,14 @@ def gated_linear_chunk(
     if log_decay is None and bonus is None and not read_before:
         norms = torch.zeros_like(state[0][..., 0]) if state[1] is None else state[1]
         numerator, denominator, (sums, norms) = torch_chunk(q, k, v, docs, (state[0], norms), chunk)
+        numerator = numerator.to(dtype)
         return (numerator, denominator, (sums, norms)) if normalize else (numerator, None, (sums, None))
     if log_decay is None:
         log_decay = k.new_zeros(k.shape[:3])
-    return _torch(q, k, v, log_decay, docs, state, bonus, read_before, normalize, decay_values, chunk)
+    numerator, denominator, state = _torch(
+        q, k, v, log_decay, docs, state, bonus, read_before, normalize, decay_values, chunk
+    )
+    return numerator.to(dtype), denominator, state
 
 
 def _torch(

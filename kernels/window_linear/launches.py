@@ -44,13 +44,13 @@ def launch_forward(
         made = config("key_states", plan)
         launch(
             key_states_kernel,
-            (plan.value_dim // made.values, plan.batch * plan.state_heads * plan.segments * (plan.chunks > 0)),
+            (plan.scans(made), plan.batch * plan.state_heads * plan.segments * (plan.chunks > 0)),
             k=k, v=v, weight=key_map, codes=codes, reach=reach, start=start, start_norm=start_norm,
             states=states, norms=norms, totals=totals, total_norms=total_norms, key_lse=key_lse,
             key_tokens=plan.key_tokens, tokens=plan.tokens, base=plan.base, chunks=plan.chunks,
             per_segment=plan.per_segment, limit=plan.key_tokens - plan.window,
             last_tile=plan.last_tile if plan.return_state else plan.chunks, segments=plan.segments,
-            kv_heads=plan.kv_heads, state_heads=plan.state_heads, BV=made.values, **_sizes(plan),
+            kv_heads=plan.kv_heads, state_heads=plan.state_heads, BV=made.values, SPLIT=plan.split, **_sizes(plan),
             HAS_CODES=codes is not None, HAS_REACH=reach is not None, HAS_START=start is not None,
             HAS_TOTALS=plan.return_state or plan.segments > 1, IS_FINAL=plan.segments == 1, PRECISION=plan.precision,
             num_warps=made.warps, num_stages=made.stages,
@@ -61,7 +61,8 @@ def launch_forward(
     shared = {
         "q": q, "k": k, "v": v, "query_map": query_map, "key_map": key_map, "weight": weight, "factor": factor,
         "sink": sink, "codes": codes, "states": states, "norms": norms, "carries": carries, "carry_norms": carry_norms,
-        "out": out, "maximum": maximum, "log_inverse": log_inverse, "query_lse": query_lse, "HAS_SINK": sink is not None,
+        "out": out, "maximum": maximum, "log_inverse": log_inverse, "query_lse": query_lse,
+        "HAS_SINK": sink is not None,
     }  # fmt: skip
     aligned = plan.whole_chunks and reach is None
     made = config("aligned_output" if aligned else "output", plan)
@@ -96,8 +97,8 @@ def launch_backward(
     both = plan.has_past and plan.window > 0
     shared: dict[str, Any] = {
         "q": q, "k": k, "v": v, "do": do, "query_map": query_map, "key_map": key_map, "weight": weight,
-        "factor": factor, "codes": codes, "maximum": maximum, "log_inverse": log_inverse, "delta": delta, "balance": balance,
-        "place_of_top": place_of_top, "TRAIN_MAPS": trains,
+        "factor": factor, "codes": codes, "maximum": maximum, "log_inverse": log_inverse, "delta": delta,
+        "balance": balance, "place_of_top": place_of_top, "TRAIN_MAPS": trains,
     }  # fmt: skip
     if aligned:
         shared |= _aligned(plan, factor, codes) | {"query_lse": query_lse, "key_lse": key_lse}
@@ -117,12 +118,12 @@ def launch_backward(
         made = config("query_states", plan)
         launch(
             query_states_kernel,
-            (plan.value_dim // made.values, plan.batch * plan.state_heads * plan.segments * (plan.chunks > 0)),
-            q=q, do=do, log_inverse=log_inverse, delta=delta, weight=query_map, factor=factor, query_lse=query_lse, codes=codes,
-            states=states, norms=norms, totals=totals, total_norms=total_norms,
+            (plan.scans(made), plan.batch * plan.state_heads * plan.segments * (plan.chunks > 0)),
+            q=q, do=do, log_inverse=log_inverse, delta=delta, weight=query_map, factor=factor, query_lse=query_lse,
+            codes=codes, states=states, norms=norms, totals=totals, total_norms=total_norms,
             key_tokens=plan.key_tokens, tokens=plan.tokens, prefix=plan.prefix, chunks=plan.chunks,
             per_segment=plan.per_segment, segments=plan.segments,
-            heads=plan.heads, state_heads=plan.state_heads, BV=made.values, **_sizes(plan),
+            heads=plan.heads, state_heads=plan.state_heads, BV=made.values, SPLIT=plan.split, **_sizes(plan),
             HAS_FACTOR=factor is not None, HAS_CODES=codes is not None, HAS_TOTALS=plan.segments > 1,
             PRECISION=plan.precision, num_warps=made.warps, num_stages=made.stages,
         )  # fmt: skip

@@ -14,6 +14,8 @@ CHUNK = 64
 """Tokens in a chunk: one tile of every product."""
 WAVES = 2
 """Programs to a multiprocessor that a scan over chunks should have."""
+FULL = 0.9
+"""Share of them from which a scan needs no more programs."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class Plan:
         lag: chunks between a query's own tile and the oldest one that it sees key by key.
         linear_tiles: how many of its tiles, the oldest first, can hold keys behind the window.
         segments, per_segment: pieces of the scan over chunks, and chunks in each.
+        split: whether the scan's programs have one half of the features each.
+        wide: whether states are float32.
+        precision: of products of float32 numbers.
     """
 
     batch: int
@@ -65,6 +70,7 @@ class Plan:
     linear_tiles: int
     segments: int
     per_segment: int
+    split: bool
     wide: bool
     precision: str
 
@@ -82,6 +88,10 @@ class Plan:
     def last_tile(self) -> int:
         """Tiles that hold keys behind the last query's window."""
         return max(self.chunks, -(-(self.key_tokens - self.least - self.base) // CHUNK))
+
+    def scans(self, config: Config) -> int:
+        """Programs that scan one segment of one head side by side."""
+        return self.value_dim // config.values * (2 if self.split else 1)
 
     def state_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of the states between chunks; sums of float16 would overflow."""
@@ -138,11 +148,14 @@ def make_plan(
     state_heads = heads if key_map is None else key_map.shape[0]
     chunks = -(-tokens // CHUNK)
     lag = -(-window // CHUNK)
-    has_past = query_map is not None
+    has_past, split = query_map is not None, False
     if not has_past or not chunks:
         segments = 1
     elif segments == 0:
-        segments = max(1, min(WAVES * processors(q.device) // max(1, batch * state_heads), chunks // 8))
+        # states of one segment are whole: their readers have no carry to add, which costs them a tenth of their time
+        room, scans = WAVES * processors(q.device), max(1, batch * state_heads * max(1, value_dim // CHUNK))
+        split = value_dim <= CHUNK and FULL * room <= 2 * scans and scans < FULL * room
+        segments = 1 if split else max(1, min(room // scans, chunks // 8))
     per_segment = max(1, -(-chunks // segments))
     return Plan(
         batch=batch,
@@ -165,6 +178,7 @@ def make_plan(
         linear_tiles=lag - least // CHUNK + 1,
         segments=-(-chunks // per_segment) if chunks else 1,
         per_segment=per_segment,
+        split=split,
         wide=q.dtype != torch.bfloat16,
         # of float32 operands, among them the states of float16: plain float32 products would take minutes to compile,
         # and single tf32 ones of states read wrong from segments on Hopper (Triton 3.6)

@@ -15,8 +15,8 @@ from linearize.kernels.window_linear.triton_common import LOG2E, document, load_
 @triton.jit
 def scores_of_chunk(
     keys, held, own_q, own_do, chunk, rows, dims, values, code, codes, batch, prefix, row,
-    maximum, log_inverse, delta, share, scale, tokens, key_tokens, heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, HAS_CODES: tl.constexpr, PRECISION: tl.constexpr,
+    maximum, log_inverse, delta, share, scale, tokens, key_tokens,
+    heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, HAS_CODES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q, do, scores with the rows' offsets in them, and dw of one chunk of queries [C] and one tile of keys [C]."""
     place = chunk * C + rows
@@ -151,19 +151,15 @@ def aligned_key_gradient_kernel(
                         read_k, read_v = read_k.to(tl.float32), read_v.to(tl.float32)
                     norm = tl.load(norms + (at + half) * F + columns)
                     sums = tl.load(states + (at + half) * F * V + place_of_sum)
-                    for_v = tl.dot(sums, read_k, for_v, input_precision=PRECISION)
-                    for_phi = tl.dot(tl.trans(sums), tl.trans(read_v), for_phi, input_precision=PRECISION)
                     if HAS_CARRY:
                         from_carry = columns < tl.where(same, F, 0)
                         norm += tl.load(
                             carry_norms + (origin + half) * F + columns, mask=from_carry, other=0.0
                         )
                         carry = carries + (origin + half) * F * V + place_of_sum
-                        sums = tl.load(carry, mask=from_carry[None, :], other=0.0)
-                        for_v = tl.dot(sums, read_k, for_v, input_precision=PRECISION)
-                        for_phi = tl.dot(
-                            tl.trans(sums), tl.trans(read_v), for_phi, input_precision=PRECISION
-                        )
+                        sums += tl.load(carry, mask=from_carry[None, :], other=0.0)
+                    for_v = tl.dot(sums, read_k, for_v, input_precision=PRECISION)
+                    for_phi = tl.dot(tl.trans(sums), tl.trans(read_v), for_phi, input_precision=PRECISION)
                     for_phi += norm[:, None] * reader[None, :]
                 for_phi *= wide_k
                 spread = tl.sum(for_phi, 0)
@@ -195,7 +191,8 @@ def aligned_key_gradient_kernel(
                 for chunk in range(tl.maximum(i - LAG + 1, 0), tl.minimum(i, chunks)):
                     x, y, scores, dw = scores_of_chunk(
                         keys, held, own_q, own_do, chunk, rows, dims, values, code, codes, batch, prefix, row,
-                        maximum, log_inverse, delta, share, scale, tokens, key_tokens, heads, K, V, C, HAS_CODES, PRECISION,
+                        maximum, log_inverse, delta, share, scale, tokens, key_tokens,
+                        heads, K, V, C, HAS_CODES, PRECISION,
                     )  # fmt: skip
                     weights = tl.exp2(scores)
                     ds = weights * dw

@@ -24,35 +24,48 @@ def key_states_kernel(
     k, v, weight, codes, reach, start, start_norm, states, norms, totals, total_norms, key_lse,
     key_tokens, tokens, base, chunks, per_segment, limit, last_tile, segments,
     kv_heads: tl.constexpr, state_heads: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr,
     HAS_CODES: tl.constexpr, HAS_REACH: tl.constexpr, HAS_START: tl.constexpr, HAS_TOTALS: tl.constexpr,
     IS_FINAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Entering states [B, M, chunks, 2, V, F] and norms [.., 2, F] of a segment, its total, log sums [B, M, 2, S]."""
-    tile = tl.program_id(0)
+    """Entering states [B, M, chunks, 2, V, F] and norms [.., 2, F] of a segment, its total, log sums [B, M, 2, S].
+
+    With SPLIT a program has one half of the features, softmax(y) or softmax(-y), and there are twice as many.
+    """
+    tile, half = tl.program_id(0), 0
+    if SPLIT:
+        tile, half = tl.program_id(0) // 2, tl.program_id(0) % 2
     segment = tl.program_id(1) % segments
     row_head = (tl.program_id(1) // segments).to(tl.int64)
     batch, head = row_head // state_heads, row_head % state_heads
     kv_head = head // (state_heads // kv_heads)
     k += (batch * key_tokens * kv_heads + kv_head) * K
     v += (batch * key_tokens * kv_heads + kv_head) * V + tile * BV
-    key_lse += row_head * 2 * key_tokens
+    key_lse += (row_head * 2 + half) * key_tokens
     rows, dims, lanes = tl.arange(0, C), tl.arange(0, K), tl.arange(0, BV)
     features, values = tl.arange(0, F), tile * BV + tl.arange(0, BV)
     projection = tl.load(weight + head * K * F + dims[:, None] * F + features[None, :])
+    if SPLIT:
+        projection = tl.where(half == 0, projection, -projection)
     place = values[:, None] * F + features[None, :]
     # carried and final states are [F, V], as their owners have them
     outer = features[None, :] * V + values[:, None]
-    up_sum = tl.zeros([BV, F], tl.float32)
-    down_sum = tl.zeros([BV, F], tl.float32)
-    up_norm = tl.zeros([F], tl.float32)
-    down_norm = tl.zeros([F], tl.float32)
+    # sums over the keys of a tile as a product with ones, all rows alike: a sum over rows goes through shared memory
+    ones = tl.full([16, C], 1.0, k.dtype.element_ty)
+    copies = tl.arange(0, 16)[:, None]
+    line, first_row = features[None, :] + 0 * copies, (copies == 0) & (features >= 0)[None, :]
+    one = tl.zeros([BV, F], tl.float32)
+    two = tl.zeros([BV, F], tl.float32)
+    one_norm = tl.zeros([16, F], tl.float32)
+    two_norm = tl.zeros([16, F], tl.float32)
     if HAS_START:  # noqa: SIM102 (one is known to the compiler, the other is not)
         if segment == 0:
-            up_sum = tl.load(start + row_head * 2 * F * V + outer)
-            down_sum = tl.load(start + (row_head * 2 + 1) * F * V + outer)
-            up_norm = tl.load(start_norm + row_head * 2 * F + features)
-            down_norm = tl.load(start_norm + (row_head * 2 + 1) * F + features)
+            from_half = row_head * 2 + half
+            one = tl.load(start + from_half * F * V + outer)
+            one_norm += tl.load(start_norm + from_half * F + features)[None, :]
+            if not SPLIT:
+                two = tl.load(start + (from_half + 1) * F * V + outer)
+                two_norm += tl.load(start_norm + (from_half + 1) * F + features)[None, :]
     if HAS_REACH:
         limit = key_tokens - tl.load(reach + batch * tokens + tokens - 1)
     first_chunk = segment * per_segment
@@ -64,12 +77,14 @@ def key_states_kernel(
         x = load_rows(k, here, rows, kv_heads * K, dims, key_tokens)
         y = load_rows(v, here, rows, kv_heads * V, lanes, key_tokens)
         if chunk < chunks:
-            to = (row_head * chunks + chunk) * 2
-            tl.store(states + to * F * V + place, up_sum.to(states.dtype.element_ty))
-            tl.store(states + (to + 1) * F * V + place, down_sum.to(states.dtype.element_ty))
+            to = (row_head * chunks + chunk) * 2 + half
+            tl.store(states + to * F * V + place, one.to(states.dtype.element_ty))
             if tile == 0:
-                tl.store(norms + to * F + features, up_norm)
-                tl.store(norms + (to + 1) * F + features, down_norm)
+                tl.store(norms + to * F + line, one_norm, mask=first_row)
+            if not SPLIT:
+                tl.store(states + (to + 1) * F * V + place, two.to(states.dtype.element_ty))
+                if tile == 0:
+                    tl.store(norms + (to + 1) * F + line, two_norm, mask=first_row)
         position = here + rows
         inside = (position >= 0) & (position < key_tokens)
         logits = tl.dot(x, projection, input_precision=PRECISION)
@@ -80,23 +95,24 @@ def key_states_kernel(
             code = tl.load(codes + batch * key_tokens + position, mask=seen, other=-1)
             seen = seen & (code == after)
             kept = tl.where(before == after, 1.0, 0.0)
-            up_sum, down_sum, up_norm, down_norm = (
-                up_sum * kept, down_sum * kept, up_norm * kept, down_norm * kept,
-            )  # fmt: skip
+            one, two, one_norm, two_norm = one * kept, two * kept, one_norm * kept, two_norm * kept
         turned = tl.trans(y)
         # one half after the other: both at once need more registers than there are
         phi, lse = masked_features(logits, seen, False)
         if tile == 0:
             tl.store(key_lse + position, lse, mask=inside)
-        up_norm += tl.sum(phi, 0)
-        up_sum = tl.dot(turned, phi.to(y.dtype), up_sum, input_precision=PRECISION)
-        phi, lse = masked_features(logits, seen, True)
-        if tile == 0:
-            tl.store(key_lse + key_tokens + position, lse, mask=inside)
-        down_norm += tl.sum(phi, 0)
-        down_sum = tl.dot(turned, phi.to(y.dtype), down_sum, input_precision=PRECISION)
+        phi = phi.to(y.dtype)
+        one_norm = tl.dot(ones, phi, one_norm, input_precision=PRECISION)
+        one = tl.dot(turned, phi, one, input_precision=PRECISION)
+        if not SPLIT:
+            phi, lse = masked_features(logits, seen, True)
+            if tile == 0:
+                tl.store(key_lse + key_tokens + position, lse, mask=inside)
+            phi = phi.to(y.dtype)
+            two_norm = tl.dot(ones, phi, two_norm, input_precision=PRECISION)
+            two = tl.dot(turned, phi, two, input_precision=PRECISION)
     if HAS_TOTALS:
-        to = (row_head * segments + segment) * 2
+        to = (row_head * segments + segment) * 2 + half
         if HAS_CODES:
             # the sums are of the document open at the last tile's end; the last segment's total serves the last token
             end = tl.minimum(base + end_chunk * C, key_tokens) - 1
@@ -104,16 +120,16 @@ def key_states_kernel(
                 codes, batch, key_tokens - 1, key_tokens
             )
             alive = tl.where((segment < segments - 1) | kept, 1.0, 0.0)
-            up_sum, down_sum, up_norm, down_norm = (
-                up_sum * alive, down_sum * alive, up_norm * alive, down_norm * alive,
-            )  # fmt: skip
+            one, two, one_norm, two_norm = one * alive, two * alive, one_norm * alive, two_norm * alive
         if IS_FINAL:
             place = outer
-        tl.store(totals + to * F * V + place, up_sum)
-        tl.store(totals + (to + 1) * F * V + place, down_sum)
+        tl.store(totals + to * F * V + place, one)
         if tile == 0:
-            tl.store(total_norms + to * F + features, up_norm)
-            tl.store(total_norms + (to + 1) * F + features, down_norm)
+            tl.store(total_norms + to * F + line, one_norm, mask=first_row)
+        if not SPLIT:
+            tl.store(totals + (to + 1) * F * V + place, two)
+            if tile == 0:
+                tl.store(total_norms + (to + 1) * F + line, two_norm, mask=first_row)
 
 
 @triton.jit
@@ -121,11 +137,13 @@ def query_states_kernel(
     q, do, log_inverse, delta, weight, factor, query_lse, codes, states, norms, totals, total_norms,
     key_tokens, tokens, prefix, chunks, per_segment, segments,
     heads: tl.constexpr, state_heads: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr,
     HAS_FACTOR: tl.constexpr, HAS_CODES: tl.constexpr, HAS_TOTALS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The mirror image: sums of a phi(q) / den [do, -do.o] over the query chunks behind each chunk."""
-    tile = tl.program_id(0)
+    tile, half = tl.program_id(0), 0
+    if SPLIT:
+        tile, half = tl.program_id(0) // 2, tl.program_id(0) % 2
     segment = tl.program_id(1) % segments
     row_head = (tl.program_id(1) // segments).to(tl.int64)
     batch, state_head = row_head // state_heads, row_head % state_heads
@@ -133,21 +151,23 @@ def query_states_kernel(
     rows, dims, lanes = tl.arange(0, C), tl.arange(0, K), tl.arange(0, BV)
     features, values = tl.arange(0, F), tile * BV + tl.arange(0, BV)
     place = values[:, None] * F + features[None, :]
-    up_sum = tl.zeros([BV, F], tl.float32)
-    down_sum = tl.zeros([BV, F], tl.float32)
-    up_norm = tl.zeros([F], tl.float32)
-    down_norm = tl.zeros([F], tl.float32)
+    one = tl.zeros([BV, F], tl.float32)
+    two = tl.zeros([BV, F], tl.float32)
+    one_norm = tl.zeros([F], tl.float32)
+    two_norm = tl.zeros([F], tl.float32)
     first_chunk = segment * per_segment
     end_chunk = tl.minimum(first_chunk + per_segment, chunks)
     for step in range(0, end_chunk - first_chunk):
         chunk = end_chunk - 1 - step
         here = chunk * C
-        to = (row_head * chunks + chunk) * 2
-        tl.store(states + to * F * V + place, up_sum.to(states.dtype.element_ty))
-        tl.store(states + (to + 1) * F * V + place, down_sum.to(states.dtype.element_ty))
+        to = (row_head * chunks + chunk) * 2 + half
+        tl.store(states + to * F * V + place, one.to(states.dtype.element_ty))
         if tile == 0:
-            tl.store(norms + to * F + features, up_norm)
-            tl.store(norms + (to + 1) * F + features, down_norm)
+            tl.store(norms + to * F + features, one_norm)
+        if not SPLIT:
+            tl.store(states + (to + 1) * F * V + place, two.to(states.dtype.element_ty))
+            if tile == 0:
+                tl.store(norms + (to + 1) * F + features, two_norm)
         position = here + rows
         seen = position < tokens
         if HAS_CODES:
@@ -156,9 +176,7 @@ def query_states_kernel(
             owner = document(tl.load(codes + batch * key_tokens + prefix + position, mask=seen, other=0))
             seen = seen & (owner == opening)
             kept = tl.where((opening == behind) & (here + C < tokens), 1.0, 0.0)
-            up_sum, down_sum, up_norm, down_norm = (
-                up_sum * kept, down_sum * kept, up_norm * kept, down_norm * kept,
-            )  # fmt: skip
+            one, two, one_norm, two_norm = one * kept, two * kept, one_norm * kept, two_norm * kept
         for member in tl.static_range(group):
             head = state_head * group + member
             row = batch * heads + head
@@ -167,28 +185,34 @@ def query_states_kernel(
                 do + (batch * tokens * heads + head) * V + tile * BV, here, rows, heads * V, lanes, tokens
             )
             projection = tl.load(weight + head * K * F + dims[:, None] * F + features[None, :])
+            if SPLIT:
+                projection = tl.where(half == 0, projection, -projection)
             # the factors of a row go into the exponent; a row without weight has log2(0) there
             offset = tl.load(log_inverse + row * tokens + position, mask=seen, other=float("-inf"))
             if HAS_FACTOR:
                 offset += tl.log2(tl.load(factor + head))
             shift = tl.load(delta + row * tokens + position, mask=seen, other=0.0)
-            up_lse = tl.load(query_lse + row * 2 * tokens + position, mask=seen, other=0.0)
-            down_lse = tl.load(query_lse + (row * 2 + 1) * tokens + position, mask=seen, other=0.0)
+            line = query_lse + (row * 2 + half) * tokens + position
+            lse = tl.load(line, mask=seen, other=0.0)
             logits = tl.dot(x, projection, input_precision=PRECISION)
             turned = tl.trans(y)
-            phi = tl.exp2(logits * LOG2E + (offset - up_lse)[:, None])
-            up_norm -= tl.sum(phi * shift[:, None], 0)
-            up_sum = tl.dot(turned, phi.to(y.dtype), up_sum, input_precision=PRECISION)
-            phi = tl.exp2(logits * -LOG2E + (offset - down_lse)[:, None])
-            down_norm -= tl.sum(phi * shift[:, None], 0)
-            down_sum = tl.dot(turned, phi.to(y.dtype), down_sum, input_precision=PRECISION)
+            phi = tl.exp2(logits * LOG2E + (offset - lse)[:, None])
+            one_norm -= tl.sum(phi * shift[:, None], 0)
+            one = tl.dot(turned, phi.to(y.dtype), one, input_precision=PRECISION)
+            if not SPLIT:
+                lse = tl.load(line + tokens, mask=seen, other=0.0)
+                phi = tl.exp2(logits * -LOG2E + (offset - lse)[:, None])
+                two_norm -= tl.sum(phi * shift[:, None], 0)
+                two = tl.dot(turned, phi.to(y.dtype), two, input_precision=PRECISION)
     if HAS_TOTALS:
-        to = (row_head * segments + segment) * 2
-        tl.store(totals + to * F * V + place, up_sum)
-        tl.store(totals + (to + 1) * F * V + place, down_sum)
+        to = (row_head * segments + segment) * 2 + half
+        tl.store(totals + to * F * V + place, one)
         if tile == 0:
-            tl.store(total_norms + to * F + features, up_norm)
-            tl.store(total_norms + (to + 1) * F + features, down_norm)
+            tl.store(total_norms + to * F + features, one_norm)
+        if not SPLIT:
+            tl.store(totals + (to + 1) * F * V + place, two)
+            if tile == 0:
+                tl.store(total_norms + (to + 1) * F + features, two_norm)
 
 
 @triton.jit

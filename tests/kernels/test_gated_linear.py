@@ -170,3 +170,18 @@ def test_options_that_contradict_are_refused():
         gated_linear_chunk(
             **make("head", "mild").sequence(3), docs=one_document(3), state=(case.state[0], None), chunk=48
         )
+
+
+@pytest.mark.parametrize("over", ["head", "key", "none"])
+def test_sixteen_bit_inputs_are_computed_in_float32(over):
+    """What LINEARIZE_KERNELS=torch gives a model in bfloat16: float32 inside, the values' dtype outside."""
+    size = (2, 70, STATE_HEADS)
+    q, k = normal(2, 70, HEADS, FEATURES, seed=1).bfloat16(), normal(*size, FEATURES, seed=2).bfloat16()
+    v = normal(*size, VALUES, seed=3).bfloat16()
+    decay = None if over == "none" else -uniform(*size, *WIDTHS[over], seed=4).bfloat16()
+    found, norms, state = gated_linear_chunk(q, k, v, decay, None, None)
+    wide = [None if x is None else x.float() for x in (q, k, v, decay)]
+    expected, wide_norms, wide_state = gated_linear_chunk(*wide, None, None)
+    assert found.dtype == torch.bfloat16 and norms.dtype == state[0].dtype == torch.float32
+    assert torch.equal(found, expected.bfloat16()) and torch.equal(norms, wide_norms)
+    assert torch.equal(state[0], wide_state[0])

@@ -81,13 +81,18 @@ def normal(*size: int, seed: int) -> Tensor:
 
 
 def draw(case: Case) -> dict[str, Tensor | None]:
-    """Random float64 tensors of a call."""
+    """Random float64 tensors of a call; q, k and v are numbers that every dtype holds.
+
+    Rounded ones would be other inputs: where two scores are close, another key would be the largest of its row, and its
+    gradient that of another key.
+    """
     keys, heads = case.prefix + case.tokens, case.heads
     found: dict[str, Tensor | None] = {
         "q": 1.5 * normal(case.batch, case.tokens, heads, case.key_dim, seed=1),
         "k": normal(case.batch, keys, case.kv_heads, case.key_dim, seed=2),
         "v": normal(case.batch, keys, case.kv_heads, case.value_dim, seed=3),
     }
+    found = {name: x.bfloat16().double() for name, x in found.items()}
     if case.maps:
         state_heads = heads if case.maps == "own" else case.kv_heads
         found["query_map"] = 0.5 * normal(heads, case.key_dim, case.map_dim, seed=4)
