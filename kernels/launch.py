@@ -21,7 +21,7 @@ class Launch:
 
 
 records: list[Launch] | None = None
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:

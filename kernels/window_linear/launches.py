@@ -53,7 +53,7 @@ def launch_forward(
             kv_heads=plan.kv_heads, state_heads=plan.state_heads, BV=made.values, SPLIT=plan.split, **_sizes(plan),
             HAS_CODES=codes is not None, HAS_REACH=reach is not None, HAS_START=start is not None,
             HAS_TOTALS=plan.return_state or plan.segments > 1, IS_FINAL=plan.segments == 1, PRECISION=plan.precision,
-            num_warps=made.warps, num_stages=made.stages,
+            **made.options(),
         )  # fmt: skip
         if plan.segments > 1:
             for total, carry, last in ((totals, carries, final), (total_norms, carry_norms, final_norm)):
@@ -65,9 +65,9 @@ def launch_forward(
         "HAS_SINK": sink is not None,
     }  # fmt: skip
     aligned = plan.whole_chunks and reach is None
-    made = config("aligned_output" if aligned else "output", plan)
+    made = config(plan.kernel("output", aligned=aligned), plan)
     grid = (plan.chunks * (plan.value_dim // made.values), plan.batch * plan.heads)
-    options = {"BV": made.values, "num_warps": made.warps, "num_stages": made.stages}
+    options = {"BV": made.values, **made.options()}
     if aligned:
         launch(
             aligned_output_kernel, grid, key_lse=key_lse, **shared, **_aligned(plan, factor, codes), **options
@@ -104,12 +104,12 @@ def launch_backward(
         shared |= _aligned(plan, factor, codes) | {"query_lse": query_lse, "key_lse": key_lse}
     else:
         shared |= _general(plan, factor, codes, reach) | {"reach": reach}
-    made = config("aligned_query_gradient" if aligned else "query_gradient", plan)
+    made = config(plan.kernel("query_gradient", aligned=aligned), plan)
     launch(
         aligned_query_gradient_kernel if aligned else query_gradient_kernel, (plan.chunks, plan.batch * plan.heads),
         out=out, sink=sink, states=states, norms=norms, carries=carries, carry_norms=carry_norms, dq=dq, dy=query_dy,
         share_gradient=share_gradient, dsink=dsink, HAS_SINK=sink is not None, **shared,
-        num_warps=made.warps, num_stages=made.stages,
+        **made.options(),
     )  # fmt: skip
     if plan.has_past:
         states, norms = torch.empty_like(states), torch.empty_like(norms)
@@ -125,7 +125,7 @@ def launch_backward(
             per_segment=plan.per_segment, segments=plan.segments,
             heads=plan.heads, state_heads=plan.state_heads, BV=made.values, SPLIT=plan.split, **_sizes(plan),
             HAS_FACTOR=factor is not None, HAS_CODES=codes is not None, HAS_TOTALS=plan.segments > 1,
-            PRECISION=plan.precision, num_warps=made.warps, num_stages=made.stages,
+            PRECISION=plan.precision, **made.options(),
         )  # fmt: skip
         if plan.segments > 1:
             for total, carry in ((totals, carries), (total_norms, carry_norms)):
@@ -135,8 +135,8 @@ def launch_backward(
     shared |= {
         "states": states, "norms": norms, "carries": carries, "carry_norms": carry_norms, "first": first, "dy": key_dy,
     }  # fmt: skip
-    made = config("aligned_key_gradient" if aligned else "key_gradient", plan)
-    options = {"num_warps": made.warps, "num_stages": made.stages}
+    made = config(plan.kernel("key_gradient", aligned=aligned), plan)
+    options = made.options()
     if aligned:
         launch(aligned_key_gradient_kernel, grid, dk=dk, dv=dv, **shared, **options)
     else:
@@ -196,7 +196,7 @@ def _map_gradient(plan: Plan, x: Tensor, dy: Tensor) -> Tensor:
         map_gradient_kernel, (splits, plan.heads),
         x=x, dy=dy, out=parts, count=count, per_split=per_split, splits=splits,
         x_heads=x.shape[2], heads=plan.heads, K=plan.key_dim, F=plan.map_dim, C=CHUNK, PRECISION=plan.precision,
-        num_warps=made.warps, num_stages=made.stages,
+        **made.options(),
     )  # fmt: skip
     return parts.sum(0)
 

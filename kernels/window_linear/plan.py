@@ -25,11 +25,18 @@ class Config:
     Attributes:
         values: columns of the values in one program.
         warps, stages: num_warps and num_stages.
+        registers: most of them a thread, so that more programs run on a multiprocessor; 0 for as many as it takes.
     """
 
     values: int
     warps: int
     stages: int
+    registers: int = 0
+
+    def options(self) -> dict[str, int]:
+        """Of the launch."""
+        found = {"num_warps": self.warps, "num_stages": self.stages}
+        return found | ({"maxnreg": self.registers} if self.registers else {})
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,10 @@ class Plan:
     def whole_chunks(self) -> bool:
         """Whether window and prefix are whole numbers of chunks and the window has one length."""
         return not (self.window % CHUNK or self.prefix % CHUNK or self.window - self.least)
+
+    def kernel(self, name: str, *, aligned: bool) -> str:
+        """Its entry in the table: kernels for windows of whole chunks have others, and others again with no window."""
+        return (("aligned_" if self.window else "unwindowed_") if aligned else "") + name
 
     @property
     def base(self) -> int:
@@ -196,18 +207,22 @@ def config(kernel: str, plan: Plan) -> Config:
     found = CONFIGS[kernel][64 if width <= 64 else 128 if width == 128 else 256]
     narrow = min(plan.key_dim, plan.value_dim, plan.map_dim) < 64
     stages = 1 if plan.wide else found.stages
-    return Config(min(found.values, plan.value_dim), 2 if narrow else found.warps, stages)
+    registers = 0 if plan.wide or narrow else found.registers
+    return Config(min(found.values, plan.value_dim), 2 if narrow else found.warps, stages, registers)
 
 
 CONFIGS: dict[str, dict[int, Config]] = {
-    "key_states": {64: Config(64, 4, 3), 128: Config(64, 4, 3), 256: Config(64, 8, 2)},
-    "query_states": {64: Config(64, 4, 3), 128: Config(64, 4, 3), 256: Config(64, 8, 2)},
+    "key_states": {64: Config(64, 4, 4), 128: Config(64, 4, 3), 256: Config(64, 8, 2)},
+    "query_states": {64: Config(64, 4, 3, 168), 128: Config(64, 4, 3), 256: Config(64, 8, 2)},
     "output": {64: Config(64, 4, 2), 128: Config(128, 8, 2), 256: Config(64, 8, 1)},
     "query_gradient": {64: Config(64, 4, 2), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "key_gradient": {64: Config(64, 4, 2), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
-    "aligned_output": {64: Config(64, 4, 2), 128: Config(64, 4, 2), 256: Config(64, 8, 1)},
+    "aligned_output": {64: Config(64, 4, 3, 168), 128: Config(64, 4, 2), 256: Config(64, 8, 1)},
     "aligned_query_gradient": {64: Config(64, 4, 1), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
-    "aligned_key_gradient": {64: Config(64, 4, 1), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
+    "aligned_key_gradient": {64: Config(64, 4, 2), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
+    "unwindowed_output": {64: Config(64, 4, 2, 168), 128: Config(64, 4, 2), 256: Config(64, 8, 1)},
+    "unwindowed_query_gradient": {64: Config(64, 4, 1, 168), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
+    "unwindowed_key_gradient": {64: Config(64, 4, 1), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "map_gradient": {64: Config(64, 4, 3), 128: Config(128, 8, 2), 256: Config(256, 8, 2)},
 }
 

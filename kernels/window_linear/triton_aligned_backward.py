@@ -96,6 +96,9 @@ def aligned_query_gradient_kernel(
         # softmax(y), then softmax(-y), each from its own projection: a product costs less than holding the first one's
         for half in range(2):
             sign = 1.0 - 2.0 * half
+            lse = tl.load(own_lse + half * key_tokens, mask=exists, other=float("inf"))
+            key_logits = tl.dot(old_keys, key_projection, input_precision=PRECISION)
+            phi_k = tl.exp2(key_logits * (sign * LOG2E) - lse[:, None]).to(x.dtype)
             norm = tl.load(norms + (at + half) * F + columns)
             sums = tl.load(states + (at + half) * F * V + held)
             for_phi = tl.dot(from_state, sums, input_precision=PRECISION)
@@ -106,9 +109,6 @@ def aligned_query_gradient_kernel(
             for_phi -= shift[:, None] * norm[None, :]
             if HAS_CODES:
                 for_phi *= reader[:, None]
-            lse = tl.load(own_lse + half * key_tokens, mask=exists, other=float("inf"))
-            key_logits = tl.dot(old_keys, key_projection, input_precision=PRECISION)
-            phi_k = tl.exp2(key_logits * (sign * LOG2E) - lse[:, None]).to(x.dtype)
             for_phi = tl.dot(far, phi_k, for_phi, input_precision=PRECISION)
             lse = tl.load(query_line + half * tokens, mask=inside, other=float("inf"))
             logits = tl.dot(x, projection, input_precision=PRECISION)
@@ -129,7 +129,7 @@ def aligned_query_gradient_kernel(
         if LAG > 0:
             # in units of the scores' gradient, to which the window adds
             for_y *= LOG2E / scale
-        for_q = tl.dot(for_y.to(x.dtype), tl.trans(projection), for_q, input_precision=PRECISION)
+        narrow_y = for_y.to(x.dtype)
     if LAG > 0:
         own_keys = load_rows(k, own, rows, kv_heads * K, dims, key_tokens)
         scores = tl.dot(x, tl.trans(own_keys), input_precision=PRECISION)
@@ -205,6 +205,10 @@ def aligned_query_gradient_kernel(
             tl.store(share_gradient + row, (1.0 - near_part) * sum_of_ds - near_part * past, mask=inside)
         if HAS_SINK:
             tl.store(dsink + row, for_sink, mask=inside)
+    if HAS_LINEAR:
+        # until here in 16 bits: half as many registers as the product
+        for_q = tl.dot(narrow_y, tl.trans(projection), for_q, input_precision=PRECISION)
+    if LAG > 0:
         for_q *= scale / LOG2E
     dq += (batch * tokens * heads + head) * K
     tl.store(

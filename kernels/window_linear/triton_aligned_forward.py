@@ -92,6 +92,10 @@ def aligned_output_kernel(
         # softmax(y), then softmax(-y), each from its own projection: a product costs less than holding the first one's
         for half in range(2):
             sign = LOG2E - 2.0 * LOG2E * half
+            # features of keys that do not exist are exp2(-inf)
+            lse = tl.load(own_lse + half * key_tokens, mask=exists, other=float("inf"))
+            turned = tl.dot(tl.trans(projection), tl.trans(old_keys), input_precision=PRECISION)
+            phi_k = tl.exp2(turned * sign - lse[None, :]).to(x.dtype)
             phi, lse = row_features(tl.dot(x, query_projection, input_precision=PRECISION) * sign)
             if tile == 0:
                 tl.store(query_line + half * tokens, lse, mask=inside)
@@ -111,10 +115,6 @@ def aligned_output_kernel(
             if HAS_CARRY:
                 sums = tl.load(carries + (origin + half) * F * V + held, mask=carried[None, :], other=0.0)
                 result = tl.dot(reading, tl.trans(sums), result, input_precision=PRECISION)
-            # features of keys that do not exist are exp2(-inf)
-            lse = tl.load(own_lse + half * key_tokens, mask=exists, other=float("inf"))
-            turned = tl.dot(tl.trans(projection), tl.trans(old_keys), input_precision=PRECISION)
-            phi_k = tl.exp2(turned * sign - lse[None, :]).to(x.dtype)
             pairs = tl.dot(phi.to(x.dtype), phi_k, pairs, input_precision=PRECISION)
         if HAS_CODES:
             code = load_codes(codes, batch, there, key_tokens)

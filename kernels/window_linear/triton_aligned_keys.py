@@ -16,7 +16,8 @@ from linearize.kernels.window_linear.triton_common import LOG2E, document, load_
 def scores_of_chunk(
     keys, held, own_q, own_do, chunk, rows, dims, values, code, codes, batch, prefix, row,
     maximum, log_inverse, delta, share, scale, tokens, key_tokens,
-    heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, HAS_CODES: tl.constexpr, PRECISION: tl.constexpr,
+    heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    HAS_CODES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q, do, scores with the rows' offsets in them, and dw of one chunk of queries [C] and one tile of keys [C]."""
     place = chunk * C + rows
