@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass
 class Launch:
-    """One launch that was recorded and not made: the kernel, its arguments by name, and num_warps / num_stages."""
+    """One launch that was recorded and not made: the kernel, its arguments by name, and num_warps and the like."""
 
     kernel: Any
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -22,6 +22,8 @@ class Launch:
 
 records: list[Launch] | None = None
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
+REGISTERS = 255
+"""Most registers of a thread, said aloud: ptxas on its own takes 32 for some large kernels on sm_80 and spills 50 KB."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
@@ -30,10 +32,11 @@ def launch(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
     Args:
         kernel: a `triton.jit` function.
         grid: up to three sizes.
-        **arguments: the kernel's parameters by name, and num_warps, num_stages.
+        **arguments: the kernel's parameters by name, and num_warps, num_stages, maxnreg.
     """
     if 0 in grid:
         return
+    arguments.setdefault("maxnreg", REGISTERS)
     if records is not None:
         options = {name: value for name, value in arguments.items() if name in OPTIONS}
         rest = {name: value for name, value in arguments.items() if name not in OPTIONS}

@@ -47,11 +47,11 @@ def aligned_query_gradient_kernel(
     x = load_rows(q, chunk * C, rows, heads * K, dims, tokens)
     incoming = load_rows(do, chunk * C, rows, heads * V, values, tokens)
     answer = load_rows(out, chunk * C, rows, heads * V, values, tokens)
-    shift = tl.sum(incoming.to(tl.float32) * answer.to(tl.float32), 1)
-    tl.store(delta + row, shift, mask=inside)
     log_over = tl.load(log_inverse + row, mask=inside, other=float("-inf"))
     old_keys = load_rows(k, oldest, rows, kv_heads * K, dims, key_tokens)
     old_values = load_rows(v, oldest, rows, kv_heads * V, values, key_tokens)
+    shift = tl.sum(incoming.to(tl.float32) * answer.to(tl.float32), 1)
+    tl.store(delta + row, shift, mask=inside)
     owner = tl.zeros([C], tl.int32)
     if HAS_CODES:
         owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=inside, other=0))
@@ -94,7 +94,7 @@ def aligned_query_gradient_kernel(
             alpha *= tl.load(factor + head)
         for_y = tl.zeros([C, F], tl.float32)
         # softmax(y), then softmax(-y), each from its own projection: a product costs less than holding the first one's
-        for half in range(2):
+        for half in tl.range(0, 2, num_stages=3):
             sign = 1.0 - 2.0 * half
             lse = tl.load(own_lse + half * key_tokens, mask=exists, other=float("inf"))
             key_logits = tl.dot(old_keys, key_projection, input_precision=PRECISION)

@@ -56,6 +56,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "plain": partial(call, 64),
     "documents": partial(call, 128, codes=True),
     "documents, activation": partial(call, 64, codes=True, silu=True),
+    "activation": partial(call, 64, silu=True),
     "activation, bias": partial(call, 128, silu=True, bias=True),
     "prefill": partial(call, 64, codes=True, silu=True, carried=True),
     "one token": partial(call, 64, tokens=1, codes=True, silu=True, carried=True),
