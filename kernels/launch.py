@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,8 +23,21 @@ class Launch:
 
 records: list[Launch] | None = None
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
-REGISTERS = 255
-"""Most registers of a thread, said aloud: ptxas on its own takes 32 for some large kernels on sm_80 and spills 50 KB."""
+
+
+def registers(architecture: int) -> dict[str, int]:
+    """Options that a launch gets on an architecture (80, 90) unless it has its own.
+
+    On sm_80 ptxas by itself takes 32 registers for some large kernels and spills 50 KB. On sm_90 the same words make
+    Triton 3.9's assembler spill where it would not.
+    """
+    return {"maxnreg": 255} if 80 <= architecture < 90 else {}
+
+
+@cache
+def _architecture(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
@@ -36,18 +50,20 @@ def launch(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
     """
     if 0 in grid:
         return
-    arguments.setdefault("maxnreg", REGISTERS)
     if records is not None:
         options = {name: value for name, value in arguments.items() if name in OPTIONS}
         rest = {name: value for name, value in arguments.items() if name not in OPTIONS}
         records.append(Launch(kernel, rest, options))
         return
     device = next((x.device for x in arguments.values() if isinstance(x, Tensor)), None)
-    if device is not None and device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](**arguments)
+    if device is None or device.type != "cuda":
+        kernel[grid](**arguments)
         return
-    kernel[grid](**arguments)
+    current = torch.cuda.current_device()
+    index = current if device.index is None else device.index
+    arguments = registers(_architecture(index)) | arguments
+    with nullcontext() if index == current else torch.cuda.device(index):
+        kernel[grid](**arguments)
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def launch_backward(
         states, norms = torch.empty_like(states), torch.empty_like(norms)
         carries, carry_norms = torch.empty_like(carries), torch.empty_like(carry_norms)
         totals, total_norms = torch.empty_like(carries, dtype=torch.float32), torch.empty_like(carry_norms)
-        made = config("query_states", plan)
+        made = config("split_query_states" if plan.split else "query_states", plan)
         launch(
             query_states_kernel,
             (plan.scans(made), plan.batch * plan.state_heads * plan.segments * (plan.chunks > 0)),

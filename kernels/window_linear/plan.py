@@ -213,7 +213,8 @@ def config(kernel: str, plan: Plan) -> Config:
 
 CONFIGS: dict[str, dict[int, Config]] = {
     "key_states": {64: Config(64, 4, 4), 128: Config(64, 4, 3), 256: Config(64, 8, 2)},
-    "query_states": {64: Config(64, 4, 3, 168), 128: Config(64, 4, 3), 256: Config(64, 8, 2)},
+    "query_states": {64: Config(64, 4, 3), 128: Config(64, 4, 3), 256: Config(64, 8, 2)},
+    "split_query_states": {64: Config(64, 4, 3, 168), 128: Config(64, 4, 3), 256: Config(64, 8, 2)},
     "output": {64: Config(64, 4, 2), 128: Config(128, 8, 2), 256: Config(64, 8, 1)},
     "query_gradient": {64: Config(64, 4, 2), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "key_gradient": {64: Config(64, 4, 2), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},

@@ -94,7 +94,9 @@ def aligned_query_gradient_kernel(
             alpha *= tl.load(factor + head)
         for_y = tl.zeros([C, F], tl.float32)
         # softmax(y), then softmax(-y), each from its own projection: a product costs less than holding the first one's
-        for half in tl.range(0, 2, num_stages=3):
+        # (with carries, both halves' tiles at once would leave room for two programs instead of three)
+        STAGES: tl.constexpr = 2 if HAS_CARRY else 3
+        for half in tl.range(0, 2, num_stages=STAGES):
             sign = 1.0 - 2.0 * half
             lse = tl.load(own_lse + half * key_tokens, mask=exists, other=float("inf"))
             key_logits = tl.dot(old_keys, key_projection, input_precision=PRECISION)

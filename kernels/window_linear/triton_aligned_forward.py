@@ -90,7 +90,9 @@ def aligned_output_kernel(
                 )
             carried = columns < tl.where(alive, F, 0)
         # softmax(y), then softmax(-y), each from its own projection: a product costs less than holding the first one's
-        for half in tl.range(0, 2, num_stages=3):
+        # (with carries, both halves' tiles at once would leave room for two programs instead of three)
+        STAGES: tl.constexpr = 2 if HAS_CARRY else 3
+        for half in tl.range(0, 2, num_stages=STAGES):
             sign = LOG2E - 2.0 * LOG2E * half
             # features of keys that do not exist are exp2(-inf)
             lse = tl.load(own_lse + half * key_tokens, mask=exists, other=float("inf"))

@@ -154,8 +154,10 @@ def compile_launch(job: Job, arch: int) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from linearize.kernels.launch import registers
+
     launch, began = job.launch, _processor_seconds()
-    target, options = GPUTarget("cuda", arch, 32), dict(launch.options)
+    target, options = GPUTarget("cuda", arch, 32), registers(arch) | launch.options
 
     def compiled() -> tuple[Any, str]:
         said = io.StringIO()
