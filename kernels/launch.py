@@ -40,6 +40,18 @@ def _architecture(index: int) -> int:
     return 10 * major + minor
 
 
+@cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device; those of an H100 where launches are recorded, one in the interpreter."""
+    if device.type != "cuda":
+        return 1 if records is None else 132
+    return _processors(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
     """``kernel[grid](**arguments)`` on the device of its tensors; nothing for an empty grid.
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from linearize.kernels import dispatch
+from linearize.kernels.launch import processors
 
 CHUNK = 64
 """Tokens in a chunk: one tile of every product."""
@@ -226,15 +225,3 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "unwindowed_key_gradient": {64: Config(64, 4, 1), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "map_gradient": {64: Config(64, 4, 3), 128: Config(128, 8, 2), 256: Config(256, 8, 2)},
 }
-
-
-@cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def processors(device: torch.device) -> int:
-    """Multiprocessors of the device; those of an H100 where there is none."""
-    if device.type != "cuda":
-        return 132 if dispatch.recording() else 1
-    return _processors(torch.cuda.current_device() if device.index is None else device.index)
