@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,14 +71,6 @@ def use_triton(*tensors: Tensor) -> bool:
             "(slow, for tests) run Triton's interpreter with TRITON_INTERPRET=1"
         )
     return True
-
-
-def at_least_float32(*tensors: Tensor | None) -> list[Any]:
-    """Tensors of 16 bits in float32, others as they are: what the torch forms compute in."""
-    return [
-        x if x is None or not x.is_floating_point() else x.to(torch.promote_types(x.dtype, torch.float32))
-        for x in tensors
-    ]
 
 
 def automatic() -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from linearize.kernels import dispatch
-from linearize.kernels.chunks import Decay, cut_documents, scan
+from linearize.kernels.chunks import Decay, at_least_float32, cut_documents, scan
 
 
 def delta_chunk(
@@ -53,7 +53,7 @@ def delta_chunk(
         from linearize.kernels.gated_delta.operator import delta_triton
 
         return delta_triton(q, k, v, beta, log_decay, docs, state)
-    out, state = _torch(*dispatch.at_least_float32(q, k, v, beta, log_decay), docs, state, chunk)
+    out, state = _torch(*at_least_float32(q, k, v, beta, log_decay), docs, state, chunk)
     return out.to(q.dtype), state
 
 

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.kernels import dispatch
-from linearize.kernels.chunks import Decay, cut_documents, decayed_products, decayed_values, scan
+from linearize.kernels.chunks import (
+    Decay,
+    at_least_float32,
+    cut_documents,
+    decayed_products,
+    decayed_values,
+    scan,
+)
 from linearize.kernels.gated_linear.reference import Gated, GatedState, check_options
 from linearize.kernels.linear.chunk import torch_chunk
 
@@ -47,7 +54,7 @@ def gated_linear_chunk(
             q, k, v, log_decay, docs, state, bonus=bonus, read_before=read_before, normalize=normalize
         )
     dtype = v.dtype
-    q, k, v, log_decay, bonus = dispatch.at_least_float32(q, k, v, log_decay, bonus)
+    q, k, v, log_decay, bonus = at_least_float32(q, k, v, log_decay, bonus)
     if docs is None:
         docs = torch.zeros(q.shape[:2], dtype=torch.int64, device=q.device)
     if state is None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.kernels import dispatch
+from linearize.kernels.chunks import at_least_float32
 
 GROUP = 32
 """Chunks whose states are summed by one matrix product."""
@@ -39,9 +40,7 @@ def linear_chunk(
         numerator, denominator, (sums, norms) = gated_linear_triton(phi_q, phi_k, v, None, docs, state)
         assert denominator is not None and norms is not None
         return numerator, denominator, (sums, norms)
-    numerator, denominator, state = torch_chunk(
-        *dispatch.at_least_float32(phi_q, phi_k, v), docs, state, chunk
-    )
+    numerator, denominator, state = torch_chunk(*at_least_float32(phi_q, phi_k, v), docs, state, chunk)
     return numerator.to(v.dtype), denominator, state
 
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from linearize.kernels import dispatch
-from linearize.kernels.window_linear import Layer, Weights, window_linear, window_linear_reference
+from linearize.kernels.window_linear import Layer, Weights, plan, window_linear, window_linear_reference
 from linearize.kernels.window_linear.operator import window_linear_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 if DEVICE == "cuda":
     TOLERANCE[torch.float32] = 1e-4
+SCANS = plan.Plan.scans
 NARROW = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 
 
@@ -198,6 +199,26 @@ def test_equals_the_definition(name, form):
             assert ours.dtype == torch.float32
             found[f"state {ours.dim()}"] = error(ours, other)
         assert max(found.values()) < limit, (dtype, found)
+
+
+@pytest.mark.parametrize("name", ["carried", "shared_maps", "no_window_documents"])
+def test_scans_with_one_half_of_the_features(name, monkeypatch):
+    """What fills a device with few sequences: twice as many programs, with half of the features each."""
+    case = CASES[name]
+    rows = case.batch * (case.heads if case.maps == "own" else case.kv_heads)
+    monkeypatch.setattr(plan, "processors", lambda device: rows)
+    made = []
+    monkeypatch.setattr(
+        plan.Plan, "scans", lambda self, config: made.append(self.split) or SCANS(self, config)
+    )
+    exact, exact_grads, _ = run(case, torch.float64, "reference")
+    exact_state = run(case, torch.float64, "torch")[2]
+    for dtype in NARROW if DEVICE == "cuda" else NARROW[:1]:
+        out, grads, state = run(case, dtype, "triton")
+        found = [error(out, exact)] + [error(grads[n], exact_grads[n]) / 3 for n in grads]
+        found += [error(*pair) for pair in zip(state, exact_state, strict=True)]
+        assert max(found) < TOLERANCE[dtype], (dtype, found)
+    assert made and all(made)
 
 
 def test_a_state_carries_over_a_split():
