@@ -53,8 +53,10 @@ def delta_chunk(
         from linearize.kernels.gated_delta.operator import delta_triton
 
         return delta_triton(q, k, v, beta, log_decay, docs, state)
-    out, state = _torch(*at_least_float32(q, k, v, beta, log_decay), docs, state, chunk)
-    return out.to(q.dtype), state
+    dtype = q.dtype
+    q, k, v, beta, log_decay = at_least_float32(q, k, v, beta, log_decay)
+    out, state = _torch(q, k, v, beta, log_decay, docs, state, chunk)
+    return out.to(dtype), state
 
 
 def _torch(

@@ -67,10 +67,10 @@ def gated_linear_chunk(
         return (numerator, denominator, (sums, norms)) if normalize else (numerator, None, (sums, None))
     if log_decay is None:
         log_decay = k.new_zeros(k.shape[:3])
-    numerator, denominator, state = _torch(
+    numerator, norm, state = _torch(
         q, k, v, log_decay, docs, state, bonus, read_before, normalize, decay_values, chunk
     )
-    return numerator.to(dtype), denominator, state
+    return numerator.to(dtype), norm, state
 
 
 def _torch(

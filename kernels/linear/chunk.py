@@ -40,8 +40,10 @@ def linear_chunk(
         numerator, denominator, (sums, norms) = gated_linear_triton(phi_q, phi_k, v, None, docs, state)
         assert denominator is not None and norms is not None
         return numerator, denominator, (sums, norms)
-    numerator, denominator, state = torch_chunk(*at_least_float32(phi_q, phi_k, v), docs, state, chunk)
-    return numerator.to(v.dtype), denominator, state
+    dtype = v.dtype
+    phi_q, phi_k, v = at_least_float32(phi_q, phi_k, v)
+    numerator, denominator, state = torch_chunk(phi_q, phi_k, v, docs, state, chunk)
+    return numerator.to(dtype), denominator, state
 
 
 def torch_chunk(
