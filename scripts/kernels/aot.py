@@ -76,12 +76,12 @@ LET_PASS: dict[tuple[str, int], int] = {
 }
 """Operator and kernel, architecture -> most bytes of spills that are let pass, whatever the call.
 
-On sm_90, window_linear's kernels at head dim 64 were measured faster on an H100 than their variants without spills (more
-warps, fewer registers a thread; the output's spills are of carries), and its others are built alike. Of gated_linear and
-gated_delta it is a debt: with decays per dimension the variants without spills were wrong on an H100 (tiles of 32 columns with four
-warps, an accumulator read between products), and with float32 inputs nothing was tuned. Nothing was measured on sm_80: its
-numbers only keep the spills from growing. Each is
-the largest of what Triton 3.6 and 3.9 give and a tenth more, and may only go down.
+On sm_90, window_linear's kernels at head dim 64 were measured faster on an H100 than variants without spills (more
+warps, fewer registers; what the output spills is of carries), and its others are built alike. Of gated_linear and
+gated_delta it is a debt: with decays per dimension the variants without spills were wrong on an H100 (tiles of 32
+columns with four warps, an accumulator read between products), and with float32 inputs nothing was tuned. Nothing was
+measured on sm_80: its numbers only keep the spills from growing. Each is the largest of what Triton 3.6 and 3.9 give
+and a tenth more, and may only go down.
 """
 NAMES = {
     torch.float32: "fp32",
