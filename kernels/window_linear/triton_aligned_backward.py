@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linearize.kernels.window_linear.triton_aligned_forward import load_codes
+from linearize.kernels.window_linear.triton_aligned_forward import load_codes, square_of_scores
 from linearize.kernels.window_linear.triton_common import LOG2E, document, load_code, load_rows
 
 
@@ -134,16 +134,10 @@ def aligned_query_gradient_kernel(
         narrow_y = for_y.to(x.dtype)
     if LAG > 0:
         own_keys = load_rows(k, own, rows, kv_heads * K, dims, key_tokens)
-        scores = tl.dot(x, tl.trans(own_keys), input_precision=PRECISION)
-        old_scores = tl.dot(x, tl.trans(old_keys), input_precision=PRECISION)
-        if HAS_CODES:
-            scores = tl.where(causal, scores, old_scores) * scale
-            own_code = load_codes(codes, batch, own + rows, key_tokens)
-            seen = tl.where(causal, own_code[None, :], old_code[None, :]) == owner[:, None]
-            scores = tl.where(seen, scores, float("-inf"))
-        else:
-            missing = tl.where(oldest >= 0, 0.0, float("-inf"))
-            scores = tl.where(causal, scores * scale, old_scores * scale + missing)
+        scores = square_of_scores(
+            x, own_keys, old_keys, causal, codes, batch, oldest, own, rows, owner, key_tokens, scale,
+            HAS_CODES, PRECISION,
+        )  # fmt: skip
         best = tl.max(scores, 1)
         best_place = tl.where(causal, own + rows[None, :], oldest + rows[None, :])
         best_place = tl.min(tl.where(scores == best[:, None], best_place, 2147483647), 1)

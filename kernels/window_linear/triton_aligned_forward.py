@@ -22,6 +22,27 @@ def load_codes(codes, batch, position, key_tokens):
 
 
 @triton.jit
+def square_of_scores(
+    x, own_keys, old_keys, causal, codes, batch, oldest, own, rows, owner, key_tokens, scale,
+    HAS_CODES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores [C, C] times `scale`: of the own tile where `causal`, of the oldest one elsewhere; -inf where unseen."""
+    own_scores = tl.dot(x, tl.trans(own_keys), input_precision=PRECISION)
+    old_scores = tl.dot(x, tl.trans(old_keys), input_precision=PRECISION)
+    if HAS_CODES:
+        scores = tl.where(causal, own_scores, old_scores) * scale
+        old_code = load_codes(codes, batch, oldest + rows, key_tokens)
+        own_code = load_codes(codes, batch, own + rows, key_tokens)
+        seen = tl.where(causal, own_code[None, :], old_code[None, :]) == owner[:, None]
+        scores = tl.where(seen, scores, float("-inf"))
+    else:
+        # without documents, tiles before the first key are all that can be missing
+        missing = tl.where(oldest >= 0, 0.0, float("-inf"))
+        scores = tl.where(causal, own_scores * scale, old_scores * scale + missing)
+    return scores
+
+
+@triton.jit
 def aligned_output_kernel(
     q, k, v, query_map, key_map, weight, factor, sink, codes, key_lse,
     states, norms, carries, carry_norms, out, maximum, log_inverse, query_lse,
@@ -156,18 +177,10 @@ def aligned_output_kernel(
                 top = higher
         own_keys = load_rows(k, own, rows, kv_heads * K, dims, key_tokens)
         own_values = load_rows(v, own, rows, kv_heads * V, lanes, key_tokens)
-        own_scores = tl.dot(x, tl.trans(own_keys), input_precision=PRECISION)
-        old_scores = tl.dot(x, tl.trans(old_keys), input_precision=PRECISION)
-        if HAS_CODES:
-            scores = tl.where(causal, own_scores, old_scores) * scale
-            old_code = load_codes(codes, batch, oldest + rows, key_tokens)
-            own_code = load_codes(codes, batch, own + rows, key_tokens)
-            seen = tl.where(causal, own_code[None, :], old_code[None, :]) == owner[:, None]
-            scores = tl.where(seen, scores, float("-inf"))
-        else:
-            # without documents, tiles before the first key are all that can be missing
-            missing = tl.where(oldest >= 0, 0.0, float("-inf"))
-            scores = tl.where(causal, own_scores * scale, old_scores * scale + missing)
+        scores = square_of_scores(
+            x, own_keys, old_keys, causal, codes, batch, oldest, own, rows, owner, key_tokens, scale,
+            HAS_CODES, PRECISION,
+        )  # fmt: skip
         higher = tl.maximum(top, tl.max(scores, 1))
         higher = tl.where(higher == float("-inf"), 0.0, higher)
         if LAG > 1 or HAS_SINK:

@@ -54,6 +54,7 @@ def key_states_kernel(
     ones = tl.full([16, C], 1.0, k.dtype.element_ty)
     copies = tl.arange(0, 16)[:, None]
     line, first_row = features[None, :] + 0 * copies, (copies == 0) & (features >= 0)[None, :]
+    # of the first or only half, and of the second where the program has both
     one = tl.zeros([BV, F], tl.float32)
     two = tl.zeros([BV, F], tl.float32)
     one_norm = tl.zeros([16, F], tl.float32)
