@@ -43,10 +43,12 @@ def window_linear(
     - The past is not divided by exp(m): m is part of LoLCATs' function, which is therefore not invariant to a shift of
       the scores. Nothing overflows, since the largest weight of the window is b and phi.phi lies in (0, 2].
     - The gradient goes through m, as in LoLCATs: dropping it changes dq and dk by half of their size.
-    - Norms and states are float32. Features below 1e-12 are not raised to it as the module form does.
+    - Norms and carried states are float32; in Triton the states between chunks of bfloat16 inputs are bfloat16, and
+      norms are sums of features as rounded as those that entered the states. Features below 1e-12 are not raised to it
+      as the module form does.
     - Triton: states between chunks of 64 are one kernel, each chunk's output another; backward mirrors them (states of
-      the queries ahead, one kernel for dq, one for dk and dv). Where rows and heads are few, the scan over chunks is
-      cut into segments. Nothing is repeated for grouped heads, and no document boundary is read back to the host.
+      the queries ahead, one kernel for dq, one for dk and dv). Where rows and heads are few, a scan has one
+      half of the features, and where they are fewer still it is cut into segments. Nothing is repeated for grouped heads, and no document boundary is read back to the host.
 
     Args:
         q: [B, T, H, K].
