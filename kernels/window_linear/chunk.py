@@ -47,8 +47,9 @@ def window_linear(
       norms are sums of features as rounded as those that entered the states. Features below 1e-12 are not raised to it
       as the module form does.
     - Triton: states between chunks of 64 are one kernel, each chunk's output another; backward mirrors them (states of
-      the queries ahead, one kernel for dq, one for dk and dv). Where rows and heads are few, a scan has one
-      half of the features, and where they are fewer still it is cut into segments. Nothing is repeated for grouped heads, and no document boundary is read back to the host.
+      the queries ahead, one kernel for dq, one for dk and dv). Where rows and heads are few, a scan has one half
+      of the features, and where they are fewer still it is cut into segments. Nothing is repeated for grouped heads,
+      and no document boundary is read back to the host.
 
     Args:
         q: [B, T, H, K].
