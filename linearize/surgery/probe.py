@@ -23,6 +23,9 @@ from linearize.errors import UnsupportedModelError
 NAME = "linearize_probe"
 TOKENS = 4
 
+FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+"""What a model's own code raises when it is run in a way that it does not know."""
+
 
 @dataclass
 class Call:
@@ -85,20 +88,20 @@ def probe(model: PreTrainedModel, modules: list[nn.Module], *, own: bool = False
     for inputs in _inputs(model):
         seen = Probe()
         try:
-            with _recording(model, modules, seen, own=own), torch.no_grad():
+            with _recording(model, modules, seen, own=own), evaluating(model), torch.no_grad():
                 model(**inputs, use_cache=False)
             return seen
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        except FAILURES as error:
             first = first or error
     assert first is not None
     if next(model.parameters()).is_meta:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: its forward looks at numbers ({_place(first)}), which a model without weights "
+            f"{type(model).__name__}: its forward looks at numbers ({place(first)}), which a model without weights "
             "does not have, so its layers can only be seen with the weights loaded"
         ) from first
     raise UnsupportedModelError(
         f"{type(model).__name__}: its forward does not run on {TOKENS} plain tokens with an attention function other "
-        f"than its own (it stops in {_place(first)}), so its queries and keys cannot be reached; convert a model "
+        f"than its own (it stops in {place(first)}), so its queries and keys cannot be reached; convert a model "
         "family that does (Llama, Qwen, Gemma, GPT-2, ...)"
     ) from first
 
@@ -166,7 +169,6 @@ def _recording(model: PreTrainedModel, modules: list[nn.Module], seen: Probe, *,
     configs = _configs(model)
     makers = dict(ALL_MASK_ATTENTION_FUNCTIONS._local_mapping)
     names = {key: config._attn_implementation_internal for key, config in configs.items()}
-    training = {module: module.training for module in model.modules()}
     hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules]
     AttentionInterface.register(NAME, record)
     AttentionMaskInterface.register(NAME, make_mask)
@@ -180,7 +182,6 @@ def _recording(model: PreTrainedModel, modules: list[nn.Module], seen: Probe, *,
         else:
             for config in configs.values():
                 config._attn_implementation_internal = NAME
-        model.eval()
         yield
     finally:
         AttentionInterface.get_interface = real  # type: ignore[method-assign]
@@ -188,8 +189,6 @@ def _recording(model: PreTrainedModel, modules: list[nn.Module], seen: Probe, *,
         ALL_MASK_ATTENTION_FUNCTIONS._local_mapping.update(makers)
         for hook in hooks:
             hook.remove()
-        for module, before in training.items():
-            module.training = before
         for key, config in configs.items():
             config._attn_implementation_internal = names[key]
 
@@ -230,7 +229,19 @@ def made_elsewhere(mask: Any, given: list[Tensor]) -> bool:
     return not isinstance(mask, Tensor) or _storage(mask) in {_storage(tensor) for tensor in given}
 
 
-def _place(error: Exception) -> str:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, evaluation mode; each module returns to the mode that it was in."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+def place(error: Exception) -> str:
     """Innermost line of the model's own code on the way to an error: "modeling_x.py, line 7"."""
     found, trace = "its forward", error.__traceback__
     while trace is not None:
