@@ -1,4 +1,4 @@
-"""Tiny configs of every causal language model of transformers: one rule for each kind of field name, and a few hints."""
+"""Tiny configs of every causal language model of transformers: a rule for each kind of field name, and a few hints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ RULES: list[tuple[str, int]] = [
     (r"(dim_model_base|rotary_dim)", 16),
     (r"(num_)?query_groups|num_buckets|position_bias_num_buckets", 8),
     (r".*(vocab|unk_index|mask_index).*", VOCABULARY),
-    (r".*(max_position|n_positions|n_ctx|max_seq_len|model_max_length|context_length|max_distance|max_\w+_positions).*", 512),
+    (
+        r".*(max_position|n_positions|n_ctx|max_seq_len|model_max_length|context_length|max_distance|max_\w+_positions).*",
+        512,
+    ),
     (r".*(sliding_window(_size)?|attention_window_size|keep_window_size|local_attention|window_size)", 9),
     (r".*(chunk_size|chunk_length|floor_scale|n_floor|rel_extent)", 8),
     (r".*(index_topk|index_topk_blocks|indexer_budget)", 4),
@@ -30,7 +33,10 @@ RULES: list[tuple[str, int]] = [
     (r".*(shared_experts?|zero_expert_num)", 1),
     (r".*(num_experts|n_routed_experts|num_local_experts)", 4),
     (r".*(moe|expert)\w*(intermediate|ffn|hidden)\w*size", 32),
-    (r".*(intermediate\w*size|ffn\w*|dff|dim_ff|d_inner|n_inner|feed_forward_size|intermediate_size_mlp)", 96),
+    (
+        r".*(intermediate\w*size|ffn\w*|dff|dim_ff|d_inner|n_inner|feed_forward_size|intermediate_size_mlp)",
+        96,
+    ),
     (r"q_lora_rank|\w*lora_rank|\w*(gate|gated_norm|laurel|adapter|lowrank|lru)\w*rank|hc_lowrank", 16),
     (r"qk_(rope|nope)_head_dim", 8),
     (r"embed_dim_per_\w+|hidden_size_per_layer_input|\w*router_hidden_size|d_rel", 16),
@@ -45,16 +51,22 @@ RULES: list[tuple[str, int]] = [
     (r".*(hidden_layers|num_layers|n_layers?|_layers_per_stack|decoder_layers|encoder_layers|num_blocks)", 2),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index|num_kv_shared_layers", 1),
     (r"num_nextn_predict_layers|num_mtp_layers", 0),
-    (r".*(hidden_size|d_model|n_embd|emb_dim|embedding_dim|embedding_size|embed_proj_dim|embed_dim|adapter_in_dim)", 64),
+    (
+        r".*(hidden_size|d_model|n_embd|emb_dim|embedding_dim|embedding_size|embed_proj_dim|embed_dim|adapter_in_dim)",
+        64,
+    ),
 ]
 """Field name -> size; the first pattern that fits the whole name wins. Only numbers in the default are replaced."""
 
 HINTS: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": None},
+    "dots3_note_text": {"num_key_value_heads": 4, "per_layer_config": {"01": {"num_attention_heads": 4}}},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {
         "num_hidden_layers": 4,
@@ -64,6 +76,7 @@ HINTS: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
@@ -77,7 +90,8 @@ HINTS: dict[str, dict[str, Any]] = {
         "indexer_budget": 4,
         "indexer_compress_ratio": 4,
     },
-    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 32]},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"hash_seed": 0, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 32]},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 4,
@@ -85,7 +99,7 @@ HINTS: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
     },
-    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba2": {"n_mamba_heads": 8, "attention_hidden_size": 128, "attention_head_dim": 32},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What the names do not say: sizes whose default is None, numbers that must agree with others."""
@@ -153,7 +167,10 @@ def _per_layer(default: PreTrainedConfig, values: dict[str, Any]) -> dict[str, A
     return {
         "num_hidden_layers": len(chosen),
         **{
-            name: [_size(name) if isinstance(value[place], int) and _size(name) else value[place] for place in chosen]
+            name: [
+                _size(name) if isinstance(value[place], int) and _size(name) else value[place]
+                for place in chosen
+            ]
             for name, value in lists.items()
         },
     }

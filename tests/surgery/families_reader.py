@@ -37,7 +37,9 @@ class Reader:
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
 
-    def ask(self, path: Path, inputs: dict[str, Tensor], scratch: Path, seconds: float = 60) -> dict[str, Tensor]:
+    def ask(
+        self, path: Path, inputs: dict[str, Tensor], scratch: Path, seconds: float = 60
+    ) -> dict[str, Tensor]:
         """What the model saved at `path` answers there.
 
         Raises:
@@ -56,12 +58,20 @@ class Reader:
             )
         assert self.process.stdin is not None and self.process.stdout is not None
         save_file(inputs, scratch / "inputs.safetensors")
-        request = {"path": str(path), "inputs": str(scratch / "inputs.safetensors"), "out": str(scratch / "out.safetensors")}
+        request = {
+            "path": str(path),
+            "inputs": str(scratch / "inputs.safetensors"),
+            "out": str(scratch / "out.safetensors"),
+        }
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
-            answer = json.loads(self.process.stdout.readline() or '"it died"') if selector.select(seconds) else "no answer"
+            answer = (
+                json.loads(self.process.stdout.readline() or '"it died"')
+                if selector.select(seconds)
+                else "no answer"
+            )
         if answer in ("no answer", "it died"):
             self.close()
         if answer != "ok":
