@@ -21,10 +21,12 @@ def main(options: argparse.Namespace) -> int:
     recipe = composed(options)
 
     from linearize import mixers, surgery  # after the recipe is known to be right: importing takes seconds
+    from linearize.distill.trainable import needs
     from linearize.models import load_config
 
     quiet_libraries()
-    plan = surgery.plan(load_config(options.model), recipe.mixer, recipe.layers)
+    asked = needs(recipe.stages.values())
+    plan = surgery.plan(load_config(options.model), recipe.mixer, recipe.layers, **asked)
     screen = console()
     screen.print(table(plan, describe(mixers.normalize(recipe.mixer))))
     for line in totals(plan, options.length):

@@ -28,6 +28,7 @@ from linearize.distill.lock import held
 from linearize.distill.results import Measurer, Results
 from linearize.distill.stage import Budget
 from linearize.distill.stages import StagePlace
+from linearize.distill.trainable import needs
 from linearize.eval import tables
 from linearize.eval.report import write_report
 from linearize.signals import exit_code
@@ -119,7 +120,7 @@ class _Job:
         model: Any
         with self._watched(f"loading {self.source}", [], _SMALLER_MODEL):
             model, tokenizer = models.load_teacher(self.source, dtype=torch.float32, device=str(self.device))
-        plan = surgery.plan(model.config, recipe.mixer, recipe.layers)
+        plan = surgery.plan(model.config, recipe.mixer, recipe.layers, **needs(recipe.stages.values()))
         with self._watched(
             "reading the texts", [], "a smaller token budget (stages.*.tokens) in a new run folder"
         ):

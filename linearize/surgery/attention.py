@@ -144,9 +144,9 @@ class LayerCall:
 
     def project(self, y: Tensor) -> Tensor:
         """Heads [B, T, H, V] -> the layer's output [B, T, D], through the model's own output projection."""
-        from linearize.surgery.projections import projection
+        from linearize.surgery.projections import output_projection
 
-        output = projection(self.module, "o")
+        output = output_projection(self.module)
         return output(y.flatten(2).to(next(output.parameters()).dtype))
 
     def weights(self, rows: slice) -> tuple[Tensor, Tensor]:
@@ -225,7 +225,7 @@ def linearized_attention(
         output = frame.cache.attend(module.mixer, q, k, v, valid=valid, starts=starts, **extra)
     else:
         output = module.mixer.chunked(q, k, v, valid=valid, starts=starts, **extra)
-    # some families view the heads of the output as one dimension, which takes one piece of memory
+    # contiguous, as transformers' own functions answer: families that read it through `view` count on that
     return output.to(query.dtype).contiguous(), None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedConfig
 from linearize.errors import RecipeError
 from linearize.mixers import build
 from linearize.surgery.inspection import AttentionLayer, attention_layers, skeleton
+from linearize.surgery.projections import outputs, targets
 
 
 def select(layers: Any, indices: list[int]) -> list[int]:
@@ -112,13 +114,31 @@ def row(layer: AttentionLayer, mixer: dict[str, Any] | None) -> Row:
     )
 
 
-def plan(config: PreTrainedConfig, mixer: dict[str, Any], layers: Any = "all") -> Plan:
+def plan(
+    config: PreTrainedConfig,
+    mixer: dict[str, Any],
+    layers: Any = "all",
+    roles: Iterable[str] = (),
+    projects: bool = False,
+) -> Plan:
     """What converting a model of this config would do; loads no weights.
 
+    Args:
+        config: the model's.
+        mixer: a recipe's `mixer:` section.
+        layers: a recipe's `layers:` value.
+        roles: projections (q, k, v, o) that adapters will be hung on.
+        projects: whether training will look through each layer's output projection.
+
     Raises:
-        UnsupportedModelError: see `attention_layers`.
+        UnsupportedModelError: see `attention_layers`; a projection that is asked for is not there.
         RecipeError: see `select`.
     """
-    found = attention_layers(skeleton(config))
+    model = skeleton(config)
+    found = attention_layers(model)
     chosen = select(layers, [layer.index for layer in found])
+    converted = [(layer.path, layer.module, layer.shape) for layer in found if layer.index in chosen]
+    targets(model, converted, roles)
+    if projects:
+        outputs(converted)
     return Plan([row(layer, mixer if layer.index in chosen else None) for layer in found])
