@@ -245,6 +245,9 @@ def convert_module(attention: nn.Module, mixer: Mixer, switch: Switch) -> Linear
     made.config = copy.copy(made.config)
     made.config._attn_implementation_internal = NAME
     attention.__class__ = subclass(type(attention), LinearizedAttention)
-    made.mixer = mixer.to(next(made.parameters()).device)
+    if not any(parameter.is_meta for parameter in mixer.parameters()):
+        # a model that transformers is about to load stands on the meta device, though not with every parameter
+        mixer = mixer.to(next(made.parameters()).device)
+    made.mixer = mixer
     made.linearize_switch = switch
     return made
