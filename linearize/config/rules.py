@@ -31,7 +31,7 @@ def _share(*, one: bool) -> Rule:
     return Rule(lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 
 
-TEMPLATES = ("none", "alpaca", "chat")
+TEMPLATES = ("none", "rendered", "alpaca", "chat")
 
 CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     schema.DataConfig: {"template": TEMPLATES},

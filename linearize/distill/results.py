@@ -76,10 +76,10 @@ class Measurer:
         self.tokenizer = tokenizer
         self.autocast = autocast
         self.texts: dict[str, Tensor] = {
-            VALIDATION: self._cut(VALIDATION, data.validation_texts(recipe.data, tokenizer))
+            VALIDATION: self._cut(VALIDATION, data.validation_documents(recipe.data, tokenizer))
         }
         for name, source in self.settings.texts.items():
-            documents = data.validation_texts(
+            documents = data.validation_documents(
                 DataConfig(validation=source, text_field=recipe.data.text_field)
             )
             self.texts[name] = self._cut(name, documents)
@@ -139,7 +139,7 @@ class Measurer:
                     row["tasks"] = self.tasks(model)
             results.add(label, partial(dict, row))
 
-    def _cut(self, name: str, texts: list[str]) -> Tensor:
+    def _cut(self, name: str, texts: list[data.Document]) -> Tensor:
         try:
             return windows(
                 self.tokenizer,
