@@ -86,6 +86,18 @@ def test_all_tasks_end_to_end(model, tokenizer, data_dir, capfd, monkeypatch):
     assert captured.out == "" and captured.err == ""
 
 
+def test_an_item_that_spells_a_control_token_is_scored_as_text(model, tokenizer, data_dir):
+    pytest.importorskip("lm_eval")
+    item = {"query": "the <eos> cat ", "choices": ["<eos> dog", "sat \u2028 <eos>"], "gold": 1}
+    lines = json.dumps(item, ensure_ascii=False).encode() + b"\n"
+    (data_dir / "piqa.jsonl").write_bytes(b"\xef\xbb\xbf" + lines * 2)
+    seen: list[torch.Tensor] = []
+    forward = model.forward
+    model.forward = lambda *a, **k: seen.append(k["input_ids"]) or forward(*a, **k)
+    assert run_tasks(model, tokenizer, "piqa", data_dir=data_dir, progress=False)["piqa"]["items"] == 2
+    assert seen and not any((ids == tokenizer.eos_token_id).any() for ids in seen)
+
+
 def test_nothing_of_the_caller_is_changed(model, tokenizer, data_dir):
     pytest.importorskip("lm_eval")
     model.train()
