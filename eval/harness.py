@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -22,6 +23,7 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from linearize.data.files import expanded, mode_of
 from linearize.data.readers import read_jsonl
 from linearize.data.tokens import Tokens
 from linearize.errors import DataError, LinearizeError
@@ -30,7 +32,11 @@ from linearize.progress import Meter
 from linearize.registry import closest
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
-_TYPES = {"str": str, "int": int, "list": list}
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "list": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+}
 
 
 @cache
@@ -71,18 +77,18 @@ def check_data(tasks: Sequence[str], data_dir: str | Path, limit: int | None = N
         DataError: folder or file missing, empty, not JSON lines, or an item without a column; names the line.
         LinearizeError: unknown task.
     """
-    folder = Path(data_dir).expanduser()
+    folder = expanded(str(data_dir))
     requests: dict[str, int] = {}
     for task in expand(tasks):
         config = _config(task)
         columns: dict[str, str] = config["metadata"]["columns"]
         path = folder / config["dataset_kwargs"]["data_files"]["test"]
         expected = f"task '{task}' reads {path}, JSON lines with {_described(columns)}"
-        if not str(data_dir) or not folder.is_dir():
+        if not str(data_dir) or not stat.S_ISDIR(mode_of(folder) or 0):
             raise DataError(
                 f"no folder '{data_dir}' with the evaluation tasks: {expected}. Set eval.task_data to the folder"
             )
-        if not path.is_file():
+        if not stat.S_ISREG(mode_of(path) or 0):
             raise DataError(f"{path} not found: {expected}")
         items = _read(path, columns, expected)[: limit or None]
         choices = "context_options" if "context_options" in columns else "choices"
@@ -190,7 +196,7 @@ def _read(path: Path, columns: dict[str, str], expected: str) -> list[dict[str, 
         raise DataError(f"{error}; {expected}") from error
     for place, item in rows:
         for column, kind in columns.items():
-            if not isinstance(item.get(column), _TYPES[kind]):
+            if not _TYPES[kind](item.get(column)):
                 raise DataError(f"{path}, {place}: no column '{column}' of type {kind}; {expected}")
         options = item.get("choices", item.get("context_options"))
         if options is not None and not 0 <= item["gold"] < len(options):

@@ -30,16 +30,13 @@ def local_files(name: str) -> list[Path] | None:
     Raises:
         DataError: nothing is there, or something that cannot be read as a file or folder.
     """
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError as error:
-        raise DataError(f"data source '{name}': {error}; write the path out") from error
-    mode = _mode(path)
+    path = expanded(name)
+    mode = mode_of(path)
     if mode is not None:
         return _folder_files(path) if stat.S_ISDIR(mode) else [path]
     if any(mark in name for mark in "*?["):
         found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        files = [match for match in found if not stat.S_ISDIR(_mode(match) or 0)]
+        files = [match for match in found if not stat.S_ISDIR(mode_of(match) or 0)]
         if not files:
             raise DataError(
                 f"no file matches '{name}' (seen from {Path.cwd()}); check the pattern, and quote it in a "
@@ -58,8 +55,24 @@ def local_files(name: str) -> list[Path] | None:
     return None
 
 
-def _mode(path: Path) -> int | None:
-    """Type bits of the file or folder that a path leads to, or None where there is none."""
+def expanded(name: str) -> Path:
+    """The path that a name stands for, `~` written out.
+
+    Raises:
+        DataError: of somebody who has no home here.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"'{name}': {error}; write the path out") from error
+
+
+def mode_of(path: Path) -> int | None:
+    """Type bits of the file or folder that a path leads to, or None where there is none.
+
+    Raises:
+        DataError: a link that leads nowhere, a path that cannot be looked at, a pipe, a device or a socket.
+    """
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -73,7 +86,7 @@ def _mode(path: Path) -> int | None:
             f"{path} cannot be read ({error.strerror}); check the path, or give another"
         ) from error
     except ValueError as error:
-        raise DataError(f"data source {str(path)!r} is no path ({error})") from error
+        raise DataError(f"{str(path)!r} is no path ({error})") from error
     if stat.S_IFMT(mode) in SPECIAL:
         raise DataError(f"{path} is {SPECIAL[stat.S_IFMT(mode)]}, not a file; write the text to a file first")
     return mode
@@ -89,7 +102,7 @@ def _folder_files(folder: Path) -> list[Path]:
         if len(found) > 1:
             raise DataError(
                 f"folder {folder} holds files of several kinds ({', '.join(sorted(found))}), and which of "
-                f"them are the text is not for guessing; give a glob such as '{folder}/*.{min(found)}'"
+                f"them are the text is not for guessing; give a glob such as '{folder / f'*.{min(found)}'}'"
             )
     if not found:
         raise DataError(
@@ -97,7 +110,7 @@ def _folder_files(folder: Path) -> list[Path]:
         )
     files = sorted(next(iter(found.values())))
     for path in files:
-        _mode(path)
+        mode_of(path)
     return files
 
 
