@@ -29,6 +29,8 @@ from linearize.errors import LinearizeError
 FREE = ("eval.batch_size", "run.workers")
 FREE_IN_STAGE = ("gradient_checkpointing", "save_every")
 _BATCH = ("batch_size", "grad_accum")
+OF_EACH_MICRO_BATCH = ("attention_output_relative",)
+"""Objectives whose loss of a batch is not the mean of its parts' losses."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,9 @@ def _other_numbers(name: str, stage: dict[str, Any]) -> list[str]:
         reasons.append("window_dropout draws for each micro-batch")
     if _mapping(stage.get("lora")).get("dropout"):
         reasons.append("lora.dropout draws for each micro-batch")
-    if "attention_output_relative" in _mapping(stage.get("objective")):
-        reasons.append("attention_output_relative divides by the norm of each micro-batch")
+    for objective in OF_EACH_MICRO_BATCH:
+        if objective in _mapping(stage.get("objective")):
+            reasons.append(f"{objective} divides by the norm of each micro-batch")
     return [
         f"stages.{name}: {reason}, so its numbers become others, as good as the old" for reason in reasons
     ]

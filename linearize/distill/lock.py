@@ -29,6 +29,8 @@ OWNER = ".lock.json"
 """Who holds it: pid, host, started. Apart from the lock itself, which some systems let nobody else read."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _ATTEMPTS = 10
+_SETTLING = 0.2
+"""Seconds."""
 
 
 @contextmanager
@@ -100,15 +102,19 @@ def _kernel_lock(folder: Path) -> Callable[[], None]:
 
 def _owner_file(folder: Path) -> Callable[[], None]:
     """The lock of a file system without locks: the owner's file, created by one process alone."""
-    path = folder / OWNER
+    path, me = folder / OWNER, _myself()
+    remedy = f"; if that process is gone, delete {path}"
     (folder / LOCK).unlink(missing_ok=True)
     if _is_gone(_owner(folder)):
         path.unlink(missing_ok=True)
     try:
         with path.open("x", encoding="utf-8") as file:
-            json.dump(_myself(), file)
+            json.dump(me, file)
     except FileExistsError:
-        raise _in_use(folder, f"; if that process is gone, delete {path}") from None
+        raise _in_use(folder, remedy) from None
+    time.sleep(_SETTLING)  # another that saw the same dead owner may have deleted ours for its own
+    if _owner(folder) != me:
+        raise _in_use(folder, remedy)
     return lambda: path.unlink(missing_ok=True)
 
 
