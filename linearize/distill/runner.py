@@ -120,7 +120,7 @@ class _Job:
         model: Any
         with self._watched(f"loading {self.source}", [], _SMALLER_MODEL):
             model, tokenizer = models.load_teacher(self.source, dtype=torch.float32, device=str(self.device))
-        plan = surgery.plan(model.config, recipe.mixer, recipe.layers, **needs(recipe.stages.values()))
+        plan = surgery.plan(model, recipe.mixer, recipe.layers, **needs(recipe.stages.values()))
         with self._watched(
             "reading the texts", [], "a smaller token budget (stages.*.tokens) in a new run folder"
         ):
