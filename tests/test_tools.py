@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import accelerate
+import peft
 import pytest
 import tiny
 import torch
@@ -97,3 +98,16 @@ def test_a_hook_is_back_after_an_error_inside(tmp_path):
         mixer.chunked(IDS, None, None)
     assert hooks == [part.__dict__.get("_hf_hook") for part in mixer.modules()] and any(hooks)
     assert all(parameter.is_meta for parameter in mixer.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_adapters_without_targets_go_where_they_go_in_the_teacher(family):
+    def adapted(model, config):
+        made = peft.get_peft_model(model, config)
+        return sorted(name for name, _ in made.named_parameters() if any(x in name for x in ("lora", "ia3")))
+
+    for config in (peft.LoraConfig, peft.IA3Config, peft.AdaLoraConfig):
+        options = {"total_step": 10} if config is peft.AdaLoraConfig else {}
+        expected = adapted(tiny.model(family), config(**options))
+        model = surgery.convert(tiny.model(family), tiny.LOLCATS)
+        assert adapted(model, config(**options)) == expected and expected
