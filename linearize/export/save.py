@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from linearize.errors import CheckpointError
 from linearize.export.bundle import MODULE, auto_map, bundle
 from linearize.export.card import model_card
+from linearize.patch import changed
 from linearize.surgery import converted
 
 
@@ -36,7 +37,7 @@ def save(
     Args:
         model: a converted model (after LoRA is merged), or any model of transformers.
         path: the folder; an existing one is replaced.
-        tokenizer: saved along when given.
+        tokenizer: saved along when given, padding on the side that its own files say.
         recipe: the composed recipe, for the card and `linearize.json`.
         metrics: results, likewise.
         base: what was converted (the MODEL argument), for the card.
@@ -57,7 +58,7 @@ def save(
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         model.save_pretrained(scratch, max_shard_size=max_shard_size)
         if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
+            _save_tokenizer(tokenizer, scratch)
         if remote_code and converted(model):
             (scratch / f"{MODULE}.py").write_text(bundle(model))
             config = json.loads((scratch / "config.json").read_text())
@@ -82,6 +83,17 @@ def save(
         if scratch is not None:  # gone where all went well; Ctrl-C and a stop leave nothing either
             shutil.rmtree(scratch, ignore_errors=True)
     return path
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer as it was loaded: padding and truncation of the last batch would be written along."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
+    own = getattr(tokenizer, "init_kwargs", {}).get("padding_side", type(tokenizer).padding_side)
+    with changed(tokenizer, "padding_side", own):
+        tokenizer.save_pretrained(folder)
 
 
 def replace_folder(new: Path, path: Path) -> None:
