@@ -23,7 +23,7 @@ _WORDS = (
 )
 """What allocators say that raise a plain RuntimeError, in lower case."""
 _KILLED = re.compile(r"dataloader worker .* (killed by signal: (killed|bus error)|exited unexpectedly)", re.S)
-_ASKED = re.compile(r"(?:tried to allocate|allocate)\s+(\d+(?:\.\d+)?)\s*(bytes|[KMGT]i?B)\b", re.IGNORECASE)
+_ASKED = re.compile(r"(?:tried to allocate|allocate)\s+(\d+(?:\.\d*)?)\s*(bytes|[KMGT]i?B)\b", re.IGNORECASE)
 
 
 class OutOfMemoryError(LinearizeError):
@@ -104,7 +104,7 @@ def _asked(error: BaseException) -> str:
     if found is None:
         return ""
     if found[2].lower() != "bytes":
-        return f" ({found[1]} {found[2]} asked for)"
+        return f" ({found[1].rstrip('.')} {found[2]} asked for)"
     amount = float(found[1])
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if amount < 1024 or unit == "GiB":

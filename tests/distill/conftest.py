@@ -39,7 +39,17 @@ def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
     """A two-stage recipe on a text file; keyword arguments change the stages' fields."""
-    text = tmp_path / "text.txt"
+    return recipes_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
+    """`make_recipe` for what a module makes once."""
+    return recipes_in(tmp_path_factory.mktemp("text"))
+
+
+def recipes_in(folder: Path) -> Callable[..., Recipe]:
+    text = folder / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
 
     def make(**changes: Any) -> Recipe:
