@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from linearize.models import hub
 from linearize.models.aliases import ALIASES, Alias
 from linearize.models.cache import build_once, cache_dir, content_hash
 from linearize.models.check import check_checkpoint, check_config, is_whole
+from linearize.models.files import FOLDER, instead_of_file
 from linearize.models.wheel import fetch
 from linearize.registry import closest
 
@@ -61,10 +63,15 @@ def _local(model: str) -> Path | None:
     """The folder of an alias, a folder or a GGUF file; None where only the hub is left."""
     if model in ALIASES:
         return _from_alias(model, ALIASES[model])
-    path = Path(model).expanduser()
-    if model and path.is_dir():
+    path = Path(os.path.expanduser(model))
+    found = instead_of_file(path)
+    if model and found == FOLDER:
         return path
-    if model and path.is_file():
+    if model and found:
+        raise ModelNotFoundError(
+            f"no model '{model}': it is {found}; give a checkpoint folder, a GGUF file, a hub id or an alias"
+        )
+    if model and os.path.isfile(path):
         return _from_gguf(path)
     if not HUB_ID.fullmatch(model) or model.startswith(".") or path.suffix == ".gguf":
         raise ModelNotFoundError(f"no model '{model}': there is no such file or folder{_nearby(path)}")

@@ -21,7 +21,7 @@ def test_a_truncated_shard(checkpoint, lost):
     content = shard.read_bytes()
     shard.write_bytes(content[:-lost])
     message = (
-        rf"{shard.name} is truncated .* {len(content) - lost:,} bytes, .* {len(content):,}; fetch it again"
+        rf"{shard.name} is corrupt or truncated: .* {len(content) - lost:,} bytes, .* {len(content):,}; fetch"
     )
     with pytest.raises(CheckpointError, match=message):
         resolve(str(checkpoint))
@@ -31,7 +31,7 @@ def test_a_truncated_shard(checkpoint, lost):
 def test_a_shard_cut_inside_its_header(checkpoint, size):
     shard = shards(checkpoint)[0]
     shard.write_bytes(shard.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match=rf"{shard.name} is (truncated|damaged).*fetch it again"):
+    with pytest.raises(CheckpointError, match=rf"{shard.name} is corrupt or truncated.*fetch it again"):
         resolve(str(checkpoint))
 
 
@@ -39,14 +39,14 @@ def test_a_shard_cut_inside_its_header(checkpoint, size):
 def test_a_damaged_header(checkpoint, header):
     shard = shards(checkpoint)[0]
     shard.write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(CheckpointError, match=f"{shard.name} is damaged"):
+    with pytest.raises(CheckpointError, match=f"{shard.name} is corrupt"):
         resolve(str(checkpoint))
 
 
 def test_a_header_of_absurd_length(checkpoint):
     shard = shards(checkpoint)[0]
     shard.write_bytes(b"\xff" * 64)
-    with pytest.raises(CheckpointError, match=f"{shard.name} is damaged"):
+    with pytest.raises(CheckpointError, match=f"{shard.name} is corrupt"):
         resolve(str(checkpoint))
 
 
