@@ -11,10 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
 
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, UnsupportedModelError
 from linearize.mixers import Mixer, State
 from linearize.surgery.generated import subclass
 
@@ -271,3 +278,28 @@ def adopt(cache: Cache, index: int) -> LinearizedCacheLayer:
     made._drop_record()
     cache.layers[index] = made
     return made
+
+
+def check_past_recording(cache: Cache) -> None:
+    """Refuse an assistant's cache whose kept sliding layers hand out more keys than their mask has.
+
+    Told by trying it: transformers 5.17 does so once the window is full and several tokens were drafted in a row, in
+    models that nobody converted as well.
+
+    Raises:
+        UnsupportedModelError: naming the layer and the ways out.
+    """
+    for index, layer in enumerate(cache.layers):
+        kept = isinstance(layer, DynamicSlidingWindowLayer) and not isinstance(layer, LinearizedCacheLayer)
+        if not kept:
+            continue
+        trial, keys = DynamicSlidingWindowLayer(2), torch.zeros(1, 1, 4, 1)
+        trial.activate_past_recording()
+        trial.update(keys, keys)
+        if trial.get_mask_sizes(1)[0] != trial.update(keys[:, :, :1], keys[:, :, :1])[0].shape[-2]:
+            raise UnsupportedModelError(
+                f"layer {index} of the assistant stayed softmax with a sliding window, for which assisted generation "
+                f"is broken in transformers {transformers.__version__}, converted or not; upgrade transformers, "
+                "convert every layer of the assistant, or use prompt_lookup_num_tokens"
+            )
+        return

@@ -12,7 +12,7 @@ from linearize.errors import CheckpointError, UnsupportedModelError
 from linearize.mixers import LayerShape, build
 from linearize.mixers.base import Part
 from linearize.surgery.attention import LinearizedAttention, Switch, convert_module
-from linearize.surgery.cache import adopt
+from linearize.surgery.cache import adopt, check_past_recording
 from linearize.surgery.filing import file_config, file_model
 from linearize.surgery.generated import subclass
 from linearize.surgery.schema import module_problems, plan_problems
@@ -86,6 +86,7 @@ class LinearizedCausalLM(LinearizedModel):
             for layer in layers:
                 adopt(cache, layer.layer_idx)
             if getattr(generation_config, "is_assistant", False):
+                check_past_recording(cache)
                 cache.activate_past_recording()
         return result
 
