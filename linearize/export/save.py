@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from linearize.errors import CheckpointError
 from linearize.export.bundle import MODULE, auto_map, bundle
 from linearize.export.card import model_card
+from linearize.export.verify import verify
 from linearize.patch import changed
 from linearize.surgery import converted
 
@@ -29,6 +30,7 @@ def save(
     base: str = "",
     remote_code: bool = True,
     max_shard_size: str = "5GB",
+    check: bool = False,
 ) -> Path:
     """Write `model` to the folder `path`.
 
@@ -44,12 +46,15 @@ def save(
         remote_code: also write `modeling_linearized.py`, so that the folder loads without this package through
             `trust_remote_code=True`.
         max_shard_size: largest weight file.
+        check: load the folder in a fresh process and compare it with the model, see `verify`, before it is put in its
+            place; for converted models.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written; what was there before is untouched.
+        CheckpointError: the disk is full or the folder cannot be written; what was there before is untouched. Or the
+            folder does not give back the model; it then stands beside its place, as `<path>-failed`.
     """
     path = Path(path)
     scratch: Path | None = None
@@ -70,6 +75,8 @@ def save(
             model_card(model, base=base, recipe=recipe or {}, metrics=metrics or {})
         )
         scratch.chmod(0o755)
+        if check and converted(model):
+            _check(model, scratch, path, remote_code=remote_code)
         replace_folder(scratch, path)
     except Exception as error:
         # the tokenizer's library raises a plain Exception
@@ -83,6 +90,20 @@ def save(
         if scratch is not None:  # gone where all went well; Ctrl-C and a stop leave nothing either
             shutil.rmtree(scratch, ignore_errors=True)
     return path
+
+
+def _check(model: PreTrainedModel, scratch: Path, path: Path, *, remote_code: bool) -> None:
+    """`verify`, which keeps a folder that does not pass under a name that says so."""
+    try:
+        verify(model, scratch, remote_code=remote_code)
+    except CheckpointError as error:
+        failed = path.with_name(f"{path.name}-failed")
+        shutil.rmtree(failed, ignore_errors=True)
+        scratch.rename(failed)
+        raise CheckpointError(
+            f"{path}: the export did not pass its check: {error}. It was left in {failed} with all its weights, and "
+            f"{path} is as it was; please report what the check says"
+        ) from error
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
