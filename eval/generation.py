@@ -11,6 +11,7 @@ from transformers import TextStreamer
 
 from linearize.decode.generate import evaluating, generate_ids
 from linearize.errors import LinearizeError
+from linearize.models.tokenizer import check_ids, render_chat
 
 
 def generate(
@@ -57,7 +58,8 @@ def generate(
         raise LinearizeError("an empty prompt: give at least one character to continue")
     if on_text is not None and (len(texts) > 1 or options.get("num_beams", 1) > 1):
         raise LinearizeError("streaming shows one sequence: give one prompt and no beams")
-    batch = _encode(tokenizer, [_chat(tokenizer, text, system) for text in texts] if chat else texts, chat)
+    rows = model.get_input_embeddings().weight.shape[0]
+    batch = _encode(tokenizer, [_chat(tokenizer, text, system) for text in texts] if chat else texts, chat, rows)
     batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch.items()}
     options.setdefault("do_sample", False)
     if not options["do_sample"]:
@@ -139,14 +141,16 @@ def _chat(tokenizer: Any, text: str, system: str | None) -> str:
         raise LinearizeError("the tokenizer has no chat template: generate without the chat option")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return render_chat(tokenizer, messages, add_generation_prompt=True)
 
 
-def _encode(tokenizer: Any, texts: list[str], chat: bool) -> dict[str, Tensor]:
-    """Left-padded ids and mask. The chat template writes its special tokens itself."""
+def _encode(tokenizer: Any, texts: list[str], chat: bool, embedding: int) -> dict[str, Tensor]:
+    """Left-padded ids and mask, all of them below the rows of the `embedding`. The chat template writes its special tokens itself."""
     rows = [tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in texts]
     if not all(rows):
         raise LinearizeError("an empty prompt: the tokenizer made no token of it")
+    for text, row in zip(texts, rows, strict=True):
+        check_ids(row, embedding, tokenizer, f"the prompt {text[:40]!r}")
     longest = max(len(row) for row in rows)
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     return {

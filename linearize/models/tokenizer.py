@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,27 @@ def check_vocabulary(where: object, tokenizer: Any, rows: int) -> None:
             f"{where}: its tokenizer has {len(wrong)} tokens beyond the model's embedding of {rows:,} rows (first: "
             f"{token!r}, id {index:,}); take the tokenizer that belongs to the model, or resize the embedding "
             "(transformers: resize_token_embeddings) and save both"
+        )
+
+
+def check_ids(ids: Sequence[int], rows: int, tokenizer: Any, where: str) -> None:
+    """Refuse text whose ids the model's embedding does not have; see `check_vocabulary` for how they come about.
+
+    Args:
+        ids: of the text's tokens.
+        rows: of the embedding.
+        tokenizer: that made the ids, to name the token.
+        where: what the text is, for the message.
+
+    Raises:
+        LinearizeError: names the token.
+    """
+    largest = max(ids, default=0)
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise LinearizeError(
+            f"{where} holds {token!r} (id {largest:,}), and the model's embedding ends after {rows:,} rows; take "
+            "it out of the text"
         )
 
 

@@ -74,7 +74,7 @@ def test_a_damaged_conversion_is_made_again(gguf):
 @pytest.mark.parametrize("size", [4, 30, 3000, -100])
 def test_a_truncated_gguf_leaves_nothing_in_the_cache(gguf, cache, size):
     gguf.write_bytes(gguf.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match=r"tiny\.gguf is not a whole GGUF file .*; fetch it again"):
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf is not a whole GGUF file: .*; fetch it again"):
         resolve(str(gguf))
     assert [path for path in (cache / "models").iterdir() if path.is_dir()] == []
 
