@@ -59,7 +59,9 @@ def generate(
     if on_text is not None and (len(texts) > 1 or options.get("num_beams", 1) > 1):
         raise LinearizeError("streaming shows one sequence: give one prompt and no beams")
     rows = model.get_input_embeddings().weight.shape[0]
-    batch = _encode(tokenizer, [_chat(tokenizer, text, system) for text in texts] if chat else texts, chat, rows)
+    batch = _encode(
+        tokenizer, [_chat(tokenizer, text, system) for text in texts] if chat else texts, chat, rows
+    )
     batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch.items()}
     options.setdefault("do_sample", False)
     if not options["do_sample"]:
@@ -145,7 +147,7 @@ def _chat(tokenizer: Any, text: str, system: str | None) -> str:
 
 
 def _encode(tokenizer: Any, texts: list[str], chat: bool, embedding: int) -> dict[str, Tensor]:
-    """Left-padded ids and mask, all of them below the rows of the `embedding`. The chat template writes its special tokens itself."""
+    """Left-padded ids, below the rows of the `embedding`, and mask. The chat template writes its own special tokens."""
     rows = [tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in texts]
     if not all(rows):
         raise LinearizeError("an empty prompt: the tokenizer made no token of it")
