@@ -14,6 +14,7 @@ from linearize.data.tokens import Tokens
 from linearize.decode.generate import evaluating, generate_ids
 from linearize.errors import LinearizeError
 from linearize.mixers.offloaded import device_of
+from linearize.models.tokenizer import check_ids
 
 
 def generate(
@@ -61,8 +62,11 @@ def generate(
         raise LinearizeError("an empty prompt: give at least one character to continue")
     if on_text is not None and (len(texts) > 1 or options.get("num_beams", 1) > 1):
         raise LinearizeError("streaming shows one sequence: give one prompt and no beams")
-    batch = _padded(tokenizer, _chat(tokenizer, texts, system) if chat else tokenizer(texts)["input_ids"])
-    batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
+    rows = _chat(tokenizer, texts, system) if chat else tokenizer(texts)["input_ids"]
+    embedding = model.get_input_embeddings().weight.shape[0]
+    for text, row in zip(texts, rows, strict=True):
+        check_ids(row, embedding, tokenizer, f"the prompt {text[:40]!r}")
+    batch = {name: tensor.to(device_of(model)) for name, tensor in _padded(tokenizer, rows).items()}
     options.setdefault("do_sample", False)
     if not options["do_sample"]:
         # A checkpoint's generation config may hold sampling values, which greedy decoding warns about.

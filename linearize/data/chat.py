@@ -7,23 +7,11 @@ from collections.abc import Callable
 from itertools import takewhile
 from typing import Any
 
-from jinja2 import TemplateError
-
 from linearize.data.control import ControlTokens
 from linearize.data.document import Document
 from linearize.data.messages import ROLES, Message, unknown_role
 from linearize.errors import DataError
-
-FAILURES = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
-"""What an expression of a template can raise: jinja's own errors and those of Python's operators."""
+from linearize.models import render_chat
 
 Parts = list[tuple[str, bool]]
 """(text, whether it is trained on), in order."""
@@ -106,12 +94,7 @@ class Chat:
         """
         if tools:
             options["tools"] = tools
-        try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
-        except FAILURES as error:
-            raise DataError(
-                f"the tokenizer's chat template refuses these messages: {error or type(error).__name__}; mend the row"
-            ) from error
+        return render_chat(self._tokenizer, messages, **options)
 
     def _document(
         self,

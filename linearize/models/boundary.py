@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from types import TracebackType
 
+from jinja2 import TemplateError
+
 from linearize.errors import CheckpointError, LinearizeError
 
 LIBRARIES = frozenset(
@@ -17,7 +19,7 @@ LIBRARIES = frozenset(
 )
 LENGTH = 300
 """Characters of a reason that are shown; some libraries list every class that they know."""
-SPEAKS = (ValueError, OSError, RuntimeError)
+SPEAKS = (ValueError, OSError, RuntimeError, TemplateError)
 """Errors whose text is a sentence; of any other the name is half of what is to be said."""
 UNSAFE_ADVICE = re.compile(r"trust_remote_code|weights_only|allow_all_kernels|custom code", re.IGNORECASE)
 MEMORY = re.compile(r"out of memory|not enough memory|can(no|')t allocate|unable to allocate", re.IGNORECASE)

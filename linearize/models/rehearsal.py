@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,10 +60,13 @@ def rehearse(
         for name, x in tensors.items()
     }
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with boundary(
-        f"the model that {folder / 'config.json'} describes",
-        "fetch the checkpoint again, or upgrade transformers if the model is newer than it",
-        verb="cannot be made",
+    with (
+        _quiet(),
+        boundary(
+            f"the model that {folder / 'config.json'} describes",
+            "fetch the checkpoint again, or upgrade transformers if the model is newer than it",
+            verb="cannot be made",
+        ),
     ):
         loaded: Any = cls.from_pretrained(
             None, config=config, state_dict=state, device_map="meta", dtype=torch.bfloat16, **options
@@ -110,6 +115,19 @@ def check_report(folder: Path, report: dict[str, Any], model: nn.Module) -> None
             f"{folder} holds {len(dropped)} tensors that config.json does not ask for ({_few(dropped)}), and without "
             "them it would be another model; look at num_hidden_layers and the like, or fetch the checkpoint again"
         )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide transformers' report of what does not fit: `check_report` says it."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _few(names: list[str]) -> str:

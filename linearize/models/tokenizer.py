@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearize.errors import CheckpointError, LinearizeError
+from linearize.errors import CheckpointError, DataError, LinearizeError
 from linearize.models.boundary import boundary
 from linearize.models.check import has_tokenizer
 from linearize.models.resolve import resolve
@@ -77,19 +78,38 @@ def check_vocabulary(where: object, tokenizer: Any, rows: int) -> None:
         )
 
 
-def render_chat(tokenizer: Any, messages: list[dict[str, Any]], where: str = "", **options: Any) -> str:
+def check_ids(ids: Sequence[int], rows: int, tokenizer: Any, where: str) -> None:
+    """Refuse text whose ids the model's embedding does not have; see `check_vocabulary` for how they come about.
+
+    Args:
+        ids: of the text's tokens.
+        rows: of the embedding.
+        tokenizer: that made the ids, to name the token.
+        where: what the text is, for the message.
+
+    Raises:
+        LinearizeError: names the token.
+    """
+    largest = max(ids, default=0)
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise LinearizeError(
+            f"{where} holds {token!r} (id {largest:,}), and the model's embedding ends after {rows:,} rows; take "
+            "it out of the text"
+        )
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
     """Messages in the tokenizer's chat template, as text.
 
     Args:
         tokenizer: with a chat template.
         messages: each with role and content.
-        where: what is rendered, for messages ("data.jsonl, line 3").
         **options: for `apply_chat_template` (add_generation_prompt, tools, ...).
 
     Raises:
-        LinearizeError: the template refuses the messages, or is broken.
+        DataError: the template refuses the messages, or is broken.
     """
-    remedy = "change the messages to what it asks for, mend chat_template.jinja, or do without the template"
-    subject = f"{where}: the model's chat template" if where else "the model's chat template"
-    with boundary(subject, remedy, verb="cannot be rendered", kind=LinearizeError):
+    remedy = "mend them, or the template"
+    with boundary("the tokenizer's chat template", remedy, verb="refuses these messages", kind=DataError):
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))

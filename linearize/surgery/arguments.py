@@ -49,6 +49,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "token_type_ids": "what it changes stands in the mask",
     "mm_token_type_ids": "what it changes stands in the mask",
     "dropout": "regularizes training, off in evaluation",
+    "linearize_frame": "what a converted module's forward tells its own attention function",
     "deterministic": "says which kernel computes the same numbers",
 }
 """Argument -> why a mixer may ignore it."""

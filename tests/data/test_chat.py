@@ -212,7 +212,7 @@ def test_a_role_that_a_template_would_drop_is_refused(chats, tokenizer):
 )
 def test_a_template_that_fails_is_no_traceback(chats, tokenizer, template):
     tokenizer.chat_template = template
-    with pytest.raises(DataError, match=r"chat template refuses these messages: .*; mend the row \(line 1\)"):
+    with pytest.raises(DataError, match=r"refuses these messages: .*; mend them, or the template \(line 1\)"):
         chats({"messages": [USER, ANSWER]})
 
 
