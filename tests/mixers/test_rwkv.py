@@ -203,8 +203,16 @@ def test_query_heads_share_a_state_unless_asked():
         ),
         ("gate", {"name": "rwkv6", "rank": 0}, "mixer.gate.rank: 0 must be at least 1"),
         ("gate", {"name": "rwkv7", "slow": 1.0}, "mixer.gate.slow: 1.0 must be at most fast (-1.5)"),
-        ("gate", {"name": "rwkv7", "exponent": 0.0}, "mixer.gate.exponent: 0.0 must be positive"),
-        ("update", {"name": "rwkv7", "scale": 0.0}, "mixer.update.scale: 0.0 must be positive"),
+        (
+            "gate",
+            {"name": "rwkv7", "exponent": 0.0},
+            "mixer.gate.exponent: must be above 0 and at most 100, got 0.0",
+        ),
+        (
+            "update",
+            {"name": "rwkv7", "scale": 0.0},
+            "mixer.update.scale: must be above 0 and at most 1000000, got 0.0",
+        ),
         ("update", {"name": "rwkv7", "rank": 0}, "mixer.update.rank: 0 must be at least 1"),
     ],
 )

@@ -44,7 +44,7 @@ def test_all_mistakes_at_once():
                 "window": {"name": "sliding"},
                 "combine": {"name": "shared_normalizer", "window_weight_init": 1},
             },
-            "must lie between 0 and 1",
+            "must be above 0 and below 1",
         ),
     ],
 )
