@@ -35,8 +35,8 @@ def test_all_mistakes_at_once():
             {"feature_map": {"name": "hedgehog", "per": "kv_head", "tied": True}},
             "tied: true needs per: query_head",
         ),
-        ({"window": {"name": "sliding", "size": 0}}, "size: 0 must be at least 1"),
-        ({"window": {"name": "sliding", "size": True}}, "True must be int"),
+        ({"window": {"name": "sliding", "size": 0}}, "size: must be at least 1"),
+        ({"window": {"name": "sliding", "size": True}}, "true must be int"),
         ({"window": "sliding"}, "must be a mapping with a name"),
         (
             {
