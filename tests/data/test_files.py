@@ -290,6 +290,10 @@ def test_a_template_on_a_txt_file_is_told(tmp_path, caplog):
     (tmp_path / "book.txt").write_text("a")
     assert read(tmp_path / "book.txt", template="alpaca") == ["a"]
     assert "is plain text: data.template and data.text_field do not apply" in caplog.text
+    caplog.clear()
+    assert validation_texts(DataConfig(validation=str(tmp_path / "book.txt"), template="alpaca")) == ["a"]
+    assert len(validation_texts(DataConfig(validation=["builtin"], template="alpaca"))) == 18
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
