@@ -213,7 +213,9 @@ def _eval_arguments(parser: Parser) -> None:
 
 def _generate_arguments(parser: Parser) -> None:
     parser.add_argument("path", metavar="PATH", help=PATH_HELP)
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    parser.add_argument(
+        "--prompt", required=True, metavar="TEXT", help="text to continue, control tokens included"
+    )
     parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="default: 128")
     parser.add_argument(
         "--temperature",

@@ -39,7 +39,7 @@ def validation_documents(config: DataConfig, tokenizer: Any = None) -> list[Docu
     Raises:
         DataError: as `load_texts`.
     """
-    sample = config.validation == builtin.NAME
+    sample = config.validation in (builtin.NAME, [builtin.NAME])
     documents = load_texts(
         config.validation,
         split="validation",

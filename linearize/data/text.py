@@ -84,7 +84,10 @@ def load_texts(
             f"data.split: '{split}' is for hub datasets, and {', '.join(map(str, names))} is local; leave it out, and "
             "name the file of that split"
         )
-    if not any(shard.template is shape for shard in shards) and not streams and shape.is_changed:
+    plain = not streams and not any(shard.template is shape for shard in shards)
+    if (
+        plain and shape.is_changed and split != "validation"
+    ):  # held-out text need not have the training text's form
         log.warning(
             "%s is plain text: data.template and data.text_field do not apply", ", ".join(map(str, names))
         )

@@ -159,6 +159,14 @@ def test_what_is_refused_names_the_row(chats, row, problem):
         chats({"messages": [USER, ANSWER]}, row)
 
 
+def test_a_row_that_is_too_deep(chats):
+    deep: list = []
+    for _ in range(700):
+        deep = [deep]
+    with pytest.raises(DataError, match=r"(too deep|recursion depth).*mend the row \(line 1\)"):
+        chats({"messages": [USER, {**CALL, "tool_calls": [{"x": deep}]}]})
+
+
 def test_a_role_that_the_template_knows_is_no_unknown_one(chats, tokenizer):
     tokenizer.chat_template = KNOWS_TOOLS.replace(
         "m.content", "(m.content if m.role != 'observation' else 7)"

@@ -290,3 +290,29 @@ def test_a_template_on_a_txt_file_is_told(tmp_path, caplog):
     (tmp_path / "book.txt").write_text("a")
     assert read(tmp_path / "book.txt", template="alpaca") == ["a"]
     assert "is plain text: data.template and data.text_field do not apply" in caplog.text
+    caplog.clear()
+    assert validation_texts(DataConfig(validation=str(tmp_path / "book.txt"), template="alpaca")) == ["a"]
+    assert len(validation_texts(DataConfig(validation=["builtin"], template="alpaca"))) == 18
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_random_bytes_are_no_traceback(tmp_path, suffix):
+    rng = random.Random(2)
+    good = MARK + JSONL.encode()
+    for attempt in range(150):
+        data = bytearray(good)
+        for _ in range(rng.choice([1, 2, 8])):
+            at = rng.randrange(len(data))
+            data[at : at + rng.choice([0, 1, 3])] = rng.choice(
+                [b"\0", b"\xff\xfe", b"\r", b'"', b"[{", b"\\u12", b""]
+            )
+        path = tmp_path / f"text{rng.choice(['.jsonl', '.json', '.txt'])}{suffix}"
+        packed_bytes = bytearray(COMPRESS[suffix](bytes(data)))
+        if suffix and attempt % 2:
+            packed_bytes[rng.randrange(len(packed_bytes))] ^= 1 << rng.randrange(8)
+        path.write_bytes(packed_bytes)
+        try:
+            assert all(isinstance(text, str) and "\ufeff" not in text[:1] for text in read(path))
+        except DataError as error:
+            assert str(tmp_path) in str(error)

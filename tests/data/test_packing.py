@@ -168,6 +168,14 @@ def test_plain_text_cannot_end_a_document(tokenizer, jsonl, caplog):
     assert ids.count(END) == len(tokenizer.decode(ids).split("### Response:\nb</s></s>")) - 1
 
 
+def test_the_markup_of_the_sample_is_control_tokens(tokenizer):
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_end|>"]})
+    dataset = packed(tokenizer, DataConfig(length=4096), tokens=400_000, seed=0)
+    ids = np.array(flat(dataset, "input_ids"))
+    text = tokenizer.decode(ids)
+    assert (ids == tokenizer.convert_tokens_to_ids("<|im_end|>")).sum() == text.count("<|im_end|>") > 100
+
+
 def test_rendered_text_keeps_its_control_tokens(tokenizer, jsonl, caplog):
     caplog.set_level("INFO", logger="linearize")
     config = DataConfig(source=jsonl([{"text": "<|user|>a</s>b"}] * 4), template="rendered", length=20)

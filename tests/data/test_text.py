@@ -267,6 +267,17 @@ def test_a_hub_dataset_that_cannot_be_had(monkeypatch, error, problem):
         load_texts("owner/name")
 
 
+def test_a_dataset_with_a_damaged_file():
+    def stream():
+        yield {"text": "one"}
+        raise ValueError("no such column")
+
+    rows = hub.rows(stream(), "owner/name")
+    assert next(rows) == ("row 1", {"text": "one"})
+    with pytest.raises(DataError, match=r"'owner/name' cannot be read on \(no such column\)"):
+        next(rows)
+
+
 def test_a_download_that_breaks_off():
     def stream():
         yield {"text": "one"}
