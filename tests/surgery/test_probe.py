@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 
 import odd
 import pytest
 import tiny
 import torch
+import transformers
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -61,6 +63,8 @@ def test_more_than_q_k_v_and_padding_is_refused_loaded_or_not(family):
 @pytest.mark.parametrize("family", EXACT)
 def test_identity_through_files_padded_and_cached(family, tmp_path):
     model = odd.through_files(family, tmp_path / "teacher")
+    if not hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        pytest.skip(f"{family} came to the attention interface after transformers {transformers.__version__}")
     kinds = [layer.shape.rotary for layer in surgery.attention_layers(model)]
     assert kinds == EXACT[family]
     ids, mask, positions = tiny.left_padded()
@@ -86,7 +90,7 @@ def test_identity_through_files_padded_and_cached(family, tmp_path):
             assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("family", ["opt", "deepseek_v2", "lfm2"])
+@pytest.mark.parametrize("family", ["opt", "deepseek_v2"])
 def test_exports_answer_as_the_conversion_does(family, tmp_path):
     model = surgery.convert(odd.through_files(family, tmp_path / "teacher"), tiny.LOLCATS)
     tiny.randomize(layer.mixer for layer in surgery.converted(model))
