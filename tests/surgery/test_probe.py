@@ -105,9 +105,14 @@ def test_exports_answer_as_the_conversion_does(family, tmp_path):
     assert torch.equal(loaded.generate(ids, **settings), model.generate(ids, **settings))
 
 
-def test_a_family_that_needs_numbers_says_so_without_weights():
-    with pytest.raises(UnsupportedModelError, match=r"looks at numbers \(modeling_jetmoe.py, line \d+\)"):
-        surgery.plan(odd.config("jetmoe"), tiny.LOLCATS)
+def test_a_family_that_looks_at_numbers_is_planned_without_weights():
+    """Which expert gets how many tokens is a number; a plan has none, and must not need them."""
+    config = odd.config("jetmoe")
+    skeleton = surgery.skeleton(config)
+    found = surgery.attention_layers(skeleton)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    loaded = surgery.attention_layers(odd.model("jetmoe"))
+    assert [layer.shape for layer in found] == [layer.shape for layer in loaded]
 
 
 def test_what_is_no_decoder_is_said_in_a_line():
@@ -115,6 +120,13 @@ def test_what_is_no_decoder_is_said_in_a_line():
     with pytest.raises(UnsupportedModelError, match="'t5' model has no causal language model") as error:
         surgery.plan(config, tiny.LOLCATS)
     assert len(str(error.value)) < 200
+
+
+def test_a_config_that_builds_no_model_is_said_in_a_line():
+    config = tiny.config("llama")
+    config.hidden_act = "nope"
+    with pytest.raises(UnsupportedModelError, match=r"'llama' model cannot be built from this config \("):
+        surgery.plan(config, tiny.LOLCATS)
 
 
 def test_the_probe_leaves_nothing_behind():
