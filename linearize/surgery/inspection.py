@@ -15,7 +15,7 @@ from linearize.errors import UnsupportedModelError
 from linearize.mixers import LayerShape
 from linearize.mixers.position import rotate_back
 from linearize.surgery import arguments
-from linearize.surgery.probe import Call, Probe, Visit, made_elsewhere, probe
+from linearize.surgery.probe import FAILURES, Call, Probe, Visit, made_elsewhere, place, probe
 
 
 @dataclass
@@ -48,10 +48,11 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     modules = _attention_modules(model)
     seen = probe(model, [module for _, module in modules])
     own = probe(model, [module for _, module in modules], own=True)
+    loaded = not next(model.parameters()).is_meta
     layers: list[AttentionLayer] = []
     for path, module in modules:
         refused = _refusal(module, seen, own)
-        shape = None if refused else _shape(seen.visits[id(module)][0], seen)
+        shape = None if refused else _shape(seen.visits[id(module)][0], seen, loaded=loaded)
         if shape is None or isinstance(shape, str):
             raise UnsupportedModelError(f"{path} ({type(module).__name__}): {refused or shape}")
         index = getattr(module, "layer_idx", None)
@@ -64,16 +65,22 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a config without weights, on the meta device.
 
     Raises:
-        UnsupportedModelError: transformers has no causal language model for this config.
+        UnsupportedModelError: transformers has no causal language model for this config, or cannot build it.
     """
     config = copy.deepcopy(config)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    except ValueError as error:
+    except FAILURES as error:
         name = getattr(config, "model_type", type(config).__name__)
+        if "for this kind of AutoModel" in str(error):
+            raise UnsupportedModelError(
+                f"a '{name}' model has no causal language model in transformers; give a decoder"
+            ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UnsupportedModelError(
-            f"a '{name}' model has no causal language model in transformers; give a decoder"
+            f"a '{name}' model cannot be built from this config ({place(error)}: {reason}); compare it with the "
+            "config.json of the model's publisher"
         ) from error
 
 
@@ -141,8 +148,14 @@ def _refusal(module: nn.Module, seen: Probe, own: Probe) -> str | None:
     return None
 
 
-def _shape(visit: Visit, seen: Probe) -> LayerShape | str:
-    """A layer's numbers, or why they do not make a layer that a mixer could stand in for."""
+def _shape(visit: Visit, seen: Probe, *, loaded: bool) -> LayerShape | str:
+    """A layer's numbers, or why they do not make a layer that a mixer could stand in for.
+
+    Args:
+        visit: the layer's run.
+        seen: the probe that it belongs to.
+        loaded: whether the model has its weights, so that numbers mean something.
+    """
     call = visit.calls[0]
     _, heads, tokens, key_dim = call.query.shape
     if call.key.shape[2] != tokens or call.value.shape[1] != call.key.shape[1] or heads % call.key.shape[1]:
@@ -159,7 +172,7 @@ def _shape(visit: Visit, seen: Probe) -> LayerShape | str:
             f"attends within chunks or windows of {local} tokens that its attention mask alone knows of; a mixer "
             "cannot see where the next one begins when it decodes"
         )
-    if not call.query.is_meta and not bool(call.query.isfinite().all()):
+    if loaded and not bool(call.query.isfinite().all()):
         return "its queries are not finite; the weights hold NaN or infinite values"
     return LayerShape(
         heads=heads,
@@ -167,7 +180,7 @@ def _shape(visit: Visit, seen: Probe) -> LayerShape | str:
         key_dim=key_dim,
         value_dim=call.value.shape[3],
         model_dim=visit.hidden_states.shape[-1],
-        rotary=_rotary(call, visit.rotation),
+        rotary=_rotary(call, visit.rotation, loaded=loaded),
         **numbers,
     )
 
@@ -189,27 +202,25 @@ def _check_cache(model: PreTrainedModel, layers: list[AttentionLayer]) -> None:
             why = f"has the cache index {layer.index}, as {taken[layer.index]} has; their states would mix"
         elif layer.index < 0:
             why = f"has the cache index {layer.index}: it is told at each call which layer it is"
-        elif places and layer.index >= len(places):
-            why = f"has the cache index {layer.index}, but the model's cache holds {len(places)} layers"
-        elif places and not isinstance(places[layer.index], CacheLayerMixin):
+        elif places and not (layer.index < len(places) and isinstance(places[layer.index], CacheLayerMixin)):
             why = (
-                "has no keys and values of its own in the cache: it uses those of an earlier layer (shared KV), "
-                "which a state does not keep"
+                "has no keys and values of its own in the model's cache: it uses those of an earlier layer "
+                "(shared KV), which a state does not keep"
             )
         if why is not None:
             raise UnsupportedModelError(f"{layer.path} ({type(layer.module).__name__}): {why}")
         taken[layer.index] = layer.path
 
 
-def _rotary(call: Call, rotation: Any) -> str:
+def _rotary(call: Call, rotation: Any, *, loaded: bool) -> str:
     """How the probe's queries [1, H, T, K] were rotated.
 
-    Every token is the same, so the queries differ by their rotation alone: rotating back must make them equal. On the
-    meta device a pair of cos and sin is taken for the rotate-half kind.
+    Every token is the same, so the queries differ by their rotation alone: rotating back must make them equal. Without
+    weights a pair of cos and sin is taken for the rotate-half kind.
     """
     pair = isinstance(rotation, (tuple, list)) and len(rotation) == 2
     pair = pair and all(isinstance(x, Tensor) and not x.is_complex() for x in rotation)
-    if call.query.is_meta:
+    if not loaded:
         return "none" if rotation is None else "half" if pair else "other"
     query = call.query.float().transpose(1, 2)
     near = 1e-2 * query.abs().max().item()

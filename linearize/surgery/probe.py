@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,15 @@ from linearize.errors import UnsupportedModelError
 NAME = "linearize_probe"
 TOKENS = 4
 
-FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+FAILURES = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+)
 """What a model's own code raises when it is run in a way that it does not know."""
 
 
@@ -85,25 +93,49 @@ def probe(model: PreTrainedModel, modules: list[nn.Module], *, own: bool = False
         UnsupportedModelError: the model's forward does not run this way; the message names where it stops.
     """
     first: Exception | None = None
-    for inputs in _inputs(model):
-        seen = Probe()
-        try:
-            with _recording(model, modules, seen, own=own), evaluating(model), torch.no_grad():
-                model(**inputs, use_cache=False)
-            return seen
-        except FAILURES as error:
-            first = first or error
-    assert first is not None
+    ways: list[Any] = [nullcontext()]
     if next(model.parameters()).is_meta:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: its forward looks at numbers ({place(first)}), which a model without weights "
-            "does not have, so its layers can only be seen with the weights loaded"
-        ) from first
+        ways.append(standing_in(model))
+    for way in ways:
+        with way:
+            for inputs in _inputs(model):
+                seen = Probe()
+                try:
+                    with _recording(model, modules, seen, own=own), evaluating(model), torch.no_grad():
+                        model(**inputs, use_cache=False)
+                    return seen
+                except FAILURES as error:
+                    first = first or error
+    assert first is not None
     raise UnsupportedModelError(
         f"{type(model).__name__}: its forward does not run on {TOKENS} plain tokens with an attention function other "
         f"than its own (it stops in {place(first)}), so its queries and keys cannot be reached; convert a model "
         "family that does (Llama, Qwen, Gemma, GPT-2, ...)"
     ) from first
+
+
+@contextmanager
+def standing_in(model: nn.Module) -> Iterator[None]:
+    """Inside, a model on the meta device has numbers: every parameter and buffer is one number, spread over its shape.
+
+    For forwards that look at values (which expert gets how many tokens); one number takes no memory.
+    """
+    kept: list[tuple[dict[str, Any], str, Any]] = []
+    for module in model.modules():
+        tables: list[Any] = [module._parameters, module._buffers]
+        for held in tables:
+            for name, value in held.items():
+                if value is not None and value.is_meta:
+                    kept.append((held, name, value))
+    try:
+        for held, name, value in kept:
+            number = torch.full((), 0.01 if value.is_floating_point() else 0, dtype=value.dtype)
+            spread = number.expand(value.shape)
+            held[name] = nn.Parameter(spread, False) if isinstance(value, nn.Parameter) else spread
+        yield
+    finally:
+        for held, name, value in kept:
+            held[name] = value
 
 
 def _inputs(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
