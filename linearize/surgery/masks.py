@@ -134,10 +134,7 @@ def _read(mask: Tensor, batch: int, tokens: int, offset: int | Tensor, window: i
         return Reading(mask[:, -tokens:].to(torch.bool).expand(batch, -1), None, None)
     visible = _visible(mask, batch, tokens)
     place = torch.arange(tokens, device=mask.device)
-    own = (place + offset)[None, :, None].expand(visible.shape[0], -1, -1)
-    # rows of padding that see everything, as some masks have it lest a softmax be empty
-    opened = visible.all(-1) & (place + offset < visible.shape[-1] - 1)
-    valid = visible.gather(2, own)[..., 0] & ~opened
+    valid = _valid(visible, place + offset)
     order = torch.where(valid, place, -1).cummax(1).values
     before = torch.nn.functional.pad(order[:, :-1], (1, 0), value=-1)
     sees_before = visible.gather(2, (before + offset).clamp_min(0)[..., None])[..., 0]
@@ -150,6 +147,34 @@ def _read(mask: Tensor, batch: int, tokens: int, offset: int | Tensor, window: i
         # where nothing was carried, or padding alone, closing its document does no harm
         apart |= (before < 0) & ~(_first(visible, valid) & past).any(-1)[:, None]
     return Reading(valid.expand(batch, -1), (valid & apart).expand(batch, -1), None)
+
+
+def text_rows(mask: Tensor, tokens: int, past: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the first and the last text token of a call see, each [B, past + T] bool, and whether there is one, [B].
+
+    Args:
+        mask: [B, 1, Q, S], S at least past + T.
+
+    Raises:
+        UnsupportedModelError: another shape.
+    """
+    visible = _visible(mask, mask.shape[0], tokens)
+    columns = past + tokens
+    if visible.shape[-1] < columns:
+        raise UnsupportedModelError(
+            f"an attention mask of shape {tuple(mask.shape)} for {tokens} tokens behind {past} others; its last number "
+            f"must be {columns}"
+        )
+    valid = _valid(visible, torch.arange(tokens, device=mask.device) + past)
+    last = _first(visible.flip(1), valid.flip(1))
+    return _first(visible, valid)[:, :columns], last[:, :columns], valid.any(1)
+
+
+def _valid(visible: Tensor, own: Tensor) -> Tensor:
+    """Which tokens [B, Q] are text: they see themselves, in columns `own` [Q]."""
+    # rows of padding that see everything, as some masks have it lest a softmax be empty
+    opened = visible.all(-1) & (own < visible.shape[-1] - 1)
+    return visible.gather(2, own[None, :, None].expand(visible.shape[0], -1, -1))[..., 0] & ~opened
 
 
 def _first(visible: Tensor, rows: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from linearize.mixers.base import Part
 from linearize.surgery.attention import LinearizedAttention, Switch, convert_module
 from linearize.surgery.cache import adopt
 from linearize.surgery.generated import subclass
+from linearize.surgery.given import looking
 
 TYPE_PREFIX = "linearized_"
 FORMAT = 1
@@ -92,8 +93,10 @@ def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 def model_class(
     base: type[PreTrainedModel], config: type[PreTrainedConfig], *, head: bool
 ) -> type[PreTrainedModel]:
-    """`Linearized<Base>` of a causal language model (`head`) or of a base model."""
-    return subclass(base, LinearizedCausalLM if head else LinearizedModel, config_class=config)
+    """`Linearized<Base>` of a causal language model (`head`) or of a base model, which looks at its arguments."""
+    if head:
+        return subclass(base, LinearizedCausalLM, config_class=config)
+    return subclass(base, LinearizedModel, config_class=config, forward=looking(base.forward))
 
 
 def attach(model: PreTrainedModel) -> None:
