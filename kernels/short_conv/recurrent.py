@@ -49,11 +49,13 @@ def step_torch(
     bias: Tensor | None = None,
     silu: bool = False,
     residual: bool = False,
+    valid: Tensor | None = None,
 ) -> Tensor:
-    """The torch form."""
+    """The torch form; rows where `valid` [B] is false keep their state."""
     inputs = torch.cat([state, x[:, None]], 1)
     y = torch.einsum("bwhd,hdw->bhd", inputs, weight)
-    state.copy_(inputs[:, 1:])
+    moved = inputs[:, 1:]
+    state.copy_(moved if valid is None else torch.where(valid[:, None, None, None], moved, inputs[:, :-1]))
     y = y if bias is None else y + bias
     y = F.silu(y) if silu else y
     return y + x if residual else y

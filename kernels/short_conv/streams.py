@@ -87,7 +87,7 @@ def short_conv_step_streams(
         inputs: each [B, H, D]; rows may lie apart (a slice of a fused projection).
         weights: each [H, D, W].
         states: each [B, W - 1, H, D] contiguous, oldest first; written in place.
-        valid: [B] bool, false where the token is padding, which counts as a zero.
+        valid: [B] bool, false where the token is padding, which counts as a zero and leaves the state as it is.
         biases, silu, residual: see `short_conv_streams`.
 
     Returns:
@@ -107,6 +107,8 @@ def short_conv_step_streams(
         own = x.to(wide) if valid is None else torch.where(valid[:, None, None], x.to(wide), 0.0)
         bias = None if biases is None else biases[index].to(wide)
         outputs.append(
-            step_torch(own, weight.to(wide), state, bias=bias, silu=silu, residual=residual).to(x.dtype)
+            step_torch(own, weight.to(wide), state, bias=bias, silu=silu, residual=residual, valid=valid).to(
+                x.dtype
+            )
         )
     return outputs

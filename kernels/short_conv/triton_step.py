@@ -18,8 +18,11 @@ def step_channels(
     lanes = columns < channels
     state += batch * (TAPS - 1) * channels
     own = tl.load(x + batch * stride + columns, mask=lanes, other=0.0).to(tl.float32)
+    moves = lanes
     if HAS_VALID:
-        own = tl.where(tl.load(valid + batch) != 0, own, 0.0)
+        here = tl.load(valid + batch).to(tl.int32)
+        own = tl.where(here != 0, own, 0.0)
+        moves = columns < channels * here
     total = own * tl.load(weight + columns * TAPS + (TAPS - 1), mask=lanes, other=0.0).to(tl.float32)
     if HAS_BIAS:
         total += tl.load(bias + columns, mask=lanes, other=0.0).to(tl.float32)
@@ -29,9 +32,9 @@ def step_channels(
             tl.float32
         )
         if tap > 0:
-            tl.store(state + (tap - 1) * channels + columns, value, mask=lanes)
+            tl.store(state + (tap - 1) * channels + columns, value, mask=moves)
     if TAPS > 1:
-        tl.store(state + (TAPS - 2) * channels + columns, own.to(state.dtype.element_ty), mask=lanes)
+        tl.store(state + (TAPS - 2) * channels + columns, own.to(state.dtype.element_ty), mask=moves)
     if SILU:
         total = total * tl.sigmoid(total)
     if RESIDUAL:

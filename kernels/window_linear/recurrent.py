@@ -24,7 +24,7 @@ class Ring:
         k, v: [B, slots, N, K], [B, slots, N, V].
         valid: [B, slots] bool, false on padding and where nothing has been written yet.
         next: [B, H] int64, n of the token that comes next, the same number for each head.
-        position: [B, H] int64, tokens since the first valid one; for a terraced window only, else None.
+        position: [B, H] int64, valid tokens so far; for a terraced window only, else None.
         block: tokens in a block of a terraced window, 0 for a sliding one.
         limit: most tokens that a query sees, its own included; 0 for all that the ring holds.
     """
@@ -75,7 +75,7 @@ def window_linear_step(
             rest of the weight, else one. Taken by the kernel itself, so that no launch goes before it.
         sink: [H] logit of a key without a value that every window sees.
         softcap: tanh cap on the window's scaled scores.
-        valid: [B] bool, false on padding; all true by default.
+        valid: [B] bool, false on padding, which leaves everything as it is; all true by default.
         rotation: cos and sin [B or 1, R] of a rotary embedding that q and k have not had, rotate-half, R <= K.
         at_once: the sums take the token itself before they are read, not what leaves the window (always without one).
 
@@ -172,7 +172,7 @@ def _turn(ring: Ring, k: Tensor, v: Tensor, here: Tensor) -> tuple[tuple[Tensor,
     count, begins = 1, torch.ones_like(here[:, None])
     if ring.block and ring.position is not None:
         before = ring.position[:, :1]
-        counted = torch.where((before > 0) | here[:, None], before + 1, 0)
+        counted = before + here[:, None].to(before.dtype)
         place = (counted - 1).clamp_min(0) % ring.block
         ring.position.copy_(counted.expand_as(ring.position))
         reach = ring.block + place + 1
@@ -180,10 +180,10 @@ def _turn(ring: Ring, k: Tensor, v: Tensor, here: Tensor) -> tuple[tuple[Tensor,
     if ring.limit:
         reach = min(reach, ring.limit) if isinstance(reach, int) else reach.clamp(max=ring.limit)
     old = (slot + 1 + torch.arange(count, device=k.device)) % slots
-    leaving = (ring.k[rows, old], ring.v[rows, old], ring.valid[rows, old] & begins)
+    leaving = (ring.k[rows, old], ring.v[rows, old], ring.valid[rows, old] & begins & here[:, None])
     ring.k[rows, slot], ring.v[rows, slot] = k.to(ring.k.dtype), v.to(ring.v.dtype)
     ring.valid.scatter_(1, slot, here[:, None])
-    ring.next.add_(1)
+    ring.next.add_(here[:, None].to(ring.next.dtype))
     age = (slot - torch.arange(slots, device=k.device)) % slots
     return leaving, ring.valid & (age < reach)
 

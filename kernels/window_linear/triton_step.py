@@ -160,10 +160,10 @@ def window_linear_step_kernel(
         reach = SLOTS - 1
         if BLOCK > 0:
             before = tl.load(position + batch * heads + first_head)
-            counted = tl.where((before > 0) | (here != 0), before + 1, 0)
+            counted = before + here
             place = (tl.maximum(counted - 1, 0) % BLOCK).to(tl.int32)
             reach = tl.minimum(BLOCK + place + 1, LIMIT)
-            count = tl.where(place == 0, BLOCK, 0)
+            count = tl.where((place == 0) & (here != 0), BLOCK, 0)
     for tile in tl.static_range((V + BV - 1) // BV):
         # everything is asked for before the first reduction, what hangs on the token's number last
         values = tile * BV + tl.arange(0, BV)
@@ -181,7 +181,7 @@ def window_linear_step_kernel(
             arriving, arriving_value, alive = key, fresh, tl.cast(here, tl.float32)
             if not AT_ONCE and BLOCK == 0:
                 old = (slot + 1) % SLOTS
-                alive = tl.load(ring_valid + old).to(tl.float32)
+                alive = tl.load(ring_valid + old).to(tl.float32) * here
                 arriving = tl.load(ring_k + old * k_stride + dims, mask=dims < K, other=0.0).to(tl.float32)
                 arriving_value = tl.load(ring_v + old * v_stride + values, mask=wide, other=0.0).to(
                     tl.float32
@@ -268,7 +268,7 @@ def window_linear_step_kernel(
         if lane == 0:
             tl.store(ring_valid + slot, here != 0)
         for member in tl.static_range(GROUP):
-            tl.store(counter + batch * heads + first_head + member, token + 1)
+            tl.store(counter + batch * heads + first_head + member, token + here)
             if BLOCK > 0:
                 tl.store(position + batch * heads + first_head + member, counted)
 

@@ -134,24 +134,22 @@ def documents(starts: Tensor | None, batch: int, tokens: int, device: torch.devi
 
 
 def positions(valid: Tensor, docs: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens since the first valid one of the own document.
+    """How many valid tokens of the own document came before.
 
     Args:
         valid: [B, T] bool, false on padding.
         docs: [B, T] int64, see `documents`.
-        carried: [B] int64, tokens that document 0 has had before, counted in the same way.
+        carried: [B] int64, valid tokens that document 0 has had before.
 
     Returns:
-        position [B, T] int64 (-1 on padding in front), and `carried` [B] for the next call.
+        position [B, T] int64 (on padding that of the token before it, or -1), and `carried` [B] for the next call.
     """
 
-    def in_document(x: Tensor) -> Tensor:
-        total = x.to(torch.int64).cumsum(1)
-        opens = torch.cat([torch.zeros_like(docs[:, :1]), docs], 1).diff(dim=1) != 0
-        return total - torch.where(opens, total - x.to(torch.int64), 0).cummax(1).values
-
-    before = carried[:, None] * (docs == 0)
-    position = in_document(in_document(valid) + before > 0) + before - 1
+    own = valid.to(torch.int64)
+    total = own.cumsum(1)
+    opens = torch.cat([torch.zeros_like(docs[:, :1]), docs], 1).diff(dim=1) != 0
+    in_document = total - torch.where(opens, total - own, 0).cummax(1).values
+    position = in_document + carried[:, None] * (docs == 0) - 1
     return position, position[:, -1] + 1
 
 

@@ -74,16 +74,22 @@ def chunked(
     k: Tensor,
     v: Tensor,
     valid: Tensor | None,
-    starts: Tensor | None,
+    docs: Tensor | None,
     state: State | None,
+    front: Tensor | None = None,
 ) -> Tensor:
-    """`Mixer.chunked` up to the output part, [B, T, H, V] in the dtype of v; q and k as the branches see them."""
+    """`Mixer.chunked` up to the output part, [B, T, H, V] in the dtype of v; q and k as the branches see them.
+
+    Args:
+        docs: [B, T] document numbers, or None for one document.
+        front: [B] padding in front of each row, behind which the state belongs, or None.
+    """
     # under autocast a rotary embedding leaves q and k in float32
     q, k = q.to(v.dtype), k.to(v.dtype)
     window, tokens = mixer.window, q.shape[1]
     codes = reach = least = None
     span = 0
-    whole = valid is None and starts is None
+    whole = valid is None and docs is None
     if isinstance(window, RingWindow):
         span = window.span
     if state is None and whole and not (isinstance(window, RingWindow) and window.has_reach):
@@ -95,16 +101,20 @@ def chunked(
             state = mixer.initial_state(batch, k.dtype, device)
         if valid is None:
             valid = torch.ones(batch, tokens, dtype=torch.bool, device=device)
-        docs = documents(starts, batch, tokens, device)
+        if docs is None:
+            docs = documents(None, batch, tokens, device)
         ring_k, ring_v, ring_valid, ring_docs, prefix = k, v, valid, docs, 0
         position = None
         if isinstance(window, RingWindow):
-            position = window.positions(valid, docs, state)
+            position = window.positions(valid, docs, state, front)
             reach = window.reach(None if position is None else position[:, span:])
             least = None if reach is None else window.least
             if state_given:
                 prefix = span
-                ring_k, ring_v, ring_valid, ring_docs = window.behind(state, k, v, valid, docs)
+                ring_k, ring_v, ring_valid, ring_docs = window.behind(state, k, v, valid, docs, front)
+                if reach is not None and position is not None:
+                    # a ring is longer than what its queries see: its oldest keys are in the sums
+                    ring_valid = ring_valid & ~window.handed_on(position, front)
         codes = torch.where(ring_valid, ring_docs, -1 - ring_docs).to(torch.int32)
         if reach is not None:
             reach = reach.to(torch.int32)
@@ -123,6 +133,7 @@ def chunked(
         if last is not None:
             state.write({"sums": last[0].detach(), "norms": last[1].detach()})
         if isinstance(window, RingWindow):
+            assert docs is not None
             kept = ring_valid[:, tokens:] & (ring_docs[:, tokens:] == docs[:, -1:])
             window.refill(state, ring_k[:, tokens:].detach(), ring_v[:, tokens:].detach(), kept)
     return out

@@ -11,6 +11,7 @@ from linearize.mixers.combine import Combine
 from linearize.mixers.feature_map import FeatureMap
 from linearize.mixers.offloaded import with_weights
 from linearize.mixers.output import Output
+from linearize.mixers.padding import has_gaps, leading, packing
 from linearize.mixers.position import Position
 from linearize.mixers.recurrent import Inputs, Recurrent
 from linearize.mixers.state import State
@@ -31,7 +32,7 @@ class Mixer(nn.Module):
     v [B, T, N, V] in any float dtype and return [B, T, H, V] in float32 (float64 for float64 inputs; where one kernel
     computes the whole composition, see `fused`, in the dtype of v). `hidden`
     [B, T, D], the layer's input, and `plain`, q and k before RoPE, are needed where `uses_hidden` and `needs_plain`
-    say so.
+    say so. A row with padding, wherever it stands, is the row without.
 
     Args:
         shape: the layer's numbers.
@@ -139,12 +140,16 @@ class Mixer(nn.Module):
         batch, tokens = k.shape[:2]
         rows = slice(0, tokens) if rows is None else rows
         order = torch.arange(tokens, device=k.device)
-        age = order[rows, None] - order
+        age = causal = order[rows, None] - order
+        if valid is not None:
+            counted = valid.cumsum(1)
+            age = counted[:, rows, None] - counted[:, None]
         with torch.autocast(q.device.type, enabled=False):
             values = q.new_zeros(batch, tokens, self.shape.kv_heads, 0) if v is None else v
-            near_inputs, inputs = self._inputs(q, k, values, valid, starts, hidden, plain)
+            docs = documents(starts, batch, tokens, k.device)
+            near_inputs, inputs = self._inputs(q, k, values, valid, docs, hidden, plain)
             visible = (
-                (age >= 0)
+                (causal >= 0)
                 & (inputs.docs[:, rows, None] == inputs.docs[:, None, :])
                 & inputs.valid[:, None, :]
             )
@@ -166,23 +171,55 @@ class Mixer(nn.Module):
         valid: Tensor | None = None,
         starts: Tensor | None = None,
         state: State | None = None,
+        gaps: bool | None = None,
         hidden: Tensor | None = None,
         plain: Plain | None = None,
     ) -> Tensor:
         """The same in O(T) memory; with a state, the tokens before are part of the sequence and the state is written.
 
         A carried state belongs to the document that is open when the call begins; a start at position 0 closes it.
+
+        Args:
+            gaps: whether padding stands between tokens, or, with a state, behind any of them or of those before. None:
+                with a state it is taken for granted, without one the device is asked.
         """
+        batch, tokens = k.shape[:2]
+        docs = None if starts is None else documents(starts, batch, tokens, k.device)
+        if valid is None or gaps is False or (gaps is None and state is None and not has_gaps(valid)):
+            return self._chunked(q, k, v, valid, docs, state, hidden, plain)
+        packed = packing(valid)
+        q, k, v = packed.pack(q), packed.pack(k), packed.pack(v)
+        hidden = None if hidden is None else packed.pack(hidden)
+        plain = None if plain is None else (packed.pack(plain[0]), packed.pack(plain[1]))
+        docs = None if docs is None else packed.pack(torch.where(valid, docs, 0))
+        valid = packed.pack(valid)
+        return packed.unpack(self._chunked(q, k, v, valid, docs, state, hidden, plain, leading(valid)))
+
+    def _chunked(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        docs: Tensor | None,
+        state: State | None,
+        hidden: Tensor | None,
+        plain: Plain | None,
+        front: Tensor | None = None,
+    ) -> Tensor:
+        """`chunked` of rows without padding between tokens; the state belongs behind the `front` [B] padding."""
+        front = None if state is None else front
         if fused.runs(self, q, k, v):
             with torch.autocast(q.device.type, enabled=False):
                 seen_q, seen_k = self._fused_pair(q, k, plain)
-                return self._finish(fused.chunked(self, seen_q, seen_k, v, valid, starts, state), hidden)
+                made = fused.chunked(self, seen_q, seen_k, v, valid, docs, state, front)
+                return self._finish(made, hidden)
         if state is None:
             state = self.initial_state(k.shape[0], k.dtype, k.device)
         with torch.autocast(q.device.type, enabled=False):
-            near_inputs, inputs = self._inputs(q, k, v, valid, starts, hidden, plain)
+            near_inputs, inputs = self._inputs(q, k, v, valid, docs, hidden, plain, front)
             near, handed = self.window.chunked(
-                near_inputs.q, near_inputs.k, near_inputs.v, inputs.valid, inputs.docs, state
+                near_inputs.q, near_inputs.k, near_inputs.v, inputs.valid, inputs.docs, state, front
             )
             far = None
             if self.recurrent is not None and handed is not None:
@@ -201,7 +238,7 @@ class Mixer(nn.Module):
         hidden: Tensor | None = None,
         plain: Plain | None = None,
     ) -> Tensor:
-        """One token (T = 1) against the state, which is updated in place."""
+        """One token (T = 1) against the state, which is updated in place; padding leaves it as it is."""
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             if fused.runs(self, q, k, v):
                 seen_q, seen_k = self._fused_pair(q, k, plain)
@@ -219,9 +256,10 @@ class Mixer(nn.Module):
         k: Tensor,
         v: Tensor,
         valid: Tensor | None,
-        starts: Tensor | None,
+        docs: Tensor | None,
         hidden: Tensor | None,
         plain: Plain | None,
+        front: Tensor | None = None,
     ) -> tuple[Inputs, Inputs]:
         """What the window and what the recurrent branch see, in the accumulator's dtype."""
         batch, tokens = k.shape[:2]
@@ -229,14 +267,21 @@ class Mixer(nn.Module):
         assert plain is not None or not self.needs_plain, "this mixer wants q and k before RoPE"
         if valid is None:
             valid = torch.ones(batch, tokens, dtype=torch.bool, device=k.device)
-        docs = documents(starts, batch, tokens, k.device)
+        own_docs = documents(None, batch, tokens, k.device) if docs is None else docs
         wide_v = self._widen(v)
         wide_hidden = self._widen(hidden) if hidden is not None and self.uses_hidden else None
 
         def inputs(rotated: bool) -> Inputs:
             pair = (q, k) if rotated or plain is None else plain
             return Inputs(
-                self._widen(pair[0]), self._widen(pair[1]), wide_v, valid, docs, wide_hidden, v.dtype
+                self._widen(pair[0]),
+                self._widen(pair[1]),
+                wide_v,
+                valid,
+                own_docs,
+                wide_hidden,
+                v.dtype,
+                front,
             )
 
         near = inputs(self.position.window_rotated)

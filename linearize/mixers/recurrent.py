@@ -27,6 +27,7 @@ class Inputs:
         docs: [B, T] document numbers.
         hidden: [B, T, D] the layer's input, or None where no part reads it.
         dtype: of the model's own q, k and v.
+        front: [B] padding in front of each row, behind which the state's tokens belong, or None.
     """
 
     q: Tensor
@@ -36,6 +37,7 @@ class Inputs:
     docs: Tensor
     hidden: Tensor | None
     dtype: torch.dtype = torch.float32
+    front: Tensor | None = None
 
 
 class Recurrent(nn.Module):
@@ -129,6 +131,7 @@ class Recurrent(nn.Module):
             inputs.docs,
             inputs.hidden,
             inputs.dtype,
+            inputs.front,
         )
         k_position = None
         if position is not None:
@@ -140,7 +143,8 @@ class Recurrent(nn.Module):
     ) -> Stream:
         q, k, v = inputs.q, inputs.k, inputs.v
         if self.short_conv is not None:
-            q, k, v = self.short_conv(q, k, v, valid=inputs.valid, docs=inputs.docs, state=state)
+            masks = {"valid": inputs.valid, "docs": inputs.docs, "front": inputs.front}
+            q, k, v = self.short_conv(q, k, v, **masks, state=state)
         seen = inputs.valid[..., None]
         heads = self.update.heads
         phi_k = self.feature_map.key(k, k_position) * seen[..., None].to(k.dtype)

@@ -96,7 +96,7 @@ def refusal(arguments: Mapping[str, Any], *, tokens: int, mask: Any) -> str | No
         )
     if arguments.get("is_causal") is False and mask is None and tokens > 1:
         return "not causal (is_causal=False); only decoders can be converted"
-    return heads_refusal(mask)
+    return None
 
 
 def heads_refusal(mask: Any) -> str | None:

@@ -16,7 +16,8 @@ def subclass(base: type, mixin: type, **attributes: Any) -> type[Any]:
     """The class `Linearized<Base>(mixin, base)`; the same class for the same arguments.
 
     The name never holds a mixer's name: transformers decides by class name how `generate` caches. Classes of one name
-    may differ in their attributes: two families can share a model class and have a config class each.
+    may differ in their attributes: two families can share a model class and have a config class each. Methods that the
+    mixin names in `linearize_around` (method -> what to put around it) are the base's own with that around them.
 
     Args:
         base: the class of transformers.
@@ -33,6 +34,8 @@ def subclass(base: type, mixin: type, **attributes: Any) -> type[Any]:
             "__reduce_ex__": _reduce,
             **attributes,
         }
+        for name, around in getattr(mixin, "linearize_around", {}).items():
+            namespace[name] = around(getattr(base, name))
         made: Any = type(PREFIX + base.__name__, (mixin, base), namespace)
         made.linearize_made_of = key
         _made[key] = made

@@ -140,7 +140,7 @@ def _refusal(module: nn.Module, seen: Probe, own: Probe) -> str | None:
     for visit in (*visits, *own.visits.get(id(module), [])):
         for call in visit.calls:
             why = arguments.refusal(call.arguments, tokens=call.query.shape[2], mask=call.mask)
-            why = why or arguments.bias_refusal(call.mask)
+            why = why or arguments.heads_refusal(call.mask) or arguments.bias_refusal(call.mask)
             if why is None and not made_elsewhere(call.mask, visit.given):
                 why = "makes an attention mask of its own, so its attention depends on more than q, k, v and padding"
             if why is not None:

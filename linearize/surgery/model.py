@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -15,6 +15,7 @@ from linearize.surgery.attention import LinearizedAttention, Switch, convert_mod
 from linearize.surgery.cache import adopt, check_past_recording
 from linearize.surgery.filing import file_config, file_model
 from linearize.surgery.generated import subclass
+from linearize.surgery.given import looking
 from linearize.surgery.schema import module_problems, plan_problems
 
 TYPE_PREFIX = "linearized_"
@@ -42,6 +43,8 @@ class LinearizedModel:
 
     Its base class, a `PreTrainedModel`, is known at run time alone: hence the ignored types here and below.
     """
+
+    linearize_around: ClassVar[dict[str, Any]] = {"forward": looking}
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -73,6 +76,8 @@ class LinearizedModel:
 
 class LinearizedCausalLM(LinearizedModel):
     """Mixin in front of a causal language model."""
+
+    linearize_around: ClassVar[dict[str, Any]] = {}  # its base model looks already
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -122,7 +127,7 @@ def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 def model_class(
     base: type[PreTrainedModel], config: type[PreTrainedConfig], *, head: bool
 ) -> type[PreTrainedModel]:
-    """`Linearized<Base>` of a causal language model (`head`) or of a base model."""
+    """`Linearized<Base>` of a causal language model (`head`) or of a base model, which looks at its arguments."""
     made = subclass(base, LinearizedCausalLM if head else LinearizedModel, config_class=config)
     file_model(made, base)
     return made

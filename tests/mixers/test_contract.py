@@ -226,3 +226,53 @@ def test_long_bfloat16_decode_stays_close(mixer):
         reference = last.apply(lambda y: y.float()).run(made.chunked, state=exact)
         out = torch.cat([last[t : t + 1].run(made.step, state=state) for t in range(50)], 1)
     assert (out - reference).norm() < 0.02 * reference.norm()
+
+
+@mixers
+@shapes
+def test_padding_anywhere_changes_nothing(mixer, shape):
+    """Rows with gaps of their own, in every form, fed in pieces that begin and end in padding: the rows without it."""
+    made = make(mixer, shape, torch.float64)
+    x = Draw.of(shape, 60, torch.float64, batch=3)
+    valid = torch.rand(3, 60, generator=torch.Generator().manual_seed(4)) > 0.3
+    valid[0, 20:29], valid[1, :12], valid[2, 50:] = False, False, False
+    alone = [x.apply(lambda y, r=r: y[r : r + 1, valid[r]]).run(made.parallel)[0] for r in range(3)]
+    for form in (made.parallel, made.chunked):
+        out = x.run(form, valid=valid)
+        assert out.isfinite().all()
+        for row in range(3):
+            close(out[row, valid[row]], alone[row])
+    state = made.initial_state(3, torch.float64, x.q.device)
+    outs, end = [], 0
+    with torch.no_grad():
+        for piece in (3, 1, 1, 9, *[1] * 16, 12, 2, 1, 15):
+            first, end = end, end + piece
+            form = made.step if piece == 1 else made.chunked
+            outs.append(x[first:end].run(form, valid=valid[:, first:end], state=state))
+    for row in range(3):
+        close(torch.cat(outs, 1)[row, valid[row]], alone[row])
+
+
+@mixers
+def test_documents_with_gaps_do_not_see_each_other(mixer):
+    shape = SHAPES["grouped"]
+    made = make(mixer, shape, torch.float64)
+    x = Draw.of(shape, 60, torch.float64, batch=1)
+    valid = torch.rand(1, 60, generator=torch.Generator().manual_seed(5)) > 0.3
+    starts = torch.zeros(1, 60, dtype=torch.bool)
+    bounds = [0, 7, 11, 40, 60]
+    for first in bounds[1:-1]:
+        starts[0, first + int(valid[0, first:].int().argmax())] = True
+    pieces = [(a, b, valid[0, a:b]) for a, b in itertools.pairwise(bounds)]
+    alone = torch.cat(
+        [x[a:b].apply(lambda y, kept=kept: y[:, kept]).run(made.parallel) for a, b, kept in pieces], 1
+    )
+    close(x.run(made.parallel, valid=valid, starts=starts)[valid][None], alone)
+    close(x.run(made.chunked, valid=valid, starts=starts)[valid][None], alone)
+    state = made.initial_state(1, torch.float64, x.q.device)
+    with torch.no_grad():
+        cuts = [
+            x[a:b].run(made.chunked, valid=valid[:, a:b], starts=starts[:, a:b], state=state)
+            for a, b in ((0, 20), (20, 60))
+        ]
+    close(torch.cat(cuts, 1)[valid][None], alone)

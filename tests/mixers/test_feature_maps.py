@@ -273,6 +273,10 @@ def test_positions_restart_with_documents_and_skip_padding():
     position, carried = positions(valid, docs, torch.tensor([0, 10]))
     assert position.tolist() == [[-1, -1, 0, 1, 2, 0, 1, 2], [10, 11, 0, 1, 2, 0, 1, 2]]
     assert carried.tolist() == [3, 3]
+    gap = torch.tensor([[1, 0, 0, 1, 0, 1]], dtype=torch.bool)
+    position, carried = positions(gap, torch.zeros(1, 6, dtype=torch.int64), torch.tensor([4]))
+    assert position.tolist() == [[4, 4, 4, 5, 5, 6]]
+    assert carried.tolist() == [7]
     _, carried = positions(valid[:1, :2], docs[:1, :2], torch.tensor([0]))
     assert carried.tolist() == [0]
 

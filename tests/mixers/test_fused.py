@@ -167,3 +167,32 @@ def test_autocast_leaves_queries_and_keys_in_float32():
             outputs.append(mixer.step(**{n: x[:, 39:] for n, x in tensors.items()}, state=state))
             found[kind] = torch.cat([x.float() for x in outputs], 1)
     close(found["triton"], found["torch"], 3e-3)
+
+
+@mixers
+def test_padding_between_tokens_equals_the_parts(name):
+    """Second turns of a padded batch: gaps in every call, calls that begin and end in them, blocks handed on before."""
+    mixer, given = made(name), inputs(75)
+    valid = torch.rand(2, 75, generator=torch.Generator().manual_seed(6)).to(DEVICE) > 0.3
+    valid[0, 40:46], valid[1, :9] = False, False
+    found = {}
+    for kind in ("torch", "triton"):
+        with dispatch.kernels(kind), torch.no_grad():
+            state, outputs = mixer.initial_state(2, torch.float32, torch.device(DEVICE)), []
+            for first, last in (
+                (0, 43),
+                (43, 58),
+                (58, 59),
+                (59, 60),
+                (60, 61),
+                (61, 62),
+                (62, 63),
+                (63, 75),
+            ):
+                part = {n: x[:, first:last] for n, x in given.items()}
+                form = mixer.step if last - first == 1 else mixer.chunked
+                outputs.append(form(**part, valid=valid[:, first:last], state=state))
+            whole = mixer.chunked(**given, valid=valid)
+            found[kind] = torch.cat(outputs, 1) * valid[..., None, None], whole * valid[..., None, None]
+    for out in (*found["triton"], found["torch"][0]):
+        close(out, found["torch"][1], LIMIT)

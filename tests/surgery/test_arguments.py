@@ -48,8 +48,8 @@ def test_not_causal_is_refused_where_no_mask_says_otherwise(value, tokens, mask,
 
 
 def test_masks_of_several_heads_and_biases():
-    assert "4 heads" in arguments.refusal({}, tokens=3, mask=torch.zeros(1, 4, 3, 3))
-    assert arguments.refusal({}, tokens=3, mask=torch.zeros(2, 1, 3, 3)) is None
+    assert "4 heads" in arguments.heads_refusal(torch.zeros(1, 4, 3, 3))
+    assert arguments.heads_refusal(torch.zeros(2, 1, 3, 3)) is None
     lowest = torch.finfo(torch.float32).min
     assert arguments.bias_refusal(torch.tensor([0.0, lowest, -1e4, -1e9, -torch.inf])) is None
     assert "0.5" in arguments.bias_refusal(torch.tensor([0.0, 0.5, lowest]))

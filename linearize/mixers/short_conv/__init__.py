@@ -24,9 +24,21 @@ class ShortConv(Part):
         raise NotImplementedError(type(self))  # pragma: no cover - every registered one defines it
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor, docs: Tensor, state: State | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        valid: Tensor,
+        docs: Tensor,
+        state: State | None,
+        front: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [B, T, heads, width] -> the same shapes; `state` None in the parallel form, else read and written."""
+        """q, k, v [B, T, heads, width] -> the same shapes; padding is skipped.
+
+        `state` is None in the parallel form, else read and written; its tokens belong behind the `front` [B] padding of
+        each row, which in the forms with a state has none between its tokens.
+        """
         raise NotImplementedError(type(self))  # pragma: no cover
 
 

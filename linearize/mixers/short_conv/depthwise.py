@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from linearize.kernels.short_conv import short_conv_reference, short_conv_step_streams, short_conv_streams
 from linearize.mixers.base import LayerShape, Part, fill
 from linearize.mixers.options import choice_problems, number
+from linearize.mixers.padding import behind, packing
 from linearize.mixers.short_conv import SHORT_CONVS, ShortConv
 from linearize.mixers.state import State
 
@@ -68,7 +69,15 @@ class Depthwise(ShortConv):
         }
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor, docs: Tensor, state: State | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        valid: Tensor,
+        docs: Tensor,
+        state: State | None,
+        front: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         streams = {"q": q, "k": k, "v": v}
         # values of no width ask for the mixer's weights: what filters the values is no part of them
@@ -84,18 +93,36 @@ class Depthwise(ShortConv):
                 made = short_conv_step_streams(tokens, weights, past, valid=valid[:, 0], silu=silu)
                 outputs = [y[:, None] for y in made]
             else:
+                if front is not None:
+                    inputs, past, valid, docs = _shifted(inputs, past, valid, docs, front)
                 codes = torch.where(valid, docs, -1 - docs)
                 outputs, last = short_conv_streams(
                     inputs, weights, codes=codes, states=past, silu=silu, return_state=True
                 )
                 assert last is not None
-                state.write({f"conv_{role}": x for role, x in zip(roles, last, strict=True)})
+                kept = {f"conv_{role}": x for role, x in zip(roles, last, strict=True)}
+                state.write({name: x.to(state[name].dtype) for name, x in kept.items()})
         streams |= dict(zip(roles, outputs, strict=True))
         return streams["q"], streams["k"], streams["v"]
 
 
+def _shifted(
+    inputs: list[Tensor], past: list[Tensor], valid: Tensor, docs: Tensor, front: Tensor
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """The same sequence with the padding in front of each row before the inputs that were carried."""
+    carried = past[0].shape[1]
+    valid = behind(valid.new_ones(valid.shape[0], carried), valid, front)
+    docs = behind(docs.new_zeros(docs.shape[0], carried), docs, front)
+    both = [behind(old.to(x.dtype), x, front) for old, x in zip(past, inputs, strict=True)]
+    hidden = ~valid[:, :carried, None, None]
+    starts = [x[:, :carried].masked_fill(hidden, 0.0) for x in both]
+    return [x[:, carried:] for x in both], starts, valid[:, carried:], docs[:, carried:]
+
+
 def _defined(x: Tensor, weight: Tensor, valid: Tensor, docs: Tensor, silu: bool) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    seen = x.to(wide) * valid[..., None, None].to(wide)
+    packed = packing(valid)
+    seen = packed.pack(x.to(wide) * valid[..., None, None].to(wide))
+    docs = packed.pack(torch.where(valid, docs, 0))
     empty = seen.new_zeros(x.shape[0], weight.shape[-1] - 1, *x.shape[2:])
-    return short_conv_reference(seen, weight.to(wide), docs, empty, silu=silu)[0].to(x.dtype)
+    return packed.unpack(short_conv_reference(seen, weight.to(wide), docs, empty, silu=silu)[0]).to(x.dtype)

@@ -38,14 +38,25 @@ class Window(Part):
     ) -> tuple[Partial | None, Tensor | None]:
         """Dense form: q [B, R, H, K] against all keys -> the partial, and the mask [B, R, S] of what is left to see.
 
-        `visible` [B, R, S] is the causal, padding and document mask; `age` [R, S] how many tokens ago a key came.
+        `visible` [B, R, S] is the causal, padding and document mask; `age` [R, S] or [B, R, S] how many tokens ago a
+        key came, padding not counted.
         """
         raise NotImplementedError(type(self))  # pragma: no cover - every registered window defines it
 
     def chunked(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, state: State
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor,
+        docs: Tensor,
+        state: State,
+        front: Tensor | None = None,
     ) -> tuple[Partial | None, Handed | None]:
-        """O(T)-memory form; writes the new ring into `state`."""
+        """O(T)-memory form over rows without padding between tokens; writes the new ring into `state`.
+
+        `front` [B] is the padding in front of each row, behind which the state's keys belong.
+        """
         raise NotImplementedError(type(self))  # pragma: no cover
 
     def step(

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from linearize.kernels.window import window_reference
 from linearize.mixers.base import LayerShape, Part, Partial
+from linearize.mixers.padding import behind, leading
 from linearize.mixers.state import State
 from linearize.mixers.window import WINDOWS, Handed, Window
 
@@ -21,6 +22,8 @@ ROWS = 256
 @WINDOWS.register("full")
 class FullWindow(Window):
     """Softmax over everything, or over the teacher's sliding window in layers that have one.
+
+    The window counts tokens, as all do here, where the teacher's own also counts padding between them.
 
     Limitations: its state is a KV cache that grows with the length (up to the teacher's window, if any).
     """
@@ -49,13 +52,20 @@ class FullWindow(Window):
         return Partial(*window_reference(q, k, v, near, scaling=shape.scaling, softcap=shape.softcap)), None
 
     def chunked(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, state: State
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor,
+        docs: Tensor,
+        state: State,
+        front: Tensor | None = None,
     ) -> tuple[Partial | None, Handed | None]:
         past = state["window_k"].shape[1]
-        k = torch.cat([state["window_k"].to(k.dtype), k], 1)
-        v = torch.cat([state["window_v"].to(v.dtype), v], 1)
-        valid = torch.cat([state["window_valid"], valid], 1)
-        all_docs = torch.cat([torch.zeros_like(docs[:, :1]).expand(-1, past), docs], 1)
+        k = behind(state["window_k"].to(k.dtype), k, front)
+        v = behind(state["window_v"].to(v.dtype), v, front)
+        valid = behind(state["window_valid"], valid, front)
+        all_docs = behind(torch.zeros_like(docs[:, :1]).expand(-1, past), docs, front)
         parts = []
         for first in range(0, q.shape[1], ROWS):
             last = min(first + ROWS, q.shape[1])
@@ -80,4 +90,5 @@ class FullWindow(Window):
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State
     ) -> tuple[Partial | None, Handed | None]:
         docs = torch.zeros_like(valid, dtype=torch.int64)
-        return self.chunked(q, k, v, valid, docs, state)
+        # without a window of the teacher's it is the same where padding stands
+        return self.chunked(q, k, v, valid, docs, state, None if self.size is None else leading(valid))

@@ -27,7 +27,14 @@ class NoWindow(Window):
         return None, visible
 
     def chunked(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, state: State
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor,
+        docs: Tensor,
+        state: State,
+        front: Tensor | None = None,
     ) -> tuple[Partial | None, Handed | None]:
         return None, Handed(k, v, valid)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import torch
@@ -15,6 +15,7 @@ from linearize.kernels.window_linear import window_linear
 from linearize.kernels.window_linear.recurrent import Ring, window_linear_step
 from linearize.mixers.base import LayerShape, Part, Partial, fill
 from linearize.mixers.options import LONGEST, choice_problems, number
+from linearize.mixers.padding import behind
 from linearize.mixers.state import State
 from linearize.mixers.window import Window
 from linearize.mixers.window.handed import Handed
@@ -124,7 +125,9 @@ class RingWindow(Window):
         """Which of the `visible` keys [B, R, S] have not been handed on yet, by the query's turn."""
         raise NotImplementedError(type(self))  # pragma: no cover - both windows define it
 
-    def positions(self, valid: Tensor, docs: Tensor, state: State) -> Tensor | None:
+    def positions(
+        self, valid: Tensor, docs: Tensor, state: State, front: Tensor | None = None
+    ) -> Tensor | None:
         """Positions [B, span + T] of the ring's and the new tokens in their documents, if needed; counts them."""
         return None
 
@@ -132,8 +135,20 @@ class RingWindow(Window):
         """Tokens that queries at these positions see, or None for `size`."""
         return None
 
-    def leaving(self, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, position: Tensor | None) -> Handed:
-        """What is handed on in the chunked form; all arguments [B, span + T, ...], the ring in front."""
+    def handed_on(self, position: Tensor, front: Tensor | None) -> Tensor:
+        """[B, span + T] bool: keys of the ring that the sums hold already, by what `positions` gives."""
+        raise NotImplementedError(type(self))  # pragma: no cover - windows with a `reach` define it
+
+    def leaving(
+        self,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor,
+        docs: Tensor,
+        position: Tensor | None,
+        front: Tensor | None = None,
+    ) -> Handed:
+        """What is handed on in the chunked form; arguments [B, span + T, ...] as `behind` gives them."""
         raise NotImplementedError(type(self))  # pragma: no cover
 
     def leaving_step(
@@ -159,15 +174,22 @@ class RingWindow(Window):
         return partial, visible if self.overlap else visible & ~held
 
     def chunked(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, state: State
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor,
+        docs: Tensor,
+        state: State,
+        front: Tensor | None = None,
     ) -> tuple[Partial | None, Handed | None]:
         tokens, first, span = q.shape[1], self.first, self.span
-        position = self.positions(valid, docs, state)
+        position = self.positions(valid, docs, state, front)
         ring_valid, pinned = valid, None
         if first:
             pinned = pin(state["window_valid"][:, :first], valid, docs)
             ring_valid = valid & ~pinned.chosen
-        ring_k, ring_v, ring_valid, ring_docs = self.behind(state, k, v, ring_valid, docs)
+        ring_k, ring_v, ring_valid, ring_docs = self.behind(state, k, v, ring_valid, docs, front)
         reach = self.reach(None if position is None else position[:, span:])
         if self._runs_kernel(q, k, v):
             near = self._alone(q, ring_k, ring_v, ring_valid, ring_docs, reach, state["window_k"].dtype)
@@ -185,7 +207,7 @@ class RingWindow(Window):
             kept_valid = torch.cat([pinned.visible[:, -1], kept_valid], 1)
         handed = Handed(k, v, valid)
         if not self.overlap:
-            handed = self.leaving(ring_k, ring_v, ring_valid, ring_docs, position)
+            handed = self.leaving(ring_k, ring_v, ring_valid, ring_docs, position, front)
         self.refill(state, kept_k, kept_v, kept_valid)
         return near if self._runs_kernel(q, k, v) else self._partial(weighted), handed
 
@@ -231,6 +253,7 @@ class RingWindow(Window):
             handed = self.leaving_step(
                 all_k[:, first:], all_v[:, first:], all_valid[:, first:], oldest, position
             )
+            handed = replace(handed, valid=handed.valid & valid)  # padding pushes nothing out
         age = (slot[:, None] - torch.arange(self.slots, device=q.device)) % self.slots
         reach = self.reach(position)
         slot = first + slot
@@ -240,23 +263,26 @@ class RingWindow(Window):
             slot = torch.where(valid[:, 0] & (pinned < first), pinned, slot)
         all_k[rows, slot], all_v[rows, slot] = k[:, 0].to(all_k.dtype), v[:, 0].to(all_v.dtype)
         all_valid[rows, slot] = valid[:, 0]
-        state["window_next"].add_(1)
+        state["window_next"].add_(valid.to(torch.int64))
         seen = all_valid[:, first:] & (age < (self.span if reach is None else reach))
         visible = torch.cat([all_valid[:, :first], seen], 1) if first else seen
         keys, values = all_k.to(q.dtype), all_v.to(q.dtype)
         return self._partial(window_reference(q, keys, values, visible[:, None], **self._scores)), handed
 
     def behind(
-        self, state: State, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor
+        self, state: State, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, front: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keys, values, validity, documents of the ring, oldest first, and the new tokens: each [B, span + T, ...]."""
+        """Keys, values, validity, documents of the ring, oldest first, and the new tokens: each [B, span + T, ...].
+
+        The ring comes first, but behind the `front` [B] padding of each row.
+        """
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
         slots = self.in_order(state)
         return (
-            torch.cat([state["window_k"][rows, slots].to(k.dtype), k], 1),
-            torch.cat([state["window_v"][rows, slots].to(v.dtype), v], 1),
-            torch.cat([state["window_valid"][rows, slots], valid], 1),
-            torch.cat([torch.zeros_like(docs[:, :1]).expand(-1, self.span), docs], 1),
+            behind(state["window_k"][rows, slots].to(k.dtype), k, front),
+            behind(state["window_v"][rows, slots].to(v.dtype), v, front),
+            behind(state["window_valid"][rows, slots], valid, front),
+            behind(torch.zeros_like(docs[:, :1]).expand(-1, self.span), docs, front),
         )
 
     @property

@@ -36,7 +36,15 @@ class SlidingWindow(RingWindow):
     def stays(self, visible: Tensor, age: Tensor) -> Tensor:
         return visible & (age < self.size)
 
-    def leaving(self, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, position: Tensor | None) -> Handed:
+    def leaving(
+        self,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor,
+        docs: Tensor,
+        position: Tensor | None,
+        front: Tensor | None = None,
+    ) -> Handed:
         tokens = k.shape[1] - self.size
         # a key of an earlier document than the query that pushes it out is seen by no later query either
         same_doc = docs[:, :tokens] == docs[:, self.size :]

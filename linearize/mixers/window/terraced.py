@@ -54,34 +54,56 @@ class TerracedWindow(RingWindow):
         return replace(super().ring(state), position=state["window_position"], block=self.size)
 
     def stays(self, visible: Tensor, age: Tensor) -> Tensor:
-        own = age[:, :1]  # of the text's first token: the query's place in the text
-        opens = visible.to(torch.int8).argmax(-1)
-        position = own.T - opens
+        position = (visible.sum(-1) - 1).clamp_min(0)  # a query sees its document up to itself
         return visible & (age < self._terrace(position)[..., None])
 
-    def positions(self, valid: Tensor, docs: Tensor, state: State) -> Tensor:
+    def positions(self, valid: Tensor, docs: Tensor, state: State, front: Tensor | None = None) -> Tensor:
         before = state["window_position"][:, :1].clone()
-        ring = before + torch.arange(-self.span, 0, device=valid.device)
         new, count = positions(valid, docs, before[:, 0])
         state.write({"window_position": count[:, None].expand(-1, self.shape.heads)})
-        return torch.cat([ring, new.clamp_min(0)], 1)
+        ahead = self.span if front is None else self.span + front[:, None]
+        place = torch.arange(self.span + valid.shape[1], device=valid.device)
+        new = torch.nn.functional.pad(new.clamp_min(0), (self.span, 0))
+        return torch.where(place < ahead, before - ahead + place, new)
 
     def reach(self, position: Tensor | None) -> Tensor:
         assert position is not None
         return self._terrace(position).clamp(max=self.limit or self.span)
 
-    def leaving(self, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, position: Tensor | None) -> Handed:
+    def handed_on(self, position: Tensor, front: Tensor | None) -> Tensor:
+        ahead = position.new_full((position.shape[0], 1), self.span)
+        ahead = ahead if front is None else ahead + front[:, None]
+        last = position.gather(1, ahead - 1)
+        carried = torch.arange(position.shape[1], device=position.device) < ahead
+        return carried & (position < last - last % self.size - self.size)
+
+    def leaving(
+        self,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor,
+        docs: Tensor,
+        position: Tensor | None,
+        front: Tensor | None = None,
+    ) -> Handed:
         """Keys in the text's order, each before the query at whose turn its block is the last but one (`due`)."""
         assert position is not None
         size, tokens = self.size, k.shape[1] - self.span
         keys = tokens + size - 1  # later ones are not due in this call
         k, v, valid, position = k[:, :keys], v[:, :keys], valid[:, :keys], position[:, :keys]
         place = torch.arange(keys, device=k.device)
-        due = place - position % size  # the key of query t stands at t + 2 size; negative: handed on before
+        due = (
+            place - position % size
+        )  # the key of query t stands at t + 2 size; before the text: handed on already
         turn = due.clamp(0, tokens - 1)
         new_docs = docs[:, self.span :]
         due_docs = new_docs.gather(1, turn)
-        valid = valid & (due >= 0) & (due < tokens) & (docs[:, :keys] == due_docs)
+        valid = (
+            valid
+            & (due >= (0 if front is None else front[:, None]))
+            & (due < tokens)
+            & (docs[:, :keys] == due_docs)
+        )
         time = torch.arange(tokens, device=k.device)
         added = torch.searchsorted(due, time.expand(k.shape[0], -1).contiguous(), right=True)
         order = Order(place + due.clamp(0, tokens), time + added, docs.new_zeros(k.shape[0], keys + tokens))
