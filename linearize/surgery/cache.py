@@ -28,6 +28,9 @@ class LinearizedCacheLayer(CacheLayerMixin):
     """
 
     supports_early_init = False
+    # a layer type is filed globally under this name by every subclass that has one, so ours must not inherit it:
+    # models that were never converted would get our layers
+    _layer_type = None
     state: State | None
     mixer: Mixer | None
     record_past: bool
@@ -99,7 +102,13 @@ class LinearizedCacheLayer(CacheLayerMixin):
         return self.seen
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to allocate: the state is made with the first token."""
+        """Nothing to allocate for keys and values: the state is made with the first token.
+
+        Layers that also hold a convolution's or a recurrence's states (hybrids) make those with the same method, by
+        keyword, and go on doing so.
+        """
+        if kwargs and not args:
+            super().lazy_initialization(**kwargs)  # type: ignore[safe-super]
 
     def reset(self) -> None:
         """Forget everything."""

@@ -112,10 +112,7 @@ def attach(model: PreTrainedModel) -> None:
     problems = check(plan["mixer"])
     if problems:
         raise CheckpointError("config.linearize: " + "; ".join(problems))
-    capped = any(numbers.get("softcap") for numbers in plan["layers"].values())
-    if capped and model.config._attn_implementation == "sdpa":
-        # sdpa has no soft cap; transformers before 5.18 drops it without a word, so the teacher would be another model
-        model.config._attn_implementation = "eager"
+    honor_softcap(model, plan)
     prefix = model.base_model_prefix + "."
     headless = model.base_model is model
     switch = Switch()
@@ -132,6 +129,14 @@ def attach(model: PreTrainedModel) -> None:
     if base is not model:
         _become(base, model_class(type(base), type(model.config), head=False))
     _register_outputs(model)
+
+
+def honor_softcap(model: PreTrainedModel, plan: dict[str, Any]) -> None:
+    """Set a model whose layers have a soft cap to the attention function that computes it."""
+    capped = any(numbers.get("softcap") for numbers in plan["layers"].values())
+    if capped and model.config._attn_implementation == "sdpa":
+        # sdpa has no soft cap; transformers before 5.18 drops it without a word, so the teacher would be another model
+        model.config._attn_implementation = "eager"
 
 
 def _become(model: PreTrainedModel, cls: type) -> None:
