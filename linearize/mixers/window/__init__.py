@@ -34,22 +34,36 @@ class Window(Part):
         return {}
 
     def parallel(
-        self, q: Tensor, k: Tensor, v: Tensor | None, visible: Tensor, age: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        visible: Tensor,
+        age: Tensor,
+        sink: Tensor | None = None,
     ) -> tuple[Partial | None, Tensor | None]:
         """Dense form: q [B, R, H, K] against all keys -> the partial, and the mask [B, R, S] of what is left to see.
 
-        `visible` [B, R, S] is the causal, padding and document mask; `age` [R, S] how many tokens ago a key came.
+        `visible` [B, R, S] is the causal, padding and document mask; `age` [R, S] how many tokens ago a key came;
+        `sink` [H] the logit of the teacher's own attention sink, which joins the softmax's sum of weights.
         """
         raise NotImplementedError(type(self))  # pragma: no cover - every registered window defines it
 
     def chunked(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, state: State
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor,
+        docs: Tensor,
+        state: State,
+        sink: Tensor | None = None,
     ) -> tuple[Partial | None, Handed | None]:
         """O(T)-memory form; writes the new ring into `state`."""
         raise NotImplementedError(type(self))  # pragma: no cover
 
     def step(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State, sink: Tensor | None = None
     ) -> tuple[Partial | None, Handed | None]:
         """One token (T = 1), in place."""
         raise NotImplementedError(type(self))  # pragma: no cover
