@@ -151,7 +151,9 @@ def _plan_facts(plan: Any) -> list[tuple[str, str]]:
         facts.append(("state of one sequence", f"{size}, at any length (16-bit model)"))
     per_token = sum(int(row.get("kv_bytes_per_token") or 0) for row in converted)
     if state and per_token:
-        equal = f"{per_token:,} bytes a token; equal at {-(-state // per_token):,} tokens"
+        length = plan.get("break_even", -(-state // per_token))
+        rest = "never larger, as its windows cap it" if length is None else f"equal at {length:,} tokens"
+        equal = f"{per_token:,} bytes a token; {rest}"
         facts.append(("KV cache that it replaces", equal))
     return facts
 

@@ -105,7 +105,7 @@ class _Job:
         recipe, folder = self.recipe, self.folder
         model: Any
         model, tokenizer = models.load_teacher(self.source, dtype=torch.float32, device=str(self.device))
-        plan = surgery.plan(model.config, recipe.mixer, recipe.layers, **needs(recipe.stages.values()))
+        plan = surgery.plan(model, recipe.mixer, recipe.layers, **needs(recipe.stages.values()))
         measurer = Measurer(recipe, tokenizer, self.autocast)
         places = self._places()
         datasets = {place.name: self._dataset(tokenizer, place) for place in places if not place.done}

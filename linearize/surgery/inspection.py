@@ -189,12 +189,10 @@ def _check_cache(model: PreTrainedModel, layers: list[AttentionLayer]) -> None:
             why = f"has the cache index {layer.index}, as {taken[layer.index]} has; their states would mix"
         elif layer.index < 0:
             why = f"has the cache index {layer.index}: it is told at each call which layer it is"
-        elif places and layer.index >= len(places):
-            why = f"has the cache index {layer.index}, but the model's cache holds {len(places)} layers"
-        elif places and not isinstance(places[layer.index], CacheLayerMixin):
+        elif places and not (layer.index < len(places) and isinstance(places[layer.index], CacheLayerMixin)):
             why = (
-                "has no keys and values of its own in the cache: it uses those of an earlier layer (shared KV), "
-                "which a state does not keep"
+                "has no keys and values of its own in the model's cache: it uses those of an earlier layer "
+                "(shared KV), which a state does not keep"
             )
         if why is not None:
             raise UnsupportedModelError(f"{layer.path} ({type(layer.module).__name__}): {why}")

@@ -187,6 +187,9 @@ def _recording(model: PreTrainedModel, modules: list[nn.Module], seen: Probe, *,
         AttentionInterface.get_interface = real  # type: ignore[method-assign]
         ALL_MASK_ATTENTION_FUNCTIONS._local_mapping.clear()
         ALL_MASK_ATTENTION_FUNCTIONS._local_mapping.update(makers)
+        # the functions hold on to the model's tensors
+        AttentionInterface._global_mapping.pop(NAME, None)
+        AttentionMaskInterface._global_mapping.pop(NAME, None)
         for hook in hooks:
             hook.remove()
         for key, config in configs.items():

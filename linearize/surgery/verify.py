@@ -136,6 +136,12 @@ class Reference:
         self.layers = layers
         with _named_failures(model, "before surgery"), evaluating(model), torch.no_grad():
             self.answers = list(answers(model, layers))
+        for answer in self.answers:
+            if not bool(answer.logits[answer.valid].isfinite().any()):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__}: gives no finite number on {answer.form}, before any surgery; its weights "
+                    f"are damaged or overflow in {answer.logits.dtype}"
+                )
 
     def hold(self, model: PreTrainedModel) -> None:
         """Compare the model after surgery.
@@ -194,8 +200,11 @@ def _named_failures(model: PreTrainedModel, when: str) -> Iterator[None]:
 
 
 def _difference(ours: Tensor, theirs: Tensor, valid: Tensor) -> tuple[float, float]:
-    """Largest difference on real tokens, and the largest value."""
-    a, b = ours[valid].float(), theirs[valid].float()
+    """Largest difference on real tokens, and the largest value; tokens on which the model itself fails are left out."""
+    known = valid & ours.isfinite().flatten(2).all(-1)
+    a, b = ours[known].double(), theirs[known].double()
+    if not a.numel():
+        return 0.0, 0.0
     return (a - b).abs().max().item(), a.abs().max().item()
 
 
