@@ -11,6 +11,7 @@ from transformers import TextStreamer
 
 from linearize.decode.generate import evaluating, generate_ids
 from linearize.errors import LinearizeError
+from linearize.mixers.offloaded import device_of
 
 
 def generate(
@@ -58,7 +59,7 @@ def generate(
     if on_text is not None and (len(texts) > 1 or options.get("num_beams", 1) > 1):
         raise LinearizeError("streaming shows one sequence: give one prompt and no beams")
     batch = _encode(tokenizer, [_chat(tokenizer, text, system) for text in texts] if chat else texts, chat)
-    batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch.items()}
+    batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
     options.setdefault("do_sample", False)
     if not options["do_sample"]:
         # A checkpoint's generation config may hold sampling values, which greedy decoding warns about.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.errors import DataError
+from linearize.mixers.offloaded import device_of
 
 LOGITS_AT_ONCE = 2**24
 """Elements of the float32 copy of the logits that exist at a time (64 MB): 341 rows of a 49k vocabulary."""
@@ -84,7 +85,7 @@ def perplexity(
         ids = ids[:max_windows]
     _check_window(ids.shape[1])
     _check_positions(model, ids.shape[1])
-    device = next(model.parameters()).device
+    device = device_of(model)
     context = torch.autocast(device.type, dtype=autocast) if autocast is not None else nullcontext()
     training = model.training
     total, scored = 0.0, 0

@@ -7,7 +7,10 @@ importing torch or every family's code: the config mapping is given a dictionary
 
 from __future__ import annotations
 
+import sys
 from typing import Any
+
+from linearize.late import after_import
 
 TYPE_PREFIX = "linearized_"
 
@@ -39,8 +42,18 @@ class OnDemand(dict[str, Any]):
 
 
 def install() -> None:
-    """Hook the config mapping of transformers; idempotent."""
+    """Hook the config mapping of transformers, and peft's tables once it is imported; idempotent."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if not isinstance(CONFIG_MAPPING._extra_content, OnDemand):
         CONFIG_MAPPING._extra_content = OnDemand(CONFIG_MAPPING._extra_content, CONFIG_MAPPING._mapping)
+        after_import("peft.utils.constants", _install_adapters)
+
+
+def _install_adapters() -> None:
+    """Give `linearized_<base>` what peft does by default for each base: which modules get an adapter."""
+    constants = sys.modules["peft.utils.constants"]
+    for name, table in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict):
+            for base, value in list(table.items()):
+                table.setdefault(TYPE_PREFIX + base, value)

@@ -1,10 +1,24 @@
-"""Triton's kernels run in its interpreter where there is no GPU; it has to be chosen before they are defined."""
+"""Triton's kernels run in its interpreter where there is no GPU; it has to be chosen before they are defined.
+
+And the check of an export runs in the test's own process, since starting another takes seconds.
+"""
 
 from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def check_in_this_process(monkeypatch):
+    """Compare an export with its model here; `tests/export/test_verify.py` has it done in a fresh process."""
+    from linearize.export import reloading, verify
+
+    monkeypatch.setattr(
+        verify, "in_new_process", lambda settings, work: reloading.compare(settings, package=True)
+    )

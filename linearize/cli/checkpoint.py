@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from linearize.cli.console import quiet_libraries
 from linearize.errors import CheckpointError, LinearizeError
 
+log = logging.getLogger(__name__)
+
 
 def load(path: str, device: str = "auto") -> tuple[Any, Any]:
-    """Model in evaluation mode and tokenizer.
+    """Model in evaluation mode, with the adapter that lies beside its weights, and tokenizer.
 
     Args:
         path: exported checkpoint, run folder (its `checkpoint` is taken), or a MODEL as for `linearize run`.
@@ -29,6 +32,9 @@ def load(path: str, device: str = "auto") -> tuple[Any, Any]:
         from linearize import export
 
         model: Any = export.load(folder)
+        if (folder / "adapter").is_dir():  # of a run that keeps it apart, and that measured the model with it
+            log.info("%s: with the adapter that lies in it", folder)
+            model = export.load_adapter(model, folder / "adapter").merge_and_unload()
         model = model.to(target).eval()
     else:
         model, _ = models.load_teacher(str(folder), device=target)

@@ -200,6 +200,7 @@ class _Job:
             recipe=dataclasses.asdict(self.recipe),
             metrics={"rows": results.rows},
             base=self.source,
+            check=True,
         )
         if apart is not None:
             apart.rename(path / "adapter")

@@ -138,18 +138,10 @@ def _classes(model: PreTrainedModel) -> str:
     lines += [f"from {cls.__module__} import {cls.__name__}  # noqa: E402" for cls in classes]
     prefix, conf = "Linearized", f"Linearized{config.__name__}"
     lines += [
-        "from transformers.conversion_mapping import (  # noqa: E402",
-        "    get_checkpoint_conversion_mapping,",
-        "    register_checkpoint_conversion_mapping,",
-        ")",
         "",
         f"{conf} = config_class({config.__name__})",
         f"{prefix}{base.__name__} = model_class({base.__name__}, {conf}, head=False)",
         f"{prefix}{causal_lm.__name__} = model_class({causal_lm.__name__}, {conf}, head=True)",
-        "",
-        f"_conversion = get_checkpoint_conversion_mapping({config.__name__}.model_type)",
-        "if _conversion is not None:",
-        f"    register_checkpoint_conversion_mapping({conf}.model_type, _conversion, overwrite=True)",
     ]
     return "\n".join(lines)
 

@@ -6,12 +6,9 @@ from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from linearize.errors import UnsupportedModelError
 from linearize.surgery.model import config_class, model_class
@@ -52,8 +49,8 @@ def register_classes(
     AutoModelForCausalLM.register(config, model, exist_ok=True)
     if base_model is not None:
         AutoModel.register(config, model_class(base_model, config, head=False), exist_ok=True)
-    # fused expert weights are mapped by model type: a new type without the entry loads a mixture of experts wrong
-    conversion = get_checkpoint_conversion_mapping(base_config.model_type)
-    if conversion is not None:
-        register_checkpoint_conversion_mapping(config.model_type, conversion, overwrite=True)
+    # for a tokenizer whose files name no class
+    tokenizer: Any = TOKENIZER_MAPPING.get(base_config, None)
+    if tokenizer is not None:
+        TOKENIZER_MAPPING.register(config, tokenizer, exist_ok=True)
     return model

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from linearize.errors import CheckpointError
 from linearize.export.bundle import MODULE, auto_map, bundle
 from linearize.export.card import model_card
+from linearize.export.verify import verify
+from linearize.patch import changed
 from linearize.surgery import converted
 
 
@@ -27,6 +29,7 @@ def save(
     base: str = "",
     remote_code: bool = True,
     max_shard_size: str = "5GB",
+    check: bool = False,
 ) -> Path:
     """Write `model` to the folder `path`.
 
@@ -35,19 +38,22 @@ def save(
     Args:
         model: a converted model (after LoRA is merged), or any model of transformers.
         path: the folder; an existing one is replaced.
-        tokenizer: saved along when given.
+        tokenizer: saved along when given, padding on the side that its own files say.
         recipe: the composed recipe, for the card and `linearize.json`.
         metrics: results, likewise.
         base: what was converted (the MODEL argument), for the card.
         remote_code: also write `modeling_linearized.py`, so that the folder loads without this package through
             `trust_remote_code=True`.
         max_shard_size: largest weight file.
+        check: load the folder in a fresh process and compare it with the model, see `verify`, before it is put in its
+            place; for converted models.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written; what was there before is untouched.
+        CheckpointError: the disk is full or the folder cannot be written; what was there before is untouched. Or the
+            folder does not give back the model; it then stands beside its place, as `<path>-failed`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +61,7 @@ def save(
     try:
         model.save_pretrained(scratch, max_shard_size=max_shard_size)
         if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
+            _save_tokenizer(tokenizer, scratch)
         if remote_code and converted(model):
             (scratch / f"{MODULE}.py").write_text(bundle(model))
             config = json.loads((scratch / "config.json").read_text())
@@ -67,6 +73,8 @@ def save(
             model_card(model, base=base, recipe=recipe or {}, metrics=metrics or {})
         )
         scratch.chmod(0o755)
+        if check and converted(model):
+            _check(model, scratch, path, remote_code=remote_code)
         replace_folder(scratch, path)
     except Exception as error:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -76,6 +84,31 @@ def save(
             ) from error
         raise
     return path
+
+
+def _check(model: PreTrainedModel, scratch: Path, path: Path, *, remote_code: bool) -> None:
+    """`verify`, which keeps a folder that does not pass under a name that says so."""
+    try:
+        verify(model, scratch, remote_code=remote_code)
+    except CheckpointError as error:
+        failed = path.with_name(f"{path.name}-failed")
+        shutil.rmtree(failed, ignore_errors=True)
+        scratch.rename(failed)
+        raise CheckpointError(
+            f"{path}: the export did not pass its check: {error}. It was left in {failed} with all its weights, and "
+            f"{path} is as it was; please report what the check says"
+        ) from error
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer as it was loaded: padding and truncation of the last batch would be written along."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
+    own = getattr(tokenizer, "init_kwargs", {}).get("padding_side", type(tokenizer).padding_side)
+    with changed(tokenizer, "padding_side", own):
+        tokenizer.save_pretrained(folder)
 
 
 def replace_folder(new: Path, path: Path) -> None:

@@ -9,6 +9,7 @@ from linearize.mixers import fused
 from linearize.mixers.base import LayerShape, Part, Partial, accumulator, documents
 from linearize.mixers.combine import Combine
 from linearize.mixers.feature_map import FeatureMap
+from linearize.mixers.offloaded import with_weights
 from linearize.mixers.output import Output
 from linearize.mixers.position import Position
 from linearize.mixers.recurrent import Inputs, Recurrent
@@ -112,6 +113,7 @@ class Mixer(nn.Module):
             if isinstance(part, Part):
                 part.reset_parameters()
 
+    @with_weights
     def parallel(
         self,
         q: Tensor,
@@ -159,6 +161,7 @@ class Mixer(nn.Module):
             seen = None if inputs.hidden is None else inputs.hidden[:, rows]
             return self._join(near, far, seen, weights=v is None)
 
+    @with_weights
     def chunked(
         self,
         q: Tensor,
@@ -194,6 +197,7 @@ class Mixer(nn.Module):
                 far = self.recurrent.chunked(inputs, handed, state)
             return self._join(near, far, inputs.hidden)
 
+    @with_weights
     def step(
         self,
         q: Tensor,

@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linearize.errors import UnsupportedModelError
 from linearize.mixers import Mixer
+from linearize.mixers.offloaded import device_of
 from linearize.mixers.position import rotate_back
 from linearize.surgery import arguments
 from linearize.surgery.cache import LinearizedCacheLayer, adopt
@@ -249,6 +251,13 @@ def convert_module(attention: nn.Module, mixer: Mixer, switch: Switch) -> Linear
     made.config = copy.copy(made.config)
     made.config._attn_implementation_internal = NAME
     attention.__class__ = subclass(type(attention), LinearizedAttention)
-    made.mixer = mixer.to(next(made.parameters()).device)
+    if (
+        "_old_forward" in attention.__dict__
+    ):  # accelerate has hung a hook around the forward of the class before
+        attention._old_forward = MethodType(type(attention).forward, attention)  # type: ignore[assignment]
+    if not any(parameter.is_meta for parameter in mixer.parameters()):
+        # a model that transformers is about to load stands on the meta device, though not with every parameter
+        mixer = mixer.to(device_of(made))
+    made.mixer = mixer
     made.linearize_switch = switch
     return made

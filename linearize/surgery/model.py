@@ -13,6 +13,7 @@ from linearize.mixers import LayerShape, build, check
 from linearize.mixers.base import Part
 from linearize.surgery.attention import LinearizedAttention, Switch, convert_module
 from linearize.surgery.cache import adopt
+from linearize.surgery.filing import file_config, file_model
 from linearize.surgery.generated import subclass
 
 TYPE_PREFIX = "linearized_"
@@ -29,14 +30,17 @@ class LinearizedConfig:
 
     linearize: dict[str, Any]
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """What the base class says, see `LinearizedModel.is_custom_code`."""
+        return _own(cls, LinearizedConfig).is_custom_code()
+
 
 class LinearizedModel:
     """Mixin in front of a base model (no head).
 
     Its base class, a `PreTrainedModel`, is known at run time alone: hence the ignored types here and below.
     """
-
-    _keep_in_fp32_modules_strict = {"mixer"}
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -47,6 +51,23 @@ class LinearizedModel:
             module.reset_parameters()
         else:
             super()._init_weights(module)  # type: ignore[misc]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """What the base class says: transformers would read it off the module that a class stands in.
+
+        Custom code is not trusted with its own initialization, which fills buffers that no checkpoint holds.
+        """
+        return _own(cls, LinearizedModel).is_custom_code()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers searches the source of the class's module, which here is not the model's
+        return _own(cls, LinearizedModel)._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return _own(cls, LinearizedModel)._can_set_experts_implementation()
 
 
 class LinearizedCausalLM(LinearizedModel):
@@ -84,16 +105,25 @@ class LinearizedCausalLM(LinearizedModel):
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
 
+def _own(cls: type, mixin: type) -> Any:
+    """The family's own class under a generated one."""
+    return next(base for base in cls.__mro__ if not issubclass(base, mixin))
+
+
 def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """`Linearized<Base>Config`, with its own `model_type`."""
-    return subclass(base, LinearizedConfig, model_type=TYPE_PREFIX + base.model_type)
+    made = subclass(base, LinearizedConfig, model_type=TYPE_PREFIX + base.model_type)
+    file_config(made, base)
+    return made
 
 
 def model_class(
     base: type[PreTrainedModel], config: type[PreTrainedConfig], *, head: bool
 ) -> type[PreTrainedModel]:
     """`Linearized<Base>` of a causal language model (`head`) or of a base model."""
-    return subclass(base, LinearizedCausalLM if head else LinearizedModel, config_class=config)
+    made = subclass(base, LinearizedCausalLM if head else LinearizedModel, config_class=config)
+    file_model(made, base)
+    return made
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -125,6 +155,7 @@ def attach(model: PreTrainedModel) -> None:
                 f"config.linearize: no module {name!r} in {type(model).__name__}"
             ) from error
         convert_module(attention, build(plan["mixer"], LayerShape(**numbers)), switch)
+        _keep_in_float32(model, f"{name}.mixer")
     base = cast(PreTrainedModel, model.base_model)
     if base is not model:
         _become(base, model_class(type(base), type(model.config), head=False))
@@ -137,6 +168,11 @@ def honor_softcap(model: PreTrainedModel, plan: dict[str, Any]) -> None:
     if capped and model.config._attn_implementation == "sdpa":
         # sdpa has no soft cap; transformers before 5.18 drops it without a word, so the teacher would be another model
         model.config._attn_implementation = "eager"
+
+
+def _keep_in_float32(model: PreTrainedModel, path: str) -> None:
+    """Load a module in float32 whatever the model's dtype, beside those that the family names itself."""
+    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), path}
 
 
 def _become(model: PreTrainedModel, cls: type) -> None:
