@@ -106,7 +106,7 @@ def registered() -> list[dict]:
         *SKELETONS,
         *(_with(part, name) for part, (registry, _) in PARTS.items() for name in registry.names()),
     ]
-    found += VARIANTS + [_shrunk(compose(name, []).mixer) for name, _ in list_recipes()]
+    found += VARIANTS + [small(compose(name, []).mixer) for name, _ in list_recipes()]
     distinct = {label(mixer): mixer for mixer in found}
     for mixer in distinct.values():
         assert check(mixer) == [], (mixer, check(mixer))
@@ -134,11 +134,14 @@ def _idle(mixer: dict, part: str) -> bool:
     return part == "combine" and build(mixer, SHAPES["grouped"]).combine is None
 
 
-def _shrunk(mixer: dict) -> dict:
-    small = {}
+def small(mixer: dict) -> dict:
+    """The composition with its sizes shrunk."""
+    shrunk = {}
     for part, options in normalize(mixer).items():
-        small[part] = {key: SMALL[key] if key in SMALL and value else value for key, value in options.items()}
-    return small
+        shrunk[part] = {
+            key: SMALL[key] if key in SMALL and value else value for key, value in options.items()
+        }
+    return shrunk
 
 
 def label(mixer: dict) -> str:

@@ -61,6 +61,10 @@ class FixedState(LinearizedCacheLayer):
     def _count(self, tokens: int) -> None:
         """The clock counts."""
 
+    def mask_offset(self, tokens: int) -> int | None:
+        """Prompts are padded, what is made is not: rows that have ended go on with tokens that nobody reads."""
+        return None if self.clock.running else 0
+
     def get_seq_length(self) -> int:
         return self.clock.length  # type: ignore[return-value]  # a tensor as in transformers' static layers
 

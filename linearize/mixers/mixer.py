@@ -171,6 +171,7 @@ class Mixer(nn.Module):
         valid: Tensor | None = None,
         starts: Tensor | None = None,
         state: State | None = None,
+        gaps: bool | None = None,
         hidden: Tensor | None = None,
         plain: Plain | None = None,
         sink: Tensor | None = None,

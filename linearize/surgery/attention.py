@@ -48,13 +48,13 @@ class Frame:
         hidden_states: [B, T, D].
         rotation: cos and sin [B, T, R] of the rotary embedding, or None where the module gets none.
         cache: the layer's converted cache, or None.
-        offset: column of the first new token in the mask.
+        offset: column of the first new token in the mask, [] tensor in static caches; None: no new token is padding.
     """
 
     hidden_states: Tensor
     rotation: tuple[Tensor, Tensor] | None = None
     cache: LinearizedCacheLayer | None = None
-    offset: int = 0
+    offset: int | Tensor | None = 0
 
 
 class LinearizedAttention(nn.Module):
@@ -82,9 +82,7 @@ class LinearizedAttention(nn.Module):
             if isinstance(cache, EncoderDecoderCache):
                 cache = cache.self_attention_cache
             frame.cache = adopt(cache, self.layer_idx)
-            tokens = hidden.shape[1]
-            if tokens > 1:
-                frame.offset = int(frame.cache.get_seq_length()) - frame.cache.get_mask_sizes(tokens)[1]
+            frame.offset = frame.cache.mask_offset(hidden.shape[1])
         return super().forward(*args, **kwargs, linearize_frame=frame)
 
     def teacher(
@@ -120,6 +118,7 @@ class LayerCall:
         hidden_states: [B, T, D], the module's input.
         valid, starts: [B, T] bool or None: not padding, begins a document.
         teacher: [B, T, H, V], softmax output before the output projection.
+        gaps: whether padding stands between tokens; None: nobody has looked.
         context: what else the mixer reads, see `context`.
     """
 
@@ -132,6 +131,7 @@ class LayerCall:
     valid: Tensor | None
     starts: Tensor | None
     teacher: Tensor
+    gaps: bool | None = None
     context: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -141,7 +141,7 @@ class LayerCall:
     def student(self) -> Tensor:
         """The mixer's output [B, T, H, V] in its chunked form, with a graph to the mixer's parameters."""
         return self.mixer.chunked(
-            self.q, self.k, self.v, valid=self.valid, starts=self.starts, **self.context
+            self.q, self.k, self.v, valid=self.valid, starts=self.starts, gaps=self.gaps, **self.context
         )
 
     def project(self, y: Tensor) -> Tensor:
@@ -205,7 +205,9 @@ def linearized_attention(
     why = why or arguments.changed(kwargs, module.mixer.shape)
     if why is not None:
         raise UnsupportedModelError(f"layer {module.layer_idx} ({type(module).__name__}): {why}")
-    valid, starts = read_mask(attention_mask, batch, tokens, frame.offset)
+    window, carries = module.mixer.shape.sliding_window, frame.cache is not None
+    reading = read_mask(attention_mask, batch, tokens, frame.offset, window=window, carries=carries)
+    valid, starts, gaps = reading.valid, reading.starts, reading.gaps
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     sink = kwargs.get("s_aux")
     if switch.mode == "observe":
@@ -222,15 +224,16 @@ def linearized_attention(
             valid=valid,
             starts=starts,
             teacher=output.detach(),
+            gaps=gaps,
             context=context(module, frame, q.detach(), k.detach(), sink),
         )
         switch.observer(call)
         return output, None
     extra = context(module, frame, q, k, sink)
     if frame.cache is not None:
-        output = frame.cache.attend(module.mixer, q, k, v, valid=valid, starts=starts, **extra)
+        output = frame.cache.attend(module.mixer, q, k, v, valid=valid, starts=starts, gaps=gaps, **extra)
     else:
-        output = module.mixer.chunked(q, k, v, valid=valid, starts=starts, **extra)
+        output = module.mixer.chunked(q, k, v, valid=valid, starts=starts, gaps=gaps, **extra)
     # some families view the heads of the output as one dimension, which takes one piece of memory
     return output.to(query.dtype).contiguous(), None
 

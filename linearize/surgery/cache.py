@@ -76,6 +76,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
         *,
         valid: Tensor | None,
         starts: Tensor | None,
+        gaps: bool | None = None,
         **context: Any,
     ) -> Tensor:
         """Run the mixer on new tokens [B, T, H, K] and keep its state; `context` as in `surgery.context`."""
@@ -101,7 +102,11 @@ class LinearizedCacheLayer(CacheLayerMixin):
             self._recorded.append(recorded)
         if k.shape[1] == 1 and not (torch.is_grad_enabled() and q.requires_grad):
             return mixer.step(q, k, v, state=self.state, valid=valid, **context)
-        return mixer.chunked(q, k, v, valid=valid, starts=starts, state=self.state, **context)
+        return mixer.chunked(q, k, v, valid=valid, starts=starts, state=self.state, gaps=gaps, **context)
+
+    def mask_offset(self, tokens: int) -> int | Tensor | None:
+        """Column of the first of so many new tokens in the layer's mask; None where they cannot be padding."""
+        return self.get_seq_length() - self.get_mask_sizes(tokens)[1]
 
     def get_seq_length(self) -> int:
         """Tokens so far."""

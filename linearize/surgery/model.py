@@ -15,6 +15,7 @@ from linearize.surgery.attention import LinearizedAttention, Switch, convert_mod
 from linearize.surgery.cache import adopt
 from linearize.surgery.filing import file_config, file_model
 from linearize.surgery.generated import subclass
+from linearize.surgery.given import looking
 
 TYPE_PREFIX = "linearized_"
 FORMAT = 1
@@ -41,6 +42,15 @@ class LinearizedModel:
 
     Its base class, a `PreTrainedModel`, is known at run time alone: hence the ignored types here and below.
     """
+
+    looks = True
+    """Whether generated classes look at their arguments first (`given.looking`), which those around a base leave to it."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.looks and issubclass(cls, PreTrainedModel):
+            # on the class, however it came to be made, unpickling included
+            cls.forward = looking(_own(cls, LinearizedModel).forward)
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -72,6 +82,8 @@ class LinearizedModel:
 
 class LinearizedCausalLM(LinearizedModel):
     """Mixin in front of a causal language model."""
+
+    looks = False
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
