@@ -44,7 +44,7 @@ class LinearizedModel:
     """
 
     looks = True
-    """Whether generated classes look at their arguments first (`given.looking`): the base does, what is around it not."""
+    """Whether generated classes look at their arguments first (`given.looking`): only the base itself does."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
