@@ -229,8 +229,9 @@ class Judge:
                 self.verdict.notes.append(f"inspect does not know it without its weights: {planned}")
             self._exact(teacher_folder, inputs, expected)
         with self._checking("the untouched model afterwards"):
-            self._compare("the untouched model afterwards", forms(teacher, inputs, expected), expected)
-            self._compare("the teacher loaded again", forms(load(teacher_folder), inputs, expected), expected)
+            kept = {name: expected[name] for name in ("plain", "generation") if name in expected}
+            self._compare("the untouched model afterwards", forms(teacher, inputs, kept), kept)
+            self._compare("the teacher loaded again", forms(load(teacher_folder), inputs, kept), kept)
         if self.verdict.problems:
             self.verdict.verdict = "failed"
         return self.verdict
@@ -274,8 +275,9 @@ class Judge:
             self._compare("identity", forms(model, inputs, expected), expected)
         with self._checking("teacher mode"):
             model = surgery.convert(load(folder), LOLCATS)
+            wanted = {name: out for name, out in expected.items() if name != "token by token"}
             with surgery.mode(model, "teacher"):
-                self._compare("teacher mode", forms(model, inputs, expected), expected)
+                self._compare("teacher mode", forms(model, inputs, wanted), wanted)
             generator = torch.Generator().manual_seed(2)
             for layer in surgery.converted(model):
                 for parameter in layer.mixer.parameters():
@@ -306,15 +308,17 @@ class Judge:
 
     def _roles(self, folder: Path) -> list[str]:
         """The roles that adapters can be hung on, as the plan says before anything is trained."""
-        found = []
+        model, found = load(folder), []
         for role in ROLES:
             try:
-                surgery.plan(load(folder), LOLCATS, roles=[role])
+                surgery.plan(model, LOLCATS, roles=[role])
                 found.append(role)
             except UnsupportedModelError:
                 self.verdict.notes.append(
                     f"no adapters on {role}: no linear layer plays it (refused in the plan)"
                 )
+            if found == ["q"] and self._refusal(lambda: surgery.plan(model, LOLCATS, roles=ROLES)) == "":
+                return ROLES
         return found
 
     def _train(
