@@ -77,6 +77,7 @@ def chunked(
     docs: Tensor | None,
     state: State | None,
     front: Tensor | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """`Mixer.chunked` up to the output part, [B, T, H, V] in the dtype of v; q and k as the branches see them.
 
@@ -126,7 +127,7 @@ def chunked(
         past = None if state is None else (state["sums"], state["norms"])
     out, last = window_linear(
         q, ring_k, ring_v, query_map, key_map, window=span, scaling=mixer.shape.scaling,
-        window_weight=_share(mixer), linear_weight=_rest(mixer), sink=getattr(window, "sink_logit", None),
+        window_weight=_share(mixer), linear_weight=_rest(mixer), sink=_sink(mixer, sink),
         codes=codes, reach=reach, least=least, prefix=prefix, state=past, return_state=state is not None,
     )  # fmt: skip
     if state is not None:
@@ -139,7 +140,15 @@ def chunked(
     return out
 
 
-def step(mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, state: State) -> Tensor:
+def step(
+    mixer: Mixer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    state: State,
+    sink: Tensor | None = None,
+) -> Tensor:
     """`Mixer.step` up to the output part, [B, 1, H, V] in the dtype of v, in place on the state."""
     q, k = q.to(v.dtype), k.to(v.dtype)
     window = mixer.window
@@ -150,11 +159,15 @@ def step(mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, st
     out = window_linear_step(
         q[:, 0], k[:, 0], v[:, 0], query_map, key_map, scaling=mixer.shape.scaling,
         ring=window.ring(state) if isinstance(window, RingWindow) else None, state=past,
-        sink=getattr(window, "sink_logit", None), valid=None if valid is None else valid[:, 0],
+        sink=_sink(mixer, sink), valid=None if valid is None else valid[:, 0],
         window_factor=mixer.combine.window_factor if isinstance(mixer.combine, SharedNormalizer) else None,
         complement=_complement(mixer),
     )  # fmt: skip
     return out[:, None]
+
+
+def _sink(mixer: Mixer, given: Tensor | None) -> Tensor | None:
+    return mixer.window.sinks(given) if isinstance(mixer.window, RingWindow) else None
 
 
 def _maps(recurrent: Recurrent) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,9 @@ class Mixer(nn.Module):
     v [B, T, N, V] in any float dtype and return [B, T, H, V] in float32 (float64 for float64 inputs; where one kernel
     computes the whole composition, see `fused`, in the dtype of v). `hidden`
     [B, T, D], the layer's input, and `plain`, q and k before RoPE, are needed where `uses_hidden` and `needs_plain`
-    say so. A row with padding, wherever it stands, is the row without.
+    say so. A row with padding, wherever it stands, is the row without. `sink` [H] is the logit of the teacher's own
+    attention sink, in families that have one: its exponential joins the window's sum of weights, and through a shared
+    normalizer that of the recurrent branch; a mixer without a window leaves it out.
 
     Args:
         shape: the layer's numbers.
@@ -124,6 +126,7 @@ class Mixer(nn.Module):
         rows: slice | None = None,
         hidden: Tensor | None = None,
         plain: Plain | None = None,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """The definition.
 
@@ -132,7 +135,7 @@ class Mixer(nn.Module):
             valid: [B, T] bool, false on padding.
             starts: [B, T] bool, true where a packed document begins.
             rows: query rows to compute (all by default); q still holds every row.
-            hidden, plain: see the class.
+            hidden, plain, sink: see the class.
 
         Returns:
             [B, R, H, V], float32 or wider.
@@ -154,7 +157,9 @@ class Mixer(nn.Module):
                 & inputs.valid[:, None, :]
             )
             window_v = None if v is None else near_inputs.v
-            near, left = self.window.parallel(near_inputs.q[:, rows], near_inputs.k, window_v, visible, age)
+            near, left = self.window.parallel(
+                near_inputs.q[:, rows], near_inputs.k, window_v, visible, age, sink
+            )
             far = None
             if self.recurrent is not None and left is not None:
                 far = self.recurrent.parallel(inputs, left, rows, weights=v is None)
@@ -174,6 +179,7 @@ class Mixer(nn.Module):
         gaps: bool | None = None,
         hidden: Tensor | None = None,
         plain: Plain | None = None,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """The same in O(T) memory; with a state, the tokens before are part of the sequence and the state is written.
 
@@ -186,14 +192,15 @@ class Mixer(nn.Module):
         batch, tokens = k.shape[:2]
         docs = None if starts is None else documents(starts, batch, tokens, k.device)
         if valid is None or gaps is False or (gaps is None and state is None and not has_gaps(valid)):
-            return self._chunked(q, k, v, valid, docs, state, hidden, plain)
+            return self._chunked(q, k, v, valid, docs, state, hidden, plain, sink)
         packed = packing(valid)
         q, k, v = packed.pack(q), packed.pack(k), packed.pack(v)
         hidden = None if hidden is None else packed.pack(hidden)
         plain = None if plain is None else (packed.pack(plain[0]), packed.pack(plain[1]))
         docs = None if docs is None else packed.pack(torch.where(valid, docs, 0))
         valid = packed.pack(valid)
-        return packed.unpack(self._chunked(q, k, v, valid, docs, state, hidden, plain, leading(valid)))
+        front = leading(valid)
+        return packed.unpack(self._chunked(q, k, v, valid, docs, state, hidden, plain, sink, front))
 
     def _chunked(
         self,
@@ -205,6 +212,7 @@ class Mixer(nn.Module):
         state: State | None,
         hidden: Tensor | None,
         plain: Plain | None,
+        sink: Tensor | None,
         front: Tensor | None = None,
     ) -> Tensor:
         """`chunked` of rows without padding between tokens; the state belongs behind the `front` [B] padding."""
@@ -212,14 +220,21 @@ class Mixer(nn.Module):
         if fused.runs(self, q, k, v):
             with torch.autocast(q.device.type, enabled=False):
                 seen_q, seen_k = self._fused_pair(q, k, plain)
-                made = fused.chunked(self, seen_q, seen_k, v, valid, docs, state, front)
+                made = fused.chunked(self, seen_q, seen_k, v, valid, docs, state, front, sink)
                 return self._finish(made, hidden)
         if state is None:
             state = self.initial_state(k.shape[0], k.dtype, k.device)
         with torch.autocast(q.device.type, enabled=False):
             near_inputs, inputs = self._inputs(q, k, v, valid, docs, hidden, plain, front)
             near, handed = self.window.chunked(
-                near_inputs.q, near_inputs.k, near_inputs.v, inputs.valid, inputs.docs, state, front
+                near_inputs.q,
+                near_inputs.k,
+                near_inputs.v,
+                inputs.valid,
+                inputs.docs,
+                state,
+                front=front,
+                sink=sink,
             )
             far = None
             if self.recurrent is not None and handed is not None:
@@ -237,14 +252,17 @@ class Mixer(nn.Module):
         valid: Tensor | None = None,
         hidden: Tensor | None = None,
         plain: Plain | None = None,
+        sink: Tensor | None = None,
     ) -> Tensor:
         """One token (T = 1) against the state, which is updated in place; padding leaves it as it is."""
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             if fused.runs(self, q, k, v):
                 seen_q, seen_k = self._fused_pair(q, k, plain)
-                return self._finish(fused.step(self, seen_q, seen_k, v, valid, state), hidden)
+                return self._finish(fused.step(self, seen_q, seen_k, v, valid, state, sink), hidden)
             near_inputs, inputs = self._inputs(q, k, v, valid, None, hidden, plain)
-            near, handed = self.window.step(near_inputs.q, near_inputs.k, near_inputs.v, inputs.valid, state)
+            near, handed = self.window.step(
+                near_inputs.q, near_inputs.k, near_inputs.v, inputs.valid, state, sink
+            )
             far = None
             if self.recurrent is not None and handed is not None:
                 far = self.recurrent.step(inputs, handed, state)

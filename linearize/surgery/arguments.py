@@ -55,7 +55,7 @@ WITHOUT_EFFECT: dict[str, str] = {
 """Argument -> why a mixer may ignore it."""
 
 CHANGES_RESULT: dict[str, str] = {
-    "s_aux": "learned attention sinks",
+    "s_aux": "attention sinks that are more than a logit for each head",
     "sinks": "learned attention sinks",
     "position_bias": "a position bias",
     "alibi": "ALiBi",
@@ -67,8 +67,10 @@ CHANGES_RESULT: dict[str, str] = {
 
 
 def extra(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that are neither without effect nor None, `scaling` and its like left out."""
-    honored = ("scaling", "softcap", "sliding_window", "is_causal")
+    """The arguments that are neither without effect nor None; `scaling` and its like and sinks [H] left out."""
+    honored = ["scaling", "softcap", "sliding_window", "is_causal"]
+    if getattr(arguments.get("s_aux"), "ndim", None) == 1:
+        honored.append("s_aux")
     return {
         name: value
         for name, value in arguments.items()

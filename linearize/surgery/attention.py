@@ -156,7 +156,8 @@ class LayerCall:
 
         masks: dict[str, Any] = {"valid": self.valid, "starts": self.starts, "rows": rows}
         with torch.no_grad():
-            teacher = teacher_mixer(self.mixer).parallel(self.q, self.k, None, **masks)
+            softmax = teacher_mixer(self.mixer)
+            teacher = softmax.parallel(self.q, self.k, None, **masks, sink=self.context.get("sink"))
         student = self.mixer.parallel(self.q, self.k, None, **masks, **self.context)
         return teacher.transpose(1, 2), student.transpose(1, 2)
 
@@ -168,14 +169,16 @@ def teacher_mixer(mixer: Mixer) -> Mixer:
     return build({"window": {"name": "full"}}, mixer.shape)
 
 
-def context(module: LinearizedAttention, frame: Frame, q: Tensor, k: Tensor) -> dict[str, Any]:
-    """What a layer's mixer reads beside q, k and v: `hidden` [B, T, D], `plain` q and k before RoPE."""
+def context(
+    module: LinearizedAttention, frame: Frame, q: Tensor, k: Tensor, sink: Tensor | None = None
+) -> dict[str, Any]:
+    """What a layer's mixer reads beside q, k and v: `hidden` [B, T, D], `plain` q and k before RoPE, `sink` [H]."""
     found: dict[str, Any] = {}
-    mixer = module.mixer
+    mixer, observed = module.mixer, module.linearize_switch.mode == "observe"
     if mixer.uses_hidden:
-        found["hidden"] = (
-            frame.hidden_states.detach() if module.linearize_switch.mode == "observe" else frame.hidden_states
-        )
+        found["hidden"] = frame.hidden_states.detach() if observed else frame.hidden_states
+    if sink is not None:
+        found["sink"] = sink.detach() if observed else sink
     if mixer.needs_plain:
         rotation = frame.rotation if mixer.shape.rotary == "half" else None
         if rotation is None and mixer.shape.rotary == "half":
@@ -206,6 +209,7 @@ def linearized_attention(
     reading = read_mask(attention_mask, batch, tokens, frame.offset, window=window, carries=carries)
     valid, starts, gaps = reading.valid, reading.starts, reading.gaps
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    sink = kwargs.get("s_aux")
     if switch.mode == "observe":
         with torch.no_grad():
             output, _ = module.teacher(query, key, value, attention_mask, **{**kwargs, "dropout": 0.0})
@@ -221,11 +225,11 @@ def linearized_attention(
             starts=starts,
             teacher=output.detach(),
             gaps=gaps,
-            context=context(module, frame, q.detach(), k.detach()),
+            context=context(module, frame, q.detach(), k.detach(), sink),
         )
         switch.observer(call)
         return output, None
-    extra = context(module, frame, q, k)
+    extra = context(module, frame, q, k, sink)
     if frame.cache is not None:
         output = frame.cache.attend(module.mixer, q, k, v, valid=valid, starts=starts, gaps=gaps, **extra)
     else:

@@ -218,19 +218,20 @@ class Judge:
         expected = own_forms(teacher, inputs, self.verdict.notes)
         planned = self._refusal(lambda: surgery.plan(models.load_config(teacher_folder), LOLCATS))
         converted = self._refusal(lambda: surgery.convert(load(teacher_folder), LOLCATS))
-        if planned or converted:
+        if converted:
             self.verdict.verdict, self.verdict.reason = "refused", planned or converted
             if re.search(r"[A-Z]\w*Error: ", self.verdict.reason):
                 self.verdict.problems.append(f"an internal error is no reason: {self.verdict.reason}")
             if not planned:
-                self.verdict.notes.append("by convert, when the weights are there")
-            elif not converted:
-                self.verdict.problems.append(f"inspect refuses what convert takes: {planned}")
+                self.verdict.notes.append("by convert and run, when the weights are there")
         elif not self.verdict.problems:
+            if planned:
+                self.verdict.notes.append(f"inspect does not know it without its weights: {planned}")
             self._exact(teacher_folder, inputs, expected)
         with self._checking("the untouched model afterwards"):
-            self._compare("the untouched model afterwards", forms(teacher, inputs, expected), expected)
-            self._compare("the teacher loaded again", forms(load(teacher_folder), inputs, expected), expected)
+            kept = {name: expected[name] for name in ("plain", "generation") if name in expected}
+            self._compare("the untouched model afterwards", forms(teacher, inputs, kept), kept)
+            self._compare("the teacher loaded again", forms(load(teacher_folder), inputs, kept), kept)
         if self.verdict.problems:
             self.verdict.verdict = "failed"
         return self.verdict
@@ -266,7 +267,7 @@ class Judge:
     def _exact(self, folder: Path, inputs: Inputs, expected: dict[str, Tensor]) -> None:
         with self._checking("identity"):
             model = surgery.convert(load(folder), SOFTMAX)
-            plan = surgery.plan(models.load_config(folder), SOFTMAX)
+            plan = surgery.plan(load(folder), SOFTMAX)
             self.verdict.layers = (
                 f"{len(surgery.converted(model))} of {model.config.get_text_config().num_hidden_layers}"
             )
@@ -274,8 +275,9 @@ class Judge:
             self._compare("identity", forms(model, inputs, expected), expected)
         with self._checking("teacher mode"):
             model = surgery.convert(load(folder), LOLCATS)
+            wanted = {name: out for name, out in expected.items() if name != "token by token"}
             with surgery.mode(model, "teacher"):
-                self._compare("teacher mode", forms(model, inputs, expected), expected)
+                self._compare("teacher mode", forms(model, inputs, wanted), wanted)
             generator = torch.Generator().manual_seed(2)
             for layer in surgery.converted(model):
                 for parameter in layer.mixer.parameters():
@@ -305,24 +307,31 @@ class Judge:
                 self._compare("hybrid", {name: found[name]}, {name: padded}, noise=4 * noise)
 
     def _roles(self, folder: Path) -> list[str]:
-        """The roles that adapters can be hung on, as inspect says before anything is loaded."""
-        found = []
+        """The roles that adapters can be hung on, as the plan says before anything is trained."""
+        model, found = load(folder), []
         for role in ROLES:
             try:
-                surgery.plan(models.load_config(folder), LOLCATS, roles=[role])
+                surgery.plan(model, LOLCATS, roles=[role])
                 found.append(role)
             except UnsupportedModelError:
                 self.verdict.notes.append(
-                    f"no adapters on {role}: no linear layer plays it (refused by inspect)"
+                    f"no adapters on {role}: no linear layer plays it (refused in the plan)"
                 )
+            if found == ["q"] and self._refusal(lambda: surgery.plan(model, LOLCATS, roles=ROLES)) == "":
+                return ROLES
         return found
 
     def _train(
         self, model: Any, inputs: Inputs, expected: dict[str, Tensor], roles: list[str]
     ) -> PreTrainedModel:
         batch = {"input_ids": inputs.ids, "labels": inputs.ids}
+        untouched = expected["plain"]
         if inputs.takes_positions:
             batch["position_ids"] = torch.arange(40).expand(2, -1)
+            with torch.no_grad():
+                untouched = predict(load(self.folder / "teacher"), batch)
+            if (untouched - expected["plain"]).abs().max() > TOLERANCE * expected["plain"].abs().max():
+                self.verdict.notes.append("does not count positions from 0, as packed training text does")
         model = prepare(model, StageConfig(train=["mixers"]))
         losses = transfer_step(model, batch, {"attention_output": 1.0})
         assert losses.isfinite().all() and (losses > 0).all(), f"transfer losses {losses.tolist()}"
@@ -332,7 +341,7 @@ class Judge:
             if ".lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
         teacher = predict_teacher(model, batch)
-        self._compare("teacher under adapters", {"plain": teacher}, {"plain": expected["plain"]})
+        self._compare("teacher under adapters", {"plain": teacher}, {"plain": untouched})
         targets = objectives.next_targets(inputs.ids, batch.get("position_ids"))
         objectives.token_backward(
             predict(model, batch), targets, {"next_token": 1.0, "logits_kl": 1.0}, teacher=teacher

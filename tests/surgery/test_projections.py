@@ -131,3 +131,23 @@ def test_an_objective_behind_the_projection_is_refused_in_the_plan():
     ):
         surgery.plan(config, recipe, **asked)
     surgery.plan(config, recipe, **needs([StageConfig(objective={"attention_output": 1.0})]))
+
+
+def test_a_role_without_a_linear_layer_is_refused_in_the_plan():
+    """JetMoE makes queries and outputs in experts; found after all training before."""
+    model = AutoModelForCausalLM.from_config(families_configs.tiny_config("jetmoe"), dtype=torch.float32)
+    recipe = {"feature_map": {"name": "hedgehog", "dim": 8}}
+    stage = StageConfig(train=["lora"], objective={"next_token": 1.0}, lora=LoraConfig(rank=2))
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers\.0\.self_attention.*lora\.targets: \[k, v\] adapts"
+    ):
+        surgery.plan(model, recipe, **needs([stage]))
+    stage.lora.targets = ["k", "v"]
+    surgery.plan(model, recipe, **needs([stage]))
+    adapted = prepare(surgery.convert(model, recipe), stage)
+    hung = {
+        name.split(".lora_")[0].rpartition(".")[2]
+        for name, _ in adapted.named_parameters()
+        if ".lora_" in name
+    }
+    assert hung == {"kv_proj"}

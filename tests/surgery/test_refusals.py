@@ -24,17 +24,6 @@ SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
             {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2},
             "no softmax attention",
         ),
-        (
-            "GptOssConfig",
-            {
-                **SIZES,
-                "intermediate_size": 32,
-                "num_key_value_heads": 2,
-                "head_dim": 8,
-                "num_local_experts": 4,
-            },
-            r"model\.layers\.0\.self_attn \(GptOssAttention\): uses learned attention sinks",
-        ),
         ("BertConfig", {**SIZES, "intermediate_size": 32}, "not causal"),
     ],
 )

@@ -34,12 +34,19 @@ class Window(Part):
         return {}
 
     def parallel(
-        self, q: Tensor, k: Tensor, v: Tensor | None, visible: Tensor, age: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        visible: Tensor,
+        age: Tensor,
+        sink: Tensor | None = None,
     ) -> tuple[Partial | None, Tensor | None]:
         """Dense form: q [B, R, H, K] against all keys -> the partial, and the mask [B, R, S] of what is left to see.
 
         `visible` [B, R, S] is the causal, padding and document mask; `age` [R, S] or [B, R, S] how many tokens ago a
-        key came, padding not counted.
+        key came, padding not counted; `sink` [H] the logit of the teacher's own attention sink, which joins the
+        softmax's sum of weights.
         """
         raise NotImplementedError(type(self))  # pragma: no cover - every registered window defines it
 
@@ -52,6 +59,7 @@ class Window(Part):
         docs: Tensor,
         state: State,
         front: Tensor | None = None,
+        sink: Tensor | None = None,
     ) -> tuple[Partial | None, Handed | None]:
         """O(T)-memory form over rows without padding between tokens; writes the new ring into `state`.
 
@@ -60,7 +68,7 @@ class Window(Part):
         raise NotImplementedError(type(self))  # pragma: no cover
 
     def step(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State, sink: Tensor | None = None
     ) -> tuple[Partial | None, Handed | None]:
         """One token (T = 1), in place."""
         raise NotImplementedError(type(self))  # pragma: no cover

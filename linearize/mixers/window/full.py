@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from linearize.kernels.window import window_reference
+from linearize.kernels.window import add_sink, window_reference
 from linearize.mixers.base import LayerShape, Part, Partial
 from linearize.mixers.padding import behind, leading
 from linearize.mixers.state import State
@@ -21,7 +21,7 @@ ROWS = 256
 
 @WINDOWS.register("full")
 class FullWindow(Window):
-    """Softmax over everything, or over the teacher's sliding window in layers that have one.
+    """Softmax over everything, or over the teacher's sliding window in layers that have one; its sink included.
 
     The window counts tokens, as all do here, where the teacher's own also counts padding between them.
 
@@ -45,11 +45,18 @@ class FullWindow(Window):
         }
 
     def parallel(
-        self, q: Tensor, k: Tensor, v: Tensor | None, visible: Tensor, age: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        visible: Tensor,
+        age: Tensor,
+        sink: Tensor | None = None,
     ) -> tuple[Partial | None, Tensor | None]:
         near = visible if self.size is None else visible & (age < self.size)
         shape = self.shape
-        return Partial(*window_reference(q, k, v, near, scaling=shape.scaling, softcap=shape.softcap)), None
+        weighted = window_reference(q, k, v, near, scaling=shape.scaling, softcap=shape.softcap)
+        return Partial(*(weighted if sink is None else add_sink(weighted, sink))), None
 
     def chunked(
         self,
@@ -60,6 +67,7 @@ class FullWindow(Window):
         docs: Tensor,
         state: State,
         front: Tensor | None = None,
+        sink: Tensor | None = None,
     ) -> tuple[Partial | None, Handed | None]:
         past = state["window_k"].shape[1]
         k = behind(state["window_k"].to(k.dtype), k, front)
@@ -75,7 +83,7 @@ class FullWindow(Window):
             )
             same_doc = all_docs[:, None, seen] == docs[:, first:last, None]
             visible = (age >= 0) & valid[:, None, seen] & same_doc
-            block = partial(self.parallel, visible=visible, age=age)
+            block = partial(self.parallel, visible=visible, age=age, sink=sink)
             rows = q[:, first:last], k[:, seen], v[:, seen]
             # recomputed in backward, so that no block's scores outlive it
             graph = torch.is_grad_enabled()
@@ -87,8 +95,9 @@ class FullWindow(Window):
         return Partial(*(torch.cat([getattr(part, name) for part in parts], 1) for name in names)), None
 
     def step(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State, sink: Tensor | None = None
     ) -> tuple[Partial | None, Handed | None]:
         docs = torch.zeros_like(valid, dtype=torch.int64)
         # without a window of the teacher's it is the same where padding stands
-        return self.chunked(q, k, v, valid, docs, state, None if self.size is None else leading(valid))
+        front = None if self.size is None else leading(valid)
+        return self.chunked(q, k, v, valid, docs, state, front, sink)

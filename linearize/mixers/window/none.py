@@ -13,7 +13,10 @@ from linearize.mixers.window import WINDOWS, Handed, Window
 
 @WINDOWS.register("none")
 class NoWindow(Window):
-    """Pure linear attention: the recurrent branch sees the query's own key too."""
+    """Pure linear attention: the recurrent branch sees the query's own key too.
+
+    A teacher's own attention sink is left out: there is no softmax whose sum of weights it could join.
+    """
 
     size = 0
 
@@ -22,7 +25,13 @@ class NoWindow(Window):
         pass
 
     def parallel(
-        self, q: Tensor, k: Tensor, v: Tensor | None, visible: Tensor, age: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        visible: Tensor,
+        age: Tensor,
+        sink: Tensor | None = None,
     ) -> tuple[Partial | None, Tensor | None]:
         return None, visible
 
@@ -35,10 +44,11 @@ class NoWindow(Window):
         docs: Tensor,
         state: State,
         front: Tensor | None = None,
+        sink: Tensor | None = None,
     ) -> tuple[Partial | None, Handed | None]:
         return None, Handed(k, v, valid)
 
     def step(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State, sink: Tensor | None = None
     ) -> tuple[Partial | None, Handed | None]:
         return None, Handed(k, v, valid)

@@ -163,14 +163,20 @@ class RingWindow(Window):
         raise NotImplementedError(type(self))  # pragma: no cover
 
     def parallel(
-        self, q: Tensor, k: Tensor, v: Tensor | None, visible: Tensor, age: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        visible: Tensor,
+        age: Tensor,
+        sink: Tensor | None = None,
     ) -> tuple[Partial | None, Tensor | None]:
         held = self.stays(visible, age)
         near = held if self.limit is None else held & (age < self.limit)
         if self.first:
             pinned = visible & (visible.cumsum(-1) <= self.first)
             held, near = held | pinned, near | pinned
-        partial = self._partial(window_reference(q, k, v, near, **self._scores))
+        partial = self._partial(window_reference(q, k, v, near, **self._scores), sink)
         return partial, visible if self.overlap else visible & ~held
 
     def chunked(
@@ -182,6 +188,7 @@ class RingWindow(Window):
         docs: Tensor,
         state: State,
         front: Tensor | None = None,
+        sink: Tensor | None = None,
     ) -> tuple[Partial | None, Handed | None]:
         tokens, first, span = q.shape[1], self.first, self.span
         position = self.positions(valid, docs, state, front)
@@ -192,7 +199,8 @@ class RingWindow(Window):
         ring_k, ring_v, ring_valid, ring_docs = self.behind(state, k, v, ring_valid, docs, front)
         reach = self.reach(None if position is None else position[:, span:])
         if self._runs_kernel(q, k, v):
-            near = self._alone(q, ring_k, ring_v, ring_valid, ring_docs, reach, state["window_k"].dtype)
+            dtype = state["window_k"].dtype
+            near = self._alone(q, ring_k, ring_v, ring_valid, ring_docs, reach, self.sinks(sink), dtype)
         else:
             weighted = window_chunk(
                 q, ring_k, ring_v, ring_valid, ring_docs, window=span, reach=reach, **self._scores
@@ -209,7 +217,7 @@ class RingWindow(Window):
         if not self.overlap:
             handed = self.leaving(ring_k, ring_v, ring_valid, ring_docs, position, front)
         self.refill(state, kept_k, kept_v, kept_valid)
-        return near if self._runs_kernel(q, k, v) else self._partial(weighted), handed
+        return near if self._runs_kernel(q, k, v) else self._partial(weighted, sink), handed
 
     def _alone(
         self,
@@ -219,27 +227,28 @@ class RingWindow(Window):
         valid: Tensor,
         docs: Tensor,
         reach: Tensor | None,
+        sink: Tensor | None,
         dtype: torch.dtype,
     ) -> Partial:
         """The softmax in the model's own dtype, normalized by itself."""
         narrow_q, narrow_k, narrow_v = (x.to(dtype) for x in (q, k, v))
         out, _ = window_linear(
             narrow_q, narrow_k, narrow_v, None, None,
-            window=self.span, scaling=self.shape.scaling, sink=self.sink_logit,
+            window=self.span, scaling=self.shape.scaling, sink=sink,
             codes=torch.where(valid, docs, -1 - docs).to(torch.int32), prefix=self.span,
             reach=None if reach is None else reach.to(torch.int32), least=None if reach is None else self.least,
         )  # fmt: skip
         return Partial(out.to(q.dtype), None)
 
     def step(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State, sink: Tensor | None = None
     ) -> tuple[Partial | None, Handed | None]:
         if self.overlap and self._runs_kernel(q, k, v):
             dtype = state["window_k"].dtype
             token_q, token_k, token_v = (x[:, 0].to(dtype) for x in (q, k, v))
             out = window_linear_step(
                 token_q, token_k, token_v, None, None, scaling=self.shape.scaling, ring=self.ring(state), state=None,
-                sink=self.sink_logit, valid=valid[:, 0],
+                sink=self.sinks(sink), valid=valid[:, 0],
             )  # fmt: skip
             return Partial(out[:, None].to(q.dtype), None), Handed(k, v, valid)
         first, slot = self.first, state["window_next"][:, 0] % self.slots
@@ -267,7 +276,8 @@ class RingWindow(Window):
         seen = all_valid[:, first:] & (age < (self.span if reach is None else reach))
         visible = torch.cat([all_valid[:, :first], seen], 1) if first else seen
         keys, values = all_k.to(q.dtype), all_v.to(q.dtype)
-        return self._partial(window_reference(q, keys, values, visible[:, None], **self._scores)), handed
+        weighted = window_reference(q, keys, values, visible[:, None], **self._scores)
+        return self._partial(weighted, sink), handed
 
     def behind(
         self, state: State, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, front: Tensor | None = None
@@ -298,5 +308,12 @@ class RingWindow(Window):
     def _scores(self) -> Scores:
         return {"scaling": self.shape.scaling, "softcap": self.shape.softcap}
 
-    def _partial(self, weighted: Weighted) -> Partial:
-        return Partial(*(weighted if self.sink_logit is None else add_sink(weighted, self.sink_logit)))
+    def sinks(self, given: Tensor | None) -> Tensor | None:
+        """Logit [H] of the window's own learned sink and the teacher's as one: their weights add."""
+        if given is None or self.sink_logit is None:
+            return self.sink_logit if given is None else given
+        return torch.logaddexp(self.sink_logit, given.to(self.sink_logit.dtype))
+
+    def _partial(self, weighted: Weighted, sink: Tensor | None) -> Partial:
+        sink = self.sinks(sink)
+        return Partial(*(weighted if sink is None else add_sink(weighted, sink)))
