@@ -130,7 +130,9 @@ def test_a_model_that_cannot_generate_is_said_to_and_kept(tmp_path, monkeypatch)
         raise TypeError("no cache layer of this kind")
 
     monkeypatch.setattr(model, "_prepare_cache_for_generation", breaks)
-    with pytest.raises(CheckpointError, match=r"cannot generate text with a cache .TypeError: no cache layer"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot generate text with a cache .TypeError: no cache layer"
+    ):
         linearize.save(model, tmp_path / "out", check=True)
     assert (tmp_path / "out-failed" / "model.safetensors").is_file()
 
