@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help venv dev demo bench aot test recipes lint format typecheck build clean
+.PHONY: help venv dev demo bench aot test slow recipes lint format typecheck build clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -28,8 +28,11 @@ bench: venv  ## Time every kernel beside fla's and softmax (needs a CUDA device)
 aot: dev  ## Compile every kernel for sm_80 and sm_90 without a GPU (a quarter of an hour)
 	$(BIN)/python scripts/kernels/aot.py --jobs $(JOBS) $(ARGS)
 
-test: dev  ## All tests
+test: dev  ## All tests but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+slow: dev  ## The slow tests: every family of transformers, every kill point, thousands of damaged inputs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
 
 recipes: dev  ## Every recipe for two steps a stage on the real teacher
 	LINEARIZE_ALL_RECIPES=1 $(BIN)/python -m pytest tests/test_recipes.py -k real_teacher $(ARGS)

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import TextStreamer
 
+from linearize.data.chat import Chat
+from linearize.data.tokens import Tokens
 from linearize.decode.generate import evaluating, generate_ids
 from linearize.errors import LinearizeError
 from linearize.mixers.offloaded import device_of
+from linearize.models.tokenizer import check_ids
 
 
 def generate(
@@ -37,7 +40,8 @@ def generate(
     Args:
         model: a causal language model of transformers with `generate`.
         tokenizer: its tokenizer.
-        prompts: one prompt or several.
+        prompts: one prompt or several. A control token that a raw prompt spells is that token (so a template can be
+            written out by hand); one that the message of a chat spells is text.
         max_new_tokens: at most this many tokens are added to each prompt.
         chat: put each prompt into the tokenizer's chat template, as the user's message.
         system: the system message of the chat template; only with `chat`.
@@ -50,16 +54,19 @@ def generate(
         The new text of each prompt, without the prompt and without special tokens.
 
     Raises:
-        LinearizeError: no prompt, an empty one, a chat template asked for that the tokenizer lacks, or streaming of
-            several prompts or of beams, `graph=True` or `compile` where there can be no graph.
+        LinearizeError: no prompt, an empty one, a chat template asked for that the tokenizer lacks or that refuses the
+            message, or streaming of several prompts or of beams, `graph=True` or `compile` where there can be no graph.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts or not all(texts):
         raise LinearizeError("an empty prompt: give at least one character to continue")
     if on_text is not None and (len(texts) > 1 or options.get("num_beams", 1) > 1):
         raise LinearizeError("streaming shows one sequence: give one prompt and no beams")
-    batch = _encode(tokenizer, [_chat(tokenizer, text, system) for text in texts] if chat else texts, chat)
-    batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
+    rows = _chat(tokenizer, texts, system) if chat else tokenizer(texts)["input_ids"]
+    embedding = model.get_input_embeddings().weight.shape[0]
+    for text, row in zip(texts, rows, strict=True):
+        check_ids(row, embedding, tokenizer, f"the prompt {text[:40]!r}")
+    batch = {name: tensor.to(device_of(model)) for name, tensor in _padded(tokenizer, rows).items()}
     options.setdefault("do_sample", False)
     if not options["do_sample"]:
         # A checkpoint's generation config may hold sampling values, which greedy decoding warns about.
@@ -135,17 +142,17 @@ class _Callback(TextStreamer):
             self.put(token)
 
 
-def _chat(tokenizer: Any, text: str, system: str | None) -> str:
+def _chat(tokenizer: Any, texts: list[str], system: str | None) -> list[list[int]]:
+    """Ids of each text as the user's message. The template writes its special tokens itself."""
     if not getattr(tokenizer, "chat_template", None):
         raise LinearizeError("the tokenizer has no chat template: generate without the chat option")
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": text})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    chat, encode = Chat(tokenizer), Tokens(tokenizer)
+    before = [{"role": "system", "content": system}] if system else []
+    return [encode.document(chat.prompt([*before, {"role": "user", "content": text}])) for text in texts]
 
 
-def _encode(tokenizer: Any, texts: list[str], chat: bool) -> dict[str, Tensor]:
-    """Left-padded ids and mask. The chat template writes its special tokens itself."""
-    rows = [tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in texts]
+def _padded(tokenizer: Any, rows: list[list[int]]) -> dict[str, Tensor]:
+    """Left-padded ids and mask."""
     if not all(rows):
         raise LinearizeError("an empty prompt: the tokenizer made no token of it")
     longest = max(len(row) for row in rows)

@@ -7,11 +7,11 @@ folder that the caller names. lm-eval is an optional dependency: ``pip install '
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import random
+import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -23,13 +23,20 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from linearize.data.files import expanded, mode_of
+from linearize.data.readers import read_jsonl
+from linearize.data.tokens import Tokens
 from linearize.errors import DataError, LinearizeError
 from linearize.patch import changed
 from linearize.progress import Meter
 from linearize.registry import closest
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
-_TYPES = {"str": str, "int": int, "list": list}
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "list": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
+}
 
 
 @cache
@@ -70,18 +77,18 @@ def check_data(tasks: Sequence[str], data_dir: str | Path, limit: int | None = N
         DataError: folder or file missing, empty, not JSON lines, or an item without a column; names the line.
         LinearizeError: unknown task.
     """
-    folder = Path(data_dir).expanduser()
+    folder = expanded(str(data_dir))
     requests: dict[str, int] = {}
     for task in expand(tasks):
         config = _config(task)
         columns: dict[str, str] = config["metadata"]["columns"]
         path = folder / config["dataset_kwargs"]["data_files"]["test"]
         expected = f"task '{task}' reads {path}, JSON lines with {_described(columns)}"
-        if not str(data_dir) or not folder.is_dir():
+        if not str(data_dir) or not stat.S_ISDIR(mode_of(folder) or 0):
             raise DataError(
                 f"no folder '{data_dir}' with the evaluation tasks: {expected}. Set eval.task_data to the folder"
             )
-        if not path.is_file():
+        if not stat.S_ISREG(mode_of(path) or 0):
             raise DataError(f"{path} not found: {expected}")
         items = _read(path, columns, expected)[: limit or None]
         choices = "context_options" if "context_options" in columns else "choices"
@@ -149,6 +156,7 @@ def run_tasks(
             softmax_dtype=torch.float32,  # log-probabilities of bf16 logits would be rounded to an eighth
         )
         wrapped.meter = meter
+        wrapped.encode = Tokens(wrapped.tokenizer)
         results = lm_eval.simple_evaluate(
             wrapped,
             tasks=[_inline(name, Path(data_dir).expanduser(), scratch) for name in names],
@@ -183,23 +191,17 @@ def _inline(task: str, data_dir: Path, scratch: str) -> dict[str, Any]:
 def _read(path: Path, columns: dict[str, str], expected: str) -> list[dict[str, Any]]:
     items = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}; {expected}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error}); {expected}") from error
+        rows = list(read_jsonl(path))
+    except DataError as error:
+        raise DataError(f"{error}; {expected}") from error
+    for place, item in rows:
         for column, kind in columns.items():
-            if not isinstance(item, dict) or not isinstance(item.get(column), _TYPES[kind]):
-                raise DataError(f"{path}, line {number}: no column '{column}' of type {kind}; {expected}")
+            if not _TYPES[kind](item.get(column)):
+                raise DataError(f"{path}, {place}: no column '{column}' of type {kind}; {expected}")
         options = item.get("choices", item.get("context_options"))
         if options is not None and not 0 <= item["gold"] < len(options):
             rule = f"gold {item['gold']} is no index of its {len(options)} choices"
-            raise DataError(f"{path}, line {number}: {rule}; {expected}")
+            raise DataError(f"{path}, {place}: {rule}; {expected}")
         items.append(item)
     if not items:
         raise DataError(f"{path} is empty; {expected}")
@@ -230,6 +232,20 @@ def _language_model() -> type:
         """HFLM on a model in memory, without its progress bar, its KV cache or its look-up on the hub."""
 
         meter: Meter | None = None
+        encode: Tokens
+
+        def tok_encode(
+            self,
+            string: str,
+            add_special_tokens: bool | None = None,
+            left_truncate_len: int | None = None,
+            **kwargs: Any,
+        ) -> list[int]:
+            """As HFLM's, except that a control token which an item spells is text."""
+            ids = self.encode([string])[0]
+            if add_special_tokens is not False:
+                ids = self.encode.begin + ids
+            return ids[-left_truncate_len:] if left_truncate_len else ids
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             return super().loglikelihood(requests, disable_tqdm=True)

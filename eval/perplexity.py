@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linearize.data import Document
+from linearize.data.tokens import Tokens
 from linearize.errors import DataError
 from linearize.mixers.offloaded import device_of
 
@@ -48,7 +50,7 @@ class Perplexity:
 def perplexity(
     model: nn.Module,
     tokenizer: Any,
-    texts: str | Iterable[str] | Tensor,
+    texts: str | Iterable[str | Document] | Tensor,
     *,
     window: int = 1024,
     max_windows: int | None = None,
@@ -107,9 +109,16 @@ def perplexity(
 
 
 def windows(
-    tokenizer: Any, texts: str | Iterable[str], *, window: int = 1024, max_windows: int | None = None
+    tokenizer: Any,
+    texts: str | Iterable[str | Document],
+    *,
+    window: int = 1024,
+    max_windows: int | None = None,
 ) -> Tensor:
     """Cut texts into token windows.
+
+    A text that spells a control token (`<unk>` in WikiText, `</s>` in a page about tokenizers) holds its characters,
+    not the token; in documents that a template wrote, the template's control tokens count.
 
     A tokenizer that starts every text with a BOS token (Llama, Gemma) gets one at the start of every window, which then
     holds `window - 1` tokens of text, because such a model never saw a sequence without it. No other special token is
@@ -117,7 +126,7 @@ def windows(
 
     Args:
         tokenizer: a tokenizer of transformers.
-        texts: one text or several; documents beyond what `max_windows` needs are not tokenized.
+        texts: one text or several, plain or documents; what lies beyond the need of `max_windows` is not tokenized.
         window: tokens in a window, BOS included.
         max_windows: at most this many windows; None or 0 takes all.
 
@@ -125,9 +134,10 @@ def windows(
         int64 [N, window], N >= 1.
 
     Raises:
-        DataError: the texts fill no whole window, or `window` is below 2.
+        DataError: the texts fill no whole window, or `window` is below 2; or as `Tokens`.
     """
     _check_window(window)
+    encode = Tokens(tokenizer)
     prefix = _bos(tokenizer)
     body = window - len(prefix)
     if body < 1:
@@ -136,7 +146,7 @@ def windows(
     documents = [texts] if isinstance(texts, str) else texts
     ids: list[int] = []
     for text in documents:
-        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids.extend(encode.document(Document.plain(text) if isinstance(text, str) else text))
         if len(ids) >= needed:
             break
     count = int(min(needed, len(ids) // body * body)) // body

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from matplotlib import rc_context
 
+from linearize import markdown
 from linearize.errors import RunFolderError
 from linearize.eval import plots, tables
 from linearize.progress import count, duration
@@ -43,7 +45,8 @@ class Run:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The rows of results.json."""
-        return [row for row in self.results.get("rows") or [] if isinstance(row, dict)]
+        rows = self.results.get("rows")
+        return [row for row in rows if _is_row(row)] if isinstance(rows, list) else []
 
 
 def read_run(out: str | Path) -> Run:
@@ -81,11 +84,16 @@ def write_report(out: str | Path) -> Path:
     """
     folder = Path(out)
     run = read_run(folder)
-    pictures = {
-        "Perplexity of each state of the model": plots.perplexity_bars(run.rows, folder / "perplexity.png"),
-        "Loss of each stage": plots.loss_curves(run.metrics, folder / "loss.png"),
-        "Transfer loss of each layer": plots.layer_loss(run.metrics, folder / "layer_loss.png", run.layers),
-    }
+    with rc_context({"text.parse_math": False}):  # names of stages and texts are words
+        pictures = {
+            "Perplexity of each state of the model": plots.perplexity_bars(
+                run.rows, folder / "perplexity.png"
+            ),
+            "Loss of each stage": plots.loss_curves(run.metrics, folder / "loss.png"),
+            "Transfer loss of each layer": plots.layer_loss(
+                run.metrics, folder / "layer_loss.png", run.layers
+            ),
+        }
     path = folder / "report.md"
     path.write_text(
         render(run, {title: file.name for title, file in pictures.items() if file}), encoding="utf-8"
@@ -116,15 +124,16 @@ def render(run: Run, pictures: Mapping[str, str] | None = None) -> str:
 def _headline(run: Run) -> str:
     model = run.environment.get("model") or run.results.get("model") or "model"
     recipe = run.environment.get("recipe") or run.recipe.get("name") or ""
-    return f"{model}, linearized" + (f" by {recipe}" if isinstance(recipe, str) and recipe else "")
+    by = f" by {markdown.text(recipe)}" if isinstance(recipe, str) and recipe else ""
+    return f"{markdown.text(model)}, linearized{by}"
 
 
 def _summary(run: Run) -> str:
     lines = []
     if run.recipe.get("description"):
-        lines.append(f"{run.recipe['description']}.".replace("..", "."))
+        lines.append(f"{markdown.text(run.recipe['description'])}.".replace("..", "."))
     if run.recipe.get("paper"):
-        lines.append(f"Method: {run.recipe['paper']}.".replace("..", "."))
+        lines.append(f"Method: {markdown.text(run.recipe['paper'])}.".replace("..", "."))
     if not run.rows:
         lines.append("**Not finished:** this run has no results yet.")
     known = [(key, run.environment.get(key)) for key in LOUD]
@@ -151,7 +160,9 @@ def _plan_facts(plan: Any) -> list[tuple[str, str]]:
         facts.append(("state of one sequence", f"{size}, at any length (16-bit model)"))
     per_token = sum(int(row.get("kv_bytes_per_token") or 0) for row in converted)
     if state and per_token:
-        equal = f"{per_token:,} bytes a token; equal at {-(-state // per_token):,} tokens"
+        length = plan.get("break_even", -(-state // per_token))
+        rest = "never larger, as its windows cap it" if length is None else f"equal at {length:,} tokens"
+        equal = f"{per_token:,} bytes a token; {rest}"
         facts.append(("KV cache that it replaces", equal))
     return facts
 
@@ -231,14 +242,14 @@ def _recipe(run: Run) -> str:
     if not run.recipe:
         return ""
     text = yaml.safe_dump(run.recipe, sort_keys=False, default_flow_style=None, width=110).strip()
-    return f"```yaml\n{text}\n```"
+    return markdown.fenced(text, "yaml")
 
 
 def _environment(run: Run) -> str:
     rest = {key: value for key, value in run.environment.items() if key not in LOUD}
     facts: list[tuple[str, str]] = []
     for key, value in rest.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and key != "fingerprint":
             facts += [(str(name), _plain(item)) for name, item in value.items()]
         else:
             facts.append((key, _plain(value)))
@@ -264,6 +275,21 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
+def _is_row(row: Any) -> bool:
+    return isinstance(row, Mapping) and all(
+        isinstance(row.get(part) or {}, Mapping) for part in ("perplexity", "tasks")
+    )
+
+
+def _is_line(line: Any) -> bool:
+    """Whether a line of metrics.jsonl is one: a stage, and numbers where numbers belong."""
+    if not isinstance(line, Mapping) or not isinstance(line.get("stage", ""), str):
+        return False
+    numbers = [line[name] for name in ("step", "tokens", "tokens_per_second", "loss") if name in line]
+    layers = line.get("layers") or []
+    return isinstance(layers, list) and all(isinstance(number, int | float) for number in [*numbers, *layers])
+
+
 def _mapping(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
@@ -273,7 +299,7 @@ def _parse(path: Path) -> Any:
         # YAML holds JSON, but json reads NaN and Infinity, which a diverged run may have written.
         text = path.read_text(encoding="utf-8")
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
 
 
@@ -285,8 +311,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             item = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(item, dict):
+        if _is_line(item):
             found.append(item)
     return found

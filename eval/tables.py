@@ -11,6 +11,9 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from linearize.markdown import row as line_of
+from linearize.markdown import text as escaped
+
 Row = Mapping[str, Any]
 
 METRICS = {"acc": "acc %", "acc_norm": "acc_norm %", "perplexity": "ppl"}
@@ -107,13 +110,13 @@ def results(rows: Sequence[Row], metrics: Sequence[str] = tuple(METRICS)) -> Gro
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The same table in GitHub's markdown; "" for no rows."""
+    """The same table in GitHub's markdown, whatever names and values hold; "" for no rows."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     if not names:
         return ""
     rule = ["---:" if _numeric(rows, name) else "---" for name in names]
-    body = [[number(row.get(name)).replace("|", "\\|") for name in names] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [names, rule, *body])
+    body = [[escaped(number(row.get(name))) for name in names] for row in rows]
+    return "\n".join(line_of(line) for line in [[escaped(name) for name in names], rule, *body])
 
 
 def _numeric(rows: Sequence[Row], name: str) -> bool:

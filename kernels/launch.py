@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearize.kernels.dispatch import VARIABLE, KernelError
+
 
 @dataclass
 class Launch:
@@ -52,6 +54,24 @@ def processors(device: torch.device) -> int:
     return _processors(torch.cuda.current_device() if device.index is None else device.index)
 
 
+SHARED_MEMORY = {(9, 0): 232_448, (8, 0): 166_912}
+"""Compute capability -> bytes of shared memory that one program may have; 101,376 on smaller devices."""
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _shared_memory(index: int) -> int:
+    found = getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", None)
+    return int(found or SHARED_MEMORY.get(torch.cuda.get_device_capability(index), 101_376))
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have; those of an H100 where launches are recorded, no end in the interpreter."""
+    if device.type != "cuda":
+        return 2**40 if records is None else SHARED_MEMORY[9, 0]
+    return _shared_memory(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
     """``kernel[grid](**arguments)`` on the device of its tensors; nothing for an empty grid.
 
@@ -59,6 +79,9 @@ def launch(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
         kernel: a `triton.jit` function.
         grid: up to three sizes.
         **arguments: the kernel's parameters by name, and num_warps, num_stages, maxnreg.
+
+    Raises:
+        KernelError: a program needs more than the device has.
     """
     if 0 in grid:
         return
@@ -74,8 +97,26 @@ def launch(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
     current = torch.cuda.current_device()
     index = current if device.index is None else device.index
     arguments = registers(_architecture(index)) | arguments
-    with nullcontext() if index == current else torch.cuda.device(index):
-        kernel[grid](**arguments)
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        with nullcontext() if index == current else torch.cuda.device(index):
+            kernel[grid](**arguments)
+    except OutOfResources as error:
+        raise KernelError(out_of_resources(kernel, arguments, error)) from error
+
+
+def out_of_resources(kernel: Any, arguments: dict[str, Any], error: Any) -> str:
+    """What a launch lacks, with the operator, the sizes that it was compiled for, and the remedy."""
+    operator = kernel.fn.__module__.rpartition(".")[0].rpartition(".")[2]
+    sizes = {name: value for name, value in arguments.items() if name.isupper() and len(name) <= 3}
+    dtype = next((x.dtype for x in arguments.values() if isinstance(x, Tensor)), None)
+    listed = ", ".join(f"{name} {value}" for name, value in sizes.items())
+    return (
+        f"{operator}: its kernel {kernel.fn.__name__} needs {error.required:,} of {error.name}, and this device has "
+        f"{error.limit:,} ({listed}, {dtype}). {VARIABLE}=torch runs the same function in torch, in linear memory but "
+        "slower"
+    )
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from linearize.cli.parser import build_parser, parse
 from linearize.cli.run import default_folder, recipe_name
 from linearize.config import compose
 from linearize.errors import LinearizeError
+from linearize.surgery.plan import Plan, Row
 from linearize.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,23 +166,12 @@ def test_a_bug_is_not_hidden(monkeypatch):
 
 def test_inspect_counts_bytes_and_groups_layers():
     def row(layer, kind, parameters, state):
-        return types.SimpleNamespace(
-            layer=layer,
-            kind=kind,
-            heads=9,
-            kv_heads=3,
-            head_dim=64,
-            parameters=parameters,
-            state_bytes=state,
-            kv_bytes_per_token=768,
-        )
+        return Row(layer, f"layers.{layer}", kind, 9, 3, 64, parameters, state, 768)
 
     rows = [row(0, "mixer", 10, 7680), row(1, "softmax", 0, 0), row(2, "mixer", 10, 7680)]
     assert [layers for layers, _ in grouped(rows)] == ["0, 2", "1"]
     assert ranges([4, 0, 1, 2]) == "0-2, 4"
-    plan = types.SimpleNamespace(
-        rows=rows, parameters=20, state_bytes=15360, kv_bytes_per_token=1536, break_even=10
-    )
+    plan = Plan(rows)
     text = "\n".join(totals(plan, 100))
     assert "2 of 3 attention layers" in text and "break-even  10 tokens" in text
     assert "at 100 tokens: 225 KiB before, 90 KiB after, 2.5 times less" in text

@@ -57,7 +57,7 @@ def test_its_options_are_checked(relu2):
     (problem,) = check({"feature_map": {"name": "relu2", "scael": 2.0}})
     assert problem == "mixer.feature_map.scael: relu2 has no such option; did you mean 'scale'?"
     (problem,) = check({"feature_map": {"name": "relu2", "scale": -1.0}})
-    assert "must be positive" in problem
+    assert "must be above 0" in problem
 
 
 def test_the_recipe_composes(relu2, tmp_path):

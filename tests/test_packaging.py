@@ -97,7 +97,7 @@ def test_the_root_works_uninstalled(checkout, python, tmp_path):
     call(python, "-c", PROBE, checkout / "linearize", cwd=checkout, env=environment(checkout))
 
 
-@pytest.mark.slow
+@pytest.mark.job
 def test_wheel(checkout, python, tmp_path):
     wheel = build(checkout, tmp_path / "dist", "wheel")
     assert missing_from(wheel) == set()
@@ -107,7 +107,7 @@ def test_wheel(checkout, python, tmp_path):
     assert (target / "bin" / "linearize").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.job
 def test_sdist_then_wheel(checkout, python, tmp_path):
     sdist = build(checkout, tmp_path / "sdist", "sdist")
     with tarfile.open(sdist) as archive:
@@ -128,7 +128,7 @@ def test_sdist_then_wheel(checkout, python, tmp_path):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.job
 def test_editable(checkout, tmp_path):
     folder = tmp_path / "environment"
     venv.EnvBuilder(with_pip=False, symlinks=True).create(folder)

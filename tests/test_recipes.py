@@ -103,7 +103,7 @@ def test_end_to_end(name: str, teacher: Path, tmp_path: Path, monkeypatch: pytes
     assert torch.equal(cached.sequences, whole.sequences)
 
 
-@pytest.mark.slow
+@pytest.mark.job
 @pytest.mark.parametrize("name", RECIPES if os.environ.get("LINEARIZE_ALL_RECIPES") else FEW)
 def test_on_the_real_teacher(name: str, tmp_path: Path) -> None:
     """Two steps a stage; skipped where the teacher is neither cached nor within reach.

@@ -70,7 +70,8 @@ def window_linear(
         o [B, T, H, V] in the dtype of v, and the new state or None.
 
     Raises:
-        KernelError: Triton is to run what it does not cover.
+        KernelError: Triton is to run what it does not cover. What a device has no shared memory for runs in torch,
+            unless Triton was asked for.
     """
     least = window if least is None else least
     assert (query_map is None) == (key_map is None), "one feature map without the other"
@@ -78,9 +79,10 @@ def window_linear(
     layer = Layer(window, least, scaling, prefix)
     weights = Weights(query_map, key_map, window_weight, linear_weight, sink)
     if dispatch.use_triton(q, k, v):
-        from linearize.kernels.window_linear.operator import window_linear_triton
+        from linearize.kernels.window_linear.operator import room, window_linear_triton
 
-        return window_linear_triton(q, k, v, weights, layer, codes, reach, state, return_state)
+        if not dispatch.automatic() or room(q, k, v, weights)[0]:
+            return window_linear_triton(q, k, v, weights, layer, codes, reach, state, return_state)
     return _torch(q, k, v, weights, layer, codes, reach, state, return_state)
 
 

@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.kernels import dispatch
+from linearize.kernels.window_linear import shared_memory
 from linearize.kernels.window_linear.plan import Plan, make_plan
 from linearize.kernels.window_linear.reference import Layer, Weights
 
 Numbers = list[float]
-"""window, least, prefix, return_state, segments (0: as many as the device wants), scaling: what is no tensor."""
+"""window, least, prefix, return_state, segments (0: as many as the device wants), scaling, roomy: what is no tensor."""
 
 
 def window_linear_triton(
@@ -45,7 +46,8 @@ def window_linear_triton(
         v = F.pad(v, (0, v_extra))
         state = None if state is None else (F.pad(state[0], (0, v_extra)), state[1])
     start, start_norm = (None, None) if state is None else (state[0].float(), state[1].float())
-    numbers = [layer.window, layer.least, layer.prefix, return_state, segments, layer.scaling]
+    roomy = shared_memory.aligned_fits(q.device, *_sizes(q, v, weights), trains=_trains(q, k, v, weights))
+    numbers = [layer.window, layer.least, layer.prefix, return_state, segments, layer.scaling, roomy]
     has_past = query_map is not None
     window_weight = weights.window_weight if has_past and layer.window else None
     if window_weight is None and has_past and layer.window:
@@ -87,11 +89,33 @@ def covered(
             state is None or not (state[0].requires_grad or state[1].requires_grad),
             "a carried state takes no gradient: detach it",
         ),
+        shared_memory=room(q, k, v, weights),
         window=(
             layer.window > 0 or weights.key_map is not None,
             "0 without feature maps leaves nothing to see",
         ),
     )
+
+
+def room(q: Tensor, k: Tensor, v: Tensor, weights: Weights) -> tuple[bool, str]:
+    """Whether the device has the shared memory for a call, and the sentence to refuse it with."""
+    sizes = _sizes(q, v, weights)
+    if max(sizes[1:3]) > 256:
+        return True, ""  # refused for its head dims
+    return shared_memory.rule(q.device, *sizes, trains=_trains(q, k, v, weights))
+
+
+def _sizes(q: Tensor, v: Tensor, weights: Weights) -> tuple[torch.dtype, int, int, int]:
+    """dtype, head dims as the kernels see them, columns of the maps."""
+    key_dim, value_dim = (x.shape[-1] + _extra(x.shape[-1]) for x in (q, v))
+    return q.dtype, key_dim, value_dim, 0 if weights.key_map is None else weights.key_map.shape[-1]
+
+
+def _trains(q: Tensor, k: Tensor, v: Tensor, weights: Weights) -> bool:
+    """Whether backward will run."""
+    factors = (weights.window_weight, weights.linear_weight, weights.sink)
+    tensors = (q, k, v, weights.query_map, weights.key_map, *factors)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _extra(width: int) -> int:

@@ -54,6 +54,7 @@ class Plan:
         split: whether the scan's programs have one half of the features each.
         wide: whether states are float32.
         precision: of products of float32 numbers.
+        roomy: whether the kernels for windows of whole chunks, which hold more tiles, fit into shared memory.
     """
 
     batch: int
@@ -79,11 +80,12 @@ class Plan:
     split: bool
     wide: bool
     precision: str
+    roomy: bool
 
     @property
     def whole_chunks(self) -> bool:
-        """Whether window and prefix are whole numbers of chunks and the window has one length."""
-        return not (self.window % CHUNK or self.prefix % CHUNK or self.window - self.least)
+        """Whether window and prefix are whole numbers of chunks, of one length, and the kernels for them have room."""
+        return self.roomy and not (self.window % CHUNK or self.prefix % CHUNK or self.window - self.least)
 
     def kernel(self, name: str, *, aligned: bool) -> str:
         """Its entry in the table: kernels for windows of whole chunks have others, and others again with no window."""
@@ -193,6 +195,7 @@ def make_plan(
         # of float32 operands, among them the states of float16: plain float32 products would take minutes to compile,
         # and single tf32 ones of states read wrong from segments on Hopper (Triton 3.6)
         precision="tf32" if q.dtype == torch.bfloat16 else "tf32x3",
+        roomy=bool(numbers[6]),
     )
 
 

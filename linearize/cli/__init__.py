@@ -1,8 +1,8 @@
 """The `linearize` command: parse, dispatch, and turn errors into messages and exit codes.
 
-Exit codes: 0 done, 2 the caller's mistake (message on standard error, no traceback), 130 interrupted. Anything
-else is a bug of this package and shows its traceback. Heavy imports happen inside the commands, so that help is
-instant.
+Exit codes: 0 done, 2 the caller's mistake or the machine's (message on standard error, no traceback), 130 interrupted
+(Ctrl-C), 143 terminated (SIGTERM). Anything else is a bug of this package and shows its traceback. Heavy imports happen
+inside the commands, so that help is instant.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from linearize import signals
 from linearize.cli.console import error_console, messages
 from linearize.cli.parser import build_parser, parse
 from linearize.errors import LinearizeError
@@ -29,6 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        with signals.heard():
+            code = _answered(arguments)
+    except KeyboardInterrupt as stop:
+        code = _fail(_interrupted(arguments, stop), signals.exit_code(stop))
+    if argv is None:  # the process ends here
+        signals.end_quietly()
+    return code
+
+
+def _answered(arguments: list[str]) -> int:
+    """Run one command; what the user or the machine has done wrong becomes a message."""
+    try:
         options = parse(build_parser(), arguments)
         with messages():
             code: int = options.command(options)
@@ -39,20 +52,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `linearize recipes | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except MemoryError as error:
+        return _fail(f"out of memory{f' ({error})' if str(error) else ''}; free some and try again", 2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" ({error.filename})" if error.filename else ""
         return _fail(f"the disk is full{where}; free some space and go on with --resume", 2)
-    except KeyboardInterrupt:
-        return _fail(_interrupted(arguments), 130)
 
 
-def _interrupted(arguments: list[str]) -> str:
+def _interrupted(arguments: list[str], stop: KeyboardInterrupt) -> str:
+    what = "terminated" if isinstance(stop, signals.Terminated) else "interrupted"
     if arguments[:1] != ["run"]:
-        return "interrupted"
+        return what
     again = arguments if "--resume" in arguments else [*arguments, "--resume"]
-    return f"interrupted; resume with: {shlex.join(['linearize', *again])}"
+    return f"{what}; resume with: {shlex.join(['linearize', *again])}"
 
 
 def _fail(message: str, code: int) -> int:

@@ -45,7 +45,7 @@ def _name(path: str) -> str:
     return folder.parent.name if folder.name == "checkpoint" and folder.parent.name else folder.name
 
 
-def _texts(named: list[tuple[str, str]]) -> dict[str, list[str]]:
+def _texts(named: list[tuple[str, str]]) -> dict[str, list[Any]]:
     """Name -> documents."""
     from linearize import data
     from linearize.config import DataConfig
@@ -54,12 +54,13 @@ def _texts(named: list[tuple[str, str]]) -> dict[str, list[str]]:
     if len(sources) < len(named):
         raise LinearizeError("--text: two texts have the same name; give each its own")
     return {
-        name: list(data.validation_texts(DataConfig(validation=source))) for name, source in sources.items()
+        name: list(data.validation_documents(DataConfig(validation=source)))
+        for name, source in sources.items()
     }
 
 
 def _measure(
-    name: str, model: Any, tokenizer: Any, texts: dict[str, list[str]], options: argparse.Namespace
+    name: str, model: Any, tokenizer: Any, texts: dict[str, list[Any]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     rows = [_row(name, model, tokenizer, texts, options, tasks=True)]
     if options.ablations:
@@ -81,7 +82,7 @@ def _row(
     name: str,
     model: Any,
     tokenizer: Any,
-    texts: dict[str, list[str]],
+    texts: dict[str, list[Any]],
     options: argparse.Namespace,
     *,
     tasks: bool,

@@ -8,7 +8,10 @@ from typing import Any
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print the prompt and what the model adds, as it comes where the decoding allows it."""
+    """Print the prompt and what the model adds, as it comes where the decoding allows it.
+
+    Control tokens that `--prompt` spells are control tokens; with `--chat` it is a message, in which they are text.
+    """
     from transformers import set_seed
 
     from linearize.cli.checkpoint import load

@@ -21,10 +21,12 @@ def main(options: argparse.Namespace) -> int:
     recipe = composed(options)
 
     from linearize import mixers, surgery  # after the recipe is known to be right: importing takes seconds
+    from linearize.distill.trainable import needs
     from linearize.models import load_config
 
     quiet_libraries()
-    plan = surgery.plan(load_config(options.model), recipe.mixer, recipe.layers)
+    asked = needs(recipe.stages.values())
+    plan = surgery.plan(load_config(options.model), recipe.mixer, recipe.layers, **asked)
     screen = console()
     screen.print(table(plan, describe(mixers.normalize(recipe.mixer))))
     for line in totals(plan, options.length):
@@ -68,7 +70,7 @@ def table(plan: Plan, mixer: str) -> Table:
             str(row.head_dim),
             f"{row.parameters:,}",
             size(row.state_bytes) if row.state_bytes else "grows",
-            size(row.kv_bytes_per_token),
+            size(row.kv_bytes_per_token) + ("" if row.kv_window is None else f" to {row.kv_window:,}"),
         )
     return grid
 
@@ -78,8 +80,12 @@ def grouped(rows: Sequence[Row]) -> list[tuple[str, Row]]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         shape = (row.kind, row.heads, row.kv_heads, row.head_dim)
-        groups.setdefault((*shape, row.parameters, row.state_bytes, row.kv_bytes_per_token), []).append(row)
+        groups.setdefault((*shape, row.parameters, row.state_bytes, *_cache(row)), []).append(row)
     return [(ranges([row.layer for row in group]), group[0]) for group in groups.values()]
+
+
+def _cache(row: Row) -> tuple[int, int | None]:
+    return row.kv_bytes_per_token, row.kv_window
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -98,23 +104,59 @@ def totals(plan: Plan, length: int | None = None) -> list[str]:
         plan: of `surgery.plan`.
         length: context length to compare at, in tokens.
     """
-    converted = [row for row in plan.rows if row.kind == "mixer"]
     lines = [
-        f"converted   {len(converted)} of {len(plan.rows)} attention layers",
+        f"converted   {len(plan.converted)} of {len(plan.rows)} attention layers",
         f"added       {plan.parameters:,} parameters",
+        *_others(plan),
     ]
     if not plan.state_bytes:
         return [*lines, "memory      as before: the KV cache grows with every token"]
     state, per_token = plan.state_bytes, plan.kv_bytes_per_token
-    kept = sum(row.kv_bytes_per_token for row in plan.rows) - per_token
     lines.append(
         f"memory      {size(state)} of state per sequence in place of {size(per_token)} of KV cache per token"
     )
-    lines.append(f"break-even  {plan.break_even:,} tokens: a longer context takes less memory than before")
+    lines += _break_even(plan)
+    kept = [row for row in plan.rows if row.kind != "mixer"]
     if kept:
-        lines.append(f"            the layers that stay softmax keep {size(kept)} of KV cache per token")
+        growth = sum(row.kv_bytes_per_token for row in kept)
+        lines.append(f"            the layers that stay softmax keep {size(growth)} of KV cache per token")
     if length is not None:
-        before, after = (per_token + kept) * length, state + kept * length
+        before = sum(row.kv_bytes(length) for row in plan.rows)
+        after = state + sum(row.kv_bytes(length) for row in kept)
         change = f"{before / after:.1f} times less" if after <= before else f"{after / before:.1f} times more"
         lines.append(f"at {length:,} tokens: {size(before)} before, {size(after)} after, {change}")
+    return lines
+
+
+def _others(plan: Plan) -> list[str]:
+    """A line for each class of layers that hold no attention."""
+    classes: dict[str, list[int]] = {}
+    for path, name in plan.others.items():
+        classes.setdefault(name, []).append(int(path.rpartition(".")[2]))
+    return [
+        f"left as is  {ranges(numbers)} of the model's layers hold no attention ({name})"
+        for name, numbers in classes.items()
+    ]
+
+
+def _break_even(plan: Plan) -> list[str]:
+    """From which length the states take less than the caches, and in which layers they never do."""
+    windows = sorted({row.kv_window for row in plan.converted if row.kv_window is not None})
+    lines = []
+    if windows:
+        words = " or ".join(f"{window:,}" for window in windows)
+        capped = sum(row.kv_window is not None for row in plan.converted)
+        lines.append(
+            f"            ({capped} of the layers keep at most {words} tokens, the teacher's own window)"
+        )
+    if plan.break_even is None:
+        lines.append("break-even  never: the teacher's windows keep its cache smaller than the states")
+        return lines
+    lines.append(f"break-even  {plan.break_even:,} tokens: a longer context takes less memory than before")
+    never = [row for row in plan.converted if row.break_even is None]
+    for layers, row in grouped(never):
+        lines.append(
+            f"            not in layers {layers}: a state of {size(row.state_bytes)} never beats a cache of at most "
+            f"{size(row.kv_bytes(row.kv_window or 0))}; `layers:` can leave them as they are"
+        )
     return lines

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from linearize.config import rules, semantics
+from linearize.config.literal import without_foreign
 from linearize.config.schema import Recipe
+from linearize.config.stages import strangers
 from linearize.config.values import as_flag, as_number, as_whole, shown
 from linearize.registry import closest
 
@@ -33,8 +36,9 @@ def check(raw: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
         The recipe and all problems: unknown keys with the nearest valid one, wrong types by full dotted key,
         values out of range, and combinations that cannot work. With problems the recipe is only a partial one.
     """
-    problems: list[str] = []
-    recipe = build(Recipe, without_removed(raw), "", problems)
+    tidy = without_removed(raw)
+    problems = strangers(tidy)
+    recipe = build(Recipe, without_foreign(tidy, "", problems), "", problems)
     broken = {problem.split(": ", 1)[0] for problem in problems}
     return recipe, problems + semantics.problems(recipe, broken)
 
@@ -166,8 +170,15 @@ def _allowed(cls: type, key: str, value: Any, path: str, problems: list[str]) ->
         return True  # the type allows it
     before = len(problems)
     rule = rules.RULES.get(cls, {}).get(key)
-    if rule is not None and not rule.holds(value):
-        problems.append(f"{path}: {rule.text}, got {shown(value)}")
+    if rule is not None:
+        numbers = (
+            {f"{path}.{name}": number for name, number in value.items()}
+            if isinstance(value, dict)
+            else {path: value}
+        )
+        problems += [
+            f"{where}: {wrong}" for where, number in numbers.items() if (wrong := rule.problem(number))
+        ]
     choices = rules.CHOICES.get(cls, {}).get(key)
     if choices is not None and value not in choices:
         problems.append(f"{path}: unknown value {shown(value)}; {_choice(value, choices)}")
@@ -175,10 +186,10 @@ def _allowed(cls: type, key: str, value: Any, path: str, problems: list[str]) ->
     if items is not None:
         if not value and key not in rules.MAY_BE_EMPTY:
             problems.append(f"{path}: empty; name at least one of {', '.join(items)}")
-        for item in dict.fromkeys(value):
+        for item, times in Counter(value).items():
             if item not in items:
                 problems.append(f"{path}: unknown value {shown(item)}; {_choice(item, items)}")
-            elif value.count(item) > 1:
+            elif times > 1:
                 problems.append(f"{path}: names {shown(item)} twice")
     return len(problems) == before
 

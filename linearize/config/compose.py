@@ -1,27 +1,26 @@
-"""A recipe's name or file, plus overrides, to a checked `Recipe`: hydra composes, `check` judges."""
+"""A recipe's name or file, plus overrides, to a checked `Recipe`: files are laid over each other, `check` judges."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from linearize.config.overrides import Override, parse
+from linearize.config import files
+from linearize.config.apply import apply, name_part
+from linearize.config.overrides import parse
 from linearize.config.schema import Recipe
+from linearize.config.values import quoted, shown
 from linearize.errors import RecipeError
 from linearize.registry import closest
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-_USER_FILE = "linearize_user_file"
-_PART_NAME = re.compile(r"mixer\.(\w+)\.name")
+SELF = "_self_"
+CHAIN = 20
+"""Recipes that start from each other, at most."""
 
 
 def compose(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -31,43 +30,29 @@ def compose(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe: the name of a shipped recipe, or the path of a YAML file. A file may start from a shipped recipe
             or from another file of its folder with ``defaults: [lolcats, _self_]``.
         overrides: ``key=value`` in hydra's grammar, applied in order. A mapping replaces what stands at its
-            key; ``~key`` removes it. Naming another choice of a mixer part, here or in a file, drops the options
-            of the choice that it replaces.
+            key; ``~key`` removes it; ``stages.*.key=value`` changes every stage. Naming another choice of a mixer
+            part, here or in a file, drops the options of the choice that it replaces.
 
     Raises:
         RecipeError: with every problem found, each by its full dotted key and with the nearest valid name.
     """
     from linearize.config.check import check
 
-    where = f"recipe '{recipe}'"
     changes, problems = parse(overrides)
-    raw, more = _apply(_load(recipe), changes)
+    raw = _load(recipe)
+    problems += apply(raw, changes)
     checked, wrong = check(raw)
-    problems += more + wrong
+    problems += wrong
     if problems:
-        raise RecipeError(problems, where)
+        raise RecipeError(problems, f"recipe {quoted(recipe)}")
     return checked
 
 
 def outline(name: str) -> dict[str, Any]:
-    """A shipped recipe as its files say it, with what it starts from merged in: unchecked, no defaults filled in.
-
-    For listing recipes, which must not take the time to import hydra.
-    """
+    """A shipped recipe as its files say it, with what it starts from merged in: unchecked, no defaults filled in."""
     from linearize.config.check import without_removed
 
-    tree = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
-    merged: dict[str, Any] = {}
-    for start in tree.pop("defaults", ["_self_"]):
-        merged = _merged(merged, tree if start == "_self_" else outline(start))
-    return without_removed(merged)
-
-
-def _merged(below: Any, above: Any) -> Any:
-    """Mappings merge key by key; of anything else `above` is left."""
-    if not (isinstance(below, dict) and isinstance(above, dict)):
-        return above
-    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+    return without_removed(_Files(None).of(RECIPES / f"{name}.yaml", ()))
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -91,152 +76,120 @@ def is_file_name(recipe: str | Path) -> bool:
     return isinstance(recipe, Path) or text.endswith((".yaml", ".yml")) or "/" in text or "\\" in text
 
 
-def _load(recipe: str | Path) -> DictConfig:
+def _load(recipe: str | Path) -> dict[str, Any]:
     """The composed tree before overrides."""
-    if not is_file_name(recipe):
-        names = [path.stem for path in RECIPES.glob("*.yaml")]
-        if recipe not in names:
-            shipped = [name for name, _ in list_recipes()]
-            hint = closest(str(recipe), shipped)
-            listed = "" if hint.startswith("valid") else f" (valid: {', '.join(shipped)})"
-            raise RecipeError(
-                [f"unknown recipe '{recipe}': {hint}{listed}; or give the path of a YAML file"], "recipe"
-            )
-        return _compose_with_hydra(str(recipe), [])
-    path = Path(recipe).expanduser()
-    from hydra.core.config_store import ConfigStore
-
-    raw = _read_file(path)
-    named = _named_parts(raw)
-    ConfigStore.instance().store(name=_USER_FILE, node=raw)
-    # Shipped recipes come first on the search path, so a file called lolcats.yaml may start from `lolcats`.
-    tree = _compose_with_hydra(_USER_FILE, [f"hydra.searchpath=['file://{path.resolve().parent}']"], path)
-    for part, options in named.items():
-        _name_part(tree, part, options)
-    return tree
-
-
-def _named_parts(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Take the mixer parts that a file names out of it: whether they merge depends on what they start from."""
-    mixer = raw.get("mixer")
-    if not isinstance(mixer, dict):
-        return {}
-    named = {part: value for part, value in mixer.items() if isinstance(value, dict) and "name" in value}
-    raw["mixer"] = {part: value for part, value in mixer.items() if part not in named}
-    return named
-
-
-def _name_part(tree: DictConfig, part: str, options: dict[str, Any]) -> None:
-    """Set a mixer part by name: the options of another choice fall away, those of the same one stay."""
-    from omegaconf import OmegaConf
-
-    key = f"mixer.{part}"
-    inherited = OmegaConf.select(tree, key)
-    same = OmegaConf.is_dict(inherited) and inherited.get("name") == options["name"]
-    OmegaConf.set_struct(tree, False)
-    OmegaConf.update(tree, key, options, merge=same, force_add=True)
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    """A user's recipe file as plain values, its defaults list checked."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    where = f"recipe '{path}'"
-    try:
-        tree = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise RecipeError([f"cannot read {path}: {reason}"], where) from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise RecipeError([f"not valid YAML: {' '.join(str(error).split())}"], where) from error
-    raw = OmegaConf.to_container(tree)
-    if not isinstance(raw, dict) or not raw:
+    if is_file_name(recipe):
+        try:
+            path = Path(recipe).expanduser()
+        except RuntimeError as error:  # ~name of nobody
+            raise RecipeError([f"cannot read {quoted(recipe)}: {error}"]) from error
+        return _Files(path.parent).of(path, ())
+    if recipe not in _names(RECIPES):
+        shipped = [name for name, _ in list_recipes()]
+        hint = closest(str(recipe), shipped)
+        listed = "" if hint.startswith("valid") else f" (valid: {', '.join(shipped)})"
         raise RecipeError(
-            ["holds no keys; a recipe starts with `defaults: [lolcats, _self_]` or `mixer:`"], where
+            [f"unknown recipe {quoted(recipe)}: {hint}{listed}; or give the path of a YAML file"],
+            "recipe",
         )
-    defaults = raw.get("defaults", [])
+    return _Files(None).of(RECIPES / f"{recipe}.yaml", ())
+
+
+def _names(folder: Path | None) -> set[str]:
+    """Recipes that a folder holds; none of one that cannot be listed."""
+    try:
+        return set() if folder is None else {path.stem for path in folder.glob("*.yaml")}
+    except OSError:
+        return set()
+
+
+class _Files:
+    """Recipe files laid over what they start from; each is read once.
+
+    Args:
+        folder: of the user's file, whose neighbors it may start from. Shipped recipes come first, so that a file
+            called lolcats.yaml may start from `lolcats`.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.done: dict[Path, dict[str, Any]] = {}
+
+    def of(self, path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+        """A file's keys over those of what it starts from.
+
+        Args:
+            path: of the file.
+            chain: the files that led here.
+        """
+        where = f"recipe {quoted(path)}"
+        if path in chain or len(chain) > CHAIN:
+            names = " -> ".join(file.stem for file in (*chain, path)[-CHAIN:])
+            raise RecipeError([f"defaults: recipes that start from each other without end: {names}"], where)
+        if path not in self.done:
+            own = files.read(path)
+            starts = _starts(own.pop("defaults", None), where)
+            merged: dict[str, Any] = {}
+            for name in starts:
+                if name == SELF:
+                    merged = self._over(merged, own, shipped=path.parent == RECIPES)
+                else:
+                    merged = _merged(merged, self.of(self._find(name, path, where), (*chain, path)))
+            self.done[path] = merged
+        return self.done[path]
+
+    def _find(self, name: str, path: Path, where: str) -> Path:
+        shipped, near = _names(RECIPES), _names(self.folder)
+        if name in shipped:
+            return RECIPES / f"{name}.yaml"
+        if name in near and self.folder is not None and self.folder / f"{name}.yaml" != path:
+            return self.folder / f"{name}.yaml"
+        hint = closest(name, (shipped | near) - {path.stem})
+        raise RecipeError([f"defaults: unknown recipe {quoted(name)}; {hint}"], where)
+
+    def _over(self, below: dict[str, Any], own: dict[str, Any], *, shipped: bool) -> dict[str, Any]:
+        """A user's file that names another choice of a mixer part drops the options of the one it replaces."""
+        merged = _merged(below, own)
+        mixer = own.get("mixer")
+        if shipped or not isinstance(mixer, dict):
+            return merged
+        inherited = below.get("mixer")
+        laid = dict(inherited) if isinstance(inherited, dict) else {}
+        for part, value in mixer.items():
+            if isinstance(value, dict) and "name" in value:
+                name_part(laid, part, value)
+                merged["mixer"][part] = laid[part]
+        return merged
+
+
+def _starts(defaults: Any, where: str) -> list[str]:
+    """The names of a defaults list, the file's own place among them."""
+    if defaults is None:
+        return [SELF]
+    form = "a list of recipes such as [lolcats, _self_]"
     if not isinstance(defaults, list):
-        raise RecipeError([f"defaults: must be a list such as [lolcats, _self_], got {defaults!r}"], where)
-    known = {file.stem for folder in (RECIPES, path.resolve().parent) for file in folder.glob("*.yaml")}
-    known -= {path.stem} - {file.stem for file in RECIPES.glob("*.yaml")}
+        raise RecipeError([f"defaults: must be {form}, got {shown(defaults)}"], where)
     problems = [
-        f"defaults: unknown recipe '{name}'; {closest(name, known)}"
-        for name in defaults
-        if isinstance(name, str)
-        and name != "_self_"
-        and "/" not in name
-        and name.removesuffix(".yaml") not in known
+        f"defaults[{index}]: must be the name of a recipe, got {shown(name)}; defaults is {form}"
+        for index, name in enumerate(defaults)
+        if not isinstance(name, str)
     ]
     if problems:
-        raise RecipeError(problems, where)
-    if defaults and "_self_" not in defaults:
-        raw["defaults"] = [*defaults, "_self_"]  # hydra's own choice too, but with a warning
-    return {str(key): value for key, value in raw.items()}
+        raise RecipeError(problems[:10], where)
+    names = [name.removesuffix(".yaml") for name in defaults]
+    twice = (
+        sorted({shown(name) for name in names if names.count(name) > 1})[:10]
+        if len(names) < 1000
+        else ["many"]
+    )
+    if twice:
+        raise RecipeError([f"defaults: names {', '.join(twice)} twice"], where)
+    return names if SELF in names else [*names, SELF]
 
 
-def _compose_with_hydra(name: str, overrides: list[str], path: Path | None = None) -> DictConfig:
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        with _hydra_of_our_own(), initialize_config_module("linearize.recipes", version_base="1.3"):
-            return hydra_compose(name, overrides=overrides)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        reasons = [str(error), str(error.__cause__ or "")]
-        text = " ".join(" ".join(reasons).split()).replace(f"'{_USER_FILE}'", f"'{path}'")
-        raise RecipeError([text], f"recipe '{path or name}'") from error
-
-
-@contextmanager
-def _hydra_of_our_own() -> Iterator[None]:
-    """Let a program that runs under hydra itself call `compose`: its global state is put aside and back."""
-    from hydra.core.global_hydra import GlobalHydra
-
-    theirs = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        yield
-    finally:
-        GlobalHydra.instance().hydra = theirs
-
-
-def _apply(tree: DictConfig, changes: Sequence[Override]) -> tuple[dict[str, Any], list[str]]:
-    """Apply overrides in order; gives plain values and what could not be applied."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    OmegaConf.set_struct(tree, False)
-    problems: list[str] = []
-    for change in changes:
-        try:
-            part = _PART_NAME.fullmatch(change.key)
-            if change.remove:
-                _remove(tree, change.key)
-            elif part is not None:
-                _name_part(tree, part[1], {"name": change.value})
-            else:
-                OmegaConf.update(tree, change.key, change.value, merge=False, force_add=True)
-        except (OmegaConfBaseException, ValueError, TypeError, KeyError) as error:
-            verb = "removed" if change.remove else "set there"
-            problems.append(f"{change.key}: cannot be {verb}: {' '.join(str(error).split())}")
-    try:
-        raw = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
-        problems.append(" ".join(str(error).split()))
-        raw = OmegaConf.to_container(tree, resolve=False)
-    assert isinstance(raw, dict), "hydra composes a mapping"
-    return {str(key): value for key, value in raw.items()}, problems
-
-
-def _remove(tree: DictConfig, key: str) -> None:
-    from omegaconf import OmegaConf
-
-    *parents, last = key.split(".")
-    node: Any = OmegaConf.select(tree, ".".join(parents)) if parents else tree
-    if not OmegaConf.is_dict(node) or last not in node:
-        names = list(map(str, node)) if OmegaConf.is_dict(node) else []
-        raise ValueError(f"nothing to remove; {closest(last, names)}")
-    del node[last]
+def _merged(below: Any, above: Any) -> Any:
+    """Mappings merge key by key; of anything else `above` is left."""
+    if not isinstance(above, dict):
+        return above
+    under = below if isinstance(below, dict) else {}
+    return {**under, **{key: _merged(under.get(key), value) for key, value in above.items()}}

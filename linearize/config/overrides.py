@@ -7,8 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from linearize.config.values import LONGEST_NUMBER, shown
+
 FORM = "overrides look like key=value, for example stages.transfer.lr=5e-3"
-_KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_KEY = re.compile(r"[A-Za-z0-9_-]+(\.([A-Za-z0-9_-]+|\*))*")
+LONGEST = 4000
+"""Characters of an override: the grammar's parser takes a second for each few thousand."""
+DEPTH = 20
+"""Brackets in brackets."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +22,7 @@ class Override:
     """One change to a composed recipe."""
 
     key: str
-    """Dotted key."""
+    """Dotted key; `*` in place of a stage's name stands for every stage."""
     value: Any
     """Plain value, list or dictionary."""
     remove: bool = False
@@ -38,7 +44,7 @@ def parse(texts: Sequence[str]) -> tuple[list[Override], list[str]]:
         try:
             parsed.append(_parse_one(text.strip()))
         except ValueError as error:
-            problems.append(f"'{text}': {error}")
+            problems.append(f"{shown(text)}: {error}")
     return parsed, problems
 
 
@@ -50,22 +56,44 @@ def _parse_one(text: str) -> Override:
     if not equals and not remove:
         raise ValueError(f"no '=' in it; {FORM}")
     if _KEY.fullmatch(key) is None:
-        raise ValueError(f"'{key}' is not a dotted key; {FORM}")
+        raise ValueError(f"{shown(key)} is not a dotted key; {FORM}")
+    if len(text) > LONGEST:
+        raise ValueError(f"longer than {LONGEST:,} characters; write it into a recipe file")
     return Override(key, None, remove=True) if remove else Override(key, _value(written))
 
 
 def _value(written: str) -> Any:
+    if _depth(written) > DEPTH:
+        raise ValueError(f"brackets nested more than {DEPTH} deep")
+    if re.search(rf"\d{{{LONGEST_NUMBER},}}", written) or not written.isprintable():
+        return written  # as text, which is judged by its key
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    parser = OverridesParser.create()
     try:
-        override = parser.parse_override(f"++key={written}")
+        override = OverridesParser.create().parse_override(f"++key={written}")
         if not override.is_sweep_override():
-            return override.value()
+            return _plain(override.value())
         reason = "a comma outside brackets asks for a sweep, which a recipe is not"
-    except HydraException as error:
-        reason = str(error).splitlines()[0]
+    except HydraException:
+        reason = "brackets and quotes must close; a list is [a, b], a mapping {a: b}, other text in quotes"
     if written.lstrip()[:1] in ("[", "{", "'", '"'):
-        raise ValueError(f"cannot read the value {written}: {reason}")
+        raise ValueError(f"cannot read the value {shown(written)}: {reason}")
     return written
+
+
+def _depth(text: str) -> int:
+    deepest = depth = 0
+    for character in text:
+        depth += (character in "[{(") - (character in "]})")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _plain(value: Any) -> Any:
+    """The parser's value with names as keys."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)

@@ -1,37 +1,15 @@
-"""Which values each field of the schema allows, beyond its type: ranges and fixed choices."""
+"""Which values each field of the schema allows, beyond its type: ranges and fixed choices.
+
+Every number has both ends. Upper ends are no advice: they lie far beyond what any run has used, and keep out what can
+only be a slip of the hand (a learning rate of 1e38, a batch of 10^12), which would die in a library's own words later.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 from linearize.config import schema
+from linearize.config.ranges import Range, above, at_least, share
 
-
-@dataclass(frozen=True)
-class Rule:
-    """What must hold for a value, and how to say so."""
-
-    holds: Callable[[Any], bool]
-    text: str
-
-
-def _at_least(low: float) -> Rule:
-    return Rule(lambda value: value >= low, f"must be at least {low:g}")
-
-
-def _above(low: float) -> Rule:
-    return Rule(lambda value: value > low, f"must be above {low:g}")
-
-
-def _share(*, one: bool) -> Rule:
-    if one:
-        return Rule(lambda value: 0 <= value <= 1, "must lie between 0 and 1")
-    return Rule(lambda value: 0 <= value < 1, "must be at least 0 and below 1")
-
-
-TEMPLATES = ("none", "alpaca", "chat")
+TEMPLATES = ("none", "rendered", "alpaca", "chat")
 
 CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     schema.DataConfig: {"template": TEMPLATES},
@@ -52,34 +30,50 @@ ITEM_CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
 MAY_BE_EMPTY = frozenset({"freeze"})
 """List fields of `ITEM_CHOICES` whose default is empty."""
 
-RULES: dict[type, dict[str, Rule]] = {
-    schema.LoraConfig: {"rank": _at_least(1), "alpha": _above(0), "dropout": _share(one=False)},
+WIDEST = 65_536
+"""Of a head's, a projection's or a batch's width: no model's is larger."""
+LONGEST = 10_000_000
+"""Tokens in a sequence."""
+MOST = 10**12
+"""Steps between two events, or things counted."""
+SEEDS = Range(0, 2**32 - 1001)
+"""Each stage adds its number to the seed, which must stay below 2^32."""
+
+RULES: dict[type, dict[str, Range]] = {
+    schema.LoraConfig: {"rank": at_least(1, WIDEST), "alpha": above(0, 1e6), "dropout": share(whole=False)},
     schema.StageConfig: {
-        "tokens": _above(0),
-        "batch_size": _at_least(1),
-        "grad_accum": _at_least(1),
-        "lr": _above(0),
-        "lr_mixers": _above(0),
-        "min_lr_ratio": _share(one=True),
-        "warmup_ratio": _share(one=False),
-        "weight_decay": _at_least(0),
-        "grad_clip": _at_least(0),
-        "window_dropout": _share(one=False),
-        "dpo_beta": _above(0),
-        "log_every": _at_least(1),
-        "save_every": _at_least(1),
+        "objective": Range(0, 1e9),  # zero takes an inherited objective out
+        "tokens": at_least(1, 10**15),
+        "batch_size": at_least(1, WIDEST),
+        "grad_accum": at_least(1, WIDEST),
+        "lr": above(0, 100),
+        "lr_mixers": above(0, 100),
+        "min_lr_ratio": share(whole=True),
+        "warmup_ratio": share(whole=False),
+        "weight_decay": at_least(0, 100),
+        "grad_clip": at_least(0, 1e9),
+        "window_dropout": share(whole=False),
+        "dpo_beta": above(0, 1000),
+        "log_every": at_least(1, MOST),
+        "save_every": at_least(1, MOST),
     },
-    schema.DataConfig: {"length": _at_least(2)},
-    schema.StageDataConfig: {"length": _at_least(2)},
+    schema.DataConfig: {"length": at_least(2, LONGEST)},
+    schema.StageDataConfig: {"length": at_least(2, LONGEST)},
     schema.EvalConfig: {
-        "length": _at_least(2),
-        "max_windows": _at_least(0),
-        "batch_size": _at_least(1),
-        "task_limit": _at_least(0),
+        "length": at_least(2, LONGEST),
+        "max_windows": at_least(0, MOST),
+        "batch_size": at_least(1, WIDEST),
+        "task_limit": at_least(0, MOST),
     },
-    schema.RunConfig: {
-        "seed": Rule(lambda value: 0 <= value < 2**32, "must lie between 0 and 4294967295"),
-        "workers": _at_least(0),
-    },
+    schema.RunConfig: {"seed": SEEDS, "workers": at_least(0, 256)},
 }
-"""Class -> field -> its range."""
+"""Class -> field -> its range; of a mapping's values where the field is one. A test finds numbers that have none."""
+
+LAYER = Range(0, 9999)
+"""Numbers of layers."""
+EVERY = Range(2, 10_000)
+"""n of `layers: {every: n}`."""
+STAGES = 100
+"""Stages of a recipe at most."""
+LONGEST_NAME = 100
+"""Characters of a stage's name, which is part of a folder's."""

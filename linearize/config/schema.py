@@ -98,7 +98,8 @@ class DataConfig:
     text_field: str = "text"
     """Column that holds the text."""
     template: str = "none"
-    """none (plain text), alpaca, or chat (the tokenizer's chat template)."""
+    """none (plain text), rendered (text in which a chat template is written out), alpaca, or chat (the tokenizer's chat
+    template)."""
     length: int = 1024
     """Tokens in a packed sequence."""
     boundaries: bool = True

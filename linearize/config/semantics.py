@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from linearize.config.schema import Recipe
-from linearize.config.stages import source_problem, stage_problems
+from linearize.config import rules
+from linearize.config.schema import DataConfig, Recipe
+from linearize.config.stages import ignored, only_builtin, source_problem, stage_problems
 from linearize.config.values import shown
 from linearize.registry import closest
 
@@ -22,12 +24,16 @@ def problems(recipe: Recipe, broken: Collection[str] = ()) -> list[str]:
         broken: dotted keys that a problem has been written for already; they hold a default instead of what the
             user wrote, so a combination that involves one of them is not judged.
     """
-    found = _layers(recipe.layers)
-    if "mixer" not in broken:
-        found += _mixer(recipe.mixer)
+    found = [] if "layers" in broken else _layers(recipe.layers)
+    of_mixer = [] if "mixer" in broken else _mixer(recipe.mixer)
+    found += of_mixer
+    if not of_mixer and not any(key == "mixer" or key.startswith("mixer.") for key in broken):
+        found += _trained(recipe, broken)
     for name, stage in recipe.stages.items():
         found += stage_problems(name, stage, recipe, broken)
-    return found + _source(recipe) + _tasks(recipe)
+    if len(recipe.stages) > rules.STAGES:
+        found.append(f"stages: {len(recipe.stages)} of them; at most {rules.STAGES}")
+    return found + _data(recipe, broken) + _tasks(recipe, broken)
 
 
 def _layers(layers: Any) -> list[str]:
@@ -38,9 +44,10 @@ def _layers(layers: Any) -> list[str]:
     if isinstance(layers, dict) and len(layers) == 1:
         ((form, value),) = layers.items()
         if form == "every":
-            if isinstance(value, int) and not isinstance(value, bool) and value >= 2:
-                return []
-            return [f"layers.every: must be a whole number of at least 2, got {shown(value)}"]
+            if not isinstance(value, int) or isinstance(value, bool):
+                return [f"layers.every: must be a whole number, got {shown(value)}"]
+            problem = rules.EVERY.problem(value)
+            return [f"layers.every: {problem}"] if problem else []
         if form == "keep":
             if isinstance(value, (list, tuple)):
                 return _indices("layers.keep", value, empty="")
@@ -54,13 +61,16 @@ def _layers(layers: Any) -> list[str]:
 def _indices(path: str, values: list[Any] | tuple[Any, ...], *, empty: str) -> list[str]:
     if not values:
         return [f"{path}: {empty}"] if empty else []
-    wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, int) or value < 0]
+    wrong = [
+        value
+        for value in values
+        if isinstance(value, bool) or not isinstance(value, int) or rules.LAYER.problem(value)
+    ]
     if wrong:
-        return [
-            f"{path}: layer numbers are whole and count from 0, got {', '.join(shown(value) for value in wrong)}"
-        ]
-    twice = sorted({value for value in values if list(values).count(value) > 1})
-    return [f"{path}: names layer {', '.join(map(str, twice))} twice"] if twice else []
+        named = ", ".join(shown(value) for value in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+        return [f"{path}: layer numbers are whole, count from 0 and end before 10000, got {named}"]
+    twice = sorted(value for value, times in Counter(values).items() if times > 1)
+    return [f"{path}: names layer {', '.join(map(str, twice[:5]))} twice"] if twice else []
 
 
 def _mixer(mixer: dict[str, Any]) -> list[str]:
@@ -80,21 +90,59 @@ def _mixer(mixer: dict[str, Any]) -> list[str]:
     return [found if found.startswith("mixer") else f"mixer: {found}" for found in mixers.check(mixer)]
 
 
-def _source(recipe: Recipe) -> list[str]:
-    named = {"data.source": recipe.data.source, "data.validation": recipe.data.validation}
-    return [problem for path, value in named.items() if (problem := source_problem(path, value))]
+def _trained(recipe: Recipe, broken: Collection[str]) -> list[str]:
+    """What starts untrained is trained by some stage, and what a stage trains is there."""
+    from linearize import mixers  # late: see _mixer
+
+    if "stages" in broken:
+        return []
+    if not recipe.stages:
+        if not mixers.needs_training(recipe.mixer):
+            return []
+        return [
+            "stages: empty, but this mixer computes nothing useful before it has been trained; keep a stage, or name "
+            "one (stages.transfer.objective=attention_output). Every run measures its untrained mixers too, as "
+            "'swapped, untrained'"
+        ]
+    if mixers.has_parameters(recipe.mixer):
+        return []
+    return [
+        f"stages.{name}.train: the mixer has no parameters, so train: [mixers] would do nothing; train lora or all, or "
+        f"remove the stage (~stages.{name})"
+        for name, stage in recipe.stages.items()
+        if stage.train == ["mixers"] and f"stages.{name}.train" not in broken
+    ]
 
 
-def _tasks(recipe: Recipe) -> list[str]:
+def _data(recipe: Recipe, broken: Collection[str]) -> list[str]:
+    """Sources in one of their forms, and options only where a source reads them."""
+    data = recipe.data
+    named = {"data.source": data.source, "data.validation": data.validation}
+    found = [
+        problem
+        for path, value in named.items()
+        if path not in broken and (problem := source_problem(path, value))
+    ]
+    found += [
+        f"eval.texts.{name}: names no file" for name, file in recipe.eval.texts.items() if not file.strip()
+    ]
+    if found or {"data.source", "data.validation", "data"} & set(broken):
+        return found
+    alone = all(only_builtin(value) for value in (data.source, data.validation))
+    alone = alone and all(only_builtin(data.of(stage).source) for stage in recipe.stages.values())
+    return ignored("data", data, DataConfig(), ("split", "text_field", "template")) if alone else []
+
+
+def _tasks(recipe: Recipe, broken: Collection[str]) -> list[str]:
     tasks = recipe.eval.tasks
     if not tasks:
         return []
     found = []
     known = task_names()
-    for task in tasks:
+    for task in dict.fromkeys(tasks):
         if task != "all" and task not in known:
-            found.append(f"eval.tasks: unknown task '{task}'; {closest(task, ['all', *known])}")
-    if not recipe.eval.task_data:
+            found.append(f"eval.tasks: unknown task {shown(task)}; {closest(task, ['all', *known])}")
+    if not recipe.eval.task_data and "eval.task_data" not in broken:
         found.append("eval.task_data: the tasks need the folder that holds their JSONL files")
     return found
 

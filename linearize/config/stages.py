@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from linearize.config.schema import Recipe, StageConfig
+from linearize.config import rules
+from linearize.config.schema import DataConfig, Recipe, StageConfig
 from linearize.config.values import shown
 from linearize.registry import closest
 
@@ -19,6 +20,30 @@ LEVELS: dict[Level, str] = {
     "pair": "is on pairs of answers",
 }
 """Level of objectives -> what is said of one."""
+
+
+def strangers(raw: dict[str, Any]) -> list[str]:
+    """Take stages without an objective out of a recipe that has others: a misspelt name made them, not a wish.
+
+    Args:
+        raw: plain values, changed in place.
+
+    Returns:
+        One sentence for each, with the stage that was meant.
+    """
+    stages = raw.get("stages")
+    if not isinstance(stages, Mapping):
+        return []
+    known = [name for name, stage in stages.items() if not isinstance(stage, Mapping) or "objective" in stage]
+    strange = [name for name in stages if name not in known]
+    if not known:
+        return []
+    raw["stages"] = {name: stages[name] for name in known}
+    return [
+        f"stages.{name}: this recipe has no such stage; {closest(name, known)}. A new stage names its objective "
+        f"(stages.{name}.objective=next_token)"
+        for name in strange
+    ]
 
 
 def stage_problems(name: str, stage: StageConfig, recipe: Recipe, broken: Collection[str]) -> list[str]:
@@ -35,11 +60,13 @@ def stage_problems(name: str, stage: StageConfig, recipe: Recipe, broken: Collec
     found = []
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         found.append(f"{path}: a stage names a folder; use letters, digits, - and _")
+    if len(name) > rules.LONGEST_NAME:
+        found.append(f"{path[:60]}...: a stage's name has at most {rules.LONGEST_NAME} characters")
     if known(f"{path}.train"):
         found += _adapters(path, stage, section_known=known(f"{path}.lora"))
         found += _groups(path, stage, freeze_known=known(f"{path}.freeze"))
     if known(f"{path}.data"):
-        found += _data(path, stage)
+        found += _data(path, stage, recipe.data)
     length = recipe.data.of(stage).length
     own_length = stage.data is not None and stage.data.length is not None
     length_key = f"{path}.data.length" if own_length else "data.length"
@@ -56,6 +83,8 @@ def stage_problems(name: str, stage: StageConfig, recipe: Recipe, broken: Collec
             f"{path}.tokens: {stage.tokens} is less than one optimizer step of batch_size {stage.batch_size} x "
             f"grad_accum {stage.grad_accum} x {length_key} {length} = {step}"
         )
+    if known(f"{path}.lr", f"{path}.weight_decay"):
+        found += _decay(path, stage)
     if known(f"{path}.objective"):
         found += _objective(path, stage, train_known=known(f"{path}.train"))
         if known(f"{path}.data", "data"):
@@ -63,6 +92,15 @@ def stage_problems(name: str, stage: StageConfig, recipe: Recipe, broken: Collec
         if known(f"{path}.window_dropout", "mixer"):
             found += _window_dropout(path, stage, recipe.mixer)
     return found
+
+
+def _decay(path: str, stage: StageConfig) -> list[str]:
+    shrinks = stage.lr * stage.weight_decay
+    if shrinks < 1:
+        return []
+    return [
+        f"{path}.weight_decay: each step shrinks the weights by lr x weight_decay = {shrinks:g}, which must be below 1"
+    ]
 
 
 def _adapters(path: str, stage: StageConfig, *, section_known: bool) -> list[str]:
@@ -105,7 +143,12 @@ def _pairs(path: str, stage: StageConfig, recipe: Recipe) -> list[str]:
     from linearize import objectives  # late: see _objective
 
     wanted = [name for name in stage.objective if name in objectives.names("pair")]
-    if (recipe.data.of(stage).template == "preference") == bool(wanted):
+    data = recipe.data.of(stage)
+    if (data.template == "preference") == bool(wanted):
+        if wanted and only_builtin(data.source):
+            return [
+                f"{path}.data.source: the builtin text holds no pairs; name data with prompt, chosen and rejected"
+            ]
         return []
     if wanted:
         return [
@@ -135,19 +178,46 @@ def _window_dropout(path: str, stage: StageConfig, mixer: dict[str, Any]) -> lis
     return found
 
 
-def _data(path: str, stage: StageConfig) -> list[str]:
-    if stage.data is None or stage.data.source is None:
+def _data(path: str, stage: StageConfig, data: DataConfig) -> list[str]:
+    if stage.data is None:
         return []
-    problem = source_problem(f"{path}.data.source", stage.data.source)
-    return [problem] if problem else []
+    if stage.data.source is not None and (
+        problem := source_problem(f"{path}.data.source", stage.data.source)
+    ):
+        return [problem]
+    if not only_builtin(data.of(stage).source):
+        return []
+    return ignored(f"{path}.data", stage.data, DataConfig(), ("split", "text_field", "template"))
 
 
 def source_problem(path: str, value: Any) -> str | None:
     """What is wrong with a text source, or None; whether the text is there shows when it is read."""
     texts = value if isinstance(value, (list, tuple)) else [value]
-    if texts and all(isinstance(text, str) and text for text in texts):
+    if texts and all(isinstance(text, str) and text.strip() for text in texts):
         return None
     return f"{path}: must be builtin, a file, a folder, a hub dataset, or a list of these, got {shown(value)}"
+
+
+def only_builtin(source: Any) -> bool:
+    """Whether a text source is nothing but the text that the package carries."""
+    return all(text == "builtin" for text in (source if isinstance(source, (list, tuple)) else [source]))
+
+
+def ignored(path: str, given: object, default: DataConfig, fields: Collection[str]) -> list[str]:
+    """Options that the package's own text has no use for: it is plain text of one split.
+
+    Args:
+        path: dotted key of the section.
+        given: the section.
+        default: what means nothing.
+        fields: of the section.
+    """
+    return [
+        f"{path}.{field}: the builtin text takes no {field}, so {shown(value)} would be ignored; name a {path}.source, "
+        f"or remove {field}"
+        for field in fields
+        if (value := getattr(given, field)) not in (None, getattr(default, field), "preference")
+    ]
 
 
 def _objective(path: str, stage: StageConfig, *, train_known: bool) -> list[str]:
@@ -157,11 +227,9 @@ def _objective(path: str, stage: StageConfig, *, train_known: bool) -> list[str]
     if not stage.objective:
         return [f"{path}.objective: missing; valid: {', '.join(sorted(levels))}"]
     found = []
-    for name, weight in stage.objective.items():
+    for name in stage.objective:
         if name not in levels:
             found.append(f"{path}.objective.{name}: unknown objective; {closest(name, levels)}")
-        if weight < 0:
-            found.append(f"{path}.objective.{name}: the weight must be above 0, got {weight:g}")
     used = {levels[name]: name for name in stage.objective if name in levels}
     if len(used) > 1:
         kinds = " and ".join(f"{used[level]} {LEVELS[level]}" for level in LEVELS if level in used)

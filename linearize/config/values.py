@@ -8,21 +8,21 @@ from typing import Any
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:e[+-]?\d+)?)\s*([kmbgt]?)", re.IGNORECASE)
+LONGEST_NUMBER = 300
+"""Characters; a number of more digits is none that a float could hold."""
 
 
 def as_number(value: Any) -> float | int | None:
     """The number that `value` stands for, or None when it is not one.
 
-    Accepts int, finite float, and text such as ``"20M"`` (millions), ``"500k"``, ``"1e-2"``, ``"1_000"``.
-    Booleans, NaN and infinities are not numbers here. Text that stands for a whole number gives an int.
+    Accepts int and float within what a float holds, and text such as ``"20M"`` (millions), ``"500k"``, ``"1e-2"``,
+    ``"1_000"``. Booleans, NaN and infinities are not numbers here. Text that stands for a whole number gives an int.
     """
     if isinstance(value, bool):
         return None
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if not isinstance(value, str):
+    if isinstance(value, (int, float)):
+        return value if _finite(value) else None
+    if not isinstance(value, str) or len(value) > LONGEST_NUMBER:
         return None
     match = _NUMBER.fullmatch(value.strip())
     if match is None:
@@ -33,9 +33,16 @@ def as_number(value: Any) -> float | int | None:
     except ValueError:
         number = float(digits)
     number *= SUFFIXES[suffix]
-    if not math.isfinite(number):
+    if not _finite(number):
         return None
     return round(number) if suffix and abs(number - round(number)) < 1e-6 * abs(number) else number
+
+
+def _finite(number: float | int) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number beyond what a float holds
+        return False
 
 
 def as_whole(value: Any) -> int | None:
@@ -52,6 +59,12 @@ def as_flag(value: Any) -> bool | None:
     return words.get(value.lower()) if isinstance(value, str) else None
 
 
+def quoted(path: object) -> str:
+    """A path or a name as a message quotes it: whole, unless nobody could have meant it."""
+    text = str(path)
+    return f"'{text}'" if len(text) <= 300 and text.isprintable() else repr(text[:300])
+
+
 def shown(value: Any) -> str:
     """A value as an error message quotes it: short, with its kind when that is what is wrong."""
     if value is None:
@@ -59,6 +72,9 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        return "a mapping with " + (", ".join(map(str, value)) if value else "nothing in it")
-    text = repr(value)
+        names = ", ".join(map(str, list(value)[:5])) + (", ..." if len(value) > 5 else "")
+        return "a mapping with " + (names if value else "nothing in it")
+    if isinstance(value, int) and abs(value) >= 10**50:
+        return f"about {'-' if value < 0 else ''}10^{int(value.bit_length() * math.log10(2))}"
+    text = repr(value[:60]) if isinstance(value, str) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

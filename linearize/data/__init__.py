@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from linearize.data import builtin
 from linearize.data.document import Document
 from linearize.data.text import load_texts
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from linearize.config.schema import DataConfig
     from linearize.data.packing import PackedDataset
 
-__all__ = ["Document", "load_texts", "packed", "validation_texts"]
+__all__ = ["Document", "load_texts", "packed", "validation_documents", "validation_texts"]
 
 MAX_VALIDATION = 2000
 """Held-out documents at most: no perplexity of ours needs more, and a hub dataset may have millions."""
@@ -27,21 +28,28 @@ def packed(
     return pack(tokenizer, config, tokens=tokens, seed=seed, split=split)
 
 
-def validation_texts(config: DataConfig, tokenizer: Any = None) -> list[str]:
-    """The held-out texts, in the source's order, templates written out; at most `MAX_VALIDATION`.
+def validation_documents(config: DataConfig, tokenizer: Any = None) -> list[Document]:
+    """The held-out documents, in the source's order, templates written out; at most `MAX_VALIDATION`.
 
     Args:
-        config: its `validation` is read; a hub dataset by its validation split, or its test split.
+        config: its `validation` is read; a hub dataset by its validation split, or its test split. Template and
+            column are those of `source`, so they do not concern the built-in sample.
         tokenizer: needed where the template is chat and the source is not the built-in sample.
 
     Raises:
         DataError: as `load_texts`.
     """
+    sample = config.validation == builtin.NAME
     documents = load_texts(
         config.validation,
         split="validation",
-        text_field=config.text_field,
-        template=config.template,
+        text_field=builtin.COLUMN if sample else config.text_field,
+        template=builtin.TEMPLATE if sample else config.template,
         tokenizer=tokenizer,
     )
-    return [document.text for document in islice(documents, MAX_VALIDATION)]
+    return list(islice(documents, MAX_VALIDATION))
+
+
+def validation_texts(config: DataConfig, tokenizer: Any = None) -> list[str]:
+    """The held-out documents as they read; see `validation_documents`."""
+    return [document.text for document in validation_documents(config, tokenizer)]

@@ -21,11 +21,20 @@ class Document:
     """(text, whether its tokens are trained on), in order."""
     framed: bool = False
     """A chat template has already put the begin and end tokens in; none are added."""
+    written: tuple[str, ...] | None = None
+    """The parts' texts as a template wrote them, in which the control tokens that are spelled count, except the marked
+    ones (`linearize.data.control`); None for plain text, in which none does.
+    """
 
     @classmethod
     def plain(cls, text: str) -> Document:
-        """All of it is trained on."""
+        """All of it is trained on; control tokens that it spells are text."""
         return cls(((text, True),))
+
+    @classmethod
+    def rendered(cls, text: str) -> Document:
+        """All of it is trained on; control tokens that it spells are control tokens."""
+        return cls(((text, True),), written=(text,))
 
     @property
     def text(self) -> str:

@@ -51,10 +51,18 @@ def open_stream(name: str, *, split: str, seed: int | None) -> tuple[Any, list[s
     return (stream if seed is None else stream.shuffle(seed=seed, buffer_size=BUFFER)), stream.column_names
 
 
-def rows(stream: Any, name: str) -> Iterator[Row]:
-    """The rows of a stream. Raises DataError when the download breaks off."""
+def rows(stream: Any, name: str) -> Iterator[tuple[str, Row]]:
+    """(place, row) of a stream, one by one. Raises DataError when the download breaks off, or a file is damaged."""
+    import pyarrow as pa
+    from datasets.exceptions import DatasetsError
+
     try:
-        yield from stream
+        for number, row in enumerate(stream, start=1):
+            yield f"row {number}", row
+    except (DatasetsError, pa.ArrowException, ValueError, TypeError, RuntimeError) as error:
+        raise DataError(
+            f"hub dataset '{name}' cannot be read on ({_first_line(error)}); give another dataset, or a local file"
+        ) from error
     except (ConnectionError, TimeoutError, OSError) as error:
         raise DataError(
             f"hub dataset '{name}': the download broke off ({_first_line(error)}); run again"

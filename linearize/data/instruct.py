@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
+from linearize.data.chat import Chat
 from linearize.data.document import Document, Row
+from linearize.data.messages import Message, conversation, tools
 from linearize.errors import DataError
 from linearize.registry import closest
 
@@ -26,9 +29,11 @@ class Template:
     """How rows become documents.
 
     Args:
-        name: ``none`` (plain text), ``alpaca`` (columns instruction, input, output), ``chat`` (a column of
-            messages, or columns prompt and response, through the tokenizer's chat template), ``preference``
-            (columns prompt, chosen and rejected, text or messages; through the chat template if there is one).
+        name: ``none`` (plain text), ``rendered`` (text in which a chat template is written out already, so that the
+            control tokens that it spells count), ``alpaca`` (columns instruction, input, output), ``chat`` (a column
+            of messages, or columns prompt and response, through the tokenizer's chat template; tools, if there is such
+            a column, are handed to it), ``preference`` (columns prompt, chosen and rejected, text or messages; through
+            the chat template if there is one).
         text_field: the column of plain text; for ``chat``, of messages, unless it is left at "text".
         tokenizer: needed by ``chat``.
 
@@ -59,13 +64,13 @@ class Template:
         if self.name == "alpaca":
             needed, optional = ["instruction", "output"], ["input"]
         elif self.name == "preference":
-            needed, optional = ["prompt", "chosen", "rejected"], []
-        elif self.name == "none":
+            needed, optional = ["prompt", "chosen", "rejected"], ["tools"]
+        elif self.name in ("none", "rendered"):
             needed, optional = [self.text_field], []
         elif self.messages_field in have or not {"prompt", "response"} <= set(have):
-            needed, optional = [self.messages_field], []
+            needed, optional = [self.messages_field], ["tools"]
         else:
-            needed, optional = ["prompt", "response"], []
+            needed, optional = ["prompt", "response"], ["tools"]
         missing = [column for column in needed if column not in have]
         if missing:
             hint = " (or 'prompt' and 'response')" if self.name == "chat" else ""
@@ -93,141 +98,113 @@ class Template:
         """The row's document, or None where it is empty.
 
         Raises:
-            DataError: a value of the wrong type.
+            DataError: a value of the wrong type or shape, or one that the chat template refuses.
         """
         self.columns(row, where)
-        return _MAKERS[self.name](self, row, where)
+        try:
+            document = _MAKERS[self.name](self, row)
+            if document is not None:
+                document.text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: holds half of a surrogate pair ({error.object[error.start]!a}), which is no character; mend "
+                "the row"
+            ) from error
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        return document
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether it asks for anything but plain text in the column that usually holds it."""
+        return self.name not in ("none", "rendered") or self.text_field != "text"
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The tokenizer's chat template."""
+        return Chat(self.tokenizer)
 
 
-def _plain(template: Template, row: Row, where: str) -> Document | None:
-    text = _text(row, template.text_field, where)
+def _plain(template: Template, row: Row) -> Document | None:
+    text = _text(row, template.text_field)
     return Document.plain(text) if text.strip() else None
 
 
-def _alpaca(template: Template, row: Row, where: str) -> Document | None:
-    fields = {name: _text(row, name, where) for name in ("instruction", "input", "output")}
+def _rendered(template: Template, row: Row) -> Document | None:
+    text = _text(row, template.text_field)
+    return Document.rendered(text) if text.strip() else None
+
+
+def _alpaca(template: Template, row: Row) -> Document | None:
+    fields = {name: _text(row, name) for name in ("instruction", "input", "output")}
     if not fields["output"].strip():
         return None
     prompt = (ALPACA_INPUT if fields["input"].strip() else ALPACA).format(**fields)
     return Document(((prompt, False), (fields["output"], True)))
 
 
-def _chat(template: Template, row: Row, where: str) -> Document | None:
-    messages = row.get(template.messages_field)
-    if messages is None and "prompt" in row:
-        messages = [
-            {"role": "user", "content": _text(row, "prompt", where)},
-            {"role": "assistant", "content": _text(row, "response", where)},
-        ]
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages
-    ):
-        raise DataError(
-            f"{where}: column '{template.messages_field}' must hold a list of messages, each with role and "
-            f"content, not {str(messages)[:60]!r}"
-        )
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        return None
-    parts = _turns(template, messages, turns, where) or _turns(template, messages, turns[-1:], where)
-    if parts is None:
-        raise DataError(
-            f"{where}: this tokenizer's chat template does not write an answer right after its prompt, so "
-            "the two cannot be told apart; use template 'alpaca' or 'none'"
-        )
-    (*head, (last, loss)) = parts
-    return Document((*head, (last.rstrip(), loss)), framed=True)
-
-
-def _preference(template: Template, row: Row, where: str) -> Document | None:
-    """Three parts: the prompt without loss, the chosen answer, the rejected one."""
-    chosen, rejected = (
-        _answered(row["prompt"], row[column], column, where) for column in ("chosen", "rejected")
-    )
-    if not chosen[1].strip() or not rejected[1].strip():
-        return None
-    if chosen[0] != rejected[0]:
-        raise DataError(f"{where}: chosen and rejected must answer the same prompt; mend the row")
-    if getattr(template.tokenizer, "chat_template", None) is None:
-        if len(chosen[0]) != 1:
-            raise DataError(
-                f"{where}: a conversation of several turns needs a tokenizer with a chat template, and this model has "
-                "none; put a chat_template.jinja into the checkpoint"
-            )
-        prompt = str(chosen[0][0]["content"])
-        return Document(((prompt, False), (chosen[1], True), (rejected[1], True)))
-    prompt = _render(template, chosen[0], where, add_generation_prompt=True)
-    parts = [(prompt, False)]
-    for answer in (chosen[1], rejected[1]):
-        whole = _render(template, [*chosen[0], {"role": "assistant", "content": answer}], where)
-        if not whole.startswith(prompt):
-            raise DataError(
-                f"{where}: this tokenizer's chat template does not write an answer right after its prompt, so the two "
-                "cannot be told apart"
-            )
-        parts.append((whole[len(prompt) :].rstrip(), True))
-    return Document(tuple(parts), framed=True)
-
-
-def _answered(prompt: Any, answer: Any, column: str, where: str) -> tuple[list[Row], str]:
-    """The messages before the answer, and the answer: text, one message, or the whole conversation."""
-    before = (
-        prompt
-        if isinstance(prompt, list)
-        else [{"role": "user", "content": _text({"prompt": prompt}, "prompt", where)}]
-    )
-    if not isinstance(answer, list):
-        return before, _text({column: answer}, column, where)
-    last = answer[-1] if answer else None
-    if (
-        not isinstance(last, dict)
-        or last.get("role") != "assistant"
-        or not isinstance(last.get("content"), str)
-    ):
-        raise DataError(f"{where}: column '{column}' must end with a message of the role assistant")
-    return (before if len(answer) == 1 else answer[:-1]), last["content"]
-
-
-def _turns(
-    template: Template, messages: list[Row], turns: list[int], where: str
-) -> list[tuple[str, bool]] | None:
-    """Parts around the given assistant turns; None where the template rewrites earlier turns later on."""
-    parts: list[tuple[str, bool]] = []
-    done = ""
-    for turn in turns:
-        prompt = _render(template, messages[:turn], where, add_generation_prompt=True)
-        whole = _render(template, messages[: turn + 1], where)
-        if not prompt.startswith(done) or not whole.startswith(prompt):
+def _chat(template: Template, row: Row) -> Document | None:
+    value = row.get(template.messages_field)
+    if value is None:
+        prompt, response = (_text(row, column) for column in ("prompt", "response"))
+        if not response.strip():
             return None
-        parts += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
-        done = whole
-    return parts
+        value = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    return template.chat.document(conversation(value, template.messages_field), tools(row.get("tools")))
 
 
-def _render(template: Template, messages: list[Row], where: str, **options: Any) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return str(template.tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except TemplateError as error:
+def _preference(template: Template, row: Row) -> Document | None:
+    """Three parts: the prompt without loss, the chosen answer, the rejected one."""
+    if any(row.get(column) is None for column in ("prompt", "chosen", "rejected")):
+        return None
+    (before, chosen), (other, rejected) = (
+        _answered(row["prompt"], row[column], column) for column in ("chosen", "rejected")
+    )
+    if not all(answer.get("content", "").strip() or "tool_calls" in answer for answer in (chosen, rejected)):
+        return None
+    if before != other:
+        raise DataError("chosen and rejected must answer the same prompt; mend the row")
+    offered = tools(row.get("tools"))
+    if getattr(template.tokenizer, "chat_template", None) is not None:
+        return template.chat.pair(before, (chosen, rejected), offered)
+    if (
+        len(before) != 1
+        or offered
+        or not all("content" in m and "tool_calls" not in m for m in (*before, chosen, rejected))
+    ):
         raise DataError(
-            f"{where}: the tokenizer's chat template refuses these messages: {error}; mend the row"
-        ) from error
+            "a conversation of several turns, or with tools, needs a tokenizer with a chat template, and this model "
+            "has none; put a chat_template.jinja into the checkpoint"
+        )
+    return Document(((before[0]["content"], False), (chosen["content"], True), (rejected["content"], True)))
 
 
-def _text(row: Row, column: str, where: str) -> str:
+def _answered(prompt: Any, answer: Any, column: str) -> tuple[list[Message], Message]:
+    """The messages before the answer, and the answer: text, one message, or the whole conversation."""
+    if isinstance(prompt, list):
+        before = conversation(prompt, "prompt")
+    else:
+        before = [{"role": "user", "content": _text({"prompt": prompt}, "prompt")}]
+    if not isinstance(answer, list):
+        return before, {"role": "assistant", "content": _text({column: answer}, column)}
+    messages = conversation(answer, column)
+    if not messages or messages[-1]["role"] != "assistant":
+        raise DataError(f"column '{column}' must end with a message of the role assistant")
+    return (before if len(messages) == 1 else messages[:-1]), messages[-1]
+
+
+def _text(row: Row, column: str) -> str:
     value = row.get(column)
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(
-            f"{where}: column '{column}' must hold text, not {type(value).__name__} ({str(value)[:60]!r})"
-        )
+        raise DataError(f"column '{column}' must hold text, not {type(value).__name__} ({str(value)[:60]!r})")
     return value
 
 
-_MAKERS: dict[str, Callable[[Template, Row, str], Document | None]] = {
+_MAKERS: dict[str, Callable[[Template, Row], Document | None]] = {
     "none": _plain,
+    "rendered": _rendered,
     "alpaca": _alpaca,
     "chat": _chat,
     "preference": _preference,

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from linearize.data.document import Document
 from linearize.data.text import load_texts
+from linearize.data.tokens import Tokens
 from linearize.errors import DataError
 
 if TYPE_CHECKING:
@@ -138,35 +139,12 @@ def packed(
     return dataset
 
 
-class Tokens:
-    """Batches of text to token ids, with the begin and end tokens that the model was trained with.
-
-    Args:
-        tokenizer: of transformers; fast ones use all cores.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self.end: int | None = tokenizer.eos_token_id
-        plain, framed = self(["a"])[0], tokenizer("a")["input_ids"]
-        starts = [i for i in range(len(framed)) if framed[i : i + len(plain)] == plain]
-        self.begin: list[int] = list(framed[: starts[0]]) if starts else []
-
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, nothing added."""
-        options = {
-            "add_special_tokens": False,
-            "return_attention_mask": False,
-            "return_token_type_ids": False,
-        }
-        return self._tokenizer(texts, verbose=False, **options)["input_ids"]
-
-
 @dataclass(frozen=True)
 class _Piece:
     """What is tokenized in one go: a document's part, or a stretch of a long one."""
 
     text: str
+    written: bool
     loss: bool
     first: bool
     last: bool
@@ -179,12 +157,15 @@ def _take(encode: Tokens, documents: Iterator[Document], wanted: int) -> tuple[n
     flags: list[np.ndarray] = [np.empty(0, np.uint8)]
     count, opening = 0, False
     pieces = _pieces(documents)
+    told = False
     while count < wanted:
         batch = _batch(pieces, characters=min(BATCH, max(4096, 4 * (wanted - count))))
         if not batch:
             break
-        for piece, tokens in zip(batch, encode([piece.text for piece in batch]), strict=True):
-            if piece.first and not piece.framed:
+        told = told or _tell(encode, batch)
+        encoded = encode.mixed([(piece.text, piece.written) for piece in batch])
+        for piece, tokens in zip(batch, encoded, strict=True):
+            if piece.first and not piece.framed and tokens[: len(encode.begin)] != encode.begin:
                 tokens = encode.begin + tokens
             if piece.last and not piece.framed and encode.end is not None and tokens[-1:] != [encode.end]:
                 tokens = [*tokens, encode.end]
@@ -199,11 +180,31 @@ def _take(encode: Tokens, documents: Iterator[Document], wanted: int) -> tuple[n
     return np.concatenate(ids)[:wanted], np.concatenate(flags)[:wanted]
 
 
+def _tell(encode: Tokens, batch: list[_Piece]) -> bool:
+    """Say so where plain text spells a control token: a template may have been meant. Returns whether it was said."""
+    for piece in batch:
+        spelled = None if piece.written else encode.control.spelled(piece.text)
+        if spelled is not None:
+            log.info(
+                "the text spells '%s', which is read as text, not as the control token; where a chat template is "
+                "written out in it, set data.template=rendered",
+                spelled,
+            )
+            return True
+    return False
+
+
 def _pieces(documents: Iterator[Document]) -> Iterator[_Piece]:
     for document in documents:
-        stretches = [(text, loss) for part, loss in document.parts for text in _stretches(part)]
+        written = document.written is not None
+        texts = document.written or [text for text, _ in document.parts]
+        stretches = [
+            (stretch, loss)
+            for text, (_, loss) in zip(texts, document.parts, strict=True)
+            for stretch in _stretches(text)
+        ]
         for index, (text, loss) in enumerate(stretches):
-            yield _Piece(text, loss, index == 0, index == len(stretches) - 1, document.framed)
+            yield _Piece(text, written, loss, index == 0, index == len(stretches) - 1, document.framed)
 
 
 def _stretches(text: str) -> Iterator[str]:

@@ -1,8 +1,8 @@
-"""Local files to rows: parquet, JSONL, JSON and plain text; compressed JSONL and text too.
+"""Local files to rows: parquet, JSONL, JSON and plain text; compressed JSON and text too.
 
 pyarrow and the standard library read them, not `datasets.load_dataset`: that would copy every file into the
 user's cache as Arrow (several times its size) before the first row. Parquet is read one row group at a time,
-only the columns needed.
+only the columns needed. Every row comes with its place in the file ("line 7"), for messages.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from linearize.data.document import Row
+from linearize.data.encoding import COMPRESSED, lines, unreadable, whole
 from linearize.errors import DataError
 
 KINDS = {
@@ -23,7 +24,9 @@ KINDS = {
     ".txt": "txt",
     ".text": "txt",
 }
-COMPRESSED = (".gz", ".bz2", ".zst")
+
+Rows = Iterator[tuple[str, Row]]
+"""(place, row) one by one."""
 
 
 def kind(path: Path) -> str | None:
@@ -31,65 +34,76 @@ def kind(path: Path) -> str | None:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if len(suffixes) > 1 and suffixes[-1] in COMPRESSED:
         inner = KINDS.get(suffixes[-2])
-        return inner if inner in ("jsonl", "txt") else None
+        return None if inner == "parquet" else inner
     return KINDS.get(suffixes[-1]) if suffixes else None
 
 
-def parquet_columns(path: Path) -> tuple[list[str], int]:
-    """Column names and number of row groups.
+def parquet_columns(path: Path) -> tuple[list[str], list[int]]:
+    """Column names, and the number of the first row of each row group, from 1.
 
     Raises:
         DataError: not a whole parquet file.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            return file.schema_arrow.names, file.num_row_groups
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path, "parquet", error) from error
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            names = list(file.schema_arrow.names)
+    except _parquet_failures() as error:
+        raise unreadable(path, "parquet", error) from error
+    return names, [1 + sum(sizes[:group]) for group in range(len(sizes))]
 
 
-def read_parquet(path: Path, group: int, columns: Sequence[str]) -> Iterator[Row]:
+def read_parquet(path: Path, group: int, first: int, columns: Sequence[str]) -> Rows:
     """The rows of one row group. Raises DataError as `parquet_columns`."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             table = file.read_row_group(group, columns=list(columns))
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path, "parquet", error) from error
-    for batch in table.to_batches(max_chunksize=1024):
-        yield from batch.to_pylist()
+        for batch in table.to_batches(max_chunksize=1024):
+            for row in batch.to_pylist():
+                yield f"row {first}", row
+                first += 1
+    except _parquet_failures() as error:
+        raise unreadable(path, "parquet", error) from error
 
 
-def read_jsonl(path: Path) -> Iterator[Row]:
+def _parquet_failures() -> tuple[type[Exception], ...]:
+    """pyarrow's own errors, and what values raise that are not what the file says (bytes that are no text)."""
+    import pyarrow as pa
+
+    return (pa.ArrowException, OSError, ValueError, OverflowError)
+
+
+def read_jsonl(path: Path) -> Rows:
     """One JSON object a line; empty lines are passed over.
 
     Raises:
         DataError: names the file and the line that is not an object.
     """
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(lines(path), start=1):
         if line.strip():
-            yield _row(path, number, line)
+            yield f"line {number}", _row(path, number, line)
 
 
-def read_json(path: Path) -> Iterator[Row]:
+def read_json(path: Path) -> Rows:
     """A JSON array of objects or strings, an object with one such array in it, or JSONL under the wrong name.
 
     Raises:
         DataError: anything else.
     """
-    content = "".join(_lines(path))
+    if _holds_json_lines(path):
+        yield from read_jsonl(path)
+        return
+    content = whole(path)
+    if not content.strip():
+        return
     try:
         rows = json.loads(content)
-    except json.JSONDecodeError as error:
-        if "\n" in content.strip() and error.msg == "Extra data":
-            yield from read_jsonl(path)
-            return
-        raise _unreadable(path, "JSON", error) from error
+    except (ValueError, RecursionError) as error:
+        raise unreadable(path, "JSON", error) from error
     if isinstance(rows, dict):
         arrays = [value for value in rows.values() if isinstance(value, list)]
         rows = arrays[0] if len(arrays) == 1 else [rows]
@@ -98,43 +112,38 @@ def read_json(path: Path) -> Iterator[Row]:
             f"{path} must hold a JSON array of objects (or of strings); write one object a line to a .jsonl "
             "file"
         )
-    for row in rows:
-        yield row if isinstance(row, dict) else {"text": row}
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", row if isinstance(row, dict) else {"text": row}
 
 
-def read_txt(path: Path) -> Iterator[Row]:
+def read_txt(path: Path) -> Rows:
     """The whole file as one document: a book's paragraphs belong together. Short texts are for JSONL."""
-    yield {"text": "".join(_lines(path))}
+    yield "line 1", {"text": whole(path)}
 
 
 READERS = {"jsonl": read_jsonl, "json": read_json, "txt": read_txt}
 
 
-def _lines(path: Path) -> Iterator[str]:
-    import pyarrow as pa
-
+def _holds_json_lines(path: Path) -> bool:
+    """Whether the first of several lines is a whole JSON value."""
+    filled = (line for line in lines(path) if line.strip())
+    first = next(filled, "")
+    if next(filled, None) is None:
+        return False
     try:
-        if path.suffix.lower() in COMPRESSED:
-            with pa.input_stream(str(path), compression="detect") as stream:
-                yield from stream.read().decode("utf-8").splitlines(keepends=True)
-        else:
-            with path.open(encoding="utf-8") as file:
-                yield from file
-    except (UnicodeDecodeError, OSError, pa.ArrowException) as error:
-        raise _unreadable(path, "UTF-8 text", error) from error
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _row(path: Path, number: int, line: str) -> Row:
     try:
         row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of too many digits, or too many brackets
         raise DataError(f"{path}, line {number}: not JSON ({error}); mend or delete the line") from error
     if not isinstance(row, dict):
         raise DataError(
             f'{path}, line {number}: must be an object such as {{"text": "..."}}, not {type(row).__name__}'
         )
     return row
-
-
-def _unreadable(path: Path, what: str, error: Exception) -> DataError:
-    return DataError(f"{path} cannot be read as {what} ({error}); check the file, or fetch it again")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import signal
 import threading
 import time
@@ -14,18 +16,29 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from linearize import signals
 from linearize.distill.checkpoint import could_not_write, write_file
-from linearize.errors import LinearizeError
+from linearize.errors import CheckpointError, LinearizeError
 from linearize.progress import Meter
 
 if TYPE_CHECKING:
     from linearize.distill.stage import StageTrainer
 
 
-class RunStopped(LinearizeError):
-    """The run was stopped on request and can be resumed; the message holds the command."""
+log = logging.getLogger(__name__)
 
-    exit_code = 130
+
+class RunStopped(LinearizeError):
+    """The run was stopped on request and can be resumed; the message holds the command.
+
+    Args:
+        message: what was saved, and the command.
+        exit_code: by the signal that asked for it.
+    """
+
+    def __init__(self, message: str, exit_code: int = signals.INTERRUPTED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class Interrupt:
@@ -33,6 +46,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.requested = False
+        self.exit_code = signals.INTERRUPTED
 
     @contextmanager
     def watch(self, meter: Meter) -> Iterator[Interrupt]:
@@ -40,15 +54,16 @@ class Interrupt:
         if threading.current_thread() is not threading.main_thread():
             yield self  # only the main thread may set handlers
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        before = {number: signal.getsignal(number) for number in signals.STOPPING}
+        owner = os.getpid()
 
         def on_signal(number: int, frame: FrameType | None) -> None:
+            if os.getpid() != owner:
+                return  # a data loader's process: it ends with this one
             self.requested = True
-            restore()
+            self.exit_code = signals.code_of(number)
+            for stopping in signals.STOPPING:
+                signal.signal(stopping, signals.abort)
             meter.note("stopping after this step; press Ctrl-C again to abort at once")
 
         for number in before:
@@ -56,7 +71,8 @@ class Interrupt:
         try:
             yield self
         finally:
-            restore()
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class StageCallback(TrainerCallback):
@@ -118,15 +134,40 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def forget_lines(path: Path, stage: str, after: int) -> None:
-    """Drop a stage's lines of steps after `after`: a resumed run trains, and writes, those steps again."""
-    if not path.is_file():
+    """Drop a stage's lines of steps after `after`: a resumed run trains, and writes, those steps again.
+
+    Lines that are none of ours go too, with a notice; but for the last one, which a kill may have cut off.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    if not path.exists():
         return
-    kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # the last line of a run that was cut off in the middle of writing it
-        if line.get("stage") != stage or line.get("step", 0) <= after:
-            kept.append(text)
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}). Move it away and go on with --resume; later steps begin a new one"
+        ) from error
+    kept, damaged = [], 0
+    for number, text in enumerate(lines, start=1):
+        line = _parsed(text)
+        if line is None:
+            damaged += number < len(lines)
+        elif line["stage"] != stage or line["step"] <= after:
+            kept.append(text.decode())
+    if damaged:
+        log.warning("%s: %d damaged lines are dropped", path, damaged)
     write_file(path, "".join(f"{text}\n" for text in kept))
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """A line of metrics, or None where it is none."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    whole = (
+        isinstance(line, dict) and isinstance(line.get("stage"), str) and isinstance(line.get("step"), int)
+    )
+    return line if whole else None

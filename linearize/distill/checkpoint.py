@@ -1,18 +1,21 @@
 """Writing what must never be lost: whole folders or whole files appear at once, or not at all.
 
 A checkpoint is written into a hidden folder beside its place, flushed to the disk, given a marker that lists
-its files, and renamed. Only a folder whose marker agrees with its files is ever resumed from, and older ones
-go when the new one is there. Tensors are safetensors, everything else JSON; nothing is pickled.
+its files with their sizes and checksums, and renamed. Only a folder whose marker agrees with its files is ever
+resumed from, and older ones go when the new one is there. Tensors are safetensors, everything else JSON; nothing
+is pickled.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from linearize.errors import CheckpointError
+from linearize.models.cache import sha256
 
+log = logging.getLogger(__name__)
+
+PARTIAL = ".partial-"
+"""What a file or folder that is still being written begins with."""
 MARKER = "complete.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -38,13 +46,16 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         CheckpointError: the disk is full or refuses; nothing of the attempt is left, and older checkpoints are
             untouched.
     """
-    partial = folder.with_name(f".partial-{folder.name}")
+    partial = folder.with_name(f"{PARTIAL}{folder.name}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         fill(partial)
-        sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        (partial / MARKER).write_text(json.dumps({"files": sizes}, indent=1), encoding="utf-8")
+        files = {
+            path.name: {"size": path.stat().st_size, "sha256": sha256(path)}
+            for path in sorted(partial.iterdir())
+        }
+        (partial / MARKER).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
         for path in partial.iterdir():
             _flush(path)
         _flush(partial)
@@ -53,7 +64,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         _flush(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise could_not_write(folder, error) from error
+        raise could_not_write(folder, error, kept=latest(folder.parent)) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -61,11 +72,52 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 def is_complete(folder: Path) -> bool:
     """Whether the folder has a marker and every file that the marker lists, at its full size."""
+    files = _listed(folder)
     try:
-        sizes = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+        return files is not None and all(
+            (folder / name).stat().st_size == entry["size"] for name, entry in files.items()
+        )
+    except OSError:
         return False
+
+
+def damaged(folder: Path) -> str | None:
+    """Name of the first file of a complete checkpoint whose content is not what was written, or None; reads it all."""
+    for name, entry in (_listed(folder) or {}).items():
+        try:
+            whole = (
+                entry["sha256"] == sha256(folder / name) if "sha256" in entry else _readable(folder / name)
+            )
+        except OSError:
+            whole = False
+        if not whole:
+            return name
+    return None
+
+
+def _listed(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """File -> size and, where it was kept, checksum, by the folder's marker; None without a readable one."""
+    try:
+        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        listed = {
+            name: {"size": entry} if isinstance(entry, int) else dict(entry) for name, entry in files.items()
+        }
+        return listed if all("size" in entry for entry in listed.values()) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _readable(path: Path) -> bool:
+    """Whether a file that no checksum was kept of reads as what its name says."""
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return True
 
 
 def checkpoints(stage_folder: Path) -> list[Path]:
@@ -81,12 +133,38 @@ def latest(stage_folder: Path) -> Path | None:
     return next(reversed(checkpoints(stage_folder)), None)
 
 
+def newest_intact(stage_folder: Path) -> Path | None:
+    """The newest checkpoint of a stage that holds what was written, or None; damaged ones are removed with a notice."""
+    for folder in reversed(checkpoints(stage_folder)):
+        name = damaged(folder)
+        if name is None:
+            return folder
+        log.warning("%s: %s is damaged; going on from before it", folder, name)
+        shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
 def prune(stage_folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` complete checkpoints, and every incomplete one."""
     kept = set(checkpoints(stage_folder)[-keep:] if keep else [])
     for path in list(stage_folder.iterdir()):
-        if (_NAME.match(path.name) or path.name.startswith(".partial-")) and path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+        if (_NAME.match(path.name) or path.name.startswith(PARTIAL)) and path not in kept:
+            remove(path)
+
+
+def sweep(stage_folder: Path) -> None:
+    """Delete what a process that was cut off left half written or half deleted in a stage's folder."""
+    if stage_folder.is_dir():
+        prune(stage_folder, keep=len(list(stage_folder.iterdir())))
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder as far as the disk lets us; what stays is deleted by the next process."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def write_file(path: Path, text: str) -> None:
@@ -95,7 +173,7 @@ def write_file(path: Path, text: str) -> None:
     Raises:
         CheckpointError: the disk is full or refuses; the old file is intact.
     """
-    partial = path.with_name(f".partial-{path.name}")
+    partial = path.with_name(f"{PARTIAL}{path.name}")
     try:
         partial.write_text(text, encoding="utf-8")
         _flush(partial)
@@ -114,16 +192,23 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's value.
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON file's mapping.
+
+    Args:
+        path: the file.
+        remedy: what to do where it is damaged, as a sentence.
 
     Raises:
-        CheckpointError: the file is missing or not JSON.
+        CheckpointError: the file is missing, not JSON, or holds no mapping.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}). {remedy}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}, not a mapping. {remedy}")
+    return value
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -139,7 +224,7 @@ def write_tensors_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: the disk is full or refuses; the old file is intact.
     """
-    partial = path.with_name(f".partial-{path.name}")
+    partial = path.with_name(f"{PARTIAL}{path.name}")
     try:
         write_tensors(partial, tensors)
         _flush(partial)
@@ -164,13 +249,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def could_not_write(path: Path, error: Exception) -> CheckpointError:
-    """The error that a user sees when a file or folder could not be written."""
-    if is_full(error):
-        return CheckpointError(
-            f"{path}: the disk is full. The previous checkpoint is intact: free space and go on with --resume"
-        )
-    return CheckpointError(f"{path}: could not be written ({error}). The previous checkpoint is intact")
+def could_not_write(path: Path, error: Exception, kept: Path | None = None) -> CheckpointError:
+    """The error that a user sees when a file or folder could not be written.
+
+    Args:
+        path: what was being written.
+        error: what the system said.
+        kept: the checkpoint before it, where there is one.
+    """
+    full = is_full(error)
+    what = "the disk is full" if full else f"could not be written ({error})"
+    intact = f". The previous checkpoint is intact ({kept.name})" if kept is not None else ""
+    remedy = "free space" if full else "mend the cause"
+    return CheckpointError(f"{path}: {what}{intact}: {remedy} and go on with --resume")
 
 
 def is_full(error: BaseException) -> bool:

@@ -1,10 +1,13 @@
 """The run folder: what it holds, and when a run may write into it.
 
 recipe.yaml  environment.json  plan.json  metrics.jsonl  results.json  stage-1-transfer/ ...  checkpoint/  report.md
+
+recipe.yaml is written first and makes the folder a run: whatever stops a process after it, `--resume` goes on.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shlex
@@ -15,11 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from linearize import config
 from linearize.config.schema import Recipe
-from linearize.distill.checkpoint import read_json, write_file, write_json
-from linearize.errors import RunFolderError
+from linearize.distill import checkpoint
+from linearize.distill.checkpoint import PARTIAL, read_json, write_file, write_json
+from linearize.distill.continuing import changes
+from linearize.distill.identity import fingerprint
+from linearize.distill.lock import LOCK
+from linearize.errors import CheckpointError, ModelNotFoundError, RunFolderError
+
+log = logging.getLogger(__name__)
 
 PACKAGES = (
     "linearize",
@@ -31,6 +41,10 @@ PACKAGES = (
     "safetensors",
     "tokenizers",
 )
+
+
+ADAPTER = ".adapter"
+"""Where an adapter waits that is exported beside the model."""
 
 
 class RunFolder:
@@ -54,36 +68,71 @@ class RunFolder:
         """Folder of a stage, numbered from 1."""
         return self.path / f"stage-{index}-{name}"
 
-    def check(self, model: str, recipe: Recipe, *, resume: bool) -> bool:
-        """Whether there is a run to go on with; nothing is written.
+    def look(self) -> None:
+        """Refuse what is no place for a run, before anything is written or locked.
+
+        Raises:
+            RunFolderError: the path is a file, or holds something else or a run that has ended.
+        """
+        try:
+            if not os.path.lexists(self.path):
+                return
+            entries = list(self.path.iterdir())
+        except NotADirectoryError as error:
+            raise RunFolderError(f"{self.path} is a file: choose another folder with --out") from error
+        except (OSError, ValueError) as error:  # a name too long, no permission, a link to nowhere
+            raise RunFolderError(
+                f"{self.path} cannot be used ({error}): choose another folder with --out"
+            ) from error
+        if self.done.is_file():
+            raise RunFolderError(
+                f"{self.path} holds a run that has ended; its model is in {self.checkpoint}. "
+                "Choose another folder with --out"
+            )
+        if not self.recipe.is_file() and not self._only_beginnings(entries):
+            raise RunFolderError(
+                f"{self.path} is not empty and holds no run: choose another folder with --out"
+            )
+
+    def check(self, model: str, recipe: Recipe, *, resume: bool) -> dict[str, Any]:
+        """Whether a run may begin or go on here; nothing is written.
 
         Args:
             model: the MODEL argument.
             recipe: the composed recipe.
             resume: whether the user asked to go on.
 
+        Returns:
+            What environment.json says of this process: the model's fingerprint and, where a run goes on with a
+            changed recipe, the changes.
+
         Raises:
-            RunFolderError: the folder is in use and `resume` is false, or holds another or an ended run.
+            RunFolderError: the folder holds another run, or one and `resume` is false.
+            CheckpointError: recipe.yaml or environment.json is damaged.
+            ModelNotFoundError: there is no such model.
         """
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
-            return False
-        if not self.path.is_dir():
-            raise RunFolderError(f"{self.path} is a file: choose another folder with --out")
+        self.look()  # once more: another process may have ended the run before this one held the folder
         if not self.recipe.is_file():
-            raise RunFolderError(
-                f"{self.path} is not empty and holds no run: choose another folder with --out"
-            )
-        if self.done.is_file():
-            raise RunFolderError(
-                f"{self.path} holds a run that has ended; its model is in {self.checkpoint}. "
-                "Choose another folder with --out"
-            )
+            return {"fingerprint": fingerprint(model)}
         if not resume:
             raise RunFolderError(
                 f"{self.path} holds a run already: go on with --resume, or choose another folder with --out"
             )
-        self._check_same(model, recipe)
-        return True
+        found = changes(self._read_recipe(), yaml.safe_load(config.to_yaml(recipe)))
+        mark, differing = self._identify(model)
+        differing += found.refused
+        if differing:
+            listed = "\n".join(f"  - {line}" for line in differing[:10])
+            raise RunFolderError(
+                f"{self.path} holds a run of another recipe or model (there -> here):\n{listed}\n"
+                f"Give --resume the recipe of that run ({self.recipe}), or choose another folder with --out"
+            )
+        if not found.accepted:
+            return {"fingerprint": mark}
+        log.info("%s: going on with %s", self.path, ", ".join(found.accepted))
+        for note in found.notes or ["the result stays the same, up to rounding"]:
+            log.info("%s", note)
+        return {"fingerprint": mark, "changed": found.accepted + found.notes}
 
     def create(self, recipe: Recipe, plan: Any, facts: dict[str, Any]) -> None:
         """Write what describes the run; on resume, add to it that the run went on here.
@@ -91,37 +140,101 @@ class RunFolder:
         Args:
             recipe: the composed recipe.
             plan: JSON value for plan.json.
-            facts: further entries of environment.json: model, recipe, device, precision, seed.
+            facts: further entries of environment.json: model, recipe, device, precision, seed, and those of `check`.
 
         Raises:
-            RunFolderError: the folder cannot be created.
+            CheckpointError: the disk is full or refuses.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunFolderError(
-                f"{self.path} cannot be created ({error}): choose another folder with --out"
-            ) from error
         here = {**environment(), **facts}
-        if self.environment.is_file():
-            before = read_json(self.environment)
-            here = {**before, "resumed": [*before.get("resumed", []), here]}
-        write_json(self.environment, here)
+        if self.recipe.is_file() and self.environment.is_file():
+            before = read_json(self.environment, self._without_environment)
+            resumed = before.get("resumed", [])
+            here = {**before, "resumed": [*(resumed if isinstance(resumed, list) else []), here]}
+            if "fingerprint" not in before:
+                here["fingerprint"] = facts.get("fingerprint")
+            write_json(self.environment, here)  # first: no changed recipe without a word of the change
+            write_file(self.recipe, config.to_yaml(recipe))
+        else:
+            write_file(self.recipe, config.to_yaml(recipe))
+            write_json(self.environment, here)
         write_json(self.plan, plan)
-        write_file(self.recipe, config.to_yaml(recipe))
 
-    def _check_same(self, model: str, recipe: Recipe) -> None:
-        differing = _differences(self.recipe.read_text(encoding="utf-8"), config.to_yaml(recipe))
-        if self.environment.is_file():
-            before = read_json(self.environment).get("model", model)
-            if before != model:
-                differing.insert(0, f"model: {before} -> {model}")
-        if differing:
-            listed = "\n".join(f"  - {line}" for line in differing[:10])
-            raise RunFolderError(
-                f"{self.path} holds a run of another recipe or model (there -> here):\n{listed}\n"
-                f"Give --resume the recipe of that run ({self.recipe}), or choose another folder with --out"
+    def sweep(self, stages: list[str]) -> None:
+        """Delete what processes that were cut off have left: half-written files and folders, by the names we give them.
+
+        Args:
+            stages: names, in order.
+        """
+        if self.path.is_dir():
+            for path in list(self.path.iterdir()):
+                if path.name.startswith((PARTIAL, f".{self.checkpoint.name}-", ADAPTER)):
+                    checkpoint.remove(path)
+        for index, name in enumerate(stages, start=1):
+            checkpoint.sweep(self.stage(index, name))
+
+    @property
+    def _without_environment(self) -> str:
+        return (
+            f"Delete {self.environment.name} and go on with --resume; MODEL is then not compared with the model that "
+            "the run began with"
+        )
+
+    def _only_beginnings(self, entries: list[Path]) -> bool:
+        """Whether the folder holds nothing but what a run that got no further has left."""
+        names = {path.name for path in entries if not path.name.startswith((PARTIAL, LOCK))}
+        if names <= {self.environment.name, self.plan.name} and self.environment.name in names:
+            try:  # earlier versions wrote these before the recipe
+                packages = read_json(self.environment, "").get("packages")
+            except CheckpointError:
+                return False
+            return isinstance(packages, dict) and "linearize" in packages
+        return not names
+
+    def _read_recipe(self) -> dict[str, Any]:
+        try:
+            recipe = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            recipe = None
+            reason = f"cannot be read ({' '.join(str(error).split())})"
+        else:
+            reason = "holds no recipe"
+        if not isinstance(recipe, dict):
+            raise CheckpointError(
+                f"{self.recipe}: {reason}. Write it again, with the RECIPE and overrides of that run: "
+                f"linearize recipes show RECIPE [key=value ...] > {shlex.quote(str(self.recipe))}; "
+                "then go on with --resume"
             )
+        return recipe
+
+    def _identify(self, model: str) -> tuple[dict[str, str], list[str]]:
+        """The model's fingerprint, and in what it is not the one that the run began with."""
+        before: dict[str, Any] = {}
+        if self.environment.is_file():
+            before = read_json(self.environment, self._without_environment)
+        name, known = before.get("model", model), before.get("fingerprint")
+        try:
+            found = fingerprint(model)
+        except ModelNotFoundError:
+            if name == model:
+                raise
+            return {}, [f"model: {name} -> {model}"]
+        if isinstance(known, dict):
+            parts = [part for part in found if found[part] != known.get(part)]
+            return found, [f"model: {name} -> {model} (another {' and '.join(parts)})"] if parts else []
+        if name != model and not _same_path(name, model):
+            return found, [f"model: {name} -> {model}"]
+        if self.results.exists():
+            log.warning(
+                "%s holds no fingerprint of the model that the run began with; going on as if %s were still the same",
+                self.path,
+                model,
+            )
+        return found, []
+
+
+def _same_path(one: str, other: str) -> bool:
+    paths = [Path(str(name)).expanduser() for name in (one, other)]
+    return all(path.exists() for path in paths) and paths[0].resolve() == paths[1].resolve()
 
 
 def environment() -> dict[str, Any]:
@@ -146,24 +259,3 @@ def environment() -> dict[str, Any]:
 def _program() -> str:
     name = Path(sys.argv[0]).name
     return "linearize" if name == "__main__.py" else name  # python -m linearize
-
-
-def _differences(before: str, after: str) -> list[str]:
-    """Fields that differ between two recipes in YAML, as "stages.transfer.lr: 0.01 -> 0.005"."""
-    import yaml
-
-    old, new = _flat(yaml.safe_load(before)), _flat(yaml.safe_load(after))
-    return [
-        f"{key}: {old.get(key)} -> {new.get(key)}"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
-    ]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat.update(_flat(inner, f"{prefix}.{key}" if prefix else str(key)))
-    return flat

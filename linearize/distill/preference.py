@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from linearize import data, objectives
 from linearize.config.schema import DataConfig
-from linearize.data.packing import IGNORED, Tokens
+from linearize.data.packing import IGNORED
+from linearize.data.tokens import Tokens
 from linearize.distill.finetune import FinetuneTrainer
 from linearize.errors import DataError
 
@@ -101,7 +102,7 @@ def pairs(tokenizer: Any, config: DataConfig, *, tokens: int, seed: int) -> Pair
             raise DataError(
                 f"{config.source}: plain text holds no pairs; give rows with prompt, chosen and rejected"
             )
-        prompt, chosen, rejected = encode([text for text, _ in document.parts])
+        prompt, chosen, rejected = encode.parts(document)
         if not document.framed:
             end = [] if encode.end is None else [encode.end]
             prompt, chosen, rejected = encode.begin + prompt, chosen + end, rejected + end

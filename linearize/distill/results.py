@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from linearize import data, surgery
 from linearize.config.schema import DataConfig, Recipe
 from linearize.distill.checkpoint import read_json, write_json
-from linearize.errors import DataError
+from linearize.errors import CheckpointError, DataError
 from linearize.eval import ablation, harness
 from linearize.eval.perplexity import perplexity, windows
 from linearize.progress import Meter
@@ -28,11 +28,20 @@ class Results:
 
     Args:
         path: results.json; an existing one is continued.
+
+    Raises:
+        CheckpointError: it is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[dict[str, Any]] = read_json(path)["rows"] if path.is_file() else []
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            remedy = f"Delete {path.name} and go on with --resume: what it held is measured again"
+            rows = read_json(path, remedy).get("rows")
+            if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
+                raise CheckpointError(f"{path}: its rows are no results. {remedy}")
+            self.rows = rows
 
     def __contains__(self, name: str) -> bool:
         return any(row["name"] == name for row in self.rows)
@@ -42,6 +51,12 @@ class Results:
         if name not in self:
             self.rows.append({"name": name, **measure()})
             write_json(self.path, {"rows": self.rows})
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+        return False
+    return all(isinstance(row.get(part, {}), dict) for part in ("perplexity", "tasks"))
 
 
 class Measurer:
@@ -61,10 +76,10 @@ class Measurer:
         self.tokenizer = tokenizer
         self.autocast = autocast
         self.texts: dict[str, Tensor] = {
-            VALIDATION: self._cut(VALIDATION, data.validation_texts(recipe.data, tokenizer))
+            VALIDATION: self._cut(VALIDATION, data.validation_documents(recipe.data, tokenizer))
         }
         for name, source in self.settings.texts.items():
-            documents = data.validation_texts(
+            documents = data.validation_documents(
                 DataConfig(validation=source, text_field=recipe.data.text_field)
             )
             self.texts[name] = self._cut(name, documents)
@@ -124,7 +139,7 @@ class Measurer:
                     row["tasks"] = self.tasks(model)
             results.add(label, partial(dict, row))
 
-    def _cut(self, name: str, texts: list[str]) -> Tensor:
+    def _cut(self, name: str, texts: list[data.Document]) -> Tensor:
         try:
             return windows(
                 self.tokenizer,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 import shutil
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,17 +18,22 @@ from torch import nn
 from transformers import set_seed
 
 from linearize import data, export, models, objectives, surgery
-from linearize.config.schema import Recipe, RunConfig
-from linearize.distill import preference, stages
+from linearize.config.schema import Recipe
+from linearize.distill import memory, preference, stages
 from linearize.distill.callbacks import RunStopped
 from linearize.distill.checkpoint import could_not_write, is_full, write_json
-from linearize.distill.folder import RunFolder
+from linearize.distill.device import resolve_device, resolve_precision
+from linearize.distill.folder import ADAPTER, RunFolder
+from linearize.distill.lock import held
 from linearize.distill.results import Measurer, Results
 from linearize.distill.stage import Budget
 from linearize.distill.stages import StagePlace
-from linearize.errors import LinearizeError
+from linearize.distill.trainable import needs
 from linearize.eval import tables
 from linearize.eval.report import write_report
+from linearize.signals import exit_code
+
+_SMALLER_MODEL = "a smaller model, or run.device=cpu where the machine has more memory than the device"
 
 
 @dataclass(frozen=True)
@@ -57,29 +62,36 @@ def run(
         model: hub id, checkpoint folder, GGUF file or alias.
         recipe: composed by `config.compose`.
         out: the run folder.
-        resume: go on with the run in `out`, from its newest complete checkpoint; starts one when there is none.
+        resume: go on with the run in `out`, from its newest intact checkpoint; starts one when there is none. The
+            recipe may differ in what does not change the result; `distill.continuing` lists that.
         recipe_name: what the user called the recipe, for the report.
 
     Raises:
-        RunFolderError: `out` is in use, or holds another run.
+        RunFolderError: `out` is in use by another process, or holds another run.
         ModelNotFoundError, UnsupportedModelError, DataError: before anything is written.
         RunStopped: stopped on request; the message holds the command that goes on.
         NonFiniteLossError, CheckpointError: training or writing failed; what was saved before is intact.
+        OutOfMemoryError: the message holds the command that goes on with less.
     """
-    job = _Job(model, recipe, RunFolder(Path(out)), recipe_name or recipe.description)
-    job.folder.check(model, recipe, resume=resume)
-    try:
-        return job.run()
-    except KeyboardInterrupt:
-        if not job.folder.recipe.is_file():
+    folder = RunFolder(Path(out))
+    job = _Job(model, recipe, folder, recipe_name or recipe.description)
+    folder.look()
+    with held(folder.path):
+        try:
+            return job.run(resume=resume)
+        except KeyboardInterrupt as stop:
+            if not folder.recipe.is_file():
+                raise
+            raise RunStopped(
+                f"aborted; what was saved before is intact. Go on with:\n  {job.resume_command}",
+                exit_code(stop),
+            ) from None
+        except OSError as error:
+            if is_full(error) or _is_inside(error, folder.path):
+                raise could_not_write(Path(error.filename or folder.path), error) from error
             raise
-        raise RunStopped(
-            f"aborted; what was saved before is intact. Go on with:\n  {job.resume_command}"
-        ) from None
-    except OSError as error:
-        if is_full(error):
-            raise could_not_write(job.folder.path, error) from error
-        raise
+        finally:
+            folder.sweep(list(recipe.stages))
 
 
 class _Job:
@@ -96,33 +108,64 @@ class _Job:
         # The folder's own recipe: overrides need not be repeated.
         self.resume_command = f"linearize run {shlex.quote(model)} {out}/recipe.yaml --out {out} --resume"
 
-    def run(self) -> RunSummary:
+    def run(self, *, resume: bool) -> RunSummary:
         started = time.monotonic()
+        with self._watched(f"reading {self.source}", [], _SMALLER_MODEL):
+            found = self.folder.check(self.source, self.recipe, resume=resume)
+        self.folder.sweep(list(self.recipe.stages))
         if self.autocast is not None and self.device.type == "cuda":
             # mixers compute in float32 on bfloat16 inputs, which TF32 products take without loss
             torch.set_float32_matmul_precision("high")
         recipe, folder = self.recipe, self.folder
         model: Any
-        model, tokenizer = models.load_teacher(self.source, dtype=torch.float32, device=str(self.device))
-        plan = surgery.plan(model.config, recipe.mixer, recipe.layers)
-        measurer = Measurer(recipe, tokenizer, self.autocast)
-        places = self._places()
-        datasets = {place.name: self._dataset(tokenizer, place) for place in places if not place.done}
+        with self._watched(f"loading {self.source}", [], _SMALLER_MODEL):
+            model, tokenizer = models.load_teacher(self.source, dtype=torch.float32, device=str(self.device))
+        plan = surgery.plan(model, recipe.mixer, recipe.layers, **needs(recipe.stages.values()))
+        with self._watched(
+            "reading the texts", [], "a smaller token budget (stages.*.tokens) in a new run folder"
+        ):
+            measurer = Measurer(recipe, tokenizer, self.autocast)
+            places = self._places()
+            datasets = {place.name: self._dataset(tokenizer, place) for place in places if not place.done}
         # From here on everything that the user can get wrong has been looked at, and the folder is written.
-        folder.create(recipe, plan_json(plan), self._facts())
+        folder.create(recipe, plan_json(plan), {**self._facts(), **found})
         results = Results(folder.results)
-        results.add("teacher", lambda: measurer.measure(model, "teacher"))
+        with self._measuring("the teacher"):
+            results.add("teacher", lambda: measurer.measure(model, "teacher"))
         set_seed(recipe.run.seed)
-        model = surgery.convert(model, recipe.mixer, recipe.layers)
+        with self._watched("converting the model", [], _SMALLER_MODEL):
+            model = surgery.convert(model, recipe.mixer, recipe.layers)
         model.eval()
-        results.add("swapped, untrained", lambda: measurer.measure(model, "swapped", tasks=False))
+        with self._measuring("the untrained model"):
+            results.add("swapped, untrained", lambda: measurer.measure(model, "swapped", tasks=False))
         model = self._train(model, places, datasets, measurer, results)
         if recipe.eval.ablations:
-            measurer.ablations(model, results)
-        checkpoint = self._export(model, tokenizer, results)
+            with self._measuring("the ablations"):
+                measurer.ablations(model, results)
+        with self._watched("exporting", [], "free memory; only the export is left"):
+            checkpoint = self._export(model, tokenizer, results)
         report = write_report(folder.path)
         write_json(folder.done, {"checkpoint": checkpoint.name})
         return RunSummary(folder.path, checkpoint, report, results.rows, time.monotonic() - started)
+
+    def _watched(self, where: str, overrides: list[str], otherwise: str) -> AbstractContextManager[None]:
+        """Inside, running out of memory ends in a message with the command that goes on."""
+        return memory.watched(where, lambda: self._advice(overrides, otherwise))
+
+    def _measuring(self, what: str) -> AbstractContextManager[None]:
+        otherwise = "a shorter eval.length in a new run folder"
+        return self._watched(f"measuring {what}", memory.less_for_evaluation(self.recipe.eval), otherwise)
+
+    def _less_for_stage(self, name: str) -> str:
+        stage = self.recipe.stages[name]
+        whole_model = objectives.level_of(stage.objective) != "layer"
+        overrides = memory.less_for_stage(name, stage, whole_model=whole_model)
+        return self._advice(overrides, "a shorter data.length in a new run folder")
+
+    def _advice(self, overrides: list[str], otherwise: str) -> str:
+        begun = self.folder.recipe.is_file()
+        command = self.resume_command if begun else "the same command, with --resume"
+        return memory.advice(overrides, otherwise, command)
 
     def _places(self) -> list[StagePlace]:
         names = list(self.recipe.stages)
@@ -134,6 +177,7 @@ class _Job:
                 folder=self.folder.stage(index, name),
                 metrics=self.folder.metrics,
                 resume_command=self.resume_command,
+                less_memory=partial(self._less_for_stage, name),
             )
             for index, name in enumerate(names, start=1)
         ]
@@ -159,21 +203,23 @@ class _Job:
         for place in places:
             stage = self.recipe.stages[place.name]
             base_changes = base_changes or "all" in stage.train
-            if place.done:
-                model = stages.restore(model, stage, place)
-            else:
-                model = stages.train(
-                    model,
-                    stage,
-                    place,
-                    run=self.recipe.run,
-                    dataset=datasets.pop(place.name),
-                    length=self.recipe.data.of(stage).length,
-                    autocast=self.autocast,
-                    teacher=self._original if base_changes else None,
-                )
+            with memory.watched(f"in stage '{place.name}'", place.less_memory):
+                if place.done:
+                    model = stages.restore(model, stage, place)
+                else:
+                    model = stages.train(
+                        model,
+                        stage,
+                        place,
+                        run=self.recipe.run,
+                        dataset=datasets.pop(place.name),
+                        length=self.recipe.data.of(stage).length,
+                        autocast=self.autocast,
+                        teacher=self._original if base_changes else None,
+                    )
             row = f"after {place.name}"
-            results.add(row, partial(measurer.measure, model, row))
+            with self._measuring(f"the model after stage '{place.name}'"):
+                results.add(row, partial(measurer.measure, model, row))
         return model
 
     def _original(self) -> nn.Module:
@@ -189,7 +235,7 @@ class _Job:
             if all(adapters.merge for adapters in lora):
                 model = model.merge_and_unload()
             else:
-                apart = self.folder.path / ".adapter"
+                apart = self.folder.path / ADAPTER
                 _save_adapter(model, apart, self.folder.checkpoint)
                 model = model.unload()
         path = export.save(
@@ -216,6 +262,13 @@ class _Job:
         }
 
 
+def _is_inside(error: OSError, folder: Path) -> bool:
+    """Whether an error is about a file of the folder."""
+    return isinstance(error.filename, str | Path) and Path(error.filename).absolute().is_relative_to(
+        folder.absolute()
+    )
+
+
 def _save_adapter(model: Any, path: Path, base: Path) -> None:
     """Write a PeftModel's adapter; `PeftModel.from_pretrained(linearize.load(base), base / "adapter")` loads it."""
     shutil.rmtree(path, ignore_errors=True)
@@ -224,33 +277,6 @@ def _save_adapter(model: Any, path: Path, base: Path) -> None:
         config.base_model_name_or_path = str(base)
     # "auto" would ask the hub whether the vocabulary has grown.
     model.save_pretrained(path, save_embedding_layers=False)
-
-
-def resolve_device(run_config: RunConfig) -> torch.device:
-    """The device that `run.device` means here.
-
-    Raises:
-        LinearizeError: cuda was asked for and is not there, or several processes were started.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LinearizeError(
-            f"{os.environ['WORLD_SIZE']} processes were started (torchrun?), but a run uses one process and one "
-            "device: start it without a launcher"
-        )
-    if run_config.device == "cuda" and not torch.cuda.is_available():
-        raise LinearizeError(
-            "run.device: cuda was asked for, but torch sees no CUDA device: use run.device=cpu"
-        )
-    if run_config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(run_config.device)
-
-
-def resolve_precision(run_config: RunConfig, device: torch.device) -> torch.dtype | None:
-    """Autocast dtype of the passes, or None for float32 throughout."""
-    if run_config.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
-    return torch.bfloat16 if run_config.precision == "bf16" else None
 
 
 def plan_json(plan: Any) -> dict[str, Any]:

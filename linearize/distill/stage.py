@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from linearize.config.schema import RunConfig, StageConfig
-from linearize.distill import checkpoint, state
+from linearize.distill import checkpoint, non_finite, state
 from linearize.distill.trainable import load_trained, mixer_parameters, trained
 from linearize.errors import NonFiniteLossError
 
@@ -222,16 +222,14 @@ class StageTrainer(Trainer):
         assert self._step_values is not None
         values = self._step_values.tolist()
         if all(math.isfinite(value) for value in values):
-            gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-            bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-            what = f"the gradient of {bad[0]} is not finite" if bad else "the gradient's norm overflows"
+            what = non_finite.in_gradients(self.parameters)
         else:
             what = self.where_not_finite(values)
         last = checkpoint.latest(self.stage_folder)
         raise NonFiniteLossError(
             f"stage '{self.stage_name}', step {self.state.global_step + 1}: {what}. The step was not applied. "
             f"Last good checkpoint: {last or 'none of this stage yet'}. "
-            f"Try a lower learning rate (stages.{self.stage_name}.lr={self.stage.lr / 10:g}) in a new run folder"
+            f"{non_finite.advice(self.trained_model, self.stage_name, self.stage)}"
         )
 
     # Checkpoints
@@ -271,7 +269,7 @@ class StageTrainer(Trainer):
         if checkpoint_folder is None:
             return
         folder = Path(checkpoint_folder)
-        saved = checkpoint.read_json(folder / "state.json")
+        saved = state.read(folder)
         state.load_optimizer_tensors(
             self.adamw, checkpoint.read_tensors(folder / "optimizer.safetensors"), self._names
         )
@@ -285,7 +283,7 @@ class StageTrainer(Trainer):
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:
             folder = Path(checkpoint_folder)
-            numbers = checkpoint.read_json(folder / "state.json")["rng"]
+            numbers = state.read(folder)["rng"]
             state.restore_rng(checkpoint.read_tensors(folder / "rng.safetensors"), numbers)
 
     # Trainer's defaults that do not fit

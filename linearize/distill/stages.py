@@ -14,7 +14,7 @@ from transformers import set_seed
 
 from linearize import objectives
 from linearize.config.schema import RunConfig, StageConfig
-from linearize.distill import checkpoint
+from linearize.distill import checkpoint, memory
 from linearize.distill.callbacks import Interrupt, RunStopped, StageCallback, forget_lines
 from linearize.distill.finetune import FinetuneTrainer, needs_teacher
 from linearize.distill.preference import PreferenceTrainer
@@ -22,6 +22,8 @@ from linearize.distill.stage import StageTrainer
 from linearize.distill.trainable import load_trained, prepare, trained, unwrapped
 from linearize.distill.transfer import TransferTrainer
 from linearize.distill.tying import untied
+from linearize.errors import CheckpointError
+from linearize.models.cache import sha256
 from linearize.progress import Meter
 
 FINAL = "final.safetensors"
@@ -40,6 +42,9 @@ class StagePlace:
     metrics: Path
     resume_command: str
 
+    less_memory: Callable[[], str]
+    """What to do where memory runs out, in sentences."""
+
     @property
     def done(self) -> bool:
         """Whether an earlier run has finished this stage."""
@@ -54,7 +59,13 @@ def restore(model: nn.Module, stage: StageConfig, place: StagePlace) -> nn.Modul
     """
     model = prepare(model, stage)
     path = place.folder / FINAL
-    load_trained(model, checkpoint.read_tensors(path), path)
+    remedy = f"Delete {place.folder} and go on with --resume: the stage is then trained again"
+    written = checkpoint.read_json(place.folder / DONE, remedy).get("sha256")
+    tensors = checkpoint.read_tensors(path)
+    if written is not None and written != sha256(path):
+        raise CheckpointError(f"{path}: is not what was written (another checksum). {remedy}")
+    load_trained(model, tensors, path)
+    checkpoint.prune(place.folder, keep=0)  # an earlier process may have been cut off in doing so
     return model
 
 
@@ -69,7 +80,7 @@ def train(
     autocast: torch.dtype | None,
     teacher: Callable[[], nn.Module] | None,
 ) -> nn.Module:
-    """Train a stage, from its newest complete checkpoint when there is one, and write its result.
+    """Train a stage, from its newest intact checkpoint when there is one, and write its result.
 
     Args:
         model: as the stage before left it; changed in place.
@@ -88,6 +99,7 @@ def train(
         RunStopped: Ctrl-C; a resumable checkpoint has been written.
         NonFiniteLossError: the loss or its gradient became NaN or infinite.
         CheckpointError: a checkpoint could not be written or read.
+        OutOfMemoryError: with the step.
     """
     seed = run.seed + place.index
     set_seed(seed)
@@ -105,7 +117,7 @@ def train(
         "autocast": autocast,
     }
     use_cache = unwrapped(model).config.use_cache
-    start = checkpoint.latest(place.folder)
+    start = checkpoint.newest_intact(place.folder)
     trainer: StageTrainer
     with untied(model, stage.untie), _checkpointing(unwrapped(model), stage.gradient_checkpointing):
         level = objectives.level_of(stage.objective)
@@ -116,24 +128,31 @@ def train(
             kind = PreferenceTrainer if level == "pair" else FinetuneTrainer
             trainer = kind(model, teacher=original, **settings)
         try:
-            stop = _fit(trainer, place, start)
+            interrupt = _fit(trainer, place, start)
         finally:
             unwrapped(model).config.use_cache = use_cache  # Trainer switches it off for good
             model.zero_grad(set_to_none=True)
     checkpoint.write_tensors_file(place.folder / FINAL, trained(model))
     checkpoint.write_json(
         place.folder / DONE,
-        {"steps": trainer.budget.steps, "tokens": trainer.budget.tokens, "stage": place.name},
+        {
+            "steps": trainer.budget.steps,
+            "tokens": trainer.budget.tokens,
+            "stage": place.name,
+            "sha256": sha256(place.folder / FINAL),
+        },
     )
     checkpoint.prune(place.folder, keep=0)
-    if stop:
-        raise RunStopped(f"stopped after stage '{place.name}'. Go on with:\n  {place.resume_command}")
+    if interrupt.requested:
+        raise RunStopped(
+            f"stopped after stage '{place.name}'. Go on with:\n  {place.resume_command}", interrupt.exit_code
+        )
     model.requires_grad_(False)
     return model.eval()
 
 
-def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> bool:
-    """Run the trainer under the progress bar; true when a stop was asked for at the very last step."""
+def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> Interrupt:
+    """Run the trainer under the progress bar; gives what was asked for meanwhile, a stop at the very last step."""
     steps_before = int(start.name.rpartition("-")[2]) if start else 0
     forget_lines(place.metrics, place.name, after=steps_before)
     interrupt = Interrupt()
@@ -144,13 +163,17 @@ def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> bool:
     )
     with meter, interrupt.watch(meter):
         trainer.add_callback(StageCallback(trainer, place.metrics, meter, interrupt))
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        with memory.watched(
+            lambda: f"in stage '{place.name}', step {trainer.state.global_step + 1}", place.less_memory
+        ):
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
     if trainer.state.global_step < trainer.budget.steps:
         raise RunStopped(
             f"stopped in stage '{place.name}' after step {trainer.state.global_step} of {trainer.budget.steps}; "
-            f"everything up to it is saved. Go on with:\n  {place.resume_command}"
+            f"everything up to it is saved. Go on with:\n  {place.resume_command}",
+            interrupt.exit_code,
         )
-    return interrupt.requested
+    return interrupt
 
 
 def _checkpointing(model: Any, on: bool) -> AbstractContextManager[None]:

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from linearize.distill.checkpoint import read_json
+from linearize.errors import CheckpointError
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged; only a checkpoint without checksums gets this far.
+    """
+    remedy = f"Delete {folder} and go on with --resume, from the checkpoint before it"
+    saved = read_json(folder / "state.json", remedy)
+    if not {"lr", "scheduler", "rng", "window_steps"} <= saved.keys():
+        raise CheckpointError(f"{folder / 'state.json'}: lacks what a resume needs. {remedy}")
+    return saved
 
 
 def optimizer_tensors(

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from linearize import surgery
+from linearize import objectives, surgery
 from linearize.config.schema import LoraConfig, StageConfig
 from linearize.distill import roles
 from linearize.errors import CheckpointError, RecipeError
 from linearize.registry import closest
 
 KINDS = ("mixers", "lora", "all")
-MIXER_MODULES = r".*\.mixer(\..*)?"
-"""Modules that adapters stay out of: a mixer trains by itself."""
+
+
+def needs(stages: Iterable[StageConfig]) -> dict[str, Any]:
+    """What stages will ask of the model's projections, as arguments of `surgery.plan`, which finds them beforehand."""
+    stages = list(stages)
+    adapted = [stage.lora.targets for stage in stages if "lora" in stage.train and stage.lora is not None]
+    named = [objectives.get(name) for stage in stages for name in stage.objective]
+    return {
+        "roles": [role for role in surgery.ROLES if any(role in targets for targets in adapted)],
+        "projects": any(getattr(objective, "projects", False) for objective in named),
+    }
 
 
 def prepare(model: nn.Module, stage: StageConfig) -> nn.Module:
@@ -124,7 +133,6 @@ def with_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft multiplies by alpha / r
         lora_dropout=lora.dropout,
         target_modules=targets,
-        exclude_modules=MIXER_MODULES,
         # GPT-2's Conv1D keeps its weight transposed.
         fan_in_fan_out=isinstance(modules[targets[0]], Conv1D),
         task_type="CAUSAL_LM",

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from linearize.markdown import row, text
 from linearize.surgery import converted
 
 
@@ -27,15 +28,15 @@ def model_card(model: PreTrainedModel, *, base: str, recipe: dict[str, Any], met
         "tags: [linearize, linear-attention]",
         "---",
         "",
-        f"# {base or type(model).__name__}, linearized",
+        f"# {text(base or type(model).__name__)}, linearized",
         "",
         f"{len(layers)} attention layers were converted with [linearize](https://pypi.org/project/linearize/), "
         f"{kept} stay softmax. Converted layers decode from a state of fixed size, whatever the context's length.",
         "",
     ]
     if recipe.get("description"):
-        paper = f" ({recipe['paper']})" if recipe.get("paper") else ""
-        lines += [f"Recipe: {recipe['description']}{paper}", ""]
+        paper = f" ({text(recipe['paper'])})" if recipe.get("paper") else ""
+        lines += [f"Recipe: {text(recipe['description'])}{paper}", ""]
     lines += [
         "## Load",
         "",
@@ -53,7 +54,7 @@ def model_card(model: PreTrainedModel, *, base: str, recipe: dict[str, Any], met
         lines += ["## Layer", "", "| part | choice |", "|---|---|"]
         for part, options in model.config.linearize["mixer"].items():
             rest = ", ".join(f"{key} {value}" for key, value in options.items() if key != "name")
-            lines.append(f"| {part} | {options['name']}{f' ({rest})' if rest else ''} |")
+            lines.append(row([text(part), text(f"{options['name']} ({rest})" if rest else options["name"])]))
         lines.append("")
     if recipe.get("stages"):
         lines += ["## Training", ""]
@@ -62,17 +63,18 @@ def model_card(model: PreTrainedModel, *, base: str, recipe: dict[str, Any], met
             objective = ", ".join(f"{weight} x {key}" for key, weight in stage.get("objective", {}).items())
             trained = ", ".join(stage.get("train", []))
             tokens = f"{stage.get('tokens', 0):,}"
-            lines.append(f"| {name} | {objective} | {tokens} | {stage.get('lr', '')} | {trained} |")
+            cells = (name, objective, tokens, stage.get("lr", ""), trained)
+            lines.append(row([text(cell) for cell in cells]))
         data = recipe.get("data", {})
-        lines += ["", f"Text: {data.get('source')}, packed to {data.get('length')} tokens.", ""]
+        lines += ["", f"Text: {text(data.get('source'))}, packed to {data.get('length')} tokens.", ""]
     rows = metrics.get("rows", [])
     if rows:
-        texts = sorted({text for row in rows for text in row.get("perplexity", {})})
+        names = sorted({name for measured in rows for name in measured.get("perplexity", {})})
         lines += ["## Perplexity", ""]
-        lines += ["| model | " + " | ".join(texts) + " |", "|---" * (len(texts) + 1) + "|"]
-        for row in rows:
-            found = row.get("perplexity", {})
-            values = [f"{found[text]:.2f}" if text in found else "" for text in texts]
-            lines.append(f"| {row['name']} | " + " | ".join(values) + " |")
+        lines += [row(["model", *map(text, names)]), "|---" * (len(names) + 1) + "|"]
+        for measured in rows:
+            found = measured.get("perplexity", {})
+            values = [f"{found[name]:.2f}" if name in found else "" for name in names]
+            lines.append(row([text(measured["name"]), *values]))
         lines.append("")
     return "\n".join(lines)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from linearize import auto
-from linearize.errors import CheckpointError
+from linearize.errors import CheckpointError, ModelNotFoundError
+from linearize.export.provenance import check_layers, check_recipe, check_rotation
+from linearize.models.boundary import boundary
+from linearize.models.check import check_checkpoint
+from linearize.models.config import causal_class, read_config
+from linearize.models.rehearsal import check_report, rehearse
+from linearize.models.sound import check_finite
+
+REMEDY = "export or download it again"
+FROM_THE_FILES = frozenset(
+    {"quantization_config", "key_mapping", "variant", "subfolder", "state_dict", "config"}
+)
+"""Options of `from_pretrained` that change what is read; the files are not held against the config then."""
 
 
 def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -21,47 +31,40 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         **kwargs: handed to `from_pretrained` (`dtype`, `device_map`, ...). Code in the checkpoint is never run.
 
     Raises:
-        CheckpointError: no checkpoint there, or one that is truncated, corrupt or of another format.
+        CheckpointError: no checkpoint there, or one that is truncated, corrupt, of another format, does not fit its
+            config or holds no finite numbers.
+        UnsupportedModelError: a family that this version of transformers does not know.
     """
     folder = Path(path)
     auto.install()
+    kwargs = {"dtype": "auto", "use_safetensors": True, **kwargs, "trust_remote_code": False}
+    source: Any = AutoModelForCausalLM
     if folder.is_dir() or folder.is_absolute() or str(path).startswith("."):
-        _check_folder(folder)
-    kwargs.setdefault("dtype", "auto")
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, output_loading_info=True, trust_remote_code=False, **kwargs
+        source, config = _checked(folder, judge=not FROM_THE_FILES & set(kwargs))
+        kwargs.setdefault("config", config)
+    with boundary(f"{path}", REMEDY):
+        loaded: Any = source.from_pretrained(
+            path, output_loading_info=True, **{"ignore_mismatched_sizes": True, **kwargs}
         )
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path}: a weight file is corrupt or truncated ({error}); export or download it again"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be loaded ({error})") from error
     model: PreTrainedModel = loaded[0]
-    missing = sorted(loaded[1]["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{path}: {len(missing)} parameters are missing ({missing[0]}, ...); the checkpoint is incomplete, "
-            "export it again"
-        )
+    check_report(folder, loaded[1], model)
+    check_finite(path, model)
+    check_rotation(folder, model)
     return model.eval()
 
 
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        inside = folder / "checkpoint"
-        hint = "a checkpoint folder holds config.json and *.safetensors"
-        if (inside / "config.json").is_file():
-            hint = f"did you mean {inside}?"
-        raise CheckpointError(f"{folder}: no config.json there; {hint}")
+def _checked(folder: Path, *, judge: bool) -> tuple[type[PreTrainedModel], Any]:
+    """Class and config of a checkpoint folder, all of whose files have been looked at."""
     try:
-        json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise CheckpointError(
-            f"{folder}/config.json is not JSON ({error}); export the checkpoint again"
-        ) from error
-    if not list(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{folder}: no *.safetensors there; pickled weights (.bin, .pt) are never loaded"
-        )
+        tensors = check_checkpoint(folder)
+    except ModelNotFoundError as error:
+        raise CheckpointError(str(error)) from error
+    config = read_config(folder, len(tensors))
+    cls, config = causal_class(folder, config)
+    quantized = getattr(config, "quantization_config", None)
+    if judge and not quantized:
+        rehearse(folder, cls, config, tensors)
+        if isinstance(getattr(config, "linearize", None), dict):
+            check_layers(folder, config)
+            check_recipe(folder, config)
+    return cls, config

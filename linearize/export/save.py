@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from linearize.errors import CheckpointError
@@ -56,9 +57,10 @@ def save(
             folder does not give back the model; it then stands beside its place, as `<path>-failed`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    scratch: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         model.save_pretrained(scratch, max_shard_size=max_shard_size)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, scratch)
@@ -77,12 +79,16 @@ def save(
             _check(model, scratch, path, remote_code=remote_code)
         replace_folder(scratch, path)
     except Exception as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(error, OSError) or "No space left" in str(error):
+        # the tokenizer's library raises a plain Exception
+        if isinstance(error, OSError | SafetensorError) or "No space left" in str(error):
             raise CheckpointError(
-                f"{path}: could not be written ({error}); free some space or choose another folder"
+                f"{path}: could not be written ({error}); what was there before is untouched. Free some space, or mend "
+                "the cause, and try again (a run goes on with --resume)"
             ) from error
         raise
+    finally:
+        if scratch is not None:  # gone where all went well; Ctrl-C and a stop leave nothing either
+            shutil.rmtree(scratch, ignore_errors=True)
     return path
 
 
@@ -116,5 +122,10 @@ def replace_folder(new: Path, path: Path) -> None:
     old = path.with_name(f".{path.name}-old-{os.getpid()}")
     if path.exists():
         path.rename(old)
-    new.rename(path)
+    try:
+        new.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
     shutil.rmtree(old, ignore_errors=True)

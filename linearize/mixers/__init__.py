@@ -2,7 +2,18 @@
 
 from linearize.mixers.base import LayerShape
 from linearize.mixers.mixer import BRANCHES, Mixer
-from linearize.mixers.spec import PARTS, build, check, normalize
+from linearize.mixers.spec import PARTS, build, check, has_parameters, needs_training, normalize
 from linearize.mixers.state import State
 
-__all__ = ["BRANCHES", "PARTS", "LayerShape", "Mixer", "State", "build", "check", "normalize"]
+__all__ = [
+    "BRANCHES",
+    "PARTS",
+    "LayerShape",
+    "Mixer",
+    "State",
+    "build",
+    "check",
+    "has_parameters",
+    "needs_training",
+    "normalize",
+]

@@ -6,6 +6,9 @@ import dataclasses
 import typing
 from typing import Any
 
+import torch
+
+from linearize.config.values import shown
 from linearize.mixers.base import LayerShape, Part
 from linearize.mixers.combine import COMBINES
 from linearize.mixers.composition import composition_problems
@@ -13,6 +16,7 @@ from linearize.mixers.feature_map import FEATURE_MAPS
 from linearize.mixers.gate import GATES
 from linearize.mixers.mixer import Mixer
 from linearize.mixers.normalizer import NORMALIZERS
+from linearize.mixers.options import limits_of
 from linearize.mixers.output import OUTPUTS
 from linearize.mixers.position import POSITIONS
 from linearize.mixers.recurrent import Recurrent
@@ -43,7 +47,7 @@ def check(mixer: dict[str, Any]) -> list[str]:
             problems.append(f"mixer.{part}: no such part; {closest(str(part), PARTS)}")
         elif not isinstance(given, dict) or not isinstance(given.get("name"), str):
             example = f"{{name: {PARTS[part][0].names()[0]}}}"
-            problems.append(f"mixer.{part}: {given!r} must be a mapping with a name, such as {example}")
+            problems.append(f"mixer.{part}: {shown(given)} must be a mapping with a name, such as {example}")
         elif given["name"] != "none" or "none" in PARTS[part][0]:
             problems += _check_part(part, given)
     if problems:
@@ -51,13 +55,25 @@ def check(mixer: dict[str, Any]) -> list[str]:
     return composition_problems(normalize(mixer))
 
 
+def has_parameters(mixer: dict[str, Any]) -> bool:
+    """Whether a section that `check` finds no fault with has anything to train."""
+    shape = LayerShape(4, 2, 16, 16, 0.25, model_dim=64, rotary="half")
+    with torch.device("meta"):
+        return any(True for _ in build(mixer, shape).parameters())
+
+
+def needs_training(mixer: dict[str, Any]) -> bool:
+    """Whether it computes something else than softmax until it, or the model around it, has been trained."""
+    return normalize(mixer)["feature_map"]["name"] != "none" or has_parameters(mixer)
+
+
 def _check_part(part: str, given: dict[str, Any]) -> list[str]:
     registry = PARTS[part][0]
     if given["name"] not in registry:
         hint = closest(given["name"], [*registry.names(), "none"])
-        return [f"mixer.{part}.name: unknown {registry.kind} '{given['name']}'; {hint}"]
+        return [f"mixer.{part}.name: unknown {registry.kind} {shown(given['name'])}; {hint}"]
     config = registry.get(given["name"]).Config
-    types = typing.get_type_hints(config)
+    types, ranges = typing.get_type_hints(config), limits_of(config)
     found = []
     for key, value in given.items():
         where = f"mixer.{part}.{key}"
@@ -66,7 +82,9 @@ def _check_part(part: str, given: dict[str, Any]) -> list[str]:
         if key not in types:
             found.append(f"{where}: {given['name']} has no such option; {closest(str(key), types)}")
         elif not _fits(value, types[key]):
-            found.append(f"{where}: {value!r} must be {types[key].__name__}")
+            found.append(f"{where}: {shown(value)} must be {types[key].__name__}")
+        elif (limits := ranges.get(key)) is not None and (problem := limits.problem(value)):
+            found.append(f"{where}: {problem}")
     if not found:
         options = _options(config, given)
         found = [f"mixer.{part}.{problem}" for problem in getattr(options, "problems", list)()]

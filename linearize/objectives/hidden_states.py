@@ -22,6 +22,8 @@ class HiddenAlignment(OutputObjective):
     its error, so a few outliers rule; here every token pulls alike, however large its error.
     """
 
+    projects = True
+
     def loss(self, call: Call, student: Tensor) -> Tensor:
         with torch.no_grad():
             target = widen(call.project(call.teacher))

@@ -14,9 +14,10 @@ from linearize.surgery.convert import convert
 from linearize.surgery.inspection import attention_layers, skeleton
 from linearize.surgery.model import converted
 from linearize.surgery.plan import Plan, plan, select
-from linearize.surgery.projections import projections, role_modules
+from linearize.surgery.projections import ROLES, projections, role_modules
 
 __all__ = [
+    "ROLES",
     "LayerCall",
     "LinearizedAttention",
     "Plan",

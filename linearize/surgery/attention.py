@@ -20,6 +20,7 @@ from linearize.errors import UnsupportedModelError
 from linearize.mixers import Mixer
 from linearize.mixers.offloaded import device_of
 from linearize.mixers.position import rotate_back
+from linearize.surgery import arguments
 from linearize.surgery.cache import LinearizedCacheLayer, adopt
 from linearize.surgery.generated import subclass
 from linearize.surgery.masks import read_mask
@@ -76,7 +77,7 @@ class LinearizedAttention(nn.Module):
             )
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, ordinary)), None)
-        frame = Frame(hidden, kwargs.get("position_embeddings"))
+        frame = Frame(hidden, _rotation(args, kwargs))
         if cache is not None and self.linearize_switch.mode == "student":
             if isinstance(cache, EncoderDecoderCache):
                 cache = cache.self_attention_cache
@@ -92,9 +93,20 @@ class LinearizedAttention(nn.Module):
         """The attention function that the model would run without surgery: q, k, v [B, H, T, K] -> [B, T, H, V]."""
         own = (cls for cls in type(self).__mro__ if not issubclass(cls, LinearizedAttention))
         base = next(cls for cls in own if cls is not nn.Module)
-        eager: Any = getattr(sys.modules[base.__module__], "eager_attention_forward", None)
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.teacher_config._attn_implementation, eager)
+        family = sys.modules[base.__module__]
+        eager: Any = getattr(family, "eager_attention_forward", None)
+        # a family may keep functions of its own under transformers' names
+        functions = getattr(family, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+        function = functions.get_interface(self.teacher_config._attn_implementation, eager)
         return function(self, query, key, value, mask, **kwargs)
+
+
+def _rotation(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The rotary embedding among a forward's arguments, whether named or not."""
+    if "position_embeddings" in kwargs:
+        return kwargs["position_embeddings"]
+    pairs = (x for x in args if isinstance(x, tuple) and len(x) == 2)
+    return next((pair for pair in pairs if all(isinstance(x, Tensor) for x in pair)), None)
 
 
 @dataclass
@@ -134,9 +146,9 @@ class LayerCall:
 
     def project(self, y: Tensor) -> Tensor:
         """Heads [B, T, H, V] -> the layer's output [B, T, D], through the model's own output projection."""
-        from linearize.surgery.projections import projection
+        from linearize.surgery.projections import output_projection
 
-        output = projection(self.module, "o")
+        output = output_projection(self.module)
         return output(y.flatten(2).to(next(output.parameters()).dtype))
 
     def weights(self, rows: slice) -> tuple[Tensor, Tensor]:
@@ -166,6 +178,11 @@ def context(module: LinearizedAttention, frame: Frame, q: Tensor, k: Tensor) -> 
         )
     if mixer.needs_plain:
         rotation = frame.rotation if mixer.shape.rotary == "half" else None
+        if rotation is None and mixer.shape.rotary == "half":
+            raise UnsupportedModelError(
+                f"layer {module.layer_idx} ({type(module).__name__}) was called without position_embeddings, "
+                "so queries and keys cannot be rotated back"
+            )
         found["plain"] = (
             (q, k) if rotation is None else (rotate_back(q, *rotation), rotate_back(k, *rotation))
         )
@@ -181,6 +198,10 @@ def linearized_attention(
     if switch.mode == "teacher":
         return module.teacher(query, key, value, attention_mask, **kwargs)
     batch, _, tokens, _ = query.shape
+    why = arguments.refusal(kwargs, tokens=tokens, mask=attention_mask)
+    why = why or arguments.changed(kwargs, module.mixer.shape)
+    if why is not None:
+        raise UnsupportedModelError(f"layer {module.layer_idx} ({type(module).__name__}): {why}")
     valid, starts = read_mask(attention_mask, batch, tokens, frame.offset)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if switch.mode == "observe":
@@ -206,7 +227,8 @@ def linearized_attention(
         output = frame.cache.attend(module.mixer, q, k, v, valid=valid, starts=starts, **extra)
     else:
         output = module.mixer.chunked(q, k, v, valid=valid, starts=starts, **extra)
-    return output.to(query.dtype), None
+    # contiguous, as transformers' own functions answer: families that read it through `view` count on that
+    return output.to(query.dtype).contiguous(), None
 
 
 AttentionInterface.register(NAME, linearized_attention)

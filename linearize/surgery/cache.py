@@ -7,13 +7,21 @@ would get.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
 
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, UnsupportedModelError
 from linearize.mixers import Mixer, State
 from linearize.surgery.generated import subclass
 
@@ -28,6 +36,9 @@ class LinearizedCacheLayer(CacheLayerMixin):
     """
 
     supports_early_init = False
+    # a layer type is filed globally under this name by every subclass that has one, so ours must not inherit it:
+    # models that were never converted would get our layers
+    _layer_type = None
     state: State | None
     mixer: Mixer | None
     record_past: bool
@@ -42,6 +53,9 @@ class LinearizedCacheLayer(CacheLayerMixin):
         """Count the tokens and hand the new keys and values [B, N, T, K] straight to the attention function."""
         self.is_initialized = True
         layer: Any = self
+        if isinstance(self, StaticLayer) and _frozen(layer.cumulative_length):
+            layer.cumulative_length = layer.cumulative_length.clone()
+            _keep_address(layer.cumulative_length)
         if isinstance(self, StaticLayer) and layer.cumulative_length.device != key_states.device:
             layer.cumulative_length = layer.cumulative_length.to(key_states.device)
             _keep_address(layer.cumulative_length)
@@ -76,6 +90,10 @@ class LinearizedCacheLayer(CacheLayerMixin):
             self.state = mixer.initial_state(k.shape[0], k.dtype, k.device)
             if isinstance(self, StaticLayer):
                 _keep_address(*self.state.tensors.values())
+        elif any(_frozen(tensor) for tensor in self.state.tensors.values()):
+            self.state = self.state.clone()
+            if isinstance(self, StaticLayer):
+                _keep_address(*self.state.tensors.values())
         if self.mixer is not mixer:
             self.mixer = mixer
         if self.record_past:
@@ -99,13 +117,40 @@ class LinearizedCacheLayer(CacheLayerMixin):
         return self.seen
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to allocate: the state is made with the first token."""
+        """Nothing to allocate for keys and values: the state is made with the first token.
+
+        Layers that also hold a convolution's or a recurrence's states (hybrids) make those with the same method, by
+        keyword, and go on doing so.
+        """
+        if isinstance(self, LinearAttentionCacheLayerMixin) and not args:
+            super().lazy_initialization(**kwargs)  # type: ignore[safe-super]
 
     def reset(self) -> None:
         """Forget everything."""
+        self._beside("reset")
         self.state = None
         self._drop_record()
         self._count(-int(self.get_seq_length()))
+
+    def _beside(self, method: str, *args: Any) -> None:
+        """Do the same with the states of the convolution or recurrence that shares the layer (hybrids)."""
+        if isinstance(self, LinearAttentionCacheLayerMixin):
+            own = getattr(LinearAttentionCacheLayerMixin, method, None)
+            if own is None:
+                raise LinearizeError(
+                    f"this version of transformers cannot {method} the states of a hybrid layer"
+                )
+            own(self, *args)
+
+    def _each_beside(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change each such state; one tensor a layer before transformers counted them, a dict since."""
+        if isinstance(self, LinearAttentionCacheLayerMixin):
+            for name in ("conv_states", "recurrent_states"):
+                held: Any = getattr(self, name, None)
+                if isinstance(held, dict):
+                    held.update({place: change(x) for place, x in held.items() if x is not None})
+                elif held is not None:
+                    setattr(self, name, change(held))
 
     def _drop_record(self) -> None:
         self._snapshot = None
@@ -125,6 +170,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
         Raises:
             RuntimeError: more tokens than were recorded since the last call.
         """
+        self._beside("crop", tokens_to_remove)
         length = int(self.get_seq_length())
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(length - tokens_to_remove, 0)
         if remove == 0 or self.state is None:
@@ -153,26 +199,34 @@ class LinearizedCacheLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows of the batch in the order of the surviving beams."""
-        self.batch_select_indices(beam_idx)
+        self._beside("reorder_cache", beam_idx)
+        self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows of the batch."""
+        self._each_beside(lambda x: x[indices])
+        self._select(indices)
+
+    def _select(self, indices: Tensor) -> None:
         if self.state is not None:
             self.state.select(torch.arange(self.state.batch, device=indices.device)[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""
+        self._each_beside(lambda x: x.repeat_interleave(repeats, dim=0))
         if self.state is not None:
             self.state.repeat(repeats)
 
     def offload(self) -> None:
         """Move the state to the CPU."""
+        self._beside("offload")
         if self.state is not None:
             self._home = next(iter(self.state.tensors.values())).device
             self.state.to("cpu")
 
     def prefetch(self) -> None:
         """Move the state back."""
+        self._beside("prefetch")
         if self.state is not None and hasattr(self, "_home"):
             self.state.to(self._home)
 
@@ -182,6 +236,13 @@ def _keep_address(*tensors: Tensor) -> None:
     if not torch.compiler.is_compiling():
         for tensor in tensors:
             torch._dynamo.mark_static_address(tensor)
+
+
+def _frozen(tensor: Tensor) -> bool:
+    """Made in inference mode, so that it cannot be written in place outside of it."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return tensor.is_inference()
 
 
 def adopt(cache: Cache, index: int) -> LinearizedCacheLayer:
@@ -217,3 +278,28 @@ def adopt(cache: Cache, index: int) -> LinearizedCacheLayer:
     made._drop_record()
     cache.layers[index] = made
     return made
+
+
+def check_past_recording(cache: Cache) -> None:
+    """Refuse an assistant's cache whose kept sliding layers hand out more keys than their mask has.
+
+    Told by trying it: transformers 5.17 does so once the window is full and several tokens were drafted in a row, in
+    models that nobody converted as well.
+
+    Raises:
+        UnsupportedModelError: naming the layer and the ways out.
+    """
+    for index, layer in enumerate(cache.layers):
+        kept = isinstance(layer, DynamicSlidingWindowLayer) and not isinstance(layer, LinearizedCacheLayer)
+        if not kept:
+            continue
+        trial, keys = DynamicSlidingWindowLayer(2), torch.zeros(1, 1, 4, 1)
+        trial.activate_past_recording()
+        trial.update(keys, keys)
+        if trial.get_mask_sizes(1)[0] != trial.update(keys[:, :, :1], keys[:, :, :1])[0].shape[-2]:
+            raise UnsupportedModelError(
+                f"layer {index} of the assistant stayed softmax with a sliding window, for which assisted generation "
+                f"is broken in transformers {transformers.__version__}, converted or not; upgrade transformers, "
+                "convert every layer of the assistant, or use prompt_lookup_num_tokens"
+            )
+        return

@@ -33,13 +33,7 @@ def subclass(base: type, mixin: type, **attributes: Any) -> type[Any]:
             "__reduce_ex__": _reduce,
             **attributes,
         }
-        # transformers lets a cache layer's class take over every layer of the type that it names, in all models
-        takes_over = getattr(base, "_layer_type", None) is not None
-        if takes_over:
-            namespace["_layer_type"] = None
         made: Any = type(PREFIX + base.__name__, (mixin, base), namespace)
-        if takes_over:
-            del made._layer_type
         made.linearize_made_of = key
         _made[key] = made
     return _made[key]

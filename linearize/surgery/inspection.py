@@ -1,9 +1,4 @@
-"""Find a model's attention layers and read their numbers off one probing forward: no per-family code.
-
-Since transformers 5 every attention module hands q, k, v (after q/k norm and RoPE) to a registered function. A probe
-registered there sees the shapes, the scaling, the soft cap and the sliding window of each layer, on the meta device
-as well as on a loaded model.
-"""
+"""Find a model's attention layers and read their numbers off a probing forward: no per-family code."""
 
 from __future__ import annotations
 
@@ -13,33 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from linearize.errors import UnsupportedModelError
 from linearize.mixers import LayerShape
 from linearize.mixers.position import rotate_back
-
-PROBE = "linearize_probe"
-
-UNDERSTOOD = {
-    "sliding_window",
-    "softcap",
-    "position_ids",
-    "use_cache",
-    "is_causal",
-    "output_attentions",
-    "position_embeddings",
-}
-"""Extra arguments of attention functions that a mixer honors or that do not change the result."""
-
-CHANGES_RESULT = {"s_aux": "learned attention sinks", "position_bias": "a position bias", "alibi": "ALiBi"}
-"""Extra arguments that no mixer computes yet."""
+from linearize.surgery import arguments
+from linearize.surgery.probe import Call, Probe, Visit, made_elsewhere, probe
 
 
 @dataclass
@@ -70,20 +46,17 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
             or uses something that no mixer computes; the message names the module and the reason.
     """
     modules = _attention_modules(model)
-    seen = _probe(model, [module for _, module in modules])
+    seen = probe(model, [module for _, module in modules])
+    own = probe(model, [module for _, module in modules], own=True)
     layers: list[AttentionLayer] = []
     for path, module in modules:
-        shape = seen.get(id(module))
-        if shape is None:
-            raise UnsupportedModelError(
-                f"{path} ({type(module).__name__}): its attention does not go through transformers' attention "
-                "interface, so its queries and keys cannot be reached; convert a model family that does "
-                "(Llama, Qwen, Gemma, GPT-2, ...)"
-            )
-        if isinstance(shape, str):
-            raise UnsupportedModelError(f"{path} ({type(module).__name__}): {shape}")
+        refused = _refusal(module, seen, own)
+        shape = None if refused else _shape(seen.visits[id(module)][0], seen)
+        if shape is None or isinstance(shape, str):
+            raise UnsupportedModelError(f"{path} ({type(module).__name__}): {refused or shape}")
         index = getattr(module, "layer_idx", None)
         layers.append(AttentionLayer(len(layers) if index is None else index, path, module, shape))
+    _check_cache(model, layers)
     return sorted(layers, key=lambda layer: layer.index)
 
 
@@ -100,7 +73,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     except ValueError as error:
         name = getattr(config, "model_type", type(config).__name__)
         raise UnsupportedModelError(
-            f"{name}: not a causal language model of transformers ({error})"
+            f"a '{name}' model has no causal language model in transformers; give a decoder"
         ) from error
 
 
@@ -140,84 +113,109 @@ def _recorded_classes(model: PreTrainedModel) -> tuple[type[nn.Module], ...]:
     return tuple(dict.fromkeys(classes))
 
 
-def _probe(model: PreTrainedModel, modules: list[nn.Module]) -> dict[int, LayerShape | str]:
-    """id of each module that reached the attention interface -> its numbers, or why it cannot be converted."""
-    seen: dict[int, LayerShape | str] = {}
-    called: dict[int, tuple[Tensor, tuple[Tensor, Tensor] | None]] = {}
+def _refusal(module: nn.Module, seen: Probe, own: Probe) -> str | None:
+    """Why an attention module cannot be converted, as far as its calls tell, or None."""
+    visits = seen.visits.get(id(module), [])
+    calls = [call for visit in visits for call in visit.calls]
+    if not calls:
+        return (
+            "its attention does not go through transformers' attention interface, so its queries and keys cannot be "
+            "reached; convert a model family that does (Llama, Qwen, Gemma, GPT-2, ...)"
+        )
+    if len(visits) > 1:
+        return (
+            f"runs {len(visits)} times in one forward of the model (layers that share it, or cycles), so one mixer "
+            "and one state would have to serve several layers"
+        )
+    if len(calls) > 1:
+        return f"calls its attention function {len(calls)} times a forward, for which one state is not enough"
+    # under its own name a family may take a way that it does not take under ours, and the other way round
+    for visit in (*visits, *own.visits.get(id(module), [])):
+        for call in visit.calls:
+            why = arguments.refusal(call.arguments, tokens=call.query.shape[2], mask=call.mask)
+            why = why or arguments.bias_refusal(call.mask)
+            if why is None and not made_elsewhere(call.mask, visit.given):
+                why = "makes an attention mask of its own, so its attention depends on more than q, k, v and padding"
+            if why is not None:
+                return why
+    return None
 
-    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        called[id(module)] = hidden, kwargs.get("position_embeddings")
 
-    def record(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **extra: Any
-    ) -> tuple[Tensor, None]:
-        batch, heads, tokens, key_dim = query.shape
-        unknown = [why for name, why in CHANGES_RESULT.items() if extra.get(name) is not None]
-        if unknown:
-            seen[id(module)] = f"uses {unknown[0]}, which no mixer computes yet"
-        elif key.shape[2] != tokens or heads % key.shape[1]:
-            seen[id(module)] = (
-                f"queries {tuple(query.shape)} and keys {tuple(key.shape)} do not form groups of heads"
-            )
-        else:
-            scaling = extra.get("scaling")
-            seen[id(module)] = LayerShape(
-                heads=heads,
-                kv_heads=key.shape[1],
-                key_dim=key_dim,
-                value_dim=value.shape[3],
-                scaling=float(key_dim**-0.5 if scaling is None else scaling),
-                softcap=extra.get("softcap"),
-                sliding_window=extra.get("sliding_window"),
-                model_dim=called[id(module)][0].shape[-1],
-                rotary=_rotary(query, called[id(module)][1]),
-            )
-        return query.new_zeros(batch, tokens, heads, value.shape[3]), None
-
-    AttentionInterface.register(PROBE, record)
-    AttentionMaskInterface.register(PROBE, lambda *args, **kwargs: None)
-    owned = (getattr(module, "config", None) for module in model.modules())
-    configs: dict[int, Any] = {id(config): config for config in owned if isinstance(config, PreTrainedConfig)}
-    kept = {key: config._attn_implementation_internal for key, config in configs.items()}
-    training = model.training
-    hooks = [module.register_forward_pre_hook(remember, with_kwargs=True) for module in modules]
+def _shape(visit: Visit, seen: Probe) -> LayerShape | str:
+    """A layer's numbers, or why they do not make a layer that a mixer could stand in for."""
+    call = visit.calls[0]
+    _, heads, tokens, key_dim = call.query.shape
+    if call.key.shape[2] != tokens or call.value.shape[1] != call.key.shape[1] or heads % call.key.shape[1]:
+        return (
+            f"queries {tuple(call.query.shape)} and keys {tuple(call.key.shape)} do not form groups of heads"
+        )
     try:
-        for config in configs.values():
-            config._attn_implementation_internal = PROBE
-        device = next(model.parameters()).device
-        ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
-        model.eval()
-        with torch.no_grad():
-            # a ready-made 4D mask passes through transformers untouched, and so without looking at meta data
-            mask = torch.zeros(1, 1, 2, 2, dtype=next(model.parameters()).dtype, device=device)
-            model(input_ids=ids, attention_mask=mask, use_cache=False)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: probing its attention with two tokens failed: {type(error).__name__}: {error}"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(training)
-        for key, config in configs.items():
-            config._attn_implementation_internal = kept[key]
-    return seen
+        numbers = arguments.numbers(call.arguments, key_dim)
+    except ValueError as error:
+        return str(error)
+    local = seen.local_size(call.mask)
+    if local is not None and local != numbers["sliding_window"]:
+        return (
+            f"attends within chunks or windows of {local} tokens that its attention mask alone knows of; a mixer "
+            "cannot see where the next one begins when it decodes"
+        )
+    if not call.query.is_meta and not bool(call.query.isfinite().all()):
+        return "its queries are not finite; the weights hold NaN or infinite values"
+    return LayerShape(
+        heads=heads,
+        kv_heads=call.key.shape[1],
+        key_dim=key_dim,
+        value_dim=call.value.shape[3],
+        model_dim=visit.hidden_states.shape[-1],
+        rotary=_rotary(call, visit.rotation),
+        **numbers,
+    )
 
 
-def _rotary(query: Tensor, rotation: tuple[Tensor, Tensor] | None) -> str:
-    """How the probe's queries [1, H, 2, K] were rotated.
+def _check_cache(model: PreTrainedModel, layers: list[AttentionLayer]) -> None:
+    """Hold the layers against the cache that generation will make: each needs a place of its own in it.
 
-    The probe sends one token twice through attention that adds nothing, so its two queries differ by their rotation
-    alone, in every layer: rotating back must make them equal.
+    Raises:
+        UnsupportedModelError: a layer has no number, shares another one's, or keeps no keys and values.
     """
-    if rotation is None:
+    taken: dict[int, str] = {}
+    try:
+        places = DynamicCache(config=model.config).layers
+    except (AttributeError, KeyError, TypeError, ValueError):
+        places = []  # a family with a cache of its own, which is none of transformers' layers
+    for layer in layers:
+        why = None
+        if layer.index in taken:
+            why = f"has the cache index {layer.index}, as {taken[layer.index]} has; their states would mix"
+        elif layer.index < 0:
+            why = f"has the cache index {layer.index}: it is told at each call which layer it is"
+        elif places and layer.index >= len(places):
+            why = f"has the cache index {layer.index}, but the model's cache holds {len(places)} layers"
+        elif places and not isinstance(places[layer.index], CacheLayerMixin):
+            why = (
+                "has no keys and values of its own in the cache: it uses those of an earlier layer (shared KV), "
+                "which a state does not keep"
+            )
+        if why is not None:
+            raise UnsupportedModelError(f"{layer.path} ({type(layer.module).__name__}): {why}")
+        taken[layer.index] = layer.path
+
+
+def _rotary(call: Call, rotation: Any) -> str:
+    """How the probe's queries [1, H, T, K] were rotated.
+
+    Every token is the same, so the queries differ by their rotation alone: rotating back must make them equal. On the
+    meta device a pair of cos and sin is taken for the rotate-half kind.
+    """
+    pair = isinstance(rotation, (tuple, list)) and len(rotation) == 2
+    pair = pair and all(isinstance(x, Tensor) and not x.is_complex() for x in rotation)
+    if call.query.is_meta:
+        return "none" if rotation is None else "half" if pair else "other"
+    query = call.query.float().transpose(1, 2)
+    near = 1e-2 * query.abs().max().item()
+    if torch.allclose(query, query[:, :1], atol=near, rtol=0.0):
         return "none"
-    if query.is_meta:
-        return "half"
-    first, second = query.float().transpose(1, 2).unbind(1)
-    near = 1e-2 * first.abs().max().item()
-    if torch.allclose(first, second, atol=near, rtol=0.0):
-        return "none"
-    back = rotate_back(query.float().transpose(1, 2), *(x.float() for x in rotation))
-    return "half" if torch.allclose(back[:, 0], back[:, 1], atol=near, rtol=0.0) else "other"
+    if not pair or rotation[0].shape[-1] > query.shape[-1] or rotation[0].dim() != 3:
+        return "other"
+    back = rotate_back(query, *(x.float() for x in rotation))
+    return "half" if torch.allclose(back, back[:, :1], atol=near, rtol=0.0) else "other"

@@ -9,12 +9,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import output_capturing
 
 from linearize.errors import CheckpointError, UnsupportedModelError
-from linearize.mixers import LayerShape, build, check
+from linearize.mixers import LayerShape, build
 from linearize.mixers.base import Part
 from linearize.surgery.attention import LinearizedAttention, Switch, convert_module
-from linearize.surgery.cache import adopt
+from linearize.surgery.cache import adopt, check_past_recording
 from linearize.surgery.filing import file_config, file_model
 from linearize.surgery.generated import subclass
+from linearize.surgery.schema import module_problems, plan_problems
 
 TYPE_PREFIX = "linearized_"
 FORMAT = 1
@@ -85,6 +86,7 @@ class LinearizedCausalLM(LinearizedModel):
             for layer in layers:
                 adopt(cache, layer.layer_idx)
             if getattr(generation_config, "is_assistant", False):
+                check_past_recording(cache)
                 cache.activate_past_recording()
         return result
 
@@ -139,30 +141,31 @@ def attach(model: PreTrainedModel) -> None:
             f"config.linearize: format {found!r} is not {FORMAT}; the checkpoint was written by another version of "
             "linearize, or its config.json was edited"
         )
-    problems = check(plan["mixer"])
+    prefix = model.base_model_prefix + "." if model.base_model is model else ""
+    problems = plan_problems(plan)
+    names = {} if problems else {path: path.removeprefix(prefix) for path in plan["layers"]}
+    problems += module_problems(model, names)
     if problems:
-        raise CheckpointError("config.linearize: " + "; ".join(problems))
-    capped = any(numbers.get("softcap") for numbers in plan["layers"].values())
-    if capped and model.config._attn_implementation == "sdpa":
-        # sdpa has no soft cap; transformers before 5.18 drops it without a word, so the teacher would be another model
-        model.config._attn_implementation = "eager"
-    prefix = model.base_model_prefix + "."
-    headless = model.base_model is model
+        listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise CheckpointError(f"config.linearize: {listed}; export or download the checkpoint again")
+    honor_softcap(model, plan)
     switch = Switch()
     for path, numbers in plan["layers"].items():
-        name = path.removeprefix(prefix) if headless else path
-        try:
-            attention = model.get_submodule(name)
-        except AttributeError as error:
-            raise CheckpointError(
-                f"config.linearize: no module {name!r} in {type(model).__name__}"
-            ) from error
+        attention = model.get_submodule(names[path])
         convert_module(attention, build(plan["mixer"], LayerShape(**numbers)), switch)
-        _keep_in_float32(model, f"{name}.mixer")
+        _keep_in_float32(model, f"{names[path]}.mixer")
     base = cast(PreTrainedModel, model.base_model)
     if base is not model:
         _become(base, model_class(type(base), type(model.config), head=False))
     _register_outputs(model)
+
+
+def honor_softcap(model: PreTrainedModel, plan: dict[str, Any]) -> None:
+    """Set a model whose layers have a soft cap to the attention function that computes it."""
+    capped = any(numbers.get("softcap") for numbers in plan["layers"].values())
+    if capped and model.config._attn_implementation == "sdpa":
+        # sdpa has no soft cap; transformers before 5.18 drops it without a word, so the teacher would be another model
+        model.config._attn_implementation = "eager"
 
 
 def _keep_in_float32(model: PreTrainedModel, path: str) -> None:

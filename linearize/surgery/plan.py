@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from linearize.errors import RecipeError
 from linearize.mixers import build
 from linearize.surgery.inspection import AttentionLayer, attention_layers, skeleton
+from linearize.surgery.others import other_layers
+from linearize.surgery.projections import outputs, targets
 
 
 def select(layers: Any, indices: list[int]) -> list[int]:
@@ -49,7 +52,11 @@ def _is_positive(value: Any) -> bool:
 
 @dataclass
 class Row:
-    """One attention layer of a plan; state and cache in bytes of a model in bfloat16."""
+    """One attention layer of a plan; state and cache in bytes of a model in bfloat16.
+
+    Attributes:
+        kv_window: tokens that the teacher's own layer keeps at most, or None where its cache grows without end.
+    """
 
     layer: int
     path: str
@@ -60,13 +67,34 @@ class Row:
     parameters: int
     state_bytes: int
     kv_bytes_per_token: int
+    kv_window: int | None = None
+
+    def kv_bytes(self, length: int) -> int:
+        """The teacher's cache of `length` tokens in this layer."""
+        kept = length if self.kv_window is None else min(length, self.kv_window)
+        return kept * self.kv_bytes_per_token
+
+    @property
+    def break_even(self) -> int | None:
+        """Tokens from which the state is smaller than the teacher's cache, or None where that is never so."""
+        return _break_even([self])
 
 
 @dataclass
 class Plan:
-    """What a conversion does to each layer."""
+    """What a conversion does to each layer.
+
+    Attributes:
+        rows: the attention layers.
+        others: path -> class of the layers that hold no attention and stay as they are.
+    """
 
     rows: list[Row]
+    others: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def converted(self) -> list[Row]:
+        return [row for row in self.rows if row.kind == "mixer"]
 
     @property
     def parameters(self) -> int:
@@ -76,22 +104,38 @@ class Plan:
     @property
     def state_bytes(self) -> int:
         """State of one sequence in the converted layers, constant in its length."""
-        return sum(row.state_bytes for row in self.rows if row.kind == "mixer")
+        return sum(row.state_bytes for row in self.converted)
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """What a token adds to the teacher's KV cache in the layers that are converted."""
-        return sum(row.kv_bytes_per_token for row in self.rows if row.kind == "mixer")
+        """What a token adds to the teacher's KV cache in the layers that are converted, as long as none is full."""
+        return sum(row.kv_bytes_per_token for row in self.converted)
 
     @property
-    def break_even(self) -> int:
-        """Context length in tokens from which the state is smaller than the KV cache that it replaces."""
-        return -(-self.state_bytes // max(self.kv_bytes_per_token, 1))
+    def break_even(self) -> int | None:
+        """Tokens from which the states are smaller than the KV caches that they replace, or None: never."""
+        return _break_even(self.converted)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for plan.json."""
         names = ("parameters", "state_bytes", "kv_bytes_per_token", "break_even")
-        return {"layers": [asdict(row) for row in self.rows], **{name: getattr(self, name) for name in names}}
+        rows = [asdict(row) for row in self.rows]
+        return {"layers": rows, "others": self.others, **{name: getattr(self, name) for name in names}}
+
+
+def _break_even(rows: list[Row]) -> int | None:
+    """Smallest length at which the rows' caches take as much as their states."""
+    state, length, filled = sum(row.state_bytes for row in rows), 0, 0
+    growing = sum(row.kv_bytes_per_token for row in rows)
+    for row in sorted((row for row in rows if row.kv_window is not None), key=lambda row: row.kv_window or 0):
+        window = row.kv_window or 0
+        if filled + growing * (window - length) >= state:
+            break
+        filled += growing * (window - length)
+        length, growing = window, growing - row.kv_bytes_per_token
+    if filled >= state:
+        return length
+    return length - (filled - state) // growing if growing else None
 
 
 def row(layer: AttentionLayer, mixer: dict[str, Any] | None) -> Row:
@@ -109,16 +153,36 @@ def row(layer: AttentionLayer, mixer: dict[str, Any] | None) -> Row:
         parameters=built.added_parameters if built else 0,
         state_bytes=built.state_bytes() if built else 0,
         kv_bytes_per_token=2 * shape.kv_heads * (shape.key_dim + shape.value_dim),
+        kv_window=shape.sliding_window,
     )
 
 
-def plan(config: PreTrainedConfig, mixer: dict[str, Any], layers: Any = "all") -> Plan:
-    """What converting a model of this config would do; loads no weights.
+def plan(
+    teacher: PreTrainedConfig | PreTrainedModel,
+    mixer: dict[str, Any],
+    layers: Any = "all",
+    roles: Iterable[str] = (),
+    projects: bool = False,
+) -> Plan:
+    """What a conversion would do.
+
+    Args:
+        teacher: a config, for which no weights are loaded, or a loaded model.
+        mixer: a recipe's `mixer:` section.
+        layers: a recipe's `layers:` value.
+        roles: projections (q, k, v, o) that adapters will be hung on.
+        projects: whether training will look through each layer's output projection.
 
     Raises:
-        UnsupportedModelError: see `attention_layers`.
+        UnsupportedModelError: see `attention_layers`; a projection that is asked for is not there.
         RecipeError: see `select`.
     """
-    found = attention_layers(skeleton(config))
+    model = teacher if isinstance(teacher, PreTrainedModel) else skeleton(teacher)
+    found = attention_layers(model)
     chosen = select(layers, [layer.index for layer in found])
-    return Plan([row(layer, mixer if layer.index in chosen else None) for layer in found])
+    converted = [(layer.path, layer.module, layer.shape) for layer in found if layer.index in chosen]
+    targets(model, converted, roles)
+    if projects:
+        outputs(converted)
+    rows = [row(layer, mixer if layer.index in chosen else None) for layer in found]
+    return Plan(rows, other_layers(model, [layer.path for layer in found]))

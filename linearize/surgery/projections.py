@@ -1,74 +1,220 @@
-"""Which linear layers of an attention module hold q, k, v and the output projection, separate or fused."""
+"""Which linear layers of an attention module hold q, k, v and the output projection: one, several, or fused ones."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from linearize.errors import UnsupportedModelError
+from linearize.mixers import LayerShape
 from linearize.surgery.attention import LinearizedAttention
 
 ROLES = ("q", "k", "v", "o")
 
-SEPARATE = {
-    "q": ("q_proj", "query", "q_lin", "wq"),
-    "k": ("k_proj", "key", "k_lin", "wk"),
-    "v": ("v_proj", "value", "v_lin", "wv"),
+WORDS = {
+    "q": "q",
+    "query": "q",
+    "wq": "q",
+    "k": "k",
+    "key": "k",
+    "wk": "k",
+    "v": "v",
+    "value": "v",
+    "val": "v",
+    "wv": "v",
+    "kv": "kv",
+    "wkv": "kv",
+    "qkv": "qkv",
+    "wqkv": "qkv",
+    "o": "o",
+    "out": "o",
+    "output": "o",
+    "wo": "o",
 }
-"""Names that say which of the three a projection is; shapes cannot, where all three are square."""
+"""Word of a layer's name -> the roles that it plays; shapes cannot say, where all projections are square."""
 
 
-def projections(attention: LinearizedAttention) -> dict[str, str]:
-    """Role -> name of the child that plays it; fused q/k/v share one child.
+def projections(attention: nn.Module, shape: LayerShape | None = None) -> dict[str, list[str]]:
+    """Role -> names, inside the module, of the linear layers that make it.
+
+    Latent attention makes a role in two steps, and keys and values in the same ones (`kv_a_proj_with_mqa`,
+    `kv_b_proj`); fused layers play several roles; a role without a linear layer has an empty list.
 
     Args:
-        attention: a converted layer.
-
-    Raises:
-        UnsupportedModelError: a role cannot be told, with the children seen.
+        attention: an attention module, converted or not.
+        shape: its numbers; a converted module's own by default.
     """
-    children = attention.named_children()
-    linears = {name: size for name, child in children if (size := _features(child)) is not None}
-    found = {role: name for role, names in SEPARATE.items() for name in names if name in linears}
-    shape = attention.mixer.shape
-    joined = shape.heads * shape.value_dim
-    fused = (shape.heads + shape.kv_heads) * shape.key_dim + shape.kv_heads * shape.value_dim
-    for name, (inputs, outputs) in linears.items():
-        if name in found.values():
-            continue
-        if outputs == fused and "q" not in found and outputs != inputs:
-            found |= dict.fromkeys("qkv", name)
-        elif inputs == joined:
-            found["o"] = name
-    missing = [role for role in ROLES if role not in found]
-    if missing:
-        raise UnsupportedModelError(
-            f"{type(attention).__name__}: cannot tell which of {', '.join(linears) or 'no linear layers'} "
-            f"is the {', '.join(missing)} projection"
-        )
+    if shape is None:
+        assert isinstance(attention, LinearizedAttention), "what is not converted does not know its numbers"
+        shape = attention.mixer.shape
+    linears = dict(_linears(attention))
+    found: dict[str, list[str]] = {role: [] for role in ROLES}
+    depths: dict[str, int] = {}
+    for name in sorted(linears, key=lambda name: name.count(".")):
+        for role in _named_roles(name):
+            # what lies deeper than a role's own layers is something else: an indexer's or an expert's queries
+            if depths.setdefault(role, name.count(".")) == name.count("."):
+                found[role].append(name)
+    _by_size(found, linears, shape)
     return found
 
 
-def projection(attention: LinearizedAttention, role: str) -> nn.Module:
-    """The child that plays a role, LoRA-wrapped or not."""
-    return attention.get_submodule(projections(attention)[role])
+def _named_roles(name: str) -> str:
+    """Roles that the last part of a dotted name speaks of, or else the part before it ("q_proj.linear")."""
+    for part in reversed(name.split(".")):
+        words = re.findall(r"[a-z]+", part.lower())
+        roles = "".join(dict.fromkeys("".join(WORDS.get(word, "") for word in words)))
+        if roles:
+            return roles if "o" not in roles or "gate" not in words else ""
+    return ""
 
 
-def role_modules(model: nn.Module, roles: list[str] | tuple[str, ...] = ROLES) -> list[str]:
-    """Full names of the projections of every converted layer that play one of the roles; fused ones once."""
-    names = []
-    for path, module in model.named_modules():
-        if isinstance(module, LinearizedAttention):
-            own = projections(module)
-            names += [f"{path}.{child}" for child in dict.fromkeys(own[role] for role in roles)]
-    return names
+def _by_size(found: dict[str, list[str]], linears: dict[str, tuple[int, int]], shape: LayerShape) -> None:
+    """Add the direct children whose sizes alone say what they are: fused q, k and v, and the output projection."""
+    claimed = {name for names in found.values() for name in names}
+    unclaimed = {name: size for name, size in linears.items() if name not in claimed and "." not in name}
+    fused = (shape.heads + shape.kv_heads) * shape.key_dim + shape.kv_heads * shape.value_dim
+    if not found["q"]:
+        for name, (inputs, outputs) in list(unclaimed.items()):
+            if outputs == fused != inputs:
+                found |= {role: [name] for role in "qkv"}
+                del unclaimed[name]
+                break
+    outward = [name for name, size in unclaimed.items() if _leads_out(size, shape) and "gate" not in name]
+    if not found["o"] and len(outward) == 1:
+        found["o"] = outward
+
+
+def full_names(model: nn.Module, path: str, attention: nn.Module, shape: LayerShape) -> dict[str, list[str]]:
+    """`projections` under their names in the model, and the output projection beside the module where it stands there.
+
+    Args:
+        model: that holds the module.
+        path: of the attention module.
+        attention, shape: the module and its numbers.
+    """
+    found = {
+        role: [f"{path}.{name}" for name in names] for role, names in projections(attention, shape).items()
+    }
+    if not found["o"]:
+        parent = path.rpartition(".")[0]
+        beside = (
+            (f"{parent}.{name}".removeprefix("."), size)
+            for name, size in _linears(model.get_submodule(parent))
+            if name.partition(".")[0] != path.rpartition(".")[2]
+            and _named_roles(name.rpartition(".")[0]) == "o"
+        )
+        found["o"] = [name for name, size in beside if _leads_out(size, shape)][:1]
+    return found
+
+
+def output_projection(attention: LinearizedAttention) -> nn.Module:
+    """The layer that makes hidden states of the heads' outputs, LoRA-wrapped or not.
+
+    Raises:
+        UnsupportedModelError: see `outputs`.
+    """
+    outputs([(f"layer {attention.layer_idx}", attention, attention.mixer.shape)])
+    return attention.get_submodule(projections(attention)["o"][0])
+
+
+def outputs(layers: Iterable[tuple[str, nn.Module, LayerShape]]) -> None:
+    """Check that every layer has its output projection inside, for objectives that look through it.
+
+    Raises:
+        UnsupportedModelError: one has not; the message names it.
+    """
+    for path, module, shape in layers:
+        found = projections(module, shape)["o"]
+        if len(found) != 1:
+            raise UnsupportedModelError(
+                f"{path} ({type(module).__name__}): no single linear layer inside it is its output projection (found "
+                f"{', '.join(found) or 'none'}), so an objective that compares behind it has nothing to look through; "
+                "use attention_output, which compares before it"
+            )
+
+
+def role_modules(model: nn.Module, roles: Iterable[str] = ROLES) -> list[str]:
+    """Full names of the projections of every converted layer that play one of the roles; fused ones once.
+
+    Raises:
+        UnsupportedModelError: see `targets`.
+    """
+    named = [
+        (path, module) for path, module in model.named_modules() if isinstance(module, LinearizedAttention)
+    ]
+    return targets(model, [(path, module, module.mixer.shape) for path, module in named], roles)
+
+
+def targets(
+    model: nn.Module, layers: Iterable[tuple[str, nn.Module, LayerShape]], roles: Iterable[str]
+) -> list[str]:
+    """Full names of the linear layers that play one of the roles in some attention layers of a model.
+
+    A layer that takes its keys and values from another one of the same class has none of its own, and is passed over.
+
+    Args:
+        model: with weights or on the meta device.
+        layers: path, module and numbers of each.
+        roles: of q, k, v, o.
+
+    Raises:
+        UnsupportedModelError: a role has no linear layer in a class of attention; the message says which roles do.
+    """
+    roles, names = list(roles), []
+    lacking: dict[type, set[str]] = {}
+    seen: dict[type, tuple[str, dict[str, list[str]]]] = {}
+    for path, module, shape in layers:
+        own = full_names(model, path, module, shape)
+        names += [name for role in roles for name in own[role]]
+        without = {role for role in roles if not own[role]}
+        lacking[type(module)] = lacking.get(type(module), without) & without
+        seen.setdefault(type(module), (path, own))
+    for cls, missing in lacking.items():
+        if missing:
+            raise UnsupportedModelError(
+                _missing(cls, *seen[cls], [role for role in ROLES if role in missing])
+            )
+    return list(dict.fromkeys(names))
+
+
+def _missing(cls: type, path: str, found: dict[str, list[str]], missing: list[str]) -> str:
+    there = [role for role in ROLES if found[role]]
+    listed = "; ".join(
+        f"{role}: {', '.join(name.removeprefix(path + '.') for name in found[role])}" for role in there
+    )
+    adapt = f"lora.targets: [{', '.join(there)}] adapts what there is, " if there else ""
+    lost = ", ".join(missing)
+    return (
+        f"{path} ({cls.__name__}): no linear layer is its {lost} projection (found {listed or 'none'}), so adapters on "
+        f"the roles {lost} have no place; {adapt}train: [all] trains the weights themselves"
+    )
+
+
+def _leads_out(size: tuple[int, int], shape: LayerShape) -> bool:
+    """Whether (in, out) takes all heads' values to hidden states."""
+    return size[0] == shape.heads * shape.value_dim and shape.model_dim in (None, size[1])
+
+
+def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, tuple[int, int]]]:
+    """Dotted name and (in, out) of every linear layer in a module, mixers left out and adapters not looked into."""
+    for name, child in module.named_children():
+        size = _features(child)
+        if size is not None:
+            yield prefix + name, size
+        elif not (isinstance(module, LinearizedAttention) and child is module.mixer):
+            yield from _linears(child, f"{prefix}{name}.")
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a linear layer, GPT-2's Conv1D and peft's wrappers included."""
-    module = getattr(module, "base_layer", module)
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
+    inner: Any = getattr(module, "base_layer", module)
+    if isinstance(inner, nn.Linear):
+        return inner.in_features, inner.out_features
+    if isinstance(inner, Conv1D):
+        return inner.weight.shape[0], inner.weight.shape[1]
     return None

@@ -9,7 +9,7 @@ python=${PYTHON:-python3}
 
 exec "$python" -m linearize run smollm2-135m lolcats --out "${OUT:-runs/lolcats-h100}" \
     "data.source=[$data/text/books.train.parquet,$data/text/teacher.train.parquet]" \
-    "data.validation=$data/text/books.validation.parquet" \
+    data.template=rendered "data.validation=$data/text/books.validation.parquet" \
     "eval.texts={wikitext2: $data/text/wikitext2.test.parquet}" \
     eval.max_windows=200 eval.batch_size=64 'eval.tasks=[all]' "eval.task_data=$data/tasks" \
     stages.transfer.tokens=3M stages.transfer.batch_size=16 \

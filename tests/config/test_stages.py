@@ -65,7 +65,10 @@ def test_stage_options_survive_their_own_yaml(tmp_path):
             "stages.transfer.data.lenght: unknown key; did you mean 'length'?",
         ),
         (["stages.transfer.data.template=chta"], "unknown value 'chta'; did you mean 'chat'?"),
-        (["stages.transfer.data.length=1"], "stages.transfer.data.length: must be at least 2, got 1"),
+        (
+            ["stages.transfer.data.length=1"],
+            "stages.transfer.data.length: must be at least 2 and at most 10000000, got 1",
+        ),
         (["stages.transfer.data.source=[]"], "stages.transfer.data.source: must be builtin"),
         (
             ["stages.transfer.data.length=1000k", "stages.transfer.tokens=1M"],
@@ -80,7 +83,10 @@ def test_stage_options_survive_their_own_yaml(tmp_path):
             "stages.recover.data.template: preference is for dpo alone",
         ),
         (
-            ["stages.recover.objective={dpo: 1, next_token: 1}", "stages.recover.data.template=preference"],
+            [
+                "stages.recover.objective={dpo: 1, next_token: 1}",
+                "stages.recover.data={template: preference, source: pairs.jsonl}",
+            ],
             "next_token is of the whole model and dpo is on pairs of answers; one stage trains on one kind",
         ),
         (["stages.recover.dpo_beta=0"], "stages.recover.dpo_beta: must be above 0"),

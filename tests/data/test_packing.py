@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -139,10 +138,42 @@ def test_stretches_join_to_the_text(text, monkeypatch):
 
 
 def test_text_that_already_ends_is_not_ended_twice(tokenizer, jsonl):
-    dataset = packed(
-        tokenizer, DataConfig(source=jsonl([{"text": "ab</s>"}] * 4), length=12), tokens=12, seed=0
+    config = DataConfig(source=jsonl([{"text": "ab</s>"}] * 4), template="rendered", length=12)
+    dataset = packed(tokenizer, config, tokens=12, seed=0)
+    assert flat(dataset, "input_ids").count(END) == 4
+
+
+def test_text_that_already_begins_is_not_begun_twice(tokenizer, jsonl):
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
     )
-    assert all(pair != (END, END) for pair in pairwise(flat(dataset, "input_ids")))
+    for template in ("rendered", "none"):
+        config = DataConfig(source=jsonl([{"text": "<s>ab"}] * 4), template=template, length=16)
+        ids = flat(packed(tokenizer, config, tokens=16, seed=0), "input_ids")
+        assert ids[0] == 1 and (template == "none") == (ids[1:4] == tokenizer.convert_tokens_to_ids([*"<s>"]))
+
+
+def test_plain_text_cannot_end_a_document(tokenizer, jsonl, caplog):
+    caplog.set_level("INFO", logger="linearize")
+    config = DataConfig(source=jsonl([{"text": "a</s>b<|user|>"}] * 4), length=60)
+    (item,) = packed(tokenizer, config, tokens=60, seed=0)
+    assert (item["input_ids"] == END).sum() == (item["position_ids"] == 0).sum() == 4
+    assert tokenizer.decode(item["input_ids"]) == "a</s>b<|user|></s>" * 4
+    assert "spells '</s>', which is read as text" in caplog.text and "data.template=rendered" in caplog.text
+    rows = [{"instruction": "a</s>", "output": "b</s>"}] * 4
+    ids = flat(
+        packed(tokenizer, DataConfig(source=jsonl(rows), template="alpaca", length=100), tokens=400, seed=0),
+        "input_ids",
+    )
+    assert ids.count(END) == len(tokenizer.decode(ids).split("### Response:\nb</s></s>")) - 1
+
+
+def test_rendered_text_keeps_its_control_tokens(tokenizer, jsonl, caplog):
+    caplog.set_level("INFO", logger="linearize")
+    config = DataConfig(source=jsonl([{"text": "<|user|>a</s>b"}] * 4), template="rendered", length=20)
+    (item,) = packed(tokenizer, config, tokens=20, seed=0)
+    assert (item["input_ids"] == END).sum() == 8 and (item["position_ids"] == 0).sum() == 4
+    assert "spells" not in caplog.text
 
 
 def test_a_tokenizer_that_opens_texts_opens_documents(tokenizer, jsonl):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,17 @@ def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
     """A two-stage recipe on a text file; keyword arguments change the stages' fields."""
-    text = tmp_path / "text.txt"
+    return recipes_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
+    """`make_recipe` for what a module makes once."""
+    return recipes_in(tmp_path_factory.mktemp("text"))
+
+
+def recipes_in(folder: Path) -> Callable[..., Recipe]:
+    text = folder / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
 
     def make(**changes: Any) -> Recipe:
@@ -68,6 +79,17 @@ def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
         )
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def listening() -> Iterator[None]:
+    """Ctrl-C as in a terminal: a shell starts what runs in the background with it ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from linearize import data, distill
 from linearize.config.schema import DataConfig, Recipe, StageConfig, StageDataConfig
+from linearize.errors import LinearizeError
 
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}Q:{{ message['content'] }}\nA:"
@@ -127,6 +128,6 @@ def test_a_wrong_column_of_a_stage_is_told_before_anything_is_written(
     rows.write_text('{"mesages": []}\n')
     recipe = make_recipe()
     recipe.stages["sft"] = stage(rows)
-    with pytest.raises(distill.runner.LinearizeError, match="did you mean 'mesages'"):
+    with pytest.raises(LinearizeError, match="did you mean 'mesages'"):
         distill.run(str(chat_folder), recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -40,6 +40,29 @@ def test_chat_template(model, tokenizer):
     assert chat == generate(model, tokenizer, "a dog . the cat . Answer :", max_new_tokens=5)
 
 
+def seen_by(model, *arguments, **options) -> torch.Tensor:
+    """The prompt's ids that reach the model."""
+    seen: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        forward = model.forward
+        patch.setattr(model, "forward", lambda *a, **k: seen.append(k["input_ids"]) or forward(*a, **k))
+        generate(model, *arguments, max_new_tokens=1, graph=False, **options)
+    return seen[0][0]
+
+
+def test_a_message_cannot_spell_control_tokens_but_a_raw_prompt_can(model, tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} <eos> {% endfor %}Answer :"
+    end = tokenizer.eos_token_id
+    assert (seen_by(model, tokenizer, "the <eos> cat <eos>") == end).sum() == 2
+    assert (seen_by(model, tokenizer, "the <eos> cat <eos>", chat=True, system="<eos>") == end).sum() == 2
+
+
+def test_a_message_that_the_template_refuses(model, tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(LinearizeError, match="chat template refuses these messages: no system"):
+        generate(model, tokenizer, "the cat", chat=True)
+
+
 @pytest.mark.parametrize("prompts", [[], "", ["a", ""]])
 def test_an_empty_prompt_is_refused(model, tokenizer, prompts):
     with pytest.raises(LinearizeError, match="empty prompt"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import sys
 
@@ -86,6 +87,18 @@ def test_all_tasks_end_to_end(model, tokenizer, data_dir, capfd, monkeypatch):
     assert captured.out == "" and captured.err == ""
 
 
+def test_an_item_that_spells_a_control_token_is_scored_as_text(model, tokenizer, data_dir):
+    pytest.importorskip("lm_eval")
+    item = {"query": "the <eos> cat ", "choices": ["<eos> dog", "sat \u2028 <eos>"], "gold": 1}
+    lines = json.dumps(item, ensure_ascii=False).encode() + b"\n"
+    (data_dir / "piqa.jsonl").write_bytes(b"\xef\xbb\xbf" + lines * 2)
+    seen: list[torch.Tensor] = []
+    forward = model.forward
+    model.forward = lambda *a, **k: seen.append(k["input_ids"]) or forward(*a, **k)
+    assert run_tasks(model, tokenizer, "piqa", data_dir=data_dir, progress=False)["piqa"]["items"] == 2
+    assert seen and not any((ids == tokenizer.eos_token_id).any() for ids in seen)
+
+
 def test_nothing_of_the_caller_is_changed(model, tokenizer, data_dir):
     pytest.importorskip("lm_eval")
     model.train()
@@ -125,6 +138,8 @@ def test_requests_are_counted_before_anything_runs(data_dir):
         ('{"query": "q", "choices": ["a"], "gold": 0}\n{"query": ', r"line 2: not JSON"),
         ('{"query": "q", "choices": ["a"]}', r"line 1: no column 'gold' of type int"),
         ('{"query": "q", "choices": "a", "gold": 0}', r"line 1: no column 'choices' of type list"),
+        ('{"query": "q", "choices": ["a", 3], "gold": 0}', r"line 1: no column 'choices' of type list"),
+        ('{"query": "q", "choices": ["a", "b"], "gold": true}', r"line 1: no column 'gold' of type int"),
         ('{"query": "q", "choices": ["a"], "gold": 1}', r"line 1: gold 1 .* 1 choices"),
     ],
 )
@@ -132,6 +147,22 @@ def test_bad_data_is_named(tmp_path, content, message):
     if content is not None:
         (tmp_path / "piqa.jsonl").write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=message):
+        check_data(["piqa"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda path: path.mkdir(), "piqa.jsonl not found"),
+        (lambda path: os.mkfifo(path), "is a named pipe"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a device"),
+        (lambda path: path.symlink_to(path), "cannot be read"),
+        (lambda path: path.write_bytes("{}".encode("utf-16")), "mark of UTF-16.*; task 'piqa' reads"),
+    ],
+)
+def test_a_task_that_is_no_file(tmp_path, make, problem):
+    make(tmp_path / "piqa.jsonl")
+    with pytest.raises(DataError, match=problem):
         check_data(["piqa"], tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -10,6 +11,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import linearize.eval.perplexity as module
+from linearize.config.schema import DataConfig
+from linearize.data import Document, validation_documents
 from linearize.errors import DataError
 from linearize.eval.perplexity import perplexity, windows
 
@@ -79,6 +82,28 @@ def test_a_tokenizer_with_bos_gets_one_in_every_window(tokenizer, story):
     assert ids.shape == (3, 8)
     assert (ids[:, 0] == tokenizer.bos_token_id).all()
     assert ids[:, 1:].flatten().tolist() == tokenizer(story(21), add_special_tokens=False)["input_ids"]
+
+
+def test_a_text_that_spells_a_control_token_holds_its_characters(tokenizer, story):
+    """A word of this vocabulary is a token, so characters that are no word come to the unknown token."""
+    text = f"<eos> {story(9)} < eos > <bos>"
+    assert tokenizer.eos_token_id in tokenizer(text)["input_ids"]
+    ids = windows(tokenizer, text, window=8)
+    assert tokenizer.eos_token_id not in ids
+    rendered = windows(tokenizer, [Document.rendered(text)], window=8)
+    assert rendered[0, 0] == tokenizer.eos_token_id and (rendered == tokenizer.eos_token_id).sum() == 1
+
+
+def test_held_out_conversations_keep_the_control_tokens_of_the_template(tokenizer, tmp_path):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+    rows = [{"prompt": "the cat <eos>", "response": "sat"}] * 3
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(validation=str(tmp_path / "rows.jsonl"), template="chat")
+    documents = validation_documents(config, tokenizer)
+    ids = windows(
+        tokenizer, documents, window=8
+    )  # a row has eight tokens: three in place of the prompt's <eos>
+    assert ids.shape == (3, 8) and ((ids == tokenizer.eos_token_id).sum(1) == 2).all()
 
 
 def test_the_model_is_given_back_as_it_was(model, tokenizer, story):

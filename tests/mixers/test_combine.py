@@ -113,9 +113,9 @@ def test_window_longer_than_the_text_is_softmax(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "weighted", "window": 0}, "combine.window: 0 must be above 0"),
+        ({"name": "weighted", "window": 0}, "combine.window: must be above 0"),
         ({"name": "sigmoid", "per": "row"}, "'row' is not one of head, token"),
-        ({"name": "sigmoid", "window_weight_init": 1.0}, "must lie between 0 and 1"),
+        ({"name": "sigmoid", "window_weight_init": 1.0}, "must be above 0 and below 1"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

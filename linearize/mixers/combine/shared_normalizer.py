@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from linearize.kernels.window_linear.reference import divide
 from linearize.mixers.base import LayerShape, Part, Partial, fill
 from linearize.mixers.combine import COMBINES, Combine
+from linearize.mixers.options import number
 
 
 @COMBINES.register("shared_normalizer")
@@ -27,17 +28,12 @@ class SharedNormalizer(Combine):
 
     @dataclass
     class Config(Part.Config):
-        window_weight_init: float = 0.1
+        window_weight_init: float = number(0.1, above=0, below=1)
         """g at the start."""
         complement: bool = False
         """a = 1 - g instead of 1 (LoLCATs' affine attention factors)."""
         stabilized: bool = False
         """Both branches on one scale."""
-
-        def problems(self) -> list[str]:
-            """Rules that types alone do not express."""
-            value = self.window_weight_init
-            return [] if 0 < value < 1 else [f"window_weight_init: {value} must lie between 0 and 1"]
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)

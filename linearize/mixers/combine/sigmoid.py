@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from linearize.errors import LinearizeError
 from linearize.mixers.base import LayerShape, Part, Partial, fill
 from linearize.mixers.combine import COMBINES, Combine, blend
+from linearize.mixers.options import choice_problems, number
 
 
 @COMBINES.register("sigmoid")
@@ -33,15 +34,12 @@ class Sigmoid(Combine):
     class Config(Part.Config):
         per: str = "head"
         """head, or token: from the hidden states, for every head."""
-        window_weight_init: float = 0.5
+        window_weight_init: float = number(0.5, above=0, below=1)
         """g at the start."""
 
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
-            found = [] if self.per in ("head", "token") else [f"per: '{self.per}' is not one of head, token"]
-            if not 0 < self.window_weight_init < 1:
-                found.append(f"window_weight_init: {self.window_weight_init} must lie between 0 and 1")
-            return found
+            return choice_problems(per=(self.per, ("head", "token")))
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from linearize.mixers.base import LayerShape, Part, Partial
 from linearize.mixers.combine import COMBINES, Combine, blend
+from linearize.mixers.options import number
 
 
 @COMBINES.register("weighted")
@@ -22,19 +23,10 @@ class FixedWeights(Combine):
 
     @dataclass
     class Config(Part.Config):
-        window: float = 0.5
-        """Weight of the window's output."""
-        recurrent: float = 0.5
+        window: float = number(0.5, above=0)
+        """Weight of the window's output; to drop a branch, name it none."""
+        recurrent: float = number(0.5, above=0)
         """Weight of the recurrent branch's output."""
-
-        def problems(self) -> list[str]:
-            """Rules that types alone do not express."""
-            found = [
-                f"{key}: {value} must be above 0 (to drop a branch, name it 'none')"
-                for key, value in (("window", self.window), ("recurrent", self.recurrent))
-                if not value > 0
-            ]
-            return found
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)

@@ -12,7 +12,7 @@ from linearize.errors import LinearizeError
 from linearize.mixers.base import LayerShape, Part
 from linearize.mixers.feature_map import FEATURE_MAPS, FeatureMap
 from linearize.mixers.feature_map.shared import FLOOR
-from linearize.mixers.options import at_least
+from linearize.mixers.options import number
 
 
 @FEATURE_MAPS.register("cosformer")
@@ -35,12 +35,8 @@ class CosFormer(FeatureMap):
 
     @dataclass
     class Config(Part.Config):
-        length: int = 4096
+        length: int = number(4096, least=1, most=10_000_000)
         """M in tokens: the longest text that the re-weighting tells apart."""
-
-        def problems(self) -> list[str]:
-            """Rules that types alone do not express."""
-            return at_least(1, length=self.length)
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)

@@ -9,7 +9,7 @@ from torch import Tensor
 from linearize.mixers.base import LayerShape, Part
 from linearize.mixers.feature_map import FEATURE_MAPS
 from linearize.mixers.feature_map.shared import ParameterFree, exponential
-from linearize.mixers.options import choice_problems, positive
+from linearize.mixers.options import choice_problems, number
 
 
 @FEATURE_MAPS.register("exp")
@@ -30,15 +30,14 @@ class Exp(ParameterFree):
 
     @dataclass
     class Config(Part.Config):
-        scale: float = 1.0
+        scale: float = number(1.0, above=0, most=1000)
         """t; 2 is spikier and nearer to softmax."""
         less_maximum: str = "query"
         """Where the row maximum is taken off: query, both (queries and keys), none."""
 
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
-            found = choice_problems(less_maximum=(self.less_maximum, ("query", "both", "none")))
-            return found + positive(scale=self.scale)
+            return choice_problems(less_maximum=(self.less_maximum, ("query", "both", "none")))
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)

@@ -11,7 +11,7 @@ from torch import Tensor
 from linearize.mixers.base import LayerShape, Part, fill
 from linearize.mixers.feature_map import FEATURE_MAPS
 from linearize.mixers.feature_map.shared import ParameterFree, exponential
-from linearize.mixers.options import at_least, choice_problems
+from linearize.mixers.options import WIDEST, choice_problems, number
 
 
 @FEATURE_MAPS.register("performer")
@@ -38,17 +38,16 @@ class Performer(ParameterFree):
 
     @dataclass
     class Config(Part.Config):
-        dim: int = 256
+        dim: int = number(256, least=1, most=WIDEST)
         """Random features, F."""
-        seed: int = 0
+        seed: int = number(0, least=0, most=2**32 - 1)
         """Draws R."""
         less_maximum: str = "query"
         """query = queries less their row maximum; none."""
 
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
-            found = choice_problems(less_maximum=(self.less_maximum, ("query", "none")))
-            return found + at_least(1, dim=self.dim) + at_least(0, seed=self.seed)
+            return choice_problems(less_maximum=(self.less_maximum, ("query", "none")))
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)

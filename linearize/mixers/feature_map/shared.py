@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from linearize.mixers.base import LayerShape, Part, fill, repeat_heads
 from linearize.mixers.feature_map import FeatureMap
-from linearize.mixers.options import at_least, choice_problems
+from linearize.mixers.options import WIDEST, choice_problems, number
 
 FLOOR = 1e-12
 """Least feature of maps that can reach zero: a query whose features all vanish still has weights to normalize."""
@@ -65,7 +65,7 @@ class PerHeadProjection(FeatureMap):
 
     @dataclass
     class Config(Part.Config):
-        dim: int = 64
+        dim: int = number(64, least=1, most=WIDEST)
         """Columns of W."""
         per: str = "query_head"
         """Key map per query_head (as published) or per kv_head."""
@@ -74,7 +74,7 @@ class PerHeadProjection(FeatureMap):
 
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
-            found = choice_problems(per=(self.per, ("query_head", "kv_head"))) + at_least(1, dim=self.dim)
+            found = choice_problems(per=(self.per, ("query_head", "kv_head")))
             if self.tied and self.per != "query_head":
                 why = "since keys and queries would have different head counts"
                 found.append(f"tied: true needs per: query_head, {why}")

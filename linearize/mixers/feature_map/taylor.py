@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from linearize.mixers.base import LayerShape
 from linearize.mixers.feature_map import FEATURE_MAPS
 from linearize.mixers.feature_map.shared import PerHeadProjection
+from linearize.mixers.options import number
 
 
 @FEATURE_MAPS.register("taylor")
@@ -33,12 +33,8 @@ class Taylor(PerHeadProjection):
 
     @dataclass
     class Config(PerHeadProjection.Config):
-        dim: int = 16
-        """Columns of W, or 0: the whole head."""
-
-        def problems(self) -> list[str]:
-            """Rules that types alone do not express."""
-            return PerHeadProjection.Config.problems(dataclasses.replace(self, dim=self.dim or 1))
+        dim: int = number(16, least=0, most=256)
+        """Columns of W, or 0: the whole head. Features grow with its square."""
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)

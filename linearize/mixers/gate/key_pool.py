@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from linearize.mixers.base import LayerShape, Part
 from linearize.mixers.gate import GATES, Gate, log_sigmoid
-from linearize.mixers.options import positive
+from linearize.mixers.options import number
 
 
 @GATES.register("key_pool")
@@ -26,12 +26,8 @@ class KeyPoolGate(Gate):
 
     @dataclass
     class Config(Part.Config):
-        divisor: float = 16.0
+        divisor: float = number(16.0, above=0)
         """decay = sigmoid(pool(k)) ** (1 / divisor); 16: 0.958 at a key of zero."""
-
-        def problems(self) -> list[str]:
-            """Rules that types alone do not express."""
-            return positive(divisor=self.divisor)
 
     def __init__(self, config: Config, shape: LayerShape, feature_dim: int) -> None:
         super().__init__(config, shape, feature_dim)

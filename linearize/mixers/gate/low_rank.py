@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from linearize.mixers.base import LayerShape, Part, fill
 from linearize.mixers.gate import GATES, Gate, log_sigmoid
-from linearize.mixers.options import at_least, positive
+from linearize.mixers.options import WIDEST, number
 
 
 @GATES.register("low_rank")
@@ -23,15 +23,11 @@ class LowRankGate(Gate):
 
     @dataclass
     class Config(Part.Config):
-        rank: int = 16
+        rank: int = number(16, least=1, most=WIDEST)
         """Width between W1 [D, rank] and W2 [rank, N F]."""
-        divisor: float = 16.0
-        bias: float = 0.0
+        divisor: float = number(16.0, above=0)
+        bias: float = number(0.0, least=-1000, most=1000)
         """b at the start; larger remembers longer."""
-
-        def problems(self) -> list[str]:
-            """Rules that types alone do not express."""
-            return at_least(1, rank=self.rank) + positive(divisor=self.divisor)
 
     def __init__(self, config: Config, shape: LayerShape, feature_dim: int) -> None:
         super().__init__(config, shape, feature_dim)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from linearize.mixers.base import LayerShape, Part, fill
 from linearize.mixers.gate import GATES, Gate
+from linearize.mixers.options import number
 
 
 @GATES.register("mamba2")
@@ -27,16 +28,16 @@ class Mamba2Gate(Gate):
 
     @dataclass
     class Config(Part.Config):
-        fastest: float = 16.0
+        fastest: float = number(16.0, above=0, most=1e9)
         """Half-life of the fastest head at the start, in tokens."""
-        slowest: float = 1024.0
+        slowest: float = number(1024.0, above=0, most=1e9)
         """Half-life of the slowest head at the start, in tokens."""
 
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
-            if 0 < self.fastest <= self.slowest:
+            if self.fastest <= self.slowest:
                 return []
-            return [f"fastest: {self.fastest} must be positive and at most slowest ({self.slowest})"]
+            return [f"fastest: {self.fastest} must be at most slowest ({self.slowest})"]
 
     def __init__(self, config: Config, shape: LayerShape, feature_dim: int) -> None:
         super().__init__(config, shape, feature_dim)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from linearize.mixers.gate import GATES
 from linearize.mixers.gate.shared import CurveGate
+from linearize.mixers.options import number
 
 
 @GATES.register("rwkv6")
@@ -22,9 +23,9 @@ class RWKV6Gate(CurveGate):
 
     @dataclass
     class Config(CurveGate.Config):
-        slow: float = -6.0
-        fast: float = -1.0
-        exponent: float = 1.35
+        slow: float = number(-6.0, least=-100, most=100)
+        fast: float = number(-1.0, least=-100, most=100)
+        exponent: float = number(1.35, above=0, most=100)
         """Published: 0.7 in the first layer to 2 in the last."""
 
     def log_decay(self, logits: Tensor) -> Tensor:

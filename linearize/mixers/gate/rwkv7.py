@@ -9,6 +9,7 @@ from torch import Tensor
 
 from linearize.mixers.gate import GATES
 from linearize.mixers.gate.shared import CurveGate
+from linearize.mixers.options import number
 
 
 @GATES.register("rwkv7")
@@ -21,9 +22,9 @@ class RWKV7Gate(CurveGate):
 
     @dataclass
     class Config(CurveGate.Config):
-        slow: float = -6.5
-        fast: float = -1.5
-        exponent: float = 1.56
+        slow: float = number(-6.5, least=-100, most=100)
+        fast: float = number(-1.5, least=-100, most=100)
+        exponent: float = number(1.56, above=0, most=100)
         """Published: 0.85 in the first layer to 1.85 in the last."""
 
     def log_decay(self, logits: Tensor) -> Tensor:

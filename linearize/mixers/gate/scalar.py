@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from linearize.mixers.base import LayerShape, Part, fill
 from linearize.mixers.gate import GATES, Gate, log_sigmoid
-from linearize.mixers.options import choice_problems, positive
+from linearize.mixers.options import choice_problems, number
 
 
 @GATES.register("scalar")
@@ -24,13 +24,13 @@ class ScalarGate(Gate):
     class Config(Part.Config):
         per: str = "layer"
         """layer or kv_head."""
-        divisor: float = 1.0
-        bias: float = 4.0
+        divisor: float = number(1.0, above=0)
+        bias: float = number(4.0, least=-1000, most=1000)
         """b at the start."""
 
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
-            return choice_problems(per=(self.per, ("layer", "kv_head"))) + positive(divisor=self.divisor)
+            return choice_problems(per=(self.per, ("layer", "kv_head")))
 
     def __init__(self, config: Config, shape: LayerShape, feature_dim: int) -> None:
         super().__init__(config, shape, feature_dim)

@@ -10,7 +10,7 @@ from torch import Tensor
 from linearize.mixers.base import LayerShape, Part
 from linearize.mixers.gate import Gate
 from linearize.mixers.low_rank import LowRank
-from linearize.mixers.options import at_least, choice_problems, positive
+from linearize.mixers.options import WIDEST, choice_problems, number
 
 
 class CurveGate(Gate):
@@ -28,13 +28,13 @@ class CurveGate(Gate):
 
     @dataclass
     class Config(Part.Config):
-        slow: float = 0.0
+        slow: float = number(0.0, least=-100, most=100)
         """d of the first channel at the start; the smaller, the longer it remembers."""
-        fast: float = 0.0
+        fast: float = number(0.0, least=-100, most=100)
         """d of the last channel at the start; lower it to start nearer the teacher, which forgets nothing."""
-        exponent: float = 1.0
+        exponent: float = number(1.0, above=0, most=100)
         """How the curve bends in between: the larger, the more channels remember long."""
-        rank: int = 64
+        rank: int = number(64, least=1, most=WIDEST)
         """Width between W1 [D, rank] and W2 [rank, M F]."""
         per: str = "kv_head"
         """Decays per kv_head, whose query heads then share one state, or per query_head as published."""
@@ -42,7 +42,6 @@ class CurveGate(Gate):
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
             found = choice_problems(per=(self.per, ("kv_head", "query_head")))
-            found += positive(exponent=self.exponent) + at_least(1, rank=self.rank)
             if self.slow > self.fast:
                 found.append(f"slow: {self.slow} must be at most fast ({self.fast})")
             return found

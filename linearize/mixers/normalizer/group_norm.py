@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from linearize.mixers.base import LayerShape, Part, Partial, fill
 from linearize.mixers.normalizer import NORMALIZERS, Normalizer
-from linearize.mixers.options import choice_problems, positive
+from linearize.mixers.options import choice_problems, number
 
 
 @NORMALIZERS.register("group_norm")
@@ -31,12 +31,12 @@ class GroupNorm(Normalizer):
         """layer (mean off) or rms."""
         scale: bool = True
         """A learned scale per head."""
-        start: float = 1.0
+        start: float = number(1.0, above=0)
         """The scale at the start; means of values are small, so teachers' outputs have an rms of 0.03 to 0.5."""
 
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
-            return choice_problems(kind=(self.kind, ("layer", "rms"))) + positive(start=self.start)
+            return choice_problems(kind=(self.kind, ("layer", "rms")))
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)

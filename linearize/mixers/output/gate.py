@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.mixers.base import LayerShape, Part, fill
-from linearize.mixers.options import at_least
+from linearize.mixers.options import WIDEST, number
 from linearize.mixers.output import OUTPUTS, Output
 
 
@@ -20,12 +20,8 @@ class OutputGate(Output):
 
     @dataclass
     class Config(Part.Config):
-        rank: int = 32
+        rank: int = number(32, least=1, most=WIDEST)
         """Width between W1 [D, rank] and W2 [rank, H V]."""
-
-        def problems(self) -> list[str]:
-            """Rules that types alone do not express."""
-            return at_least(1, rank=self.rank)
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)

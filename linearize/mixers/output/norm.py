@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.mixers.base import LayerShape, Part, fill
+from linearize.mixers.options import number
 from linearize.mixers.output import OUTPUTS, Output
 
 
@@ -22,7 +23,7 @@ class OutputNorm(Output):
 
     @dataclass
     class Config(Part.Config):
-        start: float = 1.0
+        start: float = number(1.0, above=0)
         """Scale at the start; the rms of the teacher's outputs is the value that matches it."""
 
     def __init__(self, config: Config, shape: LayerShape) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from linearize.kernels.short_conv import short_conv_reference, short_conv_step_streams, short_conv_streams
 from linearize.mixers.base import LayerShape, Part, fill
-from linearize.mixers.options import at_least, choice_problems
+from linearize.mixers.options import choice_problems, number
 from linearize.mixers.short_conv import SHORT_CONVS, ShortConv
 from linearize.mixers.state import State
 
@@ -25,21 +25,20 @@ class Depthwise(ShortConv):
 
     @dataclass
     class Config(Part.Config):
-        taps: int = 4
+        taps: int = number(4, least=2, most=1024)
         """Tokens that the filter reaches over, the own one included."""
         roles: str = "qk"
         """What is convolved: qk, qkv or k."""
         activation: str = "none"
         """none, or silu behind the filter."""
-        others: float = 0.001
+        others: float = number(0.001, least=-1000, most=1000)
         """The other taps at the start."""
 
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
-            choices = choice_problems(
+            return choice_problems(
                 roles=(self.roles, ("qk", "qkv", "k")), activation=(self.activation, ("none", "silu"))
             )
-            return choices + at_least(2, taps=self.taps)
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from linearize.kernels.gated_delta import delta_chunk, delta_reference, delta_step
 from linearize.mixers.base import LayerShape, Part, Partial, fill
-from linearize.mixers.options import positive
+from linearize.mixers.options import number
 from linearize.mixers.state import State
 from linearize.mixers.update import UPDATES, Stream, Update
 
@@ -30,14 +30,10 @@ class Delta(Update):
 
     @dataclass
     class Config(Part.Config):
-        beta_bias: float = 0.0
+        beta_bias: float = number(0.0, least=-1000, most=1000)
         """b at the start: 0 writes with a strength of one half."""
-        scale: float = 1.0
+        scale: float = number(1.0, above=0)
         """Scale of the output at the start."""
-
-        def problems(self) -> list[str]:
-            """Rules that types alone do not express."""
-            return positive(scale=self.scale)
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from linearize.kernels.generalized_delta import (
 )
 from linearize.mixers.base import LayerShape, Part, Partial, fill
 from linearize.mixers.low_rank import LowRank
-from linearize.mixers.options import at_least, positive
+from linearize.mixers.options import WIDEST, number
 from linearize.mixers.state import State
 from linearize.mixers.update import UPDATES, Stream, Update
 
@@ -49,20 +49,16 @@ class RWKV7(Update):
     class Config(Part.Config):
         balanced: bool = True
         """RADLADS' keys; false: RWKV-7's."""
-        rank: int = 64
+        rank: int = number(64, least=1, most=WIDEST)
         """Width between W1 [D, rank] and W2 [rank, M F]."""
-        rate_base: float = 0.0
+        rate_base: float = number(0.0, least=-1000, most=1000)
         """Base of a's logit at the start: 0 takes out one half."""
-        removal_scale: float = 0.85
+        removal_scale: float = number(0.85, above=0)
         """k_k at the start, where not balanced; only its direction matters."""
-        rate_share: float = 1.0
+        rate_share: float = number(1.0, least=-1000, most=1000)
         """k_a at the start, where not balanced: 0 writes the whole key, 1 writes a of it."""
-        scale: float = 0.03
+        scale: float = number(0.03, above=0)
         """Scale of the output at the start; 1 as published."""
-
-        def problems(self) -> list[str]:
-            """Rules that types alone do not express."""
-            return at_least(1, rank=self.rank) + positive(removal_scale=self.removal_scale, scale=self.scale)
 
     removal: Tensor | None
     share: Tensor | None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from linearize.kernels.slots import slots_chunk, slots_reference, slots_step
 from linearize.mixers.base import Part, Partial
-from linearize.mixers.options import at_least
+from linearize.mixers.options import WIDEST, number
 from linearize.mixers.state import State
 from linearize.mixers.update import UPDATES, Stream, Update
 
@@ -28,12 +28,8 @@ class Slots(Update):
 
     @dataclass
     class Config(Part.Config):
-        slots: int = 64
+        slots: int = number(64, least=1, most=WIDEST)
         """S."""
-
-        def problems(self) -> list[str]:
-            """Rules that types alone do not express."""
-            return at_least(1, slots=self.slots)
 
     def __init__(self, config: Config, *arguments: Any, **settings: Any) -> None:
         super().__init__(config, *arguments, **settings)

@@ -14,6 +14,7 @@ from linearize.kernels.window.reference import Weighted
 from linearize.kernels.window_linear import window_linear
 from linearize.kernels.window_linear.recurrent import Ring, window_linear_step
 from linearize.mixers.base import LayerShape, Part, Partial, fill
+from linearize.mixers.options import LONGEST, choice_problems, number
 from linearize.mixers.state import State
 from linearize.mixers.window import Window
 from linearize.mixers.window.handed import Handed
@@ -55,25 +56,18 @@ class RingWindow(Window):
 
     @dataclass
     class Config(Part.Config):
-        size: int = 64
-        """Tokens seen by the softmax."""
+        size: int = number(64, least=1, most=LONGEST)
+        """Tokens seen by the softmax; window: {name: none} means no window."""
         overlap: bool = False
         """The recurrent branch sees every key at once, the window's too (Liger, LAWCAT)."""
-        first: int = 0
+        first: int = number(0, least=0, most=LONGEST)
         """First tokens of each document that never leave the softmax (StreamingLLM)."""
         sinks: str = "none"
         """none, or learned: a logit per head that takes weight and gives no value."""
 
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
-            found = []
-            if self.size < 1:
-                found.append(f"size: {self.size} must be at least 1 (window: {{name: none}} means no window)")
-            if self.first < 0:
-                found.append(f"first: {self.first} must be at least 0")
-            if self.sinks not in ("none", "learned"):
-                found.append(f"sinks: '{self.sinks}' is not one of none, learned")
-            return found
+            return choice_problems(sinks=(self.sinks, ("none", "learned")))
 
     def __init__(self, config: Config, shape: LayerShape, *, size: int, span: int) -> None:
         super().__init__(config, shape)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from linearize.kernels.window_linear.recurrent import Ring
 from linearize.mixers.base import LayerShape, positions
+from linearize.mixers.options import LONGEST, number
 from linearize.mixers.state import State
 from linearize.mixers.window import WINDOWS
 from linearize.mixers.window.handed import Handed, Order
@@ -32,7 +33,7 @@ class TerracedWindow(RingWindow):
 
     @dataclass
     class Config(RingWindow.Config):
-        size: int = 64
+        size: int = number(64, least=1, most=LONGEST)
         """Tokens in a block."""
 
     def __init__(self, config: Config, shape: LayerShape) -> None:

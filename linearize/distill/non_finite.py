@@ -1,0 +1,43 @@
+"""A loss or gradient that is not finite: what it comes from, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from linearize.config.schema import StageConfig
+
+
+def in_gradients(parameters: Mapping[str, nn.Parameter]) -> str:
+    """What is wrong with the gradients of a step whose losses are finite, in words."""
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    return f"the gradient of {bad[0]} is not finite" if bad else "the gradient's norm overflows"
+
+
+def advice(model: nn.Module, name: str, stage: StageConfig) -> str:
+    """What to try, as a sentence: it depends on whose weights train, and whether frozen ones are finite.
+
+    Args:
+        model: as it was in the step.
+        name: of the stage.
+        stage: its settings.
+    """
+    frozen = [
+        key
+        for key, parameter in model.named_parameters()
+        if not parameter.requires_grad and not parameter.isfinite().all()
+    ]
+    if frozen:
+        return (
+            f"The weight {frozen[0]} is not finite and does not train here, so no learning rate mends it: look at "
+            "MODEL and at the stages before"
+        )
+    if "all" not in stage.train:
+        return f"Try a lower learning rate (stages.{name}.lr={stage.lr / 10:g}) in a new run folder"
+    mixers = stage.lr if stage.lr_mixers is None else stage.lr_mixers
+    return (
+        f"The base weights train in this stage and bear far smaller steps than new mixers: try "
+        f"stages.{name}.lr={stage.lr / 10:g} with stages.{name}.lr_mixers={mixers:g}, in a new run folder"
+    )

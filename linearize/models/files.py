@@ -1,0 +1,60 @@
+"""Files of a checkpoint folder: what stands under a name, and JSON that may be anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from linearize.errors import CheckpointError
+
+MAX_JSON = 200_000_000
+"""Bytes; the largest indices and vocabularies have a tenth of it."""
+
+FOLDER = "a folder"
+KINDS = (
+    (stat.S_ISDIR, FOLDER),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def instead_of_file(path: Path) -> str | None:
+    """What stands where a file is expected ("a folder", "a pipe", ...); None for a file and for nothing at all."""
+    try:
+        mode = os.stat(path).st_mode
+    except PermissionError:
+        return "out of reach (no permission)"
+    except (OSError, ValueError):
+        return "a symbolic link that leads nowhere or in a circle" if os.path.islink(path) else None
+    return next((kind for matches, kind in KINDS if matches(mode)), None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping that a JSON file holds.
+
+    Raises:
+        CheckpointError: not readable, not JSON, too large or too deep to be meant, or not a mapping.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON:
+            raise CheckpointError(
+                f"{path} has {size:,} bytes, too many for its kind; fetch the checkpoint again"
+            )
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise CheckpointError(
+            f"{path} is nested too deeply to be a checkpoint's; fetch the checkpoint again"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); fetch the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, not a mapping; fetch the checkpoint again"
+        )
+    return content

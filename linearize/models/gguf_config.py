@@ -1,0 +1,198 @@
+"""What a GGUF file says of its model, and whether transformers' config of it says the same."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linearize.errors import CheckpointError, UnsupportedModelError
+from linearize.models.boundary import boundary
+from linearize.models.config import MOST
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+SPECIAL = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
+LISTS = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "scores", "token_type"))
+SIZES = ("block_count", "embedding_length", "context_length")
+"""Without these transformers takes its defaults, which are those of another model."""
+SAME = {
+    "block_count": ("num_hidden_layers", "n_layer"),
+    "embedding_length": ("hidden_size", "n_embd"),
+    "attention.head_count": ("num_attention_heads", "n_head"),
+    "attention.head_count_kv": ("num_key_value_heads",),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+}
+"""Key of the file -> names that a config may have for it."""
+ELSEWHERE = "give a safetensors checkpoint of the model instead"
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """The key-value section of a GGUF file, with the special tokens looked up in the vocabulary.
+
+    The lists (vocabulary, merges) are left out; in their place stand `special`: role -> token, `tensors`: name ->
+    shape, and `parameters`, their number.
+
+    Raises:
+        CheckpointError: not a GGUF file, cut short, or without the sizes of its model.
+    """
+    from gguf import GGUFReader
+
+    with boundary(f"{file}", "fetch it again", verb="is not a whole GGUF file"):
+        reader = GGUFReader(file)
+        metadata = {key: field.contents() for key, field in reader.fields.items() if key not in LISTS}
+        tokens = reader.fields.get("tokenizer.ggml.tokens")
+        metadata["special"] = {
+            role: tokens.contents(metadata[key])
+            for role, key in SPECIAL.items()
+            if tokens is not None and key in metadata
+        }
+        metadata["tensors"] = {tensor.name: [int(n) for n in tensor.shape] for tensor in reader.tensors}
+    metadata["parameters"] = sum(math.prod(shape) for shape in metadata["tensors"].values())
+    _check_sizes(file, metadata)
+    return metadata
+
+
+def read_gguf_config(file: Path, metadata: dict[str, Any]) -> PreTrainedConfig:
+    """transformers' config of a GGUF file, with what it leaves out put in; no weight is read.
+
+    Args:
+        file: the GGUF file.
+        metadata: of `read_metadata`.
+
+    Raises:
+        UnsupportedModelError: transformers cannot read files of this architecture, or the file describes what the
+            config cannot say; names the key.
+    """
+    from transformers import AutoConfig
+
+    architecture = metadata["general.architecture"]
+    varied = [
+        f"{key} = {value}"
+        for key, value in metadata.items()
+        if key.startswith(f"{architecture}.") and isinstance(value, list) and len(set(value)) > 1
+    ]
+    remedy = f"{varied[0]} differs between layers; {ELSEWHERE}" if varied else ELSEWHERE
+    with boundary(
+        f"{file}",
+        remedy,
+        verb=f"is of architecture '{architecture}', which transformers cannot convert",
+        kind=UnsupportedModelError,
+    ):
+        config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
+    complete(file, config, metadata)
+    return config
+
+
+def complete(file: Path, config: Any, metadata: dict[str, Any]) -> None:
+    """Put into a config what the file says and transformers does not carry over, or refuse what it has no place for.
+
+    Args:
+        file: for messages.
+        config: transformers' config of the file; changed in place.
+        metadata: of `read_metadata`.
+
+    Raises:
+        UnsupportedModelError: names the key and both values.
+    """
+    said = _said(metadata)
+    for key, names in SAME.items():
+        value = said.get(key)
+        for name in names:
+            if value is None or isinstance(value, list) or not hasattr(config, name):
+                continue
+            found = getattr(config, name)
+            if not (
+                found == value or (isinstance(found, float) and math.isclose(found, value, rel_tol=1e-5))
+            ):
+                raise _other(file, key, value, f"config.{name} would be {found}")
+    _check_heads(file, config, said)
+    _set_window(file, config, said)
+    scaling = said.get("rope.scaling.type")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if scaling not in (None, "none") and scaling not in (rope.get("rope_type"), rope.get("type")):
+        raise _other(file, "rope.scaling.type", scaling, "transformers would rotate without it")
+    if any(name.startswith("rope_") for name in metadata["tensors"]) and rope.get("rope_type") == "default":
+        raise _other(
+            file, "rope_freqs.weight", "factors of the rotary frequencies", "transformers leaves them out"
+        )
+
+
+def _check_sizes(file: Path, metadata: dict[str, Any]) -> None:
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str) or not architecture:
+        raise CheckpointError(f"{file} names no architecture (general.architecture); fetch it again")
+    said = _said(metadata)
+    for key in SIZES:
+        if not isinstance(said.get(key), int) or said[key] < 1:
+            raise CheckpointError(
+                f"{file} does not say its {architecture}.{key} (found {said.get(key)!r}), so its model's size is "
+                "unknown; fetch it again"
+            )
+    if "attention.head_count" not in said:
+        raise CheckpointError(f"{file} does not say its {architecture}.attention.head_count; fetch it again")
+    blocks = {
+        int(found.group(1)) for name in metadata["tensors"] if (found := re.match(r"blk\.(\d+)\.", name))
+    }
+    layers = said["block_count"]
+    if layers > MOST["layer"] or (blocks and max(blocks) + 1 != layers):
+        raise CheckpointError(
+            f"{file} says {architecture}.block_count {layers:,}, and holds the tensors of {len(blocks)} layers; fetch "
+            "it again"
+        )
+    embedding = metadata["tensors"].get("token_embd.weight")
+    if embedding is not None and said["embedding_length"] not in embedding:
+        raise CheckpointError(
+            f"{file} says {architecture}.embedding_length {said['embedding_length']:,}, and its token_embd.weight is "
+            f"{embedding}; fetch it again"
+        )
+
+
+def _said(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The keys of the file's own architecture, without its name in front."""
+    prefix = f"{metadata['general.architecture']}."
+    return {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+
+
+def _check_heads(file: Path, config: Any, said: dict[str, Any]) -> None:
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "hidden_size", None)
+    named = (getattr(config, name, None) for name in ("head_dim", "global_head_dim", "d_kv"))
+    known = {size for size in named if isinstance(size, int)}
+    if not known and isinstance(heads, int) and isinstance(width, int):
+        known = {width // heads}
+    for key in ("attention.key_length", "attention.value_length"):
+        value = said.get(key)
+        if value is not None and known and value not in known:
+            raise _other(file, key, value, f"the config's heads would have {sorted(known)[0]}")
+
+
+def _set_window(file: Path, config: Any, said: dict[str, Any]) -> None:
+    key = "attention.sliding_window"
+    window, found = said.get(key) or None, getattr(config, "sliding_window", None)
+    if window is not None and window >= said["context_length"]:
+        window = None  # wider than any text
+    if window == found:
+        return
+    simple = hasattr(config, "sliding_window") and "sliding_attention" not in (
+        getattr(config, "layer_types", None) or ()
+    )
+    if not simple or hasattr(config, "use_sliding_window"):
+        raise _other(file, key, window, f"config.sliding_window would be {found}")
+    config.sliding_window = window
+
+
+def _other(file: Path, key: str, value: Any, instead: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{file}: says {key}: {value}, which transformers does not convert ({instead}), so it would be another model; "
+        f"{ELSEWHERE}"
+    )

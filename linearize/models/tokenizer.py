@@ -1,0 +1,115 @@
+"""The tokenizer of a checkpoint: loaded, held against the model, and its chat template rendered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linearize.errors import CheckpointError, DataError, LinearizeError
+from linearize.models.boundary import boundary
+from linearize.models.check import has_tokenizer
+from linearize.models.resolve import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padding on the left; where it has no padding token, its end-of-text token pads.
+
+    Args:
+        model: a checkpoint folder, or anything that `resolve` takes.
+
+    Raises:
+        CheckpointError: the checkpoint holds no tokenizer, or one that cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    folder = model if isinstance(model, Path) else resolve(model)
+    if not has_tokenizer(folder):
+        raise CheckpointError(
+            f"{folder} holds no tokenizer (no tokenizer.json or vocabulary file), and text cannot be read "
+            "or written without one; copy the tokenizer's files into the folder"
+        )
+    with boundary(f"the tokenizer in {folder}", "fetch the checkpoint again"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def check_vocabulary(where: object, tokenizer: Any, rows: int) -> None:
+    """Refuse a tokenizer that makes ids beyond the model's embedding.
+
+    A control token beyond it that text does not make and no template spells is let pass: text models of multimodal
+    families keep placeholders of images there.
+
+    Args:
+        where: the checkpoint, for the message.
+        tokenizer: its tokenizer.
+        rows: of the embedding.
+
+    Raises:
+        CheckpointError: names the first such token.
+    """
+    with boundary(f"the tokenizer in {where}", "fetch the checkpoint again", verb="cannot be read"):
+        beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
+        controls = set(tokenizer.all_special_tokens) if beyond else set()
+        for index, added in tokenizer.added_tokens_decoder.items() if beyond else ():
+            if index >= rows and added.special:
+                controls.add(added.content)
+        used = {getattr(tokenizer, role, None) for role in ROLES} if beyond else set()
+        template = str(tokenizer.chat_template or "")
+    wrong = {
+        token: index
+        for token, index in beyond.items()
+        if token not in controls or token in used or token in template
+    }
+    if wrong:
+        token, index = min(wrong.items(), key=lambda pair: pair[1])
+        raise CheckpointError(
+            f"{where}: its tokenizer has {len(wrong)} tokens beyond the model's embedding of {rows:,} rows (first: "
+            f"{token!r}, id {index:,}); take the tokenizer that belongs to the model, or resize the embedding "
+            "(transformers: resize_token_embeddings) and save both"
+        )
+
+
+def check_ids(ids: Sequence[int], rows: int, tokenizer: Any, where: str) -> None:
+    """Refuse text whose ids the model's embedding does not have; see `check_vocabulary` for how they come about.
+
+    Args:
+        ids: of the text's tokens.
+        rows: of the embedding.
+        tokenizer: that made the ids, to name the token.
+        where: what the text is, for the message.
+
+    Raises:
+        LinearizeError: names the token.
+    """
+    largest = max(ids, default=0)
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise LinearizeError(
+            f"{where} holds {token!r} (id {largest:,}), and the model's embedding ends after {rows:,} rows; take "
+            "it out of the text"
+        )
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    """Messages in the tokenizer's chat template, as text.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: each with role and content.
+        **options: for `apply_chat_template` (add_generation_prompt, tools, ...).
+
+    Raises:
+        DataError: the template refuses the messages, or is broken.
+    """
+    remedy = "mend them, or the template"
+    with boundary("the tokenizer's chat template", remedy, verb="refuses these messages", kind=DataError):
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))

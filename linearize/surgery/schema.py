@@ -1,0 +1,173 @@
+"""The plan that a checkpoint's config holds, `config.linearize`: judged whole before a module is touched."""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from linearize.mixers import LayerShape, check
+from linearize.registry import closest
+
+KEYS = ("format", "mixer", "layers")
+COUNTS = {"heads": 2**16, "kv_heads": 2**16, "key_dim": 2**16, "value_dim": 2**16, "model_dim": 2**24}
+"""Whole numbers of a layer that are at least 1 -> the largest that anything has."""
+FACTORS = ("scaling", "softcap")
+"""Numbers of a layer that are above 0."""
+ROTARY = ("none", "half", "other")
+MEASURED = ("heads", "kv_heads", "key_dim", "value_dim", "scaling", "softcap", "sliding_window", "model_dim")
+"""Numbers of a layer that its module shows without weights."""
+
+
+def plan_problems(plan: dict[str, Any]) -> list[str]:
+    """Every mistake of a plan, as sentences that begin with the dotted key; empty when it is fine.
+
+    Args:
+        plan: `config.linearize`, whose format is known to be ours.
+    """
+    problems = [f"{key}: unknown key; {closest(key, KEYS)}" for key in map(str, plan) if key not in KEYS]
+    problems += [f"{path}: {value} is no number to compute with" for path, value in _absurd(plan)]
+    mixer, layers = plan.get("mixer"), plan.get("layers")
+    if not isinstance(mixer, dict):
+        problems.append(f"mixer: must be a mapping of parts, got {_shown(mixer)}")
+    elif not problems:
+        problems += check(mixer)
+    if not isinstance(layers, dict) or not layers:
+        return [*problems, f"layers: must map modules to their numbers, got {_shown(layers)}"]
+    for path, numbers in layers.items():
+        problems += [f"layers.{path}{problem}" for problem in _layer_problems(numbers)]
+    return problems
+
+
+def module_problems(model: nn.Module, names: dict[str, str]) -> list[str]:
+    """The paths of a plan that lead to no attention module of the model, which must not be converted yet.
+
+    Args:
+        model: a model of transformers.
+        names: path in the plan -> name of the module in `model`.
+    """
+    modules = dict(model.named_modules())
+    attention = [name for name, module in modules.items() if _is_attention(module)]
+    problems = []
+    for path, name in names.items():
+        if name not in modules:
+            problems.append(
+                f"layers.{path}: no module {name!r} in {type(model).__name__}; {closest(name, attention)}"
+            )
+        elif name not in attention:
+            kind = type(modules[name]).__name__
+            problems.append(f"layers.{path}: {kind} is not an attention module; {closest(name, attention)}")
+    return problems
+
+
+def shape_problems(layers: dict[str, dict[str, Any]], measured: dict[str, LayerShape]) -> list[str]:
+    """Where a plan says other numbers of a layer than its module shows.
+
+    Args:
+        layers: the plan's, known to be well formed.
+        measured: path -> numbers read off a probing forward of the unconverted model.
+    """
+    problems = []
+    for path, numbers in layers.items():
+        if path not in measured:
+            problems.append(
+                f"layers.{path}: the model has no attention layer there; {closest(path, measured)}"
+            )
+            continue
+        for name in MEASURED:
+            found, true = numbers.get(name), getattr(measured[path], name)
+            if name not in numbers or found == true or (name == "model_dim" and found is None):
+                continue
+            if (
+                isinstance(found, float)
+                and isinstance(true, float)
+                and math.isclose(found, true, rel_tol=1e-6)
+            ):
+                continue
+            problems.append(f"layers.{path}.{name}: is {found}, and the model's own layer has {true}")
+        if measured[path].rotary == "none" and numbers.get("rotary", "none") != "none":
+            problems.append(f"layers.{path}.rotary: is {numbers['rotary']}, and the layer rotates nothing")
+    return problems
+
+
+def _layer_problems(numbers: Any) -> Iterator[str]:
+    """Mistakes in the numbers of one layer, each with the key in front."""
+    if not isinstance(numbers, dict):
+        yield f": must be a mapping of numbers, got {_shown(numbers)}"
+        return
+    types = typing.get_type_hints(LayerShape)
+    required = [name for name in types if not hasattr(LayerShape, name)]
+    yield from (f".{name}: missing" for name in required if name not in numbers)
+    wrong = False
+    for name, value in numbers.items():
+        problem = _field_problem(name, value, types)
+        wrong = wrong or problem is not None
+        if problem is not None:
+            yield f".{name}: {problem}"
+    if not wrong and {"heads", "kv_heads"} <= set(numbers) and numbers["heads"] % numbers["kv_heads"]:
+        yield f".kv_heads: {numbers['kv_heads']} does not divide {numbers['heads']} heads"
+
+
+def _field_problem(name: str, value: Any, types: dict[str, Any]) -> str | None:
+    if name not in types:
+        return f"unknown number; {closest(str(name), types)}"
+    kinds = typing.get_args(types[name]) or (types[name],)
+    if value is None and type(None) in kinds:
+        return None
+    if name == "rotary":
+        return None if value in ROTARY else f"{_shown(value)} is none of {', '.join(ROTARY)}"
+    if float in kinds and type(value) is int:
+        value = float(value)
+    if type(value) not in kinds:
+        return f"must be {' or '.join(_named(kind) for kind in kinds)}, got {_shown(value)}"
+    if name in COUNTS and not 1 <= value <= COUNTS[name]:
+        return f"must lie between 1 and {COUNTS[name]:,}, got {_shown(value)}"
+    if name in FACTORS and not value > 0:
+        return f"must be above 0, got {_shown(value)}"
+    if name == "sliding_window" and value < 1:
+        return f"must be at least 1, got {_shown(value)}"
+    return None
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """A module that calls the attention interface: it has a number, a config that names the function, and projections.
+
+    A layer around it may carry all of that as well; its attention module then is a child that does.
+    """
+    inner = (child for child in module.modules() if "attention" in type(child).__name__.lower())
+    carries = _numbered(module) and any(True for _ in module.parameters())
+    return carries and not any(_numbered(child) for child in inner if child is not module)
+
+
+def _numbered(module: nn.Module) -> bool:
+    return hasattr(module, "layer_idx") and hasattr(getattr(module, "config", None), "_attn_implementation")
+
+
+def _absurd(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Numbers in nested mappings and lists that no tensor can hold, with their dotted path."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _absurd(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _absurd(inner, f"{path}[{index}]")
+    elif (isinstance(value, float) and not math.isfinite(value)) or (
+        type(value) is int and abs(value) >= 2**63
+    ):
+        yield path, _shown(value)
+
+
+def _named(kind: type) -> str:
+    return {int: "a whole number", float: "a number", str: "text", type(None): "null"}.get(
+        kind, kind.__name__
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "an empty mapping" if not value else "a mapping"
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
