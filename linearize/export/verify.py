@@ -132,12 +132,18 @@ def _expected(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     """The model's own answers, on the CPU.
 
     Raises:
-        CheckpointError: it gives no numbers.
+        CheckpointError: it cannot generate, or gives no numbers.
     """
     training = model.training
     model.eval()
     try:
         found = reloading.answers(model, ids.to(device_of(model)))
+    except (
+        Exception
+    ) as error:  # after a training nothing may be lost, whatever it is that a family's code raises
+        raise CheckpointError(
+            f"the model itself, in memory, cannot generate text with a cache ({type(error).__name__}: {error})"
+        ) from error
     finally:
         model.train(training)
     if not found["logits"].isfinite().all():

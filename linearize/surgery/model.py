@@ -23,6 +23,11 @@ FORMAT = 1
 """Version of `config.linearize`; raised when an older reader would misread it."""
 
 
+def _own(cls: type, mixin: type) -> Any:
+    """The family's own class under a generated one."""
+    return next(base for base in cls.__mro__ if not issubclass(base, mixin))
+
+
 class LinearizedConfig:
     """Mixin in front of a model's config class: `model_type` is `linearized_<base>`, `linearize` holds the plan.
 
@@ -110,11 +115,6 @@ class LinearizedCausalLM(LinearizedModel):
         if getattr(config, "auto_map", None):
             del config.auto_map
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-
-
-def _own(cls: type, mixin: type) -> Any:
-    """The family's own class under a generated one."""
-    return next(base for base in cls.__mro__ if not issubclass(base, mixin))
 
 
 def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:

@@ -39,6 +39,8 @@ KINDS = {
 
 def teacher(name: str, values: dict, folder) -> transformers.PreTrainedModel:
     """A random model that has been saved, and loaded from its file."""
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     torch.manual_seed(0)
     made = AutoModelForCausalLM.from_config(getattr(transformers, name)(**values), dtype=torch.float32)
     for parameter in made.parameters():

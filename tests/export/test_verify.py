@@ -123,6 +123,20 @@ def test_a_model_that_gives_no_numbers_is_said_to(tmp_path):
         linearize.save(model, tmp_path / "out", check=True)
 
 
+def test_a_model_that_cannot_generate_is_said_to_and_kept(tmp_path, monkeypatch):
+    model = trained()
+
+    def breaks(*args, **kwargs):
+        raise TypeError("no cache layer of this kind")
+
+    monkeypatch.setattr(model, "_prepare_cache_for_generation", breaks)
+    with pytest.raises(
+        CheckpointError, match=r"cannot generate text with a cache .TypeError: no cache layer"
+    ):
+        linearize.save(model, tmp_path / "out", check=True)
+    assert (tmp_path / "out-failed" / "model.safetensors").is_file()
+
+
 def test_too_little_memory_is_said_and_loses_nothing(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(verify, "_free_memory", lambda: 1000)
     with caplog.at_level(logging.WARNING, "linearize"):
