@@ -60,6 +60,11 @@ def _checked(folder: Path, *, judge: bool) -> tuple[type[PreTrainedModel], Any]:
     except ModelNotFoundError as error:
         raise CheckpointError(str(error)) from error
     config = read_config(folder, len(tensors))
+    if "linearize" in vars(config) and not config.model_type.startswith(auto.TYPE_PREFIX):
+        raise CheckpointError(
+            f"{folder / 'config.json'} holds a plan (linearize), and its model_type '{config.model_type}' is of "
+            f"models that follow none; put '{auto.TYPE_PREFIX}{config.model_type}' back, or {REMEDY}"
+        )
     cls, config = causal_class(folder, config)
     quantized = getattr(config, "quantization_config", None)
     if judge and not quantized:

@@ -144,6 +144,7 @@ def test_a_plan_written_before_the_optional_numbers(folder):
         ({"model_type": "linearized_"}, CheckpointError, "names no family"),
         ({"model_type": "linearized_gpt2"}, CheckpointError, r"config\.linearize: layers\.model"),
         ({"model_type": "evil", "auto_map": {"AutoConfig": "e.C"}}, UnsupportedModelError, "never run"),
+        ({"model_type": "llama"}, CheckpointError, "put 'linearized_llama' back"),
         ({"num_hidden_layers": 1}, CheckpointError, r"no module 'model\.layers\.1\.self_attn'"),
         ({"hidden_size": 64, "head_dim": 16}, CheckpointError, r"tensors do not fit config\.json"),
         ({"num_attention_heads": 0}, CheckpointError, "ZeroDivisionError"),
