@@ -24,6 +24,7 @@ def load(path: str, device: str = "auto") -> tuple[Any, Any]:
         LinearizeError: the model is not found, damaged, or lacks a tokenizer.
     """
     from linearize import models
+    from linearize.models.tokenizer import check_vocabulary
 
     quiet_libraries()
     folder = models.resolve(export_of(path))
@@ -38,7 +39,9 @@ def load(path: str, device: str = "auto") -> tuple[Any, Any]:
         model = model.to(target).eval()
     else:
         model, _ = models.load_teacher(str(folder), device=target)
-    return model, models.load_tokenizer(folder)
+    tokenizer = models.load_tokenizer(folder)
+    check_vocabulary(folder, tokenizer, model.get_input_embeddings().weight.shape[0])
+    return model, tokenizer
 
 
 def export_of(path: str) -> str:

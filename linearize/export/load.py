@@ -14,6 +14,7 @@ from linearize.models.boundary import boundary
 from linearize.models.check import check_checkpoint
 from linearize.models.config import causal_class, read_config
 from linearize.models.rehearsal import check_report, rehearse
+from linearize.models.resolve import resolve
 from linearize.models.sound import check_finite
 
 REMEDY = "export or download it again"
@@ -21,6 +22,10 @@ FROM_THE_FILES = frozenset(
     {"quantization_config", "key_mapping", "variant", "subfolder", "state_dict", "config"}
 )
 """Options of `from_pretrained` that change what is read; the files are not held against the config then."""
+FOR_THE_HUB = frozenset(
+    {"cache_dir", "force_download", "local_files_only", "proxies", "token", "subfolder", "variant"}
+)
+"""Options of a download that only transformers itself takes; what it fetched is looked at once it is loaded."""
 
 
 def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -35,22 +40,34 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             config or holds no finite numbers.
         UnsupportedModelError: a family that this version of transformers does not know.
     """
-    folder = Path(path)
     auto.install()
     kwargs = {"dtype": "auto", "use_safetensors": True, **kwargs, "trust_remote_code": False}
+    folder: Path | None = None
+    if Path(path).is_dir() or Path(path).is_absolute() or str(path).startswith("."):
+        folder = Path(path)
+    elif not FOR_THE_HUB & set(kwargs):
+        folder = _fetched(str(path), kwargs.pop("revision", None))
     source: Any = AutoModelForCausalLM
-    if folder.is_dir() or folder.is_absolute() or str(path).startswith("."):
+    if folder is not None:
         source, config = _checked(folder, judge=not FROM_THE_FILES & set(kwargs))
         kwargs.setdefault("config", config)
     with boundary(f"{path}", REMEDY):
         loaded: Any = source.from_pretrained(
-            path, output_loading_info=True, **{"ignore_mismatched_sizes": True, **kwargs}
+            folder or path, output_loading_info=True, **{"ignore_mismatched_sizes": True, **kwargs}
         )
     model: PreTrainedModel = loaded[0]
-    check_report(folder, loaded[1], model)
+    check_report(path, loaded[1], model)
     check_finite(path, model)
-    check_rotation(folder, model)
+    check_rotation(path, model)
     return model.eval()
+
+
+def _fetched(name: str, revision: str | None) -> Path:
+    """The folder of a hub model's files."""
+    try:
+        return resolve(f"{name}@{revision}" if revision else name)
+    except ModelNotFoundError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _checked(folder: Path, *, judge: bool) -> tuple[type[PreTrainedModel], Any]:
@@ -60,6 +77,11 @@ def _checked(folder: Path, *, judge: bool) -> tuple[type[PreTrainedModel], Any]:
     except ModelNotFoundError as error:
         raise CheckpointError(str(error)) from error
     config = read_config(folder, len(tensors))
+    if "linearize" in vars(config) and not config.model_type.startswith(auto.TYPE_PREFIX):
+        raise CheckpointError(
+            f"{folder / 'config.json'} holds a plan (linearize), and its model_type '{config.model_type}' is of "
+            f"models that follow none; put '{auto.TYPE_PREFIX}{config.model_type}' back, or {REMEDY}"
+        )
     cls, config = causal_class(folder, config)
     quantized = getattr(config, "quantization_config", None)
     if judge and not quantized:

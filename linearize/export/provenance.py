@@ -45,7 +45,7 @@ def check_layers(folder: Path, config: Any) -> None:
         )
 
 
-def check_rotation(folder: Path, model: PreTrainedModel) -> None:
+def check_rotation(folder: str | Path, model: PreTrainedModel) -> None:
     """Hold the plan's word on how q and k are rotated against a probing forward, where a mixer takes the rotation back.
 
     Args:

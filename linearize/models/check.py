@@ -8,11 +8,11 @@ from typing import Any
 
 from linearize.errors import CheckpointError, ModelNotFoundError
 from linearize.models.files import instead_of_file, read_json
+from linearize.models.generation import check_generation
 from linearize.models.shards import Stored, check_shard
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-GENERATION = "generation_config.json"
 ADAPTER = "adapter_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZER_FILES = (
@@ -64,8 +64,7 @@ def check_checkpoint(folder: Path) -> dict[str, Stored]:
             of the folder, an adapter beside the model.
     """
     check_config(folder)
-    if (folder / GENERATION).exists():
-        read_json(folder / GENERATION)
+    check_generation(folder)
     if (folder / ADAPTER).exists():
         # transformers would load it along, with whatever weight file it has
         raise CheckpointError(

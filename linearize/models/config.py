@@ -22,8 +22,13 @@ NOT_THE_CHECKPOINTS = ("auto_map", "transformers_weights", "fusion_config", "dis
 IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 """What transformers would take from a config and act on: code and kernels to fetch, other weight files, patches."""
 
-MOST = {"layer": 2_000, "expert": 4_096, "label": 1_000_000}
-"""Part of a key -> the largest count that anything has; each makes an object of its own, before a size is compared."""
+MOST_LAYERS = 2_000
+MOST = {
+    **dict.fromkeys(("layer", "layers", "blocks"), MOST_LAYERS),
+    **dict.fromkeys(("experts", "expert"), 4_096),
+    "labels": 1_000_000,
+}
+"""Last word of a key -> the largest count that anything has; each makes objects, before any size is compared."""
 SHARED_LAYERS = 64
 """Layers that a config may have beyond four to a tensor: models that use a layer several times."""
 
@@ -159,12 +164,12 @@ def _check_number(folder: Path, path: str, key: str, value: Any) -> None:
         return
     if value != value:
         raise CheckpointError(f"{folder / 'config.json'}: {path} is NaN; fetch the checkpoint again")
-    for part, most in MOST.items():
-        if part in key.lower() and value > most and "norm" not in key:
-            raise CheckpointError(
-                f"{folder / 'config.json'}: {path} is {value:,}, and no model has more than {most:,}; fetch the "
-                "checkpoint again"
-            )
+    most = MOST.get(key.lower().rpartition("_")[2])
+    if most is not None and value > most:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: {path} is {value:,}, and no model has more than {most:,}; fetch the checkpoint "
+            "again"
+        )
 
 
 def _check_layers(folder: Path, config: PreTrainedConfig, tensors: int) -> None:

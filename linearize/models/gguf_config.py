@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.errors import CheckpointError, UnsupportedModelError
 from linearize.models.boundary import boundary
-from linearize.models.config import MOST
+from linearize.models.config import MOST_LAYERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -144,7 +144,7 @@ def _check_sizes(file: Path, metadata: dict[str, Any]) -> None:
         int(found.group(1)) for name in metadata["tensors"] if (found := re.match(r"blk\.(\d+)\.", name))
     }
     layers = said["block_count"]
-    if layers > MOST["layer"] or (blocks and max(blocks) + 1 != layers):
+    if layers > MOST_LAYERS or (blocks and max(blocks) + 1 != layers):
         raise CheckpointError(
             f"{file} says {architecture}.block_count {layers:,}, and holds the tensors of {len(blocks)} layers; fetch "
             "it again"

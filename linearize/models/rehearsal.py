@@ -85,7 +85,7 @@ def rehearse(
     return model
 
 
-def check_report(folder: Path, report: dict[str, Any], model: nn.Module) -> None:
+def check_report(folder: str | Path, report: dict[str, Any], model: nn.Module) -> None:
     """Refuse what transformers would fill with random numbers or leave out, and only warn of.
 
     Args:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import tiny
 import torch
@@ -144,6 +145,7 @@ def test_a_plan_written_before_the_optional_numbers(folder):
         ({"model_type": "linearized_"}, CheckpointError, "names no family"),
         ({"model_type": "linearized_gpt2"}, CheckpointError, r"config\.linearize: layers\.model"),
         ({"model_type": "evil", "auto_map": {"AutoConfig": "e.C"}}, UnsupportedModelError, "never run"),
+        ({"model_type": "llama"}, CheckpointError, "put 'linearized_llama' back"),
         ({"num_hidden_layers": 1}, CheckpointError, r"no module 'model\.layers\.1\.self_attn'"),
         ({"hidden_size": 64, "head_dim": 16}, CheckpointError, r"tensors do not fit config\.json"),
         ({"num_attention_heads": 0}, CheckpointError, "ZeroDivisionError"),
@@ -163,6 +165,24 @@ def test_weights_that_hold_nan(folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=rf"hold NaN .*first: {FIRST}\.q_proj\.weight"):
         export.load(folder)
+
+
+def test_an_export_on_the_hub_is_looked_at_as_one_on_the_disk(folder, monkeypatch):
+    asked = []
+
+    def snapshot_download(**request):
+        asked.append((request["repo_id"], request["revision"]))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    ids = tiny.tokens()
+    assert torch.equal(export.load("owner/model", revision="v1")(ids).logits, export.load(folder)(ids).logits)
+    assert set(asked) == {("owner/model", "v1")}
+    edit_plan(folder, lambda plan: plan["layers"][FIRST].update(scaling=0.5))
+    with pytest.raises(CheckpointError, match=r"scaling: is 0\.5"):
+        export.load("owner/model")
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        export.load("no/such/export")
 
 
 def test_the_folder_chooses_no_kernel(folder):

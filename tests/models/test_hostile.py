@@ -139,6 +139,16 @@ def test_a_config_chooses_no_other_weights_and_no_code(folder, tmp_path):
     assert torch.equal(load_teacher(str(folder))[0](tiny.tokens()).logits, expected)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_beams", "x"), ("temperature", []), ("eos_token_id", "evil"), ("do_sample", 3), ("max_length", -1)],
+)
+def test_a_generation_config_that_generate_could_not_use(folder, key, value):
+    (folder / "generation_config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(CheckpointError, match=rf"generation_config\.json: {key} must be "):
+        load_teacher(str(folder))
+
+
 def test_an_adapter_beside_a_model_is_not_loaded_along(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "evil/x"}')
     with pytest.raises(CheckpointError, match=r"holds an adapter .* beside a whole model; merge it"):
