@@ -25,7 +25,7 @@ from linearize.config import Recipe, compose, list_recipes, to_yaml  # noqa: E40
 from linearize.config.compose import RECIPES  # noqa: E402
 from linearize.errors import LinearizeError, RecipeError  # noqa: E402
 
-TRIES = int(os.environ.get("LINEARIZE_FUZZ", "60"))
+TRIES = int(os.environ.get("LINEARIZE_FUZZ", "40"))
 SECONDS = 20
 FUZZ = settings(
     max_examples=TRIES, deadline=None, database=None, derandomize=TRIES < 1000,

@@ -26,6 +26,7 @@ from linearize.distill.folder import RunFolder
 from linearize.distill.results import Measurer, Results
 from linearize.distill.stage import Budget
 from linearize.distill.stages import StagePlace
+from linearize.distill.trainable import check_ranks
 from linearize.errors import LinearizeError
 from linearize.eval import tables
 from linearize.eval.report import write_report
@@ -105,6 +106,7 @@ class _Job:
         model: Any
         model, tokenizer = models.load_teacher(self.source, dtype=torch.float32, device=str(self.device))
         plan = surgery.plan(model.config, recipe.mixer, recipe.layers)
+        check_ranks(recipe, plan, getattr(model.config.get_text_config(), "hidden_size", None))
         measurer = Measurer(recipe, tokenizer, self.autocast)
         places = self._places()
         datasets = {place.name: self._dataset(tokenizer, place) for place in places if not place.done}

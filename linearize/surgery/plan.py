@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import PreTrainedConfig
 from linearize.errors import RecipeError
 from linearize.mixers import build
 from linearize.surgery.inspection import AttentionLayer, attention_layers, skeleton
+
+log = logging.getLogger(__name__)
 
 
 def select(layers: Any, indices: list[int]) -> list[int]:
@@ -26,6 +29,12 @@ def select(layers: Any, indices: list[int]) -> list[int]:
     if layers == "all":
         chosen = list(indices)
     elif isinstance(layers, dict) and set(layers) == {"every"} and _is_positive(layers["every"]):
+        if layers["every"] > len(indices):
+            log.warning(
+                "layers.every: %s, but the model has %s attention layers, so none stays softmax",
+                layers["every"],
+                len(indices),
+            )
         chosen = [index for place, index in enumerate(indices, start=1) if place % layers["every"]]
     else:
         keep = isinstance(layers, dict) and set(layers) == {"keep"}
