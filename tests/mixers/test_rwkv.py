@@ -201,7 +201,11 @@ def test_query_heads_share_a_state_unless_asked():
             {"name": "rwkv6", "per": "head"},
             "mixer.gate.per: 'head' is not one of kv_head, query_head",
         ),
-        ("gate", {"name": "rwkv6", "rank": 0}, "mixer.gate.rank: must be at least 1 and at most 16384, got 0"),
+        (
+            "gate",
+            {"name": "rwkv6", "rank": 0},
+            "mixer.gate.rank: must be at least 1 and at most 16384, got 0",
+        ),
         ("gate", {"name": "rwkv7", "slow": 1.0}, "mixer.gate.slow: 1.0 must be at most fast (-1.5)"),
         (
             "gate",
@@ -213,7 +217,11 @@ def test_query_heads_share_a_state_unless_asked():
             {"name": "rwkv7", "scale": 0.0},
             "mixer.update.scale: must be above 0 and at most 1000000, got 0.0",
         ),
-        ("update", {"name": "rwkv7", "rank": 0}, "mixer.update.rank: must be at least 1 and at most 16384, got 0"),
+        (
+            "update",
+            {"name": "rwkv7", "rank": 0},
+            "mixer.update.rank: must be at least 1 and at most 16384, got 0",
+        ),
     ],
 )
 def test_options_are_checked(part, options, problem):
