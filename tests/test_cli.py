@@ -43,6 +43,12 @@ def test_help_and_version(capsys):
         assert code == 0 and out.startswith(f"usage: linearize {command}")
 
 
+def test_the_help_says_how_every_stage_is_changed(capsys):
+    assert "'stages.*.tokens=6k'" in run(capsys, "recipes", "show", "--help")[1]
+    code, out, _ = run(capsys, "recipes", "show", "lolcats", "stages.*.tokens=16k")
+    assert code == 0 and [stage["tokens"] for stage in yaml.safe_load(out)["stages"].values()] == [16_000] * 2
+
+
 def test_recipes_lists_and_shows(capsys, tmp_path):
     code, out, _ = run(capsys, "recipes")
     assert code == 0 and "\nlolcats " in out and "\nbase " not in out
@@ -69,6 +75,13 @@ def test_recipes_lists_and_shows(capsys, tmp_path):
             ["run", "a", "lolcats", "stages.transfer.lrr=1"],
             "stages.transfer.lrr: unknown key; did you mean 'lr'?",
         ),
+        (
+            ["run", "a", "lolcats", "--out", "x" * 300],
+            "--out: must be the name of a folder, of at most 255 bytes",
+        ),
+        (["run", "a", "lolcats", "--out", "x\0y"], "--out: must be the name of a folder"),
+        (["run", "a", "lolcats", "--out", ""], "--out: must be the name of a folder"),
+        (["recipes", "show", "a\0b"], "unknown recipe 'a\\x00b'"),
         (["recipes", "shwo", "x"], "unknown action 'shwo'; did you mean 'show'?"),
         (["recipes", "show", "hedgehg"], "did you mean 'hedgehog'?"),
         (["recipes", "--all"], "unknown option '--all'"),

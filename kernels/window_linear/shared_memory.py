@@ -1,8 +1,9 @@
 """Shared memory that window_linear's kernels take, so that no call is launched that a device has no room for.
 
 Triton alone decides how much a kernel takes: tiles of all operands, once or more, by dtype and by version. The table is
-what Triton 3.6 gives for sm_90 (`scripts/kernels/aot.py` prints it), for windows of four chunks, which take the most,
-with documents, sinks, factors and segments; in KiB, rounded up after half of one has been added for variants with less.
+what Triton 3.6 gives for sm_90 (`scripts/kernels/aot.py` prints it; 3.9 gave no more in 73 kernels), for windows of 4
+chunks, which take the most, with documents, sinks, factors and segments; in KiB, rounded up after half of one has been
+added for variants with less.
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from linearize.config.overrides import FORM
+from linearize.config.values import quoted
 from linearize.errors import LinearizeError
 from linearize.registry import closest
 from linearize.version import __version__
@@ -17,7 +19,10 @@ from linearize.version import __version__
 MODEL_HELP = "hub id, checkpoint folder, GGUF file, or the alias smollm2-135m"
 RECIPE_HELP = "name of a shipped recipe (see `linearize recipes`) or a YAML file"
 PATH_HELP = "exported checkpoint or run folder; also any MODEL"
-OVERRIDE_HELP = "change any field of the recipe, such as stages.transfer.lr=5e-3 or layers=[0,2]"
+OVERRIDE_HELP = (
+    "change any field of the recipe, such as stages.transfer.lr=5e-3 or layers=[0,2]; 'stages.*.tokens=6k' changes "
+    "it in every stage"
+)
 
 EXAMPLES = """\
 examples:
@@ -101,7 +106,7 @@ def build_parser() -> Parser:
     run = _add(commands, "run", "convert a model by a recipe: train, evaluate, export", "linearize.cli.run")
     _recipe_arguments(run)
     run.usage = "%(prog)s MODEL RECIPE [key=value ...] [--out DIR] [--resume]"
-    run.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/<model>-<recipe>)")
+    run.add_argument("--out", type=_folder, metavar="DIR", help="run folder (default: runs/<model>-<recipe>)")
     run.add_argument("--resume", action="store_true", help="go on with the run that this folder holds")
 
     inspect = _add(
@@ -355,6 +360,21 @@ _positive = _number(int, lambda value: value >= 1, "a whole number above 0")
 _window = _number(int, lambda value: value >= 2, "a whole number of at least 2")
 _not_negative = _number(float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
 _share = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+
+
+LONGEST_NAME, LONGEST_PATH = 255, 4096
+"""Bytes of one name, and of a path, on the file systems that people have."""
+
+
+def _folder(text: str) -> Path:
+    """A path that a folder can have."""
+    long = max((len(os.fsencode(part)) for part in Path(text).parts), default=0) > LONGEST_NAME
+    if not text.strip() or "\0" in text or long or len(os.fsencode(text)) > LONGEST_PATH:
+        raise argparse.ArgumentTypeError(
+            f"must be the name of a folder, of at most {LONGEST_NAME} bytes a part and none of them zero, got "
+            f"{quoted(text)}"
+        )
+    return Path(text)
 
 
 def _named_file(text: str) -> tuple[str, str]:

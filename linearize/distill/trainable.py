@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from linearize import objectives, surgery
-from linearize.config.schema import LoraConfig, StageConfig
+from linearize.config.schema import LoraConfig, Recipe, StageConfig
 from linearize.distill import roles
 from linearize.errors import CheckpointError, RecipeError
 from linearize.registry import closest
+from linearize.surgery.plan import Plan
 
 KINDS = ("mixers", "lora", "all")
 
@@ -72,6 +73,29 @@ def prepare(model: nn.Module, stage: StageConfig) -> nn.Module:
             [f"train: {stage.train}: the model has no such parameters, so the stage would do nothing"]
         )
     return model
+
+
+def check_ranks(recipe: Recipe, plan: Plan, hidden: int | None) -> None:
+    """Hold adapters against the model, as soon as its sizes are known: no rank is wider than what it adapts.
+
+    Args:
+        recipe: its stages' `lora` are read.
+        plan: of `surgery.plan`.
+        hidden: width of the hidden states, or None where the config does not say.
+
+    Raises:
+        RecipeError: a rank above that of every projection in the converted layers.
+    """
+    converted = [row for row in plan.rows if row.kind == "mixer"]
+    widest = max(((row.heads + 2 * row.kv_heads) * row.head_dim for row in converted), default=0)
+    limit = widest if hidden is None else min(widest, hidden)
+    problems = [
+        f"stages.{name}.lora.rank: {stage.lora.rank} is wider than any projection of the attention; at most {limit}"
+        for name, stage in recipe.stages.items()
+        if stage.lora is not None and stage.lora.rank > limit
+    ]
+    if problems:
+        raise RecipeError(problems)
 
 
 def mixer_parameters(model: nn.Module) -> set[int]:

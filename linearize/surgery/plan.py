@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from linearize.mixers import build
 from linearize.surgery.inspection import AttentionLayer, attention_layers, skeleton
 from linearize.surgery.others import other_layers
 from linearize.surgery.projections import outputs, targets
+
+log = logging.getLogger(__name__)
 
 
 def select(layers: Any, indices: list[int]) -> list[int]:
@@ -29,6 +32,12 @@ def select(layers: Any, indices: list[int]) -> list[int]:
     if layers == "all":
         chosen = list(indices)
     elif isinstance(layers, dict) and set(layers) == {"every"} and _is_positive(layers["every"]):
+        if layers["every"] > len(indices):
+            log.warning(
+                "layers.every: %s, but the model has %s attention layers, so none stays softmax",
+                layers["every"],
+                len(indices),
+            )
         chosen = [index for place, index in enumerate(indices, start=1) if place % layers["every"]]
     else:
         keep = isinstance(layers, dict) and set(layers) == {"keep"}

@@ -1,0 +1,44 @@
+"""What only the model can tell of a recipe is told before the run folder is written."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from linearize import surgery
+from linearize.config import compose
+from linearize.distill import run
+from linearize.distill.trainable import check_ranks
+from linearize.errors import RecipeError
+
+
+def test_a_rank_wider_than_the_projections_is_refused_before_anything_is_written(teacher_folder, tmp_path):
+    recipe = compose("lolcats", ["stages.recover.lora.rank=60000", "run.device=cpu"])
+    with pytest.raises(
+        RecipeError, match=r"stages.recover.lora.rank: 60000 is wider than any projection"
+    ) as caught:
+        run(str(teacher_folder), recipe, tmp_path / "run")
+    assert "1 problem\n" in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_the_limit_is_that_of_the_widest_projection(teacher_folder):
+    from linearize.models import load_config
+
+    config = load_config(str(teacher_folder))
+    plan = surgery.plan(config, {"window": {"name": "full"}})
+    for rank, fits in ((config.hidden_size, True), (config.hidden_size + 1, False)):
+        recipe = compose("lolcats", [f"stages.recover.lora.rank={rank}"])
+        if fits:
+            check_ranks(recipe, plan, config.hidden_size)
+        else:
+            with pytest.raises(RecipeError):
+                check_ranks(recipe, plan, config.hidden_size)
+
+
+def test_an_every_that_keeps_nothing_is_said(teacher_folder, caplog):
+    from linearize.models import load_config
+
+    with caplog.at_level(logging.WARNING, "linearize"):
+        surgery.plan(load_config(str(teacher_folder)), {"window": {"name": "full"}}, {"every": 100})
+    assert "layers.every: 100, but the model has 2 attention layers, so none stays softmax" in caplog.text
