@@ -92,6 +92,25 @@ def test_a_padded_row_is_the_row_alone(folders, family, recipe):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recipe", ["lolcats", "lawcat", "lolcats_terraced", "swa_sinks"])
+def test_a_second_turn_behind_padding_is_the_row_alone(folders, family, recipe):
+    """[pad a b c | pad pad d e]: a batched chat goes on, and its shorter rows have padding in the middle."""
+    model = student(folders[family], small(compose(recipe, []).mixer))
+    ids, mask = tiny.tokens(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.int64)
+    mask[0, :2], mask[0, 9:15], mask[1, 8:10] = 0, 0, 0
+    positions, text = (mask.cumsum(1) - 1).clamp_min(0), mask.bool()
+    with torch.no_grad():
+        alone = [model(ids[row : row + 1, text[row]]).logits[0] for row in (0, 1)]
+        outs = [model(ids, attention_mask=mask, position_ids=positions).logits]
+    outs.append(fed(model, ids, mask, positions, [12, 1, 4, 1, 4]))
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    outs.append(fed(model, ids, mask, positions, [8] + [1] * 6 + [8], cache))
+    for out in outs:
+        for row in (0, 1):
+            close(out[row, text[row]], alone[row])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("layers", ["all", [1]], ids=str)
 def test_static_caches_and_every_kind_of_mask(folders, family, implementation, layers):
