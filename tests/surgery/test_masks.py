@@ -76,8 +76,16 @@ def fed(model, ids, mask, positions, pieces, cache=None):
     return torch.cat(outs, 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("recipe", RECIPES)
+QUICK = ("lolcats", "radlads_rwkv7", "lawcat", "lolcats_terraced")
+"""Recipes that are tried in every family each time; the others in one."""
+PAIRS = [
+    pytest.param(family, recipe, marks=[] if family == "llama" or recipe in QUICK else pytest.mark.slow)
+    for family in FAMILIES
+    for recipe in RECIPES
+]
+
+
+@pytest.mark.parametrize(("family", "recipe"), PAIRS)
 def test_a_padded_row_is_the_row_alone(folders, family, recipe):
     model = student(folders[family], small(compose(recipe, []).mixer))
     ids, mask, positions = tiny.left_padded(2, LENGTH, PAD)
