@@ -21,6 +21,7 @@ from torch import Tensor
 
 from linearize.errors import RecipeError
 from linearize.mixers.base import accumulator, documents
+from linearize.mixers.padding import packing
 
 
 def check(layers: Iterable[Any]) -> None:
@@ -67,7 +68,9 @@ def sees_without_window(call: Any) -> Tensor:
     mixer, device = call.mixer, call.k.device
     docs = documents(call.starts, batch, tokens, device)
     valid = torch.ones_like(docs, dtype=torch.bool) if call.valid is None else call.valid
-    q, k, v = (x.to(accumulator(x.dtype)) for x in (call.q, call.k, call.v))
+    packed = packing(valid)
+    valid, docs = packed.pack(valid), packed.pack(torch.where(valid, docs, 0))
+    q, k, v = (packed.pack(x.to(accumulator(x.dtype))) for x in (call.q, call.k, call.v))
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         _, handed = mixer.window.chunked(q, k, v, valid, docs, mixer.initial_state(batch, k.dtype, device))
     added, order = handed.valid, handed.order
@@ -78,7 +81,7 @@ def sees_without_window(call: Any) -> Tensor:
         torch.where(added, place, -1).cummax(1).values
     )  # documents follow each other: the newest key decides
     seen = (last >= 0) & (docs.gather(1, last.clamp_min(0)) == docs)
-    return seen if order is None else seen.gather(1, order.queries)
+    return packed.unpack(seen if order is None else seen.gather(1, order.queries))
 
 
 class _OwnValid:

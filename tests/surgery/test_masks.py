@@ -76,8 +76,16 @@ def fed(model, ids, mask, positions, pieces, cache=None):
     return torch.cat(outs, 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("recipe", RECIPES)
+QUICK = ("lolcats", "radlads_rwkv7", "lawcat", "lolcats_terraced")
+"""Recipes that are tried in every family each time; the others in one."""
+PAIRS = [
+    pytest.param(family, recipe, marks=[] if family == "llama" or recipe in QUICK else pytest.mark.slow)
+    for family in FAMILIES
+    for recipe in RECIPES
+]
+
+
+@pytest.mark.parametrize(("family", "recipe"), PAIRS)
 def test_a_padded_row_is_the_row_alone(folders, family, recipe):
     model = student(folders[family], small(compose(recipe, []).mixer))
     ids, mask, positions = tiny.left_padded(2, LENGTH, PAD)
@@ -89,6 +97,25 @@ def test_a_padded_row_is_the_row_alone(folders, family, recipe):
     for out in outs:
         close(out[0, PAD:], alone[0])
         close(out[1], alone[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recipe", ["lolcats", "lawcat", "lolcats_terraced", "swa_sinks"])
+def test_a_second_turn_behind_padding_is_the_row_alone(folders, family, recipe):
+    """[pad a b c | pad pad d e]: a batched chat goes on, and its shorter rows have padding in the middle."""
+    model = student(folders[family], small(compose(recipe, []).mixer))
+    ids, mask = tiny.tokens(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.int64)
+    mask[0, :2], mask[0, 9:15], mask[1, 8:10] = 0, 0, 0
+    positions, text = (mask.cumsum(1) - 1).clamp_min(0), mask.bool()
+    with torch.no_grad():
+        alone = [model(ids[row : row + 1, text[row]]).logits[0] for row in (0, 1)]
+        outs = [model(ids, attention_mask=mask, position_ids=positions).logits]
+    outs.append(fed(model, ids, mask, positions, [12, 1, 4, 1, 4]))
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    outs.append(fed(model, ids, mask, positions, [8] + [1] * 6 + [8], cache))
+    for out in outs:
+        for row in (0, 1):
+            close(out[row, text[row]], alone[row])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
