@@ -125,7 +125,7 @@ def forked(job: Callable[[], object], operations: Operations, log: Path) -> tupl
             job()
             code = 0
         except LinearizeError as error:
-            output.write(str(error))
+            output.write(f"{error}\n")  # flushed by the line
             code = REFUSED
         except BaseException:
             output.write(traceback.format_exc())
