@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,34 @@ from linearize.surgery.masks import REMEDY, text_rows
 from linearize.surgery.positions import layers, left_positions
 
 READ = "linearize_read"
-"""Attribute of a cache: [B, S] true where a token of an earlier call was text."""
+"""Attribute of a cache: what earlier calls have read, see `Read`."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """Which of a cache's tokens are text, in memory that does not grow: rows of text behind padding have two numbers.
+
+    Attributes:
+        padding: [B] tokens before the first that is text.
+        texts: [B] tokens that are text.
+        tokens: in all; those that came later one at a time are not counted.
+    """
+
+    padding: Tensor
+    texts: Tensor
+    tokens: int
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Read:
+        """What [B, S] true-where-text says."""
+        return cls(rows.to(torch.int8).argmax(1), rows.sum(1), rows.shape[1])
+
+    def agrees(self, seen: Tensor) -> Tensor:
+        """[B] whether [B, S] true-where-seen shows just the text; rows with padding elsewhere pass unchecked."""
+        place = torch.arange(self.tokens, device=seen.device)
+        padding, texts = self.padding.to(seen.device), self.texts.to(seen.device)
+        same = (seen[:, : self.tokens] == (place >= padding[:, None])).all(1)
+        return same | (padding + texts != self.tokens)
 
 
 def looking(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,19 +96,19 @@ def _follow(cache: Any, mask: Tensor, tokens: int, window: int | None) -> None:
     Raises:
         UnsupportedModelError: it does.
     """
+    known = getattr(cache, READ, None)
     if mask.dim() == 2:
-        setattr(cache, READ, mask)
+        if known is None or tokens > 1:  # decoding launches nothing for this
+            setattr(cache, READ, Read.of(mask.to(torch.bool)))
         return
     if mask.dim() != 4 or getattr(cache, "is_compileable", False):
         return  # generate itself makes the masks of static caches
     past = int(cache.get_seq_length())
     first, last, texts = text_rows(mask, tokens, past)
-    known = getattr(cache, READ, None)
-    rows = torch.ones_like(last[:, :past]) if known is None else known[:, :past].to(last.device, torch.bool)
-    if rows.shape[1] < past:
-        rows = torch.nn.functional.pad(rows, (0, past - rows.shape[1]), value=True)
-    if past and rows.shape[0] in (1, first.shape[0]):
-        fits = ~texts | (first[:, :past] == rows).all(1)
+    if known is None:
+        known = Read.of(torch.ones(1, past, dtype=torch.bool, device=first.device)) if past else None
+    if known is not None and known.padding.shape[0] in (1, first.shape[0]):
+        fits = ~texts | known.agrees(first[:, :past])
         if tokens > 1:
             fits |= ~first[:, :past].any(1)  # another document begins
         elif window is not None and past >= window:
@@ -89,5 +117,6 @@ def _follow(cache: Any, mask: Tensor, tokens: int, window: int | None) -> None:
             raise UnsupportedModelError(
                 f"an attention mask that hides tokens of earlier calls, or shows padding among them: {REMEDY}"
             )
-    unread = torch.nn.functional.pad(rows, (0, tokens), value=False).expand_as(last)
-    setattr(cache, READ, torch.where(texts[:, None], last, unread))
+    read = Read.of(last)
+    # rows that had no text in this call are taken at their word from here on
+    setattr(cache, READ, Read(read.padding, torch.where(texts, read.texts, -1), read.tokens))
