@@ -55,8 +55,11 @@ class Side:
 
     def make_room(self, tokens: int) -> None:
         """Memory for the logits of a slice; rows are aligned."""
-        width = -(-len(self.weight) // ALIGNED) * ALIGNED
-        self.room = self.hidden.new_empty(tokens, width)[:, : len(self.weight)]
+        columns = len(self.weight)
+        room = self.hidden.new_empty(tokens, -(-columns // ALIGNED) * ALIGNED)
+        # torch's CPU products of bfloat16 multiply a number behind an odd row by zero, which must not be NaN
+        room[:, columns:] = 0
+        self.room = room[:, :columns]
 
     def logits(self, piece: slice) -> Tensor:
         """What the head's matrix gives for a slice [n, V], in the room that every slice shares."""
