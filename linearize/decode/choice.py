@@ -94,6 +94,9 @@ def obstacles(model: Any) -> list[str]:
     growing = [layer.layer_idx for layer in layers if not has_fixed_state(layer.mixer)]
     if growing:
         problems.append(f"the mixers of layers {_listed(growing)} keep a state that grows")
+    chunked = [layer.layer_idx for layer in layers if layer.mixer.shape.chunk is not None]
+    if chunked:
+        problems.append(f"layers {_listed(chunked)} begin again at each chunk, which their masks tell")
     if len(layers) < config.num_hidden_layers:
         if config._attn_implementation not in ("sdpa", "eager"):
             problems.append(f"softmax layers with the attention function {config._attn_implementation}")

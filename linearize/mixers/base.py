@@ -31,6 +31,7 @@ class LayerShape:
         scaling: factor on q.k before the softmax.
         softcap: tanh soft cap on the scaled scores (Gemma 2), or None.
         sliding_window: tokens that the teacher's own layer sees, or None for all.
+        chunk: tokens in a chunk of the teacher's own layer, which sees nothing of earlier ones (Llama 4), or None.
         model_dim: width of the hidden states, D, or None where nobody measured it.
         rotary: how q and k have been rotated: "none", "half" (rotate-half, possibly partial), "other".
     """
@@ -42,6 +43,7 @@ class LayerShape:
     scaling: float
     softcap: float | None = None
     sliding_window: int | None = None
+    chunk: int | None = None
     model_dim: int | None = None
     rotary: str = "none"
 

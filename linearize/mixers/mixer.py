@@ -300,6 +300,7 @@ class Mixer(nn.Module):
                 wide_hidden,
                 v.dtype,
                 front,
+                bordered=docs is not None,
             )
 
         near = inputs(self.position.window_rotated)

@@ -28,6 +28,7 @@ class Inputs:
         hidden: [B, T, D] the layer's input, or None where no part reads it.
         dtype: of the model's own q, k and v.
         front: [B] padding in front of each row, behind which the state's tokens belong, or None.
+        bordered: whether a document may begin among the tokens.
     """
 
     q: Tensor
@@ -38,6 +39,7 @@ class Inputs:
     hidden: Tensor | None
     dtype: torch.dtype = torch.float32
     front: Tensor | None = None
+    bordered: bool = False
 
 
 class Recurrent(nn.Module):
@@ -143,7 +145,8 @@ class Recurrent(nn.Module):
     ) -> Stream:
         q, k, v = inputs.q, inputs.k, inputs.v
         if self.short_conv is not None:
-            masks = {"valid": inputs.valid, "docs": inputs.docs, "front": inputs.front}
+            docs = inputs.docs if inputs.bordered else None
+            masks = {"valid": inputs.valid, "docs": docs, "front": inputs.front}
             q, k, v = self.short_conv(q, k, v, **masks, state=state)
         seen = inputs.valid[..., None]
         heads = self.update.heads

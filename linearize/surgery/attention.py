@@ -205,8 +205,9 @@ def linearized_attention(
     why = why or arguments.changed(kwargs, module.mixer.shape)
     if why is not None:
         raise UnsupportedModelError(f"layer {module.layer_idx} ({type(module).__name__}): {why}")
-    window, carries = module.mixer.shape.sliding_window, frame.cache is not None
-    reading = read_mask(attention_mask, batch, tokens, frame.offset, window=window, carries=carries)
+    shape, carries = module.mixer.shape, frame.cache is not None
+    local = {"window": shape.sliding_window, "chunk": shape.chunk}
+    reading = read_mask(attention_mask, batch, tokens, frame.offset, **local, carries=carries)
     valid, starts, gaps = reading.valid, reading.starts, reading.gaps
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     sink = kwargs.get("s_aux")

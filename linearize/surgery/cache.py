@@ -101,13 +101,14 @@ class LinearizedCacheLayer(CacheLayerMixin):
             if self._snapshot is None:
                 self._snapshot = self.state.clone()
             seen = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if valid is None else valid
-            recorded = {"q": q, "k": k, "v": v, "valid": seen}
+            borders = torch.zeros_like(seen) if starts is None else starts
+            recorded = {"q": q, "k": k, "v": v, "valid": seen, "starts": borders}
             if "hidden" in context:
                 recorded["hidden"] = context["hidden"]
             if "plain" in context:
                 recorded["plain_q"], recorded["plain_k"] = context["plain"]
             self._recorded.append(recorded)
-        if k.shape[1] == 1 and not (torch.is_grad_enabled() and q.requires_grad):
+        if k.shape[1] == 1 and starts is None and not (torch.is_grad_enabled() and q.requires_grad):
             return mixer.step(q, k, v, state=self.state, valid=valid, **context)
         return mixer.chunked(q, k, v, valid=valid, starts=starts, state=self.state, gaps=gaps, **context)
 

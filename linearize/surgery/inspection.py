@@ -15,7 +15,7 @@ from linearize.errors import UnsupportedModelError
 from linearize.mixers import LayerShape
 from linearize.mixers.position import rotate_back
 from linearize.surgery import arguments
-from linearize.surgery.probe import FAILURES, Call, Probe, Visit, made_elsewhere, place, probe
+from linearize.surgery.probe import FAILURES, Call, Probe, made_elsewhere, place, probe
 
 
 @dataclass
@@ -52,7 +52,7 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     layers: list[AttentionLayer] = []
     for path, module in modules:
         refused = _refusal(module, seen, own)
-        shape = None if refused else _shape(seen.visits[id(module)][0], seen, loaded=loaded)
+        shape = None if refused else _shape(module, seen, loaded=loaded)
         if shape is None or isinstance(shape, str):
             raise UnsupportedModelError(f"{path} ({type(module).__name__}): {refused or shape}")
         index = getattr(module, "layer_idx", None)
@@ -148,14 +148,15 @@ def _refusal(module: nn.Module, seen: Probe, own: Probe) -> str | None:
     return None
 
 
-def _shape(visit: Visit, seen: Probe, *, loaded: bool) -> LayerShape | str:
+def _shape(module: nn.Module, seen: Probe, *, loaded: bool) -> LayerShape | str:
     """A layer's numbers, or why they do not make a layer that a mixer could stand in for.
 
     Args:
-        visit: the layer's run.
-        seen: the probe that it belongs to.
+        module: the layer, which the probe has seen run once.
+        seen: the probe.
         loaded: whether the model has its weights, so that numbers mean something.
     """
+    visit = seen.visits[id(module)][0]
     call = visit.calls[0]
     _, heads, tokens, key_dim = call.query.shape
     if call.key.shape[2] != tokens or call.value.shape[1] != call.key.shape[1] or heads % call.key.shape[1]:
@@ -166,12 +167,11 @@ def _shape(visit: Visit, seen: Probe, *, loaded: bool) -> LayerShape | str:
         numbers = arguments.numbers(call.arguments, key_dim)
     except ValueError as error:
         return str(error)
-    local = seen.local_size(call.mask)
+    local, chunk = seen.local_size(call.mask), None
     if local is not None and local != numbers["sliding_window"]:
-        return (
-            f"attends within chunks or windows of {local} tokens that its attention mask alone knows of; a mixer "
-            "cannot see where the next one begins when it decodes"
-        )
+        if not _in_chunks(module):
+            return f"attends within a window of {local} tokens that its attention mask alone knows of"
+        chunk = local
     if loaded and not bool(call.query.isfinite().all()):
         return "its queries are not finite; the weights hold NaN or infinite values"
     return LayerShape(
@@ -179,10 +179,17 @@ def _shape(visit: Visit, seen: Probe, *, loaded: bool) -> LayerShape | str:
         kv_heads=call.key.shape[1],
         key_dim=key_dim,
         value_dim=call.value.shape[3],
+        chunk=chunk,
         model_dim=visit.hidden_states.shape[-1],
         rotary=_rotary(call, visit.rotation, loaded=loaded),
         **numbers,
     )
+
+
+def _in_chunks(module: nn.Module) -> bool:
+    """Whether transformers' name for the layer's kind says that it attends within chunks, and not in a window."""
+    kinds, index = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
+    return kinds is not None and index is not None and kinds[index] == "chunked_attention"
 
 
 def _check_cache(model: PreTrainedModel, layers: list[AttentionLayer]) -> None:

@@ -50,6 +50,7 @@ def read_mask(
     offset: int | Tensor | None = 0,
     *,
     window: int | None = None,
+    chunk: int | None = None,
     carries: bool = False,
 ) -> Reading:
     """Padding and document starts of the new tokens, read off the mask that the softmax layer would use.
@@ -64,6 +65,7 @@ def read_mask(
         batch, tokens: B and Q.
         offset: column of the first new token, on the host or as a [] tensor; None where no new token can be padding.
         window: tokens that the softmax layer sees, its own included, or None for all.
+        chunk: tokens in a chunk that the softmax layer sees alone, or None: then a single token begins no document.
         carries: the call reads or leaves a state.
 
     Raises:
@@ -78,7 +80,8 @@ def read_mask(
             "use model.set_attn_implementation('sdpa')"
         )
     if tokens == 1:
-        return Reading(_single(mask, batch, offset), None, True)
+        valid = _single(mask, batch, offset)
+        return Reading(valid, None if chunk is None else valid & _alone(mask, batch), True)
     if torch.compiler.is_compiling():
         return _read(mask, batch, tokens, offset, window)
     offset = int(offset)
@@ -101,6 +104,13 @@ def _single(mask: Tensor, batch: int, offset: int | Tensor) -> Tensor:
     row = mask[:, 0, 0]
     own = row[:, offset : offset + 1] if isinstance(offset, int) else row.index_select(1, offset.reshape(1))
     return (own if own.dtype == torch.bool else own > HIDDEN).expand(batch, -1)
+
+
+def _alone(mask: Tensor, batch: int) -> Tensor:
+    """Whether the only new token sees one key, its own, as the first of a chunk does, [B, 1]."""
+    if mask.dim() == 2:
+        return torch.zeros(batch, 1, dtype=torch.bool, device=mask.device)
+    return (_visible(mask, batch, 1)[:, 0].sum(-1, keepdim=True) == 1).expand(batch, -1)
 
 
 def _check_shape(mask: Tensor, batch: int, tokens: int) -> None:

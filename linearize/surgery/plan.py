@@ -162,7 +162,7 @@ def row(layer: AttentionLayer, mixer: dict[str, Any] | None) -> Row:
         parameters=built.added_parameters if built else 0,
         state_bytes=built.state_bytes() if built else 0,
         kv_bytes_per_token=2 * shape.kv_heads * (shape.key_dim + shape.value_dim),
-        kv_window=shape.sliding_window,
+        kv_window=shape.sliding_window or shape.chunk,
     )
 
 

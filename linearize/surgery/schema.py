@@ -18,7 +18,17 @@ COUNTS = {"heads": 2**16, "kv_heads": 2**16, "key_dim": 2**16, "value_dim": 2**1
 FACTORS = ("scaling", "softcap")
 """Numbers of a layer that are above 0."""
 ROTARY = ("none", "half", "other")
-MEASURED = ("heads", "kv_heads", "key_dim", "value_dim", "scaling", "softcap", "sliding_window", "model_dim")
+MEASURED = (
+    "heads",
+    "kv_heads",
+    "key_dim",
+    "value_dim",
+    "scaling",
+    "softcap",
+    "sliding_window",
+    "chunk",
+    "model_dim",
+)
 """Numbers of a layer that its module shows without weights."""
 
 
@@ -128,7 +138,7 @@ def _field_problem(name: str, value: Any, types: dict[str, Any]) -> str | None:
         return f"must lie between 1 and {COUNTS[name]:,}, got {_shown(value)}"
     if name in FACTORS and not value > 0:
         return f"must be above 0, got {_shown(value)}"
-    if name == "sliding_window" and value < 1:
+    if name in ("sliding_window", "chunk") and value < 1:
         return f"must be at least 1, got {_shown(value)}"
     return None
 

@@ -80,6 +80,27 @@ def test_state_carries_across_calls(mixer, dtype, tolerance, cuts):
 
 
 @mixers
+def test_a_document_may_begin_in_any_call(mixer):
+    """Also in a call of one token, as the chunks of a teacher's own layer do; a state of the one before is let go."""
+    shape = SHAPES["grouped"]
+    made = make(mixer, shape, torch.float64)
+    x, tokens = Draw.of(shape, 75, torch.float64), 75
+    starts = torch.zeros(2, tokens, dtype=torch.bool)
+    starts[0, [1, 3, 20, 40, 41, 64]] = True
+    starts[1, [2, 21, 42]] = True
+    expected = x.run(made.parallel, starts=starts)
+    with torch.no_grad():
+        for cuts in (list(range(tokens)), [0, 20, 21, 22, 40, 41, 42, 43], [0, 5, 45, 64]):
+            state, parts = made.initial_state(2, torch.float64, x.q.device), []
+            for first, last in zip(cuts, [*cuts[1:], tokens], strict=True):
+                begins = starts[:, first:last]
+                single = last - first == 1 and not begins.any()
+                how = {} if single else {"starts": begins}
+                parts.append(x[first:last].run(made.step if single else made.chunked, state=state, **how))
+            close(torch.cat(parts, 1), expected)
+
+
+@mixers
 @shapes
 def test_left_padding_changes_nothing(mixer, shape):
     made = make(mixer, shape, torch.float64)

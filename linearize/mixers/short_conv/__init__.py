@@ -30,11 +30,11 @@ class ShortConv(Part):
         v: Tensor,
         *,
         valid: Tensor,
-        docs: Tensor,
+        docs: Tensor | None,
         state: State | None,
         front: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [B, T, heads, width] -> the same shapes; padding is skipped.
+        """q, k, v [B, T, heads, width] -> the same shapes; padding is skipped, `docs` None is one document.
 
         `state` is None in the parallel form, else read and written; its tokens belong behind the `front` [B] padding of
         each row, which in the forms with a state has none between its tokens.

@@ -75,11 +75,13 @@ class Depthwise(ShortConv):
         v: Tensor,
         *,
         valid: Tensor,
-        docs: Tensor,
+        docs: Tensor | None,
         state: State | None,
         front: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         streams = {"q": q, "k": k, "v": v}
+        alone = q.shape[1] == 1 and docs is None and not torch.is_grad_enabled()
+        docs = torch.zeros_like(valid, dtype=torch.int64) if docs is None else docs
         # values of no width ask for the mixer's weights: what filters the values is no part of them
         roles = [role for role in self.filters if streams[role].shape[-1]]
         inputs, weights = [streams[role] for role in roles], [self.filters[role] for role in roles]
@@ -88,7 +90,7 @@ class Depthwise(ShortConv):
             outputs = [_defined(x, w, valid, docs, silu) for x, w in zip(inputs, weights, strict=True)]
         else:
             past = [state[f"conv_{role}"] for role in roles]
-            if q.shape[1] == 1 and not torch.is_grad_enabled():
+            if alone:
                 tokens = [x[:, 0] for x in inputs]
                 made = short_conv_step_streams(tokens, weights, past, valid=valid[:, 0], silu=silu)
                 outputs = [y[:, None] for y in made]
