@@ -66,6 +66,8 @@ def generate(
         raise LinearizeError("an empty prompt: give at least one character to continue")
     if on_text is not None and (len(texts) > 1 or options.get("num_beams", 1) > 1):
         raise LinearizeError("streaming shows one sequence: give one prompt and no beams")
+    if any("\ud800" <= sign <= "\udfff" for text in texts for sign in text):
+        raise LinearizeError("the prompt holds bytes that are no UTF-8 text; give it in UTF-8")
     rows = _chat(tokenizer, texts, system) if chat else tokenizer(texts)["input_ids"]
     embedding = model.get_input_embeddings().weight.shape[0]
     for text, row in zip(texts, rows, strict=True):

@@ -197,3 +197,8 @@ def test_numbers_that_overflow_are_said_and_not_decoded(model, tokenizer, option
         model.model.layers[0].self_attn.o_proj.weight.fill_(1e38)
     with pytest.raises(LinearizeError, match="the model gives NaN and no logits after 2 tokens"):
         generate(model, tokenizer, "the cat", max_new_tokens=4, **options)
+
+
+def test_a_prompt_that_is_no_text(model, tokenizer):
+    with pytest.raises(LinearizeError, match="no UTF-8 text"):
+        generate(model, tokenizer, "the \udcff")
