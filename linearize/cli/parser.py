@@ -355,10 +355,11 @@ def _number(kind: type, holds: Callable[[Any], bool], rule: str) -> Callable[[st
     return convert
 
 
-_MOST = 2**31 - 1
-_count = _number(int, lambda value: 0 <= value <= _MOST, f"a whole number from 0 to {_MOST}")
-_positive = _number(int, lambda value: 1 <= value <= _MOST, f"a whole number above 0, at most {_MOST}")
-_window = _number(int, lambda value: 2 <= value <= _MOST, f"a whole number of at least 2, at most {_MOST}")
+_MOST = 2**31
+"""No count that anybody means; torch and numpy end not far beyond."""
+_count = _number(int, lambda value: 0 <= value < _MOST, "a whole number, 0 or more and below 2^31")
+_positive = _number(int, lambda value: 1 <= value < _MOST, "a whole number above 0 and below 2^31")
+_window = _number(int, lambda value: 2 <= value < _MOST, "a whole number of at least 2")
 _not_negative = _number(float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
 _share = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 
