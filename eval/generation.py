@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TextStreamer
+from transformers import LogitsProcessorList, TextStreamer
 
 from linearize.data.chat import Chat
 from linearize.data.tokens import Tokens
 from linearize.decode.generate import evaluating, generate_ids
 from linearize.errors import LinearizeError
 from linearize.mixers.offloaded import device_of
+from linearize.models.boundary import boundary
 from linearize.models.tokenizer import check_ids
+
+REMEDY = "look at the options given and at the checkpoint's generation_config.json"
 
 
 def generate(
@@ -55,13 +58,16 @@ def generate(
 
     Raises:
         LinearizeError: no prompt, an empty one, a chat template asked for that the tokenizer lacks or that refuses the
-            message, or streaming of several prompts or of beams, `graph=True` or `compile` where there can be no graph.
+            message, or streaming of several prompts or of beams, `graph=True` or `compile` where there can be no graph;
+            options, or a generation config, that transformers cannot follow; logits that are NaN.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts or not all(texts):
         raise LinearizeError("an empty prompt: give at least one character to continue")
     if on_text is not None and (len(texts) > 1 or options.get("num_beams", 1) > 1):
         raise LinearizeError("streaming shows one sequence: give one prompt and no beams")
+    if any("\ud800" <= sign <= "\udfff" for text in texts for sign in text):
+        raise LinearizeError("the prompt holds bytes that are no UTF-8 text; give it in UTF-8")
     rows = _chat(tokenizer, texts, system) if chat else tokenizer(texts)["input_ids"]
     embedding = model.get_input_embeddings().weight.shape[0]
     for text, row in zip(texts, rows, strict=True):
@@ -87,8 +93,14 @@ def generate(
     )
     if made is None:
         streaming = {} if stream is None else {"streamer": stream}
-        with evaluating(model):
-            made = model.generate(**batch, **options, **streaming)[:, ids.shape[1] :]
+        plain: dict[str, Any] = {"return_dict_in_generate": False}
+        if options.get("stop_strings") or getattr(model.generation_config, "stop_strings", None):
+            plain["tokenizer"] = tokenizer  # what they are looked for with
+        processors = [*options.pop("logits_processor", ()), _check_logits]
+        plain["logits_processor"] = LogitsProcessorList(processors)
+        with evaluating(model), boundary("the text", REMEDY, verb="cannot be generated", kind=LinearizeError):
+            made = model.generate(**batch, **plain | options, **streaming)
+        made = made[:, ids.shape[1] :]
     elif stream is not None:
         stream.end()
     return tokenizer.batch_decode(made, skip_special_tokens=True)
@@ -140,6 +152,16 @@ class _Callback(TextStreamer):
         self.next_tokens_are_prompt = False
         for token in tokens[0].split(1):
             self.put(token)
+
+
+def _check_logits(ids: Tensor, scores: Tensor) -> Tensor:
+    """A logits processor: NaN would be decoded as whatever token comes first."""
+    if bool(scores.isnan().any()):
+        raise LinearizeError(
+            f"the model gives NaN and no logits after {ids.shape[1]} tokens: its numbers overflow in {scores.dtype} or "
+            "its weights are damaged; load it in a wider dtype, or take another checkpoint"
+        )
+    return scores
 
 
 def _chat(tokenizer: Any, texts: list[str], system: str | None) -> list[list[int]]:

@@ -91,6 +91,8 @@ def test_recipes_lists_and_shows(capsys, tmp_path):
         (["eval", "x", "--device", "gpu"], "unknown device 'gpu'; did you mean 'cpu'?"),
         (["generate", "x"], "required: --prompt"),
         (["generate", "x", "--prompt", "a", "--temperature", "-1"], "must be a number, 0 or more"),
+        (["generate", "x", "--prompt", "a", "--seed", str(2**40)], "0 or more and below 2^31, got"),
+        (["eval", "x", "--batch-size", str(2**70)], "above 0 and below 2^31, got"),
         (["generate", "no/such/model", "--prompt", "a"], "no/such/model"),
     ],
 )

@@ -134,5 +134,5 @@ def _write(path: Path, rows: list[dict[str, Any]], options: argparse.Namespace) 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    except PermissionError as error:
+    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
         raise LinearizeError(f"--json: cannot write {path}: {error.strerror}") from error

@@ -15,6 +15,7 @@ def main(options: argparse.Namespace) -> int:
     from transformers import set_seed
 
     from linearize.cli.checkpoint import load
+    from linearize.errors import LinearizeError
     from linearize.eval.generation import generate
 
     model, tokenizer = load(options.path, options.device)
@@ -25,18 +26,22 @@ def main(options: argparse.Namespace) -> int:
     stream = options.num_beams == 1
     if not options.chat:
         _write(options.prompt)
-    texts = generate(
-        model,
-        tokenizer,
-        options.prompt,
-        max_new_tokens=options.max_new_tokens,
-        chat=options.chat,
-        on_text=_write if stream else None,
-        graph=False if options.no_graph else None,
-        compile=options.compile,
-        num_beams=options.num_beams,
-        **sampling,
-    )
+    try:
+        texts = generate(
+            model,
+            tokenizer,
+            options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            chat=options.chat,
+            on_text=_write if stream else None,
+            graph=False if options.no_graph else None,
+            compile=options.compile,
+            num_beams=options.num_beams,
+            **sampling,
+        )
+    except LinearizeError:
+        _write("\n")  # the message on a line of its own
+        raise
     _write("\n" if stream else texts[0] + "\n")
     return 0
 

@@ -355,9 +355,11 @@ def _number(kind: type, holds: Callable[[Any], bool], rule: str) -> Callable[[st
     return convert
 
 
-_count = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
-_positive = _number(int, lambda value: value >= 1, "a whole number above 0")
-_window = _number(int, lambda value: value >= 2, "a whole number of at least 2")
+_MOST = 2**31
+"""No count that anybody means; torch and numpy end not far beyond."""
+_count = _number(int, lambda value: 0 <= value < _MOST, "a whole number, 0 or more and below 2^31")
+_positive = _number(int, lambda value: 1 <= value < _MOST, "a whole number above 0 and below 2^31")
+_window = _number(int, lambda value: 2 <= value < _MOST, "a whole number of at least 2")
 _not_negative = _number(float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
 _share = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 

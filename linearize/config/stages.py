@@ -40,8 +40,8 @@ def strangers(raw: dict[str, Any]) -> list[str]:
         return []
     raw["stages"] = {name: stages[name] for name in known}
     return [
-        f"stages.{name}: this recipe has no such stage; {closest(name, known)}. A new stage names its objective "
-        f"(stages.{name}.objective=next_token)"
+        f"stages.{name}: this recipe has no such stage; {_ended(closest(name, known))} A new stage names its "
+        f"objective (stages.{name}.objective=next_token)"
         for name in strange
     ]
 
@@ -240,3 +240,7 @@ def _objective(path: str, stage: StageConfig, *, train_known: bool) -> list[str]
             f"train: [mixers], or an objective of the whole model ({', '.join(sorted(objectives.names('model')))})"
         )
     return found
+
+
+def _ended(clause: str) -> str:
+    return clause if clause.endswith("?") else f"{clause}."

@@ -110,8 +110,6 @@ class Template:
                 f"{where}: holds half of a surrogate pair ({error.object[error.start]!a}), which is no character; mend "
                 "the row"
             ) from error
-        except RecursionError as error:
-            raise DataError(f"{where}: lists within lists are too deep; mend the row") from error
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
         return document

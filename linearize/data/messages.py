@@ -24,6 +24,9 @@ ALSO_CALLED = {
 }
 """Speakers of other formats, for the message."""
 
+DEEPEST = 100
+"""Lists within lists that a row may hold; templates walk them by recursion, and no tool call nests so far."""
+
 
 def conversation(value: Any, column: str) -> list[Message]:
     """The messages of a row.
@@ -33,8 +36,10 @@ def conversation(value: Any, column: str) -> list[Message]:
         column: where it stood.
 
     Raises:
-        DataError: another shape, a part that is no text (an image), a message without content and tool calls.
+        DataError: another shape, a part that is no text (an image), a message without content and tool calls, lists
+            within lists beyond `DEEPEST`.
     """
+    _check_depth(value, column)
     if not isinstance(value, list) or not all(
         isinstance(message, dict) and isinstance(message.get("role"), str) for message in value
     ):
@@ -83,11 +88,12 @@ def tools(value: Any) -> list[Any] | None:
     """The tools of a row: a list, each one or all of it possibly as JSON text; None where there are none.
 
     Raises:
-        DataError: another shape.
+        DataError: another shape, or one that is nested too deeply.
     """
     made = _parsed(value)
     if isinstance(made, list):
         made = [_parsed(tool) for tool in made]
+    _check_depth(made, "tools")
     if not made:
         return None
     if not isinstance(made, list) or not all(isinstance(tool, dict) for tool in made):
@@ -95,6 +101,21 @@ def tools(value: Any) -> list[Any] | None:
             f"column 'tools' must hold a list of tools (or that as JSON text), not {str(value)[:60]!r}; mend or drop it"
         )
     return made
+
+
+def _check_depth(value: Any, column: str) -> None:
+    """Level by level, as Python's own limit depends on its version and on the caller's stack."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise DataError(f"column '{column}': lists within lists are too deep (more than {DEEPEST}); mend the row")
 
 
 def _parsed(value: Any) -> Any:

@@ -8,6 +8,9 @@ from typing import Any
 from linearize.data.control import OPEN, ControlTokens
 from linearize.data.document import Document
 from linearize.errors import DataError
+from linearize.models.boundary import boundary
+
+REMEDY = "take the text out, or mend the tokenizer's files"
 
 
 class Tokens:
@@ -75,13 +78,14 @@ class Tokens:
             "return_attention_mask": False,
             "return_token_type_ids": False,
         }
-        return list(self._tokenizer(texts, verbose=False, **options)["input_ids"])
+        with boundary("the tokenizer", REMEDY, verb="cannot read a text", kind=DataError):
+            return list(self._tokenizer(texts, verbose=False, **options)["input_ids"])
 
     def _splits(self) -> bool:
         """Some classes have no `split_special_tokens`, and say so by refusing it."""
         try:
             self._encode(["a"], split_special_tokens=True)
-        except (TypeError, ValueError, NotImplementedError):
+        except DataError:
             return False
         return True
 

@@ -103,7 +103,7 @@ def _listed(folder: Path) -> dict[str, dict[str, Any]] | None:
             name: {"size": entry} if isinstance(entry, int) else dict(entry) for name, entry in files.items()
         }
         return listed if all("size" in entry for entry in listed.values()) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -115,7 +115,7 @@ def _readable(path: Path) -> bool:
         else:
             with safe_open(path, framework="pt") as file:
                 file.keys()
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, RecursionError, SafetensorError):
         return False
     return True
 

@@ -56,7 +56,14 @@ class Results:
 def _is_row(row: Any) -> bool:
     if not isinstance(row, dict) or not isinstance(row.get("name"), str):
         return False
-    return all(isinstance(row.get(part, {}), dict) for part in ("perplexity", "tasks"))
+    perplexities, tasks = row.get("perplexity", {}), row.get("tasks", {})
+    if not isinstance(perplexities, dict) or not isinstance(tasks, dict):
+        return False
+    metrics = list(tasks.values())
+    if not all(isinstance(found, dict) for found in metrics):
+        return False
+    numbers = [*perplexities.values(), *(number for found in metrics for number in found.values())]
+    return all(type(number) in (int, float) for number in numbers)
 
 
 class Measurer:

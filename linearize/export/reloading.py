@@ -39,23 +39,18 @@ def fingerprints(model: Any) -> dict[str, list[Any]]:
 @torch.no_grad()
 def answers(model: Any, ids: Tensor) -> dict[str, Tensor]:
     """Logits [1, T, V] of a text, and what greedy decoding with a cache makes of it, [1, T + n]."""
+    from transformers import GenerationConfig
+
     mask = torch.ones_like(ids)
-    # sampling values of the model's own generation config would be warned of
-    plain: dict[str, Any] = {
-        "do_sample": False,
-        "num_beams": 1,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-    }
-    tokens = model.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        use_cache=True,
-        **plain,
-    )
+    own = model.generation_config
+    # Stop strings, penalties, other caches: the model is compared, not how its makers would have it sampled.
+    model.generation_config = GenerationConfig()
+    try:
+        tokens = model.generate(
+            ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True
+        )
+    finally:
+        model.generation_config = own
     return {"logits": model(ids, attention_mask=mask).logits, "tokens": tokens}
 
 

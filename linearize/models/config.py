@@ -21,6 +21,8 @@ QUANTIZED = ("quantization_config", "compression_config")
 NOT_THE_CHECKPOINTS = ("auto_map", "transformers_weights", "fusion_config", "distributed_config")
 IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 """What transformers would take from a config and act on: code and kernels to fetch, other weight files, patches."""
+OF_A_CALL = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""Options of one call that a config can hold; saved by chance, they change what calls return, or forbid saving."""
 
 MOST_LAYERS = 2_000
 MOST = {
@@ -54,6 +56,7 @@ def read_config(folder: Path, tensors: int | None = None) -> PreTrainedConfig:
     for path, key, value in _entries({key: value for key, value in raw.items() if key != "linearize"}):
         _check_name(folder, path, key)
         _check_number(folder, path, key, value)
+        _check_factors(folder, path, key, value)
     with boundary(f"{folder / 'config.json'}", REMEDY, verb="cannot be read"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         for part in _parts(config):
@@ -172,6 +175,19 @@ def _check_number(folder: Path, path: str, key: str, value: Any) -> None:
         )
 
 
+def _check_factors(folder: Path, path: str, key: str, value: Any) -> None:
+    """Scalings of rotary positions: some are looked at only once a text is long."""
+    inside = path.startswith("rope_") or ".rope_" in path
+    if not inside or not key.endswith("factor") or value is None:
+        return
+    for number in value if isinstance(value, list) else [value]:
+        if type(number) not in (int, float) or not number > 0:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: {path} must be a number above 0 or a list of them, got {shorten(value)}; "
+                "fetch the checkpoint again"
+            )
+
+
 def _check_layers(folder: Path, config: PreTrainedConfig, tensors: int) -> None:
     with boundary(f"{folder / 'config.json'}", REMEDY, verb="cannot be read"):
         layers = getattr(config.get_text_config(), "num_hidden_layers", None)
@@ -198,3 +214,6 @@ def _disarm(config: Any) -> None:
     for name in IMPLEMENTATIONS:
         if name in vars(config):
             setattr(config, name, None)
+    for name, value in OF_A_CALL.items():
+        if hasattr(config, name):
+            setattr(config, name, value)

@@ -39,6 +39,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        tokenizer.decode(tokenizer("a")["input_ids"])  # some parts are only looked at in use
     return tokenizer
 
 

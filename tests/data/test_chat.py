@@ -8,6 +8,7 @@ import pytest
 
 from linearize.config.schema import DataConfig
 from linearize.data import load_texts, packed
+from linearize.data.messages import DEEPEST
 from linearize.data.tokens import Tokens
 from linearize.errors import DataError
 
@@ -159,12 +160,21 @@ def test_what_is_refused_names_the_row(chats, row, problem):
         chats({"messages": [USER, ANSWER]}, row)
 
 
-def test_a_row_that_is_too_deep(chats):
+@pytest.mark.parametrize("depth", [90, 700])
+@pytest.mark.parametrize("column", ["messages", "tools", "tools as text"])
+def test_a_row_that_is_too_deep(chats, column, depth):
     deep: list = []
-    for _ in range(700):
+    for _ in range(depth):
         deep = [deep]
-    with pytest.raises(DataError, match=r"(too deep|recursion depth).*mend the row \(line 1\)"):
-        chats({"messages": [USER, {**CALL, "tool_calls": [{"x": deep}]}]})
+    tools = [{**TOOLS[0], "x": deep}]
+    row = {"messages": [USER, CALL], "tools": json.dumps(tools) if column == "tools as text" else tools}
+    if column == "messages":
+        row = {"messages": [USER, {**CALL, "tool_calls": [{"x": deep}]}]}
+    if depth < DEEPEST:
+        chats(row)
+        return
+    with pytest.raises(DataError, match=rf"'{column.split()[0]}': .* too deep .*mend the row \(line 1\)"):
+        chats(row)
 
 
 def test_a_role_that_the_template_knows_is_no_unknown_one(chats, tokenizer):

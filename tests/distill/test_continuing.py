@@ -218,6 +218,16 @@ def test_a_folder_without_a_fingerprint_goes_on_with_a_notice(
     ("name", "content", "message"),
     [
         ("results.json", b"[]", r"results\.json: holds a list.*Delete results\.json and go on with --resume"),
+        (
+            "results.json",
+            b'{"rows": [{"name": "teacher", "perplexity": {"held-out": "x"}}]}',
+            r"its rows are no results\. Delete",
+        ),
+        (
+            "results.json",
+            b'{"rows": [{"name": "teacher", "perplexity": {}, "tasks": {"piqa": {"acc": null}}}]}',
+            r"its rows are no results\. Delete",
+        ),
         ("results.json", b'{"rows": "x"}', r"results\.json: its rows are no results\. Delete"),
         (
             "results.json",

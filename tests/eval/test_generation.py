@@ -158,3 +158,47 @@ def test_the_captured_step_gives_the_text_of_transformers(model, tokenizer, sett
     assert len(vars(model)["_linearize_decoders"]) == 2, "one for each batch"
     with pytest.raises(LinearizeError, match="graph=True: beam search"):
         generate(model, tokenizer, prompts, num_beams=2, graph=True)
+
+
+HOSTILE = {
+    "repetition_penalty": 0.0,
+    "forced_eos_token_id": 10**9,
+    "bad_words_ids": [[10**9]],
+    "sequence_bias": [[[1], "x"]],
+    "dola_layers": "high",
+    "stop_strings": 3,
+    "exponential_decay_length_penalty": [1, "x"],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_generation_config_that_cannot_be_followed_is_no_traceback(model, tokenizer, name):
+    setattr(model.generation_config, name, HOSTILE[name])
+    with pytest.raises(LinearizeError, match=r"cannot be generated: .*generation_config\.json") as caught:
+        generate(model, tokenizer, "the cat", max_new_tokens=4)
+    assert "trust_remote_code" not in str(caught.value)
+
+
+def test_a_generation_config_that_asks_for_more(model, tokenizer):
+    whole = generate(model, tokenizer, "the cat", max_new_tokens=8)[0]
+    model.generation_config.return_dict_in_generate = True
+    assert generate(model, tokenizer, "the cat", max_new_tokens=8)[0] == whole
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "generate", lambda **options: seen.append(options) or options["input_ids"])
+        generate(model, tokenizer, "the cat", stop_strings=["dog"])
+    assert seen[0]["tokenizer"] is tokenizer  # without which transformers refuses stop strings
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 2}])
+def test_numbers_that_overflow_are_said_and_not_decoded(model, tokenizer, options):
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.fill_(1e38)
+        model.model.layers[0].self_attn.o_proj.weight.fill_(1e38)
+    with pytest.raises(LinearizeError, match="the model gives NaN and no logits after 2 tokens"):
+        generate(model, tokenizer, "the cat", max_new_tokens=4, **options)
+
+
+def test_a_prompt_that_is_no_text(model, tokenizer):
+    with pytest.raises(LinearizeError, match="no UTF-8 text"):
+        generate(model, tokenizer, "the \udcff")

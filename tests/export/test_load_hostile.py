@@ -51,7 +51,7 @@ def moved(name: str) -> Callable[[Plan], Any]:
 STRUCTURE: dict[str, tuple[Callable[[Plan], Any], str]] = {
     "no mixer": (lambda plan: plan.pop("mixer"), "mixer: must be a mapping of parts, got null"),
     "mixer list": (lambda plan: plan.update(mixer=[]), r"mixer: must be a mapping of parts, got \[\]"),
-    "part null": (lambda plan: plan["mixer"].update(window=None), r"mixer\.window: None must be a mapping"),
+    "part null": (lambda plan: plan["mixer"].update(window=None), r"mixer\.window: null must be a mapping"),
     "part": (
         lambda plan: plan["mixer"].update(windw={"name": "full"}),
         r"no such part; did you mean 'window'",

@@ -142,3 +142,15 @@ def test_too_little_memory_is_said_and_loses_nothing(tmp_path, monkeypatch, capl
     with caplog.at_level(logging.WARNING, "linearize"):
         linearize.save(trained(), tmp_path / "out", check=True)
     assert "was not checked" in caplog.text and (tmp_path / "out" / "config.json").is_file()
+
+
+def test_what_the_teachers_makers_would_sample_with_does_not_stand_in_the_way(tmp_path):
+    """Stop strings need a tokenizer, and a finished training must not end for lack of one."""
+    model = trained()
+    model.generation_config.stop_strings = ["a"]
+    model.generation_config.return_dict_in_generate = True
+    model.generation_config.repetition_penalty = 1.3
+    kept = model.generation_config
+    folder = linearize.save(model, tmp_path / "out", check=True)
+    assert model.generation_config is kept
+    assert json.loads((folder / "generation_config.json").read_text())["stop_strings"] == ["a"]

@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from linearize.errors import CheckpointError, UnsupportedModelError
 from linearize.models import load_config, load_teacher, load_tokenizer
@@ -70,3 +72,32 @@ def test_a_model_that_is_no_decoder(checkpoint):
     edit(checkpoint / "config.json", model_type="clip")
     with pytest.raises(UnsupportedModelError, match="no causal language model"):
         load_teacher(str(checkpoint))
+
+
+def test_options_of_a_call_that_a_config_holds_by_chance_are_left_out(checkpoint):
+    edit(checkpoint / "config.json", output_attentions=True, output_hidden_states=True, return_dict=False)
+    model, _ = load_teacher(str(checkpoint))
+    found = model(torch.tensor([[1, 2, 3]]))
+    assert found.hidden_states is None and found.attentions is None
+    model.save_pretrained(checkpoint / "again")  # transformers refuses to, where sdpa is to give attentions
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": ["x"] * 4},
+        {"rope_type": "linear", "factor": 0},
+        {"rope_type": "dynamic", "factor": True},
+    ],
+)
+def test_scalings_of_positions_that_are_no_numbers(checkpoint, rope):
+    edit(checkpoint / "config.json", rope_parameters={"rope_theta": 10000.0, **rope})
+    with pytest.raises(CheckpointError, match=r"rope_parameters\.\w*factor must be a number above 0"):
+        load_teacher(str(checkpoint))
+
+
+def test_a_tokenizer_that_fails_in_use_only(tmp_path):
+    """Unigram without an unknown token loads, and fails at the first character that it does not know."""
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([]))).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"the tokenizer in .* cannot be loaded: .*unk_id"):
+        load_tokenizer(tmp_path)
