@@ -55,8 +55,11 @@ class Side:
 
     def make_room(self, tokens: int) -> None:
         """Memory for the logits of a slice; rows are aligned."""
-        width = -(-len(self.weight) // ALIGNED) * ALIGNED
-        self.room = self.hidden.new_empty(tokens, width)[:, : len(self.weight)]
+        words = len(self.weight)
+        room = self.hidden.new_empty(tokens, -(-words // ALIGNED) * ALIGNED)
+        # products in bfloat16 on a CPU read on behind a row, times 0, which leaves NaN what is NaN
+        room[:, words:].zero_()
+        self.room = room[:, :words]
 
     def logits(self, piece: slice) -> Tensor:
         """What the head's matrix gives for a slice [n, V], in the room that every slice shares."""
