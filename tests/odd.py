@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import pytest
 import torch
+import transformers
 from tiny import COMMON, VOCABULARY, WITHOUT_GROUPS
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 HEADS = {**COMMON, "head_dim": 8}
 LATENT = {
@@ -162,3 +166,16 @@ def through_files(family: str, folder: Path, **changes: object) -> PreTrainedMod
     """The same model, saved and loaded again."""
     model(family, **changes).save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def skip_before(family: str) -> None:
+    """Skip a test where the installed transformers has no such family yet."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"{family} came after transformers {transformers.__version__}")
+
+
+def skip_before_the_interface(model: PreTrainedModel) -> None:
+    """Skip a test where the installed transformers has the model's family compute its attention by itself."""
+    if not hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        family = model.config.model_type
+        pytest.skip(f"{family} came to the attention interface after transformers {transformers.__version__}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import warnings
 
+import odd
 import pytest
 import tiny
 import torch
 from compositions import small
-from transformers import AutoModelForCausalLM, DynamicCache, GPTJConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
 import linearize
 from linearize import surgery
@@ -133,9 +134,9 @@ def test_what_is_taken_for_relative_is(family):
 
 
 def test_a_rotation_inside_the_attention_is_relative():
-    config = GPTJConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=64)
-    torch.manual_seed(0)
-    model = surgery.convert(AutoModelForCausalLM.from_config(config).eval(), tiny.HEDGEHOG)
+    teacher = odd.model("gptj")
+    odd.skip_before_the_interface(teacher)
+    model = surgery.convert(teacher, tiny.HEDGEHOG)
     ids, mask, _ = tiny.left_padded(2, 18, PAD)
     with torch.no_grad():
         close(model(ids, attention_mask=mask).logits[0, PAD:], model(ids[:1, PAD:]).logits[0])

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 
 import odd
 import pytest
 import tiny
 import torch
-import transformers
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -63,8 +61,7 @@ def test_more_than_q_k_v_and_padding_is_refused_loaded_or_not(family):
 @pytest.mark.parametrize("family", EXACT)
 def test_identity_through_files_padded_and_cached(family, tmp_path):
     model = odd.through_files(family, tmp_path / "teacher")
-    if not hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"):
-        pytest.skip(f"{family} came to the attention interface after transformers {transformers.__version__}")
+    odd.skip_before_the_interface(model)
     kinds = [layer.shape.rotary for layer in surgery.attention_layers(model)]
     assert kinds == EXACT[family]
     ids, mask, positions = tiny.left_padded()
@@ -145,8 +142,8 @@ def test_the_probe_leaves_nothing_behind():
 
 def test_conversion_does_not_touch_the_caches_of_other_models():
     """A cache layer that files itself under a layer type must not be replaced for models that nobody converted."""
-    before = dict(DYNAMIC_LAYER_TYPE_MAPPING)
     teacher = odd.model("minimax_m3_vl_text")
+    before = dict(DYNAMIC_LAYER_TYPE_MAPPING)  # which the family has filed its own layers in by now
     layer = DynamicCache(config=teacher.config).layers[1]
     cache = DynamicCache(config=teacher.config)
     surgery.cache.adopt(cache, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import families_configs
+import odd
 import pytest
 import torch
 from torch import nn
@@ -101,6 +102,7 @@ def test_layers_that_borrow_keys_are_passed_over():
     ],
 )
 def test_adapters_hang_on_the_roles_and_nowhere_else(model_type, expected):
+    odd.skip_before(model_type)
     model = AutoModelForCausalLM.from_config(families_configs.tiny_config(model_type), dtype=torch.float32)
     recipe = {"feature_map": {"name": "hedgehog", "dim": 8}}
     stage = StageConfig(train=["lora"], objective={"next_token": 1.0}, lora=LoraConfig(rank=2))
