@@ -90,6 +90,30 @@ def test_inspect_loads_no_weights(teacher, tmp_path, capsys):
     assert "no attention layer 7" in capsys.readouterr().err
 
 
+def test_inspect_says_that_the_weights_are_damaged(teacher, tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((teacher / name).read_bytes()[:5000])
+    assert cli.main(["inspect", str(tmp_path), "lolcats"]) == 0
+    said = capsys.readouterr()
+    assert "converted   2 of 2 attention layers" in said.out
+    assert "model.safetensors is corrupt or truncated" in said.err and "config alone" in said.err
+
+
+def test_eval_looks_for_the_teacher_first(finished, tmp_path, capsys):
+    assert cli.main(["eval", str(finished), "--teacher", str(tmp_path / "nowhere")]) == 2
+    said = capsys.readouterr()
+    assert "no model" in said.err and "perplexity" not in said.err + said.out
+
+
+def test_a_teacher_without_a_tokenizer_is_refused_before_the_run_folder_is_made(teacher, tmp_path, capsys):
+    model, out = tmp_path / "model", tmp_path / "run"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).write_bytes((teacher / name).read_bytes())
+    assert cli.main(["run", str(model), "demo", *SMALL, "--out", str(out)]) == 2
+    assert "holds no tokenizer" in capsys.readouterr().err and not out.exists()
+
+
 def test_eval_measures_texts_ablations_and_the_teacher(finished, teacher, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("The river rose in spring, and the miller moved his corn to the upper house. " * 8)

@@ -21,7 +21,11 @@ def console() -> Console:
     """For results."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+    class Results(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would end the process with code 1; the command line has its own answer
+
+    return Results(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
 
 
 def error_console() -> Console:

@@ -18,14 +18,17 @@ def main(options: argparse.Namespace) -> int:
             "--tasks: the tasks need --task-data DIR, the folder that holds their JSONL files"
         )
 
-    from linearize.cli.checkpoint import load
+    from linearize.cli.checkpoint import export_of, load
     from linearize.eval.tables import results
+    from linearize.models import resolve
 
     if options.tasks:  # before any weight is loaded
         from linearize.eval.harness import check_data, expand
 
         options.tasks = expand(options.tasks)
         check_data(options.tasks, options.task_data, options.limit)
+    if options.teacher:
+        resolve(export_of(options.teacher))  # before the minutes that the model takes
     texts = _texts(options.text)
     model, tokenizer = load(options.path, options.device)
     rows = _measure(_name(options.path), model, tokenizer, texts, options)

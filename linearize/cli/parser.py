@@ -20,7 +20,7 @@ MODEL_HELP = "hub id, checkpoint folder, GGUF file, or the alias smollm2-135m"
 RECIPE_HELP = "name of a shipped recipe (see `linearize recipes`) or a YAML file"
 PATH_HELP = "exported checkpoint or run folder; also any MODEL"
 OVERRIDE_HELP = (
-    "change any field of the recipe, such as stages.transfer.lr=5e-3 or layers=[0,2]; 'stages.*.tokens=6k' changes "
+    "change any field of the recipe, such as stages.transfer.lr=5e-3 or layers=[0,2]; 'stages.*.tokens=2M' changes "
     "it in every stage"
 )
 
@@ -139,6 +139,7 @@ def build_parser() -> Parser:
         commands, "recipes", "list the shipped recipes, or show one composed", "linearize.cli.recipes"
     )
     actions = recipes.add_subparsers(title="actions", metavar="ACTION", parser_class=Parser)
+    _add(actions, "list", "list them, as without an action", "linearize.cli.recipes")
     show = _add(actions, "show", "print the composed and checked YAML", "linearize.cli.recipes", "show")
     show.add_argument("recipe", metavar="NAME", help=RECIPE_HELP)
     show.usage = "%(prog)s NAME [key=value ...]"

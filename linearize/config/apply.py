@@ -11,7 +11,7 @@ from linearize.config.values import shown
 from linearize.registry import closest
 
 EVERY = "*"
-EVERY_FORM = "'*' stands for every stage, as in 'stages.*.tokens=6k'"
+EVERY_FORM = "'*' stands for every stage, as in 'stages.*.tokens=2M'"
 
 
 def apply(tree: dict[str, Any], changes: Sequence[Override]) -> list[str]:

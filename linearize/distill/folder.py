@@ -220,7 +220,7 @@ class RunFolder:
             return {}, [f"model: {name} -> {model}"]
         if isinstance(known, dict):
             parts = [part for part in found if found[part] != known.get(part)]
-            return found, [f"model: {name} -> {model} (another {' and '.join(parts)})"] if parts else []
+            return found, [f"model: {name} -> {model} (differs in {' and '.join(parts)})"] if parts else []
         if name != model and not _same_path(name, model):
             return found, [f"model: {name} -> {model}"]
         if self.results.exists():

@@ -119,7 +119,9 @@ class _Job:
         recipe, folder = self.recipe, self.folder
         model: Any
         with self._watched(f"loading {self.source}", [], _SMALLER_MODEL):
-            model, tokenizer = models.load_teacher(self.source, dtype=torch.float32, device=str(self.device))
+            model, tokenizer = models.load_teacher(
+                self.source, dtype=torch.float32, device=str(self.device), for_text=True
+            )
         plan = surgery.plan(model, recipe.mixer, recipe.layers, **needs(recipe.stages.values()))
         check_ranks(recipe, plan, getattr(model.config.get_text_config(), "hidden_size", None))
         with self._watched(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize.errors import CheckpointError, ModelNotFoundError
 from linearize.models.boundary import boundary
-from linearize.models.check import check_checkpoint, has_tokenizer, is_whole
+from linearize.models.check import check_checkpoint, has_tokenizer
 from linearize.models.config import causal_class, read_config, refuse_quantized
 from linearize.models.rehearsal import check_report, rehearse
 from linearize.models.resolve import resolve, resolve_config
@@ -14,6 +17,10 @@ from linearize.models.tokenizer import check_vocabulary, load_tokenizer
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from linearize.models.check import Stored
+
+log = logging.getLogger(__name__)
 
 
 def load_config(model: str) -> PreTrainedConfig:
@@ -26,7 +33,7 @@ def load_config(model: str) -> PreTrainedConfig:
         UnsupportedModelError: transformers does not know the model type, it is not a decoder, or quantized.
     """
     folder = resolve_config(model)
-    tensors = check_checkpoint(folder) if is_whole(folder) else None
+    tensors = _tensors(folder)
     config = read_config(folder, None if tensors is None else len(tensors))
     refuse_quantized(folder, config)
     cls, config = causal_class(folder, config)
@@ -35,12 +42,23 @@ def load_config(model: str) -> PreTrainedConfig:
     return config
 
 
+def _tensors(folder: Path) -> dict[str, Stored] | None:
+    """What the weights hold; None where there are none, and, with a word, where `load_teacher` would refuse them."""
+    try:
+        return check_checkpoint(folder)
+    except (CheckpointError, ModelNotFoundError) as error:
+        if any(folder.glob("*.safetensors")):
+            log.warning("%s. Its config alone was looked at", error)
+        return None
+
+
 def load_teacher(
     model: str,
     *,
     dtype: torch.dtype | str = "float32",
     device: torch.device | str = "cpu",
     attn_implementation: str | None = None,
+    for_text: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model in evaluation mode, and its tokenizer with a padding token and left padding.
 
@@ -49,13 +67,14 @@ def load_teacher(
         dtype: of the weights.
         device: where the model goes.
         attn_implementation: of transformers; None takes its default (sdpa where the family has it).
+        for_text: refuse a checkpoint without a tokenizer, before its weights are read.
 
     Returns:
-        ``(model, tokenizer)``; the tokenizer is None where the checkpoint holds none.
+        ``(model, tokenizer)``; the tokenizer is None where the checkpoint holds none, unless ``for_text``.
 
     Raises:
         ModelNotFoundError, CheckpointError: as `resolve`; also for tensors missing, left over, of the wrong shape or
-            not finite, and for a tokenizer larger than the embedding.
+            not finite, and for a tokenizer that is larger than the embedding, or missing where text is read.
         UnsupportedModelError: transformers does not know the model type, it is not a decoder, or quantized.
     """
     import torch
@@ -68,7 +87,7 @@ def load_teacher(
     refuse_quantized(folder, config)
     cls, config = causal_class(folder, config)
     skeleton = rehearse(folder, cls, config, tensors)
-    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    tokenizer = load_tokenizer(folder) if for_text or has_tokenizer(folder) else None
     if tokenizer is not None:
         embedding: Any = skeleton.get_input_embeddings()
         check_vocabulary(folder, tokenizer, embedding.weight.shape[0])

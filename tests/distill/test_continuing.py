@@ -156,13 +156,13 @@ def test_another_model_under_the_same_path(
     shutil.copytree(teacher_folder, model)
     stop_at("transfer", monkeypatch, model, plain, out)
     tiny_llama(seed=1).save_pretrained(model)
-    with pytest.raises(RunFolderError, match=r"model: \S+ -> \S+ \(another weights\)"):
+    with pytest.raises(RunFolderError, match=r"model: \S+ -> \S+ \(differs in weights\)"):
         distill.run(str(model), plain, out, resume=True)
     shutil.rmtree(model)
     shutil.copytree(teacher_folder, model)
     settings = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 1e-3}))
-    with pytest.raises(RunFolderError, match=r"\(another config\)"):
+    with pytest.raises(RunFolderError, match=r"\(differs in config\)"):
         distill.run(str(model), plain, out, resume=True)
     shutil.rmtree(model)
     with pytest.raises(ModelNotFoundError):
