@@ -88,7 +88,9 @@ def test_what_does_not_fit_is_refused_by_name(recorded, map_dim):
 def test_with_a_free_choice_torch_runs_it(monkeypatch):
     """As on a device that has no room for anything."""
     choice = SimpleNamespace(use_triton=lambda *tensors: True, automatic=dispatch.automatic)
-    monkeypatch.setattr(chunk, "dispatch", choice)  # here alone: what the torch form is made of chooses for itself
+    monkeypatch.setattr(
+        chunk, "dispatch", choice
+    )  # here alone: what the torch form is made of chooses for itself
     monkeypatch.setattr(shared_memory, "shared_memory", lambda device: 1024)
     call(16, torch.float32, window=64, map_dim=16)
 
