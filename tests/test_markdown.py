@@ -122,7 +122,6 @@ def check(document: str) -> None:
         assert "<" not in line, line
         assert re.findall(r"(?<!\\)\]\((.*?)\)", line) in (
             [],
-            ["https://pypi.org/project/linearize/"],
             ["loss.png"],
             ["perplexity.png"],
         )

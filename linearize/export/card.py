@@ -30,7 +30,7 @@ def model_card(model: PreTrainedModel, *, base: str, recipe: dict[str, Any], met
         "",
         f"# {text(base or type(model).__name__)}, linearized",
         "",
-        f"{len(layers)} attention layers were converted with [linearize](https://pypi.org/project/linearize/), "
+        f"{len(layers)} attention layers were converted with linearize, "
         f"{kept} stay softmax. Converted layers decode from a state of fixed size, whatever the context's length.",
         "",
     ]
