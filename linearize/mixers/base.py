@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
+from linearize.kernels import dispatch
 from linearize.kernels.window_linear.reference import divide
 
 CHUNK = 64
@@ -76,15 +77,29 @@ class Partial:
         numerator: [B, T, H, V], float32 or wider.
         denominator: [B, T, H], or None for a branch without a normalizer.
         stabilizer: [B, T, H] (the row maximum of a softmax branch), or None for a branch that needs none.
+        divided: the numerator has been divided by the denominator already, as kernels give it; see `sums`.
     """
 
     numerator: Tensor
     denominator: Tensor | None
     stabilizer: Tensor | None = None
+    divided: bool = False
 
     def normalized(self) -> Tensor:
         """numerator / denominator, zero where nothing was seen; the numerator of a branch without a normalizer."""
-        return self.numerator if self.denominator is None else divide(self.numerator, self.denominator)
+        if self.denominator is None or self.divided:
+            return self.numerator
+        return divide(self.numerator, self.denominator)
+
+    def sums(self) -> Partial:
+        """With the weighted sum of values in the numerator, whatever it holds now."""
+        if not self.divided or self.denominator is None:
+            return self
+        return Partial(
+            self.numerator.to(self.denominator.dtype) * self.denominator[..., None],
+            self.denominator,
+            self.stabilizer,
+        )
 
     def scaled(self, factor: Tensor) -> Partial:
         """Both sums times a factor [B, T, H]; a named method, since torch.compile cannot trace `*` of a dataclass."""
@@ -153,6 +168,24 @@ def positions(valid: Tensor, docs: Tensor, carried: Tensor) -> tuple[Tensor, Ten
     in_document = total - torch.where(opens, total - own, 0).cummax(1).values
     position = in_document + carried[:, None] * (docs == 0) - 1
     return position, position[:, -1] + 1
+
+
+def narrows(*tensors: Tensor) -> bool:
+    """Whether kernels take these as they are, in bfloat16, and add up in float32.
+
+    float16 is widened: sums over a long text can pass what it holds.
+    """
+    return tensors[-1].dtype == torch.bfloat16 and dispatch.use_triton(*tensors)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In the accumulator's dtype: for what is done number by number, which a compiler fuses with what follows."""
+    return x.to(accumulator(x.dtype))
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight in the dtype of x, as a model's own layers multiply, then `wide`."""
+    return wide(x @ weight.to(x.dtype))
 
 
 def repeat_heads(x: Tensor, times: int) -> Tensor:

@@ -1,13 +1,13 @@
 """Compositions that one kernel computes: window softmax and Hedgehog's linear past under one normalizer (LoLCATs).
 
-Recognized once, when a mixer is built. On a device with Triton their chunked and one-token forms are then
+Found once, when a mixer is built, and here alone. On a device with Triton their chunked and one-token forms are then
 `kernels.window_linear`, with q, k and v in the model's own dtype; everywhere else, and for every other composition,
-they run part by part. Both read and write the same state.
+they run part by part, on the kernels of the parts. Both read and write the same state.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,16 +15,16 @@ from torch import Tensor
 from linearize.kernels import dispatch
 from linearize.kernels.window_linear import window_linear
 from linearize.kernels.window_linear.recurrent import window_linear_step
-from linearize.mixers.base import documents
+from linearize.mixers.base import LayerShape, documents
+from linearize.mixers.combine import Combine
 from linearize.mixers.combine.shared_normalizer import SharedNormalizer
 from linearize.mixers.feature_map.hedgehog import Hedgehog
+from linearize.mixers.position import Position
 from linearize.mixers.recurrent import Recurrent
 from linearize.mixers.state import State
 from linearize.mixers.update.additive import Additive
+from linearize.mixers.window import Window
 from linearize.mixers.window.ring import RingWindow
-
-if TYPE_CHECKING:
-    from linearize.mixers.mixer import Mixer
 
 MAP_DIMS = (16, 32, 64, 128)
 """Columns of a feature map's matrix that the kernel takes."""
@@ -32,21 +32,30 @@ HEAD_DIM = 256
 """Widest head that the kernel takes."""
 
 
-def is_covered(mixer: Mixer) -> bool:
-    """Whether `window_linear` computes the mixer's branches and how they are joined."""
-    shape, window, recurrent = mixer.shape, mixer.window, mixer.recurrent
-    if max(shape.key_dim, shape.value_dim) > HEAD_DIM:
-        return False
-    if window.size and not (isinstance(window, RingWindow) and window.kernel_covers):
-        return False
-    if recurrent is None:
-        return window.size != 0
+def find(
+    shape: LayerShape,
+    position: Position,
+    window: Window,
+    recurrent: Recurrent | None,
+    combine: Combine | None,
+) -> Fused | None:
+    """The parts as one kernel, if it computes the branches and how they are joined."""
+    if recurrent is None or max(shape.key_dim, shape.value_dim) > HEAD_DIM or not _is_hedgehog(recurrent):
+        return None
+    ring = None
     if window.size:
-        joined = isinstance(mixer.combine, SharedNormalizer) and not mixer.combine.config.stabilized
-        same = mixer.position.window_rotated == mixer.position.recurrent_rotated
-        if not joined or not same or getattr(window, "overlap", False):
-            return False
-    return _is_hedgehog(recurrent)
+        short = window.shape.sliding_window is not None
+        if not isinstance(window, RingWindow) or window.first or window.overlap or shape.softcap is not None:
+            return None
+        if short and window.limit is not None and window.limit < window.span:
+            return None
+        joined = isinstance(combine, SharedNormalizer) and not combine.config.stabilized
+        if not joined or position.window_rotated != position.recurrent_rotated:
+            return None
+        ring = window
+    rotated = position.window_rotated if window.size else position.recurrent_rotated
+    rule = combine if isinstance(combine, SharedNormalizer) else None
+    return Fused(shape, ring, recurrent, rule, rotated)
 
 
 def _is_hedgehog(recurrent: Recurrent) -> bool:
@@ -63,129 +72,131 @@ def _is_hedgehog(recurrent: Recurrent) -> bool:
     )
 
 
-def runs(mixer: Mixer, *tensors: Tensor) -> bool:
-    """Whether this call goes to the kernel."""
-    return mixer.is_covered and mixer.branch_off is None and dispatch.use_triton(*tensors)
+@dataclass
+class Fused:
+    """A window, or none, and Hedgehog's linear attention as one operator.
 
-
-def chunked(
-    mixer: Mixer,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    valid: Tensor | None,
-    docs: Tensor | None,
-    state: State | None,
-    front: Tensor | None = None,
-    sink: Tensor | None = None,
-) -> Tensor:
-    """`Mixer.chunked` up to the output part, [B, T, H, V] in the dtype of v; q and k as the branches see them.
-
-    Args:
-        docs: [B, T] document numbers, or None for one document.
-        front: [B] padding in front of each row, behind which the state belongs, or None.
+    Attributes:
+        shape: the layer's numbers.
+        window, recurrent, combine: the mixer's own parts; no window is None.
+        rotated: whether the branches see q and k after RoPE.
     """
-    # under autocast a rotary embedding leaves q and k in float32
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    window, tokens = mixer.window, q.shape[1]
-    codes = reach = least = None
-    span = 0
-    whole = valid is None and docs is None
-    if isinstance(window, RingWindow):
-        span = window.span
-    if state is None and whole and not (isinstance(window, RingWindow) and window.has_reach):
+
+    shape: LayerShape
+    window: RingWindow | None
+    recurrent: Recurrent
+    combine: SharedNormalizer | None
+    rotated: bool
+
+    def runs(self, *tensors: Tensor) -> bool:
+        """Whether a call on these tensors goes to the kernel."""
+        return dispatch.use_triton(*tensors)
+
+    def chunked(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        docs: Tensor | None,
+        state: State | None,
+        front: Tensor | None = None,
+        sink: Tensor | None = None,
+    ) -> Tensor:
+        """`Mixer.chunked` up to the output part, [B, T, H, V] in the dtype of v; q and k as the branches see them.
+
+        Args:
+            docs: [B, T] document numbers, or None for one document.
+            state: what is carried and is to be written, or None.
+            front: [B] padding in front of each row, behind which the state belongs, or None.
+        """
+        # under autocast a rotary embedding leaves q and k in float32
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        window, tokens = self.window, q.shape[1]
+        codes = reach = least = None
+        span = 0 if window is None else window.span
         ring_k, ring_v, prefix = k, v, 0
-    else:
-        batch, device = k.shape[0], k.device
-        state_given = state is not None
-        if state is None:
-            state = mixer.initial_state(batch, k.dtype, device)
-        if valid is None:
-            valid = torch.ones(batch, tokens, dtype=torch.bool, device=device)
-        if docs is None:
-            docs = documents(None, batch, tokens, device)
-        ring_k, ring_v, ring_valid, ring_docs, prefix = k, v, valid, docs, 0
-        position = None
-        if isinstance(window, RingWindow):
-            position = window.positions(valid, docs, state, front)
-            reach = window.reach(None if position is None else position[:, span:])
-            least = None if reach is None else window.least
-            if state_given:
-                prefix = span
-                ring_k, ring_v, ring_valid, ring_docs = window.behind(state, k, v, valid, docs, front)
-                if reach is not None and position is not None:
-                    # a ring is longer than what its queries see: its oldest keys are in the sums
-                    ring_valid = ring_valid & ~window.handed_on(position, front)
-        codes = torch.where(ring_valid, ring_docs, -1 - ring_docs).to(torch.int32)
-        if reach is not None:
-            reach = reach.to(torch.int32)
-        if not state_given:
-            state = None
-    query_map, key_map, past = None, None, None
-    if mixer.recurrent is not None:
-        query_map, key_map = _maps(mixer.recurrent)
+        if (
+            state is not None
+            or valid is not None
+            or docs is not None
+            or (window is not None and window.has_reach)
+        ):
+            batch, device = k.shape[0], k.device
+            if valid is None:
+                valid = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+            if docs is None:
+                docs = documents(None, batch, tokens, device)
+            ring_valid, ring_docs = valid, docs
+            if window is not None:
+                carried = state
+                if carried is None:
+                    carried = State(window.initial(batch, k.dtype, device))
+                position = window.positions(valid, docs, carried, front)
+                reach = window.reach(None if position is None else position[:, span:])
+                least = None if reach is None else window.least
+                if state is not None:
+                    prefix = span
+                    ring_k, ring_v, ring_valid, ring_docs = window.behind(state, k, v, valid, docs, front)
+                    if reach is not None and position is not None:
+                        # a ring is longer than what its queries see: its oldest keys are in the sums
+                        ring_valid = ring_valid & ~window.handed_on(position, front)
+            codes = torch.where(ring_valid, ring_docs, -1 - ring_docs).to(torch.int32)
+            reach = None if reach is None else reach.to(torch.int32)
+        query_map, key_map = self._maps()
         past = None if state is None else (state["sums"], state["norms"])
-    out, last = window_linear(
-        q, ring_k, ring_v, query_map, key_map, window=span, scaling=mixer.shape.scaling,
-        window_weight=_share(mixer), linear_weight=_rest(mixer), sink=_sink(mixer, sink),
-        codes=codes, reach=reach, least=least, prefix=prefix, state=past, return_state=state is not None,
-    )  # fmt: skip
-    if state is not None:
-        if last is not None:
-            state.write({"sums": last[0].detach(), "norms": last[1].detach()})
-        if isinstance(window, RingWindow):
-            assert docs is not None
-            kept = ring_valid[:, tokens:] & (ring_docs[:, tokens:] == docs[:, -1:])
-            window.refill(state, ring_k[:, tokens:].detach(), ring_v[:, tokens:].detach(), kept)
-    return out
+        out, last = window_linear(
+            q, ring_k, ring_v, query_map, key_map, window=span, scaling=self.shape.scaling,
+            window_weight=self._share(), linear_weight=self._rest(), sink=self._sink(sink),
+            codes=codes, reach=reach, least=least, prefix=prefix, state=past, return_state=state is not None,
+        )  # fmt: skip
+        if state is not None:
+            if last is not None:
+                state.write({"sums": last[0].detach(), "norms": last[1].detach()})
+            if window is not None:
+                assert docs is not None
+                kept = ring_valid[:, tokens:] & (ring_docs[:, tokens:] == docs[:, -1:])
+                window.refill(state, ring_k[:, tokens:].detach(), ring_v[:, tokens:].detach(), kept)
+        return out
 
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        state: State,
+        sink: Tensor | None = None,
+    ) -> Tensor:
+        """`Mixer.step` up to the output part, [B, 1, H, V] in the dtype of v, in place on the state."""
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        query_map, key_map = self._maps()
+        out = window_linear_step(
+            q[:, 0], k[:, 0], v[:, 0], query_map, key_map, scaling=self.shape.scaling,
+            ring=None if self.window is None else self.window.ring(state), state=(state["sums"], state["norms"]),
+            sink=self._sink(sink), valid=None if valid is None else valid[:, 0],
+            window_factor=None if self.combine is None else self.combine.window_factor,
+            complement=self._complement,
+        )  # fmt: skip
+        return out[:, None]
 
-def step(
-    mixer: Mixer,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    valid: Tensor | None,
-    state: State,
-    sink: Tensor | None = None,
-) -> Tensor:
-    """`Mixer.step` up to the output part, [B, 1, H, V] in the dtype of v, in place on the state."""
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    window = mixer.window
-    query_map, key_map, past = None, None, None
-    if mixer.recurrent is not None:
-        query_map, key_map = _maps(mixer.recurrent)
-        past = (state["sums"], state["norms"])
-    out = window_linear_step(
-        q[:, 0], k[:, 0], v[:, 0], query_map, key_map, scaling=mixer.shape.scaling,
-        ring=window.ring(state) if isinstance(window, RingWindow) else None, state=past,
-        sink=_sink(mixer, sink), valid=None if valid is None else valid[:, 0],
-        window_factor=mixer.combine.window_factor if isinstance(mixer.combine, SharedNormalizer) else None,
-        complement=_complement(mixer),
-    )  # fmt: skip
-    return out[:, None]
+    def _sink(self, given: Tensor | None) -> Tensor | None:
+        return None if self.window is None else self.window.sinks(given)
 
+    def _maps(self) -> tuple[Tensor, Tensor]:
+        made = self.recurrent.feature_map
+        assert isinstance(made, Hedgehog) and made.query_weight is not None
+        key_weight = made.query_weight if made.tied else made.key_weight
+        assert key_weight is not None
+        return made.query_weight, key_weight
 
-def _sink(mixer: Mixer, given: Tensor | None) -> Tensor | None:
-    return mixer.window.sinks(given) if isinstance(mixer.window, RingWindow) else None
+    def _share(self) -> Tensor | None:
+        return None if self.combine is None else self.combine.window_factor.sigmoid()
 
+    @property
+    def _complement(self) -> bool:
+        return self.combine is not None and self.combine.config.complement
 
-def _maps(recurrent: Recurrent) -> tuple[Tensor, Tensor]:
-    made = recurrent.feature_map
-    assert isinstance(made, Hedgehog) and made.query_weight is not None
-    key_weight = made.query_weight if made.tied else made.key_weight
-    assert key_weight is not None
-    return made.query_weight, key_weight
-
-
-def _share(mixer: Mixer) -> Tensor | None:
-    return mixer.combine.window_factor.sigmoid() if isinstance(mixer.combine, SharedNormalizer) else None
-
-
-def _complement(mixer: Mixer) -> bool:
-    return isinstance(mixer.combine, SharedNormalizer) and mixer.combine.config.complement
-
-
-def _rest(mixer: Mixer) -> Tensor | None:
-    share = _share(mixer)
-    return 1 - share if _complement(mixer) and share is not None else None
+    def _rest(self) -> Tensor | None:
+        share = self._share()
+        return 1 - share if self._complement and share is not None else None

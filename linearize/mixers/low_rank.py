@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import fill
+from linearize.mixers.base import fill, wide
 
 
 class LowRank(nn.Module):
@@ -41,4 +41,5 @@ class LowRank(nn.Module):
         narrow = hidden @ self.down.to(hidden.dtype)
         if self.tanh:
             narrow = narrow.tanh()
-        return self.base.to(hidden.dtype) + torch.einsum("btr,rmf->btmf", narrow, self.up.to(hidden.dtype))
+        added = wide(torch.einsum("btr,rmf->btmf", narrow, self.up.to(hidden.dtype)))
+        return self.base.to(added.dtype) + added

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from linearize.mixers import fused
-from linearize.mixers.base import LayerShape, Part, Partial, accumulator, documents
+from linearize.mixers.base import LayerShape, Part, Partial, accumulator, documents, narrows
 from linearize.mixers.combine import Combine
+from linearize.mixers.compiled import compiled
 from linearize.mixers.feature_map import FeatureMap
 from linearize.mixers.offloaded import with_weights
 from linearize.mixers.output import Output
@@ -29,8 +30,8 @@ class Mixer(nn.Module):
 
     The three forms compute one function. `parallel` is the definition (quadratic, or a loop), `chunked` trains and
     prefills in O(T) memory, `step` takes one token in constant memory. All accept q [B, T, H, K], k [B, T, N, K],
-    v [B, T, N, V] in any float dtype and return [B, T, H, V] in float32 (float64 for float64 inputs; where one kernel
-    computes the whole composition, see `fused`, in the dtype of v). `hidden`
+    v [B, T, N, V] in any float dtype and return [B, T, H, V] in float32 (float64 for float64 inputs; in the dtype of v
+    where kernels run on bfloat16, see `narrows`, or one computes the whole composition, see `fused`). `hidden`
     [B, T, D], the layer's input, and `plain`, q and k before RoPE, are needed where `uses_hidden` and `needs_plain`
     say so. A row with padding, wherever it stands, is the row without. `sink` [H] is the logit of the teacher's own
     attention sink, in families that have one: its exponential joins the window's sum of weights, and through a shared
@@ -62,9 +63,8 @@ class Mixer(nn.Module):
         self.combine = combine
         self.output = output
         self.branch_off: str | None = None
-        self.is_covered = fused.is_covered(self)
-        if combine is not None and not combine.needs_normalizer:
-            window.alone = True
+        self.fused = fused.find(shape, position, window, recurrent, combine)
+        window.alone = combine is None or not combine.needs_normalizer
 
     @property
     def feature_map(self) -> FeatureMap | None:
@@ -217,14 +217,35 @@ class Mixer(nn.Module):
     ) -> Tensor:
         """`chunked` of rows without padding between tokens; the state belongs behind the `front` [B] padding."""
         front = None if state is None else front
-        if fused.runs(self, q, k, v):
-            with torch.autocast(q.device.type, enabled=False):
-                seen_q, seen_k = self._fused_pair(q, k, plain)
-                made = fused.chunked(self, seen_q, seen_k, v, valid, docs, state, front, sink)
-                return self._finish(made, hidden)
-        if state is None:
-            state = self.initial_state(k.shape[0], k.dtype, k.device)
+        arguments = (q, k, v, valid, docs, hidden, plain, sink)
+        if state is None and torch.is_grad_enabled():
+            body = compiled(self, q)
+            if body is not None:
+                return body(*arguments)
+        return self._run(*arguments, state=state, front=front)
+
+    def _run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        docs: Tensor | None,
+        hidden: Tensor | None,
+        plain: Plain | None,
+        sink: Tensor | None,
+        state: State | None = None,
+        front: Tensor | None = None,
+    ) -> Tensor:
+        """Part by part, or in one kernel; the form that is compiled where it trains."""
         with torch.autocast(q.device.type, enabled=False):
+            if self._is_fused(q, k, v):
+                assert self.fused is not None
+                made = self.fused.chunked(*self._fused_pair(q, k, plain), v, valid, docs, state, front, sink)
+                return self._finish(made, hidden)
+            fresh = state is None
+            if state is None:
+                state = self.initial_state(k.shape[0], k.dtype, k.device)
             near_inputs, inputs = self._inputs(q, k, v, valid, docs, hidden, plain, front)
             near, handed = self.window.chunked(
                 near_inputs.q,
@@ -235,11 +256,13 @@ class Mixer(nn.Module):
                 state,
                 front=front,
                 sink=sink,
+                fresh=fresh,
+                whole=valid is None and docs is None,
             )
             far = None
             if self.recurrent is not None and handed is not None:
                 far = self.recurrent.chunked(inputs, handed, state)
-            return self._join(near, far, inputs.hidden)
+            return self._joined_in(v, near, far, inputs.hidden)
 
     @with_weights
     def step(
@@ -256,9 +279,10 @@ class Mixer(nn.Module):
     ) -> Tensor:
         """One token (T = 1) against the state, which is updated in place; padding leaves it as it is."""
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            if fused.runs(self, q, k, v):
-                seen_q, seen_k = self._fused_pair(q, k, plain)
-                return self._finish(fused.step(self, seen_q, seen_k, v, valid, state, sink), hidden)
+            if self._is_fused(q, k, v):
+                assert self.fused is not None
+                made = self.fused.step(*self._fused_pair(q, k, plain), v, valid, state, sink)
+                return self._finish(made, hidden)
             near_inputs, inputs = self._inputs(q, k, v, valid, None, hidden, plain)
             near, handed = self.window.step(
                 near_inputs.q, near_inputs.k, near_inputs.v, inputs.valid, state, sink
@@ -266,7 +290,7 @@ class Mixer(nn.Module):
             far = None
             if self.recurrent is not None and handed is not None:
                 far = self.recurrent.step(inputs, handed, state)
-            return self._join(near, far, inputs.hidden)
+            return self._joined_in(v, near, far, inputs.hidden)
 
     def _inputs(
         self,
@@ -279,25 +303,25 @@ class Mixer(nn.Module):
         plain: Plain | None,
         front: Tensor | None = None,
     ) -> tuple[Inputs, Inputs]:
-        """What the window and what the recurrent branch see, in the accumulator's dtype."""
+        """What the window and what the recurrent branch see: in the accumulator's dtype, or as kernels take them."""
         batch, tokens = k.shape[:2]
         assert hidden is not None or not self.uses_hidden, "this mixer reads hidden states"
         assert plain is not None or not self.needs_plain, "this mixer wants q and k before RoPE"
         if valid is None:
             valid = torch.ones(batch, tokens, dtype=torch.bool, device=k.device)
         own_docs = documents(None, batch, tokens, k.device) if docs is None else docs
-        wide_v = self._widen(v)
-        wide_hidden = self._widen(hidden) if hidden is not None and self.uses_hidden else None
+        dtype = v.dtype if narrows(q, k, v) else accumulator(v.dtype)
+        taken = hidden.to(dtype) if hidden is not None and self.uses_hidden else None
 
         def inputs(rotated: bool) -> Inputs:
             pair = (q, k) if rotated or plain is None else plain
             return Inputs(
-                self._widen(pair[0]),
-                self._widen(pair[1]),
-                wide_v,
+                pair[0].to(dtype),
+                pair[1].to(dtype),
+                v.to(dtype),
                 valid,
                 own_docs,
-                wide_hidden,
+                taken,
                 v.dtype,
                 front,
                 bordered=docs is not None,
@@ -310,13 +334,27 @@ class Mixer(nn.Module):
     def _fused_pair(self, q: Tensor, k: Tensor, plain: Plain | None) -> Plain:
         """q and k as the kernel's branches see them, in the dtype that comes in."""
         assert plain is not None or not self.needs_plain, "this mixer wants q and k before RoPE"
-        branch = self.position.window_rotated if self.window.size else self.position.recurrent_rotated
-        return (q, k) if branch or plain is None else plain
+        assert self.fused is not None
+        return (q, k) if self.fused.rotated or plain is None else plain
+
+    def _is_fused(self, *tensors: Tensor) -> bool:
+        return self.fused is not None and self.branch_off is None and self.fused.runs(*tensors)
 
     def _finish(self, joined: Tensor, hidden: Tensor | None) -> Tensor:
+        """The output part behind the one kernel."""
         if self.output is None:
             return joined
-        return self.output(self._widen(joined), None if hidden is None else self._widen(hidden))
+        if narrows(joined):
+            return self.output(joined, None if hidden is None else hidden.to(joined.dtype)).to(joined.dtype)
+        wide = accumulator(joined.dtype)
+        return self.output(joined.to(wide), None if hidden is None else hidden.to(wide))
+
+    def _joined_in(
+        self, v: Tensor, near: Partial | None, far: Partial | None, hidden: Tensor | None
+    ) -> Tensor:
+        """`_join` in the dtype of v where that is what the kernels took."""
+        made = self._join(near, far, hidden)
+        return made.to(v.dtype) if narrows(v) else made
 
     def _join(
         self, near: Partial | None, far: Partial | None, hidden: Tensor | None, *, weights: bool = False
@@ -332,7 +370,3 @@ class Mixer(nn.Module):
         only = near if near is not None else far
         assert only is not None, "a mixer without any branch passed the check"
         return only.normalized()
-
-    @staticmethod
-    def _widen(x: Tensor) -> Tensor:
-        return x.to(accumulator(x.dtype))

@@ -24,6 +24,7 @@ from linearize.surgery import arguments
 from linearize.surgery.cache import LinearizedCacheLayer, adopt
 from linearize.surgery.generated import subclass
 from linearize.surgery.masks import read_mask
+from linearize.surgery.projections import output_projection
 
 NAME = __name__.replace(".", "_")
 """Under which the attention function is registered with transformers; another one in a remote-code file."""
@@ -146,8 +147,6 @@ class LayerCall:
 
     def project(self, y: Tensor) -> Tensor:
         """Heads [B, T, H, V] -> the layer's output [B, T, D], through the model's own output projection."""
-        from linearize.surgery.projections import output_projection
-
         output = output_projection(self.module)
         return output(y.flatten(2).to(next(output.parameters()).dtype))
 

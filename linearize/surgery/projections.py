@@ -10,8 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from linearize.errors import UnsupportedModelError
-from linearize.mixers import LayerShape
-from linearize.surgery.attention import LinearizedAttention
+from linearize.mixers import LayerShape, Mixer
 
 ROLES = ("q", "k", "v", "o")
 
@@ -49,8 +48,9 @@ def projections(attention: nn.Module, shape: LayerShape | None = None) -> dict[s
         shape: its numbers; a converted module's own by default.
     """
     if shape is None:
-        assert isinstance(attention, LinearizedAttention), "what is not converted does not know its numbers"
-        shape = attention.mixer.shape
+        mixer = getattr(attention, "mixer", None)
+        assert isinstance(mixer, Mixer), "what is not converted does not know its numbers"
+        shape = mixer.shape
     linears = dict(_linears(attention))
     found: dict[str, list[str]] = {role: [] for role in ROLES}
     depths: dict[str, int] = {}
@@ -112,13 +112,15 @@ def full_names(model: nn.Module, path: str, attention: nn.Module, shape: LayerSh
     return found
 
 
-def output_projection(attention: LinearizedAttention) -> nn.Module:
+def output_projection(attention: nn.Module) -> nn.Module:
     """The layer that makes hidden states of the heads' outputs, LoRA-wrapped or not.
 
     Raises:
         UnsupportedModelError: see `outputs`.
     """
-    outputs([(f"layer {attention.layer_idx}", attention, attention.mixer.shape)])
+    mixer = attention.mixer
+    assert isinstance(mixer, Mixer), "what is not converted does not know its numbers"
+    outputs([(f"layer {attention.layer_idx}", attention, mixer.shape)])
     return attention.get_submodule(projections(attention)["o"][0])
 
 
@@ -145,7 +147,9 @@ def role_modules(model: nn.Module, roles: Iterable[str] = ROLES) -> list[str]:
         UnsupportedModelError: see `targets`.
     """
     named = [
-        (path, module) for path, module in model.named_modules() if isinstance(module, LinearizedAttention)
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, "mixer", None), Mixer)
     ]
     return targets(model, [(path, module, module.mixer.shape) for path, module in named], roles)
 
@@ -206,7 +210,7 @@ def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, tuple[i
         size = _features(child)
         if size is not None:
             yield prefix + name, size
-        elif not (isinstance(module, LinearizedAttention) and child is module.mixer):
+        elif not isinstance(child, Mixer):
             yield from _linears(child, f"{prefix}{name}.")
 
 

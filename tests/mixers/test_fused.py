@@ -24,6 +24,19 @@ MIXERS: dict[str, dict] = {
     },
     "hedgehog": {"feature_map": HEDGEHOG},
     "window alone": {"window": {**SLIDING, "sinks": "learned"}},
+    "pinned": {"window": {**SLIDING, "first": 3, "sinks": "learned"}},
+    "taylor": {
+        "feature_map": {"name": "taylor", "dim": 4}, "window": {**SLIDING, "first": 3},
+        "combine": {"name": "shared_normalizer", "stabilized": True},
+    },
+    "delta window": {
+        "feature_map": {"name": "identity"}, "gate": {"name": "mamba2"}, "update": {"name": "delta"},
+        "normalizer": {"name": "none"}, "window": {**SLIDING, "first": 3, "overlap": True},
+        "combine": {"name": "sigmoid", "per": "token"},
+    },
+    "terraced parts": {
+        "feature_map": {"name": "elu"}, "window": {"name": "terraced", "size": 16, "first": 2},
+    },
     "liger": {
         "feature_map": {"name": "softmax_dim"}, "gate": {"name": "key_pool"}, "normalizer": {"name": "none"},
         "window": {**SLIDING, "overlap": True}, "combine": {"name": "weighted"},
@@ -41,7 +54,7 @@ MIXERS: dict[str, dict] = {
         "normalizer": {"name": "none"},
     },
 }  # fmt: skip
-COVERED = {"lolcats", "short window", "terraced", "hedgehog", "window alone"}
+COVERED = {"lolcats", "short window", "terraced", "hedgehog"}
 mixers = pytest.mark.parametrize("name", MIXERS)
 
 
@@ -76,11 +89,11 @@ def close(one: Tensor, two: Tensor, limit: float = 2e-5) -> None:
 
 RING = {"window_k", "window_v", "window_valid", "window_next"}
 """Of the state; a ring may begin at another slot."""
-LIMIT = 2e-3 if DEVICE == "cuda" else 2e-5  # float32 products of the torch form may take tf32 there
+LIMIT = 2e-3 if DEVICE == "cuda" else 5e-5  # float32 products of the torch form may take tf32 there
 
 
 def test_which_compositions_one_kernel_covers():
-    assert {name for name in MIXERS if made(name).is_covered} == COVERED
+    assert {name for name in MIXERS if made(name).fused is not None} == COVERED
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,8 @@ class SharedNormalizer(Combine):
 
     def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
         assert window.denominator is not None and recurrent.denominator is not None, "see needs_normalizer"
+        window = window.sums()
+        assert window.denominator is not None
         weight = self.window_factor.to(window.denominator.dtype).sigmoid()
         near = window.scaled(weight.expand_as(window.denominator))
         far = recurrent

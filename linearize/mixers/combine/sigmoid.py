@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
-from linearize.mixers.base import LayerShape, Part, Partial, fill
+from linearize.mixers.base import LayerShape, Part, Partial, accumulator, fill, product
 from linearize.mixers.combine import COMBINES, Combine, blend
 from linearize.mixers.options import choice_problems, number
 
@@ -63,9 +63,8 @@ class Sigmoid(Combine):
             fill(self.token_weight, 0.0)
 
     def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
-        dtype = window.numerator.dtype
-        logit = self.window_factor.to(dtype)
+        logit = self.window_factor.to(accumulator(window.numerator.dtype))
         if self.token_weight is not None:
             assert hidden is not None, "see uses_hidden"
-            logit = logit + hidden.to(dtype) @ self.token_weight.to(dtype).T
+            logit = logit + product(hidden, self.token_weight.T)
         return blend(window, recurrent, logit.sigmoid(), (-logit).sigmoid())

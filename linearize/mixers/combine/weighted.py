@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linearize.mixers.base import LayerShape, Part, Partial
+from linearize.mixers.base import LayerShape, Part, Partial, accumulator
 from linearize.mixers.combine import COMBINES, Combine, blend
 from linearize.mixers.options import number
 
@@ -33,6 +33,7 @@ class FixedWeights(Combine):
         self.config = config
 
     def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
-        near = torch.full_like(window.numerator[..., 0], self.config.window)
+        numerator = window.numerator
+        near = torch.full_like(numerator[..., 0], self.config.window, dtype=accumulator(numerator.dtype))
         far = torch.full_like(near, self.config.recurrent)
         return blend(window, recurrent, near, far)

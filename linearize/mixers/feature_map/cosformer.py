@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from linearize.errors import LinearizeError
-from linearize.mixers.base import LayerShape, Part
+from linearize.mixers.base import LayerShape, Part, wide
 from linearize.mixers.feature_map import FEATURE_MAPS, FeatureMap
 from linearize.mixers.feature_map.shared import FLOOR
 from linearize.mixers.options import number
@@ -52,6 +52,7 @@ class CosFormer(FeatureMap):
     def _features(self, x: Tensor, position: Tensor | None) -> Tensor:
         if position is None:
             raise LinearizeError("cosformer weighs by distance: its query and key need position [B, T]")
+        x = wide(x)
         angle = position.clamp(0, self.length).to(x.dtype) * (math.pi / 2 / self.length)
         angle = angle[..., None, None]
         x = x.relu().clamp_min(FLOOR)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from linearize.mixers.base import LayerShape, Part
+from linearize.mixers.base import LayerShape, Part, wide
 from linearize.mixers.feature_map import FEATURE_MAPS
 from linearize.mixers.feature_map.shared import ParameterFree, exponential
 from linearize.mixers.options import choice_problems, number
@@ -44,7 +44,7 @@ class Exp(ParameterFree):
         self.config = config
 
     def query(self, q: Tensor, position: Tensor | None = None) -> Tensor:
-        return exponential(self.config.scale * q, less_maximum=self.config.less_maximum != "none")
+        return exponential(self.config.scale * wide(q), less_maximum=self.config.less_maximum != "none")
 
     def key(self, k: Tensor, position: Tensor | None = None) -> Tensor:
-        return exponential(self.config.scale * k, less_maximum=self.config.less_maximum == "both")
+        return exponential(self.config.scale * wide(k), less_maximum=self.config.less_maximum == "both")

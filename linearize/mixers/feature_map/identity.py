@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from linearize.mixers.base import LayerShape, Part
+from linearize.mixers.base import LayerShape, Part, wide
 from linearize.mixers.feature_map import FEATURE_MAPS
 from linearize.mixers.feature_map.shared import ParameterFree
 
@@ -44,4 +44,4 @@ class Identity(ParameterFree):
         return F.normalize(x, dim=-1, eps=1e-6) if self.l2_normalize else x
 
     def query(self, q: Tensor, position: Tensor | None = None) -> Tensor:
-        return self.features(q) * self.scaling
+        return self.features(wide(q)) * self.scaling

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linearize.mixers.base import LayerShape, Part, fill
+from linearize.mixers.base import LayerShape, Part, fill, wide
 from linearize.mixers.feature_map import FEATURE_MAPS
 from linearize.mixers.feature_map.shared import ParameterFree, exponential
 from linearize.mixers.options import WIDEST, choice_problems, number
@@ -70,7 +70,7 @@ class Performer(ParameterFree):
         return self.feature_dim**-0.5
 
     def _exponent(self, x: Tensor) -> Tensor:
-        x = x * self.root_scaling
+        x = wide(x) * self.root_scaling
         return x @ self.projection.to(x.dtype).T - x.square().sum(-1, keepdim=True) / 2
 
 

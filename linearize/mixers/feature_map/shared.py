@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Part, fill, repeat_heads
+from linearize.mixers.base import LayerShape, Part, fill, repeat_heads, wide
 from linearize.mixers.feature_map import FeatureMap
 from linearize.mixers.options import WIDEST, choice_problems, number
 
@@ -43,10 +43,10 @@ class ParameterFree(FeatureMap):
         raise NotImplementedError(type(self))  # pragma: no cover - a map defines it, or query and key
 
     def query(self, q: Tensor, position: Tensor | None = None) -> Tensor:
-        return self.features(q)
+        return self.features(wide(q))
 
     def key(self, k: Tensor, position: Tensor | None = None) -> Tensor:
-        return self.features(k)
+        return self.features(wide(k))
 
 
 class PerHeadProjection(FeatureMap):
@@ -124,6 +124,6 @@ class PerHeadProjection(FeatureMap):
     @staticmethod
     def _project(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if weight is None:
-            return x
-        u = torch.einsum("bthk,hkf->bthf", x, weight.to(x.dtype))
-        return u if bias is None else u + bias.to(x.dtype)
+            return wide(x)
+        u = wide(torch.einsum("bthk,hkf->bthf", x, weight.to(x.dtype)))
+        return u if bias is None else u + bias.to(u.dtype)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linearize.mixers.base import LayerShape, Part
+from linearize.mixers.base import LayerShape, Part, accumulator
 from linearize.mixers.gate import GATES, Gate
 from linearize.mixers.options import choice_problems
 
@@ -45,4 +45,4 @@ class FixedGate(Gate):
             log_decay = torch.log1p(-torch.exp2(-5.0 - heads))
         else:
             log_decay = -torch.exp(-8.0 * math.log(2) * (heads + 1) / self.heads)
-        return log_decay.to(k.dtype).expand(*k.shape[:2], self.heads)
+        return log_decay.to(accumulator(k.dtype)).expand(*k.shape[:2], self.heads)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearize.mixers.base import LayerShape, Part
+from linearize.mixers.base import LayerShape, Part, wide
 from linearize.mixers.gate import GATES, Gate, log_sigmoid
 from linearize.mixers.options import number
 
@@ -38,4 +38,4 @@ class KeyPoolGate(Gate):
         pooled = k
         if k.shape[-1] != self.feature_dim:
             pooled = F.adaptive_avg_pool1d(k.flatten(0, 1), self.feature_dim).unflatten(0, k.shape[:2])
-        return log_sigmoid(pooled, self.divisor)
+        return log_sigmoid(wide(pooled), self.divisor)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Part, fill
+from linearize.mixers.base import LayerShape, Part, fill, wide
 from linearize.mixers.gate import GATES, Gate, log_sigmoid
 from linearize.mixers.options import WIDEST, number
 
@@ -44,5 +44,6 @@ class LowRankGate(Gate):
 
     def forward(self, hidden: Tensor | None, k: Tensor) -> Tensor:
         assert hidden is not None
-        logits = torch.einsum("btr,rnf->btnf", hidden @ self.down.to(hidden.dtype), self.up.to(hidden.dtype))
-        return log_sigmoid(logits + self.bias.to(hidden.dtype), self.config.divisor)
+        narrow = hidden @ self.down.to(hidden.dtype)
+        logits = wide(torch.einsum("btr,rnf->btnf", narrow, self.up.to(hidden.dtype)))
+        return log_sigmoid(logits + self.bias.to(logits.dtype), self.config.divisor)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linearize.mixers.base import LayerShape, Part, fill
+from linearize.mixers.base import LayerShape, Part, fill, product
 from linearize.mixers.gate import GATES, Gate
 from linearize.mixers.options import number
 
@@ -59,5 +59,6 @@ class Mamba2Gate(Gate):
 
     def forward(self, hidden: Tensor | None, k: Tensor) -> Tensor:
         assert hidden is not None
-        dt = F.softplus(hidden @ self.weight.to(hidden.dtype) + self.dt_bias.to(hidden.dtype))
-        return -self.a_log.to(hidden.dtype).exp() * dt
+        logits = product(hidden, self.weight)
+        dt = F.softplus(logits + self.dt_bias.to(logits.dtype))
+        return -self.a_log.to(dt.dtype).exp() * dt

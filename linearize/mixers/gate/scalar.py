@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Part, fill
+from linearize.mixers.base import LayerShape, Part, fill, product
 from linearize.mixers.gate import GATES, Gate, log_sigmoid
 from linearize.mixers.options import choice_problems, number
 
@@ -46,5 +46,6 @@ class ScalarGate(Gate):
 
     def forward(self, hidden: Tensor | None, k: Tensor) -> Tensor:
         assert hidden is not None
-        logits = hidden @ self.weight.to(hidden.dtype) + self.bias.to(hidden.dtype)
+        logits = product(hidden, self.weight)
+        logits = logits + self.bias.to(logits.dtype)
         return log_sigmoid(logits, self.config.divisor).expand(*k.shape[:2], self.heads)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from linearize.mixers.base import LayerShape, Part, Partial, fill
+from linearize.mixers.base import LayerShape, Part, Partial, fill, wide
 from linearize.mixers.normalizer import NORMALIZERS, Normalizer
 from linearize.mixers.options import choice_problems, number
 
@@ -49,7 +49,7 @@ class GroupNorm(Normalizer):
             fill(self.scale, self.start)
 
     def forward(self, partial: Partial) -> Partial:
-        y: Tensor = partial.numerator
+        y = wide(partial.numerator)
         if self.kind == "layer":
             y = y - y.mean(-1, keepdim=True)
         y = y * (y.square().mean(-1, keepdim=True) + self.EPSILON).rsqrt()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Part, fill
+from linearize.mixers.base import LayerShape, Part, fill, wide
 from linearize.mixers.options import WIDEST, number
 from linearize.mixers.output import OUTPUTS, Output
 
@@ -35,5 +35,5 @@ class OutputGate(Output):
 
     def forward(self, y: Tensor, hidden: Tensor | None) -> Tensor:
         assert hidden is not None
-        gate = (hidden.to(y.dtype) @ self.down.to(y.dtype)).sigmoid()
-        return y * (1 + torch.einsum("btr,rhv->bthv", gate, self.up.to(y.dtype)))
+        gate = (hidden @ self.down.to(hidden.dtype)).sigmoid()
+        return wide(y) * (1 + wide(torch.einsum("btr,rhv->bthv", gate, self.up.to(gate.dtype))))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Part, fill
+from linearize.mixers.base import LayerShape, Part, fill, wide
 from linearize.mixers.options import number
 from linearize.mixers.output import OUTPUTS, Output
 
@@ -36,4 +36,5 @@ class OutputNorm(Output):
         fill(self.scale, self.config.start)
 
     def forward(self, y: Tensor, hidden: Tensor | None) -> Tensor:
+        y = wide(y)
         return y * (y.square().mean(-1, keepdim=True) + self.EPSILON).rsqrt() * self.scale.to(y.dtype)

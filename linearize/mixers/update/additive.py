@@ -85,7 +85,7 @@ class Additive(Update):
             )
         kept = {"sums": sums, "norms": norms} if self.running_sum else {"sums": sums}
         state.write({name: value for name, value in kept.items() if value is not None})
-        return Partial(numerator.to(stream.q.dtype), denominator)
+        return Partial(numerator, denominator)
 
     def step(self, stream: Stream, state: State) -> Partial:
         k = self.keys(stream)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.kernels.gated_delta import delta_chunk, delta_reference, delta_step
-from linearize.mixers.base import LayerShape, Part, Partial, fill
+from linearize.mixers.base import LayerShape, Part, Partial, fill, product
 from linearize.mixers.options import number
 from linearize.mixers.state import State
 from linearize.mixers.update import UPDATES, Stream, Update
@@ -71,7 +71,7 @@ class Delta(Update):
             q, k, v = stream.narrow(q, k, stream.v)
             out, sums = delta_chunk(q, k, v, beta, stream.log_decay, stream.docs, state["sums"])
         state.write({"sums": sums})
-        return Partial(out.to(stream.q.dtype), None)
+        return Partial(out, None)
 
     def step(self, stream: Stream, state: State) -> Partial:
         q, k, beta = (x[:, 0] for x in self._terms(stream))
@@ -82,7 +82,7 @@ class Delta(Update):
     def _terms(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
         assert stream.hidden is not None
         dtype = stream.k.dtype
-        logits = stream.hidden @ self.beta_weight.to(dtype) + self.beta_bias.to(dtype)
+        logits = product(stream.hidden, self.beta_weight) + self.beta_bias.to(dtype)
         beta = logits.sigmoid() * stream.valid[..., None].to(dtype)
         q = F.normalize(stream.q, dim=-1) * self.scale.to(dtype)[:, None]
         return q, F.normalize(stream.k, dim=-1), beta

@@ -19,7 +19,7 @@ class Window(Part):
 
     Attributes:
         size: tokens seen by the softmax, the query's own included, or tokens in a block; 0 = none, None = all.
-        alone: whether the branch normalizes itself, so that a kernel may give its output instead of sums.
+        alone: whether nothing shares the branch's normalizer, so that a kernel may give its output without sums.
     """
 
     size: int | None
@@ -60,10 +60,14 @@ class Window(Part):
         state: State,
         front: Tensor | None = None,
         sink: Tensor | None = None,
+        *,
+        fresh: bool = False,
+        whole: bool = False,
     ) -> tuple[Partial | None, Handed | None]:
         """O(T)-memory form over rows without padding between tokens; writes the new ring into `state`.
 
-        `front` [B] is the padding in front of each row, behind which the state's keys belong.
+        `front` [B] is the padding in front of each row, behind which the state's keys belong. `fresh`: the state is
+        empty, and nobody reads what is written; `whole`: neither padding nor a document's border.
         """
         raise NotImplementedError(type(self))  # pragma: no cover
 

@@ -68,6 +68,9 @@ class FullWindow(Window):
         state: State,
         front: Tensor | None = None,
         sink: Tensor | None = None,
+        *,
+        fresh: bool = False,
+        whole: bool = False,
     ) -> tuple[Partial | None, Handed | None]:
         past = state["window_k"].shape[1]
         k = behind(state["window_k"].to(k.dtype), k, front)
@@ -91,8 +94,11 @@ class FullWindow(Window):
         keep = slice(-(self.size - 1) if self.size and self.size > 1 else None, None)
         valid = valid & (all_docs == docs[:, -1:])
         state.write({"window_k": k[:, keep], "window_v": v[:, keep], "window_valid": valid[:, keep]})
-        names = ("numerator", "denominator", "stabilizer")
-        return Partial(*(torch.cat([getattr(part, name) for part in parts], 1) for name in names)), None
+        numerator, denominator, top = (
+            torch.cat([getattr(part, name) for part in parts], 1)
+            for name in ("numerator", "denominator", "stabilizer")
+        )
+        return Partial(numerator, denominator, top), None
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State, sink: Tensor | None = None

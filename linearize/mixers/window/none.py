@@ -45,6 +45,9 @@ class NoWindow(Window):
         state: State,
         front: Tensor | None = None,
         sink: Tensor | None = None,
+        *,
+        fresh: bool = False,
+        whole: bool = False,
     ) -> tuple[Partial | None, Handed | None]:
         return None, Handed(k, v, valid)
 

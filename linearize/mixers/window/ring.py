@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from linearize.kernels import dispatch
-from linearize.kernels.window import add_sink, merge, window_chunk, window_pinned, window_reference
-from linearize.kernels.window.reference import Weighted
-from linearize.kernels.window_linear import window_linear
-from linearize.kernels.window_linear.recurrent import Ring, window_linear_step
+from linearize.kernels.window import Seen, add_sink, window_chunk, window_reference
+from linearize.kernels.window.plan import WIDEST
+from linearize.kernels.window.recurrent import Held, window_step, window_step_triton
+from linearize.kernels.window_linear.recurrent import Ring
 from linearize.mixers.base import LayerShape, Part, Partial, fill
 from linearize.mixers.options import LONGEST, choice_problems, number
-from linearize.mixers.padding import behind
+from linearize.mixers.padding import behind, leading
 from linearize.mixers.state import State
 from linearize.mixers.window import Window
 from linearize.mixers.window.handed import Handed
-from linearize.mixers.window.pinned import pin
+from linearize.mixers.window.runs import Line
 
 
 class Scores(TypedDict):
@@ -176,7 +176,8 @@ class RingWindow(Window):
         if self.first:
             pinned = visible & (visible.cumsum(-1) <= self.first)
             held, near = held | pinned, near | pinned
-        partial = self._partial(window_reference(q, k, v, near, **self._scores), sink)
+        weighted, sink = window_reference(q, k, v, near, **self._scores), self.sinks(sink)
+        partial = Partial(*(weighted if sink is None else add_sink(weighted, sink)))
         return partial, visible if self.overlap else visible & ~held
 
     def chunked(
@@ -189,95 +190,138 @@ class RingWindow(Window):
         state: State,
         front: Tensor | None = None,
         sink: Tensor | None = None,
+        *,
+        fresh: bool = False,
+        whole: bool = False,
     ) -> tuple[Partial | None, Handed | None]:
-        tokens, first, span = q.shape[1], self.first, self.span
         position = self.positions(valid, docs, state, front)
-        ring_valid, pinned = valid, None
-        if first:
-            pinned = pin(state["window_valid"][:, :first], valid, docs)
-            ring_valid = valid & ~pinned.chosen
-        ring_k, ring_v, ring_valid, ring_docs = self.behind(state, k, v, ring_valid, docs, front)
-        reach = self.reach(None if position is None else position[:, span:])
-        if self._runs_kernel(q, k, v):
-            dtype = state["window_k"].dtype
-            near = self._alone(q, ring_k, ring_v, ring_valid, ring_docs, reach, self.sinks(sink), dtype)
-        else:
-            weighted = window_chunk(
-                q, ring_k, ring_v, ring_valid, ring_docs, window=span, reach=reach, **self._scores
+        reach = self.reach(None if position is None else position[:, self.span :])
+        line = Line(k, v, valid, docs, 0) if fresh else self._line(state, k, v, valid, docs, front)
+        pinned = None
+        if self.first:
+            line.pins = self.first
+            line.carried = (
+                line.carried if line.carried is not None else valid.new_zeros(len(valid), dtype=torch.int64)
             )
-        kept_k, kept_v = ring_k[:, tokens:], ring_v[:, tokens:]
-        kept_valid = ring_valid[:, tokens:] & (ring_docs[:, tokens:] == docs[:, -1:])
-        if pinned is not None:
-            own_k = pinned.gather(state["window_k"][:, :first], k)
-            own_v = pinned.gather(state["window_v"][:, :first], v)
-            weighted = merge(weighted, window_pinned(q, own_k, own_v, pinned.visible, **self._scores))
-            kept_k, kept_v = (torch.cat(pair, 1) for pair in ((own_k[:, -1], kept_k), (own_v[:, -1], kept_v)))
-            kept_valid = torch.cat([pinned.visible[:, -1], kept_valid], 1)
+            if fresh:  # padding in front of the row is in front of its first document
+                line.front = leading(valid)
+            pinned = line.pinned_from()
+        window = min(self.limit or self.span, self.span)
+        if fresh and whole and reach is None and pinned is None:
+            seen = Seen(window)
+        else:
+            seen = line.seen(window, reach, pinned)
+        near = self._softmax(q, line.k, line.v, seen, sink)
         handed = Handed(k, v, valid)
         if not self.overlap:
-            handed = self.leaving(ring_k, ring_v, ring_valid, ring_docs, position, front)
-        self.refill(state, kept_k, kept_v, kept_valid)
-        return near if self._runs_kernel(q, k, v) else self._partial(weighted, sink), handed
+            handed = self._leaving(line, k, v, valid, docs, state, position, front, pinned)
+        if not fresh:
+            self._keep(line, state, pinned)
+        return near, handed
 
-    def _alone(
+    def _line(
+        self, state: State, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, front: Tensor | None
+    ) -> Line:
+        """What the state carries and the new tokens."""
+        if not self.first:
+            return Line(*self.behind(state, k, v, valid, docs, front), prefix=self.span, front=front)
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        first, held = self.first, self.first + self.span
+        carried = state["window_valid"][:, :first].sum(1)
+        slots = torch.cat(
+            [torch.arange(first, device=k.device).expand(k.shape[0], -1), self.in_order(state)], 1
+        )
+        # while a document has fewer tokens than are pinned its ring is empty, and the next ones go on the pinned
+        turn = torch.where(carried < first, carried, 0)[:, None]
+        slots = slots.gather(1, (torch.arange(held, device=k.device) + turn) % held)
+        return Line(
+            behind(state["window_k"][rows, slots].to(k.dtype), k, front),
+            behind(state["window_v"][rows, slots].to(v.dtype), v, front),
+            behind(state["window_valid"][rows, slots], valid, front),
+            behind(torch.zeros_like(docs[:, :1]).expand(-1, held), docs, front),
+            prefix=held,
+            front=front,
+            carried=carried,
+        )
+
+    def _softmax(self, q: Tensor, k: Tensor, v: Tensor, seen: Seen, sink: Tensor | None) -> Partial:
+        sink = self.sinks(sink)
+        if self._runs_kernel(q, k, v):
+            from linearize.kernels.window.operator import window_triton
+
+            return self._normalized(
+                *window_triton(q, k, v, seen, sink=sink, wants_top=not self.alone, **self._scores)
+            )
+        weighted = window_chunk(q, k, v, seen, **self._scores)
+        return Partial(*(weighted if sink is None else add_sink(weighted, sink)))
+
+    def _normalized(self, out: Tensor, log_sum: Tensor, top: Tensor | None) -> Partial:
+        """A kernel's answer; sums of weights only where another branch is to share them."""
+        if self.alone or top is None:
+            return Partial(out, None)
+        return Partial(out, (log_sum - top).exp(), top, divided=True)
+
+    def _leaving(
         self,
-        q: Tensor,
+        line: Line,
         k: Tensor,
         v: Tensor,
         valid: Tensor,
         docs: Tensor,
-        reach: Tensor | None,
-        sink: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Partial:
-        """The softmax in the model's own dtype, normalized by itself."""
-        narrow_q, narrow_k, narrow_v = (x.to(dtype) for x in (q, k, v))
-        out, _ = window_linear(
-            narrow_q, narrow_k, narrow_v, None, None,
-            window=self.span, scaling=self.shape.scaling, sink=sink,
-            codes=torch.where(valid, docs, -1 - docs).to(torch.int32), prefix=self.span,
-            reach=None if reach is None else reach.to(torch.int32), least=None if reach is None else self.least,
-        )  # fmt: skip
-        return Partial(out.to(q.dtype), None)
+        state: State,
+        position: Tensor | None,
+        front: Tensor | None,
+        pinned: Tensor | None,
+    ) -> Handed:
+        if pinned is None and line.prefix == self.span:
+            return self.leaving(line.k, line.v, line.valid, line.docs, position, front)
+        if pinned is not None:
+            place = torch.arange(line.prefix, line.valid.shape[1], device=k.device)
+            valid = valid & (place >= pinned + self.first)
+        return self.leaving(*self.behind(state, k, v, valid, docs, front), position, front)
+
+    def _keep(self, line: Line, state: State, pinned: Tensor | None) -> None:
+        """The last keys of the last document, and its pinned ones, into the state."""
+        last, total = line.docs[:, -1:], line.valid.shape[1]
+        place = torch.arange(total - self.span, total, device=last.device)
+        near = slice(total - self.span, total)
+        k, v = line.k[:, near], line.v[:, near]
+        valid = line.in_ring()[:, near] & (line.docs[:, near] == last)
+        if pinned is not None:
+            begin = pinned[:, -1:]
+            index = begin + torch.arange(self.first, device=last.device)
+            valid = valid & ~((place >= begin) & (place < begin + self.first))
+            rows = torch.arange(k.shape[0], device=k.device)[:, None]
+            there = index < total
+            index = index.clamp(max=total - 1)
+            k = torch.cat([line.k[rows, index], k], 1)
+            v = torch.cat([line.v[rows, index], v], 1)
+            valid = torch.cat([there, valid], 1)
+        self.refill(state, k, v, valid)
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State, sink: Tensor | None = None
     ) -> tuple[Partial | None, Handed | None]:
-        if self.overlap and self._runs_kernel(q, k, v):
-            dtype = state["window_k"].dtype
-            token_q, token_k, token_v = (x[:, 0].to(dtype) for x in (q, k, v))
-            out = window_linear_step(
-                token_q, token_k, token_v, None, None, scaling=self.shape.scaling, ring=self.ring(state), state=None,
-                sink=self.sinks(sink), valid=valid[:, 0],
-            )  # fmt: skip
-            return Partial(out[:, None].to(q.dtype), None), Handed(k, v, valid)
-        first, slot = self.first, state["window_next"][:, 0] % self.slots
-        rows = torch.arange(q.shape[0], device=q.device)
-        all_k, all_v, all_valid = state["window_k"], state["window_v"], state["window_valid"]
+        first = self.first
         position = self.positions(valid, torch.zeros_like(valid, dtype=torch.int64), state)
         position = None if position is None else position[:, -1:]
         handed = Handed(k, v, valid)
         if not self.overlap:
-            oldest = (slot + 1) % self.slots
+            oldest = (state["window_next"][:, 0] + 1) % self.slots
+            all_k, all_v, all_valid = state["window_k"], state["window_v"], state["window_valid"]
             handed = self.leaving_step(
                 all_k[:, first:], all_v[:, first:], all_valid[:, first:], oldest, position
             )
             handed = replace(handed, valid=handed.valid & valid)  # padding pushes nothing out
-        age = (slot[:, None] - torch.arange(self.slots, device=q.device)) % self.slots
-        reach = self.reach(position)
-        slot = first + slot
-        if first:
-            pinned = all_valid[:, :first].sum(1)
-            all_valid.scatter_(1, slot[:, None], False)
-            slot = torch.where(valid[:, 0] & (pinned < first), pinned, slot)
-        all_k[rows, slot], all_v[rows, slot] = k[:, 0].to(all_k.dtype), v[:, 0].to(all_v.dtype)
-        all_valid[rows, slot] = valid[:, 0]
-        state["window_next"].add_(valid.to(torch.int64))
-        seen = all_valid[:, first:] & (age < (self.span if reach is None else reach))
-        visible = torch.cat([all_valid[:, :first], seen], 1) if first else seen
-        keys, values = all_k.to(q.dtype), all_v.to(q.dtype)
-        weighted = window_reference(q, keys, values, visible[:, None], **self._scores)
-        return self._partial(weighted, sink), handed
+        ring_k, ring_v, ring_valid, count = (state[f"window_{name}"] for name in ("k", "v", "valid", "next"))
+        held = Held(ring_k, ring_v, ring_valid, count, first)
+        options: dict[str, Any] = {
+            "valid": valid, "span": min(self.limit or self.span, self.span), "reach": self.reach(position),
+            "sink": self.sinks(sink), **self._scores,
+        }  # fmt: skip
+        if self._runs_kernel(q, k, v):
+            return self._normalized(*window_step_triton(q, k, v, held, **options)), handed
+        return Partial(*window_step(q, k, v, held, **options)), handed
 
     def behind(
         self, state: State, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, front: Tensor | None = None
@@ -295,14 +339,9 @@ class RingWindow(Window):
             behind(torch.zeros_like(docs[:, :1]).expand(-1, self.span), docs, front),
         )
 
-    @property
-    def kernel_covers(self) -> bool:
-        """Whether `window_linear` computes this window: no pinned tokens, no soft cap, no teacher's window inside."""
-        short = self.limit is not None and self.limit < self.span
-        return not self.first and not short and self.shape.softcap is None
-
     def _runs_kernel(self, *tensors: Tensor) -> bool:
-        return self.alone and self.kernel_covers and dispatch.use_triton(*tensors)
+        wide = max(self.shape.key_dim, self.shape.value_dim) > WIDEST
+        return dispatch.use_triton(*tensors) and not (wide and dispatch.automatic())
 
     @property
     def _scores(self) -> Scores:
@@ -313,7 +352,3 @@ class RingWindow(Window):
         if given is None or self.sink_logit is None:
             return self.sink_logit if given is None else given
         return torch.logaddexp(self.sink_logit, given.to(self.sink_logit.dtype))
-
-    def _partial(self, weighted: Weighted, sink: Tensor | None) -> Partial:
-        sink = self.sinks(sink)
-        return Partial(*(weighted if sink is None else add_sink(weighted, sink)))

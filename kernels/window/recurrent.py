@@ -1,0 +1,114 @@
+"""One token against the last keys of a window and its pinned ones, in place on the state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linearize.kernels import dispatch
+from linearize.kernels.window.merge import add_sink
+from linearize.kernels.window.reference import Weighted, window_reference
+
+
+@dataclass(frozen=True)
+class Held:
+    """Pinned keys, then a ring in which token n stands at n % slots; all tensors are written.
+
+    Attributes:
+        k, v: [B, first + slots, N, K or V].
+        valid: [B, first + slots] bool.
+        next: [B, H] int64, n of the token that comes, the same number for each head.
+        first: pinned keys to a document.
+    """
+
+    k: Tensor
+    v: Tensor
+    valid: Tensor
+    next: Tensor
+    first: int = 0
+
+    @property
+    def slots(self) -> int:
+        """Of the ring: one more than the keys that a query may see."""
+        return self.k.shape[1] - self.first
+
+
+def window_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    held: Held,
+    *,
+    valid: Tensor,
+    span: int,
+    scaling: float,
+    softcap: float | None = None,
+    reach: Tensor | None = None,
+    sink: Tensor | None = None,
+) -> Weighted:
+    """The softmax over the last `span` tokens and the pinned ones, the new token's own key included; torch.
+
+    A document's first tokens go among the pinned keys, the others into the ring. Padding leaves everything as it is.
+
+    Args:
+        q: [B, 1, H, K].
+        k, v: [B, 1, N, K or V].
+        valid: [B, 1] bool, false on padding.
+        reach: [B, 1] int64, tokens that the query sees, at most `span`, which all see without it.
+        sink: [H] or None.
+
+    Returns:
+        numerator [B, 1, H, V], denominator and maximum [B, 1, H].
+    """
+    first, slots = held.first, held.slots
+    rows = torch.arange(q.shape[0], device=q.device)
+    slot = held.next[:, 0] % slots
+    age = (slot[:, None] - torch.arange(slots, device=q.device)) % slots
+    slot = first + slot
+    if first:
+        pinned = held.valid[:, :first].sum(1)
+        held.valid.scatter_(1, slot[:, None], False)
+        slot = torch.where(valid[:, 0] & (pinned < first), pinned, slot)
+    held.k[rows, slot], held.v[rows, slot] = k[:, 0].to(held.k.dtype), v[:, 0].to(held.v.dtype)
+    held.valid[rows, slot] = valid[:, 0]
+    held.next.add_(valid.to(torch.int64))
+    seen = held.valid[:, first:] & (age < (span if reach is None else reach))
+    visible = torch.cat([held.valid[:, :first], seen], 1) if first else seen
+    keys, values = held.k.to(q.dtype), held.v.to(q.dtype)
+    weighted = window_reference(q, keys, values, visible[:, None], scaling=scaling, softcap=softcap)
+    return weighted if sink is None else add_sink(weighted, sink)
+
+
+def window_step_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    held: Held,
+    *,
+    valid: Tensor,
+    span: int,
+    scaling: float,
+    softcap: float | None = None,
+    reach: Tensor | None = None,
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in one launch (two with pinned keys), normalized: out, log of the sum, maximum, as `window_triton`."""
+    from linearize.kernels.window import triton_step
+    from linearize.kernels.window.operator import covered
+
+    covered(q, k, v)
+    tensors = (held.k, held.v, held.valid, held.next)
+    dispatch.require(
+        "window_step",
+        state=(
+            all(x.is_contiguous() for x in tensors),
+            "a tensor of the state is not contiguous, so it cannot be written in place",
+        ),
+    )
+    out, log_sum, top = triton_step.step(
+        q[:, 0], k[:, 0], v[:, 0], valid[:, 0], None if reach is None else reach[:, 0].contiguous(), sink, *tensors,
+        [float(held.first), float(span), scaling, softcap or 0.0],
+    )  # fmt: skip
+    return out[:, None], log_sum[:, None], top[:, None]

@@ -1,0 +1,108 @@
+"""Training compiles a mixer: whatever stands between the kernels is fused once a composition, not by hand for each.
+
+Feature maps, gates, norms and shares are a few operations on each number. One by one they would read and write the
+whole text in float32 each time, and keep it for backward. Inductor fuses them between the kernels and the products,
+which stay what they are, and makes again in backward what is cheaper made than kept. All layers of one composition
+share what is compiled. Where nothing trains, the parts run one by one.
+
+``LINEARIZE_COMPILE=auto|always|never``: `auto` compiles on CUDA devices where Triton kernels run, `always` on the CPU
+too (for tests), `never` nowhere.
+"""
+
+from __future__ import annotations
+
+import os
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.kernels import dispatch
+from linearize.kernels.dispatch import KernelError
+from linearize.registry import closest
+
+VARIABLE = "LINEARIZE_COMPILE"
+CHOICES = ("auto", "always", "never")
+SHAPES = 6
+"""Sizes of batch and text for which one composition is compiled; at others the parts run one by one."""
+
+
+class _Compiled:
+    """One composition's compiled form, and the sizes that it has met.
+
+    Args:
+        name: shown by profilers.
+    """
+
+    def __init__(self, name: str) -> None:
+        def body(mixer: Any, *arguments: Any) -> Tensor:
+            made: Tensor = mixer._run(*arguments)
+            return made
+
+        # torch counts compilations by code object: each composition gets one of its own
+        own = types.FunctionType(body.__code__.replace(co_name=name), globals(), name)
+        self.call: Callable[..., Tensor] = torch.compile(own, dynamic=False, fullgraph=True)
+        self.sizes: set[tuple[Any, ...]] = set()
+        self.failed = False
+
+
+_made: dict[Any, _Compiled] = {}
+
+
+def compiled(mixer: nn.Module, q: Tensor) -> Callable[..., Tensor] | None:
+    """`mixer._run`, compiled, or None where it is to run as it is.
+
+    Args:
+        q: [B, T, H, K] of the call.
+    """
+    if not wanted(q):
+        return None
+    key = _structure(mixer)
+    found = _made.get(key)
+    if found is None:
+        found = _made[key] = _Compiled(f"mixer_{len(_made)}")
+    size = (*q.shape, q.dtype, q.device)
+    if found.failed or (size not in found.sizes and len(found.sizes) >= SHAPES):
+        return None
+    found.sizes.add(size)
+
+    def call(*arguments: Any) -> Tensor:
+        try:
+            return found.call(mixer, *arguments)
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            if isinstance(error.__cause__, torch.cuda.OutOfMemoryError | KernelError):
+                raise error.__cause__ from error
+            found.failed = True
+            why = (str(error).strip().splitlines() or [""])[0]
+            warnings.warn(
+                f"this mixer could not be compiled ({why}); its parts run one by one, slower. {VARIABLE}=never "
+                "leaves compiling out",
+                stacklevel=2,
+            )
+            return mixer._run(*arguments)  # type: ignore[operator, no-any-return]
+
+    return call
+
+
+def wanted(q: Tensor) -> bool:
+    """Whether a call on this tensor is to be compiled.
+
+    Raises:
+        KernelError: ``LINEARIZE_COMPILE`` has no such value.
+    """
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice not in CHOICES:
+        raise KernelError(f"{VARIABLE}='{choice}' is not a choice; {closest(choice, CHOICES)}")
+    if choice == "never" or torch.compiler.is_compiling():
+        return False
+    return choice == "always" or (q.is_cuda and dispatch.use_triton(q) and not dispatch.recording())
+
+
+def _structure(mixer: nn.Module) -> tuple[Any, ...]:
+    """What tells one composition from another: parts, their sizes, and how the branches are switched."""
+    parts = tuple((name, type(part)) for name, part in mixer.named_modules())
+    sizes = tuple((name, x.shape, x.dtype) for name, x in mixer.named_parameters())
+    return (parts, sizes, getattr(mixer, "branch_off", None))

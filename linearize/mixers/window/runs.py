@@ -1,0 +1,79 @@
+"""Where each query's keys begin: documents, padding and what a state carries, as `kernels.window.Seen` wants them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linearize.kernels.window import NOWHERE, Seen
+
+
+@dataclass
+class Line:
+    """The keys of one call in a row: padding in front, what was carried, then the tokens that come.
+
+    Attributes:
+        k, v: [B, P + T, N, K or V].
+        valid: [B, P + T] bool, false on padding and where nothing has been carried.
+        docs: [B, P + T] document numbers, non-decreasing; what is carried belongs to document 0.
+        prefix: P.
+        front: [B] padding in front of what is carried, or None.
+        carried: [B] pinned tokens that document 0 has had, and `pins` those that a document may have; they stand in
+            front of the ring, or, while there are fewer, right before the tokens that come.
+    """
+
+    k: Tensor
+    v: Tensor
+    valid: Tensor
+    docs: Tensor
+    prefix: int
+    front: Tensor | None = None
+    carried: Tensor | None = None
+    pins: int = 0
+
+    def _first_pin(self) -> Tensor:
+        """[B, 1] where document 0's pinned tokens begin."""
+        assert self.carried is not None
+        begin = torch.where(self.carried < self.pins, self.prefix - self.carried, 0)
+        return (begin if self.front is None else begin + self.front)[:, None]
+
+    def pinned_from(self) -> Tensor:
+        """[B, T] int64: where the pinned tokens of each token's document begin."""
+        assert self.carried is not None
+        valid, docs = self.valid[:, self.prefix :], self.docs[:, self.prefix :]
+        before = torch.nn.functional.pad(valid[:, :-1], (1, 0))
+        changed = torch.cat([torch.ones_like(valid[:, :1]), docs.diff(dim=1) != 0], 1)
+        # the first token of the row goes on with document 0, if that has begun
+        opens = valid & torch.where(before, changed, (docs != 0) | (self.carried == 0)[:, None])
+        place = torch.arange(self.prefix, self.valid.shape[1], device=valid.device)
+        return torch.where(opens, place, self._first_pin()).cummax(1).values
+
+    def in_ring(self) -> Tensor:
+        """[B, P + T] bool: `valid` without the carried pinned tokens."""
+        if not self.pins:
+            return self.valid
+        assert self.carried is not None
+        place = torch.arange(self.valid.shape[1], device=self.valid.device)
+        begin = self._first_pin()
+        return self.valid & ~((place >= begin) & (place < begin + self.carried[:, None]))
+
+    def seen(self, window: int, reach: Tensor | None, pinned: Tensor | None) -> Seen:
+        """Which keys each query sees.
+
+        Args:
+            window: most of them.
+            reach: [B, T] int64, how many each sees, `window` by default.
+            pinned: see `pinned_from`, or None.
+        """
+        flags = self.in_ring()
+        before = torch.nn.functional.pad(flags[:, :-1], (1, 0))
+        changed = torch.cat([torch.ones_like(flags[:, :1]), self.docs.diff(dim=1) != 0], 1)
+        place = torch.arange(flags.shape[1], device=flags.device)
+        starts = torch.where(flags & (~before | changed), place, 0).cummax(1).values[:, self.prefix :]
+        own, here = place[self.prefix :], self.valid[:, self.prefix :]
+        first = torch.maximum(own - (window if reach is None else reach) + 1, starts)
+        first = torch.where(here, first, NOWHERE).to(torch.int32)
+        pin = None if pinned is None else torch.where(here, pinned, NOWHERE).to(torch.int32)
+        return Seen(window, self.prefix, first, pin, self.pins)
