@@ -12,6 +12,7 @@ from linearize.kernels.generalized_delta.plan import CHUNK, Config, Plan, config
 from linearize.kernels.generalized_delta.triton_backward import change_kernel, reader_kernel
 from linearize.kernels.generalized_delta.triton_forward import output_kernel, transition_kernel
 from linearize.kernels.generalized_delta.triton_gradients import gradient_kernel
+from linearize.kernels.generalized_delta.triton_whole import whole_transition_kernel
 from linearize.kernels.launch import launch
 
 
@@ -29,10 +30,12 @@ def launch_forward(
     inverse, solved, moved = saved[6:] if save else (None, None, None)
     rows, made_for = plan.batch * plan.state_heads, config("transition", plan)
     for again in (False, True):
+        whole = made_for.keys == plan.key_dim and not again
         launch(
-            transition_kernel, (rows * plan.chunks,), q=q, k=k, v=v, a=a, b=b, g=log_decay, docs=docs, halved=halved,
-            kept=kept, removal=removal, states=states, weights=weights, reading=reading, inverse=inverse,
-            solved=solved, moved=moved, HALVED=again, SAVE=save, WIDE=plan.wide, **_sizes(plan, made_for),
+            whole_transition_kernel if whole else transition_kernel, (rows * plan.chunks,), q=q, k=k, v=v, a=a, b=b,
+            g=log_decay, docs=docs, halved=halved, kept=kept, removal=removal, states=states, weights=weights,
+            reading=reading, inverse=inverse, solved=solved, moved=moved, SAVE=save, WIDE=plan.wide,
+            **_sizes(plan, made_for), **({} if whole else {"HALVED": again}),
         )  # fmt: skip
     _states(plan, removal, kept, start, states, final, reverse=False)
     made_for = config("output", plan)

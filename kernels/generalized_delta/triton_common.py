@@ -39,6 +39,14 @@ def later(end, rows, STRICT: tl.constexpr):
 
 
 @triton.jit
+def met(passed, g, first, rows, stride, dims, tokens, STRICT: tl.constexpr):
+    """Log decays up to and with each row -> those that a reader has met: an a (STRICT) not its own, a q its own too."""
+    if STRICT:
+        passed -= in_base_two(load_rows(g, first, rows, stride, dims, tokens))
+    return passed
+
+
+@triton.jit
 def reader_factors(g, first, rows, stride, dims, tokens, STRICT: tl.constexpr):
     """Of a chunk that is not halved, [C, dims]: decays from its middle to its readers.
 
@@ -52,16 +60,8 @@ def reader_factors(g, first, rows, stride, dims, tokens, STRICT: tl.constexpr):
 
 
 @triton.jit
-def writer_factors(g, first, rows, stride, dims, tokens):
-    """And from its writers to its middle."""
-    decays = in_base_two(load_rows(g, first, rows, stride, dims, tokens))
-    passed, _early = row_exponents(decays, rows, rows.shape[0])
-    return tl.exp2(-passed)
-
-
-@triton.jit
 def turned_writer_factors(g, first, rows, stride, dims, tokens):
-    """The same, [dims, C]."""
+    """And from its writers to its middle, [dims, C]."""
     return tl.exp2(
         -column_exponents(
             in_base_two(load_columns(g, first, rows, stride, dims, tokens)), rows, rows.shape[0]

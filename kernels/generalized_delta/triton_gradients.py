@@ -13,15 +13,18 @@ import triton.language as tl
 
 from linearize.kernels.gated_delta.triton_common import load_columns, load_rows, store_rows
 from linearize.kernels.gated_linear.triton_common import in_halves
-from linearize.kernels.gated_linear.triton_levels import CAP, in_base_two, level_pairs, row_sums
+from linearize.kernels.gated_linear.triton_levels import (
+    CAP,
+    in_base_two,
+    level_pairs,
+    row_exponents,
+    row_sums,
+)
 from linearize.kernels.generalized_delta.triton_common import (
     chunk_documents,
-    decays_from_start,
-    decays_to_end,
     earlier,
     later,
-    reader_factors,
-    writer_factors,
+    met,
 )
 from linearize.kernels.generalized_delta.triton_products import scaled
 
@@ -104,7 +107,7 @@ def halved_writers(
 
 @triton.jit
 def for_writers(
-    y, q, a, do, missing, g, first, rows, end, dims, tokens, levels,
+    y, q, a, do, missing, g, passed, first, rows, end, dims, tokens, levels,
     heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     HALVED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -122,10 +125,9 @@ def for_writers(
                 pairs, q + member * K, g, first, rows, heads * K, stride, dims, tokens, levels, False, WIDE, PRECISION
             )  # fmt: skip
         else:
-            up = reader_factors(g, first, rows, stride, dims, tokens, False)
-            right = scaled(load_rows(q + member * K, first, rows, heads * K, dims, tokens), up, WIDE)
+            right = load_rows(q + member * K, first, rows, heads * K, dims, tokens)
+            right = scaled(right, tl.exp2(passed), WIDE)
             result = tl.dot(weighed(pairs, right), right, result, input_precision=PRECISION)
-    tl.debug_barrier()
     others = all_pairs(y, missing, first, rows, state_heads * V, state_heads * V, tokens, V, BV, PRECISION)
     others = tl.where(later(end, rows, 1), others, 0.0)
     if HALVED:
@@ -133,16 +135,16 @@ def for_writers(
             others, a, g, first, rows, stride, stride, dims, tokens, levels, True, WIDE, PRECISION
         )
     else:
-        up_a = reader_factors(g, first, rows, stride, dims, tokens, True)
-        finders = scaled(load_rows(a, first, rows, stride, dims, tokens), up_a, WIDE)
+        up = tl.exp2(met(passed, g, first, rows, stride, dims, tokens, True))
+        finders = scaled(load_rows(a, first, rows, stride, dims, tokens), up, WIDE)
         result = tl.dot(weighed(others, finders), finders, result, input_precision=PRECISION)
-        result *= writer_factors(g, first, rows, stride, dims, tokens)
+        result *= tl.exp2(-passed)
     return result
 
 
 @triton.jit
 def finished(
-    inner, y, x, leaving, g, to, open_after, first, rows, dims, tokens,
+    inner, y, x, leaving, passed, late, to, open_after, first, rows, dims, tokens,
     state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the writers x with the values y, stored, once what the chunk's end wants is added to `inner`.
@@ -152,7 +154,7 @@ def finished(
     """
     stride: tl.constexpr = state_heads * K
     beyond = from_state(y, leaving, first, rows, state_heads * V, dims, tokens, V, BV, PRECISION)
-    beyond *= decays_to_end(g, first, rows, stride, dims, tokens) * open_after[:, None]
+    beyond *= tl.exp2(tl.minimum(late[None, :] - passed, 0.0)) * open_after[:, None]
     total = inner + beyond
     store_rows(to, first, rows, stride, dims, tokens, total)
     own = load_rows(x, first, rows, stride, dims, tokens).to(tl.float32)
@@ -161,7 +163,7 @@ def finished(
 
 @triton.jit
 def for_readers(
-    y, v, change, k, b, g, first, rows, begin, y_stride, dims, tokens, levels,
+    y, v, change, k, b, g, passed, first, rows, begin, y_stride, dims, tokens, levels,
     state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, STRICT: tl.constexpr,
     HALVED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -177,14 +179,13 @@ def for_readers(
             with_b, with_k, b, k, g, first, rows, stride, dims, tokens, levels, STRICT, WIDE, PRECISION
         )
     else:
-        down = writer_factors(g, first, rows, stride, dims, tokens)
+        down = tl.exp2(-passed)
         keys = scaled(load_rows(k, first, rows, stride, dims, tokens), down, WIDE)
         found = tl.dot(weighed(with_k, keys), keys, input_precision=PRECISION)
         with_b = all_pairs(y, change, first, rows, y_stride, state_heads * V, tokens, V, BV, PRECISION)
         moves = scaled(load_rows(b, first, rows, stride, dims, tokens), down, WIDE)
         found = tl.dot(weighed(tl.where(seen, with_b, 0.0), moves), moves, found, input_precision=PRECISION)
-        tl.debug_barrier()  # factors are made again: they would wait in registers else
-        found *= reader_factors(g, first, rows, stride, dims, tokens, STRICT)
+        found *= tl.exp2(met(passed, g, first, rows, stride, dims, tokens, STRICT))
     return found
 
 
@@ -226,29 +227,31 @@ def gradient_kernel(
         dq += of_queries
         do += of_outputs
         begin, end, entering, open_after, _whole = chunk_documents(docs, batch, first, rows, tokens)
+        decays = in_base_two(load_rows(g, first, rows, stride, dims, tokens))
+        passed, early = row_exponents(decays, rows, C)
+        late = tl.sum(decays, 0) - early
         for_g = tl.zeros([C, BK], tl.float32)
         for member in range(group):
             y = do + member * V
             for_q = for_readers(
-                y, v, change, k, b, g, first, rows, begin, heads * V, dims, tokens, often, state_heads, K, V, BV, False,
-                HALVED, WIDE, PRECISION,
+                y, v, change, k, b, g, passed, first, rows, begin, heads * V, dims, tokens, often, state_heads, K, V,
+                BV, False, HALVED, WIDE, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()
             outer = from_state(y, states, first, rows, heads * V, dims, tokens, V, BV, PRECISION)
-            since = decays_from_start(g, first, rows, stride, dims, tokens, False) * entering[:, None]
-            for_q += outer * since
+            for_q += outer * tl.exp2(tl.minimum(passed + early[None, :], 0.0)) * entering[:, None]
             store_rows(dq + member * K, first, rows, heads * K, dims, tokens, for_q)
             x = load_rows(q + member * K, first, rows, heads * K, dims, tokens)
             for_g += for_q * x.to(tl.float32)
         tl.debug_barrier()
         for_a = for_readers(
-            missing, v, change, k, b, g, first, rows, begin, width, dims, tokens, often, state_heads, K, V, BV, True,
-            HALVED, WIDE, PRECISION,
+            missing, v, change, k, b, g, passed, first, rows, begin, width, dims, tokens, often, state_heads, K, V,
+            BV, True, HALVED, WIDE, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()
         held = from_state(missing, states, first, rows, width, dims, tokens, V, BV, PRECISION)
-        since = decays_from_start(g, first, rows, stride, dims, tokens, True) * entering[:, None]
-        for_a += held * since
+        since = met(passed, g, first, rows, stride, dims, tokens, True) + early[None, :]
+        for_a += held * tl.exp2(tl.minimum(since, 0.0)) * entering[:, None]
         store_rows(da + of_keys, first, rows, stride, dims, tokens, for_a)
         for_a *= load_rows(a, first, rows, stride, dims, tokens).to(tl.float32)
         # summed side by side, so that no tile waits for another; an a has not met its own decay
@@ -266,36 +269,22 @@ def gradient_kernel(
         for_g += passing[None, :]
         tl.debug_barrier()
         for_k = for_writers(
-            v, q, a, do, missing, g, first, rows, end, dims, tokens, often, heads, state_heads, K, V, BV, HALVED, WIDE,
-            PRECISION,
+            v, q, a, do, missing, g, passed, first, rows, end, dims, tokens, often, heads, state_heads, K, V, BV,
+            HALVED, WIDE, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()
         for_g += finished(
-            for_k,
-            v,
-            k,
-            leaving,
-            g,
-            dk + of_keys,
-            open_after,
-            first,
-            rows,
-            dims,
-            tokens,
-            state_heads,
-            K,
-            V,
-            BV,
-            PRECISION,
-        )
+            for_k, v, k, leaving, passed, late, dk + of_keys, open_after, first, rows, dims, tokens, state_heads, K,
+            V, BV, PRECISION,
+        )  # fmt: skip
         tl.debug_barrier()
         for_b = for_writers(
-            change, q, a, do, missing, g, first, rows, end, dims, tokens, often, heads, state_heads, K, V, BV, HALVED,
-            WIDE, PRECISION,
+            change, q, a, do, missing, g, passed, first, rows, end, dims, tokens, often, heads, state_heads, K, V, BV,
+            HALVED, WIDE, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()
         for_g += finished(
-            for_b, change, b, leaving, g, db + of_keys, open_after, first, rows, dims, tokens, state_heads, K, V, BV,
-            PRECISION,
+            for_b, change, b, leaving, passed, late, db + of_keys, open_after, first, rows, dims, tokens, state_heads,
+            K, V, BV, PRECISION,
         )  # fmt: skip
         store_rows(dg + of_keys, first, rows, stride, dims, tokens, for_g)
