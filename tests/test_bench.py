@@ -102,9 +102,14 @@ def test_what_the_issue_asks_for_is_registered():
     assert {"window_linear", "window_linear_128", "window_linear_llama3_8b", "linear_features", "linear"} <= {
         *operators(cases)
     }
-    assert {"gated_linear", "gated_linear_per_head", "gated_delta", "short_conv", "distill"} <= {
-        *operators(cases)
-    }
+    assert {
+        "gated_linear",
+        "gated_linear_per_head",
+        "gated_delta",
+        "generalized_delta",
+        "short_conv",
+        "distill",
+    } <= {*operators(cases)}
     swept = [case for case in cases if case.operator == "window_linear"]
     assert [case.length for case in swept] == [2**power for power in range(10, 17)]
     assert all(case.contenders[0].kind == "ours" for case in cases)

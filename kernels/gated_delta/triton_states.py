@@ -2,7 +2,8 @@
 
 A chunk takes the state S that enters it to kept S - P S + N: P [K, K] is what its tokens take away, N [K, V] what they
 write. One product a chunk, and its transposed mirror kept E - P^T E + R gives the gradients, with the same P. What is
-stored is -P, which the product adds to what it starts from.
+stored is -P, which the product adds to what it starts from. What is kept is one number a chunk, or one a key dimension
+(generalized_delta): in either case in float32 beside P, for many factors just below one would be lost in 16 bits.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import triton.language as tl
 def states_kernel(
     removal, kept, start, states, final, chunks,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_START: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_START: tl.constexpr, PRECISION: tl.constexpr, PER_KEY: tl.constexpr = False,
 ):  # fmt: skip
     """Columns of one head: reads N from `states` [B, M, chunks, K, V] and writes the entering state in its place.
 
     REVERSE: reads R, writes the gradient of the state that leaves; `start` is the gradient of the final state, `final`
-    that of the carried one.
+    that of the carried one. PER_KEY: `kept` is [B, M, chunks, K], else [B, M, chunks].
     """
     parts: tl.constexpr = V // BV
     part = tl.program_id(0) % parts
@@ -35,7 +36,7 @@ def states_kernel(
     chunk = chunks - 1 if REVERSE else 0
     at = row_head * chunks + chunk
     written = tl.load(states + at * K * V + place)
-    decay = tl.load(kept + at)
+    decay = tl.load(kept + at * K + dims)[:, None] if PER_KEY else tl.load(kept + at)
     for step in range(0, chunks):
         chunk = chunks - 1 - step if REVERSE else step
         at = row_head * chunks + chunk
@@ -43,7 +44,7 @@ def states_kernel(
             tl.maximum(chunk - 1, 0) if REVERSE else tl.minimum(chunk + 1, chunks - 1)
         )
         written_next = tl.load(states + following * K * V + place)
-        decay_next = tl.load(kept + following)
+        decay_next = tl.load(kept + following * K + dims)[:, None] if PER_KEY else tl.load(kept + following)
         taken = tl.load(removal + at * K * K + square)
         entering = state.to(states.dtype.element_ty)
         tl.store(states + at * K * V + place, entering)

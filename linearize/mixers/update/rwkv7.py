@@ -98,13 +98,17 @@ class RWKV7(Update):
         return Partial(generalized_delta_reference(*self._terms(stream), stream.docs, empty)[0], None)
 
     def chunked(self, stream: Stream, state: State) -> Partial:
-        out, sums = generalized_delta_chunk(*self._terms(stream), stream.docs, state["sums"])
+        q, k, v, a, b, log_decay = self._terms(stream)
+        with self.form():
+            q, k, v, a, b = stream.narrow(q, k, v, a, b)
+            out, sums = generalized_delta_chunk(q, k, v, a, b, log_decay, stream.docs, state["sums"])
         state.write({"sums": sums})
-        return Partial(out, None)
+        return Partial(out.to(stream.q.dtype), None)
 
     def step(self, stream: Stream, state: State) -> Partial:
         q, k, v, a, b, log_decay = (x[:, 0] for x in self._terms(stream))
-        return Partial(generalized_delta_step(q, k, v, a, b, log_decay, state["sums"])[:, None], None)
+        with self.form():
+            return Partial(generalized_delta_step(q, k, v, a, b, log_decay, state["sums"])[:, None], None)
 
     def _terms(self, stream: Stream) -> Terms:
         assert stream.hidden is not None and stream.log_decay is not None

@@ -1,0 +1,87 @@
+"""One token of the generalized delta rule in one launch: what a finds moves under b, a value is added, queries read."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linearize.kernels import dispatch
+from linearize.kernels.launch import launch
+
+
+@triton.jit
+def step_kernel(
+    q, k, v, a, b, log_decay, state, out,
+    heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    K_TILE: tl.constexpr, V_TILE: tl.constexpr,
+):  # fmt: skip
+    """Columns of one head of the state, and of the outputs of the queries that read it."""
+    parts: tl.constexpr = (V + V_TILE - 1) // V_TILE
+    group: tl.constexpr = heads // state_heads
+    part = tl.program_id(0) % parts
+    row_head = (tl.program_id(0) // parts).to(tl.int64)
+    dims, values = tl.arange(0, K_TILE), part * V_TILE + tl.arange(0, V_TILE)
+    place = state + row_head * K * V + dims[:, None] * V + values[None, :]
+    inside = (dims < K)[:, None] & (values < V)[None, :]
+    of_keys = row_head * K + dims
+    key = tl.load(k + of_keys, mask=dims < K, other=0.0).to(tl.float32)
+    finds = tl.load(a + of_keys, mask=dims < K, other=0.0).to(tl.float32)
+    moves = tl.load(b + of_keys, mask=dims < K, other=0.0).to(tl.float32)
+    decay = tl.exp(tl.load(log_decay + of_keys, mask=dims < K, other=0.0).to(tl.float32))
+    value = tl.load(v + row_head * V + values, mask=values < V, other=0.0).to(tl.float32)
+    sums = tl.load(place, mask=inside, other=0.0)
+    held = tl.sum(sums * finds[:, None], 0)
+    sums = sums * decay[:, None] + moves[:, None] * held[None, :] + key[:, None] * value[None, :]
+    tl.store(place, sums, mask=inside)
+    for member in range(group):
+        reader = row_head * group + member
+        query = tl.load(q + reader * K + dims, mask=dims < K, other=0.0).to(tl.float32)
+        result = tl.sum(sums * query[:, None], 0)
+        tl.store(out + reader * V + values, result.to(out.dtype.element_ty), mask=values < V)
+
+
+@torch.library.custom_op("linearize::generalized_delta_step", mutates_args=("state",))
+def step(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
+    """See `recurrent.generalized_delta_step`; every tensor contiguous."""
+    batch, heads, key_dim = q.shape
+    state_heads, value_dim = v.shape[1:]
+    out = torch.empty(batch, heads, value_dim, dtype=v.dtype, device=v.device)
+    key_tile = max(16, 1 << (key_dim - 1).bit_length())
+    value_tile = 16 if key_tile >= 128 else 32
+    parts = -(-value_dim // value_tile)
+    launch(
+        step_kernel, (batch * state_heads * parts,), q=q, k=k, v=v, a=a, b=b, log_decay=log_decay, state=state, out=out,
+        heads=heads, state_heads=state_heads, K=key_dim, V=value_dim, K_TILE=key_tile, V_TILE=value_tile,
+        num_warps=4 if key_tile > 128 else 2, num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+@step.register_fake
+def _(q, k, v, a, b, log_decay, state) -> Tensor:
+    return torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=v.dtype, device=v.device)
+
+
+def covered(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor) -> None:
+    """Refuse what the kernel does not cover.
+
+    Raises:
+        KernelError: with every rule that is broken.
+    """
+    kinds = (torch.float32, torch.float16, torch.bfloat16)
+    given = [x.dtype for x in (q, k, v, a, b, log_decay)]
+    dispatch.require(
+        "generalized_delta_step",
+        dtype=(all(x in kinds for x in given), f"{given}: each one of {kinds}"),
+        key_dim=(k.shape[-1] <= 256, f"{k.shape[-1]} must be at most 256"),
+        heads=(
+            q.shape[1] % k.shape[1] == 0,
+            f"{q.shape[1]} must be a multiple of {k.shape[1]} heads of the state",
+        ),
+        state=(
+            state.dtype == torch.float32 and state.is_contiguous(),
+            f"{state.dtype} with strides {state.stride()}: it is written in place, contiguous and in float32",
+        ),
+    )
