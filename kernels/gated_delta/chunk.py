@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from linearize.kernels import dispatch
-from linearize.kernels.chunks import Decay, at_least_float32, cut_documents, scan
+from linearize.kernels.chunks import Decay, at_least_float32, cut_documents, decayed_products, scan
 
 
 def delta_chunk(
@@ -73,13 +73,13 @@ def _torch(
     q_cut, k_cut, v_cut = blocks.cut_grouped(q, k.shape[2]), blocks.cut(k), blocks.cut(v)
     strength = blocks.cut(beta[..., None])
     log_decay = torch.zeros_like(beta) if log_decay is None else log_decay
-    decay = Decay(blocks.cut(log_decay[..., None]))
-    decays = decay.between * blocks.visible[:, :, None].to(q.dtype)
+    decay = Decay(blocks.cut(log_decay if log_decay.dim() == 4 else log_decay[..., None]))
+    visible = blocks.visible[:, :, None].to(q.dtype)
     reach = decay.from_start * blocks.entering[:, :, None, :, None].to(q.dtype)
     kept = decay.whole[..., None] * blocks.kept[:, :, None, None, None].to(q.dtype)
     writers = (k_cut * decay.to_end * blocks.open[:, :, None, :, None].to(q.dtype)).mT
 
-    lower = strength * (k_cut @ k_cut.mT) * decays
+    lower = strength * decayed_products(k_cut[..., None, :], k_cut, decay) * visible
     sides = strength * torch.cat([v_cut, k_cut * reach], -1)
     solved = torch.linalg.solve_triangular(lower, sides, upper=False, unitriangular=True)
     fresh, held = solved.split([v.shape[-1], k.shape[-1]], -1)
@@ -87,7 +87,7 @@ def _torch(
 
     group = q_cut.shape[-2]
     changes = fresh - held @ before
-    weights = (q_cut.flatten(-3, -2) @ k_cut.mT) * decays.repeat_interleave(group, -2)
+    weights = decayed_products(q_cut, k_cut, decay) * visible.repeat_interleave(group, -2)
     earlier = (q_cut * reach[..., None, :]).flatten(-3, -2) @ before
     return blocks.join((weights @ changes + earlier).unflatten(-2, (-1, group))), state
 
