@@ -102,7 +102,7 @@ def test_what_the_issue_asks_for_is_registered():
     assert {"window_linear", "window_linear_128", "window_linear_llama3_8b", "linear_features", "linear"} <= {
         *operators(cases)
     }
-    assert {"gated_linear", "gated_linear_per_head", "gated_delta", "short_conv", "distill"} <= {
+    assert {"gated_linear", "gated_linear_per_head", "gated_delta", "kda", "short_conv", "distill"} <= {
         *operators(cases)
     }
     swept = [case for case in cases if case.operator == "window_linear"]

@@ -38,8 +38,11 @@ def delta_chunk(
       length of what it takes away, so rounding it costs no more than rounding K and W = T (beta K~) would.
     - T, P and the entering states are saved; changes and attention within chunks are computed again.
     - The carried state has a gradient, since that is where the backward loop ends; so does the new state.
-    - Decays within a chunk are differences of sums in float32, at most zero before they are exponentiated: log decays
-      of -20 a token cost 1e-4 of a decay, and nothing overflows.
+    - Decays of a head within a chunk are differences of sums in float32, at most zero before they are exponentiated:
+      log decays of -20 a token cost 1e-4 of a decay, and nothing overflows.
+    - Decays of key dimensions (`triton_key_*.py`) scale both tiles of a product of pairs, from the middle of a chunk,
+      which is halved first where that would overflow (gated_linear's `triton_levels`): sums of their own terms, exact.
+      A and the weights M of the queries are made once, together, and M is saved too.
     - q, k and v are bfloat16, float16 or float32 alike, F and V at most 256 (float32: 128), any H that is a multiple of
       M. Nothing is repeated for grouped heads, and no document boundary is read back to the host.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from linearize.kernels.gated_delta.plan import CHUNK, Config, Plan
 
 CONFIGS: dict[str, dict[int, Config]] = {
-    "pairs_whole": {64: Config(64, 64, 4, 1), 256: Config(64, 64, 8, 1)},
+    "pairs_whole": {256: Config(64, 64, 4, 1)},
     "pairs_halved": {256: Config(64, 64, 4, 1)},
     "transition": {64: Config(64, 64, 4, 1), 128: Config(128, 128, 8, 1), 256: Config(64, 64, 8, 1)},
     "output": {64: Config(64, 64, 4, 1), 128: Config(64, 128, 4, 1), 256: Config(64, 64, 4, 1)},

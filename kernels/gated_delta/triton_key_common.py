@@ -18,10 +18,12 @@ from linearize.kernels.gated_delta.triton_common import (
 from linearize.kernels.gated_linear.triton_common import in_halves
 from linearize.kernels.gated_linear.triton_levels import (
     CAP,
+    column_exponents,
     column_sums,
     count_halvings,
     in_base_two,
     level_pairs,
+    row_exponents,
     row_sums,
     strongest,
 )
@@ -87,14 +89,31 @@ def halvings_of(g, first, rows, stride, tokens, K: tl.constexpr, BK: tl.constexp
 
 
 @triton.jit
+def whole_pairs(
+    a, b, g, first, rows, a_stride, b_stride, tokens,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a_t . diag(decay from s to t) b_s, right for every s up to t, [C, C], of a chunk that need not be halved.
+
+    Decays g have the stride of b.
+    """
+    found = tl.zeros([C, C], tl.float32)
+    for part in range(K // BK):
+        dims = part * BK + tl.arange(0, BK)
+        passed, _ = row_exponents(in_base_two(load_rows(g, first, rows, b_stride, dims, tokens)), rows, C)
+        own = load_rows(a, first, rows, a_stride, dims, tokens).to(tl.float32) * tl.exp2(passed)
+        passed = column_exponents(in_base_two(load_columns(g, first, rows, b_stride, dims, tokens)), rows, C)
+        other = load_columns(b, first, rows, b_stride, dims, tokens).to(tl.float32) * tl.exp2(-passed)
+        found = tl.dot(own.to(OPERAND), other.to(OPERAND), found, input_precision=PRECISION)
+    return found
+
+
+@triton.jit
 def halved_pairs(
     a, b, g, first, rows, a_stride, b_stride, tokens, levels,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """a_t . diag(decay from s to t) b_s for every s up to t, [C, C], of a chunk that is halved `levels` times.
-
-    Decays g have the stride of b.
-    """
+    """The same of a chunk that is halved `levels` times."""
     scores = tl.zeros([C, C], tl.float32)
     for level in range(0, levels + 1):
         # always `rows`, but the compiler does not know it: nothing of a level may wait for it in registers

@@ -24,6 +24,7 @@ from linearize.kernels.gated_delta.triton_key_common import (
     load_bounds,
     sees_earlier,
     start_rows,
+    whole_pairs,
 )
 from linearize.kernels.gated_linear.triton_levels import column_exponents, in_base_two, row_exponents
 
@@ -66,14 +67,17 @@ def key_pairs_kernel(
             found = halved_pairs(
                 k, k, log_decay, first, rows, stride, stride, tokens, often, K, BK, C, operand, PRECISION
             )
+        elif K > BK:
+            found = whole_pairs(
+                k, k, log_decay, first, rows, stride, stride, tokens, K, BK, C, operand, PRECISION
+            )
         else:
-            passed, _ = row_exponents(
-                in_base_two(load_rows(log_decay, first, rows, stride, dims, tokens)), rows, C
-            )
+            # queries meet the same scaled keys as keys do
+            decays = in_base_two(load_rows(log_decay, first, rows, stride, dims, tokens))
+            passed, _ = row_exponents(decays, rows, C)
             up = tl.exp2(passed)
-            passed = column_exponents(
-                in_base_two(load_columns(log_decay, first, rows, stride, dims, tokens)), rows, C
-            )
+            decays = in_base_two(load_columns(log_decay, first, rows, stride, dims, tokens))
+            passed = column_exponents(decays, rows, C)
             other = load_columns(k, first, rows, stride, dims, tokens).to(tl.float32) * tl.exp2(-passed)
             other = other.to(operand)
             own = load_rows(k, first, rows, stride, dims, tokens).to(tl.float32) * up
@@ -101,6 +105,10 @@ def key_pairs_kernel(
                     C,
                     operand,
                     PRECISION,
+                )
+            elif K > BK:
+                found = whole_pairs(
+                    x, k, log_decay, first, rows, heads * K, stride, tokens, K, BK, C, operand, PRECISION
                 )
             else:
                 own = load_rows(x, first, rows, heads * K, dims, tokens).to(tl.float32) * up

@@ -97,12 +97,10 @@ def level_factors(g, first, lanes, middle, stride, dims, tokens):
 
 @triton.jit
 def sum_over_writers(
-    x, change, k, g, first, rows, begin, strict, levels, dims, x_stride, stride, value_stride, tokens,
-    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    found, x, change, k, g, first, rows, begin, strict, levels, dims, x_stride, stride, value_stride, tokens,
+    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """For every reader i sum_j (x_i . u_j) exp(G_i - G_j) k_j over earlier keys of a halved chunk, [C, dims]."""
-    found = tl.zeros([C, BK], tl.float32)
+    """For every reader i sum_j (x_i . u_j) exp(G_i - G_j) k_j over earlier keys of a halved chunk, added to `found`."""
     for level in range(0, levels + 1):
         # always `rows`, but the compiler does not know it: nothing of a level may wait for it in registers
         lanes = rows + (level >> 3)
@@ -117,12 +115,10 @@ def sum_over_writers(
 
 @triton.jit
 def sum_over_readers(
-    x, change, a, g, first, rows, end, strict, share, levels, dims, x_stride, a_stride, stride, value_stride, tokens,
-    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    found, x, change, a, g, first, rows, end, strict, share, levels, dims, x_stride, a_stride, stride, value_stride,
+    tokens, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """For every key j sum_i share_i (u_j . x_i) exp(G_i - G_j) a_i over later readers of a halved chunk."""
-    found = tl.zeros([C, BK], tl.float32)
+    """For every key j sum_i share_i (u_j . x_i) exp(G_i - G_j) a_i over later readers of a halved chunk, added."""
     for level in range(0, levels + 1):
         lanes = rows + (level >> 3)
         pairs, middle = level_pairs(lanes, 6 - level, level == levels, False, False)
@@ -187,9 +183,9 @@ def key_sums_kernel(
             found = through_state(y, states, first, rows, y_stride, dims, tokens, V, BV, C, BK, PRECISION)
             if HALVED:
                 found *= start_rows(log_decay, first, rows, stride, dims, tokens) * entering[:, None]
-                found += sum_over_writers(
-                    y, change, k, log_decay, first, rows, begin, turn // group, often, dims, y_stride, stride,
-                    value_stride, tokens, V, BV, C, BK, operand, PRECISION,
+                found = sum_over_writers(
+                    found, y, change, k, log_decay, first, rows, begin, turn // group, often, dims, y_stride, stride,
+                    value_stride, tokens, V, BV, C, operand, PRECISION,
                 )  # fmt: skip
             else:
                 found = found * early[None, :] * entering[:, None]
@@ -245,9 +241,9 @@ def key_sums_kernel(
             )
             share = tl.where(turn < group, tl.full([C], 1.0, tl.float32), -strength)
             if HALVED:
-                inside += sum_over_readers(
-                    y, change, x, log_decay, first, rows, end, turn // group, share, often, dims, y_stride, x_stride,
-                    stride, value_stride, tokens, V, BV, C, BK, operand, PRECISION,
+                inside = sum_over_readers(
+                    inside, y, change, x, log_decay, first, rows, end, turn // group, share, often, dims, y_stride,
+                    x_stride, stride, value_stride, tokens, V, BV, C, operand, PRECISION,
                 )  # fmt: skip
             else:
                 scores = products(change, y, first, rows, value_stride, y_stride, tokens, V, BV, C, PRECISION)
