@@ -32,11 +32,11 @@ def launch_key_forward(
     gates = {"beta": beta, "log_decay": log_decay, "docs": docs}
     rows = plan.batch * plan.state_heads
     pairs = key_pairs(plan, q)
-    for name in ("whole", "halved"):
-        made_for = key_config(f"pairs_{name}", plan)
+    made_for = key_config("pairs", plan)
+    for halves in (False, True):
         launch(
             key_pairs_kernel, (rows * plan.chunks,), q=q, k=k, halved=halved, pairs=pairs, weights=weights,
-            heads=plan.heads, **gates, **_sizes(plan), BK=made_for.keys, C=CHUNK, HALVED=name == "halved",
+            heads=plan.heads, **gates, **_sizes(plan), BK=made_for.keys, C=CHUNK, HALVED=halves,
             WIDE=_wide(q), PRECISION=plan.precision, num_warps=made_for.warps, num_stages=made_for.stages,
         )  # fmt: skip
     launch(
@@ -88,17 +88,15 @@ def launch_key_backward(
         partial=partial, change=change, missing=missing, dv=dv, direct=direct, **gates, **_sizes(plan),
         **_columns(plan), BK=made_for.keys, BV=made_for.values, num_warps=made_for.warps, num_stages=made_for.stages,
     )  # fmt: skip
-    # launches with different tiles fill one tensor, so what neither writes must be zero
-    tiles = max(plan.key_dim // key_config(f"sums_{name}", plan).keys for name in ("whole", "halved"))
-    for_beta = dbeta if tiles == 1 else q.new_zeros(tiles, *beta.shape, dtype=torch.float32)
-    for name in ("whole", "halved"):
-        made_for = key_config(f"sums_{name}", plan)
-        tiles = plan.key_dim // made_for.keys
+    made_for = key_config("sums", plan)
+    tiles = plan.key_dim // made_for.keys
+    for_beta = dbeta if tiles == 1 else q.new_empty(tiles, *beta.shape, dtype=torch.float32)
+    for halves in (False, True):
         launch(
             key_sums_kernel, (rows * plan.chunks * tiles,), q=q, k=k, do=do, halved=halved, states=states,
             leaving=leaving, change=change, missing=missing, direct=direct, dq=dq, dk=dk, dbeta=for_beta,
             dlog_decay=dlog_decay, batches=plan.batch, heads=plan.heads, **gates, **_sizes(plan), **_columns(plan),
-            BK=made_for.keys, BV=made_for.values, PARTS=parts, HALVED=name == "halved", WIDE=_wide(q),
+            BK=made_for.keys, BV=made_for.values, PARTS=parts, HALVED=halves, WIDE=_wide(q),
             num_warps=made_for.warps, num_stages=made_for.stages,
         )  # fmt: skip
     if for_beta is not dbeta:

@@ -8,14 +8,12 @@ from torch import Tensor
 from linearize.kernels.gated_delta.plan import CHUNK, Config, Plan
 
 CONFIGS: dict[str, dict[int, Config]] = {
-    "pairs_whole": {256: Config(64, 64, 4, 1)},
-    "pairs_halved": {256: Config(64, 64, 4, 1)},
+    "pairs": {256: Config(64, 64, 4, 1)},
     "transition": {64: Config(64, 64, 4, 1), 128: Config(128, 128, 8, 1), 256: Config(64, 64, 8, 1)},
     "output": {64: Config(64, 64, 4, 1), 128: Config(64, 128, 4, 1), 256: Config(64, 64, 4, 1)},
     "reader": {256: Config(64, 64, 4, 1)},
     "change": {256: Config(64, 64, 4, 1)},
-    "sums_whole": {256: Config(64, 64, 4, 1)},
-    "sums_halved": {256: Config(64, 64, 4, 1)},
+    "sums": {256: Config(64, 64, 4, 1)},
 }
 """Kernel -> by the wider of the head dims; tiles of 64 dims, since every one of a decay is exponentiated in float32."""
 
