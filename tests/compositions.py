@@ -86,6 +86,20 @@ VARIANTS: list[dict] = [
     },
     {
         "feature_map": {"name": "identity"},
+        "gate": {"name": "rwkv6", "rank": 3, "per": "query_head"},
+        "update": {"name": "delta"},
+        "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "key_pool"},
+        "update": {"name": "delta"},
+        "normalizer": {"name": "group_norm"},
+        "window": {**SLIDING, "overlap": True},
+        "combine": {"name": "weighted"},
+    },
+    {
+        "feature_map": {"name": "identity"},
         "gate": {"name": "rwkv7", "rank": 3, "per": "query_head"},
         "update": {"name": "rwkv7", "rank": 3},
         "normalizer": {"name": "none"},

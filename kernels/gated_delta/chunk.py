@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from linearize.kernels import dispatch
-from linearize.kernels.chunks import Decay, at_least_float32, cut_documents, scan
+from linearize.kernels.chunks import Decay, at_least_float32, cut_documents, decayed_products, scan
 
 
 def delta_chunk(
@@ -38,8 +38,11 @@ def delta_chunk(
       length of what it takes away, so rounding it costs no more than rounding K and W = T (beta K~) would.
     - T, P and the entering states are saved; changes and attention within chunks are computed again.
     - The carried state has a gradient, since that is where the backward loop ends; so does the new state.
-    - Decays within a chunk are differences of sums in float32, at most zero before they are exponentiated: log decays
-      of -20 a token cost 1e-4 of a decay, and nothing overflows.
+    - Decays of a head within a chunk are differences of sums in float32, at most zero before they are exponentiated:
+      log decays of -20 a token cost 1e-4 of a decay, and nothing overflows.
+    - Decays of key dimensions (`triton_key_*.py`) scale both tiles of a product of pairs, from the middle of a chunk,
+      which is halved first where that would overflow (gated_linear's `triton_levels`): sums of their own terms, exact.
+      A and the weights M of the queries are made once, together, and M is saved too.
     - q, k and v are bfloat16, float16 or float32 alike, F and V at most 256 (float32: 128), any H that is a multiple of
       M. Nothing is repeated for grouped heads, and no document boundary is read back to the host.
 
@@ -73,13 +76,13 @@ def _torch(
     q_cut, k_cut, v_cut = blocks.cut_grouped(q, k.shape[2]), blocks.cut(k), blocks.cut(v)
     strength = blocks.cut(beta[..., None])
     log_decay = torch.zeros_like(beta) if log_decay is None else log_decay
-    decay = Decay(blocks.cut(log_decay[..., None]))
-    decays = decay.between * blocks.visible[:, :, None].to(q.dtype)
+    decay = Decay(blocks.cut(log_decay if log_decay.dim() == 4 else log_decay[..., None]))
+    visible = blocks.visible[:, :, None].to(q.dtype)
     reach = decay.from_start * blocks.entering[:, :, None, :, None].to(q.dtype)
     kept = decay.whole[..., None] * blocks.kept[:, :, None, None, None].to(q.dtype)
     writers = (k_cut * decay.to_end * blocks.open[:, :, None, :, None].to(q.dtype)).mT
 
-    lower = strength * (k_cut @ k_cut.mT) * decays
+    lower = strength * decayed_products(k_cut[..., None, :], k_cut, decay) * visible
     sides = strength * torch.cat([v_cut, k_cut * reach], -1)
     solved = torch.linalg.solve_triangular(lower, sides, upper=False, unitriangular=True)
     fresh, held = solved.split([v.shape[-1], k.shape[-1]], -1)
@@ -87,7 +90,7 @@ def _torch(
 
     group = q_cut.shape[-2]
     changes = fresh - held @ before
-    weights = (q_cut.flatten(-3, -2) @ k_cut.mT) * decays.repeat_interleave(group, -2)
+    weights = decayed_products(q_cut, k_cut, decay) * visible.repeat_interleave(group, -2)
     earlier = (q_cut * reach[..., None, :]).flatten(-3, -2) @ before
     return blocks.join((weights @ changes + earlier).unflatten(-2, (-1, group))), state
 

@@ -48,7 +48,7 @@ def launch_forward(
         transition_kernel, (rows * plan.chunks,), k=k, v=v, inverse=inverse, removal=removal, states=states, **gates,
         **sizes, **columns, BK=made_for.keys, BV=made_for.values, num_warps=made_for.warps, num_stages=made_for.stages,
     )  # fmt: skip
-    _states(plan, removal, kept, start, states, final, reverse=False)
+    launch_states(plan, removal, kept, start, states, final, reverse=False)
     made_for = config("output", plan)
     launch(
         output_kernel, (rows * plan.chunks * (plan.value_dim // made_for.values),), q=q, k=k, v=v, inverse=inverse,
@@ -79,7 +79,7 @@ def launch_backward(
         partial=partial, states=leaving, heads=plan.heads, **gates, **sizes, **columns, BV=made_for.values,
         num_warps=made_for.warps, num_stages=made_for.stages,
     )  # fmt: skip
-    _states(plan, removal, kept, dfinal, leaving, dstart, reverse=True)
+    launch_states(plan, removal, kept, dfinal, leaving, dstart, reverse=True)
     made_for = config("change", plan)
     parts = plan.value_dim // made_for.values
     change, missing = torch.empty_like(v), torch.empty_like(v)
@@ -118,7 +118,7 @@ def launch_backward(
     return made
 
 
-def _states(
+def launch_states(
     plan: Plan,
     removal: Tensor,
     kept: Tensor,
@@ -128,11 +128,12 @@ def _states(
     *,
     reverse: bool,
 ) -> None:
+    """The loop over chunks; `kept` has one decay a chunk, or with one dimension more one a key dimension."""
     made_for = config("states", plan)
     parts = plan.value_dim // made_for.values
     launch(
         states_kernel, (plan.batch * plan.state_heads * parts,), removal=removal, kept=kept, start=start,
         states=states, final=final, chunks=plan.chunks, K=plan.key_dim, V=plan.value_dim, BV=made_for.values,
-        REVERSE=reverse, HAS_START=start is not None, PRECISION=plan.precision,
+        REVERSE=reverse, HAS_START=start is not None, PER_KEY=kept.dim() == 4, PRECISION=plan.precision,
         num_warps=made_for.warps, num_stages=made_for.stages,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.kernels import dispatch
+from linearize.kernels.gated_delta.key_operator import key_forward
 from linearize.kernels.gated_delta.plan import gradients, make_plan, outputs
 
 
@@ -24,7 +25,11 @@ def delta_triton(
         v = F.pad(v, (0, for_value))
     if for_key or for_value:
         state = F.pad(state, (0, for_value, 0, for_key))
-    out, final, *_ = forward(q, k, v, beta, log_decay, docs, state)
+    if log_decay is not None and log_decay.dim() == 4:
+        log_decay = F.pad(log_decay, (0, for_key)) if for_key else log_decay
+        out, final, *_ = key_forward(q, k, v, beta, log_decay, docs, state)
+    else:
+        out, final, *_ = forward(q, k, v, beta, log_decay, docs, state)
     if for_key or for_value:
         # contiguous, as the one-token form writes it in place
         return out[..., :value_dim], final[:, :, :key_dim, :value_dim].contiguous()
@@ -52,6 +57,10 @@ def covered(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | N
         ),
         key_dim=(k.shape[-1] <= widest, f"{k.shape[-1]} must be at most {widest} in {q.dtype}"),
         value_dim=(v.shape[-1] <= widest, f"{v.shape[-1]} must be at most {widest} in {q.dtype}"),
+        log_decay=(
+            log_decay is None or log_decay.dim() == 3 or log_decay.shape == k.shape,
+            f"{None if log_decay is None else tuple(log_decay.shape)} must be {tuple(beta.shape)} or {tuple(k.shape)}",
+        ),
         heads=(
             q.shape[2] % k.shape[2] == 0,
             f"{q.shape[2]} must be a multiple of {k.shape[2]} heads of the state",

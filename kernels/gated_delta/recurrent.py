@@ -18,7 +18,8 @@ def delta_step(
         q: [B, H, F].
         k: [B, M, F], of length one, M dividing H.
         v: [B, M, V].
-        beta, log_decay: [B, M] (both zero for a token that nobody may see); log_decay None for no forgetting.
+        beta: [B, M] (zero, with zero log decay, for a token that nobody may see).
+        log_decay: [B, M] or [B, M, F]; None for no forgetting.
         state: [B, M, F, V], float32 or wider; written in place.
 
     Returns:
@@ -40,7 +41,8 @@ def delta_step(
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
     if log_decay is not None:
-        state.mul_(log_decay.exp()[..., None, None])
+        decay = log_decay.exp()[..., None]
+        state.mul_(decay if decay.dim() == 4 else decay[..., None])
     held = k[:, :, None] @ state
     state.add_(k[..., None] * (beta[..., None, None] * (v[:, :, None] - held)))
     return (q.unflatten(1, (k.shape[1], -1)) @ state).flatten(1, 2)

@@ -9,19 +9,20 @@ from torch import Tensor
 def delta_reference(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, docs: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """S_t = exp(log_decay_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T ; o_t = S_t^T q_t.
+    """S_t = (I - beta_t k_t k_t^T) diag(exp(log_decay_t)) S_{t-1} + beta_t k_t v_t^T ; o_t = S_t^T q_t.
 
-    The state forgets first, then the value that it holds under k_t is moved towards v_t by beta_t. Gated delta rule:
-    Yang et al. 2025 (Gated DeltaNet), eq. 10, whose state is the transpose; without decay: Schlag et al. 2021, Yang et
-    al. 2024 (DeltaNet). The first token of a document meets an empty state. Tokens that nobody may see (padding)
-    come with zero beta and zero log decay: they leave the state as it is.
+    The state forgets first, then the value that it holds under k_t is moved towards v_t by beta_t. Gated delta rule,
+    one decay a head: Yang et al. 2025 (Gated DeltaNet), eq. 10, whose state is the transpose; Kimi delta attention, one
+    a key dimension: Kimi Team 2025 (arXiv 2510.26692), eq. 1; without decay: Schlag et al. 2021, Yang et al. 2024
+    (DeltaNet). The first token of a document meets an empty state. Tokens that nobody may see (padding) come with zero
+    beta and zero log decay: they leave the state as it is.
 
     Args:
         q: [B, T, H, F].
         k: [B, T, M, F], M dividing H, of length one (beta in [0, 2] then keeps the state bounded).
         v: [B, T, M, V].
         beta: [B, T, M].
-        log_decay: [B, T, M], finite, at most zero, or None for no forgetting.
+        log_decay: [B, T, M] or [B, T, M, F], finite, at most zero, or None for no forgetting.
         docs: [B, T] document numbers, non-decreasing; the carried state belongs to document 0.
         state: [B, M, F, V], float32 or wider.
 
@@ -35,7 +36,8 @@ def delta_reference(
     for t in range(q.shape[1]):
         alive = (docs[:, t] == current).to(state.dtype)
         current = docs[:, t]
-        state = state * alive[:, None, None, None] * decay[:, t, :, None, None]
+        kept = decay[:, t, :, None, None] if decay.dim() == 3 else decay[:, t, :, :, None]
+        state = state * alive[:, None, None, None] * kept
         held = torch.einsum("bmf,bmfv->bmv", k[:, t], state)
         change = beta[:, t, :, None] * (v[:, t] - held)
         state = state + k[:, t, :, :, None] * change[:, :, None]

@@ -12,16 +12,25 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def load_kept(kept, at, dims, K: tl.constexpr, PER_KEY: tl.constexpr):
+    """The decay over a chunk, to be multiplied with a state."""
+    if PER_KEY:
+        return tl.load(kept + at * K + dims)[:, None]
+    else:
+        return tl.load(kept + at)
+
+
 @triton.jit(do_not_specialize=["chunks"])
 def states_kernel(
     removal, kept, start, states, final, chunks,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_START: tl.constexpr, PRECISION: tl.constexpr, PER_KEY: tl.constexpr = False,
+    REVERSE: tl.constexpr, HAS_START: tl.constexpr, PER_KEY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Columns of one head: reads N from `states` [B, M, chunks, K, V] and writes the entering state in its place.
 
     REVERSE: reads R, writes the gradient of the state that leaves; `start` is the gradient of the final state, `final`
-    that of the carried one. PER_KEY: `kept` is [B, M, chunks, K], else [B, M, chunks].
+    that of the carried one. `kept` has a decay a chunk, PER_KEY one for every key dimension of it.
     """
     parts: tl.constexpr = V // BV
     part = tl.program_id(0) % parts
@@ -36,7 +45,7 @@ def states_kernel(
     chunk = chunks - 1 if REVERSE else 0
     at = row_head * chunks + chunk
     written = tl.load(states + at * K * V + place)
-    decay = tl.load(kept + at * K + dims)[:, None] if PER_KEY else tl.load(kept + at)
+    decay = load_kept(kept, at, dims, K, PER_KEY)
     for step in range(0, chunks):
         chunk = chunks - 1 - step if REVERSE else step
         at = row_head * chunks + chunk
@@ -44,7 +53,7 @@ def states_kernel(
             tl.maximum(chunk - 1, 0) if REVERSE else tl.minimum(chunk + 1, chunks - 1)
         )
         written_next = tl.load(states + following * K * V + place)
-        decay_next = tl.load(kept + following * K + dims)[:, None] if PER_KEY else tl.load(kept + following)
+        decay_next = load_kept(kept, following, dims, K, PER_KEY)
         taken = tl.load(removal + at * K * K + square)
         entering = state.to(states.dtype.element_ty)
         tl.store(states + at * K * V + place, entering)

@@ -15,9 +15,12 @@ from linearize.kernels.launch import launch
 def step_kernel(
     q, k, v, beta, log_decay, state, out,
     heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    K_TILE: tl.constexpr, V_TILE: tl.constexpr, HAS_DECAY: tl.constexpr,
+    K_TILE: tl.constexpr, V_TILE: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
-    """Columns of one head of the state, and of the outputs of the queries that read it."""
+    """Columns of one head of the state, and of the outputs of the queries that read it.
+
+    DECAY: 0 none, 1 of the head, 2 of every key dimension.
+    """
     parts: tl.constexpr = (V + V_TILE - 1) // V_TILE
     group: tl.constexpr = heads // state_heads
     part = tl.program_id(0) % parts
@@ -28,8 +31,11 @@ def step_kernel(
     key = tl.load(k + row_head * K + dims, mask=dims < K, other=0.0).to(tl.float32)
     value = tl.load(v + row_head * V + values, mask=values < V, other=0.0).to(tl.float32)
     sums = tl.load(place, mask=inside, other=0.0)
-    if HAS_DECAY:
+    if DECAY == 1:
         sums *= tl.exp(tl.load(log_decay + row_head).to(tl.float32))
+    if DECAY == 2:
+        forgets = tl.load(log_decay + row_head * K + dims, mask=dims < K, other=0.0).to(tl.float32)
+        sums *= tl.exp(forgets)[:, None]
     held = tl.sum(sums * key[:, None], 0)
     change = tl.load(beta + row_head).to(tl.float32) * (value - held)
     sums += key[:, None] * change[None, :]
@@ -53,7 +59,8 @@ def step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None
     launch(
         step_kernel, (batch * state_heads * parts,), q=q, k=k, v=v, beta=beta, log_decay=log_decay,
         state=state, out=out, heads=heads, state_heads=state_heads, K=key_dim, V=value_dim, K_TILE=key_tile,
-        V_TILE=value_tile, HAS_DECAY=log_decay is not None, num_warps=4 if key_tile > 128 else 2, num_stages=1,
+        V_TILE=value_tile, DECAY=0 if log_decay is None else log_decay.dim() - 1,
+        num_warps=4 if key_tile > 128 else 2, num_stages=1,
     )  # fmt: skip
     return out
 

@@ -48,7 +48,12 @@ LET_PASS: dict[tuple[str, int], int] = {
     ("window_linear.output_kernel", 90): 600,
     ("window_linear.query_gradient_kernel", 90): 2768,
     ("window_linear.query_states_kernel", 90): 144,
+    ("gated_delta.key_change_kernel", 90): 304,
     ("gated_delta.key_gradient_kernel", 90): 456,
+    ("gated_delta.key_inverse_kernel", 90): 120,
+    ("gated_delta.key_pairs_kernel", 90): 2184,
+    ("gated_delta.key_sums_kernel", 90): 4192,
+    ("gated_delta.key_transition_kernel", 90): 352,
     ("generalized_delta.change_kernel", 90): 248,
     ("generalized_delta.gradient_kernel", 90): 8384,
     ("generalized_delta.transition_kernel", 90): 4032,
@@ -67,7 +72,14 @@ LET_PASS: dict[tuple[str, int], int] = {
     ("window_linear.query_gradient_kernel", 80): 6552,
     ("window_linear.query_states_kernel", 80): 1088,
     ("gated_delta.change_kernel", 80): 320,
+    ("gated_delta.key_change_kernel", 80): 6552,
     ("gated_delta.key_gradient_kernel", 80): 1088,
+    ("gated_delta.key_inverse_kernel", 80): 120,
+    ("gated_delta.key_output_kernel", 80): 6136,
+    ("gated_delta.key_pairs_kernel", 80): 2304,
+    ("gated_delta.key_reader_kernel", 80): 2584,
+    ("gated_delta.key_sums_kernel", 80): 10_264,
+    ("gated_delta.key_transition_kernel", 80): 2368,
     ("gated_delta.output_kernel", 80): 1784,
     ("gated_delta.query_gradient_kernel", 80): 216,
     ("gated_delta.reader_kernel", 80): 336,
@@ -90,8 +102,9 @@ gated_delta it is a debt: with decays per dimension the variants without spills 
 columns with four warps, an accumulator read between products), and with float32 inputs nothing was tuned. Of
 generalized_delta the largest belong to chunks that are halved, which mild decays never are; the gradients of others
 spill 2,200 bytes at head dim 64, sums of decays that would be made again for every product else. Nothing was measured
-on sm_80: its numbers only keep the spills from growing. Each is the largest of what Triton 3.6 and 3.9 give
-and a tenth more, and may only go down.
+on sm_80: its numbers only keep the spills from growing. Where every key dimension of gated_delta has a decay, the
+bounds are those of float32 and of heads of 32: in bfloat16 at 64 the pairs spill nothing and the sums 464 bytes (1,260
+where chunks are halved). Each is the largest of what Triton 3.6 and 3.9 give and a tenth more, and may only go down.
 """
 NAMES = {
     torch.float32: "fp32",

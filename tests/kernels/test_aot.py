@@ -23,7 +23,15 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "kernels" / "aot.py"
 COMPILED = {
     "90, window": (90, ["window_linear:dim 64", "window_linear:dim 128", "window_linear_step:one row"]),
-    "90, gated": (90, ["gated_linear:key, 64", "gated_linear:head, 64", "gated_delta:dim 64"]),
+    "90, gated": (
+        90,
+        [
+            "gated_linear:key, 64",
+            "gated_linear:head, 64",
+            "gated_delta:dim 64",
+            "gated_delta:per key, dim 64",
+        ],
+    ),
     "80, all": (
         80,
         ["window_linear:dim 64", "gated_linear:none, 64", "short_conv:documents", "distill:float32"],

@@ -1,4 +1,4 @@
-"""The delta rule, plain and gated: three forms of one function, and what it is for."""
+"""The delta rule, plain and gated per head or feature: three forms of one function, and what it is for."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from recurrences import (
 
 from linearize.kernels.gated_delta import delta_chunk, delta_reference, delta_step
 from linearize.kernels.gated_linear import gated_linear_chunk
+from linearize.kernels.generalized_delta import generalized_delta_reference
 
 HEADS, STATE_HEADS, FEATURES, VALUES = 6, 2, 5, 7
 
 
-def make(strength: float | None, *, largest_beta: float = 1.0) -> Recurrence:
+def make(strength: float | None, *, largest_beta: float = 1.0, per_feature: bool = False) -> Recurrence:
     """Log decays down to -strength, or no decay."""
 
     def sequence(tokens: int):
@@ -37,7 +38,9 @@ def make(strength: float | None, *, largest_beta: float = 1.0) -> Recurrence:
             "v": normal(*size, VALUES, seed=3),
             "beta": largest_beta * uniform(*size, seed=4),
         }
-        return inputs if strength is None else inputs | {"log_decay": -strength * uniform(*size, seed=5)}
+        if strength is None:
+            return inputs
+        return inputs | {"log_decay": -strength * uniform(*size, *[FEATURES] * per_feature, seed=5)}
 
     def whole(form):
         def run(x, docs, state):
@@ -61,6 +64,8 @@ CASES = {
     "reflecting": make(None, largest_beta=2.0),
     "mild": make(0.1),
     "strong": make(20.0),
+    "mild_per_feature": make(0.1, per_feature=True),
+    "strong_per_feature": make(20.0, per_feature=True),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
@@ -119,8 +124,9 @@ def test_beta_of_one_stores_the_value():
     torch.testing.assert_close(out, x["v"].repeat_interleave(HEADS // STATE_HEADS, 2))
 
 
-def test_orthogonal_keys_make_it_gated_linear_attention():
-    x = make(0.1).sequence(FEATURES)
+@pytest.mark.parametrize("per_feature", [False, True])
+def test_orthogonal_keys_make_it_gated_linear_attention(per_feature):
+    x = make(0.1, per_feature=per_feature).sequence(FEATURES)
     eye = torch.eye(FEATURES, dtype=torch.float64)
     x["k"] = eye[None, :, None].expand_as(x["k"])
     empty = torch.zeros(BATCH, STATE_HEADS, FEATURES, VALUES, dtype=torch.float64)
@@ -148,3 +154,34 @@ def test_repeated_keys_cost_chunks_no_more_digits_than_the_loop(beta):
         for form in (delta_chunk, delta_reference)
     )
     assert chunked < 5 * looped
+
+
+@pytest.mark.parametrize("tokens", [9, 131])
+def test_equal_decays_of_all_features_are_one_of_the_head(tokens):
+    case = make(2.0)
+    x = case.sequence(tokens)
+    given = {"docs": some_documents(tokens), "state": case.state[0]}
+    expected = delta_chunk(**x, **given)
+    x["log_decay"] = x["log_decay"][..., None].expand(-1, -1, -1, FEATURES)
+    for form in (delta_chunk, delta_reference):
+        for one, other in zip(form(**x, **given), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_it_is_a_generalized_delta_rule():
+    """One key removed after the decay is one of RWKV-7's family: a = exp(log_decay) k, b = -beta k (its docstring)."""
+    case = make(1.0, per_feature=True)
+    x = case.sequence(70)
+    given = {"docs": some_documents(70), "state": case.state[0]}
+    strength = x["beta"][..., None]
+    other = generalized_delta_reference(
+        x["q"],
+        strength * x["k"],
+        x["v"],
+        x["log_decay"].exp() * x["k"],
+        -strength * x["k"],
+        x["log_decay"],
+        **given,
+    )
+    for one, two in zip(delta_chunk(**x, **given), other, strict=True):
+        torch.testing.assert_close(one, two)

@@ -49,6 +49,10 @@ MIXERS: dict[str, dict] = {
     "gla": {"feature_map": {"name": "identity"}, "gate": LOW_RANK, "normalizer": {"name": "group_norm"}},
     "linear": {"feature_map": {"name": "elu"}},
     "delta": {"feature_map": {"name": "identity"}, "update": {"name": "delta"}, "normalizer": {"name": "none"}},
+    "kda": {
+        "feature_map": {"name": "identity"}, "update": {"name": "delta"}, "gate": LOW_RANK,
+        "normalizer": {"name": "group_norm", "kind": "rms"},
+    },
     "slots": {
         "feature_map": {"name": "softmax_dim"}, "update": {"name": "slots", "slots": 16}, "gate": {"name": "key_pool"},
         "normalizer": {"name": "none"},

@@ -1,4 +1,4 @@
-"""The delta rule, plain (DeltaNet, Yang et al. 2024, arXiv 2406.06484) or gated (Gated DeltaNet, arXiv 2412.06464)."""
+"""The delta rule, plain (DeltaNet, arXiv 2406.06484) or gated (Gated DeltaNet, 2412.06464; Kimi Linear, 2510.26692)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from linearize.mixers.update import UPDATES, Stream, Update
 
 @UPDATES.register("delta")
 class Delta(Update):
-    """S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t.
+    """S_t = (I - beta_t k_t k_t^T) diag(a_t) S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t.
 
     Keys and queries are brought to length one. beta = sigmoid(x W + b) per head of the state. Without a gate a = 1
-    (DeltaNet), with a gate per head Gated DeltaNet. The scale is learned per query head: a state that holds values
-    under keys of length one answers with a fraction of a value, of a size that no copied weight makes up for.
+    (DeltaNet), with a gate per head Gated DeltaNet, with one per feature Kimi Delta Attention. The scale is learned per
+    query head: a state that holds values under keys of length one answers with a fraction of a value, of a size that
+    no copied weight makes up for.
     """
 
-    decays = ("none", "head")
+    decays = ("none", "head", "feature")
     sums_weights = False
     uses_hidden = True
 
