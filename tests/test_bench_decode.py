@@ -10,8 +10,9 @@ import torch
 
 from linearize import cli, surgery
 from linearize.bench.clock import Ceilings
-from linearize.bench.decode import STATIC, Way, compared, converted, floor, half, measure, random_model, said
+from linearize.bench.decode import STATIC, Way, compared, floor, measure, said
 from linearize.bench.decode_ways import SKIPPED, Point, Stamps, generate, graph, loop
+from linearize.bench.subjects import converted, half, random_model
 
 POINTS = [Point(1, 9, 10), Point(2, 30, 10)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,16 +12,12 @@ from typing import Any
 import torch
 
 from linearize.bench.decode_ways import Measured, Point, generate, graph, loop, room
+from linearize.bench.subjects import converted, half, random_model
 from linearize.cli.console import console, quiet_libraries
 from linearize.errors import LinearizeError
 
 RANDOM = "random"
 """Instead of a model: SmolLM2-135M's architecture with random weights, which decodes no faster and no slower."""
-SMOLLM2_135M = {
-    "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 16_384,
-    "rope_theta": 100_000.0, "tie_word_embeddings": True,
-}  # fmt: skip
 STATIC = "generate, static cache, compiled"
 """The yardstick: what transformers itself offers for speed."""
 TUNED = {"options": {"coordinate_descent_tuning": True}}
@@ -101,33 +96,6 @@ def models(path: str, teacher: str | None, recipe: str) -> tuple[Any, Any]:
     if teacher is not None:
         softmax, _ = loading.load_teacher(teacher, dtype="bfloat16", device="cuda")
     return given, softmax
-
-
-def half(model: Any) -> Any:
-    """A converted model in bfloat16, its mixers in float32 as they were."""
-    for name, parameter in model.named_parameters():
-        if ".mixer." not in name:
-            parameter.data = parameter.data.to(torch.bfloat16)
-    return model
-
-
-def random_model(device: str, dtype: torch.dtype, **changes: Any) -> Any:
-    """SmolLM2-135M's architecture with random weights."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        made = AutoModelForCausalLM.from_config(LlamaConfig(**{**SMOLLM2_135M, **changes}), dtype=dtype)
-    return made.eval()
-
-
-def converted(teacher: Any, recipe: str) -> tuple[Any, Any]:
-    """A copy of a model with a recipe's mixers, untrained, and the model."""
-    from linearize import surgery
-    from linearize.config import compose
-
-    found = compose(recipe)
-    return surgery.convert(copy.deepcopy(teacher), found.mixer, found.layers).eval(), teacher
 
 
 def ways(student: Any, teacher: Any | None) -> list[Way]:
