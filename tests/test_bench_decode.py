@@ -101,7 +101,7 @@ def test_the_command_writes_its_table(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(clock, "CudaClock", Clock)
     monkeypatch.setattr(clock, "require_cuda", lambda: None)
-    monkeypatch.setattr(decode, "models", lambda path, teacher, recipe: (torch.nn.Linear(1, 1), None))
+    monkeypatch.setattr(decode, "models", lambda path, teacher, recipe, shape: (torch.nn.Linear(1, 1), None))
     monkeypatch.setattr(
         decode, "ways", lambda s, t: [Way("converted", "graph", lambda point: (0.002, 2**20))]
     )

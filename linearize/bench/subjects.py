@@ -40,6 +40,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Name -> what `LlamaConfig` takes; `tiny` is for tests."""
+RANDOM = "random"
+"""Instead of a model: a known shape with random weights, which is no faster and no slower."""
 TEACHER = "teacher"
 """The softmax model itself, in the place of a recipe's name."""
 GATED_DELTA_WINDOW: dict[str, Any] = {

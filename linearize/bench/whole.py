@@ -190,11 +190,11 @@ class Stopwatch:
     Args:
         device: where the calls run.
         spend: seconds to spend on the repeats of a call.
-        least: fewest repeats.
+        least, most: repeats.
     """
 
-    def __init__(self, device: torch.device, spend: float = 1.0, least: int = 3) -> None:
-        self.device, self.spend, self.least = device, spend, least
+    def __init__(self, device: torch.device, spend: float = 1.0, least: int = 3, most: int = 200) -> None:
+        self.device, self.spend, self.least, self.most = device, spend, least, most
 
     def once(self, call: Callable[[], Any]) -> float:
         """Wall seconds of one call, until the device is done."""
@@ -211,7 +211,7 @@ class Stopwatch:
             call: has run before.
             about: seconds that one takes.
         """
-        count = max(self.least, min(200, round(self.spend / max(about, 1e-6))))
+        count = max(self.least, min(self.most, round(self.spend / max(about, 1e-6))))
         if self.device.type != "cuda":
             spans = [self.once(call) for _ in range(count)]
         else:

@@ -50,7 +50,7 @@ def decode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path",
         metavar="PATH",
-        help="a converted checkpoint, a MODEL to convert, or `random`: SmolLM2-135M's shape with random weights",
+        help="a converted checkpoint, a MODEL to convert, or `random`: a known shape with random weights (--shape)",
     )
     parser.add_argument(
         "--teacher", metavar="MODEL", help="what a checkpoint was converted from, timed beside it"
@@ -72,13 +72,23 @@ def decode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context",
         type=given.lengths,
-        default=(128, 1024, 8192),
         metavar="A,B",
-        help="tokens of the prompts (default: 128,1024,8192)",
+        help="tokens of the prompts (default: 128,1024,8192; with --recipes: 1024)",
     )
     parser.add_argument(
         "--new-tokens", type=given.positive, default=128, metavar="N", help="tokens timed (default: 128)"
     )
+    _shape(parser)
+    _recipes(parser, "default: none; --recipe alone, in every way to decode")
+    parser.add_argument(
+        "--prefill",
+        type=given.lengths,
+        default=(1024, 8192, 65_536),
+        metavar="A,B",
+        help="with --recipes: lengths of prompts whose reading is timed (default: 1024,8192,65536)",
+    )
+    parser.add_argument("--compile", action="store_true", help="with --recipes: also the compiled step")
+    _device(parser)
     _out(parser)
 
 
@@ -109,7 +119,7 @@ def recipes(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="only compile, in a model of two layers; may run in several processes at once",
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    _device(parser)
     _budget(parser)
     _out(parser)
 
@@ -130,6 +140,12 @@ def _recipes(parser: argparse.ArgumentParser, default: str) -> None:
         default=[],
         metavar="A,B",
         help=f"recipes whose mixers are measured, or all ({default})",
+    )
+
+
+def _device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for tests (default: cuda)"
     )
 
 
