@@ -26,6 +26,13 @@ from linearize.mixers import check
 TINY = ["--device", "cpu", "--shape", "tiny", "--length", "32"]
 
 
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch):
+    """Few repeats."""
+    own = recipes.Stopwatch
+    monkeypatch.setattr(recipes, "Stopwatch", lambda device: own(device, spend=0.0))
+
+
 def bench(out, *arguments: str) -> list[dict]:
     assert cli.main(["bench", "recipes", *TINY, "--out", str(out), *arguments]) == 0
     return json.loads((out / "recipes.json").read_text())

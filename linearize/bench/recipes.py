@@ -153,12 +153,12 @@ class Step:
         Raises:
             LinearizeError: the loss is no number.
         """
-        step = self.call(batch, length)
-        first = self.watch.once(step)
-        again = self.watch.once(step)
+        step, losses = self.call(batch, length), []
+        first = self.watch.once(lambda: losses.append(step()))
         self.watch.forget_peak()
+        again = self.watch.once(step)
         seconds, count = self.watch.seconds(step, again)
-        peak, loss = self.watch.peak(), float(step())
+        peak, loss = self.watch.peak(), float(losses[0])
         if not loss < float("inf"):
             raise LinearizeError(f"the loss is {loss}")
         return {
