@@ -146,3 +146,16 @@ def test_the_form_of_the_device_is_that_of_the_cpu(monkeypatch):
 def test_what_looks_at_data_would_show(look):
     with pytest.raises((RuntimeError, NotImplementedError, AssertionError)), OnDevice():
         look(torch.ones(3, dtype=torch.int64, device=META))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [name for name in [*subjects(), TEACHER] if name != GROWING])
+def test_every_recipe_is_captured(name):
+    """The graph gives the tokens of the same steps one by one."""
+    model = convert(random_model("cuda", torch.bfloat16, "tiny", **SIZES), name).requires_grad_(False)
+    ids = torch.randint(97, (2, 150), generator=torch.Generator().manual_seed(0)).cuda()
+    one, other = (
+        Decoder(model, 2, length=256, capture=capture).generate(ids, None, 80) for capture in (True, False)
+    )
+    assert torch.equal(one, other)
