@@ -10,8 +10,9 @@ import torch
 
 from linearize import cli, surgery
 from linearize.bench.clock import Ceilings
-from linearize.bench.decode import STATIC, Way, compared, converted, floor, half, measure, random_model, said
+from linearize.bench.decode import STATIC, Way, compared, floor, measure, said
 from linearize.bench.decode_ways import SKIPPED, Point, Stamps, generate, graph, loop
+from linearize.bench.subjects import converted, half, random_model
 
 POINTS = [Point(1, 9, 10), Point(2, 30, 10)]
 
@@ -100,7 +101,7 @@ def test_the_command_writes_its_table(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(clock, "CudaClock", Clock)
     monkeypatch.setattr(clock, "require_cuda", lambda: None)
-    monkeypatch.setattr(decode, "models", lambda path, teacher, recipe: (torch.nn.Linear(1, 1), None))
+    monkeypatch.setattr(decode, "models", lambda path, teacher, recipe, shape: (torch.nn.Linear(1, 1), None))
     monkeypatch.setattr(
         decode, "ways", lambda s, t: [Way("converted", "graph", lambda point: (0.002, 2**20))]
     )

@@ -72,13 +72,7 @@ class CudaClock:
 
     def describe(self) -> dict[str, Any]:
         """Name, capability, memory and multiprocessors of the device."""
-        facts = torch.cuda.get_device_properties(0)
-        return {
-            "name": facts.name,
-            "capability": f"{facts.major}.{facts.minor}",
-            "memory_gib": round(facts.total_memory / 2**30, 1),
-            "multiprocessors": facts.multi_processor_count,
-        }
+        return described()
 
     def ceilings(self) -> Ceilings:
         """Measure a copy of 1 GiB and a bf16 product of random matrices."""
@@ -134,6 +128,17 @@ class CudaClock:
             marks.append((start, end))
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in marks]
+
+
+def described() -> dict[str, Any]:
+    """Name, capability, memory and multiprocessors of the current CUDA device."""
+    facts = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": facts.name,
+        "capability": f"{facts.major}.{facts.minor}",
+        "memory_gib": round(facts.total_memory / 2**30, 1),
+        "multiprocessors": facts.multi_processor_count,
+    }
 
 
 def require_cuda() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,18 +12,14 @@ from typing import Any
 import torch
 
 from linearize.bench.decode_ways import Measured, Point, generate, graph, loop, room
+from linearize.bench.subjects import RANDOM, converted, half, random_model
 from linearize.cli.console import console, quiet_libraries
 from linearize.errors import LinearizeError
 
-RANDOM = "random"
-"""Instead of a model: SmolLM2-135M's architecture with random weights, which decodes no faster and no slower."""
-SMOLLM2_135M = {
-    "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 16_384,
-    "rope_theta": 100_000.0, "tie_word_embeddings": True,
-}  # fmt: skip
 STATIC = "generate, static cache, compiled"
 """The yardstick: what transformers itself offers for speed."""
+CONTEXT = (128, 1024, 8192)
+"""Tokens of the prompts where none are given."""
 TUNED = {"options": {"coordinate_descent_tuning": True}}
 """Inductor makes fused reductions of products with one row, and looks for their best tiles."""
 
@@ -54,7 +49,8 @@ def main(options: argparse.Namespace) -> int:
     Args:
         options: path (a model, a converted checkpoint, or "random"), teacher (model that a checkpoint was converted
             from), recipe (mixer for an unconverted model), batch, context (tuples), new_tokens, budget (seconds after
-            which nothing new is begun), out (folder).
+            which nothing new is begun), shape (of a random model), recipes (several, see `decode_recipes`), out
+            (folder).
 
     Raises:
         LinearizeError: no CUDA device, or the model is not found.
@@ -62,6 +58,10 @@ def main(options: argparse.Namespace) -> int:
     from linearize.bench import report
     from linearize.bench.clock import CudaClock, require_cuda
 
+    if getattr(options, "recipes", None):
+        from linearize.bench.decode_recipes import main as several
+
+        return several(options)
     require_cuda()
     quiet_libraries()
     started = time.monotonic()
@@ -69,8 +69,8 @@ def main(options: argparse.Namespace) -> int:
     ceilings = clock.ceilings()
     del clock.other
     recipe = getattr(options, "recipe", None) or "lolcats"
-    student, teacher = models(options.path, getattr(options, "teacher", None), recipe)
-    points = [Point(b, c, options.new_tokens) for b in options.batch for c in options.context]
+    student, teacher = models(options.path, getattr(options, "teacher", None), recipe, options.shape)
+    points = [Point(b, c, options.new_tokens) for b in options.batch for c in options.context or CONTEXT]
     budget = getattr(options, "budget", None)
     deadline = None if budget is None else started + budget
     kept = {name: value for name, value in vars(options).items() if name not in ("parser", "command", "out")}
@@ -86,13 +86,13 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def models(path: str, teacher: str | None, recipe: str) -> tuple[Any, Any]:
+def models(path: str, teacher: str | None, recipe: str, shape: str) -> tuple[Any, Any]:
     """The converted model and its teacher, both in bfloat16 on the GPU; the teacher None where nobody named it."""
     from linearize import models as loading
     from linearize.cli.checkpoint import load
 
     if path == RANDOM:
-        return converted(random_model("cuda", torch.bfloat16), recipe)
+        return converted(random_model("cuda", torch.bfloat16, shape), recipe)
     given, _ = load(path, "cuda")
     given = given.to(torch.bfloat16) if not hasattr(given.config, "linearize") else half(given)
     if not hasattr(given.config, "linearize"):
@@ -101,33 +101,6 @@ def models(path: str, teacher: str | None, recipe: str) -> tuple[Any, Any]:
     if teacher is not None:
         softmax, _ = loading.load_teacher(teacher, dtype="bfloat16", device="cuda")
     return given, softmax
-
-
-def half(model: Any) -> Any:
-    """A converted model in bfloat16, its mixers in float32 as they were."""
-    for name, parameter in model.named_parameters():
-        if ".mixer." not in name:
-            parameter.data = parameter.data.to(torch.bfloat16)
-    return model
-
-
-def random_model(device: str, dtype: torch.dtype, **changes: Any) -> Any:
-    """SmolLM2-135M's architecture with random weights."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        made = AutoModelForCausalLM.from_config(LlamaConfig(**{**SMOLLM2_135M, **changes}), dtype=dtype)
-    return made.eval()
-
-
-def converted(teacher: Any, recipe: str) -> tuple[Any, Any]:
-    """A copy of a model with a recipe's mixers, untrained, and the model."""
-    from linearize import surgery
-    from linearize.config import compose
-
-    found = compose(recipe)
-    return surgery.convert(copy.deepcopy(teacher), found.mixer, found.layers).eval(), teacher
 
 
 def ways(student: Any, teacher: Any | None) -> list[Way]:

@@ -1,4 +1,4 @@
-"""`linearize bench kernels` and `linearize bench decode`: speed on this machine's GPU."""
+"""`linearize bench kernels`, `bench recipes` and `bench decode`: speed on this machine's GPU."""
 
 from __future__ import annotations
 
@@ -73,6 +73,13 @@ def chosen(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
         if name not in known:
             raise LinearizeError(f"--only {name}: no such operator; {closest(name, known)}")
     return [case for case in cases if not names or case.operator in names]
+
+
+def recipes(options: argparse.Namespace) -> int:
+    """Hand over to `linearize.bench.recipes.main`."""
+    from linearize.bench.recipes import main
+
+    return main(options)
 
 
 def decode(options: argparse.Namespace) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from linearize.cli import bench_options, given
 from linearize.config.overrides import FORM
-from linearize.config.values import quoted
 from linearize.errors import LinearizeError
 from linearize.registry import closest
 from linearize.version import __version__
@@ -106,7 +105,9 @@ def build_parser() -> Parser:
     run = _add(commands, "run", "convert a model by a recipe: train, evaluate, export", "linearize.cli.run")
     _recipe_arguments(run)
     run.usage = "%(prog)s MODEL RECIPE [key=value ...] [--out DIR] [--resume]"
-    run.add_argument("--out", type=_folder, metavar="DIR", help="run folder (default: runs/<model>-<recipe>)")
+    run.add_argument(
+        "--out", type=given.folder, metavar="DIR", help="run folder (default: runs/<model>-<recipe>)"
+    )
     run.add_argument("--resume", action="store_true", help="go on with the run that this folder holds")
 
     inspect = _add(
@@ -115,7 +116,10 @@ def build_parser() -> Parser:
     _recipe_arguments(inspect)
     inspect.usage = "%(prog)s MODEL RECIPE [key=value ...] [--length TOKENS]"
     inspect.add_argument(
-        "--length", type=_positive, metavar="TOKENS", help="also compare the memory at this context length"
+        "--length",
+        type=given.positive,
+        metavar="TOKENS",
+        help="also compare the memory at this context length",
     )
 
     _eval_arguments(
@@ -126,13 +130,23 @@ def build_parser() -> Parser:
     bench = _add(commands, "bench", "measure speed on this machine's GPU", "linearize.cli.bench")
     bench.set_defaults(command=_show_help)
     what = bench.add_subparsers(title="benchmarks", metavar="WHAT", parser_class=Parser)
-    _bench_kernels_arguments(
+    bench_options.kernels(
         _add(
             what, "kernels", "time every operator beside fla's and softmax", "linearize.cli.bench", "kernels"
         )
     )
-    _bench_decode_arguments(
+    bench_options.decode(
         _add(what, "decode", "tokens/s of a converted model and its teacher", "linearize.cli.bench", "decode")
+    )
+
+    bench_options.recipes(
+        _add(
+            what,
+            "recipes",
+            "training tokens/s of every recipe beside the softmax model",
+            "linearize.cli.bench",
+            "recipes",
+        )
     )
 
     recipes = _add(
@@ -188,26 +202,26 @@ def _eval_arguments(parser: Parser) -> None:
         action="append",
         default=[],
         metavar="NAME=FILE",
-        type=_named_file,
+        type=given.named_file,
         help="text for perplexity (parquet, JSONL, txt); repeatable; default: the package's held-out sample",
     )
     parser.add_argument(
-        "--window", type=_window, default=1024, metavar="N", help="tokens in a window (default: 1024)"
+        "--window", type=given.window, default=1024, metavar="N", help="tokens in a window (default: 1024)"
     )
     parser.add_argument(
-        "--max-windows", type=_count, default=0, metavar="N", help="windows of each text (default: all)"
+        "--max-windows", type=given.count, default=0, metavar="N", help="windows of each text (default: all)"
     )
     parser.add_argument(
-        "--batch-size", type=_positive, default=4, metavar="N", help="windows at once (default: 4)"
+        "--batch-size", type=given.positive, default=4, metavar="N", help="windows at once (default: 4)"
     )
     parser.add_argument(
-        "--tasks", type=_names, default=[], metavar="all|A,B", help="lm-eval tasks; needs --task-data"
+        "--tasks", type=given.names, default=[], metavar="all|A,B", help="lm-eval tasks; needs --task-data"
     )
     parser.add_argument(
         "--task-data", type=Path, metavar="DIR", help="folder that holds the tasks' JSONL files"
     )
     parser.add_argument(
-        "--limit", type=_count, default=0, metavar="N", help="items of each task (default: all)"
+        "--limit", type=given.count, default=0, metavar="N", help="items of each task (default: all)"
     )
     parser.add_argument(
         "--ablations", action="store_true", help="also with one branch off, and with untrained mixers"
@@ -222,19 +236,21 @@ def _generate_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--prompt", required=True, metavar="TEXT", help="text to continue, control tokens included"
     )
-    parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="default: 128")
+    parser.add_argument(
+        "--max-new-tokens", type=given.positive, default=128, metavar="N", help="default: 128"
+    )
     parser.add_argument(
         "--temperature",
-        type=_not_negative,
+        type=given.not_negative,
         default=0.0,
         metavar="X",
         help="0 is greedy (default); above 0 samples",
     )
     parser.add_argument(
-        "--top-p", type=_share, default=1.0, metavar="X", help="sample from this share of the mass"
+        "--top-p", type=given.share, default=1.0, metavar="X", help="sample from this share of the mass"
     )
     parser.add_argument(
-        "--num-beams", type=_positive, default=1, metavar="N", help="beam search (default: 1, none)"
+        "--num-beams", type=given.positive, default=1, metavar="N", help="beam search (default: 1, none)"
     )
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument(
@@ -245,151 +261,13 @@ def _generate_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the graph's step first: worth it for long texts"
     )
-    parser.add_argument("--seed", type=_count, default=0, metavar="N", help="of the sampling (default: 0)")
+    parser.add_argument(
+        "--seed", type=given.count, default=0, metavar="N", help="of the sampling (default: 0)"
+    )
     _device_argument(parser)
-
-
-def _bench_kernels_arguments(parser: Parser) -> None:
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="operators to time (default: all; a wrong name lists them)",
-    )
-    parser.add_argument(
-        "--tokens",
-        type=_positive,
-        metavar="N",
-        help="tokens of all sequences together (default: 65536; --quick: 16384)",
-    )
-    parser.add_argument("--quick", action="store_true", help="two lengths, fewer repeats")
-    parser.add_argument(
-        "--peers-at",
-        type=_lengths,
-        default=(2048, 8192, 32_768),
-        metavar="A,B",
-        help="lengths at which peers that tune themselves are timed (default: 2048,8192,32768); 0 for none",
-    )
-    parser.add_argument(
-        "--warm-up",
-        type=_positive,
-        default=240,
-        metavar="SECONDS",
-        help="limit of one peer's first call (default: 240)",
-    )
-    parser.add_argument(
-        "--budget",
-        type=_positive,
-        metavar="SECONDS",
-        help="start nothing new after this; what is left is listed",
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="make every call once, which compiles and tunes; time nothing"
-    )
-    _bench_out_argument(parser)
-
-
-def _bench_decode_arguments(parser: Parser) -> None:
-    parser.add_argument(
-        "path",
-        metavar="PATH",
-        help="a converted checkpoint, a MODEL to convert, or `random`: SmolLM2-135M's shape with random weights",
-    )
-    parser.add_argument(
-        "--teacher", metavar="MODEL", help="what a checkpoint was converted from, timed beside it"
-    )
-    parser.add_argument(
-        "--recipe",
-        default="lolcats",
-        metavar="NAME",
-        help="mixers of a model that is not converted; untrained ones are as fast (default: lolcats)",
-    )
-    parser.add_argument(
-        "--budget",
-        type=_positive,
-        metavar="SECONDS",
-        help="start nothing new after this; what is left is listed",
-    )
-    parser.add_argument(
-        "--batch", type=_lengths, default=(1, 64), metavar="A,B", help="sequences at once (default: 1,64)"
-    )
-    parser.add_argument(
-        "--context",
-        type=_lengths,
-        default=(128, 1024, 8192),
-        metavar="A,B",
-        help="tokens of the prompts (default: 128,1024,8192)",
-    )
-    parser.add_argument(
-        "--new-tokens", type=_positive, default=128, metavar="N", help="tokens timed (default: 128)"
-    )
-    _bench_out_argument(parser)
-
-
-def _bench_out_argument(parser: Parser) -> None:
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/bench"),
-        metavar="DIR",
-        help="folder of the results (default: runs/bench)",
-    )
 
 
 def _device_argument(parser: Parser) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one"
     )
-
-
-def _number(kind: type, holds: Callable[[Any], bool], rule: str) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not holds(value):
-            raise argparse.ArgumentTypeError(f"must be {rule}, got '{text}'")
-        return value
-
-    return convert
-
-
-_MOST = 2**31
-"""No count that anybody means; torch and numpy end not far beyond."""
-_count = _number(int, lambda value: 0 <= value < _MOST, "a whole number, 0 or more and below 2^31")
-_positive = _number(int, lambda value: 1 <= value < _MOST, "a whole number above 0 and below 2^31")
-_window = _number(int, lambda value: 2 <= value < _MOST, "a whole number of at least 2")
-_not_negative = _number(float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
-_share = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
-
-
-LONGEST_NAME, LONGEST_PATH = 255, 4096
-"""Bytes of one name, and of a path, on the file systems that people have."""
-
-
-def _folder(text: str) -> Path:
-    """A path that a folder can have."""
-    long = max((len(os.fsencode(part)) for part in Path(text).parts), default=0) > LONGEST_NAME
-    if not text.strip() or "\0" in text or long or len(os.fsencode(text)) > LONGEST_PATH:
-        raise argparse.ArgumentTypeError(
-            f"must be the name of a folder, of at most {LONGEST_NAME} bytes a part and none of them zero, got "
-            f"{quoted(text)}"
-        )
-    return Path(text)
-
-
-def _named_file(text: str) -> tuple[str, str]:
-    name, equals, file = text.partition("=")
-    if not equals or not name or not file:
-        raise argparse.ArgumentTypeError(f"must be NAME=FILE, got '{text}'")
-    return name, file
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    return tuple(_count(part) for part in text.split(",") if part.strip())
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]

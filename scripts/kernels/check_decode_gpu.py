@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from linearize import surgery
-from linearize.bench.decode import converted, random_model
+from linearize.bench.subjects import converted, random_model
 from linearize.config import compose, list_recipes
 from linearize.decode import Decoder, Sampling
 from linearize.decode.cache import tensors

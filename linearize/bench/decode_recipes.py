@@ -1,0 +1,182 @@
+"""`linearize bench decode random --recipes ...`: prefill and decoding of every recipe beside the teacher.
+
+Decoding goes through `linearize.decode`, the teacher's too: one captured step for each recipe and batch. A prompt goes
+through the model's chunked form into an ordinary cache, at once, or in pieces where the memory does not hold it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.bench import whole
+from linearize.bench.decode_ways import EVERY
+from linearize.bench.recipes import about, device_of, given, say
+from linearize.bench.subjects import RANDOM, TEACHER, chosen, convert, random_model
+from linearize.bench.whole import SLOW, Row, Stopped, Stopwatch, Table, empty, reported
+from linearize.cli.console import quiet_libraries
+from linearize.decode import Decoder
+from linearize.decode.cache import tensors
+from linearize.decode.choice import has_fixed_state
+from linearize.errors import LinearizeError
+from linearize.surgery import converted
+
+CONTEXT = (1024,)
+"""Tokens before those that are decoded."""
+LOOKS = 16
+"""Most blocks of EVERY tokens that are timed, so that kept softmax layers know how long their buffers are."""
+SMALLEST = 1024
+"""Tokens of the smallest piece of a prompt that does not fit as a whole."""
+GROWS = "its state grows with the text, which no graph holds; transformers' own loop decodes it"
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure, print every row as it comes, and write recipes.json and recipes.md.
+
+    Args:
+        options: path ("random"), shape, recipes (names), batch, context (tuples, of decoding), prefill (lengths of
+            prompts), compile (also the compiled step), budget, device, out.
+
+    Raises:
+        LinearizeError: a model instead of random weights, no such recipe or shape, or no CUDA device.
+    """
+    if options.path != RANDOM:
+        raise LinearizeError(
+            f"--recipes goes with {RANDOM} in the place of {options.path}; --recipe names one for it"
+        )
+    device, names = device_of(options.device), chosen(options.recipes)
+    quiet_libraries()
+    torch.set_float32_matmul_precision("high")
+    random_model("meta", torch.float32, options.shape)
+    table = Table(options.out, say, about(device), given(options))
+    deadline = None if options.budget is None else table.started + options.budget
+    for name in [TEACHER, *names]:
+        try:
+            for row in rows(name, options, device, deadline):
+                table.add(row)
+        except Stopped as stop:
+            raise LinearizeError(f"{name}: {stop}; what was measured is in {table.path}") from stop
+    say(f"recipes.json and recipes.md in {options.out}")
+    return 0
+
+
+def rows(
+    name: str, options: argparse.Namespace, device: torch.device, deadline: float | None
+) -> Iterator[Row]:
+    """The rows of one recipe, or of the teacher: its prompts, then its tokens."""
+    model: Any = None
+    ways: dict[str, dict[str, Any] | None] = {
+        "graph": None,
+        **({"graph, compiled": {}} if options.compile else {}),
+    }
+    todo: list[tuple[Row, Callable[[Any], Row]]] = []
+    for length in options.prefill:
+        key = {"measured": "prefill", "way": "chunked", "batch": 1, "length": length}
+        todo.append((key, partial(read_prompt, length=length)))
+    for way, compile in ways.items():  # noqa: A001 - torch's name
+        for batch in options.batch:
+            for context in options.context or CONTEXT:
+                key = {"measured": "decode", "way": way, "batch": batch, "length": context}
+                todo.append((key, partial(decode, batch=batch, context=context, compile=compile)))
+    for key, measure in todo:
+        row: Row = {**key, "shape": options.shape, "recipe": name}
+        if deadline is not None and time.monotonic() > deadline:
+            yield row | empty("not run: the budget is spent")
+            continue
+        found: Row = {}
+        with reported() as notes:
+            if model is None:
+                model = convert(random_model(device, torch.bfloat16, options.shape), name).requires_grad_(
+                    False
+                )
+            found = measure(model)
+        whole.release()  # the frames of a failure are gone only now
+        yield row | (empty(notes[0]) if notes else found)
+    del model
+    whole.release()
+
+
+def read_prompt(model: Any, length: int) -> Row:
+    """A row of reading one prompt of random tokens, whose last logits are made."""
+    device = next(model.parameters()).device
+    watch, piece, note = Stopwatch(device, spend=0.5), length, ""
+    ids = random_tokens(model, 1, length)
+    while True:
+        try:
+            first = watch.once(lambda: prefill(model, ids, piece))  # noqa: B023 - called at once
+            break
+        except torch.OutOfMemoryError:
+            if piece // 2 < SMALLEST:
+                raise
+        piece //= 2
+        whole.release()
+        note = f"in pieces of {piece:,} tokens"
+    watch.forget_peak()
+    # without a second look where the first one took so long that compiling hardly counts
+    again = first if first > 6 * SLOW else watch.once(lambda: prefill(model, ids, piece))
+    seconds, count = watch.seconds(lambda: prefill(model, ids, piece), again)
+    return {
+        "tokens_per_second": round(length / seconds, 1),
+        "milliseconds": round(1e3 * seconds, 3),
+        "peak_gib": watch.peak(),
+        "first_seconds": round(first, 2),
+        "steps": count,
+        "note": note,
+    }
+
+
+@torch.no_grad()
+def prefill(model: Any, ids: Tensor, piece: int) -> Tensor:
+    """Logits behind the last of the tokens [B, T], read `piece` at a time into a cache that is thrown away."""
+    from transformers import DynamicCache
+
+    names = inspect.signature(model.forward).parameters
+    # the second name is that of transformers before 5.24
+    cache = {"cache" if "cache" in names else "past_key_values": DynamicCache(config=model.config)}
+    for part in ids.split(piece, 1):
+        logits = model(input_ids=part, use_cache=True, logits_to_keep=1, **cache).logits
+    return logits
+
+
+def decode(model: Any, batch: int, context: int, compile: dict[str, Any] | None) -> Row:  # noqa: A002
+    """A row of decoding behind prompts of random tokens."""
+    device = next(model.parameters()).device
+    if not all(has_fixed_state(layer.mixer) for layer in converted(model)):
+        raise LinearizeError(GROWS)
+    watch = Stopwatch(device, spend=0.5, most=LOOKS)
+    if compile is not None:
+        torch._dynamo.reset()
+    length = context + 1 + EVERY * (LOOKS + 2)
+    decoder = Decoder(model, batch, length=length, compile=compile)
+    first = watch.once(decoder.prepare)
+    watch.once(lambda: decoder.read(random_tokens(model, batch, context), None))
+    watch.forget_peak()
+    watch.once(lambda: decoder.run(EVERY))
+    again = watch.once(lambda: decoder.run(EVERY))
+    seconds, count = watch.seconds(lambda: decoder.run(EVERY), again)
+    seconds /= EVERY
+    held = sum(x.numel() * x.element_size() for x in tensors(decoder.cache).values())
+    return {
+        "tokens_per_second": round(batch / seconds, 1),
+        "milliseconds": round(1e3 * seconds, 4),
+        "peak_gib": watch.peak(),
+        "cache_mib": round(held / 2**20, 2),
+        "first_seconds": round(first, 2),
+        "steps": count * EVERY,
+        "note": "",
+    }
+
+
+def random_tokens(model: Any, batch: int, length: int) -> Tensor:
+    """[batch, length] on the model's device, the same for the same sizes."""
+    generator = torch.Generator().manual_seed(length)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (batch, length), generator=generator)
+    return ids.to(next(model.parameters()).device)

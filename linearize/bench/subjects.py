@@ -1,0 +1,138 @@
+"""What whole-model benchmarks run: shapes of known models with random weights, and the mixers put into them.
+
+Random weights are as fast as trained ones, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from linearize.errors import LinearizeError
+from linearize.registry import closest
+
+LONG = 131_072
+"""Positions of every shape, so that long contexts can be timed in models that were trained on short ones."""
+SMOLLM2_135M = {
+    "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": LONG,
+    "rope_theta": 100_000.0, "tie_word_embeddings": True,
+}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": SMOLLM2_135M,
+    "llama-3.2-1b": {
+        "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": LONG,
+        "rope_theta": 500_000.0, "tie_word_embeddings": True,
+    },
+    "llama-3-8b": {
+        "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": LONG,
+        "rope_theta": 500_000.0, "tie_word_embeddings": False,
+    },
+    "tiny": {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": LONG,
+        "rope_theta": 10_000.0, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+"""Name -> what `LlamaConfig` takes; `tiny` is for tests."""
+RANDOM = "random"
+"""Instead of a model: a known shape with random weights, which is no faster and no slower."""
+TEACHER = "teacher"
+"""The softmax model itself, in the place of a recipe's name."""
+GATED_DELTA_WINDOW: dict[str, Any] = {
+    "feature_map": {"name": "identity", "l2_normalize": True},
+    "gate": {"name": "mamba2"},
+    "update": {"name": "delta"},
+    "normalizer": {"name": "none"},
+    "window": {"name": "sliding", "size": 64, "first": 4, "overlap": True},
+    "combine": {"name": "sigmoid", "per": "head"},
+    "position": {"name": "rope", "recurrent": False},
+}
+"""The gated delta rule over everything beside a window with pinned first tokens, by a learned share of each."""
+COMPOSITIONS: dict[str, dict[str, Any]] = {
+    "gated_delta_window": GATED_DELTA_WINDOW,
+    "gated_delta_window_token": {**GATED_DELTA_WINDOW, "combine": {"name": "sigmoid", "per": "token"}},
+}
+"""Mixers of no recipe that are measured beside those of the recipes."""
+
+
+def subjects() -> list[str]:
+    """Names of the shipped recipes and of `COMPOSITIONS`."""
+    from linearize.config.compose import list_recipes
+
+    return [*(name for name, _ in list_recipes()), *COMPOSITIONS]
+
+
+def chosen(names: Sequence[str]) -> list[str]:
+    """The subjects of these names; all without names or with the name `all`.
+
+    Raises:
+        LinearizeError: no such recipe; the message has the nearest.
+    """
+    known = subjects()
+    for name in names:
+        if name not in (*known, TEACHER, "all"):
+            raise LinearizeError(f"--recipes {name}: no such recipe; {closest(name, known)}")
+    wanted = [name for name in names if name != TEACHER]
+    return known if not names or "all" in names else wanted
+
+
+def mixer_of(name: str) -> tuple[dict[str, Any], Any]:
+    """A subject's mixer section, and which layers get it."""
+    if name in COMPOSITIONS:
+        return COMPOSITIONS[name], "all"
+    from linearize.config import compose
+
+    found = compose(name)
+    return found.mixer, found.layers
+
+
+def random_model(
+    device: str | torch.device, dtype: torch.dtype, shape: str = "smollm2-135m", **changes: Any
+) -> Any:
+    """A shape's model with random weights, in evaluation mode.
+
+    Args:
+        device, dtype: of the weights.
+        shape: of `SHAPES`.
+        changes: to its config.
+
+    Raises:
+        LinearizeError: no such shape.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    if shape not in SHAPES:
+        raise LinearizeError(f"--shape {shape}: no such shape; {closest(shape, SHAPES)}")
+    torch.manual_seed(0)
+    with torch.device(device):
+        made = AutoModelForCausalLM.from_config(LlamaConfig(**{**SHAPES[shape], **changes}), dtype=dtype)
+    return made.eval()
+
+
+def convert(model: Any, name: str) -> Any:
+    """The model with a subject's untrained mixers, in place; `TEACHER` leaves it as it is. Mixers are in float32."""
+    from linearize import surgery
+
+    if name == TEACHER:
+        return model
+    mixer, layers = mixer_of(name)
+    return surgery.convert(model, mixer, layers).eval()
+
+
+def converted(teacher: Any, recipe: str) -> tuple[Any, Any]:
+    """A copy of a model with a recipe's mixers, untrained, and the model."""
+    return convert(copy.deepcopy(teacher), recipe), teacher
+
+
+def half(model: Any) -> Any:
+    """A converted model in bfloat16, its mixers in float32 as they were."""
+    for name, parameter in model.named_parameters():
+        if ".mixer." not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model

@@ -1,0 +1,66 @@
+"""Values of options: numbers in their ranges, names of files and folders, lists."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from linearize.config.values import quoted
+
+
+def _number(kind: type, holds: Callable[[Any], bool], rule: str) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {rule}, got '{text}'")
+        return value
+
+    return convert
+
+
+_MOST = 2**31
+"""No count that anybody means; torch and numpy end not far beyond."""
+count = _number(int, lambda value: 0 <= value < _MOST, "a whole number, 0 or more and below 2^31")
+positive = _number(int, lambda value: 1 <= value < _MOST, "a whole number above 0 and below 2^31")
+window = _number(int, lambda value: 2 <= value < _MOST, "a whole number of at least 2")
+not_negative = _number(float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
+share = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+
+
+LONGEST_NAME, LONGEST_PATH = 255, 4096
+"""Bytes of one name, and of a path, on the file systems that people have."""
+
+
+def folder(text: str) -> Path:
+    """A path that a folder can have."""
+    long = max((len(os.fsencode(part)) for part in Path(text).parts), default=0) > LONGEST_NAME
+    if not text.strip() or "\0" in text or long or len(os.fsencode(text)) > LONGEST_PATH:
+        raise argparse.ArgumentTypeError(
+            f"must be the name of a folder, of at most {LONGEST_NAME} bytes a part and none of them zero, got "
+            f"{quoted(text)}"
+        )
+    return Path(text)
+
+
+def named_file(text: str) -> tuple[str, str]:
+    """NAME=FILE."""
+    name, equals, file = text.partition("=")
+    if not equals or not name or not file:
+        raise argparse.ArgumentTypeError(f"must be NAME=FILE, got '{text}'")
+    return name, file
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """A,B as whole numbers."""
+    return tuple(count(part) for part in text.split(",") if part.strip())
+
+
+def names(text: str) -> list[str]:
+    """A,B as a list."""
+    return [name.strip() for name in text.split(",") if name.strip()]

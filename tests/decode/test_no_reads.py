@@ -1,0 +1,161 @@
+"""Nothing in a one-token step waits for the device, moves data from the host, or has a shape that depends on data.
+
+Steps run on the meta device, where tensors have no data: what would look at some raises. Dispatch goes both ways, to
+the torch forms, and to the Triton kernels' registered shapes.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from compositions import SHAPES, Draw, label, make, registered
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from linearize import surgery
+from linearize.bench.subjects import TEACHER, convert, random_model, subjects
+from linearize.decode import Decoder
+from linearize.decode.cache import tensors
+from linearize.decode.choice import has_fixed_state
+from linearize.kernels import dispatch
+
+META = torch.device("meta")
+# as wide as the kernels take, and small otherwise
+SIZES = {"hidden_size": 64, "head_dim": 64, "num_hidden_layers": 2}
+GROWING = "softmax"
+WITHOUT_KERNEL = ("arwkv", "radlads_rwkv7", "swa_sinks", TEACHER)
+"""What may run in torch; whoever gives these a kernel takes them out."""
+
+
+@pytest.fixture(autouse=True)
+def without_autocast(monkeypatch):
+    """Mixers switch autocast off, for which the meta device has no name."""
+    own = torch.autocast
+    monkeypatch.setattr(
+        torch, "autocast", lambda kind, *a, **k: nullcontext() if kind == "meta" else own(kind, *a, **k)
+    )
+
+
+class OnDevice(TorchDispatchMode):
+    """Every tensor of every operation is on the meta device, numbers apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.seen.add(function.namespace)
+        flat, _ = torch.utils._pytree.tree_flatten((args, kwargs, made))
+        for x in flat:
+            assert not isinstance(x, torch.Tensor) or x.device == META or not x.dim(), (
+                f"{function}: {x.device}"
+            )
+        return made
+
+
+def to_meta(module: nn.Module) -> None:
+    for part in module.modules():
+        for name, x in part._parameters.items():
+            if x is not None:
+                part._parameters[name] = nn.Parameter(x.to(META), requires_grad=False)
+        for name, x in part._buffers.items():
+            if x is not None:
+                part._buffers[name] = x.to(META)
+
+
+@pytest.mark.parametrize("name", [*subjects(), TEACHER])
+def test_of_every_recipe(name, monkeypatch):
+    """A whole step of the engine, the choice of the token included; layers that stay softmax keep keys in place."""
+    model = convert(random_model("cpu", torch.bfloat16, "tiny", **SIZES), name)
+    if name == GROWING:
+        assert not any(has_fixed_state(layer.mixer) for layer in surgery.converted(model)), "see `obstacles`"
+        return
+    to_meta(model)
+    for triton in (False, True):
+        decoder = Decoder(model, 2, eos=[2], length=8, capture=False)
+        decoder._reset()
+        decoder.clock.start(0)
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(dispatch, "use_triton", lambda *x, triton=triton: triton)
+            with OnDevice():
+                decoder._eager_step()
+            held = tensors(decoder.cache)
+            with OnDevice() as mode:
+                decoder._eager_step()
+        assert triton == ("linearize" in mode.seen) or name in WITHOUT_KERNEL
+        after = tensors(decoder.cache)
+        assert after.keys() == held.keys() and all(after[key] is held[key] for key in held), (
+            "written in place"
+        )
+
+
+@pytest.mark.parametrize(
+    "mixer", [m for m in registered() if m.get("window", {}).get("name") != "full"], ids=label
+)
+def test_of_every_composition(mixer):
+    """Padding among the rows too, which the engine does not have."""
+    shape = SHAPES["grouped"]
+    made = make(mixer, shape, torch.float32)
+    to_meta(made)
+    state = made.initial_state(2, torch.float32, META)
+    held = dict(state.tensors)
+    given = Draw.of(shape, 1, torch.float32).apply(lambda x: x.to(META))
+    with OnDevice():
+        for valid in (None, torch.ones(2, 1, dtype=torch.bool, device=META)):
+            given.run(made.step, state=state, valid=valid)
+    assert all(state[name] is held[name] for name in held)
+
+
+def test_the_form_of_the_device_is_that_of_the_cpu(monkeypatch):
+    """On the CPU a terraced window hands on nothing where no block begins; elsewhere a block whose keys are masked."""
+    for mixer in registered():
+        if mixer.get("window", {}).get("name") != "terraced" or mixer["window"].get("overlap"):
+            continue
+        shape = SHAPES["grouped"]
+        made = make(mixer, shape, torch.float64)
+        given = Draw.of(shape, 40, torch.float64)
+        valid = torch.rand(2, 40, generator=torch.Generator().manual_seed(3)) > 0.2
+        answers = []
+        for masked in (False, True):
+            state = made.initial_state(2, torch.float64, torch.device("cpu"))
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.compiler, "is_compiling", lambda masked=masked: masked)
+                steps = [given[slice(t, t + 1)].run(made.step, state=state, valid=valid[:, t : t + 1])
+                         for t in range(40)]  # fmt: skip
+            answers.append(torch.cat(steps, 1))
+        torch.testing.assert_close(*answers, atol=1e-10, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: bool(x.any()),
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.repeat_interleave(x),
+        lambda x: x + torch.tensor([1], device="cpu").to(META),
+    ],
+    ids=["bool", "item", "tolist", "cpu", "nonzero", "mask", "repeats", "from_host"],
+)
+def test_what_looks_at_data_would_show(look):
+    with pytest.raises((RuntimeError, NotImplementedError, AssertionError)), OnDevice():
+        look(torch.ones(3, dtype=torch.int64, device=META))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [name for name in [*subjects(), TEACHER] if name != GROWING])
+def test_every_recipe_is_captured(name):
+    """The graph gives the tokens of the same steps one by one."""
+    model = convert(random_model("cuda", torch.bfloat16, "tiny", **SIZES), name).requires_grad_(False)
+    ids = torch.randint(97, (2, 150), generator=torch.Generator().manual_seed(0)).cuda()
+    one, other = (
+        Decoder(model, 2, length=256, capture=capture).generate(ids, None, 80) for capture in (True, False)
+    )
+    assert torch.equal(one, other)

@@ -1,0 +1,164 @@
+"""The recipes' benchmark without a GPU: rows of a tiny model, failures, and files that grow."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from linearize import cli
+from linearize.bench import recipes, whole
+from linearize.bench.subjects import (
+    COMPOSITIONS,
+    SHAPES,
+    TEACHER,
+    chosen,
+    convert,
+    mixer_of,
+    random_model,
+    subjects,
+)
+from linearize.errors import LinearizeError
+from linearize.mixers import check
+
+TINY = ["--device", "cpu", "--shape", "tiny", "--length", "32"]
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch):
+    """Few repeats."""
+    own = recipes.Stopwatch
+    monkeypatch.setattr(recipes, "Stopwatch", lambda device: own(device, spend=0.0))
+
+
+def bench(out, *arguments: str) -> list[dict]:
+    assert cli.main(["bench", "recipes", *TINY, "--out", str(out), *arguments]) == 0
+    return json.loads((out / "recipes.json").read_text())
+
+
+def test_rows_of_training_and_what_was_measured_before_stay(tmp_path, capsys):
+    rows = bench(tmp_path, "--recipes", "gated_delta_window", "--batch", "1,2", "--profile")
+    assert [(row["recipe"], row["batch"]) for row in rows] == [
+        (name, batch) for name in (TEACHER, "gated_delta_window") for batch in (1, 2)
+    ]
+    for row in rows:
+        assert {
+            "shape": "tiny",
+            "length": 32,
+            "measured": "train",
+            "way": "bf16",
+            "note": "",
+        }.items() <= row.items()
+        assert row["tokens_per_second"] > 0 and row["milliseconds"] > 0 and row["steps"] >= 3
+    assert rows[0]["ratio"] == 1.0 and rows[2]["ratio"] > 0
+    profile = json.loads((tmp_path / "recipes-profile.json").read_text())
+    assert len(profile) == 4 and all(0 < row["busy"] <= 1 and len(row["longest"]) == 12 for row in profile)
+    said = capsys.readouterr().out
+    assert "gated_delta_window" in said and "x teacher" in said and "% busy" in said
+    again = bench(
+        tmp_path, "--recipes", "gated_delta_window_token", "--batch", "2", "--precision", "autocast"
+    )
+    assert len(again) == 6 and again[:4] == rows
+    page = (tmp_path / "recipes.md").read_text()
+    assert "## train, tiny, bf16" in page and "## train, tiny, autocast" in page
+
+
+def test_every_subject_trains(tmp_path):
+    """Of tiny widths: that each of them runs, both ways, under the loss that the benchmark takes."""
+    device = torch.device("cpu")
+    for name in subjects():
+        model = recipes.build(name, "tiny", "bf16", device)
+        loss = recipes.Step(model, device, "bf16").call(1, 24)()
+        assert loss.isfinite(), name
+        mixers = [p for n, p in model.named_parameters() if ".mixer." in n]
+        assert all(p.dtype == torch.float32 for p in mixers), name
+        assert not mixers or any(p.grad is not None and p.grad.isfinite().all() for p in mixers), name
+        assert model.get_input_embeddings().weight.grad.dtype == torch.bfloat16
+
+
+def test_what_does_not_fit_is_halved_and_what_fails_is_a_row(monkeypatch, tmp_path):
+    def measured(self, batch, length):
+        if batch > 2:
+            raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+        return {**whole.empty(""), "tokens_per_second": 10.0 * batch, "milliseconds": 1.0}
+
+    monkeypatch.setattr(recipes.Step, "measured", measured)
+    rows = bench(tmp_path / "a", "--recipes", "lolcats", "--batch", "1,8", "--largest")
+    assert [(row["batch"], row["note"]) for row in rows if row["recipe"] == "lolcats"] == [
+        (8, "out of memory"), (4, "out of memory"), (2, "")
+    ]  # fmt: skip
+    rows = bench(tmp_path / "b", "--recipes", "lolcats", "--batch", "1,8")
+    assert [(row["batch"], row["ratio"]) for row in rows if row["recipe"] == "lolcats"] == [
+        (1, 1.0),
+        (8, None),
+    ]
+    monkeypatch.setattr(
+        recipes, "build", lambda *_: (_ for _ in ()).throw(LinearizeError("no kernel\nfor this"))
+    )
+    rows = bench(tmp_path / "c", "--recipes", "lolcats")
+    assert [row["note"] for row in rows] == ["LinearizeError: no kernel for this"] * 2
+    assert "no kernel for this" in (tmp_path / "c" / "recipes.md").read_text()
+
+
+def test_a_lost_device_ends_the_command_and_keeps_its_rows(monkeypatch, tmp_path, capsys):
+    def measured(self, batch, length):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    bench(tmp_path, "--recipes", "lolcats")
+    monkeypatch.setattr(recipes.Step, "measured", measured)
+    assert cli.main(["bench", "recipes", *TINY, "--out", str(tmp_path), "--recipes", "lolcats"]) == 2
+    assert "illegal memory access" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "recipes.json").read_text())) == 2
+
+
+def test_nothing_is_begun_behind_the_budget(tmp_path):
+    options = argparse.Namespace(length=(8,), batch=(1, 2), largest=False, shape="tiny", precision="bf16")
+    rows = list(recipes.rows("lolcats", options, torch.device("cpu"), -1.0))
+    assert [row["note"] for row in rows] == ["not run: the budget is spent"] * 2
+
+
+def test_a_lower_ratio_is_slower_and_a_missing_batch_has_the_teachers_largest():
+    def row(recipe: str, batch: int, speed: float | None) -> dict:
+        return {"measured": "train", "shape": "s", "way": "w", "length": 1, "recipe": recipe, "batch": batch,
+                "tokens_per_second": speed}  # fmt: skip
+
+    rows = [
+        row(TEACHER, 1, 10.0),
+        row(TEACHER, 4, 20.0),
+        row("a", 1, 5.0),
+        row("a", 2, 5.0),
+        row("a", 4, None),
+    ]
+    assert [found["ratio"] for found in whole.compared(rows)] == [1.0, 1.0, 0.5, 0.25, None]
+    assert len(whole.merged(rows, row("a", 2, 6.0))) == 5
+
+
+def test_names_of_subjects_and_shapes():
+    assert {"lolcats", "softmax", *COMPOSITIONS} <= set(subjects()) and "base" not in subjects()
+    assert chosen([]) == chosen(["all"]) == subjects() and chosen(["lolcats", TEACHER]) == ["lolcats"]
+    with pytest.raises(LinearizeError, match="did you mean 'lolcats'"):
+        chosen(["lolcat"])
+    with pytest.raises(LinearizeError, match="did you mean 'llama-3-8b'"):
+        random_model("meta", torch.float32, "llama3-8b")
+    assert all(check(mixer_of(name)[0]) == [] for name in COMPOSITIONS)
+    sizes = {name: random_model("meta", torch.bfloat16, name).num_parameters() / 1e9 for name in SHAPES}
+    assert {name: round(size, 2) for name, size in sizes.items()} == {
+        "smollm2-135m": 0.13, "llama-3.2-1b": 1.24, "llama-3-8b": 8.03, "tiny": 0.0,
+    }  # fmt: skip
+    made = random_model("cpu", torch.bfloat16, "tiny")
+    assert convert(made, TEACHER) is made
+
+
+def test_warming_measures_nothing(tmp_path, capsys):
+    arguments = ["bench", "recipes", *TINY, "--warm", "--recipes", "lolcats,softmax", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "lolcats\n" in said and "softmax\n" in said and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_the_command_says_what_is_needed(capsys):
+    assert cli.main(["bench", "recipes"]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
