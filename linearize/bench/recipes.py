@@ -47,7 +47,16 @@ def main(options: argparse.Namespace) -> int:
     random_model("meta", torch.float32, options.shape)
     if options.warm:
         for name in names:
-            say(warmed(name, options.shape, options.length, options.precision, device))
+            say(
+                warmed(
+                    name,
+                    options.shape,
+                    (*options.batch, WARM_BATCH),
+                    options.length,
+                    options.precision,
+                    device,
+                )
+            )
         return 0
     table = Table(options.out, say, about(device), given(options))
     deadline = None if options.budget is None else table.started + options.budget
@@ -207,8 +216,18 @@ def keep_profile(folder: Path, row: Row) -> None:
     whole.write(path, whole.merged(whole.read(path), row))
 
 
-def warmed(name: str, shape: str, lengths: tuple[int, ...], precision: str, device: torch.device) -> str:
-    """Compile what a recipe's training and decoding need, in a model of two layers; gives a line to print."""
+def warmed(
+    name: str,
+    shape: str,
+    batches: tuple[int, ...],
+    lengths: tuple[int, ...],
+    precision: str,
+    device: torch.device,
+) -> str:
+    """Compile what a recipe's training and decoding need, in a model of two layers; gives a line to print.
+
+    What stands between the kernels is compiled for each batch and length.
+    """
     from linearize import surgery
     from linearize.decode import Decoder
     from linearize.decode.choice import has_fixed_state
@@ -217,8 +236,9 @@ def warmed(name: str, shape: str, lengths: tuple[int, ...], precision: str, devi
     with reported() as notes:
         model = build(name, shape, precision, device, num_hidden_layers=WARM_LAYERS)
         step = Step(model, device, precision)
-        for length in lengths:
-            step.call(WARM_BATCH, length)()
+        for batch in dict.fromkeys(batches):
+            for length in lengths:
+                step.call(batch, length)()
         del step
         model.zero_grad(set_to_none=True)
         model = build(name, shape, "bf16", device, num_hidden_layers=WARM_LAYERS).requires_grad_(False)
