@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linearize.kernels import dispatch
 from linearize.kernels.window.merge import add_sink
 from linearize.kernels.window.reference import Weighted, window_reference
 
@@ -79,36 +78,3 @@ def window_step(
     keys, values = held.k.to(q.dtype), held.v.to(q.dtype)
     weighted = window_reference(q, keys, values, visible[:, None], scaling=scaling, softcap=softcap)
     return weighted if sink is None else add_sink(weighted, sink)
-
-
-def window_step_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    held: Held,
-    *,
-    valid: Tensor,
-    span: int,
-    scaling: float,
-    softcap: float | None = None,
-    reach: Tensor | None = None,
-    sink: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in one launch (two with pinned keys), normalized: out, log of the sum, maximum, as `window_triton`."""
-    from linearize.kernels.window import triton_step
-    from linearize.kernels.window.operator import covered
-
-    covered(q, k, v)
-    tensors = (held.k, held.v, held.valid, held.next)
-    dispatch.require(
-        "window_step",
-        state=(
-            all(x.is_contiguous() for x in tensors),
-            "a tensor of the state is not contiguous, so it cannot be written in place",
-        ),
-    )
-    out, log_sum, top = triton_step.step(
-        q[:, 0], k[:, 0], v[:, 0], valid[:, 0], None if reach is None else reach[:, 0].contiguous(), sink, *tensors,
-        [float(held.first), float(span), scaling, softcap or 0.0],
-    )  # fmt: skip
-    return out[:, None], log_sum[:, None], top[:, None]

@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linearize.kernels import dispatch
 from linearize.kernels.launch import launch
+from linearize.kernels.window.operator import covered
 from linearize.kernels.window.plan import padded
+from linearize.kernels.window.recurrent import Held
 from linearize.kernels.window.triton_common import LOG2E, capped
 
 
@@ -217,3 +220,33 @@ def _(q, k, v, valid, reach, sink, ring_k, ring_v, ring_valid, counter, numbers)
         sums,
         torch.empty_like(sums),
     ]
+
+
+def window_step_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    held: Held,
+    *,
+    valid: Tensor,
+    span: int,
+    scaling: float,
+    softcap: float | None = None,
+    reach: Tensor | None = None,
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in one launch (two with pinned keys), normalized: out, log of the sum, maximum, as `window_triton`."""
+    covered(q, k, v)
+    tensors = (held.k, held.v, held.valid, held.next)
+    dispatch.require(
+        "window_step",
+        state=(
+            all(x.is_contiguous() for x in tensors),
+            "a tensor of the state is not contiguous, so it cannot be written in place",
+        ),
+    )
+    out, log_sum, top = step(
+        q[:, 0], k[:, 0], v[:, 0], valid[:, 0], None if reach is None else reach[:, 0].contiguous(), sink, *tensors,
+        [float(held.first), float(span), scaling, softcap or 0.0],
+    )  # fmt: skip
+    return out[:, None], log_sum[:, None], top[:, None]

@@ -97,14 +97,9 @@ LET_PASS: dict[tuple[str, int], int] = {
 """Operator and kernel, architecture -> most bytes of spills that are let pass, whatever the call.
 
 On sm_90, window_linear's kernels at head dim 64 were measured faster on an H100 than variants without spills (more
-warps, fewer registers; what the output spills is of carries), and its others are built alike. Of gated_linear and
-gated_delta it is a debt: with decays per dimension the variants without spills were wrong on an H100 (tiles of 32
-columns with four warps, an accumulator read between products), and with float32 inputs nothing was tuned. Of
-generalized_delta the largest belong to chunks that are halved, which mild decays never are; the gradients of others
-spill 2,200 bytes at head dim 64, sums of decays that would be made again for every product else. Nothing was measured
-on sm_80: its numbers only keep the spills from growing. Where every key dimension of gated_delta has a decay, the
-bounds are those of float32 and of heads of 32: in bfloat16 at 64 the pairs spill nothing and the sums 464 bytes (1,260
-where chunks are halved). Each is the largest of what Triton 3.6 and 3.9 give and a tenth more, and may only go down.
+warps, fewer registers; what the output spills is of carries), and its others are built alike. Of gated_linear,
+gated_delta and generalized_delta it is a debt: with decays per dimension the variants without spills were wrong on an
+H100; float32 was not tuned. Each is the largest of what Triton 3.6 and 3.9 give and a tenth more, to go down alone.
 """
 NAMES = {
     torch.float32: "fp32",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from linearize.kernels import dispatch
 from linearize.kernels.window import Seen, add_sink, window_chunk, window_reference
 from linearize.kernels.window.plan import WIDEST
-from linearize.kernels.window.recurrent import Held, window_step, window_step_triton
+from linearize.kernels.window.recurrent import Held, window_step
 from linearize.kernels.window_linear.recurrent import Ring
 from linearize.mixers.base import LayerShape, Part, Partial, fill
 from linearize.mixers.options import LONGEST, choice_problems, number
@@ -246,7 +246,7 @@ class RingWindow(Window):
 
     def _softmax(self, q: Tensor, k: Tensor, v: Tensor, seen: Seen, sink: Tensor | None) -> Partial:
         sink = self.sinks(sink)
-        if self._runs_kernel(q, k, v):
+        if dispatch.use_triton(q, k, v) and self._fits():
             from linearize.kernels.window.operator import window_triton
 
             return self._normalized(
@@ -319,7 +319,9 @@ class RingWindow(Window):
             "valid": valid, "span": min(self.limit or self.span, self.span), "reach": self.reach(position),
             "sink": self.sinks(sink), **self._scores,
         }  # fmt: skip
-        if self._runs_kernel(q, k, v):
+        if dispatch.use_triton(q, k, v) and self._fits():
+            from linearize.kernels.window.triton_step import window_step_triton
+
             return self._normalized(*window_step_triton(q, k, v, held, **options)), handed
         return Partial(*window_step(q, k, v, held, **options)), handed
 
@@ -339,9 +341,9 @@ class RingWindow(Window):
             behind(torch.zeros_like(docs[:, :1]).expand(-1, self.span), docs, front),
         )
 
-    def _runs_kernel(self, *tensors: Tensor) -> bool:
-        wide = max(self.shape.key_dim, self.shape.value_dim) > WIDEST
-        return dispatch.use_triton(*tensors) and not (wide and dispatch.automatic())
+    def _fits(self) -> bool:
+        """Whether the kernels take heads so wide, or were asked for."""
+        return max(self.shape.key_dim, self.shape.value_dim) <= WIDEST or not dispatch.automatic()
 
     @property
     def _scores(self) -> Scores:

@@ -9,7 +9,8 @@ import torch
 
 from linearize.kernels.window import Seen
 from linearize.kernels.window.operator import window_triton
-from linearize.kernels.window.recurrent import Held, window_step_triton
+from linearize.kernels.window.recurrent import Held
+from linearize.kernels.window.triton_step import window_step_triton
 
 
 def call(
