@@ -175,7 +175,9 @@ def narrows(*tensors: Tensor) -> bool:
 
     float16 is widened: sums over a long text can pass what it holds.
     """
-    return tensors[-1].dtype == torch.bfloat16 and dispatch.use_triton(*tensors)
+    if dispatch.use_triton(*tensors):
+        return tensors[-1].dtype == torch.bfloat16
+    return False
 
 
 def wide(x: Tensor) -> Tensor:

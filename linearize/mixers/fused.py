@@ -90,7 +90,9 @@ class Fused:
 
     def runs(self, *tensors: Tensor) -> bool:
         """Whether a call on these tensors goes to the kernel."""
-        return dispatch.use_triton(*tensors)
+        if dispatch.use_triton(*tensors):
+            return True
+        return False
 
     def chunked(
         self,

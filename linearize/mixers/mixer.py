@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from linearize.kernels import dispatch
 from linearize.mixers import fused
 from linearize.mixers.base import LayerShape, Part, Partial, accumulator, documents, narrows
 from linearize.mixers.combine import Combine
-from linearize.mixers.compiled import compiled
 from linearize.mixers.feature_map import FeatureMap
 from linearize.mixers.offloaded import with_weights
 from linearize.mixers.output import Output
@@ -218,7 +218,9 @@ class Mixer(nn.Module):
         """`chunked` of rows without padding between tokens; the state belongs behind the `front` [B] padding."""
         front = None if state is None else front
         arguments = (q, k, v, valid, docs, hidden, plain, sink)
-        if state is None and torch.is_grad_enabled():
+        if dispatch.use_triton(q, k, v) and state is None and torch.is_grad_enabled():
+            from linearize.mixers.compiled import compiled
+
             body = compiled(self, q)
             if body is not None:
                 return body(*arguments)

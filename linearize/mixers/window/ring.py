@@ -246,7 +246,7 @@ class RingWindow(Window):
 
     def _softmax(self, q: Tensor, k: Tensor, v: Tensor, seen: Seen, sink: Tensor | None) -> Partial:
         sink = self.sinks(sink)
-        if dispatch.use_triton(q, k, v) and self._fits():
+        if dispatch.use_triton(q, k, v) and (self._fits() or not dispatch.automatic()):
             from linearize.kernels.window.operator import window_triton
 
             return self._normalized(
@@ -319,7 +319,7 @@ class RingWindow(Window):
             "valid": valid, "span": min(self.limit or self.span, self.span), "reach": self.reach(position),
             "sink": self.sinks(sink), **self._scores,
         }  # fmt: skip
-        if dispatch.use_triton(q, k, v) and self._fits():
+        if dispatch.use_triton(q, k, v) and (self._fits() or not dispatch.automatic()):
             from linearize.kernels.window.triton_step import window_step_triton
 
             return self._normalized(*window_step_triton(q, k, v, held, **options)), handed
@@ -342,8 +342,8 @@ class RingWindow(Window):
         )
 
     def _fits(self) -> bool:
-        """Whether the kernels take heads so wide, or were asked for."""
-        return max(self.shape.key_dim, self.shape.value_dim) <= WIDEST or not dispatch.automatic()
+        """Whether the kernels take heads so wide."""
+        return max(self.shape.key_dim, self.shape.value_dim) <= WIDEST
 
     @property
     def _scores(self) -> Scores:
