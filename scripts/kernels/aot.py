@@ -52,8 +52,9 @@ LET_PASS: dict[tuple[str, int], int] = {
     ("gated_linear.head_gradient_kernel", 90): 3600,
     ("gated_linear.head_output_kernel", 90): 560,
     ("gated_linear.key_gradient_kernel", 90): 2240,
-    ("gated_linear.key_output_kernel", 90): 936,
+    ("gated_linear.key_output_kernel", 90): 1056,
     ("gated_linear.scan_kernel", 90): 3008,
+    ("gated_linear.value_output_kernel", 90): 576,
     ("window_linear.aligned_key_gradient_kernel", 80): 10_520,
     ("window_linear.aligned_output_kernel", 80): 2608,
     ("window_linear.aligned_query_gradient_kernel", 80): 2680,
@@ -70,9 +71,10 @@ LET_PASS: dict[tuple[str, int], int] = {
     ("gated_delta.states_kernel", 80): 912,
     ("gated_linear.head_gradient_kernel", 80): 15_496,
     ("gated_linear.head_output_kernel", 80): 4328,
-    ("gated_linear.key_gradient_kernel", 80): 1912,
+    ("gated_linear.key_gradient_kernel", 80): 3936,
     ("gated_linear.key_output_kernel", 80): 864,
     ("gated_linear.scan_kernel", 80): 3680,
+    ("gated_linear.value_output_kernel", 80): 1160,
 }
 """Operator and kernel, architecture -> most bytes of spills that are let pass, whatever the call.
 
@@ -81,7 +83,8 @@ warps, fewer registers; what the output spills is of carries), and its others ar
 gated_delta it is a debt: with decays per dimension the variants without spills were wrong on an H100 (tiles of 32
 columns with four warps, an accumulator read between products), and with float32 inputs nothing was tuned. Nothing was
 measured on sm_80: its numbers only keep the spills from growing. Each is the largest of what Triton 3.6 and 3.9 give
-and a tenth more, and may only go down.
+and a tenth more, and may only go down; three of gated_linear's went up when slots brought calls that the table had not
+seen (decays of dimensions over documents, grouped heads, segments).
 """
 NAMES = {
     torch.float32: "fp32",
