@@ -38,7 +38,7 @@ def gated_linear_chunk(
     On CUDA it runs in Triton (`operator.py`): q, k and v of one dtype, bfloat16, float16 or float32, the log decays
     float32 or narrower; numerators come in the dtype of v, denominators and states in float32. Every decay is exact,
     strong ones too: exponents are sums of the decays between two tokens of a tile, or their negatives where these stay
-    in range. Decays of values (`decay_values`) keep the form below, in linear memory, on every device.
+    in range. Decays of values (`decay_values`) with a bonus keep the form below, in linear memory, on every device.
 
     Args:
         chunk: tokens in a chunk of the torch form, a power of two.
@@ -47,6 +47,17 @@ def gated_linear_chunk(
         KernelError: Triton is to run what it does not cover.
     """
     check_options(normalize=normalize, decay_values=decay_values)
+    if decay_values and dispatch.use_triton(q, k, v) and (bonus is None or not dispatch.automatic()):
+        from linearize.kernels.gated_linear.operator_values import gated_values_triton
+
+        dispatch.require(
+            "gated_linear",
+            bonus=(bonus is None, "values that decay take none"),
+            log_decay=(log_decay is not None, "values that decay need theirs"),
+        )
+        assert log_decay is not None
+        sums = None if state is None else state[0]
+        return gated_values_triton(q, k, v, log_decay, docs, sums, read_before=read_before)
     if not decay_values and dispatch.use_triton(q, k, v):
         from linearize.kernels.gated_linear.operator import gated_linear_triton
 

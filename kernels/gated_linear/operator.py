@@ -29,8 +29,8 @@ def gated_linear_triton(
 ) -> Gated:
     """See `chunk.gated_linear_chunk`.
 
-    Widths that are no power of two are filled up with zeros, which changes no product. What a `bonus` adds is a product
-    of each token with itself, which torch does.
+    Widths that are no power of two are filled up with zeros, which changes no product. What a `bonus` adds beside a
+    decay of a head, or none, is a product of each token with itself, which torch does.
 
     Args:
         segments: into how many pieces the scan over the sequence is cut; 0: as the device's size asks for.
@@ -55,14 +55,20 @@ def gated_linear_triton(
         if log_decay is not None and log_decay.dim() == 4:
             log_decay = F.pad(log_decay, (0, k_extra))
         start_norm = None if start_norm is None else F.pad(start_norm, (0, k_extra))
+    inside = bonus is not None and log_decay is not None and log_decay.dim() == 4
+    given_bonus = bonus if inside else None
+    if given_bonus is not None and k_extra:
+        given_bonus = F.pad(given_bonus, (0, k_extra))
     if v_extra:
         v = F.pad(v, (0, v_extra))
     if start is not None and (k_extra or v_extra):
         start = F.pad(start, (0, v_extra, 0, k_extra))
     numbers = [int(read_before or bonus is not None), int(normalize), segments]
-    out, denominator, sums, norms, *_ = forward(q, k, v, log_decay, docs, start, start_norm, numbers)
+    out, denominator, sums, norms, *_ = forward(
+        q, k, v, log_decay, given_bonus, docs, start, start_norm, numbers
+    )
     out = out[..., :value_dim] if v_extra else out
-    if bonus is not None:
+    if bonus is not None and not inside:
         own = given_q.float().unflatten(2, (k.shape[2], -1)) * (given_k.float() * bonus.float())[..., None, :]
         own = own.sum(-1, keepdim=True)
         out = (out.float() + (own * given_v.float()[..., None, :]).flatten(2, 3)).to(out.dtype)
@@ -97,7 +103,7 @@ def covered(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
 
 @torch.library.custom_op("linearize::gated_linear", mutates_args=())
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, docs: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, bonus: Tensor | None, docs: Tensor | None,
     start: Tensor | None, start_norm: Tensor | None, numbers: list[int],
 ) -> list[Tensor]:  # fmt: skip
     """Numerators, denominators, final sums and norms, and what backward reuses: states, and marks of chunks."""
@@ -105,36 +111,39 @@ def forward(
 
     plan = make_plan(q, k, v, log_decay, numbers)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    rest = [None if x is None else x.contiguous() for x in (log_decay, docs, start, start_norm)]
-    return launch_forward(plan, q, k, v, rest[0], rest[1], (rest[2], rest[3]))
+    rest = [None if x is None else x.contiguous() for x in (log_decay, bonus, docs, start, start_norm)]
+    return launch_forward(plan, q, k, v, rest[0], rest[1], rest[2], (rest[3], rest[4]))
 
 
 @forward.register_fake
-def _(q, k, v, log_decay, docs, start, start_norm, numbers):
+def _(q, k, v, log_decay, bonus, docs, start, start_norm, numbers):
     return make_plan(q, k, v, log_decay, numbers).outputs(q)
 
 
 @torch.library.custom_op("linearize::gated_linear_backward", mutates_args=())
 def backward(
     do: Tensor, weight: Tensor | None, final: Tensor | None, final_norm: Tensor | None,
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, docs: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, bonus: Tensor | None, docs: Tensor | None,
     stored: list[Tensor], wants_start: bool, numbers: list[int],
 ) -> list[Tensor]:  # fmt: skip
-    """dq, dk, dv, the gradient of the log decays, and those of the carried sums and norms where they are wanted."""
+    """dq, dk, dv, the gradients of log decays and bonus, and where they are wanted those of the carried state."""
     from linearize.kernels.gated_linear.launches import launch_backward
 
     plan = make_plan(q, k, v, log_decay, numbers)
     do, q, k, v = (x.contiguous() for x in (do, q, k, v))
-    rest = [None if x is None else x.contiguous() for x in (weight, final, final_norm, log_decay, docs)]
+    rest = [
+        None if x is None else x.contiguous() for x in (weight, final, final_norm, log_decay, bonus, docs)
+    ]
     ends = (rest[1], rest[2])
-    return launch_backward(plan, do, rest[0], ends, q, k, v, rest[3], rest[4], stored, wants_start)
+    return launch_backward(plan, do, rest[0], ends, q, k, v, rest[3], rest[4], rest[5], stored, wants_start)
 
 
 @backward.register_fake
-def _(do, weight, final, final_norm, q, k, v, log_decay, docs, stored, wants_start, numbers):
+def _(do, weight, final, final_norm, q, k, v, log_decay, bonus, docs, stored, wants_start, numbers):
     plan = make_plan(q, k, v, log_decay, numbers)
     made = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     made.append(q.new_empty(0) if log_decay is None else log_decay.new_empty(log_decay.shape))
+    made.append(q.new_empty((0,) if bonus is None else bonus.shape, dtype=torch.float32))
     return made + (plan.state(q) if wants_start else [q.new_empty(0), q.new_empty(0)])
 
 
@@ -143,11 +152,11 @@ def _setup(ctx, inputs, output) -> None:
     ctx.numbers = numbers
     # states that nothing reads get no gradient of zeros, which would be as large as they are
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors[:5], *output[4:])
+    ctx.save_for_backward(*tensors[:6], *output[4:])
 
 
 def _backward(ctx, grads):
-    q, k, v, log_decay, docs, *stored = ctx.saved_tensors
+    q, k, v, log_decay, bonus, docs, *stored = ctx.saved_tensors
     do, weight, final, final_norm = grads[:4]
     normalize = ctx.numbers[1]
     if do is None:
@@ -159,14 +168,14 @@ def _backward(ctx, grads):
             final = q.new_zeros(*size, v.shape[-1], dtype=torch.float32) if final is None else final
             final_norm = q.new_zeros(size, dtype=torch.float32) if final_norm is None else final_norm
     needs = ctx.needs_input_grad
-    wants_start = needs[5] or needs[6]
-    dq, dk, dv, dg, start, start_norm = backward(
-        do, weight if normalize else None, final, final_norm if normalize else None, q, k, v, log_decay, docs, stored,
-        wants_start, ctx.numbers,
+    wants_start = needs[6] or needs[7]
+    dq, dk, dv, dg, du, start, start_norm = backward(
+        do, weight if normalize else None, final, final_norm if normalize else None, q, k, v, log_decay, bonus, docs,
+        stored, wants_start, ctx.numbers,
     )  # fmt: skip
     return (
-        dq, dk, dv, None if log_decay is None else dg, None,
-        start if needs[5] else None, start_norm if needs[6] else None, None,
+        dq, dk, dv, None if log_decay is None else dg, None if bonus is None else du.to(bonus.dtype), None,
+        start if needs[6] else None, start_norm if needs[7] else None, None,
     )  # fmt: skip
 
 

@@ -98,10 +98,18 @@ class Plan:
 
 def make_plan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, numbers: list[int]) -> Plan:
     """Work out the tiles; `numbers` as in `operator.Numbers`."""
-    read_before, normalize, segments = numbers
-    batch, tokens, heads, key_dim = q.shape
-    state_heads, value_dim = v.shape[2:]
     decay = 0 if log_decay is None else log_decay.dim() - 2
+    return _plan(q, q.shape[3], k.shape[2], v.shape[3], decay, numbers)
+
+
+def make_value_plan(q: Tensor, k: Tensor, v: Tensor, numbers: list[int]) -> Plan:
+    """The same where values decay: they are the plan's keys."""
+    return _plan(q, v.shape[3], k.shape[2], k.shape[3], 2, numbers)
+
+
+def _plan(q: Tensor, key_dim: int, state_heads: int, value_dim: int, decay: int, numbers: list[int]) -> Plan:
+    read_before, normalize, segments = numbers
+    batch, tokens, heads = q.shape[:3]
     span = TILES[decay] * CHUNK
     tiles, periods = -(-tokens // CHUNK), -(-tokens // span)
     if not tiles:
@@ -165,6 +173,8 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "head_gradient": {64: Config(64, 4, 2), 128: Config(128, 4, 1), 256: Config(64, 4, 1)},
     "key_output_whole": {64: Config(64, 4, 1), 128: Config(64, 4, 1), 256: Config(64, 4, 1)},
     "key_output_halved": {64: Config(32, 4, 1), 128: Config(32, 4, 1), 256: Config(32, 4, 1)},
+    "value_output_whole": {64: Config(64, 4, 1), 128: Config(64, 4, 1), 256: Config(64, 4, 1)},
+    "value_output_halved": {64: Config(64, 4, 1), 128: Config(64, 4, 1), 256: Config(64, 4, 1)},
     "key_gradient_whole": {64: Config(64, 4, 1), 128: Config(64, 4, 1), 256: Config(64, 4, 1)},
     "key_gradient_halved": {64: Config(32, 4, 1), 128: Config(32, 4, 1), 256: Config(32, 4, 1)},
 }

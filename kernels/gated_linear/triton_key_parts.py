@@ -1,4 +1,7 @@
-"""Outputs and gradients of a chunk with a decay of every key dimension; `triton_levels` says how pairs are made."""
+"""Weighted sums of a chunk with a decay of every key dimension: outputs, and gradients of values.
+
+`triton_levels` says how pairs are made.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +20,24 @@ from linearize.kernels.gated_linear.triton_levels import (
     CAP,
     column_exponents,
     column_sums,
-    count_halvings,
     halvings,
     in_base_two,
     in_order,
     level_pairs,
     row_exponents,
     row_sums,
-    strongest,
 )
 
 
 @triton.jit
 def add_products(
-    a, b, c, g, docs, stored, out, denominators,
+    a, b, c, g, bonus, docs, stored, out, denominators,
     chunk, batch, head, block, tokens, periods, per_segment, segments,
     heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr,
     CAUSAL: tl.constexpr, HALVED: tl.constexpr, READ_BEFORE: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_DOCS: tl.constexpr, HAS_CARRY: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BONUS: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_CARRY: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of o (CAUSAL: a, b, c are q, k, v) or of dv (k, q, do): BV of its columns."""
     group: tl.constexpr = heads // state_heads
@@ -132,6 +134,18 @@ def add_products(
             result = tl.dot(scores, z.to(tl.float32), result, input_precision=PRECISION)
         else:
             result = tl.dot(scores.to(z.dtype), z, result, input_precision=PRECISION)
+        if HAS_BONUS:
+            # not on the diagonal of the scores: there it would be rounded with them
+            own_weight = tl.zeros([C], tl.float32)
+            for part in range(K // BK):
+                dims = part * BK + tl.arange(0, BK)
+                x = load_rows(a, first, rows, own_heads * K, dims, tokens).to(tl.float32)
+                y = load_rows(left, first, rows, other_heads * K, dims, tokens).to(tl.float32)
+                factor = tl.load(bonus + state_head * K + dims).to(tl.float32)
+                own_weight += tl.sum(x * y * factor[None, :], 1)
+            result += own_weight[:, None] * z.to(tl.float32)
+            if NORMALIZE and CAUSAL:
+                denominator += own_weight
     for part in range(K // BK):
         dims = part * BK + tl.arange(0, BK)
         decays = in_base_two(load_rows(g, first, rows, state_heads * K, dims, tokens))
@@ -174,182 +188,3 @@ def add_products(
     if NORMALIZE and CAUSAL:  # noqa: SIM102
         if block == 0:
             tl.store(denominators + lines, denominator, mask=inside)
-
-
-@triton.jit
-def add_sums(
-    q, k, v, g, docs, do, weight, past, future, dq, dk, dg,
-    chunk, batch, head, block, tokens, periods, per_segment, segments,
-    heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    HALVED: tl.constexpr, READ_BEFORE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_DOCS: tl.constexpr,
-    HAS_CARRY: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """BK columns of dq, dk and the gradient of log decays, of one chunk and head of the state.
-
-    A decay's gradient is all that passes over it: what readers in the chunk take from it on, less what is read of keys
-    from it on, and of the chunk's whole what passes to readers beyond, from its keys and from the state before it.
-    """
-    group: tl.constexpr = heads // state_heads
-    line = batch * state_heads + head
-    rows, dims = tl.arange(0, C), block * BK + tl.arange(0, BK)
-    BV: tl.constexpr = 64 if V > 64 else V
-    first = chunk * C
-    segment = chunk // per_segment
-    place = first + rows
-    inside = place < tokens
-    shift: tl.constexpr = 1 if READ_BEFORE else 0
-    g += (batch * tokens * state_heads + head) * K
-    k += (batch * tokens * state_heads + head) * K
-    v += (batch * tokens * state_heads + head) * V
-    decays = in_base_two(load_rows(g, first, rows, state_heads * K, dims, tokens))
-    whole = tl.sum(decays, 0)
-    if HALVED:
-        token, half = strongest(decays, rows, C)
-        levels = count_halvings(token, half)
-        high, low = in_halves(decays)
-    else:
-        # reader and key factors of the one block, whose middle is reached from either end by `early` and `late`
-        passed, early = row_exponents(decays, rows, C)
-        late = whole - early
-        down = tl.exp2(-passed)
-        up = tl.exp2(passed - decays if READ_BEFORE else passed)
-    kept = 1.0
-    owner = tl.zeros([C], tl.int32)
-    if HAS_DOCS:
-        owner = load_document(docs, batch, place, tokens)
-        before = load_document(docs, batch, first - 1, tokens)
-        after = load_document(docs, batch, first + C - 1, tokens)
-        same = owner[:, None] == load_document(docs, batch, first + rows, tokens)[None, :]
-        kept = tl.where(before == after, 1.0, 0.0)
-    norm = tl.zeros([BK], tl.float32)
-    if NORMALIZE:
-        norm = load_norm(past, line, chunk, periods, segment, segments, dims, K, 2, HAS_CARRY, False)
-    # the queries' side, one head after the other; `readers` is what their products q.dq come to
-    readers = tl.zeros([C, BK], tl.float32)
-    for member in range(group):
-        own = head * group + member
-        lines = (batch * tokens + place) * heads + own
-        outgoing = do + (batch * tokens * heads + own) * V
-        for_q = tl.zeros([C, BK], tl.float32)
-        scores = tl.zeros([C, C], tl.float32)
-        for part in range(V // BV):
-            values = part * BV + tl.arange(0, BV)
-            square = dims[None, :] * V + values[:, None]
-            x = load_rows(outgoing, first, rows, heads * V, values, tokens)
-            ahead = load_state(
-                past, line, chunk, periods, segment, segments, square, dims, K, V, 2, HAS_CARRY, False, True
-            )
-            for_q = tl.dot(x.to(ahead.dtype), ahead, for_q, input_precision=PRECISION)
-            turned = load_columns(v, first, rows, state_heads * V, values, tokens)
-            scores = tl.dot(x, turned, scores, input_precision=PRECISION)
-        if NORMALIZE:
-            bias = tl.load(weight + lines, mask=inside, other=0.0)
-            for_q += bias[:, None] * norm[None, :]
-            scores += bias[:, None]
-        if HALVED:
-            for_q *= tl.exp2(row_sums(high, low, rows, tl.zeros([C], tl.int32), rows - shift))
-        else:
-            for_q *= tl.exp2(early)[None, :]
-        if HAS_DOCS:
-            for_q = tl.where((owner == before)[:, None], for_q, 0.0)
-            scores = tl.where(same, scores, 0.0)
-        if HALVED:
-            for level in range(0, levels + 1):
-                lanes = rows + (level >> 3)
-                pairs, middle = level_pairs(lanes, 6 - level, level == levels, True, READ_BEFORE)
-                keys = load_rows(k, first, lanes, state_heads * K, dims, tokens)
-                down = tl.minimum(-row_sums(high, low, lanes, middle, lanes), CAP)
-                right = keys.to(tl.float32) * tl.exp2(down)
-                up = tl.exp2(tl.minimum(row_sums(high, low, lanes, middle, lanes - shift), CAP))
-                left = tl.where(pairs, scores, 0.0)
-                if WIDE:
-                    for_q += up * tl.dot(left, right, input_precision=PRECISION)
-                else:
-                    for_q += up * tl.dot(left.to(keys.dtype), right.to(keys.dtype))
-        else:
-            keys = load_rows(k, first, rows, state_heads * K, dims, tokens)
-            right = keys.to(tl.float32) * down
-            scores = tl.where(in_order(rows, True, READ_BEFORE), scores, 0.0)
-            if WIDE:
-                for_q = tl.dot(scores, right, for_q, input_precision=PRECISION)
-            else:
-                for_q = tl.dot(scores.to(keys.dtype), right.to(keys.dtype), for_q)
-            for_q *= up
-        tl.store(dq + lines[:, None] * K + dims[None, :], for_q.to(dq.dtype.element_ty), mask=inside[:, None])
-        queries = load_rows(q + (batch * tokens * heads + own) * K, first, rows, heads * K, dims, tokens)
-        readers += queries.to(tl.float32) * for_q
-    # the keys' side
-    through = tl.zeros([BK], tl.float32)
-    for_k = tl.zeros([C, BK], tl.float32)
-    for part in range(V // BV):
-        values = part * BV + tl.arange(0, BV)
-        square = dims[None, :] * V + values[:, None]
-        behind = load_state(
-            future, line, chunk, periods, segment, segments, square, dims, K, V, 2, HAS_CARRY, True, True
-        )
-        ahead = load_state(
-            past, line, chunk, periods, segment, segments, square, dims, K, V, 2, HAS_CARRY, False, True
-        )
-        through += tl.sum(behind.to(tl.float32) * ahead.to(tl.float32), 0)
-        x = load_rows(v, first, rows, state_heads * V, values, tokens)
-        for_k = tl.dot(x.to(behind.dtype), behind, for_k, input_precision=PRECISION)
-    if NORMALIZE:
-        behind_norm = load_norm(future, line, chunk, periods, segment, segments, dims, K, 2, HAS_CARRY, True)
-        for_k += behind_norm[None, :]
-        through += norm * behind_norm
-    if HALVED:
-        for_k *= tl.exp2(-row_sums(high, low, rows, tl.zeros([C], tl.int32) + C, rows))
-    else:
-        for_k *= tl.exp2(late)[None, :]
-    if HAS_DOCS:
-        for_k = tl.where((owner == after)[:, None], for_k, 0.0)
-    keys = load_rows(k, first, rows, state_heads * K, dims, tokens).to(tl.float32)
-    through = through * tl.exp2(whole) * kept + tl.sum((keys if HALVED else keys * down) * for_k, 0)
-    for member in range(group):
-        own = head * group + member
-        outgoing = do + (batch * tokens * heads + own) * V
-        scores = tl.zeros([C, C], tl.float32)
-        for part in range(V // BV):
-            values = part * BV + tl.arange(0, BV)
-            x = load_rows(v, first, rows, state_heads * V, values, tokens)
-            turned = load_columns(outgoing, first, rows, heads * V, values, tokens)
-            scores = tl.dot(x, turned, scores, input_precision=PRECISION)
-        if NORMALIZE:
-            at = (batch * tokens + first + rows) * heads + own
-            scores += tl.load(weight + at, mask=first + rows < tokens, other=0.0)[None, :]
-        if HAS_DOCS:
-            scores = tl.where(same, scores, 0.0)
-        if HALVED:
-            for level in range(0, levels + 1):
-                lanes = rows + (level >> 3)
-                pairs, middle = level_pairs(lanes, 6 - level, level == levels, False, READ_BEFORE)
-                queries = load_rows(
-                    q + (batch * tokens * heads + own) * K, first, lanes, heads * K, dims, tokens
-                )
-                up = tl.minimum(row_sums(high, low, lanes, middle, lanes - shift), CAP)
-                right = queries.to(tl.float32) * tl.exp2(up)
-                down = tl.exp2(tl.minimum(-row_sums(high, low, lanes, middle, lanes), CAP))
-                left = tl.where(pairs, scores, 0.0)
-                if WIDE:
-                    for_k += down * tl.dot(left, right, input_precision=PRECISION)
-                else:
-                    for_k += down * tl.dot(left.to(queries.dtype), right.to(queries.dtype))
-        else:
-            queries = load_rows(q + (batch * tokens * heads + own) * K, first, rows, heads * K, dims, tokens)
-            right = queries.to(tl.float32) * up
-            scores = tl.where(in_order(rows, False, READ_BEFORE), scores, 0.0)
-            if WIDE:
-                for_k = tl.dot(scores, right, for_k, input_precision=PRECISION)
-            else:
-                for_k = tl.dot(scores.to(queries.dtype), right.to(queries.dtype), for_k)
-    if not HALVED:
-        for_k *= down
-    lines = (batch * tokens + place) * state_heads + head
-    to = lines[:, None] * K + dims[None, :]
-    tl.store(dk + to, for_k.to(dk.dtype.element_ty), mask=inside[:, None])
-    keys = load_rows(k, first, rows, state_heads * K, dims, tokens)
-    found = tl.cumsum(readers - keys.to(tl.float32) * for_k, 0, reverse=True) + through[None, :]
-    if READ_BEFORE:
-        found -= readers
-    tl.store(dg + to, found.to(dg.dtype.element_ty), mask=inside[:, None])

@@ -10,7 +10,7 @@ SlotState = tuple[Tensor, Tensor]
 
 
 def slots_reference(
-    q: Tensor, k: Tensor, v: Tensor, writes: Tensor, log_decay: Tensor, docs: Tensor, state: SlotState
+    q: Tensor, k: Tensor, v: Tensor, writes: Tensor | None, log_decay: Tensor, docs: Tensor, state: SlotState
 ) -> tuple[Tensor, SlotState]:
     """K~_t = diag(a_t) K~_{t-1} + s_t k_t^T ; V~_t = diag(a_t) V~_{t-1} + s_t v_t^T ; o_t = V~_t^T softmax(K~_t q_t).
 
@@ -22,7 +22,7 @@ def slots_reference(
         q: [B, T, H, K].
         k: [B, T, M, K], M dividing H.
         v: [B, T, M, V].
-        writes: s [B, T, M, S], how much of the token each of S slots takes.
+        writes: s [B, T, M, S], how much of the token each of S slots takes; None for 1 - exp(log_decay).
         log_decay: log a [B, T, M, S], finite, at most zero.
         docs: [B, T] document numbers, non-decreasing; the carried state belongs to document 0.
         state: transposed keys [B, M, K, S] and values [B, M, S, V] of the slots, float32 or wider.
@@ -31,6 +31,7 @@ def slots_reference(
         o [B, T, H, V] and the new state, which holds the last document only.
     """
     keys, values = state[0].mT, state[1]
+    writes = -log_decay.expm1() if writes is None else writes
     grouped, decay = q.unflatten(2, (k.shape[2], -1)), log_decay.exp()
     outputs = []
     current = torch.zeros(docs.shape[0], dtype=docs.dtype, device=docs.device)

@@ -40,66 +40,18 @@ SHARED = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that one block may have (163 KB on A100, 227 KB on H100)."""
 SPILLS = 64
 """Bytes of register spills (stores and loads together) from which a kernel is refused; below, it is let pass."""
-LET_PASS: dict[tuple[str, int], int] = {
-    ("window_linear.aligned_key_gradient_kernel", 90): 3112,
-    ("window_linear.aligned_output_kernel", 90): 584,
-    ("window_linear.aligned_query_gradient_kernel", 90): 568,
-    ("window_linear.key_gradient_kernel", 90): 2728,
-    ("window_linear.output_kernel", 90): 600,
-    ("window_linear.query_gradient_kernel", 90): 2768,
-    ("window_linear.query_states_kernel", 90): 144,
-    ("gated_delta.key_change_kernel", 90): 304,
-    ("gated_delta.key_gradient_kernel", 90): 456,
-    ("gated_delta.key_inverse_kernel", 90): 120,
-    ("gated_delta.key_pairs_kernel", 90): 2184,
-    ("gated_delta.key_sums_kernel", 90): 4192,
-    ("gated_delta.key_transition_kernel", 90): 352,
-    ("generalized_delta.change_kernel", 90): 248,
-    ("generalized_delta.gradient_kernel", 90): 8384,
-    ("generalized_delta.transition_kernel", 90): 4032,
-    ("generalized_delta.whole_transition_kernel", 90): 264,
-    ("gated_linear.head_gradient_kernel", 90): 3600,
-    ("gated_linear.head_output_kernel", 90): 560,
-    ("gated_linear.key_gradient_kernel", 90): 2240,
-    ("gated_linear.key_output_kernel", 90): 936,
-    ("gated_linear.scan_kernel", 90): 3008,
-    ("window_linear.aligned_key_gradient_kernel", 80): 10_520,
-    ("window_linear.aligned_output_kernel", 80): 2608,
-    ("window_linear.aligned_query_gradient_kernel", 80): 2680,
-    ("window_linear.key_gradient_kernel", 80): 3472,
-    ("window_linear.key_states_kernel", 80): 2640,
-    ("window_linear.output_kernel", 80): 616,
-    ("window_linear.query_gradient_kernel", 80): 6552,
-    ("window_linear.query_states_kernel", 80): 1088,
-    ("gated_delta.change_kernel", 80): 320,
-    ("gated_delta.key_change_kernel", 80): 6552,
-    ("gated_delta.key_gradient_kernel", 80): 1088,
-    ("gated_delta.key_inverse_kernel", 80): 120,
-    ("gated_delta.key_output_kernel", 80): 6136,
-    ("gated_delta.key_pairs_kernel", 80): 2304,
-    ("gated_delta.key_reader_kernel", 80): 2584,
-    ("gated_delta.key_sums_kernel", 80): 10_264,
-    ("gated_delta.key_transition_kernel", 80): 2368,
-    ("gated_delta.output_kernel", 80): 1784,
-    ("gated_delta.query_gradient_kernel", 80): 216,
-    ("gated_delta.reader_kernel", 80): 336,
-    ("gated_delta.states_kernel", 80): 1072,
-    ("generalized_delta.change_kernel", 80): 352,
-    ("generalized_delta.gradient_kernel", 80): 10_944,
-    ("generalized_delta.transition_kernel", 80): 6760,
-    ("generalized_delta.whole_transition_kernel", 80): 3600,
-    ("gated_linear.head_gradient_kernel", 80): 15_496,
-    ("gated_linear.head_output_kernel", 80): 4328,
-    ("gated_linear.key_gradient_kernel", 80): 1912,
-    ("gated_linear.key_output_kernel", 80): 864,
-    ("gated_linear.scan_kernel", 80): 3680,
+LET_PASS = {
+    (name, int(arch)): most
+    for arch, kernels in json.loads(Path(__file__).with_name("aot_spills.json").read_text()).items()
+    for name, most in kernels.items()
 }
 """Operator and kernel, architecture -> most bytes of spills that are let pass, whatever the call.
 
 On sm_90, window_linear's kernels at head dim 64 were measured faster on an H100 than variants without spills (more
 warps, fewer registers; what the output spills is of carries), and its others are built alike. Of gated_linear,
 gated_delta and generalized_delta it is a debt: with decays per dimension the variants without spills were wrong on an
-H100; float32 was not tuned. Each is the largest of what Triton 3.6 and 3.9 give and a tenth more, to go down alone.
+H100; float32 was not tuned, which is where
+the window spills. Each is the largest of what Triton 3.6 and 3.9 give and a tenth more, to go down alone.
 """
 NAMES = {
     torch.float32: "fp32",

@@ -50,30 +50,27 @@ class Slots(Update):
         }
 
     def parallel(self, stream: Stream) -> Partial:
-        writes, log_decay = self._writes(stream)
+        assert stream.log_decay is not None
         batch, values = stream.k.shape[0], stream.v.shape[-1]
         empty = (
             stream.k.new_zeros(batch, self.heads, self.feature_dim, self.slots),
             stream.k.new_zeros(batch, self.heads, self.slots, values),
         )
-        return Partial(
-            slots_reference(stream.q, stream.k, stream.v, writes, log_decay, stream.docs, empty)[0], None
-        )
-
-    def chunked(self, stream: Stream, state: State) -> Partial:
-        writes, log_decay = self._writes(stream)
-        before = (state["slot_keys"], state["slot_values"])
-        out, after = slots_chunk(stream.q, stream.k, stream.v, writes, log_decay, stream.docs, before)
-        state.write(dict(zip(("slot_keys", "slot_values"), after, strict=True)))
+        out, _ = slots_reference(stream.q, stream.k, stream.v, None, stream.log_decay, stream.docs, empty)
         return Partial(out, None)
 
-    def step(self, stream: Stream, state: State) -> Partial:
-        writes, log_decay = (x[:, 0] for x in self._writes(stream))
-        q, k, v = stream.q[:, 0], stream.k[:, 0], stream.v[:, 0]
-        out = slots_step(q, k, v, writes, log_decay, state["slot_keys"], state["slot_values"])
-        return Partial(out[:, None], None)
-
-    @staticmethod
-    def _writes(stream: Stream) -> tuple[Tensor, Tensor]:
+    def chunked(self, stream: Stream, state: State) -> Partial:
         assert stream.log_decay is not None
-        return -stream.log_decay.expm1(), stream.log_decay
+        before = (state["slot_keys"], state["slot_values"])
+        with self.form():
+            q, k, v = stream.narrow(stream.q, stream.k, stream.v)
+            out, after = slots_chunk(q, k, v, None, stream.log_decay, stream.docs, before)
+        state.write(dict(zip(("slot_keys", "slot_values"), after, strict=True)))
+        return Partial(out.to(stream.q.dtype), None)
+
+    def step(self, stream: Stream, state: State) -> Partial:
+        assert stream.log_decay is not None
+        q, k, v, log_decay = (x[:, 0] for x in (stream.q, stream.k, stream.v, stream.log_decay))
+        with self.form():
+            out = slots_step(q, k, v, None, log_decay, state["slot_keys"], state["slot_values"])
+        return Partial(out[:, None], None)

@@ -19,6 +19,7 @@ def call(
     normalize: bool = False,
     docs: bool = False,
     read_before: bool = False,
+    bonus: bool = False,
     carried: bool = False,
     batch: int = 8,
     tokens: int = 4096,
@@ -39,8 +40,9 @@ def call(
             torch.zeros(batch, state_heads, dim, dim),
             torch.zeros(batch, state_heads, dim) if normalize else None,
         )
+    own = torch.zeros(state_heads, dim, requires_grad=True) if bonus else None
     out, denominator, _ = gated_linear_chunk(
-        q, k, v, decay, given, state, normalize=normalize, read_before=read_before
+        q, k, v, decay, given, state, bonus=own, normalize=normalize, read_before=read_before
     )
     total = out.float().sum()
     (total if denominator is None else total + denominator.sum()).backward()
@@ -91,6 +93,9 @@ CALLS: dict[str, Callable[[], None]] = {
     ),
     "key, 64, grouped, segments": partial(call, 64, "key", heads=8, state_heads=2, carried=True, batch=1),
     "key, 64, before, documents": partial(call, 64, "key", docs=True, carried=True, read_before=True),
+    "key, 64, bonus, documents": partial(
+        call, 64, "key", heads=16, state_heads=16, docs=True, carried=True, bonus=True
+    ),
     "key, 128": partial(call, 128, "key", heads=16, state_heads=16),
     "key, 128, normalizer, documents, segments": partial(
         call, 128, "key", normalize=True, docs=True, batch=1
