@@ -5,8 +5,8 @@ whole text in float32 each time, and keep it for backward. Inductor fuses them b
 which stay what they are, and makes again in backward what is cheaper made than kept. All layers of one composition
 share what is compiled. Where nothing trains, the parts run one by one.
 
-``LINEARIZE_COMPILE=auto|always|never``: `auto` compiles on CUDA devices where Triton kernels run, `always` on the CPU
-too (for tests), `never` nowhere.
+``LINEARIZE_COMPILE=auto|always|never``: where Triton kernels run, `auto` compiles on CUDA devices, `always` around
+Triton's interpreter too (for tests), `never` nowhere.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from linearize.registry import closest
 
 VARIABLE = "LINEARIZE_COMPILE"
 CHOICES = ("auto", "always", "never")
+BACKEND = "inductor"
 SHAPES = 6
 """Sizes of batch and text for which one composition is compiled; at others the parts run one by one."""
 
@@ -44,7 +45,7 @@ class _Compiled:
 
         # torch counts compilations by code object: each composition gets one of its own
         own = types.FunctionType(body.__code__.replace(co_name=name), globals(), name)
-        self.call: Callable[..., Tensor] = torch.compile(own, dynamic=False, fullgraph=True)
+        self.call: Callable[..., Tensor] = torch.compile(own, backend=BACKEND, dynamic=False, fullgraph=True)
         self.sizes: set[tuple[Any, ...]] = set()
         self.failed = False
 

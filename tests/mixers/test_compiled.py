@@ -1,0 +1,84 @@
+"""A mixer that trains compiled is the mixer part by part, and all layers of a composition share what is compiled."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from linearize.kernels import dispatch
+from linearize.mixers import LayerShape, build, compiled
+
+SHAPE = LayerShape(heads=2, kv_heads=1, key_dim=16, value_dim=16, scaling=0.25, model_dim=10)
+WINDOW = {"name": "sliding", "size": 16, "first": 2, "overlap": True}
+MIXERS = {
+    "delta": {
+        "feature_map": {"name": "identity"}, "gate": {"name": "mamba2"}, "update": {"name": "delta"},
+        "normalizer": {"name": "none"}, "window": WINDOW, "combine": {"name": "sigmoid", "per": "token"},
+    },
+    "liger": {
+        "feature_map": {"name": "softmax_dim"}, "gate": {"name": "key_pool"}, "normalizer": {"name": "none"},
+        "window": WINDOW, "combine": {"name": "weighted"},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def traced(monkeypatch):
+    monkeypatch.setattr(
+        compiled, "BACKEND", "aot_eager"
+    )  # what is compiled, without the minute of a C++ compiler
+    monkeypatch.setattr(compiled, "_made", {})
+
+
+def trained(mixer, choice: str, monkeypatch, tokens: int = 40) -> list[Tensor | None]:
+    """Output and gradients."""
+    monkeypatch.setenv(compiled.VARIABLE, choice)
+    generator = torch.Generator().manual_seed(1)
+    sizes = {"q": (2, 16), "k": (1, 16), "v": (1, 16), "hidden": (10,)}
+    given = {
+        name: torch.randn(1, tokens, *size, generator=generator).requires_grad_()
+        for name, size in sizes.items()
+    }
+    with dispatch.kernels("triton"):
+        out = mixer.chunked(**given)
+    weight = torch.randn(out.shape, generator=generator)
+    wanted = [*given.values(), *mixer.parameters()]
+    return [out, *torch.autograd.grad((out * weight).sum(), wanted, allow_unused=True)]
+
+
+@pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("name", MIXERS)
+def test_compiled_equals_the_parts(name, monkeypatch):
+    mixers = [build(MIXERS[name], SHAPE) for _ in range(3)]
+    torch._dynamo.utils.counters.clear()
+    for mixer in mixers:
+        expected, found = (trained(mixer, choice, monkeypatch) for choice in ("never", "always"))
+        for one, two in zip(expected, found, strict=True):
+            assert (one is None) == (two is None)
+            if one is not None and two is not None:
+                torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+    (made,) = compiled._made.values()
+    assert not made.failed
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "a graph for each layer"
+
+
+@pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1")
+def test_what_cannot_be_compiled_runs_by_parts(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(compiled, "BACKEND", broken)
+    mixer = build(MIXERS["liger"], SHAPE)
+    expected = trained(mixer, "never", monkeypatch)
+    with pytest.warns(UserWarning, match="could not be compiled"):
+        found = trained(mixer, "always", monkeypatch)
+    assert torch.equal(found[0], expected[0])
+
+
+def test_an_unknown_choice_is_refused(monkeypatch):
+    monkeypatch.setitem(os.environ, compiled.VARIABLE, "alway")
+    with pytest.raises(dispatch.KernelError, match="always"):
+        compiled.wanted(torch.zeros(1))
