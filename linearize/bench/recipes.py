@@ -40,8 +40,8 @@ def main(options: argparse.Namespace) -> int:
     Raises:
         LinearizeError: no such recipe or shape, or no CUDA device.
     """
-    device = device_of(options.device)
     names = chosen(options.recipes)
+    device = device_of(options.device)
     quiet_libraries()
     torch.set_float32_matmul_precision("high")  # as a run has it
     random_model("meta", torch.float32, options.shape)
