@@ -143,6 +143,8 @@ class RunConfig:
     """auto (bf16 autocast on CUDA, else float32), fp32, bf16. Masters stay float32."""
     workers: int = 0
     """Data loader processes."""
+    capture: bool = True
+    """On CUDA, record a training step once and replay it as one CUDA graph, where that can be done."""
 
 
 @dataclass

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from linearize.config.schema import RunConfig, StageConfig
+from linearize import surgery
 from linearize.distill import checkpoint, non_finite, state
+from linearize.distill.captured import Captured
 from linearize.distill.trainable import load_trained, mixer_parameters, trained
 from linearize.errors import NonFiniteLossError
 
@@ -119,6 +122,12 @@ class StageTrainer(Trainer):
         self._step_lr: dict[str, float] = {}
         self._step_norm: Tensor | float = 0.0
         self.stage_folder = folder
+        self.captured = Captured(
+            self.parameters.values(),
+            name,
+            partial(surgery.trusting, model) if surgery.converted(model) else nullcontext,
+            _obstacle(stage, run, device),
+        )
         self.adamw = build_optimizer(
             self.parameters, stage, fused=device.type == "cuda", mixers=mixer_parameters(model)
         )
@@ -163,7 +172,13 @@ class StageTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         batch = self._prepare_inputs(inputs)
-        values = self.micro_step(model, batch, num_items_in_batch)
+        step = partial(self.micro_step, model)
+        # what a recording supposes of masks holds for packed text, which has no padding
+        if "attention_mask" in batch:
+            values = step(batch, num_items_in_batch)
+        else:
+            setting = self.current_gradient_accumulation_steps
+            values = self.captured(step, batch, num_items_in_batch, setting)
         self._step_values = values if self._step_values is None else self._step_values + values
         return values.mean().to(self._tr_loss.dtype)
 
@@ -294,6 +309,13 @@ class StageTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the original counts all parameters on every micro-batch
+
+
+def _obstacle(stage: StageConfig, run: RunConfig, device: torch.device) -> str | None:
+    """Why a stage's micro-steps are not recorded, or None."""
+    if device.type != "cuda" or not run.capture:
+        return "not asked for"
+    return "window_dropout draws other layers for each batch" if stage.window_dropout else None
 
 
 def build_optimizer(
