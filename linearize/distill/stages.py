@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,37 +101,22 @@ def train(
         CheckpointError: a checkpoint could not be written or read.
         OutOfMemoryError: with the step.
     """
-    seed = run.seed + place.index
-    set_seed(seed)
-    model = prepare(model, stage)
-    device = next(model.parameters()).device
-    settings: dict[str, Any] = {
-        "name": place.name,
-        "stage": stage,
-        "run": run,
-        "folder": place.folder,
-        "dataset": dataset,
-        "length": length,
-        "seed": seed,
-        "device": device,
-        "autocast": autocast,
-    }
-    use_cache = unwrapped(model).config.use_cache
     start = checkpoint.newest_intact(place.folder)
-    trainer: StageTrainer
-    with untied(model, stage.untie), _checkpointing(unwrapped(model), stage.gradient_checkpointing):
-        level = objectives.level_of(stage.objective)
-        if level == "layer":
-            trainer = TransferTrainer(model, **settings)
-        else:
-            original = teacher() if teacher is not None and needs_teacher(stage.objective) else None
-            kind = PreferenceTrainer if level == "pair" else FinetuneTrainer
-            trainer = kind(model, teacher=original, **settings)
-        try:
-            interrupt = _fit(trainer, place, start)
-        finally:
-            unwrapped(model).config.use_cache = use_cache  # Trainer switches it off for good
-            model.zero_grad(set_to_none=True)
+    opened = training(
+        model,
+        stage,
+        name=place.name,
+        folder=place.folder,
+        run=run,
+        seed=run.seed + place.index,
+        dataset=dataset,
+        length=length,
+        autocast=autocast,
+        teacher=teacher,
+    )
+    with opened as trainer:
+        model = trainer.trained_model
+        interrupt = _fit(trainer, place, start)
     checkpoint.write_tensors_file(place.folder / FINAL, trained(model))
     checkpoint.write_json(
         place.folder / DONE,
@@ -149,6 +134,56 @@ def train(
         )
     model.requires_grad_(False)
     return model.eval()
+
+
+@contextmanager
+def training(
+    model: nn.Module,
+    stage: StageConfig,
+    *,
+    name: str,
+    folder: Path,
+    run: RunConfig,
+    seed: int,
+    dataset: Any,
+    length: int,
+    autocast: torch.dtype | None,
+    teacher: Callable[[], nn.Module] | None,
+) -> Iterator[StageTrainer]:
+    """Inside, a stage's trainer, with the model as the stage wants it; afterwards no gradients are left.
+
+    Args:
+        name: of the stage.
+        folder: of its checkpoints.
+        seed: of this stage.
+        model, stage, run, dataset, length, autocast, teacher: see `train`.
+    """
+    set_seed(seed)
+    model = prepare(model, stage)
+    settings: dict[str, Any] = {
+        "name": name,
+        "stage": stage,
+        "run": run,
+        "folder": folder,
+        "dataset": dataset,
+        "length": length,
+        "seed": seed,
+        "device": next(model.parameters()).device,
+        "autocast": autocast,
+    }
+    use_cache = unwrapped(model).config.use_cache
+    with untied(model, stage.untie), _checkpointing(unwrapped(model), stage.gradient_checkpointing):
+        level = objectives.level_of(stage.objective)
+        try:
+            if level == "layer":
+                yield TransferTrainer(model, **settings)
+            else:
+                original = teacher() if teacher is not None and needs_teacher(stage.objective) else None
+                kind = PreferenceTrainer if level == "pair" else FinetuneTrainer
+                yield kind(model, teacher=original, **settings)
+        finally:
+            unwrapped(model).config.use_cache = use_cache  # Trainer switches it off for good
+            model.zero_grad(set_to_none=True)
 
 
 def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> Interrupt:
