@@ -145,6 +145,8 @@ class RunConfig:
     """Data loader processes."""
     capture: bool = True
     """On CUDA, record a training step once and replay it as one CUDA graph, where that can be done."""
+    compile: str = "auto"
+    """Whether end-to-end stages compile the model's blocks: auto (on CUDA, in stages of many steps), always, never."""
 
 
 @dataclass

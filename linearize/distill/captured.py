@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,7 +30,6 @@ class Captured:
     Args:
         parameters: everything that trains.
         name: of the stage, for the log.
-        recording: entered around what is recorded.
         obstacle: why nothing is to be recorded, or None.
 
     Attributes:
@@ -39,14 +37,8 @@ class Captured:
         obstacle: why there will be none, or None.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        name: str,
-        recording: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        obstacle: str | None = None,
-    ) -> None:
-        self.parameters, self.name, self.recording = list(parameters), name, recording
+    def __init__(self, parameters: Iterable[nn.Parameter], name: str, obstacle: str | None = None) -> None:
+        self.parameters, self.name = list(parameters), name
         self.graph: torch.cuda.CUDAGraph | None = None
         self.obstacle = obstacle
         self._key: Hashable = None
@@ -129,7 +121,7 @@ class Captured:
         inputs = {name: x for name, x in self._inputs.items() if name}
         graph = torch.cuda.CUDAGraph()
         # other threads, such as the one that pins batches, may go on
-        with self.recording(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             losses = run(inputs, self._inputs.get(""))
         strays = [p for p in self.parameters if p.grad is not None and id(p) not in known]
         for parameter in strays:

@@ -11,7 +11,7 @@ This is the one place that knows them:
 - `stages.*.gradient_checkpointing`: activations are computed again in place of being kept, under the same random state.
 - `stages.*.save_every`: when checkpoints are written, not what is trained.
 - `eval.batch_size`: windows and items are scored one by one, whatever the batch; equal up to rounding.
-- `run.capture`: the same kernels in the same order.
+- `run.capture`, `run.compile`: the same kernels in the same order, or the same operations fused: equal up to rounding.
 - `run.workers`: an item is a function of its place, whoever reads it.
 - `run.device`, `run.precision`, where both spellings mean the same on this machine (auto and cpu without a GPU).
 
@@ -27,7 +27,7 @@ from linearize.config.schema import RunConfig
 from linearize.distill.device import resolve_device, resolve_precision
 from linearize.errors import LinearizeError
 
-FREE = ("eval.batch_size", "run.workers", "run.capture")
+FREE = ("eval.batch_size", "run.workers", "run.capture", "run.compile")
 FREE_IN_STAGE = ("gradient_checkpointing", "save_every")
 _BATCH = ("batch_size", "grad_accum")
 OF_EACH_MICRO_BATCH = ("attention_output_relative",)

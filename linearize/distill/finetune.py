@@ -47,6 +47,9 @@ class FinetuneTrainer(StageTrainer):
         ]
         return torch.stack([(target != -100).sum() for target in targets]).sum().clamp_min(1).to(device)
 
+    def compiled_models(self) -> list[nn.Module]:
+        return [self.trained_model, *([] if self.teacher is None else [self.teacher])]
+
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
         """The step's loss [1], this micro-batch's share of it."""
         fused = objectives.fused(self.stage.objective)

@@ -25,13 +25,17 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from linearize import surgery
 from linearize.config.schema import RunConfig, StageConfig
 from linearize.distill import checkpoint, non_finite, state
+from linearize.distill.blocks import Blocks
 from linearize.distill.captured import Captured
 from linearize.distill.optimizer import build_optimizer, build_scheduler
 from linearize.distill.trainable import load_trained, mixer_parameters, trained
 from linearize.errors import NonFiniteLossError
+from linearize.mixers.compiled import part_by_part
 
 KEPT_CHECKPOINTS = 2
 """The newest, and one more in case the newest is damaged."""
+COMPILE_FROM = 200
+"""Optimizer steps of a stage whose blocks are compiled, which takes up to a minute."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +127,10 @@ class StageTrainer(Trainer):
         self._step_lr: dict[str, float] = {}
         self._step_norm: Tensor | float = 0.0
         self.stage_folder = folder
-        self.captured = Captured(
-            self.parameters.values(),
-            name,
-            partial(surgery.trusting, model) if surgery.converted(model) else nullcontext,
-            _obstacle(stage, run, device),
-        )
+        self.captured = Captured(self.parameters.values(), name, _obstacle(stage, run, device))
+        self.compiles = _compiles(run, device, self.budget)
+        self.blocks: Blocks | None = None
+        self._masks_checked = False
         self.adamw = build_optimizer(
             self.parameters, stage, fused=device.type == "cuda", mixers=mixer_parameters(model)
         )
@@ -163,6 +165,10 @@ class StageTrainer(Trainer):
         """
         raise NotImplementedError
 
+    def compiled_models(self) -> list[nn.Module]:
+        """Models that run as a whole in a micro-step, whose blocks may be compiled."""
+        return []
+
     def where_not_finite(self, values: list[float]) -> str:
         """Which of the step's losses is not finite, in words."""
         return f"the loss is {values[0]}"
@@ -174,14 +180,26 @@ class StageTrainer(Trainer):
     ) -> Tensor:
         batch = self._prepare_inputs(inputs)
         step = partial(self.micro_step, model)
-        # what a recording supposes of masks holds for packed text, which has no padding
-        if "attention_mask" in batch:
-            values = step(batch, num_items_in_batch)
+        if "attention_mask" in batch or not self._masks_checked:
+            # later batches are packed in the same way, and have no padding
+            self._masks_checked = "attention_mask" not in batch
+            with part_by_part() if self.compiles else nullcontext():
+                values = step(batch, num_items_in_batch)
         else:
-            setting = self.current_gradient_accumulation_steps
-            values = self.captured(step, batch, num_items_in_batch, setting)
+            with self._trusting():
+                setting = self.current_gradient_accumulation_steps
+                values = self.captured(step, batch, num_items_in_batch, setting)
         self._step_values = values if self._step_values is None else self._step_values + values
         return values.mean().to(self._tr_loss.dtype)
+
+    @contextmanager
+    def _trusting(self) -> Iterator[None]:
+        """Around micro-steps like one that has been looked at: nothing in them waits for the device."""
+        converted = surgery.converted(self.trained_model)
+        if self.blocks is None:
+            self.blocks = Blocks(self.compiled_models() if self.compiles else [], self.stage_name)
+        with surgery.trusting(self.trained_model) if converted else nullcontext(), self.blocks.compiled():
+            yield
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         return None
@@ -317,6 +335,13 @@ def _obstacle(stage: StageConfig, run: RunConfig, device: torch.device) -> str |
     if device.type != "cuda" or not run.capture:
         return "not asked for"
     return "window_dropout draws other layers for each batch" if stage.window_dropout else None
+
+
+def _compiles(run: RunConfig, device: torch.device, budget: Budget) -> bool:
+    """Whether a stage's blocks are compiled: where that is asked for, or pays."""
+    if run.compile == "auto":
+        return device.type == "cuda" and budget.steps >= COMPILE_FROM
+    return run.compile == "always"
 
 
 def _arguments(

@@ -1,0 +1,85 @@
+"""Compiled blocks give what their parts give, layers share what is compiled, and what cannot be compiled goes on."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from linearize import objectives, surgery
+from linearize.bench.subjects import convert, random_model
+from linearize.distill import blocks
+from linearize.distill.finetune import predicts, teacher_predicts
+from linearize.distill.headless import recognize
+
+SIZES = {"hidden_size": 64, "head_dim": 64, "num_hidden_layers": 4}
+
+
+@pytest.fixture(autouse=True)
+def traced_alone(monkeypatch):
+    """Tracing is what can fail; the compiler of the CPU would take minutes."""
+    monkeypatch.setattr(blocks, "BACKEND", "eager")
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def packed() -> dict[str, torch.Tensor]:
+    ids = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "position_ids": torch.arange(40).repeat(2, 1) % 17, "labels": ids}
+
+
+def step(model, head) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    batch = packed()
+    model.zero_grad()
+    theirs = teacher_predicts(model, batch, None, head)
+    model.train()
+    targets = objectives.next_targets(batch["labels"], batch["position_ids"])
+    loss = objectives.token_backward(
+        predicts(model, batch, head), targets, {"next_token": 1.0, "logits_kl": 1.0}, teacher=theirs
+    )
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("recipe", ["lolcats", "gated_delta_window", "arwkv", "softmax"])
+def test_equal_to_their_parts(recipe):
+    model = convert(random_model("cpu", torch.float32, "tiny", **SIZES), recipe)
+    head = recognize(model, torch.device("cpu"))
+    loss, gradients = step(model, head)
+    compiled = blocks.Blocks([model], "probe")
+    assert len(compiled.layers) == 4
+    with surgery.trusting(model), compiled.compiled():
+        for _ in range(2):
+            other, found = step(model, head)
+    assert compiled.obstacle is None
+    assert counters["stats"]["unique_graphs"] == 2, "one of the student, one of the teacher"
+    torch.testing.assert_close(other, loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+    assert not any("forward" in vars(layer) for layer in compiled.layers)
+
+
+def test_what_cannot_be_compiled_goes_on(caplog):
+    model = random_model("cpu", torch.float32, "tiny", **SIZES)
+    head = recognize(model, torch.device("cpu"))
+    batch = packed()
+    expected = predicts(model, batch, head).hidden
+
+    def look(module, args):
+        if not bool(args[0].isfinite().all()):  # no trace holds an answer of the device
+            raise ValueError
+
+    model.model.layers[2].mlp.register_forward_pre_hook(look)
+    compiled = blocks.Blocks([model], "probe")
+    with caplog.at_level(logging.INFO), compiled.compiled():
+        found = predicts(model, batch, head).hidden
+    assert compiled.obstacle is not None and "not compiled" in caplog.text
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_forward_that_somebody_replaced_is_left_alone():
+    model = random_model("cpu", torch.float32, "tiny", **SIZES)
+    model.model.layers[1].forward = model.model.layers[1].forward
+    assert blocks.repeated(model) == []
+    assert blocks.Blocks([model], "probe").obstacle is not None
