@@ -14,7 +14,12 @@ TEMPLATES = ("none", "rendered", "alpaca", "chat")
 CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     schema.DataConfig: {"template": TEMPLATES},
     schema.StageDataConfig: {"template": (*TEMPLATES, "preference")},
-    schema.RunConfig: {"device": ("auto", "cpu", "cuda"), "precision": ("auto", "fp32", "bf16")},
+    schema.RunConfig: {
+        "device": ("auto", "cpu", "cuda"),
+        "precision": ("auto", "fp32", "bf16"),
+        "weights": ("auto", "float32", "bfloat16"),
+    },
+    schema.ExportConfig: {"dtype": ("auto", "float32", "bfloat16", "float16")},
 }
 """Class -> field -> the only values it may have."""
 
