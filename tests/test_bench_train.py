@@ -44,9 +44,12 @@ def test_every_stage_beside_the_softmax_model(tmp_path, capsys):
         )
     assert rows[1]["loss"] > 0 and rows[2]["loss"] == pytest.approx(torch.tensor(97.0).log().item(), rel=0.1)
     again = bench(tmp_path, "--stages", "transfer", "--kernels", "torch", "--checkpointing")
-    assert again[: len(rows)][2:] == rows[2:] and again[-1]["way"] == "auto, plain torch, checkpointing"
+    assert (
+        again[: len(rows)][2:] == rows[2:]
+        and again[-1]["way"] == "float32 weights, plain torch, checkpointing"
+    )
     page = (tmp_path / "train.md").read_text()
-    assert "## tiny, auto, kernels" in page and "| lolcats | all_kl |" in page
+    assert "## tiny, float32 weights, kernels" in page and "| lolcats | all_kl |" in page
     assert "x softmax" in capsys.readouterr().out
 
 

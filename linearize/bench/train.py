@@ -26,7 +26,7 @@ from linearize.bench.whole import Row, Stopped, reported
 from linearize.cli.console import quiet_libraries
 from linearize.config.schema import LoraConfig, RunConfig, StageConfig
 from linearize.distill import stages
-from linearize.distill.device import resolve_device, resolve_precision
+from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.errors import LinearizeError
 from linearize.eval import tables
 from linearize.registry import closest
@@ -56,9 +56,9 @@ def main(options: argparse.Namespace) -> int:
     """Measure, print every row as it comes, and write train.json and train.md.
 
     Args:
-        options: shapes, stages, recipes (names), batch, length (tuples or None), precision, device, kernels (auto or
-            torch), checkpointing, profile, seconds (of a row's repeats), budget (seconds after which nothing new is
-            begun), peak (TFLOP/s of the device, or None), out (folder).
+        options: shapes, stages, recipes (names), batch, length (tuples or None), precision, weights, device, kernels
+            (auto or torch), checkpointing, profile, seconds (of a row's repeats), budget (seconds after which nothing
+            new is begun), peak (TFLOP/s of the device, or None), out (folder).
 
     Raises:
         LinearizeError: no such shape, stage or recipe, or no CUDA device.
@@ -130,8 +130,14 @@ def measured(
 
 def way(options: argparse.Namespace) -> str:
     """How it ran, in words: what makes two rows different measurements of one stage."""
-    words = [options.precision, "plain torch" if options.kernels == "torch" else "kernels"]
+    weights = str(resolve_weights(settings(options), torch.device(options.device)))[6:]
+    words = [f"{weights} weights", "plain torch" if options.kernels == "torch" else "kernels"]
     return ", ".join(words + ["checkpointing"] * options.checkpointing)
+
+
+def settings(options: argparse.Namespace) -> RunConfig:
+    """The `run` section of a recipe."""
+    return RunConfig(device=options.device, precision=options.precision, weights=options.weights)
 
 
 def step(
@@ -150,9 +156,9 @@ def step(
     """
     from linearize.kernels import dispatch
 
-    run = RunConfig(device=device.type, precision=options.precision)
+    run = settings(options)
     model = convert(loaded(shape, run), name)
-    settings = StageConfig(
+    trained = StageConfig(
         **STAGES[stage],
         tokens=STEPS * batch * length,
         batch_size=batch,
@@ -161,13 +167,13 @@ def step(
         save_every=2 * STEPS,
     )
     teacher: Callable[[], nn.Module] | None = None
-    if "all" in settings.train and name != TEACHER:
+    if "all" in trained.train and name != TEACHER:
         teacher = lambda: loaded(shape, run).requires_grad_(False)  # noqa: E731
     text = RandomText(model.config.vocab_size, length, count=4 * batch)
     with tempfile.TemporaryDirectory() as folder, dispatch.kernels(options.kernels):
         opened = stages.training(
             model,
-            settings,
+            trained,
             name=stage,
             folder=Path(folder),
             run=run,
@@ -201,7 +207,8 @@ def step(
 
 def loaded(shape: str, run: RunConfig) -> Any:
     """The shape's model as a run loads its own."""
-    return random_model(resolve_device(run), torch.float32, shape)
+    device = resolve_device(run)
+    return random_model(device, resolve_weights(run, device), shape)
 
 
 def compared(rows: list[Row]) -> list[Row]:

@@ -157,6 +157,12 @@ def train(parser: argparse.ArgumentParser) -> None:
         help="run.precision of the recipes (default: auto)",
     )
     parser.add_argument(
+        "--weights",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="run.weights of the recipes, of what does not train (default: auto)",
+    )
+    parser.add_argument(
         "--kernels",
         choices=("auto", "torch"),
         default="auto",

@@ -17,8 +17,10 @@ CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     schema.RunConfig: {
         "device": ("auto", "cpu", "cuda"),
         "precision": ("auto", "fp32", "bf16"),
+        "weights": ("auto", "float32", "bfloat16"),
         "compile": ("auto", "always", "never"),
     },
+    schema.ExportConfig: {"dtype": ("auto", "float32", "bfloat16", "float16")},
 }
 """Class -> field -> the only values it may have."""
 

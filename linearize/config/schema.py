@@ -141,12 +141,24 @@ class RunConfig:
     """auto, cpu, cuda."""
     precision: str = "auto"
     """auto (bf16 autocast on CUDA, else float32), fp32, bf16. Masters stay float32."""
+    weights: str = "auto"
+    """Of what does not train, the teacher included: auto (bfloat16 where the passes are and the device is CUDA, else
+    float32), float32, bfloat16. What trains has float32 weights in any case."""
     workers: int = 0
     """Data loader processes."""
     capture: bool = True
     """On CUDA, record a training step once and replay it as one CUDA graph, where that can be done."""
     compile: str = "auto"
     """Whether end-to-end stages compile the model's blocks: auto (on CUDA, in stages of many steps), always, never."""
+
+
+@dataclass
+class ExportConfig:
+    """The checkpoint that a run ends with."""
+
+    dtype: str = "auto"
+    """Of all weights but the mixers', which stay float32: auto (what the teacher's checkpoint holds most of), float32,
+    bfloat16, float16."""
 
 
 @dataclass
@@ -167,3 +179,4 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)

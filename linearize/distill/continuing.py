@@ -13,7 +13,9 @@ This is the one place that knows them:
 - `eval.batch_size`: windows and items are scored one by one, whatever the batch; equal up to rounding.
 - `run.capture`, `run.compile`: the same kernels in the same order, or the same operations fused: equal up to rounding.
 - `run.workers`: an item is a function of its place, whoever reads it.
-- `run.device`, `run.precision`, where both spellings mean the same on this machine (auto and cpu without a GPU).
+- `export.dtype`: the export comes last.
+- `run.device`, `run.precision`, `run.weights`, where both spellings mean the same on this machine (auto and cpu
+  without a GPU).
 
 Everything else changes the result and is refused.
 """
@@ -24,10 +26,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from linearize.config.schema import RunConfig
-from linearize.distill.device import resolve_device, resolve_precision
+from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.errors import LinearizeError
 
-FREE = ("eval.batch_size", "run.workers", "run.capture", "run.compile")
+FREE = ("eval.batch_size", "run.workers", "run.capture", "run.compile", "export.dtype")
 FREE_IN_STAGE = ("gradient_checkpointing", "save_every")
 _BATCH = ("batch_size", "grad_accum")
 OF_EACH_MICRO_BATCH = ("attention_output_relative",)
@@ -72,8 +74,11 @@ def _refusal(key: str, before: dict[str, Any], after: dict[str, Any]) -> str | N
     """None where a change of `key` leaves the result as it is, else what to add to the line that refuses it."""
     if key in FREE:
         return None
-    if key in ("run.device", "run.precision"):
-        return None if _same_place(before.get("run"), after.get("run")) else ""
+    if key in ("run.device", "run.precision", "run.weights"):
+        # a run from before there was `run.weights`
+        old = {"weights": "float32", **_mapping(before.get("run"))}
+        begun = " (it began with run.weights=float32)" if key not in _flat(before) else ""
+        return None if _same_place(old, after.get("run")) else begun
     section, *rest = key.split(".")
     name, setting = ".".join(rest[:-1]), rest[-1] if rest else ""
     stages = [_mapping(_mapping(recipe.get("stages")).get(name)) for recipe in (before, after)]
@@ -95,13 +100,13 @@ def _refusal(key: str, before: dict[str, Any], after: dict[str, Any]) -> str | N
     return f" (batch_size x grad_accum must stay {sequences})"
 
 
-def _same_place(before: Any, after: Any) -> bool:
+def _same_place(before: dict[str, Any], after: Any) -> bool:
     try:
         places = []
         for settings in (before, after):
             run = RunConfig(**_mapping(settings))
             device = resolve_device(run)
-            places.append((device, resolve_precision(run, device)))
+            places.append((device, resolve_precision(run, device), resolve_weights(run, device)))
     except (LinearizeError, TypeError):
         return False
     return places[0] == places[1]

@@ -22,7 +22,7 @@ from linearize.config.schema import Recipe
 from linearize.distill import memory, preference, stages
 from linearize.distill.callbacks import RunStopped
 from linearize.distill.checkpoint import could_not_write, is_full, write_json
-from linearize.distill.device import resolve_device, resolve_precision
+from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.distill.folder import ADAPTER, RunFolder
 from linearize.distill.lock import held
 from linearize.distill.results import Measurer, Results
@@ -31,6 +31,7 @@ from linearize.distill.stages import StagePlace
 from linearize.distill.trainable import check_ranks, needs
 from linearize.eval import tables
 from linearize.eval.report import write_report
+from linearize.export import rounding
 from linearize.signals import exit_code
 
 _SMALLER_MODEL = "a smaller model, or run.device=cpu where the machine has more memory than the device"
@@ -104,6 +105,7 @@ class _Job:
         self.recipe_name = recipe_name
         self.device = resolve_device(recipe.run)
         self.autocast = resolve_precision(recipe.run, self.device)
+        self.weights = resolve_weights(recipe.run, self.device)
         out = shlex.quote(str(folder.path))
         # The folder's own recipe: overrides need not be repeated.
         self.resume_command = f"linearize run {shlex.quote(model)} {out}/recipe.yaml --out {out} --resume"
@@ -120,8 +122,10 @@ class _Job:
         model: Any
         with self._watched(f"loading {self.source}", [], _SMALLER_MODEL):
             model, tokenizer = models.load_teacher(
-                self.source, dtype=torch.float32, device=str(self.device), for_text=True
+                self.source, dtype=self.weights, device=str(self.device), for_text=True
             )
+        given = recipe.export.dtype
+        dtype = models.stored_dtype(self.source) if given == "auto" else getattr(torch, given)
         plan = surgery.plan(model, recipe.mixer, recipe.layers, **needs(recipe.stages.values()))
         check_ranks(recipe, plan, getattr(model.config.get_text_config(), "hidden_size", None))
         with self._watched(
@@ -146,7 +150,7 @@ class _Job:
             with self._measuring("the ablations"):
                 measurer.ablations(model, results)
         with self._watched("exporting", [], "free memory; only the export is left"):
-            checkpoint = self._export(model, tokenizer, results)
+            checkpoint = self._export(model, tokenizer, results, dtype)
         report = write_report(folder.path)
         write_json(folder.done, {"checkpoint": checkpoint.name})
         return RunSummary(folder.path, checkpoint, report, results.rows, time.monotonic() - started)
@@ -227,22 +231,22 @@ class _Job:
 
     def _original(self) -> nn.Module:
         """A frozen copy of the teacher, for when the model's own base weights are no longer the teacher's."""
-        original, _ = models.load_teacher(self.source, dtype=torch.float32, device=str(self.device))
+        original, _ = models.load_teacher(self.source, dtype=self.weights, device=str(self.device))
         return original.requires_grad_(False).eval()
 
-    def _export(self, model: Any, tokenizer: Any, results: Results) -> Path:
+    def _export(self, model: Any, tokenizer: Any, results: Results, dtype: torch.dtype) -> Path:
         """The checkpoint folder: adapters merged, or beside it in `adapter` when a stage says `merge: false`."""
         apart = None
         if hasattr(model, "merge_and_unload"):
             lora = [stage.lora for stage in self.recipe.stages.values() if stage.lora is not None]
             if all(adapters.merge for adapters in lora):
-                model = model.merge_and_unload()
+                model = rounding.merged(model, dtype)
             else:
                 apart = self.folder.path / ADAPTER
                 _save_adapter(model, apart, self.folder.checkpoint)
                 model = model.unload()
         path = export.save(
-            model,
+            rounding.in_dtype(model, dtype),
             self.folder.checkpoint,
             tokenizer=tokenizer,
             recipe=dataclasses.asdict(self.recipe),
@@ -260,7 +264,9 @@ class _Job:
             "model": self.source,
             "recipe": self.recipe_name,
             "device": name,
-            "precision": "bf16 autocast, float32 masters" if self.autocast else "float32",
+            "precision": f"bf16 autocast, {str(self.weights)[6:]} weights, float32 masters"
+            if self.autocast
+            else "float32",
             "seed": self.recipe.run.seed,
         }
 

@@ -108,6 +108,7 @@ def mapping(recipe: Recipe) -> dict[str, Any]:
         ("stages.recover.lora.rank", 3, "stages.recover.lora.rank: 2 -> 3"),
         ("run.seed", 1, "run.seed: 0 -> 1"),
         ("run.precision", "bf16", "run.precision: auto -> bf16"),
+        ("run.weights", "bfloat16", "run.weights: auto -> bfloat16"),
         ("eval.length", 32, "eval.length: 64 -> 32"),
         ("data.length", 32, "data.length: 64 -> 32"),
         ("layers", [0], "layers: all -> [0]"),
