@@ -73,8 +73,17 @@ class Blocks:
 
 
 def repeated(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model: the members of its longest list of modules of one class, at least two."""
+    """The blocks of a model: the members of its longest list of modules of one class, at least two.
+
+    None where somebody has replaced a block's forward, or listens inside: torch leaves hooks out of what layers share.
+    """
     lists = [list(part) for part in model.modules() if isinstance(part, nn.ModuleList)]
     found = [part for part in lists if len(part) > 1 and len({type(layer) for layer in part}) == 1]
     layers = max(found, key=len, default=[])
-    return [] if any("forward" in vars(layer) for layer in layers) else layers
+    taken = any("forward" in vars(layer) for layer in layers)
+    heard = any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
+        for layer in layers
+        for part in layer.modules()
+    )
+    return [] if taken or heard else layers
