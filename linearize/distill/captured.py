@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linearize.recording import record
+
 log = logging.getLogger(__name__)
 
 WARM_UP = 3
@@ -119,10 +121,7 @@ class Captured:
             self._gradients.append((parameter, parameter.grad))
         known = {id(parameter) for parameter in self._receivers}
         inputs = {name: x for name, x in self._inputs.items() if name}
-        graph = torch.cuda.CUDAGraph()
-        # other threads, such as the one that pins batches, may go on
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            losses = run(inputs, self._inputs.get(""))
+        graph, losses = record(lambda: run(inputs, self._inputs.get("")))
         strays = [p for p in self.parameters if p.grad is not None and id(p) not in known]
         for parameter in strays:
             parameter.grad = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments, masking_utils
 
 from linearize import surgery
 from linearize.config.schema import RunConfig, StageConfig
@@ -31,6 +31,7 @@ from linearize.distill.optimizer import build_optimizer, build_scheduler
 from linearize.distill.trainable import load_trained, mixer_parameters, trained
 from linearize.errors import NonFiniteLossError
 from linearize.mixers.compiled import part_by_part
+from linearize.patch import changed
 
 KEPT_CHECKPOINTS = 2
 """The newest, and one more in case the newest is damaged."""
@@ -198,7 +199,13 @@ class StageTrainer(Trainer):
         converted = surgery.converted(self.trained_model)
         if self.blocks is None:
             self.blocks = Blocks(self.compiled_models() if self.compiles else [], self.stage_name)
-        with surgery.trusting(self.trained_model) if converted else nullcontext(), self.blocks.compiled():
+        with ExitStack() as stack:
+            if converted:
+                stack.enter_context(surgery.trusting(self.trained_model))
+            if self.captured.obstacle is None or self.compiles:
+                # as while it records or compiles: masks are made without a look at where documents begin
+                stack.enter_context(changed(masking_utils, "is_tracing", lambda *_: True))
+            stack.enter_context(self.blocks.compiled())
             yield
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:

@@ -15,6 +15,7 @@ from linearize.bench.subjects import convert, random_model, subjects
 from linearize.config.schema import LoraConfig, RunConfig, StageConfig
 from linearize.distill import stages
 from linearize.distill.captured import WARM_UP, Captured
+from linearize.recording import record
 from linearize.surgery import converted
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -124,6 +125,14 @@ def test_what_cannot_be_recorded_goes_on(caplog):
     assert losses == [3.0] * (WARM_UP + 2)
     assert torch.equal(weight.grad, (WARM_UP + 2) * x)
     assert captured.graph is None and "without a CUDA graph" in caplog.text
+    # nothing is left of the recording that failed
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    first = torch.randn(3, device="cuda")
+    assert not torch.equal(first, torch.randn(3, device="cuda"))
+    x = torch.zeros(3, device="cuda")
+    graph, made = record(lambda: x + 1)
+    graph.replay()
+    assert made.tolist() == [1.0] * 3
 
 
 @pytest.mark.gpu
