@@ -50,5 +50,9 @@ class NonFiniteLossError(LinearizeError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
 
 
+class NotFiniteError(LinearizeError):
+    """A model gives NaN or infinity for a text; its weights are damaged, or overflow."""
+
+
 class RunFolderError(LinearizeError):
     """The run folder holds another run, or one that has ended."""

@@ -31,6 +31,7 @@ from linearize.distill.stages import StagePlace
 from linearize.distill.trainable import check_ranks, needs
 from linearize.eval import tables
 from linearize.eval.report import write_report
+from linearize.models.sound import check_trainable
 from linearize.signals import exit_code
 
 _SMALLER_MODEL = "a smaller model, or run.device=cpu where the machine has more memory than the device"
@@ -70,6 +71,7 @@ def run(
         RunFolderError: `out` is in use by another process, or holds another run.
         ModelNotFoundError, UnsupportedModelError, DataError: before anything is written.
         RunStopped: stopped on request; the message holds the command that goes on.
+        NotFiniteError: the teacher, or what a stage has made of it, gives NaN for a text.
         NonFiniteLossError, CheckpointError: training or writing failed; what was saved before is intact.
         OutOfMemoryError: the message holds the command that goes on with less.
     """
@@ -122,6 +124,7 @@ class _Job:
             model, tokenizer = models.load_teacher(
                 self.source, dtype=torch.float32, device=str(self.device), for_text=True
             )
+        check_trainable(self.source, model)
         plan = surgery.plan(model, recipe.mixer, recipe.layers, **needs(recipe.stages.values()))
         check_ranks(recipe, plan, getattr(model.config.get_text_config(), "hidden_size", None))
         with self._watched(
@@ -140,7 +143,10 @@ class _Job:
             model = surgery.convert(model, recipe.mixer, recipe.layers)
         model.eval()
         with self._measuring("the untrained model"):
-            results.add("swapped, untrained", lambda: measurer.measure(model, "swapped", tasks=False))
+            results.add(
+                "swapped, untrained",
+                lambda: measurer.measure(model, "swapped", tasks=False, sound=False),
+            )
         model = self._train(model, places, datasets, measurer, results)
         if recipe.eval.ablations:
             with self._measuring("the ablations"):

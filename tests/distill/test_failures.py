@@ -252,12 +252,19 @@ def test_second_ctrl_c_aborts_at_once(
     distill.run(str(teacher_folder), small, out, resume=True)
 
 
-def test_terminate_signal_saves_too(
-    teacher_folder: Path, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(signal.SIGINT, "press Ctrl-C again to abort"), (signal.SIGTERM, "send SIGTERM again to abort")],
+)
+def test_either_signal_saves_and_is_answered_in_its_own_words(
+    number: int, words: str, teacher_folder: Path, small: Recipe, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    at_step(monkeypatch, "transfer", 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(distill.RunStopped, match="after step 5 of 10"):
+    at_step(monkeypatch, "transfer", 5, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(distill.RunStopped, match="after step 5 of 10") as stopped:
         distill.run(str(teacher_folder), small, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert f"stopping after this step; {words} at once" in said and said.count("again") == 1
+    assert stopped.value.exit_code == 128 + number
 
 
 # Stages and devices
