@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from linearize.data import Document
 from linearize.data.tokens import Tokens
 from linearize.errors import DataError, NotFiniteError
+from linearize.eval.limits import learned_positions
 from linearize.mixers.offloaded import device_of
 
 LOGITS_AT_ONCE = 2**24
@@ -207,10 +208,8 @@ def _check_window(window: int) -> None:
 
 def _check_positions(model: nn.Module, window: int) -> None:
     """Rotary models run beyond their training length; a table of learned positions (GPT-2) has an end."""
-    config = getattr(model, "config", None)
-    limit = getattr(config, "max_position_embeddings", None)
-    rotary = getattr(config, "rope_parameters", None) is not None
-    if limit is not None and not rotary and window > limit:
+    limit = learned_positions(model)
+    if limit is not None and window > limit:
         raise DataError(
             f"window {window} exceeds the model's {limit} learned positions: use eval.length={limit}"
         )
