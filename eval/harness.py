@@ -1,7 +1,7 @@
 """The five downstream tasks, through lm-eval (EleutherAI's evaluation harness), on local files and with no network.
 
 Each task is one file of `eval/tasks/`, an ordinary lm-eval task YAML whose `data_files` entry is looked up in the
-folder that the caller names. lm-eval is an optional dependency: ``pip install 'linearize[eval]'``.
+folder that the caller names. lm-eval is an optional dependency, the extra `eval` of this package.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def _import_lm_eval() -> Any:
         import lm_eval.tasks
     except ImportError as error:
         raise LinearizeError(
-            f"the evaluation tasks need lm-eval ({error}): pip install 'linearize[eval]'"
+            f"the evaluation tasks need lm-eval ({error}): pip install 'lm-eval>=0.4.13'"
         ) from error
     return lm_eval
 

@@ -206,6 +206,11 @@ def test_a_mixer_in_words():
     assert describe(normalize(compose("lolcats").mixer)) == "sliding 64 + hedgehog"
     assert describe(normalize(compose("hedgehog").mixer)) == "hedgehog"
     assert describe(normalize(compose("softmax").mixer)) == "full softmax"
+    for name in ("gla", "liger_gla", "kda", "retnet", "gsa_t2r", "radlads_rwkv7", "mamba_in_llama"):
+        mixer = normalize(compose(name).mixer)
+        words = describe(mixer)
+        assert f"{mixer['gate']['name']} gate" in words
+        assert (mixer["update"]["name"] in words.split(", ")) == (mixer["update"]["name"] != "additive")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["recipes"], ["run", "m"]])

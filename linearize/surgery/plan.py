@@ -32,12 +32,6 @@ def select(layers: Any, indices: list[int]) -> list[int]:
     if layers == "all":
         chosen = list(indices)
     elif isinstance(layers, dict) and set(layers) == {"every"} and _is_positive(layers["every"]):
-        if layers["every"] > len(indices):
-            log.warning(
-                "layers.every: %s, but the model has %s attention layers, so none stays softmax",
-                layers["every"],
-                len(indices),
-            )
         chosen = [index for place, index in enumerate(indices, start=1) if place % layers["every"]]
     else:
         keep = isinstance(layers, dict) and set(layers) == {"keep"}
@@ -189,6 +183,12 @@ def plan(
     model = teacher if isinstance(teacher, PreTrainedModel) else skeleton(teacher)
     found = attention_layers(model)
     chosen = select(layers, [layer.index for layer in found])
+    if isinstance(layers, dict) and layers.get("every", 0) > len(found):
+        log.warning(
+            "layers.every: %s, but the model has %s attention layers, so none stays softmax",
+            layers["every"],
+            len(found),
+        )
     converted = [(layer.path, layer.module, layer.shape) for layer in found if layer.index in chosen]
     targets(model, converted, roles)
     if projects:

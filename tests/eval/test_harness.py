@@ -195,7 +195,7 @@ def test_a_missing_folder_says_what_belongs_there(folder):
 
 def test_lm_eval_missing_names_the_extra(model, tokenizer, data_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(LinearizeError, match=r"pip install 'linearize\[eval\]'"):
+    with pytest.raises(LinearizeError, match=r"pip install 'lm-eval>=0\.4"):
         run_tasks(model, tokenizer, ["piqa"], data_dir=data_dir, progress=False)
 
 
