@@ -61,14 +61,29 @@ def check_room(model: Any, prompt: int, new: int) -> None:
 
 def learned_positions(model: Any) -> int | None:
     """Tokens that the model's table of learned positions has rows for, or None where positions are computed or none."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if limit is None or getattr(model.config, "rope_parameters", None) is not None:
+    table = position_table(model)
+    if table is None:
+        return None
+    # OPT's table has two rows more than positions; RoBERTa counts from behind the row of the padding
+    return (
+        model.config.max_position_embeddings
+        if table.padding_idx is None
+        else table.num_embeddings - table.padding_idx - 1
+    )
+
+
+def position_table(model: Any) -> nn.Embedding | None:
+    """The module that holds learned positions, or None where positions are computed, or where there are none."""
+    config = getattr(model, "config", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or getattr(config, "rope_parameters", None) is not None:
         return None
     words = model.get_input_embeddings()
     for module in model.modules():
-        # OPT's table has two rows more than positions
-        table = isinstance(module, nn.Embedding) and module is not words
-        if table and limit <= module.num_embeddings < limit + 8:
-            # RoBERTa counts from behind the padding's own row
-            return limit if module.padding_idx is None else module.num_embeddings - module.padding_idx - 1
+        if (
+            isinstance(module, nn.Embedding)
+            and module is not words
+            and 0 <= module.num_embeddings - limit < 8
+        ):
+            return module
     return None

@@ -25,6 +25,7 @@ from linearize.distill.checkpoint import could_not_write, is_full, write_json
 from linearize.distill.device import resolve_device, resolve_precision
 from linearize.distill.folder import ADAPTER, RunFolder
 from linearize.distill.lock import held
+from linearize.distill.positions import check_lengths
 from linearize.distill.results import Measurer, Results
 from linearize.distill.stage import Budget
 from linearize.distill.stages import StagePlace
@@ -125,6 +126,7 @@ class _Job:
                 self.source, dtype=torch.float32, device=str(self.device), for_text=True
             )
         check_trainable(self.source, model)
+        check_lengths(recipe, model)
         plan = surgery.plan(model, recipe.mixer, recipe.layers, **needs(recipe.stages.values()))
         check_ranks(recipe, plan, getattr(model.config.get_text_config(), "hidden_size", None))
         with self._watched(
