@@ -21,12 +21,18 @@ def main(options: argparse.Namespace) -> int:
     recipe = composed(options)
 
     from linearize import mixers, surgery  # after the recipe is known to be right: importing takes seconds
-    from linearize.distill.trainable import needs
+    from linearize.distill.trainable import check_ranks, needs
+    from linearize.errors import LinearizeError, collected, raise_together
     from linearize.models import load_config
 
     quiet_libraries()
     asked = needs(recipe.stages.values())
-    plan = surgery.plan(load_config(options.model), recipe.mixer, recipe.layers, **asked)
+    config = load_config(options.model)
+    errors: list[LinearizeError] = []
+    plan = surgery.plan(config, recipe.mixer, recipe.layers, **asked, errors=errors)
+    with collected(errors):
+        check_ranks(recipe, plan, getattr(config.get_text_config(), "hidden_size", None))
+    raise_together(errors, f"{options.recipe} on {options.model}")
     screen = console()
     screen.print(table(plan, describe(mixers.normalize(recipe.mixer))))
     for line in totals(plan, options.length):

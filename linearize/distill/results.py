@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from linearize import data, surgery
 from linearize.config.schema import DataConfig, Recipe
 from linearize.distill.checkpoint import read_json, write_json
-from linearize.errors import CheckpointError, DataError, NotFiniteError
+from linearize.errors import (
+    CheckpointError,
+    DataError,
+    LinearizeError,
+    NotFiniteError,
+    collected,
+    raise_together,
+)
 from linearize.eval import ablation, harness, tables
 from linearize.eval.perplexity import perplexity, windows
 from linearize.progress import Meter
@@ -76,25 +83,34 @@ class Measurer:
         recipe: its `data.validation` and `eval`.
         tokenizer: the teacher's.
         autocast: dtype for the passes, or None for the model's own.
+        errors: receives what texts and tasks are refused for, in place of raising the first.
 
     Raises:
         DataError: a text is missing or shorter than a window, or a task's file is missing; all before training.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: Any, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: Any,
+        autocast: torch.dtype | None = None,
+        errors: list[LinearizeError] | None = None,
+    ) -> None:
         self.settings = recipe.eval
         self.tokenizer = tokenizer
         self.autocast = autocast
-        self.texts: dict[str, Tensor] = {
-            data.HELD_OUT: self._cut(data.HELD_OUT, data.validation_documents(recipe.data, tokenizer))
-        }
+        self.texts: dict[str, Tensor] = {}
+        wrong: list[LinearizeError] = [] if errors is None else errors
+        with collected(wrong):
+            self._read(data.HELD_OUT, recipe.data, tokenizer)
         for name, source in self.settings.texts.items():
-            documents = data.validation_documents(
-                DataConfig(validation=source, text_field=recipe.data.text_field)
-            )
-            self.texts[name] = self._cut(name, documents)
+            with collected(wrong):
+                self._read(name, DataConfig(validation=source, text_field=recipe.data.text_field))
         if self.settings.tasks:
-            harness.check_data(self.settings.tasks, self.settings.task_data, self.settings.task_limit)
+            with collected(wrong):
+                harness.check_data(self.settings.tasks, self.settings.task_data, self.settings.task_limit)
+        if errors is None:
+            raise_together(wrong, "evaluation")
 
     def measure(
         self, model: nn.Module, title: str, *, tasks: bool = True, sound: bool = True
@@ -167,11 +183,13 @@ class Measurer:
                     row["tasks"] = self.tasks(model)
             results.add(label, partial(dict, row))
 
-    def _cut(self, name: str, texts: list[data.Document]) -> Tensor:
+    def _read(self, name: str, text: DataConfig, tokenizer: Any = None) -> None:
+        """Read and cut a text; its template, if it has one, by the tokenizer."""
+        documents = data.validation_documents(text, tokenizer)
         try:
-            return windows(
+            self.texts[name] = windows(
                 self.tokenizer,
-                texts,
+                documents,
                 window=self.settings.length,
                 max_windows=self.settings.max_windows or None,
             )
