@@ -270,7 +270,7 @@ class StageTrainer(Trainer):
         raise NonFiniteLossError(
             f"stage '{self.stage_name}', step {self.state.global_step + 1}: {what}. The step was not applied. "
             f"Last good checkpoint: {last or 'none of this stage yet'}. "
-            f"{non_finite.advice(self.trained_model, self.stage_name, self.stage)}"
+            f"{non_finite.advice(self.trained_model, self.stage_name, self.stage, self.state.global_step)}"
         )
 
     # Checkpoints
@@ -288,7 +288,7 @@ class StageTrainer(Trainer):
         checkpoint.write_tensors(folder / "rng.safetensors", state.rng_tensors())
         window = {} if self._window_values is None else {"values": self._window_values}
         checkpoint.write_tensors(folder / "window.safetensors", window)
-        self.state.save_to_json(str(folder / "trainer_state.json"))
+        self.state.save_to_json(str(folder / checkpoint.STATE))
         scheduler = self.schedule.state_dict()
         checkpoint.write_json(
             folder / "state.json",
