@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from linearize import data, surgery
 from linearize.config.schema import DataConfig, Recipe
 from linearize.distill.checkpoint import read_json, write_json
+from linearize.distill.memory import Fitting
 from linearize.errors import CheckpointError, DataError
 from linearize.eval import ablation, harness
 from linearize.eval.perplexity import perplexity, windows
+from linearize.mixers.offloaded import device_of
 from linearize.progress import Meter
 
 VALIDATION = "held-out"
@@ -80,6 +82,7 @@ class Measurer:
 
     def __init__(self, recipe: Recipe, tokenizer: Any, autocast: torch.dtype | None = None) -> None:
         self.settings = recipe.eval
+        self.fitting = Fitting(recipe.eval.batch_size)
         self.tokenizer = tokenizer
         self.autocast = autocast
         self.texts: dict[str, Tensor] = {
@@ -105,27 +108,27 @@ class Measurer:
         values = {}
         with Meter(f"eval {title}", sum(cut.numel() for cut in self.texts.values())) as meter:
             for name, cut in self.texts.items():
-                values[name] = perplexity(
-                    model,
-                    self.tokenizer,
-                    cut,
-                    batch_size=self.settings.batch_size,
-                    meter=meter,
-                    autocast=self.autocast,
-                ).value
+                measured = partial(
+                    perplexity, model, self.tokenizer, cut, meter=meter, autocast=self.autocast
+                )
+                values[name] = self._fitting(model, measured).value
         return values
 
     def tasks(self, model: nn.Module) -> dict[str, dict[str, float]]:
         """Task -> metric -> value."""
-        return harness.run_tasks(
+        measured = partial(
+            harness.run_tasks,
             model,
             self.tokenizer,
             self.settings.tasks,
             data_dir=Path(self.settings.task_data),
             limit=self.settings.task_limit or None,
-            batch_size=self.settings.batch_size,
             autocast=self.autocast,
         )
+        return self._fitting(model, measured)
+
+    def _fitting(self, model: nn.Module, measured: Callable[..., Any]) -> Any:
+        return self.fitting.run(lambda size: measured(batch_size=size), device_of(model))
 
     def ablations(self, model: nn.Module, results: Results) -> None:
         """Rows with a branch off and with untrained mixers; tasks only for the linear branch off."""

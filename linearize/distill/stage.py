@@ -1,8 +1,8 @@
 """The engine of every stage: transformers.Trainer with our checkpoints, our losses and a stop on NaN.
 
-Kept from Trainer: the loop, gradient accumulation, trackers, callbacks. Replaced: what a checkpoint holds
-(only what trains, no pickles, complete or absent), and mixed precision, which wraps the passes here instead
-of patching the model's forward for good.
+Kept from Trainer: the loop, trackers, callbacks. Replaced: gradient accumulation, by passes over parts of one batch
+(`micro`); what a checkpoint holds (only what trains, no pickles, complete or absent); and mixed precision, which wraps
+the passes here instead of patching the model's forward for good.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from linearize.config.schema import RunConfig, StageConfig
 from linearize.distill import checkpoint, non_finite, state
+from linearize.distill.micro import MicroBatch
 from linearize.distill.trainable import load_trained, mixer_parameters, trained
 from linearize.errors import NonFiniteLossError
 
@@ -41,7 +42,7 @@ class Budget:
     @classmethod
     def of(cls, stage: StageConfig, length: int) -> Budget:
         """Whole optimizer steps that fit in the stage's tokens, at least one."""
-        sequences = stage.batch_size * stage.grad_accum
+        sequences = stage.batch_size
         steps = max(1, stage.tokens // (sequences * length))
         return cls(steps=steps, tokens_per_step=sequences * length, sequences=steps * sequences)
 
@@ -119,6 +120,7 @@ class StageTrainer(Trainer):
         self._step_lr: dict[str, float] = {}
         self._step_norm: Tensor | float = 0.0
         self.stage_folder = folder
+        self.micro = MicroBatch(stage, name, device)
         self.adamw = build_optimizer(
             self.parameters, stage, fused=device.type == "cuda", mixers=mixer_parameters(model)
         )
@@ -144,8 +146,8 @@ class StageTrainer(Trainer):
 
         Args:
             model: the model.
-            batch: input_ids, position_ids, labels, each [B, T], on the device.
-            count: labeled tokens of all micro-batches of this optimizer step, scalar.
+            batch: input_ids, position_ids, labels, each [B, T], on the device; B is `micro.size`.
+            count: labeled tokens of all sequences of this optimizer step, scalar.
 
         Returns:
             Detached losses [N], one for a converted layer or one in all, that sum over the step's
@@ -163,8 +165,12 @@ class StageTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         batch = self._prepare_inputs(inputs)
-        values = self.micro_step(model, batch, num_items_in_batch)
-        self._step_values = values if self._step_values is None else self._step_values + values
+        values = self.micro.run(
+            batch,
+            lambda part: self.micro_step(model, part, num_items_in_batch),
+            undo=lambda: model.zero_grad(set_to_none=True),
+        )
+        self._step_values = values
         return values.mean().to(self._tr_loss.dtype)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
@@ -258,6 +264,7 @@ class StageTrainer(Trainer):
                 },
                 "rng": state.rng_numbers(),
                 "window_steps": self._window_steps,
+                "micro_batch": self.micro.size,
             },
         )
 
@@ -279,6 +286,7 @@ class StageTrainer(Trainer):
         window = checkpoint.read_tensors(folder / "window.safetensors").get("values")
         self._window_values = None if window is None else window.to(self.args.device)
         self._window_steps = saved["window_steps"]
+        self.micro.remember(saved.get("micro_batch"))
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:
@@ -352,7 +360,6 @@ def _arguments(
         output_dir=str(folder),
         max_steps=budget.steps,
         per_device_train_batch_size=stage.batch_size,
-        gradient_accumulation_steps=stage.grad_accum,
         learning_rate=stage.lr,
         max_grad_norm=stage.grad_clip or math.inf,
         logging_steps=stage.log_every,
