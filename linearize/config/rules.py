@@ -68,7 +68,7 @@ RULES: dict[type, dict[str, Range]] = {
         "max_windows": at_least(0, MOST),
         "task_limit": at_least(0, MOST),
     },
-    schema.RunConfig: {"seed": SEEDS, "workers": at_least(0, 256)},
+    schema.RunConfig: {"seed": SEEDS},
 }
 """Class -> field -> its range; of a mapping's values where the field is one. A test finds numbers that have none."""
 
@@ -78,6 +78,8 @@ EVERY = Range(2, 10_000)
 """n of `layers: {every: n}`."""
 SEQUENCES = at_least(1, WIDEST)
 """At once on a device."""
+WORKERS = at_least(0, 256)
+"""Processes of a data loader."""
 STAGES = 100
 """Stages of a recipe at most."""
 LONGEST_NAME = 100

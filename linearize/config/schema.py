@@ -146,8 +146,8 @@ class RunConfig:
     weights: str = "auto"
     """Of what does not train, the teacher included: auto (bfloat16 where the passes are and the device is CUDA, else
     float32), float32, bfloat16. What trains has float32 weights in any case."""
-    workers: int = 0
-    """Data loader processes."""
+    workers: Any = "auto"
+    """Processes that read the packed text: auto (two on CUDA, none elsewhere), or a number."""
 
 
 @dataclass

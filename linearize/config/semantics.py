@@ -29,6 +29,8 @@ def problems(recipe: Recipe, broken: Collection[str] = ()) -> list[str]:
     found += of_mixer
     if not of_mixer and not any(key == "mixer" or key.startswith("mixer.") for key in broken):
         found += _trained(recipe, broken)
+    if "run.workers" not in broken:
+        found += auto_or_count("run.workers", recipe.run.workers, rules.WORKERS)
     if "eval.batch_size" not in broken:
         found += auto_or_count("eval.batch_size", recipe.eval.batch_size)
     for name, stage in recipe.stages.items():

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from linearize.config import rules
+from linearize.config.ranges import Range
 from linearize.config.schema import DataConfig, Recipe, StageConfig
 from linearize.config.values import shown
 from linearize.registry import closest
@@ -107,12 +108,12 @@ def _micro_batch(path: str, stage: StageConfig) -> list[str]:
     ]
 
 
-def auto_or_count(path: str, value: Any) -> list[str]:
-    """What is wrong with a number of sequences that may be left to the machine."""
+def auto_or_count(path: str, value: Any, allowed: Range = rules.SEQUENCES) -> list[str]:
+    """What is wrong with a number, of sequences if nothing else is said, that may be left to the machine."""
     if value == "auto":
         return []
-    wrong = type(value) is not int or rules.SEQUENCES.problem(value)
-    return [f"{path}: {rules.SEQUENCES.text}, or auto, got {shown(value)}"] if wrong else []
+    wrong = type(value) is not int or allowed.problem(value)
+    return [f"{path}: {allowed.text}, or auto, got {shown(value)}"] if wrong else []
 
 
 def _decay(path: str, stage: StageConfig) -> list[str]:

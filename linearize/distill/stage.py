@@ -367,8 +367,9 @@ def _arguments(
         save_strategy="steps",
         save_steps=stage.save_every,
         seed=seed,
-        dataloader_num_workers=run.workers,
+        dataloader_num_workers=workers(run, device),
         dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={"non_blocking": True},
         use_cpu=device.type == "cpu",
         remove_unused_columns=False,
         average_tokens_across_devices=False,
@@ -379,6 +380,13 @@ def _arguments(
     assert arguments.device.type == device.type
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
+
+
+def workers(run: RunConfig, device: torch.device) -> int:
+    """Processes of the data loader: `run.workers`."""
+    if run.workers != "auto":
+        return int(run.workers)
+    return min(2, (os.cpu_count() or 1) - 1) if device.type == "cuda" else 0
 
 
 def _stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -130,7 +130,7 @@ def test_what_is_made_for_each_micro_batch_is_named(plain: Recipe) -> None:
         stage["micro_batch"] = 2
     found = changes(before, after)
     assert not found.refused
-    assert [note.split(" d")[0] for note in found.notes] == [
+    assert [" ".join(note.split()[:2]) for note in found.notes] == [
         "stages.transfer: window_dropout",
         "stages.transfer: attention_output_relative",
         "stages.recover: lora.dropout",
