@@ -45,9 +45,9 @@ SIZES = {"smollm2-135m": (16, 1024), "llama-3.2-1b": (8, 2048), "llama-3-8b": (4
 STEPS = 10_000
 """Of the schedule; a measurement ends long before."""
 SHOWN = {
-    "recipe": "recipe", "stage": "stage", "batch": "batch", "length": "length", "tokens_per_second": "tokens/s",
-    "ratio": "times softmax", "mfu": "MFU", "peak_gib": "peak GiB", "milliseconds": "ms", "busy": "busy",
-    "bound": "bound by", "note": "note",
+    "recipe": "recipe", "stage": "stage", "batch": "batch", "micro_batch": "at once", "length": "length",
+    "tokens_per_second": "tokens/s", "ratio": "times softmax", "mfu": "MFU", "peak_gib": "peak GiB",
+    "milliseconds": "ms", "busy": "busy", "bound": "bound by", "note": "note",
 }  # fmt: skip
 """Columns of the page."""
 
@@ -199,6 +199,7 @@ def step(
         "mflops_per_token": round(needed / 1e6, 3),
         "first_seconds": round(clock.first, 2),
         "steps": clock.count,
+        "micro_batch": trainer.micro.size,
         "loss": float(f"{loss:.5g}"),
         "note": "",
         **clock.profiled,

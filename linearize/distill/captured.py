@@ -51,21 +51,18 @@ class Captured:
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._side: torch.cuda.Stream | None = None
 
-    def __call__(
-        self, run: MicroStep, batch: dict[str, Tensor], count: Tensor | None, setting: Hashable = None
-    ) -> Tensor:
+    def __call__(self, run: MicroStep, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
         """One micro-step: `run`, or its recording.
 
         Args:
-            run: the micro-step.
+            run: the micro-step; on the host it reads nothing that may change but the shapes of its tensors.
             batch: tensors on the device.
             count: see `StageTrainer.micro_step`.
-            setting: numbers of the host that `run` reads; what was recorded under one serves no other.
         """
         if self.obstacle is not None:
             return run(batch, count)
         given = batch if count is None else {**batch, "": count}
-        key = (setting, *((name, tuple(x.shape), x.dtype, x.device) for name, x in given.items()))
+        key = tuple((name, tuple(x.shape), x.dtype, x.device) for name, x in given.items())
         if key != self._key:
             if self.graph is not None:
                 return run(batch, count)

@@ -2,12 +2,11 @@
 
 This is the one place that knows them:
 
-- `stages.*.batch_size` with `stages.*.grad_accum`, as long as their product stays. A step sees the same sequences in
-  the same order, its loss is a mean over all of the step's tokens (pairs, sequences), and a packed sequence has no
-  padding, so that the mean over micro-batches is the mean over the step: equal up to rounding. Two things are made
-  for each micro-batch: what dropout (`lora.dropout`, `window_dropout`) draws, and the norm that
-  `attention_output_relative` divides by. Where a stage has one of these the numbers become others, as good as the old
-  ones; the run says so and goes on.
+- `stages.*.micro_batch`. A step sees the same sequences in the same order, its loss is a mean over all of the step's
+  tokens (pairs, sequences), and a packed sequence has no padding, so that the mean over its parts is the mean over the
+  step: equal up to rounding. Three things are made for each part: what `lora.dropout` draws, the mean over queries that
+  see something in `window_dropout`, and the norm that `attention_output_relative` divides by. Where a stage has one of
+  these the numbers become others, as good as the old ones; the run says so and goes on.
 - `stages.*.gradient_checkpointing`: activations are computed again in place of being kept, under the same random state.
 - `stages.*.save_every`: when checkpoints are written, not what is trained.
 - `eval.batch_size`: windows and items are scored one by one, whatever the batch; equal up to rounding.
@@ -30,8 +29,7 @@ from linearize.distill.device import resolve_device, resolve_precision, resolve_
 from linearize.errors import LinearizeError
 
 FREE = ("eval.batch_size", "run.workers", "run.capture", "run.compile", "export.dtype")
-FREE_IN_STAGE = ("gradient_checkpointing", "save_every")
-_BATCH = ("batch_size", "grad_accum")
+FREE_IN_STAGE = ("gradient_checkpointing", "save_every", "micro_batch")
 OF_EACH_MICRO_BATCH = ("attention_output_relative",)
 """Objectives whose loss of a batch is not the mean of its parts' losses."""
 
@@ -52,6 +50,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> Changes:
     Args:
         before, after: recipes as mappings.
     """
+    before = _in_todays_words(before)
     old, new = _flat(before), _flat(after)
     found = Changes()
     for key in sorted({*old, *new}):
@@ -65,7 +64,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> Changes:
         else:
             found.refused.append(line + refusal)
     for name, stage in (after.get("stages") or {}).items():
-        if any(line.startswith(f"stages.{name}.batch_size:") for line in found.accepted):
+        if any(line.startswith(f"stages.{name}.micro_batch:") for line in found.accepted):
             found.notes.extend(_other_numbers(name, stage))
     return found
 
@@ -86,18 +85,21 @@ def _refusal(key: str, before: dict[str, Any], after: dict[str, Any]) -> str | N
         return ""
     if setting in FREE_IN_STAGE:
         return None
-    if setting not in _BATCH:
-        return ""
-    sizes: list[Any] = [stage.get(key) for stage in stages for key in _BATCH]
-    if not all(type(size) is int and size > 0 for size in sizes):
-        return ""
-    batch, accumulated, new_batch, new_accumulated = sizes
-    sequences = batch * accumulated
-    if new_batch * new_accumulated == sequences:
-        return None
-    if setting == "batch_size" and sequences % new_batch == 0:
-        return f" (accepted with stages.{name}.grad_accum={sequences // new_batch}, which keeps the step)"
-    return f" (batch_size x grad_accum must stay {sequences})"
+    if setting == "batch_size":
+        return f" (a step's sequences must stay; with less memory: stages.{name}.micro_batch)"
+    return ""
+
+
+def _in_todays_words(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe from when `batch_size` was a part of a step and `grad_accum` how many there are."""
+    stages = {}
+    for name, stage in _mapping(recipe.get("stages")).items():
+        batch, parts = _mapping(stage).get("batch_size"), _mapping(stage).get("grad_accum")
+        if type(batch) is int and type(parts) is int:
+            rest = {key: value for key, value in stage.items() if key != "grad_accum"}
+            stage = {**rest, "batch_size": batch * parts, "micro_batch": batch}
+        stages[name] = stage
+    return {**recipe, "stages": stages} if stages else recipe
 
 
 def _same_place(before: dict[str, Any], after: Any) -> bool:
@@ -115,7 +117,7 @@ def _same_place(before: dict[str, Any], after: Any) -> bool:
 def _other_numbers(name: str, stage: dict[str, Any]) -> list[str]:
     reasons = []
     if stage.get("window_dropout"):
-        reasons.append("window_dropout draws for each micro-batch")
+        reasons.append("window_dropout counts the queries that see something in each micro-batch")
     if _mapping(stage.get("lora")).get("dropout"):
         reasons.append("lora.dropout draws for each micro-batch")
     for objective in OF_EACH_MICRO_BATCH:

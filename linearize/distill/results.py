@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from linearize import data, surgery
 from linearize.config.schema import DataConfig, Recipe
 from linearize.distill.checkpoint import read_json, write_json
+from linearize.distill.memory import Fitting
 from linearize.errors import (
     CheckpointError,
     DataError,
@@ -25,6 +26,7 @@ from linearize.errors import (
 )
 from linearize.eval import ablation, harness, tables
 from linearize.eval.perplexity import perplexity, windows
+from linearize.mixers.offloaded import device_of
 from linearize.progress import Meter
 
 
@@ -97,6 +99,7 @@ class Measurer:
         errors: list[LinearizeError] | None = None,
     ) -> None:
         self.settings = recipe.eval
+        self.fitting = Fitting(recipe.eval.batch_size)
         self.tokenizer = tokenizer
         self.autocast = autocast
         self.texts: dict[str, Tensor] = {}
@@ -137,15 +140,11 @@ class Measurer:
         values = {}
         with Meter(f"eval {title}", sum(cut.numel() for cut in self.texts.values())) as meter:
             for name, cut in self.texts.items():
+                measured = partial(
+                    perplexity, model, self.tokenizer, cut, meter=meter, autocast=self.autocast
+                )
                 try:
-                    values[name] = perplexity(
-                        model,
-                        self.tokenizer,
-                        cut,
-                        batch_size=self.settings.batch_size,
-                        meter=meter,
-                        autocast=self.autocast,
-                    ).value
+                    values[name] = self._fitting(model, measured).value
                 except NotFiniteError as error:
                     if sound:
                         raise NotFiniteError(f"{title}, text '{name}': {error}") from error
@@ -154,15 +153,19 @@ class Measurer:
 
     def tasks(self, model: nn.Module) -> dict[str, dict[str, float]]:
         """Task -> metric -> value."""
-        return harness.run_tasks(
+        measured = partial(
+            harness.run_tasks,
             model,
             self.tokenizer,
             self.settings.tasks,
             data_dir=Path(self.settings.task_data),
             limit=self.settings.task_limit or None,
-            batch_size=self.settings.batch_size,
             autocast=self.autocast,
         )
+        return self._fitting(model, measured)
+
+    def _fitting(self, model: nn.Module, measured: Callable[..., Any]) -> Any:
+        return self.fitting.run(lambda size: measured(batch_size=size), device_of(model))
 
     def ablations(self, model: nn.Module, results: Results) -> None:
         """Rows with a branch off and with untrained mixers; tasks only for the linear branch off."""

@@ -205,7 +205,9 @@ class _Job:
         stage = self.recipe.stages[name]
         whole_model = objectives.level_of(stage.objective) != "layer"
         overrides = memory.less_for_stage(name, stage, whole_model=whole_model)
-        return self._advice(overrides, "a shorter data.length in a new run folder")
+        wide = self.weights == torch.float32 and self.device.type == "cuda"
+        less = ", or run.weights=bfloat16 there (half the bytes of what does not train)" if wide else ""
+        return self._advice(overrides, f"a shorter data.length in a new run folder{less}")
 
     def _advice(self, overrides: list[str], otherwise: str) -> str:
         begun = self.folder.recipe.is_file()

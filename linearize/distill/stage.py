@@ -1,8 +1,8 @@
 """The engine of every stage: transformers.Trainer with our checkpoints, our losses and a stop on NaN.
 
-Kept from Trainer: the loop, gradient accumulation, trackers, callbacks. Replaced: what a checkpoint holds
-(only what trains, no pickles, complete or absent), and mixed precision, which wraps the passes here instead
-of patching the model's forward for good.
+Kept from Trainer: the loop, trackers, callbacks. Replaced: gradient accumulation, by passes over parts of one batch
+(`micro`); what a checkpoint holds (only what trains, no pickles, complete or absent); and mixed precision, which wraps
+the passes here instead of patching the model's forward for good.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,23 +20,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainingArguments, masking_utils
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from linearize import surgery
 from linearize.config.schema import RunConfig, StageConfig
 from linearize.distill import checkpoint, non_finite, state
-from linearize.distill.blocks import Blocks
-from linearize.distill.captured import Captured
+from linearize.distill.micro import MicroBatch
 from linearize.distill.optimizer import build_optimizer, build_scheduler
+from linearize.distill.passes import Passes
 from linearize.distill.trainable import load_trained, mixer_parameters, trained
 from linearize.errors import NonFiniteLossError
-from linearize.mixers.compiled import part_by_part
-from linearize.patch import changed
 
 KEPT_CHECKPOINTS = 2
 """The newest, and one more in case the newest is damaged."""
-COMPILE_FROM = 200
-"""Optimizer steps of a stage whose blocks are compiled, which takes up to a minute."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class Budget:
     @classmethod
     def of(cls, stage: StageConfig, length: int) -> Budget:
         """Whole optimizer steps that fit in the stage's tokens, at least one."""
-        sequences = stage.batch_size * stage.grad_accum
+        sequences = stage.batch_size
         steps = max(1, stage.tokens // (sequences * length))
         return cls(steps=steps, tokens_per_step=sequences * length, sequences=steps * sequences)
 
@@ -128,10 +123,17 @@ class StageTrainer(Trainer):
         self._step_lr: dict[str, float] = {}
         self._step_norm: Tensor | float = 0.0
         self.stage_folder = folder
-        self.captured = Captured(self.parameters.values(), name, _obstacle(stage, run, device))
-        self.compiles = _compiles(run, device, self.budget)
-        self.blocks: Blocks | None = None
-        self._masks_checked = False
+        self.micro = MicroBatch(stage, name, device)
+        self.passes = Passes(
+            model,
+            name,
+            stage,
+            run,
+            device,
+            self.budget.steps,
+            list(self.parameters.values()),
+            self.compiled_models,
+        )
         self.adamw = build_optimizer(
             self.parameters, stage, fused=device.type == "cuda", mixers=mixer_parameters(model)
         )
@@ -157,8 +159,8 @@ class StageTrainer(Trainer):
 
         Args:
             model: the model.
-            batch: input_ids, position_ids, labels, each [B, T], on the device.
-            count: labeled tokens of all micro-batches of this optimizer step, scalar.
+            batch: input_ids, position_ids, labels, each [B, T], on the device; B is `micro.size`.
+            count: labeled tokens of all sequences of this optimizer step, scalar.
 
         Returns:
             Detached losses [N], one for a converted layer or one in all, that sum over the step's
@@ -179,34 +181,13 @@ class StageTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        batch = self._prepare_inputs(inputs)
-        step = partial(self.micro_step, model)
-        if "attention_mask" in batch or not self._masks_checked:
-            # later batches are packed in the same way, and have no padding
-            self._masks_checked = "attention_mask" not in batch
-            with part_by_part() if self.compiles else nullcontext():
-                values = step(batch, num_items_in_batch)
-        else:
-            with self._trusting():
-                setting = self.current_gradient_accumulation_steps
-                values = self.captured(step, batch, num_items_in_batch, setting)
-        self._step_values = values if self._step_values is None else self._step_values + values
-        return values.mean().to(self._tr_loss.dtype)
-
-    @contextmanager
-    def _trusting(self) -> Iterator[None]:
-        """Around micro-steps like one that has been looked at: nothing in them waits for the device."""
-        converted = surgery.converted(self.trained_model)
-        if self.blocks is None:
-            self.blocks = Blocks(self.compiled_models() if self.compiles else [], self.stage_name)
-        with ExitStack() as stack:
-            if converted:
-                stack.enter_context(surgery.trusting(self.trained_model))
-            if self.captured.obstacle is None or self.compiles:
-                # as while it records or compiles: masks are made without a look at where documents begin
-                stack.enter_context(changed(masking_utils, "is_tracing", lambda *_: True))
-            stack.enter_context(self.blocks.compiled())
-            yield
+        batch, step = self._prepare_inputs(inputs), partial(self.micro_step, model)
+        self._step_values = self.micro.run(
+            batch,
+            lambda part: self.passes(step, part, num_items_in_batch),
+            undo=lambda: model.zero_grad(set_to_none=True),
+        )
+        return self._step_values.mean().to(self._tr_loss.dtype)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         return None
@@ -299,6 +280,7 @@ class StageTrainer(Trainer):
                 },
                 "rng": state.rng_numbers(),
                 "window_steps": self._window_steps,
+                "micro_batch": self.micro.size,
             },
         )
 
@@ -320,6 +302,7 @@ class StageTrainer(Trainer):
         window = checkpoint.read_tensors(folder / "window.safetensors").get("values")
         self._window_values = None if window is None else window.to(self.args.device)
         self._window_steps = saved["window_steps"]
+        self.micro.remember(saved.get("micro_batch"))
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:
@@ -337,20 +320,6 @@ class StageTrainer(Trainer):
         return 0  # the original counts all parameters on every micro-batch
 
 
-def _obstacle(stage: StageConfig, run: RunConfig, device: torch.device) -> str | None:
-    """Why a stage's micro-steps are not recorded, or None."""
-    if device.type != "cuda" or not run.capture:
-        return "not asked for"
-    return "window_dropout draws other layers for each batch" if stage.window_dropout else None
-
-
-def _compiles(run: RunConfig, device: torch.device, budget: Budget) -> bool:
-    """Whether a stage's blocks are compiled: where that is asked for, or pays."""
-    if run.compile == "auto":
-        return device.type == "cuda" and budget.steps >= COMPILE_FROM
-    return run.compile == "always"
-
-
 def _arguments(
     stage: StageConfig, run: RunConfig, folder: Path, budget: Budget, seed: int, device: torch.device
 ) -> TrainingArguments:
@@ -358,7 +327,6 @@ def _arguments(
         output_dir=str(folder),
         max_steps=budget.steps,
         per_device_train_batch_size=stage.batch_size,
-        gradient_accumulation_steps=stage.grad_accum,
         learning_rate=stage.lr,
         max_grad_norm=stage.grad_clip or math.inf,
         logging_steps=stage.log_every,
@@ -366,8 +334,9 @@ def _arguments(
         save_strategy="steps",
         save_steps=stage.save_every,
         seed=seed,
-        dataloader_num_workers=run.workers,
+        dataloader_num_workers=workers(run, device),
         dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={"non_blocking": True},
         use_cpu=device.type == "cpu",
         remove_unused_columns=False,
         average_tokens_across_devices=False,
@@ -378,6 +347,13 @@ def _arguments(
     assert arguments.device.type == device.type
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
+
+
+def workers(run: RunConfig, device: torch.device) -> int:
+    """Processes of the data loader: `run.workers`."""
+    if run.workers != "auto":
+        return int(run.workers)
+    return min(2, (os.cpu_count() or 1) - 1) if device.type == "cuda" else 0
 
 
 def _stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -125,6 +125,7 @@ def train(
             "steps": trainer.budget.steps,
             "tokens": trainer.budget.tokens,
             "stage": place.name,
+            "micro_batch": trainer.micro.size,
             "sha256": sha256(place.folder / FINAL),
         },
     )

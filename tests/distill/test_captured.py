@@ -33,7 +33,7 @@ def trained(folder: Path, recipe: str, stage: str, steps: int, *, capture: bool,
     torch.manual_seed(0)
     model = convert(random_model("cuda", torch.float32, "tiny", **SIZES), recipe)
     setting = StageConfig(
-        **{**STAGES[stage], **more}, tokens=steps * 2 * 2 * LENGTH, batch_size=2, grad_accum=2, log_every=1,
+        **{**STAGES[stage], **more}, tokens=steps * 4 * LENGTH, batch_size=4, micro_batch=2, log_every=1,
         save_every=resume_at or 10_000,
     )  # fmt: skip
     run = RunConfig(device="cuda", capture=capture)
@@ -51,7 +51,7 @@ def trained(folder: Path, recipe: str, stage: str, steps: int, *, capture: bool,
         start = folder / f"checkpoint-{resume_at}"
         trainer.train(resume_from_checkpoint=str(start) if start.is_dir() else None)
         found = {name: p.detach().clone() for name, p in trainer.parameters.items()}
-        return losses, found, trainer.captured
+        return losses, found, trainer.passes.captured
 
 
 def Losses(trainer, losses):

@@ -52,7 +52,7 @@ def finals(out: Path) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.fixture
 def small(make_recipe: Callable[..., Recipe]) -> Recipe:
     """Accumulation, lines that average two steps, and checkpoints that fall between lines."""
-    recipe = make_recipe(grad_accum=2, tokens=8 * 2 * 2 * 64, log_every=2, save_every=3)
+    recipe = make_recipe(batch_size=4, micro_batch=2, tokens=8 * 2 * 2 * 64, log_every=2, save_every=3)
     recipe.eval.ablations = False
     return recipe
 
@@ -99,7 +99,7 @@ def test_crash_with_every_option(
     tied_folder: Path, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Window dropout, text of a stage's own; then groups of parameters and untied embeddings."""
-    common = {"batch_size": 2, "grad_accum": 2, "log_every": 2, "save_every": 3}
+    common = {"batch_size": 4, "micro_batch": 2, "log_every": 2, "save_every": 3}
     small.stages = {
         "transfer": StageConfig(
             objective={"mixing_matrix": 1.0, "hidden_alignment": 1.0},
