@@ -1,8 +1,9 @@
-"""End-to-end stages compile a model's blocks: norms, rotary embeddings, activations and mixers, fused once for all.
+"""Stages compile a model's blocks: norms, rotary embeddings, activations and mixers, fused once for all layers.
 
 A model repeats one block. Its parts read and write the whole text a few times each, and keep it for backward; Inductor
-fuses them between the products, and all layers share what is compiled ("regional compilation" in torch's words). What
-cannot be compiled runs part by part, with one line in the log.
+fuses them between the products, and all layers share what is compiled ("regional compilation" in torch's words). In
+attention transfer, where a layer's backward pass stands in the middle of its forward pass, only what stands around the
+attention is compiled. What cannot be compiled runs part by part, with one line in the log.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from linearize.kernels.dispatch import KernelError
+from linearize.surgery import LinearizedAttention
 
 log = logging.getLogger(__name__)
 
@@ -25,20 +27,20 @@ BACKEND = "inductor"
 
 
 class Blocks:
-    """The blocks of a student and perhaps its teacher, and their compiled form.
+    """Blocks of a student and perhaps its teacher, or parts of them, and their compiled form.
 
     Args:
-        models: causal language models of transformers, wrapped or not.
+        layers: from `repeated` or `around_attention`.
         name: of the stage, for the log and for profilers.
 
     Attributes:
-        layers: the blocks; none where nothing repeats, or somebody else has replaced a block's forward.
+        layers: what is compiled.
         obstacle: why they run part by part, or None.
     """
 
-    def __init__(self, models: Iterable[nn.Module], name: str) -> None:
+    def __init__(self, layers: Iterable[nn.Module], name: str) -> None:
         self.name = name
-        self.layers = [layer for model in models for layer in repeated(model)]
+        self.layers = list(layers)
         self.obstacle: str | None = None if self.layers else "no block repeats"
 
         def block(layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -87,3 +89,13 @@ def repeated(model: nn.Module) -> list[nn.Module]:
         for part in layer.modules()
     )
     return [] if taken or heard else layers
+
+
+def around_attention(model: nn.Module) -> list[nn.Module]:
+    """The parts of a model's blocks in which no converted attention stands: norms, feed-forward layers."""
+    return [
+        part
+        for layer in repeated(model)
+        for part in layer.children()
+        if not any(isinstance(inner, LinearizedAttention) for inner in part.modules())
+    ]

@@ -30,7 +30,7 @@ class Passes:
         device: where it trains.
         steps: optimizer steps of the stage.
         parameters: everything that trains.
-        whole: gives the models that run as a whole in a micro-step, whose blocks may be compiled.
+        compiled: gives what may be compiled, see `blocks`.
 
     Attributes:
         captured: the recording.
@@ -46,9 +46,9 @@ class Passes:
         device: torch.device,
         steps: int,
         parameters: list[nn.Parameter],
-        whole: Callable[[], list[nn.Module]],
+        compiled: Callable[[], list[nn.Module]],
     ) -> None:
-        self.model, self.name, self.whole = model, name, whole
+        self.model, self.name, self.parts = model, name, compiled
         self.captured = Captured(parameters, name, _obstacle(stage, run, device))
         many = device.type == "cuda" and steps >= COMPILE_FROM
         self.compiles = run.compile == "always" or (run.compile == "auto" and many)
@@ -76,7 +76,7 @@ class Passes:
     def _trusting(self) -> Iterator[None]:
         """Around micro-steps like one that has been looked at: nothing in them waits for the device."""
         if self.blocks is None:
-            self.blocks = Blocks(self.whole() if self.compiles else [], self.name)
+            self.blocks = Blocks(self.parts() if self.compiles else [], self.name)
         with ExitStack() as stack:
             if surgery.converted(self.model):
                 stack.enter_context(surgery.trusting(self.model))

@@ -132,7 +132,7 @@ class StageTrainer(Trainer):
             device,
             self.budget.steps,
             list(self.parameters.values()),
-            self.compiled_models,
+            self.compiled_parts,
         )
         self.adamw = build_optimizer(
             self.parameters, stage, fused=device.type == "cuda", mixers=mixer_parameters(model)
@@ -168,8 +168,8 @@ class StageTrainer(Trainer):
         """
         raise NotImplementedError
 
-    def compiled_models(self) -> list[nn.Module]:
-        """Models that run as a whole in a micro-step, whose blocks may be compiled."""
+    def compiled_parts(self) -> list[nn.Module]:
+        """What may be compiled in a micro-step, see `blocks`."""
         return []
 
     def where_not_finite(self, values: list[float]) -> str:

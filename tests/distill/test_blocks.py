@@ -13,6 +13,7 @@ from linearize.bench.subjects import convert, random_model
 from linearize.distill import blocks
 from linearize.distill.finetune import predicts, teacher_predicts
 from linearize.distill.headless import recognize
+from linearize.distill.transfer import transfer_step
 
 SIZES = {"hidden_size": 64, "head_dim": 64, "num_hidden_layers": 4}
 
@@ -47,7 +48,7 @@ def test_equal_to_their_parts(recipe):
     model = convert(random_model("cpu", torch.float32, "tiny", **SIZES), recipe)
     head = recognize(model, torch.device("cpu"))
     loss, gradients = step(model, head)
-    compiled = blocks.Blocks([model], "probe")
+    compiled = blocks.Blocks(blocks.repeated(model), "probe")
     assert len(compiled.layers) == 4
     with surgery.trusting(model), compiled.compiled():
         for _ in range(2):
@@ -73,7 +74,7 @@ def test_what_cannot_be_compiled_goes_on(caplog):
 
     for layer in model.model.layers:
         layer.mlp.__class__ = Looking
-    compiled = blocks.Blocks([model], "probe")
+    compiled = blocks.Blocks(blocks.repeated(model), "probe")
     with caplog.at_level(logging.INFO), compiled.compiled():
         found = predicts(model, batch, head).hidden
     assert compiled.obstacle is not None and "not compiled" in caplog.text
@@ -89,4 +90,25 @@ def test_where_somebody_else_is_blocks_are_left_alone(how):
     else:
         model.model.layers[2].mlp.register_forward_pre_hook(lambda module, args: None)
     assert blocks.repeated(model) == []
-    assert blocks.Blocks([model], "probe").obstacle is not None
+    assert blocks.Blocks(blocks.repeated(model), "probe").obstacle is not None
+
+
+def test_transfer_with_what_stands_around_the_attention():
+    """Losses and gradients of the layers are those of the parts; a norm and a feed-forward layer are compiled."""
+    model = convert(random_model("cpu", torch.float32, "tiny", **SIZES), "lolcats")
+    model.requires_grad_(False)
+    for layer in surgery.converted(model):
+        layer.mixer.requires_grad_(True)
+    expected = transfer_step(model, packed(), {"attention_output": 1.0})
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    parts = blocks.around_attention(model)
+    assert {type(part).__name__ for part in parts} == {"LlamaRMSNorm", "LlamaMLP"} and len(parts) == 12
+    compiled = blocks.Blocks(parts, "probe")
+    model.zero_grad()
+    with surgery.trusting(model), compiled.compiled():
+        found = transfer_step(model, packed(), {"attention_output": 1.0})
+    assert compiled.obstacle is None and counters["stats"]["unique_graphs"] == 2
+    torch.testing.assert_close(found, expected)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-7, msg=name)
