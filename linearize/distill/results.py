@@ -82,7 +82,7 @@ class Measurer:
 
     def __init__(self, recipe: Recipe, tokenizer: Any, autocast: torch.dtype | None = None) -> None:
         self.settings = recipe.eval
-        self.fitting = Fitting(recipe.eval.batch_size)
+        self.fitting = Fitting(recipe.eval.batch_size, recipe.eval.length)
         self.tokenizer = tokenizer
         self.autocast = autocast
         self.texts: dict[str, Tensor] = {

@@ -120,7 +120,7 @@ class StageTrainer(Trainer):
         self._step_lr: dict[str, float] = {}
         self._step_norm: Tensor | float = 0.0
         self.stage_folder = folder
-        self.micro = MicroBatch(stage, name, device)
+        self.micro = MicroBatch(stage, name, length, device)
         self.adamw = build_optimizer(
             self.parameters, stage, fused=device.type == "cuda", mixers=mixer_parameters(model)
         )
