@@ -88,6 +88,9 @@ def test_inspect_loads_no_weights(teacher, tmp_path, capsys):
     assert "sliding 64 + hedgehog" in out and "break-even" in out and "at 4,096 tokens" in out
     assert cli.main(["inspect", str(tmp_path), "lolcats", "layers=[7]"]) == 2
     assert "no attention layer 7" in capsys.readouterr().err
+    assert cli.main(["inspect", str(tmp_path), "lolcats", "layers=[7]", "stages.recover.lora.rank=999"]) == 2
+    err = capsys.readouterr().err
+    assert "2 problems" in err and "no attention layer 7" in err and "lora.rank: 999 is wider" in err
 
 
 def test_inspect_says_that_the_weights_are_damaged(teacher, tmp_path, capsys):
@@ -134,6 +137,24 @@ def test_eval_refuses_what_it_cannot_measure(finished, teacher, tmp_path, capsys
     assert cli.main(["eval", str(teacher), "--window", "32", "--max-windows", "1", "--ablations"]) == 2
     err = capsys.readouterr().err
     assert "no converted layer" in err and "gone.txt" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [("/dev/full", "No space left on device; the numbers stand above"), ("x" * 300, "File name too long")],
+)
+def test_numbers_that_cannot_be_written_are_shown_all_the_same(finished, place, reason, capsys):
+    arguments = ["eval", str(finished), "--window", "32", "--max-windows", "1", "--json", place]
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert "held-out" in said.out and "builtin" not in said.out + said.err  # as `run` calls the text
+    assert f"--json: cannot write {place}: {reason}" in said.err and "--resume" not in said.err
+
+
+def test_a_folder_for_the_numbers_is_refused_before_anything_is_measured(finished, tmp_path, capsys):
+    assert cli.main(["eval", str(finished), "--json", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert f"--json: {tmp_path} is a folder" in said.err and "perplexity" not in said.err
 
 
 def test_only_the_packages_own_words_are_shown(finished, teacher, tmp_path, capfd):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
+from linearize import plain_json
 from linearize.cli.console import console
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, NotFiniteError
 
 
 def main(options: argparse.Namespace) -> int:
@@ -27,6 +29,8 @@ def main(options: argparse.Namespace) -> int:
 
         options.tasks = expand(options.tasks)
         check_data(options.tasks, options.task_data, options.limit)
+    if options.json is not None and os.path.isdir(options.json):
+        raise LinearizeError(f"--json: {options.json} is a folder; name a file in it")
     if options.teacher:
         resolve(export_of(options.teacher))  # before the minutes that the model takes
     texts = _texts(options.text)
@@ -34,8 +38,7 @@ def main(options: argparse.Namespace) -> int:
     rows = _measure(_name(options.path), model, tokenizer, texts, options)
     if options.teacher:
         teacher, teacher_tokenizer = load(options.teacher, options.device)
-        teacher_row = _row("teacher", teacher, teacher_tokenizer, texts, options, tasks=True)
-        rows.insert(0, teacher_row)
+        rows.insert(0, _whole("teacher", options.teacher, teacher, teacher_tokenizer, texts, options))
     console().print(results(rows, metrics=["acc"]))
     if options.json is not None:
         _write(options.json, rows, options)
@@ -53,7 +56,7 @@ def _texts(named: list[tuple[str, str]]) -> dict[str, list[Any]]:
     from linearize import data
     from linearize.config import DataConfig
 
-    sources = dict(named) or {"builtin": "builtin"}
+    sources = _sources(named)
     if len(sources) < len(named):
         raise LinearizeError("--text: two texts have the same name; give each its own")
     return {
@@ -62,10 +65,17 @@ def _texts(named: list[tuple[str, str]]) -> dict[str, list[Any]]:
     }
 
 
+def _sources(named: list[tuple[str, str]]) -> dict[str, str]:
+    """Name -> what `data.validation` would be; the package's held-out text is called what `run` calls it."""
+    from linearize import data
+
+    return dict(named) or {data.HELD_OUT: data.builtin.NAME}
+
+
 def _measure(
     name: str, model: Any, tokenizer: Any, texts: dict[str, list[Any]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    rows = [_row(name, model, tokenizer, texts, options, tasks=True)]
+    rows = [_whole(name, options.path, model, tokenizer, texts, options)]
     if options.ablations:
         from linearize import surgery
         from linearize.eval.ablation import ablate
@@ -74,33 +84,64 @@ def _measure(
             raise LinearizeError(
                 f"--ablations: {options.path} has no converted layer; it is an ordinary model"
             )
-        results = ablate(
-            model, lambda: _row("", model, tokenizer, texts, options, tasks=False), teacher=False
-        )
-        rows += [{**row, "name": label} for label, row in results.items()]
+
+        def measure() -> dict[str, float]:
+            return {text: _ablated(model, tokenizer, text, texts[text], options) for text in texts}
+
+        results = ablate(model, measure, teacher=False)
+        rows += [{"name": label, "perplexity": values} for label, values in results.items()]
     return rows
 
 
-def _row(
+def _whole(
     name: str,
+    path: str,
     model: Any,
     tokenizer: Any,
     texts: dict[str, list[Any]],
     options: argparse.Namespace,
-    *,
-    tasks: bool,
 ) -> dict[str, Any]:
-    import torch
+    """The row of a model as it is: every text and, if asked, every task."""
+    found: dict[str, Any] = {"name": name, "perplexity": {}}
+    try:
+        for text, documents in texts.items():
+            found["perplexity"][text] = _perplexity(name, model, tokenizer, text, documents, options)
+        if options.tasks:
+            from linearize.eval.harness import run_tasks
 
+            found["tasks"] = run_tasks(
+                model,
+                tokenizer,
+                options.tasks,
+                data_dir=options.task_data,
+                limit=options.limit or None,
+                batch_size=options.batch_size,
+                autocast=_autocast(model),
+            )
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{path}: {error}") from error
+    return found
+
+
+def _ablated(
+    model: Any, tokenizer: Any, text: str, documents: list[Any], options: argparse.Namespace
+) -> float:
+    """The perplexity of a model that lacks a part, which may be too broken to have one."""
+    try:
+        return _perplexity("ablation", model, tokenizer, text, documents, options)
+    except NotFiniteError:
+        return math.nan
+
+
+def _perplexity(
+    name: str, model: Any, tokenizer: Any, text: str, documents: list[Any], options: argparse.Namespace
+) -> float:
     from linearize.eval.perplexity import perplexity
     from linearize.progress import Meter
 
-    # The precision that training used, see RunConfig.precision.
-    autocast = torch.bfloat16 if next(model.parameters()).device.type == "cuda" else None
-    found: dict[str, Any] = {"name": name, "perplexity": {}}
-    for text, documents in texts.items():
-        with Meter(f"{name or 'ablation'}: {text}", None) as meter:
-            result = perplexity(
+    with Meter(f"{name}: {text}", None) as meter:
+        try:
+            return perplexity(
                 model,
                 tokenizer,
                 documents,
@@ -108,22 +149,17 @@ def _row(
                 max_windows=options.max_windows or None,
                 batch_size=options.batch_size,
                 meter=meter,
-                autocast=autocast,
-            )
-        found["perplexity"][text] = result.value
-    if tasks and options.tasks:
-        from linearize.eval.harness import run_tasks
+                autocast=_autocast(model),
+            ).value
+        except NotFiniteError as error:
+            raise NotFiniteError(f"text '{text}': {error}") from error
 
-        found["tasks"] = run_tasks(
-            model,
-            tokenizer,
-            options.tasks,
-            data_dir=options.task_data,
-            limit=options.limit or None,
-            batch_size=options.batch_size,
-            autocast=autocast,
-        )
-    return found
+
+def _autocast(model: Any) -> Any:
+    """The precision that training used, see RunConfig.precision."""
+    import torch
+
+    return torch.bfloat16 if next(model.parameters()).device.type == "cuda" else None
 
 
 def _write(path: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
@@ -132,10 +168,14 @@ def _write(path: Path, rows: list[dict[str, Any]], options: argparse.Namespace) 
         "window": options.window,
         "max_windows": options.max_windows,
         "limit": options.limit,
-        "texts": dict(options.text) or {"builtin": "builtin"},
+        "texts": _sources(options.text),
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
-        raise LinearizeError(f"--json: cannot write {path}: {error.strerror}") from error
+        path.write_text(plain_json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    except (OSError, ValueError) as error:  # a name that no file can have, too
+        reason = getattr(error, "strerror", None) or str(error)
+        raise LinearizeError(
+            f"--json: cannot write {path}: {reason}; the numbers stand above. Name another file, or mend the cause, "
+            "and measure again"
+        ) from error

@@ -18,6 +18,7 @@ CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
         "device": ("auto", "cpu", "cuda"),
         "precision": ("auto", "fp32", "bf16"),
         "weights": ("auto", "float32", "bfloat16"),
+        "compile": ("auto", "always", "never"),
     },
     schema.ExportConfig: {"dtype": ("auto", "float32", "bfloat16", "float16")},
 }

@@ -148,6 +148,10 @@ class RunConfig:
     float32), float32, bfloat16. What trains has float32 weights in any case."""
     workers: Any = "auto"
     """Processes that read the packed text: auto (two on CUDA, none elsewhere), or a number."""
+    capture: bool = True
+    """On CUDA, record a training step once and replay it as one CUDA graph, where that can be done."""
+    compile: str = "auto"
+    """Whether end-to-end stages compile the model's blocks: auto (on CUDA, in stages of many steps), always, never."""
 
 
 @dataclass

@@ -81,7 +81,7 @@ def stage_problems(name: str, stage: StageConfig, recipe: Recipe, broken: Collec
     if stage.tokens < step and known(*counts):
         found.append(
             f"{path}.tokens: {stage.tokens} is less than one optimizer step of batch_size {stage.batch_size} x "
-            f"{length_key} {length} = {step}"
+            f"{length_key} {length} = {step}; give {step} tokens or more, or make one of the others smaller"
         )
     if known(f"{path}.batch_size", f"{path}.micro_batch"):
         found += _micro_batch(path, stage)

@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 import shutil
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,14 +25,18 @@ from linearize.distill.checkpoint import could_not_write, is_full, write_json
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.distill.folder import ADAPTER, RunFolder
 from linearize.distill.lock import held
+from linearize.distill.positions import check_lengths
 from linearize.distill.results import Measurer, Results
 from linearize.distill.stage import Budget
 from linearize.distill.stages import StagePlace
 from linearize.distill.trainable import check_ranks, needs
+from linearize.errors import LinearizeError, UnsupportedModelError, collected, raise_together
 from linearize.eval import tables
 from linearize.eval.report import write_report
 from linearize.export import rounding
+from linearize.models.sound import check_trainable
 from linearize.signals import exit_code
+from linearize.surgery.inspection import skeleton
 
 _SMALLER_MODEL = "a smaller model, or run.device=cpu where the machine has more memory than the device"
 
@@ -71,6 +75,7 @@ def run(
         RunFolderError: `out` is in use by another process, or holds another run.
         ModelNotFoundError, UnsupportedModelError, DataError: before anything is written.
         RunStopped: stopped on request; the message holds the command that goes on.
+        NotFiniteError: the teacher, or what a stage has made of it, gives NaN for a text.
         NonFiniteLossError, CheckpointError: training or writing failed; what was saved before is intact.
         OutOfMemoryError: the message holds the command that goes on with less.
     """
@@ -119,6 +124,8 @@ class _Job:
             # mixers compute in float32 on bfloat16 inputs, which TF32 products take without loss
             torch.set_float32_matmul_precision("high")
         recipe, folder = self.recipe, self.folder
+        places = self._places()
+        measurer, datasets = self._beforehand(places)
         model: Any
         with self._watched(f"loading {self.source}", [], _SMALLER_MODEL):
             model, tokenizer = models.load_teacher(
@@ -126,14 +133,8 @@ class _Job:
             )
         given = recipe.export.dtype
         dtype = models.stored_dtype(self.source) if given == "auto" else getattr(torch, given)
-        plan = surgery.plan(model, recipe.mixer, recipe.layers, **needs(recipe.stages.values()))
-        check_ranks(recipe, plan, getattr(model.config.get_text_config(), "hidden_size", None))
-        with self._watched(
-            "reading the texts", [], "a smaller token budget (stages.*.tokens) in a new run folder"
-        ):
-            measurer = Measurer(recipe, tokenizer, self.autocast)
-            places = self._places()
-            datasets = {place.name: self._dataset(tokenizer, place) for place in places if not place.done}
+        check_trainable(self.source, model)
+        plan = self._plan(model, None)
         # From here on everything that the user can get wrong has been looked at, and the folder is written.
         folder.create(recipe, plan_json(plan), {**self._facts(), **found})
         results = Results(folder.results)
@@ -144,7 +145,10 @@ class _Job:
             model = surgery.convert(model, recipe.mixer, recipe.layers)
         model.eval()
         with self._measuring("the untrained model"):
-            results.add("swapped, untrained", lambda: measurer.measure(model, "swapped", tasks=False))
+            results.add(
+                "swapped, untrained",
+                lambda: measurer.measure(model, "swapped", tasks=False, sound=False),
+            )
         model = self._train(model, places, datasets, measurer, results)
         if recipe.eval.ablations:
             with self._measuring("the ablations"):
@@ -154,6 +158,40 @@ class _Job:
         report = write_report(folder.path)
         write_json(folder.done, {"checkpoint": checkpoint.name})
         return RunSummary(folder.path, checkpoint, report, results.rows, time.monotonic() - started)
+
+    def _beforehand(self, places: list[StagePlace]) -> tuple[Measurer, dict[str, Any]]:
+        """Texts, read and cut, of evaluation and of the stages that are not done; no weight is loaded.
+
+        Raises:
+            LinearizeError: all that is wrong with recipe, model and texts together.
+        """
+        errors: list[LinearizeError] = []
+        config = models.load_config(self.source)
+        tokenizer = models.load_tokenizer(models.resolve(self.source))
+        with suppress(UnsupportedModelError):  # some show what they are on loaded weights alone
+            self._plan(skeleton(config), errors)
+        where = "a smaller token budget (stages.*.tokens) in a new run folder"
+        datasets = {}
+        with self._watched("reading the texts", [], where):
+            measurer = Measurer(self.recipe, tokenizer, self.autocast, errors)
+            for place in places:
+                if not place.done:
+                    with collected(errors):
+                        datasets[place.name] = self._dataset(tokenizer, place)
+        raise_together(errors, f"{self.recipe_name} on {self.source}")
+        return measurer, datasets
+
+    def _plan(self, model: Any, errors: list[LinearizeError] | None) -> surgery.Plan:
+        """The plan of a model, loaded or not, with adapters and lengths held against it; `errors` as `surgery.plan`."""
+        recipe, wrong = self.recipe, [] if errors is None else errors
+        plan = surgery.plan(model, recipe.mixer, recipe.layers, **needs(recipe.stages.values()), errors=wrong)
+        with collected(wrong):
+            check_ranks(recipe, plan, getattr(model.config.get_text_config(), "hidden_size", None))
+        with collected(wrong):
+            check_lengths(recipe, model)
+        if errors is None:
+            raise_together(wrong, f"{self.recipe_name} on {self.source}")
+        return plan
 
     def _watched(self, where: str, overrides: list[str], otherwise: str) -> AbstractContextManager[None]:
         """Inside, running out of memory ends in a message with the command that goes on."""

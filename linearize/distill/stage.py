@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from linearize.config.schema import RunConfig, StageConfig
 from linearize.distill import checkpoint, non_finite, state
 from linearize.distill.micro import MicroBatch
+from linearize.distill.optimizer import build_optimizer, build_scheduler
+from linearize.distill.passes import Passes
 from linearize.distill.trainable import load_trained, mixer_parameters, trained
 from linearize.errors import NonFiniteLossError
 
@@ -121,6 +124,16 @@ class StageTrainer(Trainer):
         self._step_norm: Tensor | float = 0.0
         self.stage_folder = folder
         self.micro = MicroBatch(stage, name, length, device)
+        self.passes = Passes(
+            model,
+            name,
+            stage,
+            run,
+            device,
+            self.budget.steps,
+            list(self.parameters.values()),
+            self.compiled_parts,
+        )
         self.adamw = build_optimizer(
             self.parameters, stage, fused=device.type == "cuda", mixers=mixer_parameters(model)
         )
@@ -155,6 +168,10 @@ class StageTrainer(Trainer):
         """
         raise NotImplementedError
 
+    def compiled_parts(self) -> list[nn.Module]:
+        """What may be compiled in a micro-step, see `blocks`."""
+        return []
+
     def where_not_finite(self, values: list[float]) -> str:
         """Which of the step's losses is not finite, in words."""
         return f"the loss is {values[0]}"
@@ -164,14 +181,18 @@ class StageTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        batch = self._prepare_inputs(inputs)
-        values = self.micro.run(
+        batch, step = self._prepare_inputs(inputs), partial(self.micro_step, model)
+        self._step_values = self.micro.run(
             batch,
-            lambda part: self.micro_step(model, part, num_items_in_batch),
-            undo=lambda: model.zero_grad(set_to_none=True),
+            lambda part: self.passes(step, part, num_items_in_batch),
+            undo=self._begin_again,
         )
-        self._step_values = values
-        return values.mean().to(self._tr_loss.dtype)
+        return self._step_values.mean().to(self._tr_loss.dtype)
+
+    def _begin_again(self) -> None:
+        """Forget a step's gradients, and a recording of passes that were too large."""
+        self.passes.captured.release()
+        self.trained_model.zero_grad(set_to_none=True)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         return None
@@ -235,7 +256,7 @@ class StageTrainer(Trainer):
         raise NonFiniteLossError(
             f"stage '{self.stage_name}', step {self.state.global_step + 1}: {what}. The step was not applied. "
             f"Last good checkpoint: {last or 'none of this stage yet'}. "
-            f"{non_finite.advice(self.trained_model, self.stage_name, self.stage)}"
+            f"{non_finite.advice(self.trained_model, self.stage_name, self.stage, self.state.global_step)}"
         )
 
     # Checkpoints
@@ -253,7 +274,7 @@ class StageTrainer(Trainer):
         checkpoint.write_tensors(folder / "rng.safetensors", state.rng_tensors())
         window = {} if self._window_values is None else {"values": self._window_values}
         checkpoint.write_tensors(folder / "window.safetensors", window)
-        self.state.save_to_json(str(folder / "trainer_state.json"))
+        self.state.save_to_json(str(folder / checkpoint.STATE))
         scheduler = self.schedule.state_dict()
         checkpoint.write_json(
             folder / "state.json",
@@ -302,55 +323,6 @@ class StageTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the original counts all parameters on every micro-batch
-
-
-def build_optimizer(
-    parameters: dict[str, nn.Parameter], stage: StageConfig, *, fused: bool, mixers: Collection[int] = ()
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); weight decay on matrices only.
-
-    Args:
-        parameters: everything that trains.
-        stage: its rates; groups of `lr_mixers` stand last.
-        fused: one kernel for all parameters.
-        mixers: ids of the parameters that `lr_mixers`, if there is one, is for.
-    """
-    rest, apart = list(parameters.values()), []
-    if stage.lr_mixers is not None:
-        rest = [parameter for parameter in parameters.values() if id(parameter) not in mixers]
-        apart = [parameter for parameter in parameters.values() if id(parameter) in mixers]
-    groups = []
-    for own, lr in ((rest, stage.lr), (apart, stage.lr_mixers)):
-        matrices = [parameter for parameter in own if parameter.ndim >= 2]
-        vectors = [parameter for parameter in own if parameter.ndim < 2]
-        groups += [
-            {"params": matrices, "weight_decay": stage.weight_decay, "lr": lr},
-            {"params": vectors, "weight_decay": 0.0, "lr": lr},
-        ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=stage.lr, fused=fused)
-
-
-def build_scheduler(optimizer: torch.optim.Optimizer, stage: StageConfig, steps: int) -> Any:
-    """Linear warm-up to `lr`, then a cosine down to `min_lr_ratio` x `lr` at the last step."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, Schedule(stage.warmup_ratio, stage.min_lr_ratio, steps)
-    )
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rate as a share of the peak, by step (0 is the first)."""
-
-    warmup_ratio: float
-    min_lr_ratio: float
-    steps: int
-
-    def __call__(self, step: int) -> float:
-        warmup = math.ceil(self.warmup_ratio * self.steps)
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        progress = min(1.0, (step - warmup) / max(1, self.steps - 1 - warmup))
-        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _arguments(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from linearize.config.schema import RunConfig, StageConfig
 from linearize.distill import checkpoint, memory
 from linearize.distill.callbacks import Interrupt, RunStopped, StageCallback, forget_lines
 from linearize.distill.finetune import FinetuneTrainer, needs_teacher
+from linearize.distill.positions import counted_from_zero
 from linearize.distill.preference import PreferenceTrainer
 from linearize.distill.stage import StageTrainer
 from linearize.distill.trainable import load_trained, prepare, trained, unwrapped
@@ -197,7 +198,12 @@ def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> Interr
         trainer.budget.tokens,
         done=steps_before * trainer.tokens_per_step,
     )
-    with meter, interrupt.watch(meter):
+    with ExitStack() as stack:
+        stack.enter_context(meter)
+        stack.enter_context(interrupt.watch(meter))
+        for model in (trainer.trained_model, getattr(trainer, "teacher", None)):
+            if model is not None:
+                stack.enter_context(counted_from_zero(model))
         trainer.add_callback(StageCallback(trainer, place.metrics, meter, interrupt))
         with memory.watched(
             lambda: f"in stage '{place.name}', step {trainer.state.global_step + 1}", place.less_memory

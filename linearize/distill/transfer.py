@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from linearize import objectives, surgery
 from linearize.distill import window_dropout
+from linearize.distill.blocks import around_attention
 from linearize.distill.stage import StageTrainer
 from linearize.distill.trainable import unwrapped
 
@@ -31,6 +32,9 @@ class TransferTrainer(StageTrainer):
         if settings["stage"].window_dropout:
             window_dropout.check(converted)
         super().__init__(model, **settings)
+
+    def compiled_parts(self) -> list[nn.Module]:
+        return around_attention(self.trained_model)
 
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
         """Losses [L] in layer order; see `transfer_step`."""

@@ -116,10 +116,10 @@ def at(stage: str, step: int, error: Exception, monkeypatch: pytest.MonkeyPatch)
 def when_measuring(title: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Measurer.perplexities
 
-    def perplexities(self: Measurer, model: Any, name: str) -> Any:
+    def perplexities(self: Measurer, model: Any, name: str, **options: Any) -> Any:
         if name == title:
             raise error
-        return original(self, model, name)
+        return original(self, model, name, **options)
 
     monkeypatch.setattr(Measurer, "perplexities", perplexities)
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from linearize import distill
 from linearize.config.schema import Recipe, StageConfig, StageDataConfig
 from linearize.distill import checkpoint
+from linearize.errors import CheckpointError
 
 
 class Crash(Exception):
@@ -175,6 +176,25 @@ def test_partial_checkpoints_are_passed_over(
     damaged.write_bytes(damaged.read_bytes()[:-8])
     (stage / "checkpoint-7").mkdir()
     assert checkpoint.latest(stage).name == "checkpoint-3"
+    distill.run(str(teacher_folder), small, out, resume=True)
+    assert_equal(out, reference)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-999999999999", "checkpoint-06", "checkpoint-4"])
+def test_a_renamed_checkpoint_is_refused_by_name(
+    name: str, teacher_folder: Path, small: Recipe, reference: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Taken for a later step it would end the stage, and pruning would delete the true ones for it."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        at_step(patch, "transfer", 7, crash)
+        distill.run(str(teacher_folder), small, out)
+    stage = out / "stage-1-transfer"
+    true = (stage / "checkpoint-6").rename(stage / name)
+    with pytest.raises(CheckpointError, match=rf"{name}: holds step 6.* back the name checkpoint-6, or move"):
+        distill.run(str(teacher_folder), small, out, resume=True)
+    assert checkpoint.damaged(true) is None and (stage / "checkpoint-3").is_dir()
+    true.rename(stage / "checkpoint-6")
     distill.run(str(teacher_folder), small, out, resume=True)
     assert_equal(out, reference)
 

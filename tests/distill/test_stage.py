@@ -18,7 +18,8 @@ from linearize import objectives, progress, surgery
 from linearize.config.schema import LoraConfig, RunConfig, StageConfig
 from linearize.distill import continuing
 from linearize.distill.finetune import FinetuneTrainer
-from linearize.distill.stage import Budget, Cycled, Schedule, StageTrainer, build_optimizer
+from linearize.distill.optimizer import Schedule, build_optimizer
+from linearize.distill.stage import Budget, Cycled, StageTrainer
 from linearize.distill.trainable import prepare, trained
 from linearize.distill.transfer import TransferTrainer
 
