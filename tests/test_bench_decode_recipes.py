@@ -81,7 +81,9 @@ def test_a_prompt_that_does_not_fit_is_halved(monkeypatch):
 
 
 def test_nothing_is_begun_behind_the_budget():
-    options = argparse.Namespace(shape="tiny", prefill=(8,), batch=(1,), context=None, compile=True, only=False)
+    options = argparse.Namespace(
+        shape="tiny", prefill=(8,), batch=(1,), context=None, compile=True, only=False
+    )
     rows = list(decode_recipes.rows("lolcats", options, CPU, -1.0))
     assert [row["way"] for row in rows] == ["chunked", "graph", "graph, compiled"]
     assert all(row["note"] == "not run: the budget is spent" for row in rows)
