@@ -1,44 +1,60 @@
-"""`linearize eval PATH`: perplexities, tasks and ablations of a checkpoint, as tables."""
+"""`linearize eval PATH`: a suite of measurements of a model, its teacher and the controls, as rows and as a table."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from linearize.cli.console import console
+from linearize.cli.console import console, quiet_libraries
 from linearize.errors import LinearizeError
+
+NOTE = "linearize.json"
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure, print what fits a terminal, and write every number as JSON when asked."""
-    if options.tasks and options.task_data is None:
-        raise LinearizeError(
-            "--tasks: the tasks need --task-data DIR, the folder that holds their JSONL files"
-        )
-
+    """Measure what is not there yet, print the tables, and leave every number in results.json."""
     from linearize.cli.checkpoint import export_of, load
-    from linearize.eval.tables import results
+    from linearize.eval import suite, summary, tasks_known
+    from linearize.eval.cast import entrants
+    from linearize.eval.judge import judge
+    from linearize.eval.measurement import Setting
+    from linearize.eval.rows import Scores
     from linearize.models import resolve
 
-    if options.tasks:  # before any weight is loaded
-        from linearize.eval.harness import check_data, expand
-
-        options.tasks = expand(options.tasks)
-        check_data(options.tasks, options.task_data, options.limit)
-    if options.teacher:
-        resolve(export_of(options.teacher))  # before the minutes that the model takes
+    quiet_libraries()
+    suites = suite.load(options.suite, options.only)
+    tasks_known.check(suites)
+    against = options.against or _base(export_of(options.path))
+    for source in [against, *options.control]:
+        if source is not None:  # before the minutes that the model takes
+            resolve(export_of(source))
     texts = _texts(options.text)
-    model, tokenizer = load(options.path, options.device)
-    rows = _measure(_name(options.path), model, tokenizer, texts, options)
-    if options.teacher:
-        teacher, teacher_tokenizer = load(options.teacher, options.device)
-        teacher_row = _row("teacher", teacher, teacher_tokenizer, texts, options, tasks=True)
-        rows.insert(0, teacher_row)
-    console().print(results(rows, metrics=["acc"]))
-    if options.json is not None:
-        _write(options.json, rows, options)
+    out = options.out or _folder(options.path)
+    scores = Scores(_written(out) / "results.json")
+    student, tokenizer = load(options.path, options.device)
+    teacher = None
+    if against is not None:
+        teacher, other = load(against, options.device)
+        _same_tokens(tokenizer, other, options.path, against)
+    setting = Setting(tokenizer, texts, out, seed=options.seed, autocast=_autocast(student))
+    cast = entrants(
+        student,
+        teacher,
+        names=(_name(options.path), _name(against or "")),
+        identities=(_identity(options.path), _identity(against) if against else None),
+        others=[_control(source, options, tokenizer) for source in options.control],
+        seed=options.seed,
+    )
+    command = shlex.join(["linearize", *sys.argv[1:]])
+    for measured, rows in judge(suites, cast, setting, scores, command=command):
+        console().print(summary.tables(measured, rows, [entrant.role for entrant in cast]))
+    console().print(f"scores  {scores.path}", markup=False, soft_wrap=True)
     return 0
 
 
@@ -48,12 +64,54 @@ def _name(path: str) -> str:
     return folder.parent.name if folder.name == "checkpoint" and folder.parent.name else folder.name
 
 
+def _folder(path: str) -> Path:
+    """Where the scores of a model go: into its run folder, or beside where it was started."""
+    from linearize.cli.checkpoint import export_of
+
+    run = Path(path).parent if Path(path).name == "checkpoint" else Path(path)
+    is_run = (run / "recipe.yaml").is_file() and Path(export_of(str(run))) == run / "checkpoint"
+    return run / "eval" if is_run else Path("runs") / f"eval-{_name(path)}"
+
+
+def _written(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LinearizeError(f"--out: cannot make {folder}: {error.strerror}") from error
+    return folder
+
+
+def _base(folder: str) -> str | None:
+    """The model that a checkpoint was converted from, where it says so and the model can be found."""
+    from linearize.errors import CheckpointError, ModelNotFoundError
+    from linearize.models import resolve
+
+    try:
+        base = json.loads((resolve(folder) / NOTE).read_text(encoding="utf-8")).get("base")
+        if base:
+            resolve(base)
+        return base or None
+    except (OSError, ValueError, AttributeError):
+        return None
+    except (CheckpointError, ModelNotFoundError) as error:
+        raise LinearizeError(
+            f"{folder} was converted from a model that is not here ({error}); name it with --against MODEL"
+        ) from error
+
+
+def _identity(path: str) -> dict[str, str]:
+    from linearize.cli.checkpoint import export_of
+    from linearize.distill.identity import fingerprint
+
+    return fingerprint(export_of(path))
+
+
 def _texts(named: list[tuple[str, str]]) -> dict[str, list[Any]]:
-    """Name -> documents."""
+    """Name -> documents; the package's own held-out sample has no name."""
     from linearize import data
     from linearize.config import DataConfig
 
-    sources = dict(named) or {"builtin": "builtin"}
+    sources = dict(named) or {"": "builtin"}
     if len(sources) < len(named):
         raise LinearizeError("--text: two texts have the same name; give each its own")
     return {
@@ -62,80 +120,31 @@ def _texts(named: list[tuple[str, str]]) -> dict[str, list[Any]]:
     }
 
 
-def _measure(
-    name: str, model: Any, tokenizer: Any, texts: dict[str, list[Any]], options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    rows = [_row(name, model, tokenizer, texts, options, tasks=True)]
-    if options.ablations:
-        from linearize import surgery
-        from linearize.eval.ablation import ablate
-
-        if not surgery.converted(model):
-            raise LinearizeError(
-                f"--ablations: {options.path} has no converted layer; it is an ordinary model"
-            )
-        results = ablate(
-            model, lambda: _row("", model, tokenizer, texts, options, tasks=False), teacher=False
+def _same_tokens(tokenizer: Any, other: Any, path: str, against: str) -> None:
+    """Scores of tokens compare only where the tokens are the same."""
+    if other is not None and tokenizer.get_vocab() != other.get_vocab():
+        raise LinearizeError(
+            f"{against} has another tokenizer than {path}: their scores a token cannot be compared; give one of the "
+            "same vocabulary"
         )
-        rows += [{**row, "name": label} for label, row in results.items()]
-    return rows
 
 
-def _row(
-    name: str,
-    model: Any,
-    tokenizer: Any,
-    texts: dict[str, list[Any]],
-    options: argparse.Namespace,
-    *,
-    tasks: bool,
-) -> dict[str, Any]:
+def _autocast(model: Any) -> Any:
     import torch
 
-    from linearize.eval.perplexity import perplexity
-    from linearize.progress import Meter
-
     # The precision that training used, see RunConfig.precision.
-    autocast = torch.bfloat16 if next(model.parameters()).device.type == "cuda" else None
-    found: dict[str, Any] = {"name": name, "perplexity": {}}
-    for text, documents in texts.items():
-        with Meter(f"{name or 'ablation'}: {text}", None) as meter:
-            result = perplexity(
-                model,
-                tokenizer,
-                documents,
-                window=options.window,
-                max_windows=options.max_windows or None,
-                batch_size=options.batch_size,
-                meter=meter,
-                autocast=autocast,
-            )
-        found["perplexity"][text] = result.value
-    if tasks and options.tasks:
-        from linearize.eval.harness import run_tasks
-
-        found["tasks"] = run_tasks(
-            model,
-            tokenizer,
-            options.tasks,
-            data_dir=options.task_data,
-            limit=options.limit or None,
-            batch_size=options.batch_size,
-            autocast=autocast,
-        )
-    return found
+    return torch.bfloat16 if next(model.parameters()).device.type == "cuda" else None
 
 
-def _write(path: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    document = {
-        "rows": rows,
-        "window": options.window,
-        "max_windows": options.max_windows,
-        "limit": options.limit,
-        "texts": dict(options.text) or {"builtin": "builtin"},
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
-        raise LinearizeError(f"--json: cannot write {path}: {error.strerror}") from error
+def _control(source: str, options: argparse.Namespace, tokenizer: Any) -> Any:
+    """A further checkpoint, loaded for as long as it is measured."""
+    from linearize.cli.checkpoint import load
+    from linearize.eval.cast import Entrant
+
+    @contextmanager
+    def opened() -> Iterator[Any]:
+        model, other = load(source, options.device)
+        _same_tokens(tokenizer, other, options.path, source)
+        yield model
+
+    return Entrant(_name(source), _name(source), _identity(source), opened)

@@ -1,0 +1,89 @@
+"""What a measurement is: tokens that it costs, and the scores that it makes of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from linearize.data import Document
+from linearize.eval.cast import Entrant
+from linearize.eval.rows import Score
+from linearize.eval.suite import Unit
+from linearize.eval.token_scores import Predictor
+
+
+@dataclass
+class Setting:
+    """What all measurements of a call share.
+
+    Attributes:
+        tokenizer: of every model; entrants have the same one.
+        texts: name -> documents; "" is the package's own sample.
+        folder: for what is too large for rows (scores of tokens, generated text).
+        teacher: the teacher's predictions, or None where there is no teacher.
+        student_key: unit -> key of the student's rows, for paired differences.
+        options: what the command line says about the tasks of lm-eval, see `eval.harness_unit`.
+    """
+
+    tokenizer: Any
+    texts: dict[str, list[Document]]
+    folder: Path
+    seed: int = 0
+    autocast: torch.dtype | None = None
+    batch_tokens: int = 4096
+    teacher: Predictor | None = None
+    student_key: Callable[[Unit], str] = lambda unit: ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One measurement of one model."""
+
+    unit: Unit
+    entrant: Entrant
+    key: str
+    """Of the rows that come out."""
+
+
+class Measurement(Protocol):
+    """A task of a suite."""
+
+    def units(self, unit: Unit, setting: Setting) -> Sequence[Unit]:
+        """The unit as it will be measured: once for each text, or not at all where there is nothing to measure.
+
+        Raises:
+            DataError: what it needs is not there or too short; the unit is left out and the message shown.
+        """
+
+    def tokens(self, unit: Unit, setting: Setting) -> int:
+        """Tokens that go through the model, for the estimate and the progress bar."""
+
+    def measure(self, model: Any, call: Call, setting: Setting, meter: Any) -> list[Score]:
+        """Scores, with metric, value, interval, n, by, bucket and against; the caller adds the rest.
+
+        Args:
+            model: in evaluation mode.
+            call: what is asked for.
+            setting: see there.
+            meter: `advance(tokens)` as they go through the model, as many as `tokens` said.
+        """
+
+
+def score(
+    metric: str,
+    value: float,
+    interval: tuple[float | None, float | None] = (None, None),
+    n: int = 1,
+    *,
+    by: str = "",
+    bucket: str = "",
+    against: str = "",
+) -> Score:
+    """A score that does not yet say whose it is."""
+    low, high = interval
+    return Score("", "", "", "", metric, value, low, high, n, by=by, bucket=bucket, against=against)
