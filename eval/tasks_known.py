@@ -6,11 +6,16 @@ from collections.abc import Sequence
 
 from linearize.errors import LinearizeError
 from linearize.eval.measurement import Measurement
+from linearize.eval.recall.measure import GENERATORS, Mqar, Retrieval
 from linearize.eval.suite import Suite
 from linearize.eval.text import Text
 from linearize.registry import closest
 
-TASKS: dict[str, Measurement] = {"text": Text()}
+TASKS: dict[str, Measurement] = {
+    "text": Text(),
+    "mqar": Mqar(),
+    **{name: Retrieval(name) for name in GENERATORS},
+}
 
 
 def check(suites: Sequence[Suite]) -> None:
