@@ -67,7 +67,8 @@ class Niah:
             Needle(self._needle(key, value), place) for (key, value), place in zip(pairs, depths, strict=True)
         )
         asked = random.sample(keys, self.queries)
-        answers = tuple(value for key in asked for value in held[key])
+        # in the order in which they stand in the text
+        answers = tuple(value for key in asked for other, value in pairs if other == key)
         in_context = [value for value in values if value not in answers]
         fresh = different(self.value, random, 3 * len(answers), tuple(values))
         pool = in_context + fresh
