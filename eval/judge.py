@@ -52,7 +52,7 @@ def judge(
         Each suite with its rows, old and new, in the order of suite and cast.
     """
     by_role = {entrant.role: entrant for entrant in cast}
-    setting.student_key = lambda unit: _key(by_role[STUDENT], unit, setting)
+    setting.key_of = lambda role, unit: _key(by_role[role], unit, setting) if role in by_role else ""
     for suite in suites:
         units = list(_units(suite, setting))
         jobs = {entrant.role: _jobs(entrant, units, setting, scores) for entrant in cast}
@@ -87,10 +87,9 @@ def _units(suite: Suite, setting: Setting) -> Iterator[Unit]:
 def _key(entrant: Entrant, unit: Unit, setting: Setting) -> str:
     text = unit.settings.get("text")
     about = None if text is None else [document.text for document in setting.texts[text]]
-    options = setting.options if unit.task == "lm_eval" else None
     return key_of(
         entrant.identity, entrant.role, unit.task, unit.length, unit.settings, setting.seed, __version__,
-        str(setting.autocast), about, options,
+        str(setting.autocast), about,
     )  # fmt: skip
 
 
@@ -167,7 +166,7 @@ def _signed(row: Score, suite: Suite, job: _Job, setting: Setting, command: str)
         role=entrant.role,
         suite=suite.name,
         task=row.task or (f"{unit.task}: {text}" if text else unit.task),
-        length=row.length if row.length is not None else unit.length,
+        length=row.length if row.length is not None else unit.length or None,
         seed=setting.seed,
         version=row.version or f"linearize {__version__}",
         command=command,

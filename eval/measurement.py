@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,19 +25,20 @@ class Setting:
         texts: name -> documents; "" is the package's own sample.
         folder: for what is too large for rows (scores of tokens, generated text).
         teacher: the teacher's predictions, or None where there is no teacher.
-        student_key: unit -> key of the student's rows, for paired differences.
-        options: what the command line says about the tasks of lm-eval, see `eval.harness_unit`.
+        device: kind of the device that everything runs on.
+        batch_tokens: how many go through a model at once, where a measurement has batches.
+        key_of: (role, unit) -> key of that role's rows, "" where there is no such role, for what is compared in pairs.
     """
 
     tokenizer: Any
     texts: dict[str, list[Document]]
     folder: Path
     seed: int = 0
+    device: str = "cpu"
     autocast: torch.dtype | None = None
     batch_tokens: int = 4096
     teacher: Predictor | None = None
-    student_key: Callable[[Unit], str] = lambda unit: ""
-    options: dict[str, Any] = field(default_factory=dict)
+    key_of: Callable[[str, Unit], str] = lambda role, unit: ""
 
 
 @dataclass(frozen=True)

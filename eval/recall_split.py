@@ -40,6 +40,11 @@ def buckets(length: int, first: int = 64) -> list[tuple[int, int]]:
     return made
 
 
+def beyond(length: int) -> tuple[int, int] | None:
+    """All that lies behind a window of 64 tokens, which is what conversions keep; None in windows hardly longer."""
+    return (64, length) if length > 128 else None
+
+
 def name(bucket: tuple[int, int]) -> str:
     """As rows write it: "64-128"."""
     return f"{bucket[0]}-{bucket[1]}"

@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from linearize.errors import LinearizeError
+from linearize.eval import lm_tasks
+from linearize.eval.efficiency import Efficiency
 from linearize.eval.measurement import Measurement
 from linearize.eval.recall.measure import GENERATORS, Mqar, Retrieval
 from linearize.eval.suite import Suite
 from linearize.eval.text import Text
+from linearize.eval.writing import Decoding, Writing
 from linearize.registry import closest
 
 TASKS: dict[str, Measurement] = {
     "text": Text(),
     "mqar": Mqar(),
+    "decoding": Decoding(),
+    "generation": Writing(),
+    **{name: Efficiency(name) for name in ("prefill", "decode")},
+    lm_tasks.TASK: lm_tasks.LmTasks(),
     **{name: Retrieval(name) for name in GENERATORS},
 }
 

@@ -16,7 +16,7 @@ from linearize.errors import CheckpointError
 from linearize.eval.intervals import bootstrap
 from linearize.eval.measurement import Call, Setting, score
 from linearize.eval.perplexity import windows
-from linearize.eval.recall_split import buckets, distances, name
+from linearize.eval.recall_split import beyond, buckets, distances, name
 from linearize.eval.rows import STUDENT, TEACHER, Score
 from linearize.eval.suite import Unit
 from linearize.eval.token_scores import Predictor, TokenScores, score_tokens
@@ -45,7 +45,7 @@ class Text:
         write_tensors_file(folder / f"{call.key}.safetensors", kept)
         made = list(_scores(found, cut, setting.seed))
         if call.entrant.role not in (STUDENT, TEACHER):
-            file = folder / f"{setting.student_key(call.unit)}.safetensors"
+            file = folder / f"{setting.key_of(STUDENT, call.unit)}.safetensors"
             try:
                 student = read_tensors(file)["nll"]
             except (CheckpointError, KeyError):
@@ -80,9 +80,18 @@ def _scores(found: TokenScores, cut: Tensor, seed: int) -> Iterator[Score]:
             yield here("kl", found.kl, inside, against=TEACHER)
         if bool((inside & (back > 0)).any()):
             yield here("ppl_hit", found.nll, inside & (back > 0))
+    for bucket, far in _far(back):
+        yield over("ppl_hit", found.nll, far, by="distance", bucket=bucket)
+
+
+def _far(back: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Where a pair is repeated, by the distance to its last occurrence, and at any distance beyond 64 tokens."""
+    length = back.shape[1] + 1
+    last = beyond(length)
+    for low, high in [*buckets(length), *([] if last is None else [last])]:
         far = (back >= max(low, 1)) & (back < high)
         if bool(far.any()):
-            yield over("ppl_hit", found.nll, far, by="distance", bucket=name((low, high)))
+            yield name((low, high)), far
 
 
 def _differences(own: Tensor, student: Tensor, back: Tensor, seed: int) -> list[Score]:
@@ -90,12 +99,9 @@ def _differences(own: Tensor, student: Tensor, back: Tensor, seed: int) -> list[
     apart = own - student
     everywhere = torch.ones_like(back, dtype=torch.bool)
     made = [_mean("nll_difference", apart, everywhere, seed=seed, against=STUDENT)]
-    for low, high in buckets(own.shape[1] + 1):
-        far = (back >= max(low, 1)) & (back < high)
-        if bool(far.any()):
-            made.append(
-                _mean("nll_difference", apart, far, seed=seed, against=STUDENT, by="distance", bucket=name((low, high)))
-            )  # fmt: skip
+    for bucket, far in _far(back):
+        place = {"by": "distance", "bucket": bucket, "against": STUDENT}
+        made.append(_mean("nll_difference", apart, far, seed=seed, **place))
     return made
 
 

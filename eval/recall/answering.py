@@ -38,7 +38,49 @@ class Answer:
     tokens: list[int]
 
 
-@torch.no_grad()
+class Cached:
+    """A model that remembers what it was shown: a batch of prompts, then token after token.
+
+    Args:
+        model: in evaluation mode.
+        autocast: dtype for torch.autocast on the model's device, or None.
+    """
+
+    def __init__(self, model: Any, autocast: torch.dtype | None = None) -> None:
+        self.model = model
+        self.device = device_of(model)
+        self.autocast = autocast
+        self.cache: Any = DynamicCache(config=model.config)
+        known = inspect.signature(model.forward).parameters
+        # the second name is that of transformers before 5.24
+        self._name = "cache" if "cache" in known else "past_key_values"
+        self._fewer = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Logits [B, V], float32, behind the last of some more tokens [B, n]."""
+        return self._run(ids, self._fewer)[:, -1]
+
+    def every(self, ids: Tensor) -> Tensor:
+        """Logits [B, n, V] behind each of them."""
+        return self._run(ids, {})
+
+    def copy(self) -> Cached:
+        """Another one that remembers the same; the mixers that converted layers point at stay the model's."""
+        other = copy.copy(self)
+        mixers = {id(layer.mixer): layer.mixer for layer in surgery.converted(self.model)}
+        other.cache = copy.deepcopy(self.cache, mixers)
+        return other
+
+    @torch.no_grad()
+    def _run(self, ids: Tensor, options: dict[str, int]) -> Tensor:
+        context: Any = nullcontext()
+        if self.autocast is not None:
+            context = torch.autocast(self.device.type, dtype=self.autocast)
+        with context:
+            given = {self._name: self.cache, "use_cache": True, **options}
+            return self.model(input_ids=ids.to(self.device), **given).logits.float()
+
+
 def answers(
     model: Any,
     tokenizer: Any,
@@ -55,30 +97,20 @@ def answers(
         new_tokens: how many are decoded.
         autocast: dtype for torch.autocast, or None.
     """
-    device = device_of(model)
-    context: Any = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
-    ids = torch.tensor([prompt.ids for prompt in prompts], device=device)
-    with context:
-        cache = DynamicCache(config=model.config)
-        first = _last_logits(model, ids, cache)
-        candidates = [
-            _likelihood(model, prompts, number, first, cache) for number in range(len(prompts[0].answers))
-        ]
-        written = _decode(model, first, cache, new_tokens)
-    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    read = Cached(model, autocast)
+    first = read(torch.tensor([prompt.ids for prompt in prompts]))
+    candidates = [_likelihood(read, prompts, number, first) for number in range(len(prompts[0].answers))]
+    written = [first.argmax(-1)]
+    while len(written) < new_tokens:
+        written.append(read(written[-1][:, None]).argmax(-1))
+    texts = tokenizer.batch_decode(torch.stack(written, 1), skip_special_tokens=True)
     return [
         Answer(text, [found[row] for found in candidates], [len(candidate) for candidate in prompt.answers])
         for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True))
     ]
 
 
-def _last_logits(model: Any, ids: Tensor, cache: Any) -> Tensor:
-    """Logits [B, V] behind the last token; of the others only where the model makes them in any case."""
-    fewer = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, **fewer).logits[:, -1].float()
-
-
-def _likelihood(model: Any, prompts: Sequence[Prompt], number: int, first: Tensor, cache: Any) -> list[float]:
+def _likelihood(read: Cached, prompts: Sequence[Prompt], number: int, first: Tensor) -> list[float]:
     """Summed log-probability of each prompt's candidate of that number."""
     rows = [prompt.answers[number] for prompt in prompts]
     longest = max(map(len, rows))
@@ -87,21 +119,6 @@ def _likelihood(model: Any, prompts: Sequence[Prompt], number: int, first: Tenso
     own = torch.tensor([[1.0] * len(row) + [0.0] * (longest - len(row)) for row in rows], device=first.device)
     logits = first[:, None]
     if longest > 1:
-        more = model(input_ids=ids[:, :-1], past_key_values=copied(model, cache), use_cache=True).logits
-        logits = torch.cat([logits, more.float()], 1)
+        logits = torch.cat([logits, read.copy().every(ids[:, :-1])], 1)
     found = F.log_softmax(logits, -1).gather(2, ids[..., None])[..., 0]
     return (found * own).sum(1).tolist()
-
-
-def _decode(model: Any, first: Tensor, cache: Any, new_tokens: int) -> Tensor:
-    """Greedy tokens [B, new_tokens]; the cache is used up."""
-    made = [first.argmax(-1)]
-    while len(made) < new_tokens:
-        logits = model(input_ids=made[-1][:, None], past_key_values=cache, use_cache=True).logits
-        made.append(logits[:, -1].argmax(-1))
-    return torch.stack(made, 1)
-
-
-def copied(model: Any, cache: Any) -> Any:
-    """A cache of the same content; the mixers that converted layers point at stay the model's."""
-    return copy.deepcopy(cache, {id(layer.mixer): layer.mixer for layer in surgery.converted(model)})

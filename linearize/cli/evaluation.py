@@ -28,7 +28,11 @@ def main(options: argparse.Namespace) -> int:
     from linearize.models import resolve
 
     quiet_libraries()
-    suites = suite.load(options.suite, options.only)
+    suites = [] if options.suite == "tasks" else suite.load(options.suite, options.only)
+    if options.tasks:
+        suites.append(_lm_tasks(options))
+    elif options.suite == "tasks":
+        raise LinearizeError("--suite tasks: name them with --tasks A,B")
     tasks_known.check(suites)
     against = options.against or _base(export_of(options.path))
     for source in [against, *options.control]:
@@ -43,6 +47,9 @@ def main(options: argparse.Namespace) -> int:
         teacher, other = load(against, options.device)
         _same_tokens(tokenizer, other, options.path, against)
     setting = Setting(tokenizer, texts, out, seed=options.seed, autocast=_autocast(student))
+    setting.device = next(student.parameters()).device.type
+    if setting.autocast is not None:
+        setting.batch_tokens *= 16  # a GPU's batches
     cast = entrants(
         student,
         teacher,
@@ -56,6 +63,18 @@ def main(options: argparse.Namespace) -> int:
         console().print(summary.tables(measured, rows, [entrant.role for entrant in cast]))
     console().print(f"scores  {scores.path}", markup=False, soft_wrap=True)
     return 0
+
+
+def _lm_tasks(options: argparse.Namespace) -> Any:
+    from linearize.eval import lm_tasks
+
+    return lm_tasks.suite(
+        options.tasks,
+        shots=options.shots,
+        limit=options.limit,
+        include=options.include_path,
+        data=options.task_data,
+    )
 
 
 def _name(path: str) -> str:

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from linearize.cli import bench_options, given
@@ -226,6 +227,35 @@ def _eval_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--only", type=given.names, default=[], metavar="A,B", help="these tasks of the suite alone"
+    )
+    tasks = parser.add_argument_group("tasks of lm-eval")
+    tasks.add_argument(
+        "--tasks",
+        type=given.names,
+        default=[],
+        metavar="A,B",
+        help="any task or group of lm-eval, beside the suite or with `--suite tasks` alone; `all`: the five local ones",
+    )
+    tasks.add_argument(
+        "--include-path",
+        type=Path,
+        metavar="DIR",
+        help="folder with further task YAMLs, such as offline ones",
+    )
+    tasks.add_argument(
+        "--task-data",
+        type=Path,
+        metavar="DIR",
+        help="folder of the five local tasks' JSONL files, read offline",
+    )
+    tasks.add_argument(
+        "--shots",
+        type=given.count,
+        metavar="N",
+        help="worked examples before an item (default: as published, such as 5 for mmlu)",
+    )
+    tasks.add_argument(
+        "--limit", type=given.count, default=0, metavar="N", help="items of each task (default: all)"
     )
     parser.add_argument(
         "--out",
