@@ -159,6 +159,10 @@ def crossovers(rows: Sequence[Score]) -> list[Score]:
                     value=float(ahead[0]),
                     n=len(both),
                     key=key,
+                    low=None,
+                    high=None,
+                    length=None,
+                    against=TEACHER,
                 )
             )
     return made

@@ -8,14 +8,17 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from linearize.eval.cast import SINKS
+from linearize.eval.ablation import NO_LINEAR, NO_WINDOW
+from linearize.eval.cast import SINKS, UNTRAINED
 from linearize.eval.recall_split import beyond, name
 from linearize.eval.rows import METRICS, STUDENT, TEACHER, Score
 from linearize.eval.suite import Suite
-from linearize.eval.tables import number, rich_table
+from linearize.eval.tables import rich_table
 
 Row = dict[str, Any]
 
+SHORT = {NO_LINEAR: "linear off", NO_WINDOW: "window off", UNTRAINED: "untrained"}
+"""Roles as headings of narrow columns."""
 GENERATED = ("exact", "recalled")
 """What a recall task is scored by when the model writes; the first that a task has is shown."""
 FAILS = 0.5
@@ -81,6 +84,10 @@ def verdicts(rows: Sequence[Score]) -> Iterator[str]:
         yield f"The teacher itself fails at {', '.join(failed)}: there is little to lose there."
 
 
+def _heading(role: str) -> str:
+    return SHORT.get(role, role)
+
+
 def _is_beyond(row: Score) -> bool:
     """Whether a score is over all that lies behind a window."""
     far = None if row.length is None else beyond(row.length)
@@ -100,13 +107,13 @@ def _compared(row: Score) -> str:
 
 def _text(rows: Sequence[Score], roles: Sequence[str]) -> list[Row]:
     """Over everything: perplexity, difference to the student, KL to the teacher, hits against others."""
-    columns: dict[str, tuple[str, bool, Callable[[Score], str]]] = {
+    columns: dict[str, tuple[str, bool, Callable[[Score], Any]]] = {
         "ppl": ("ppl", False, _plain),
-        "NLL - student's": ("nll_difference", False, _interval),
-        "KL to teacher": ("kl", False, _plain),
-        "same top": ("agreement", False, _plain),
-        "ppl recalled": ("ppl_hit", True, _plain),
-        "NLL recalled - student's": ("nll_difference", True, _interval),
+        "nats more,\n95%": ("nll_difference", False, _interval),
+        "KL": ("kl", False, _plain),
+        "same %": ("agreement", False, _plain),
+        "recalled ppl": ("ppl_hit", True, _plain),
+        "recalled\nmore, 95%": ("nll_difference", True, _interval),
     }
     made = []
     for role in roles:
@@ -139,7 +146,7 @@ def _by_bucket(rows: Sequence[Score], roles: Sequence[str], metric: str, by: str
     for bucket in buckets:
         line: Row = {f"{by}": bucket}
         for role in roles:
-            line[role] = _plain(found[bucket, role]) if (bucket, role) in found else None
+            line[_heading(role)] = _plain(found[bucket, role]) if (bucket, role) in found else None
         made.append(line | {"tokens": found[bucket, next(r for b, r in found if b == bucket)].n})
     return made
 
@@ -154,16 +161,16 @@ def _recall(rows: Sequence[Score], roles: Sequence[str]) -> list[Row]:
     """Two lines for each task and length: what the model writes, and what it finds likelier than the distractors."""
     made = []
     for task, length in dict.fromkeys((row.task, row.length) for row in rows if row.metric == "choice"):
-        for metric, title in ((_shown(rows, task), "written"), ("choice", "likelier")):
+        for metric, title in ((_shown(rows, task), "written"), ("choice", "picked")):
             found = {
                 row.role: row
                 for row in rows
                 if (row.task, row.length, row.metric, row.by) == (task, length, metric, "")
             }
             widest = max((row.high or 0) - (row.low or 0) for row in found.values()) / 2
-            line: Row = {"task": task, "tokens": length, "by": title}
-            line |= {role: _plain(found[role]) if role in found else None for role in roles}
-            made.append(line | {"at most +-": f"{100 * widest:.0f}"})
+            line: Row = {"task": f"{task} {length:,}", "by": title}
+            line |= {_heading(role): _plain(found[role]) if role in found else None for role in roles}
+            made.append(line | {"+-": round(100 * widest)})
     return made
 
 
@@ -178,15 +185,15 @@ def _tasks(rows: Sequence[Score], roles: Sequence[str]) -> list[Row]:
         relative = metric == "relative"
         line: Row = {"task": task, "metric": f"{bucket}, of teacher's" if relative else metric}
         for role in roles:
-            line[role] = _share(found[role]) if role in found else None
+            line[_heading(role)] = _share(found[role]) if role in found else None
         made.append(line | {"items": next(iter(found.values())).n})
     return made
 
 
-def _share(row: Score) -> str:
+def _share(row: Score) -> Any:
     """In percent with half its interval, where it has one; a perplexity as it is."""
     if row.low is None or row.high is None:
-        return number(row.value)
+        return row.value
     return f"{100 * row.value:.1f} +-{50 * (row.high - row.low):.1f}"
 
 
@@ -201,9 +208,9 @@ def _plainly(rows: Sequence[Score], roles: Sequence[str], tasks: Sequence[str]) 
             for r in here
             if (r.task, r.metric, r.length, r.bucket) == (task, metric, length, bucket)
         }
-        line |= {role: _plain(found[role]) for role in roles if role in found}
+        line |= {_heading(role): _plain(found[role]) for role in roles if role in found}
         made.append(line)
-    present = [role for role in roles if any(role in line for line in made)]
+    present = [_heading(role) for role in roles if any(_heading(role) in line for line in made)]
     return _filled([{**line, **{role: line.get(role) for role in present}} for line in made])
 
 
@@ -215,10 +222,11 @@ def _crossovers(rows: Sequence[Score]) -> list[Row]:
     ]
 
 
-def _plain(row: Score) -> str:
+def _plain(row: Score) -> Any:
+    """The value; a share in whole percent."""
     metric = METRICS.get(row.metric)
-    return f"{100 * row.value:.0f}" if metric is not None and metric.share else number(row.value)
+    return round(100 * row.value) if metric is not None and metric.share else row.value
 
 
-def _interval(row: Score) -> str:
+def _interval(row: Score) -> Any:
     return _plain(row) if row.low is None or row.high is None else f"{row.low:+.2f} {row.high:+.2f}"

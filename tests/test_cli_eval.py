@@ -106,6 +106,73 @@ def test_an_ordinary_model_has_the_controls_that_apply(teacher, converted, files
     )  # 48 tokens lie within the window
 
 
+EVERYTHING = """
+about: every kind of measurement
+measure:
+  - {task: mqar, length: 64, items: 2, pairs: 4}
+  - {task: passkey, length: 400, items: 4, depths: 2}
+  - {task: niah_multivalue, length: 1200, items: 2}
+  - {task: decoding, length: 24, roles: [teacher, student]}
+  - {task: generation, length: 16, items: 2, new_tokens: 8, roles: [teacher, student]}
+  - {task: prefill, length: [32, 64], batches: [1], repeats: 1, roles: [teacher, student]}
+  - {task: decode, length: 32, batches: [1], steps: 16, roles: [teacher, student]}
+  - {task: passkey, length: 100, items: 2}
+"""
+
+
+def test_every_kind_of_measurement_ends_in_rows_and_tables(converted, files, tmp_path, capsys):
+    (tmp_path / "small.yaml").write_text(EVERYTHING)
+    assert cli.main(["eval", str(converted), *files]) == 0
+    said = capsys.readouterr()
+    found = rows(tmp_path)
+    assert {row["task"] for row in found} >= {"mqar", "passkey", "niah_multivalue", "decoding", "generation"}
+    for role in ("teacher", "student"):
+        assert {row["metric"] for row in found if row["role"] == role} >= {
+            "exact", "recalled", "choice", "answer_nll", "decode_agreement", "repetition", "milliseconds",
+            "cache_bytes",
+        }  # fmt: skip
+    assert {row["role"] for row in found if row["task"] == "passkey" and row["by"] == "depth"} == {
+        "teacher", "student", "linear branch off", "window off", "untrained swap", "swa_sinks",
+    }  # fmt: skip
+    assert not any(row["role"] == "swa_sinks" for row in found if row["task"] == "prefill")
+    assert all(row["value"] == 1 for row in found if row["metric"] == "decode_agreement")
+    for words in ("recall, % right", "what it writes", "time and memory", "The teacher itself fails at"):
+        assert words in said.out
+    assert "no passkey at 100 tokens: passkey: the item alone has" in said.err
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    assert cli.main(["eval", str(converted), *files]) == 0
+    assert (tmp_path / "out" / "results.json").read_bytes() == before and capsys.readouterr().out == said.out
+
+
+def test_tasks_of_lm_eval_stand_beside_the_suite(converted, tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    items = [
+        {"query": f"The sum of {n} and 1 is", "choices": ["red", "blue"], "gold": n % 2} for n in range(6)
+    ]
+    (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, items)))
+    arguments = [
+        "eval",
+        str(converted),
+        "--out",
+        str(tmp_path / "out"),
+        "--suite",
+        "tasks",
+        "--tasks",
+        "piqa",
+    ]
+    assert cli.main([*arguments, "--task-data", str(tmp_path), "--limit", "5"]) == 0
+    said = capsys.readouterr()
+    found = rows(tmp_path)
+    scored = {row["role"]: row for row in found if row["metric"] == "acc"}
+    assert len(scored) == 6 and all(row["n"] == 5 and row["low"] < row["high"] for row in scored.values())
+    assert {row["suite"] for row in found} == {"tasks"} and {row["task"] for row in found} == {
+        "piqa (0-shot)"
+    }
+    assert all(", lm-eval " in row["version"] for row in found) and "piqa (0-shot)" in said.out
+    assert cli.main([*arguments[:6], "--suite", "tasks"]) == 2
+    assert "--suite tasks: name them with --tasks A,B" in capsys.readouterr().err
+
+
 def test_what_cannot_be_measured_is_refused_with_a_remedy(teacher, converted, files, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "wrong.yaml").write_text("about: x\nmeasure: [{length: 4}]\n")
