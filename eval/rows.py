@@ -36,9 +36,9 @@ class Score:
     """student: the model that was given, converted or not. teacher: what it is compared with. Anything else is the name
     of a control: "untrained swap", "swa_sinks", "linear branch off", "window off", or the name of a `--control`."""
     suite: str
-    """quick, standard, long or efficiency."""
+    """quick, standard, long, efficiency, tasks (of lm-eval), or the name of a suite's file."""
     task: str
-    """text, mqar, passkey, niah_single_1, ..., an lm-eval task, generation, prefill, decode."""
+    """text, mqar, passkey, ..., "mmlu (5-shot)", decoding, generation, prefill, decode."""
     metric: str
     """One of `METRICS`; lm-eval's own for its tasks."""
     value: float
@@ -53,7 +53,8 @@ class Score:
     """Tokens of the context: the window, the prompt, the cache."""
     by: str = ""
     """What `bucket` divides: "position" (token in the window), "distance" (tokens back to the earlier occurrence),
-    "depth" (share of the haystack before the needle), "batch" (sequences); "" for a score over everything."""
+    "depth" (share of the haystack before the needle), "batch" (sequences), "metric" (that a relative score is of); "" for a
+    score over everything."""
     bucket: str = ""
     """For example "64-128" (from, up to but without), "0.25", "8"; "" for a score over everything."""
     against: str = ""
