@@ -53,8 +53,8 @@ class Score:
     """Tokens of the context: the window, the prompt, the cache."""
     by: str = ""
     """What `bucket` divides: "position" (token in the window), "distance" (tokens back to the earlier occurrence),
-    "depth" (share of the haystack before the needle), "batch" (sequences), "metric" (that a relative score is of); "" for a
-    score over everything."""
+    "depth" (share of the haystack before the needle), "batch" (sequences), "metric" (that a relative score is of); ""
+    for a score over everything."""
     bucket: str = ""
     """For example "64-128" (from, up to but without), "0.25", "8"; "" for a score over everything."""
     against: str = ""
