@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linearize.distill.checkpoint import write_json
 from linearize.eval.intervals import bootstrap, wilson
 from linearize.eval.measurement import Call, Setting, score
 from linearize.eval.perplexity import windows
@@ -88,7 +88,7 @@ class Writing:
             "prompts": setting.tokenizer.batch_decode(prompts),
             "texts": setting.tokenizer.batch_decode(rows),
         }
-        (folder / f"{call.key}.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
+        write_json(folder / f"{call.key}.json", written)
         return list(_faults(rows, setting.seed))
 
 
