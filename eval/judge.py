@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 PROBE = 256
 """Tokens of the pass that measures how fast a model runs here."""
+ROOM = 128
+"""Tokens that may follow a prompt."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,12 @@ def judge(
 def _units(suite: Suite, setting: Setting) -> Iterator[Unit]:
     """Those that can be measured; the others with a word."""
     for unit in suite.units:
+        most = math.inf if setting.longest is None else setting.longest
+        if unit.length + (0 if unit.task in ("text", "mqar") else ROOM) > most:
+            log.info(
+                "%s: no %s at %d tokens: the model has %d positions", suite.name, unit.task, unit.length, most
+            )
+            continue
         try:
             made = TASKS[unit.task].units(unit, setting)
             for one in made:

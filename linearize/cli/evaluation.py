@@ -65,6 +65,7 @@ def _judge(
     from linearize.eval import summary
     from linearize.eval.cast import entrants
     from linearize.eval.judge import judge
+    from linearize.eval.limits import learned_positions
     from linearize.eval.measurement import Setting
     from linearize.eval.rows import Scores
 
@@ -79,6 +80,10 @@ def _judge(
             _same_tokens(tokenizer, other, options.path, against)
         setting = Setting(tokenizer, texts, out, seed=options.seed, autocast=_autocast(student))
         setting.device = next(student.parameters()).device.type
+        limits = [
+            limit for model in (student, teacher) if model is not None and (limit := learned_positions(model))
+        ]
+        setting.longest = min(limits, default=None)
         if setting.autocast is not None:
             setting.batch_tokens *= 16  # a GPU's batches
         cast = entrants(
