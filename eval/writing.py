@@ -39,9 +39,10 @@ class Decoding:
     def measure(self, model: Any, call: Call, setting: Setting, meter: Any) -> list[Score]:
         """Share of tokens with the same most likely follower, and the largest difference of a log-probability."""
         [ids] = _text(call.unit, setting, call.unit.length, 1)
-        prefill = Predictor(model, setting.autocast).window(ids)
+        # without autocast: rounding to bfloat16 would hide what is looked for
+        prefill = Predictor(model).window(ids)
         meter.advance(len(ids))
-        cached, same, apart = Cached(model, setting.autocast), 0, 0.0
+        cached, same, apart = Cached(model), 0, 0.0
         for place in range(len(ids)):
             step = cached(ids[place : place + 1][None])[0].log_softmax(-1)
             whole = prefill(slice(place, place + 1))
