@@ -138,7 +138,13 @@ def test_every_kind_of_measurement_ends_in_rows_and_tables(converted, files, tmp
     }  # fmt: skip
     assert not any(row["role"] == "swa_sinks" for row in found if row["task"] == "prefill")
     assert all(row["value"] == 1 for row in found if row["metric"] == "decode_agreement")
-    for words in ("recall, % right", "what it writes", "time and memory", "The teacher itself fails at"):
+    for words in (
+        "recall, % right",
+        "what it writes",
+        "time and memory",
+        "greedy continuations",
+        "The teacher itself fails at",
+    ):
         assert words in said.out
     assert "no passkey at 100 tokens: passkey: the item alone has" in said.err
     before = (tmp_path / "out" / "results.json").read_bytes()

@@ -62,7 +62,7 @@ def _judge(
     """Load, measure, print."""
     from linearize.cli.checkpoint import load
     from linearize.distill.memory import watched
-    from linearize.eval import summary
+    from linearize.eval import side_by_side, summary
     from linearize.eval.cast import entrants
     from linearize.eval.judge import judge
     from linearize.eval.limits import learned_positions
@@ -96,6 +96,9 @@ def _judge(
         )
         for measured, rows in judge(suites, cast, setting, scores, command=command):
             console().print(summary.tables(measured, rows, [entrant.role for entrant in cast]))
+            written = side_by_side.samples(rows, out)
+            if written is not None:
+                console().print(written)
     console().print(f"scores  {scores.path}", markup=False, soft_wrap=True)
 
 
