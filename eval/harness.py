@@ -138,7 +138,7 @@ def run_tasks(
     if not names:
         return {}
     requests = check_data(names, data_dir, limit)
-    lm_eval = _import_lm_eval()
+    lm_eval = import_lm_eval()
     total = sum(requests.values())
     training = model.training
     with ExitStack() as stack:
@@ -146,11 +146,11 @@ def run_tasks(
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
         stack.callback(torch.set_rng_state, torch.get_rng_state())
-        stack.enter_context(_quiet_and_offline())
+        stack.enter_context(quiet())
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="linearize-tasks-"))
         meter = stack.enter_context(Meter("tasks", total, unit="requests")) if progress else None
         # A copy, because the harness gives a tokenizer without a pad token one.
-        wrapped = _language_model()(
+        wrapped = language_model()(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),
             batch_size=batch_size,
@@ -161,7 +161,7 @@ def run_tasks(
         wrapped.encode = Tokens(wrapped.tokenizer)
         results = lm_eval.simple_evaluate(
             wrapped,
-            tasks=[_inline(name, Path(data_dir).expanduser(), scratch) for name in names],
+            tasks=[inline(name, Path(data_dir).expanduser(), scratch) for name in names],
             task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
             limit=limit or None,
             bootstrap_iters=0,
@@ -179,7 +179,7 @@ def _config(task: str) -> dict[str, Any]:
     return yaml.safe_load((TASK_FOLDER / f"{task}.yaml").read_text(encoding="utf-8"))
 
 
-def _inline(task: str, data_dir: Path, scratch: str) -> dict[str, Any]:
+def inline(task: str, data_dir: Path, scratch: str) -> dict[str, Any]:
     """The task's config with an absolute data file, and the parsed copy of it kept out of the user's cache."""
     config = _config(task)
     file = config["dataset_kwargs"]["data_files"]["test"]
@@ -223,7 +223,12 @@ def _described(columns: dict[str, str]) -> str:
     return ", ".join(f"{name} ({kind})" for name, kind in columns.items())
 
 
-def _import_lm_eval() -> Any:
+def import_lm_eval() -> Any:
+    """The package, with what this one uses of it.
+
+    Raises:
+        LinearizeError: it is not installed.
+    """
     try:
         import lm_eval
         import lm_eval.models.huggingface
@@ -236,13 +241,15 @@ def _import_lm_eval() -> Any:
 
 
 @cache
-def _language_model() -> type:
+def language_model() -> type:
+    """lm-eval's model class over a model in memory; made late, since lm-eval is optional."""
     from lm_eval.models.huggingface import HFLM
 
     class LanguageModel(HFLM):
         """HFLM on a model in memory, without its progress bar, its KV cache or its look-up on the hub."""
 
         meter: Meter | None = None
+        by_tokens = False
         encode: Tokens
 
         def tok_encode(
@@ -269,6 +276,12 @@ def _language_model() -> type:
                 )
             return found
 
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            return super().generate_until(requests, disable_tqdm=True)
+
         def _model_call(
             self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
         ) -> Tensor:
@@ -283,7 +296,7 @@ def _language_model() -> type:
             ):
                 logits = self.model(input_ids=inps, use_cache=False).logits
             if self.meter is not None:
-                self.meter.advance(len(inps))
+                self.meter.advance(inps.numel() if self.by_tokens else len(inps))
             return logits
 
         def get_model_info(self) -> dict[str, Any]:
@@ -293,8 +306,8 @@ def _language_model() -> type:
 
 
 @contextmanager
-def _quiet_and_offline() -> Iterator[None]:
-    """No harness log below an error, no bars, no request to the hub, no git; everything as before on leaving."""
+def quiet(*, offline: bool = True) -> Iterator[None]:
+    """No harness log below an error, no bars, no git, and offline no request; everything as before on leaving."""
     import datasets
     import huggingface_hub.constants
     import lm_eval.api.task
@@ -305,8 +318,9 @@ def _quiet_and_offline() -> Iterator[None]:
     bars = datasets.are_progress_bars_disabled()
     with ExitStack() as stack:
         # The environment variables are read at import, long ago by now: these are the values they end up in.
-        stack.enter_context(changed(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
-        stack.enter_context(changed(datasets.config, "HF_HUB_OFFLINE", True))
+        if offline:
+            stack.enter_context(changed(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
+            stack.enter_context(changed(datasets.config, "HF_HUB_OFFLINE", True))
         stack.enter_context(changed(lm_eval.api.task, "tqdm", partial(tqdm, disable=True)))
         # It asks git for the commit of the working directory, whose complaints would go to the terminal, and lists
         # the machine's packages, which takes seconds; a run folder has its own environment.json.

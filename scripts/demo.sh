@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job at a small budget on the real teacher: convert, train, evaluate, export; then reload and generate.
+# The main job at a small budget on the real teacher: convert, train, evaluate, export; then reload, generate, judge.
 # Run by `make demo`, inside its virtual environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,3 +23,6 @@ show run smollm2-135m demo --out "$out" $resume
 prompt="The old house stood at the end of the road, and"
 show generate "$out/checkpoint" --prompt "\"$prompt\"" --max-new-tokens 48 --temperature 0.7
 "$linearize" generate "$out/checkpoint" --prompt "$prompt" --max-new-tokens 48 --temperature 0.7
+
+show eval "$out" --suite quick
+"$linearize" eval "$out" --suite quick

@@ -102,12 +102,6 @@ def test_inspect_says_that_the_weights_are_damaged(teacher, tmp_path, capsys):
     assert "model.safetensors is corrupt or truncated" in said.err and "config alone" in said.err
 
 
-def test_eval_looks_for_the_teacher_first(finished, tmp_path, capsys):
-    assert cli.main(["eval", str(finished), "--teacher", str(tmp_path / "nowhere")]) == 2
-    said = capsys.readouterr()
-    assert "no model" in said.err and "perplexity" not in said.err + said.out
-
-
 def test_a_teacher_without_a_tokenizer_is_refused_before_the_run_folder_is_made(teacher, tmp_path, capsys):
     model, out = tmp_path / "model", tmp_path / "run"
     model.mkdir()
@@ -115,46 +109,6 @@ def test_a_teacher_without_a_tokenizer_is_refused_before_the_run_folder_is_made(
         (model / name).write_bytes((teacher / name).read_bytes())
     assert cli.main(["run", str(model), "demo", *SMALL, "--out", str(out)]) == 2
     assert "holds no tokenizer" in capsys.readouterr().err and not out.exists()
-
-
-def test_eval_measures_texts_ablations_and_the_teacher(finished, teacher, tmp_path, capsys):
-    text = tmp_path / "text.txt"
-    text.write_text("The river rose in spring, and the miller moved his corn to the upper house. " * 8)
-    arguments = ["eval", str(finished), "--window", "32", "--max-windows", "2", "--ablations"]
-    outputs = ["--text", f"mine={text}", "--teacher", str(teacher), "--json", str(tmp_path / "numbers.json")]
-    assert cli.main([*arguments, *outputs]) == 0
-    rows = json.loads((tmp_path / "numbers.json").read_text())["rows"]
-    names = ["teacher", "first", "linear branch off", "window off", "mixers untrained"]
-    assert [row["name"] for row in rows] == names
-    assert all(row["perplexity"]["mine"] > 1 for row in rows)
-    assert "linear branch off" in capsys.readouterr().out
-
-
-def test_eval_refuses_what_it_cannot_measure(finished, teacher, tmp_path, capsys):
-    (tmp_path / "short.txt").write_text("too short")
-    assert cli.main(["eval", str(finished), "--text", f"short={tmp_path / 'short.txt'}"]) == 2
-    assert cli.main(["eval", str(finished), "--text", f"gone={tmp_path / 'gone.txt'}"]) == 2
-    assert cli.main(["eval", str(teacher), "--window", "32", "--max-windows", "1", "--ablations"]) == 2
-    err = capsys.readouterr().err
-    assert "no converted layer" in err and "gone.txt" in err and "Traceback" not in err
-
-
-@pytest.mark.parametrize(
-    ("place", "reason"),
-    [("/dev/full", "No space left on device; the numbers stand above"), ("x" * 300, "File name too long")],
-)
-def test_numbers_that_cannot_be_written_are_shown_all_the_same(finished, place, reason, capsys):
-    arguments = ["eval", str(finished), "--window", "32", "--max-windows", "1", "--json", place]
-    assert cli.main(arguments) == 2
-    said = capsys.readouterr()
-    assert "held-out" in said.out and "builtin" not in said.out + said.err  # as `run` calls the text
-    assert f"--json: cannot write {place}: {reason}" in said.err and "--resume" not in said.err
-
-
-def test_a_folder_for_the_numbers_is_refused_before_anything_is_measured(finished, tmp_path, capsys):
-    assert cli.main(["eval", str(finished), "--json", str(tmp_path)]) == 2
-    said = capsys.readouterr()
-    assert f"--json: {tmp_path} is a folder" in said.err and "perplexity" not in said.err
 
 
 def test_only_the_packages_own_words_are_shown(finished, teacher, tmp_path, capfd):

@@ -1,48 +1,117 @@
-"""`linearize eval PATH`: perplexities, tasks and ablations of a checkpoint, as tables."""
+"""`linearize eval PATH`: a suite of measurements of a model, its teacher and the controls, as rows and as a table."""
 
 from __future__ import annotations
 
 import argparse
-import math
-import os
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from linearize import plain_json
-from linearize.cli.console import console
-from linearize.errors import LinearizeError, NotFiniteError
+from linearize.cli.console import console, quiet_libraries
+from linearize.errors import LinearizeError
+
+NOTE = "linearize.json"
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure, print what fits a terminal, and write every number as JSON when asked."""
-    if options.tasks and options.task_data is None:
-        raise LinearizeError(
-            "--tasks: the tasks need --task-data DIR, the folder that holds their JSONL files"
-        )
-
-    from linearize.cli.checkpoint import export_of, load
-    from linearize.eval.tables import results
+    """Measure what is not there yet, print the tables, and leave every number in results.json."""
+    from linearize.cli.checkpoint import export_of
+    from linearize.distill import RunStopped
+    from linearize.distill.lock import held
+    from linearize.eval import suite, tasks_known
     from linearize.models import resolve
+    from linearize.signals import exit_code
 
-    if options.tasks:  # before any weight is loaded
-        from linearize.eval.harness import check_data, expand
-
-        options.tasks = expand(options.tasks)
-        check_data(options.tasks, options.task_data, options.limit)
-    if options.json is not None and os.path.isdir(options.json):
-        raise LinearizeError(f"--json: {options.json} is a folder; name a file in it")
-    if options.teacher:
-        resolve(export_of(options.teacher))  # before the minutes that the model takes
+    quiet_libraries()
+    suites = [] if options.suite == "tasks" else suite.load(options.suite, options.only)
+    if options.tasks:
+        suites.append(_lm_tasks(options))
+    elif options.suite == "tasks":
+        raise LinearizeError("--suite tasks: name them with --tasks A,B")
+    tasks_known.check(suites)
+    against = options.against or _base(export_of(options.path))
+    for source in [against, *options.control]:
+        if source is not None:  # before the minutes that the model takes
+            resolve(export_of(source))
     texts = _texts(options.text)
-    model, tokenizer = load(options.path, options.device)
-    rows = _measure(_name(options.path), model, tokenizer, texts, options)
-    if options.teacher:
-        teacher, teacher_tokenizer = load(options.teacher, options.device)
-        rows.insert(0, _whole("teacher", options.teacher, teacher, teacher_tokenizer, texts, options))
-    console().print(results(rows, metrics=["acc"]))
-    if options.json is not None:
-        _write(options.json, rows, options)
+    command = shlex.join(["linearize", *sys.argv[1:]])
+    out = options.out or _folder(options.path)
+    with held(out):
+        try:
+            _judge(options, suites, against, texts, out, command)
+        except KeyboardInterrupt as stop:
+            raise RunStopped(
+                f"stopped; what was measured is kept in {out}. The same command goes on:\n  {command}",
+                exit_code(stop),
+            ) from None
     return 0
+
+
+def _judge(
+    options: argparse.Namespace,
+    suites: list[Any],
+    against: str | None,
+    texts: dict[str, list[Any]],
+    out: Path,
+    command: str,
+) -> None:
+    """Load, measure, print."""
+    from linearize.cli.checkpoint import load
+    from linearize.distill.memory import watched
+    from linearize.eval import side_by_side, summary
+    from linearize.eval.cast import entrants
+    from linearize.eval.judge import judge
+    from linearize.eval.limits import learned_positions
+    from linearize.eval.measurement import Setting
+    from linearize.eval.rows import Scores
+
+    scores = Scores(out / "results.json")
+    with watched(
+        f"measuring {options.path}", lambda: "Take a smaller --suite, --only some of it, or --device cpu"
+    ):
+        student, tokenizer = load(options.path, options.device)
+        teacher = None
+        if against is not None:
+            teacher, other = load(against, options.device)
+            _same_tokens(tokenizer, other, options.path, against)
+        setting = Setting(tokenizer, texts, out, seed=options.seed, autocast=_autocast(student))
+        setting.device = next(student.parameters()).device.type
+        limits = [
+            limit for model in (student, teacher) if model is not None and (limit := learned_positions(model))
+        ]
+        setting.longest = min(limits, default=None)
+        if setting.autocast is not None:
+            setting.batch_tokens *= 16  # a GPU's batches
+        cast = entrants(
+            student,
+            teacher,
+            names=(_name(options.path), _name(against or "")),
+            identities=(_identity(options.path), _identity(against) if against else None),
+            others=[_control(source, options, tokenizer) for source in options.control],
+            seed=options.seed,
+        )
+        for measured, rows in judge(suites, cast, setting, scores, command=command):
+            console().print(summary.tables(measured, rows, [entrant.role for entrant in cast]))
+            written = side_by_side.samples(rows, out)
+            if written is not None:
+                console().print(written)
+    console().print(f"scores  {scores.path}", markup=False, soft_wrap=True)
+
+
+def _lm_tasks(options: argparse.Namespace) -> Any:
+    from linearize.eval import lm_tasks
+
+    return lm_tasks.suite(
+        options.tasks,
+        shots=options.shots,
+        limit=options.limit,
+        include=options.include_path,
+        data=options.task_data,
+    )
 
 
 def _name(path: str) -> str:
@@ -51,12 +120,46 @@ def _name(path: str) -> str:
     return folder.parent.name if folder.name == "checkpoint" and folder.parent.name else folder.name
 
 
+def _folder(path: str) -> Path:
+    """Where the scores of a model go: into its run folder, or beside where it was started."""
+    from linearize.cli.checkpoint import export_of
+
+    run = Path(path).parent if Path(path).name == "checkpoint" else Path(path)
+    is_run = (run / "recipe.yaml").is_file() and Path(export_of(str(run))) == run / "checkpoint"
+    return run / "eval" if is_run else Path("runs") / f"eval-{_name(path)}"
+
+
+def _base(folder: str) -> str | None:
+    """The model that a checkpoint was converted from, where it says so and the model can be found."""
+    from linearize.errors import CheckpointError, ModelNotFoundError
+    from linearize.models import resolve
+
+    try:
+        base = json.loads((resolve(folder) / NOTE).read_text(encoding="utf-8")).get("base")
+        if base:
+            resolve(base)
+        return base or None
+    except (OSError, ValueError, AttributeError):
+        return None
+    except (CheckpointError, ModelNotFoundError) as error:
+        raise LinearizeError(
+            f"{folder} was converted from a model that is not here ({error}); name it with --against MODEL"
+        ) from error
+
+
+def _identity(path: str) -> dict[str, str]:
+    from linearize.cli.checkpoint import export_of
+    from linearize.distill.identity import fingerprint
+
+    return fingerprint(export_of(path))
+
+
 def _texts(named: list[tuple[str, str]]) -> dict[str, list[Any]]:
-    """Name -> documents."""
+    """Name -> documents; the package's own held-out sample has no name."""
     from linearize import data
     from linearize.config import DataConfig
 
-    sources = _sources(named)
+    sources = dict(named) or {"": "builtin"}
     if len(sources) < len(named):
         raise LinearizeError("--text: two texts have the same name; give each its own")
     return {
@@ -65,117 +168,31 @@ def _texts(named: list[tuple[str, str]]) -> dict[str, list[Any]]:
     }
 
 
-def _sources(named: list[tuple[str, str]]) -> dict[str, str]:
-    """Name -> what `data.validation` would be; the package's held-out text is called what `run` calls it."""
-    from linearize import data
-
-    return dict(named) or {data.HELD_OUT: data.builtin.NAME}
-
-
-def _measure(
-    name: str, model: Any, tokenizer: Any, texts: dict[str, list[Any]], options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    rows = [_whole(name, options.path, model, tokenizer, texts, options)]
-    if options.ablations:
-        from linearize import surgery
-        from linearize.eval.ablation import ablate
-
-        if not surgery.converted(model):
-            raise LinearizeError(
-                f"--ablations: {options.path} has no converted layer; it is an ordinary model"
-            )
-
-        def measure() -> dict[str, float]:
-            return {text: _ablated(model, tokenizer, text, texts[text], options) for text in texts}
-
-        results = ablate(model, measure, teacher=False)
-        rows += [{"name": label, "perplexity": values} for label, values in results.items()]
-    return rows
-
-
-def _whole(
-    name: str,
-    path: str,
-    model: Any,
-    tokenizer: Any,
-    texts: dict[str, list[Any]],
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    """The row of a model as it is: every text and, if asked, every task."""
-    found: dict[str, Any] = {"name": name, "perplexity": {}}
-    try:
-        for text, documents in texts.items():
-            found["perplexity"][text] = _perplexity(name, model, tokenizer, text, documents, options)
-        if options.tasks:
-            from linearize.eval.harness import run_tasks
-
-            found["tasks"] = run_tasks(
-                model,
-                tokenizer,
-                options.tasks,
-                data_dir=options.task_data,
-                limit=options.limit or None,
-                batch_size=options.batch_size,
-                autocast=_autocast(model),
-            )
-    except NotFiniteError as error:
-        raise NotFiniteError(f"{path}: {error}") from error
-    return found
-
-
-def _ablated(
-    model: Any, tokenizer: Any, text: str, documents: list[Any], options: argparse.Namespace
-) -> float:
-    """The perplexity of a model that lacks a part, which may be too broken to have one."""
-    try:
-        return _perplexity("ablation", model, tokenizer, text, documents, options)
-    except NotFiniteError:
-        return math.nan
-
-
-def _perplexity(
-    name: str, model: Any, tokenizer: Any, text: str, documents: list[Any], options: argparse.Namespace
-) -> float:
-    from linearize.eval.perplexity import perplexity
-    from linearize.progress import Meter
-
-    with Meter(f"{name}: {text}", None) as meter:
-        try:
-            return perplexity(
-                model,
-                tokenizer,
-                documents,
-                window=options.window,
-                max_windows=options.max_windows or None,
-                batch_size=options.batch_size,
-                meter=meter,
-                autocast=_autocast(model),
-            ).value
-        except NotFiniteError as error:
-            raise NotFiniteError(f"text '{text}': {error}") from error
+def _same_tokens(tokenizer: Any, other: Any, path: str, against: str) -> None:
+    """Scores of tokens compare only where the tokens are the same."""
+    if other is not None and tokenizer.get_vocab() != other.get_vocab():
+        raise LinearizeError(
+            f"{against} has another tokenizer than {path}: their scores a token cannot be compared; give one of the "
+            "same vocabulary"
+        )
 
 
 def _autocast(model: Any) -> Any:
-    """The precision that training used, see RunConfig.precision."""
     import torch
 
+    # The precision that training used, see RunConfig.precision.
     return torch.bfloat16 if next(model.parameters()).device.type == "cuda" else None
 
 
-def _write(path: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    document = {
-        "rows": rows,
-        "window": options.window,
-        "max_windows": options.max_windows,
-        "limit": options.limit,
-        "texts": _sources(options.text),
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(plain_json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    except (OSError, ValueError) as error:  # a name that no file can have, too
-        reason = getattr(error, "strerror", None) or str(error)
-        raise LinearizeError(
-            f"--json: cannot write {path}: {reason}; the numbers stand above. Name another file, or mend the cause, "
-            "and measure again"
-        ) from error
+def _control(source: str, options: argparse.Namespace, tokenizer: Any) -> Any:
+    """A further checkpoint, loaded for as long as it is measured."""
+    from linearize.cli.checkpoint import load
+    from linearize.eval.cast import Entrant
+
+    @contextmanager
+    def opened() -> Iterator[Any]:
+        model, other = load(source, options.device)
+        _same_tokens(tokenizer, other, options.path, source)
+        yield model
+
+    return Entrant(_name(source), _name(source), _identity(source), opened)

@@ -29,7 +29,7 @@ examples:
   linearize run ./my-llama lolcats stages.transfer.tokens=2M mixer.window.size=32 --out runs/small
   linearize run ./my-llama my_recipe.yaml --resume           go on after an interruption
   linearize inspect smollm2-135m hedgehog                    what would change; loads no weights
-  linearize eval runs/small --text books=books.parquet --ablations
+  linearize eval runs/small --suite quick                    beside its teacher and the controls
   linearize generate runs/small --prompt "The sea was" --temperature 0.8
   linearize recipes show lolcats layers.every=4              the composed YAML
 """
@@ -123,7 +123,9 @@ def build_parser() -> Parser:
     )
 
     _eval_arguments(
-        _add(commands, "eval", "perplexity, tasks and ablations of a checkpoint", "linearize.cli.evaluation")
+        _add(
+            commands, "eval", "judge a model beside its teacher and the controls", "linearize.cli.evaluation"
+        )
     )
     _generate_arguments(_add(commands, "generate", "continue a prompt", "linearize.cli.generation"))
 
@@ -207,36 +209,73 @@ def _override_argument(parser: Parser) -> None:
 def _eval_arguments(parser: Parser) -> None:
     parser.add_argument("path", metavar="PATH", help=PATH_HELP)
     parser.add_argument(
+        "--suite",
+        default="quick",
+        metavar="NAME|FILE",
+        help="quick (minutes on two cores; default), standard, long, efficiency, all, or a suite of your own (YAML)",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="MODEL",
+        help="the teacher (default: what the checkpoint says that it was converted from)",
+    )
+    parser.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="measure this checkpoint as well, such as the teacher trained the same way without surgery; repeatable",
+    )
+    parser.add_argument(
         "--text",
         action="append",
         default=[],
         metavar="NAME=FILE",
         type=given.named_file,
-        help="text for perplexity (parquet, JSONL, txt); repeatable; default: the package's held-out sample",
+        help="text to measure on (parquet, JSONL, txt); repeatable; default: the package's held-out sample",
     )
     parser.add_argument(
-        "--window", type=given.window, default=1024, metavar="N", help="tokens in a window (default: 1024)"
+        "--only", type=given.names, default=[], metavar="A,B", help="these tasks of the suite alone"
     )
-    parser.add_argument(
-        "--max-windows", type=given.count, default=0, metavar="N", help="windows of each text (default: all)"
+    tasks = parser.add_argument_group("tasks of lm-eval")
+    tasks.add_argument(
+        "--tasks",
+        type=given.names,
+        default=[],
+        metavar="A,B",
+        help="any task or group of lm-eval, beside the suite or with `--suite tasks` alone; `all`: the five local ones",
     )
-    parser.add_argument(
-        "--batch-size", type=given.positive, default=4, metavar="N", help="windows at once (default: 4)"
+    tasks.add_argument(
+        "--include-path",
+        type=Path,
+        metavar="DIR",
+        help="folder with further task YAMLs, such as offline ones",
     )
-    parser.add_argument(
-        "--tasks", type=given.names, default=[], metavar="all|A,B", help="lm-eval tasks; needs --task-data"
+    tasks.add_argument(
+        "--task-data",
+        type=Path,
+        metavar="DIR",
+        help="folder of the five local tasks' JSONL files, read offline",
     )
-    parser.add_argument(
-        "--task-data", type=Path, metavar="DIR", help="folder that holds the tasks' JSONL files"
+    tasks.add_argument(
+        "--shots",
+        type=given.count,
+        metavar="N",
+        help="worked examples before an item (default: as published, such as 5 for mmlu)",
     )
-    parser.add_argument(
+    tasks.add_argument(
         "--limit", type=given.count, default=0, metavar="N", help="items of each task (default: all)"
     )
     parser.add_argument(
-        "--ablations", action="store_true", help="also with one branch off, and with untrained mixers"
+        "--out",
+        type=given.folder,
+        metavar="DIR",
+        help="where results.json is kept (default: eval in the run folder, or runs/eval-NAME); what it holds is not "
+        "measured again",
     )
-    parser.add_argument("--teacher", metavar="MODEL", help="measure this model beside it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    parser.add_argument(
+        "--seed", type=given.count, default=0, metavar="N", help="of the items and the intervals (default: 0)"
+    )
     _device_argument(parser)
 
 

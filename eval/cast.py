@@ -1,0 +1,141 @@
+"""The models that stand in one table: the given one, its teacher, and the controls, without which neither says much.
+
+A conversion is read against what its parts do without training (the untrained swap), against the plain window that
+needs no training at all (swa_sinks, Xiao et al. 2023, arXiv 2309.17453), and against itself with one branch off. Only
+the given model and the teacher are loaded; a control shares their weights and lives for its own measurements.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from linearize import surgery
+from linearize.config import compose
+from linearize.errors import LinearizeError, UnsupportedModelError
+from linearize.eval.ablation import NO_LINEAR, NO_WINDOW
+from linearize.eval.rows import STUDENT, TEACHER
+
+log = logging.getLogger(__name__)
+
+UNTRAINED = "untrained swap"
+SINKS = "swa_sinks"
+CONTROLS = (UNTRAINED, SINKS, NO_LINEAR, NO_WINDOW)
+"""Those that are made from the given model and its teacher, in the order in which they are measured."""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One row of the table.
+
+    Attributes:
+        name: display name of the model that it is or belongs to.
+        role: student, teacher or the name of a control.
+        identity: what tells its weights apart from any other's, for the key of its rows.
+        open: a context manager that gives the model, ready to run.
+    """
+
+    name: str
+    role: str
+    identity: Any
+    open: Callable[[], AbstractContextManager[Any]]
+
+
+def entrants(
+    student: Any,
+    teacher: Any | None,
+    *,
+    names: tuple[str, str],
+    identities: tuple[Any, Any],
+    others: Sequence[Entrant] = (),
+    seed: int = 0,
+) -> list[Entrant]:
+    """Teacher, student and every control that applies, in the order in which they are measured.
+
+    Args:
+        student: the given model.
+        teacher: what it is compared with, or None.
+        names: display names of the two.
+        identities: of the two, see `Entrant.identity`.
+        others: further controls, given as checkpoints.
+        seed: of the untrained mixers.
+    """
+    name, teacher_name = names
+    converted = surgery.converted(student)
+    base = teacher if teacher is not None else None if converted else student
+    base_identity = identities[1] if teacher is not None else identities[0]
+    made = (
+        []
+        if teacher is None
+        else [Entrant(teacher_name, TEACHER, identities[1], lambda: nullcontext(teacher))]
+    )
+    made.append(Entrant(name, STUDENT, identities[0], lambda: nullcontext(student)))
+    if any(layer.mixer.has_both_branches for layer in converted):
+        for role, branch in ((NO_LINEAR, "linear"), (NO_WINDOW, "window")):
+            made.append(Entrant(name, role, [identities[0], branch], partial(_branch_off, student, branch)))
+    if base is None or surgery.converted(base):
+        return [*made, *others]
+    if converted:
+        plan = student.config.linearize
+        made.append(
+            Entrant(name, UNTRAINED, [base_identity, plan["mixer"], sorted(plan["layers"]), seed],
+                    lambda: swapped(base, plan["mixer"], _numbers(base, plan["layers"]), seed))
+        )  # fmt: skip
+    sinks = compose(SINKS)
+    if _can(base, sinks.mixer):
+        made.append(
+            Entrant(
+                name, SINKS, [base_identity, sinks.mixer], lambda: swapped(base, sinks.mixer, "all", seed)
+            )
+        )
+    return [*made, *others]
+
+
+@contextmanager
+def swapped(model: Any, mixer: dict[str, Any], layers: Any, seed: int) -> Iterator[Any]:
+    """A converted model over the same weights, with fresh mixers; the given model stays as it is."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield surgery.convert(sharing(model), mixer, layers).to(device).eval()
+
+
+def sharing(model: nn.Module) -> Any:
+    """A copy with modules and config of its own, and the very same parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+@contextmanager
+def _branch_off(model: Any, branch: str) -> Iterator[Any]:
+    with surgery.branch_off(model, branch):
+        yield model
+
+
+def _numbers(model: Any, paths: dict[str, Any]) -> list[int]:
+    """Of the attention layers that a plan names."""
+    found = [layer.index for layer in surgery.attention_layers(model) if layer.path in paths]
+    if len(found) != len(paths):
+        raise LinearizeError(
+            f"--against: {type(model).__name__} has {len(found)} of the {len(paths)} attention layers that were "
+            "converted; name the model that the checkpoint was converted from"
+        )
+    return found
+
+
+def _can(model: Any, mixer: dict[str, Any]) -> bool:
+    """Whether a window can be hung into the model."""
+    try:
+        with swapped(model, mixer, "all", 0):
+            return True
+    except UnsupportedModelError as error:
+        log.info("no control %s: %s", SINKS, error)
+        return False

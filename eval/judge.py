@@ -1,0 +1,194 @@
+"""Suites on a cast of models: what is there already is not measured again, and every measurement is kept at once."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from linearize.errors import DataError
+from linearize.eval.cast import Entrant
+from linearize.eval.efficiency import crossovers
+from linearize.eval.measurement import Call, Measurement, Setting
+from linearize.eval.rows import STUDENT, TEACHER, Score, Scores, key_of
+from linearize.eval.suite import Suite, Unit
+from linearize.eval.tasks_known import TASKS
+from linearize.eval.token_scores import Predictor
+from linearize.mixers.offloaded import device_of
+from linearize.progress import Meter, duration
+from linearize.version import __version__
+
+log = logging.getLogger(__name__)
+
+PROBE = 256
+"""Tokens of the pass that measures how fast a model runs here."""
+ROOM = 128
+"""Tokens that may follow a prompt."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One measurement to make."""
+
+    call: Call
+    tokens: int
+
+
+def judge(
+    suites: Sequence[Suite], cast: Sequence[Entrant], setting: Setting, scores: Scores, *, command: str
+) -> Iterator[tuple[Suite, list[Score]]]:
+    """Measure the suites one after the other.
+
+    Args:
+        suites: from `suite.load`.
+        cast: from `cast.entrants`.
+        setting: what the measurements share.
+        scores: where rows go, and where those of earlier calls are.
+        command: the command line, for the rows.
+
+    Yields:
+        Each suite with its rows, old and new, in the order of suite and cast.
+    """
+    by_role = {entrant.role: entrant for entrant in cast}
+    setting.key_of = lambda role, unit: _key(by_role[role], unit, setting) if role in by_role else ""
+    for suite in suites:
+        units = list(_units(suite, setting))
+        jobs = {entrant.role: _jobs(entrant, units, setting, scores) for entrant in cast}
+        with ExitStack() as stack:
+            if any(jobs.values()):
+                _announce(suite, jobs, by_role, setting.autocast)
+                if TEACHER in by_role and setting.teacher is None:
+                    model = stack.enter_context(by_role[TEACHER].open())
+                    setting.teacher = Predictor(model, setting.autocast)
+            for number, entrant in enumerate(cast, 1):
+                title = f"{suite.name} {number}/{len(cast)} {entrant.role}"
+                _measure(suite, entrant, jobs[entrant.role], setting, scores, command, title)
+        rows = [row for unit in units for entrant in cast for row in scores.of(_key(entrant, unit, setting))]
+        derived = crossovers(rows)
+        scores.add([row for row in derived if not scores.of(row.key)])
+        yield suite, [*rows, *derived]
+
+
+def _units(suite: Suite, setting: Setting) -> Iterator[Unit]:
+    """Those that can be measured; the others with a word."""
+    for unit in suite.units:
+        most = math.inf if setting.longest is None else setting.longest
+        if unit.length + (0 if unit.task in ("text", "mqar") else ROOM) > most:
+            log.info(
+                "%s: no %s at %d tokens: the model has %d positions", suite.name, unit.task, unit.length, most
+            )
+            continue
+        try:
+            made = TASKS[unit.task].units(unit, setting)
+            for one in made:
+                TASKS[unit.task].tokens(one, setting)
+        except DataError as error:
+            log.info("%s: no %s at %d tokens: %s", suite.name, unit.task, unit.length, error)
+            continue
+        yield from made
+
+
+def _key(entrant: Entrant, unit: Unit, setting: Setting) -> str:
+    text = unit.settings.get("text")
+    about = None if text is None else [document.text for document in setting.texts[text]]
+    return key_of(
+        entrant.identity, entrant.role, unit.task, unit.length, unit.settings, setting.seed, __version__,
+        str(setting.autocast), about,
+    )  # fmt: skip
+
+
+def _jobs(entrant: Entrant, units: Sequence[Unit], setting: Setting, scores: Scores) -> list[_Job]:
+    made = []
+    for unit in units:
+        key = _key(entrant, unit, setting)
+        if unit.concerns(entrant.role) and not scores.of(key):
+            made.append(_Job(Call(unit, entrant, key), TASKS[unit.task].tokens(unit, setting)))
+    return made
+
+
+def _announce(
+    suite: Suite,
+    jobs: Mapping[str, Sequence[_Job]],
+    cast: Mapping[str, Entrant],
+    autocast: torch.dtype | None,
+) -> None:
+    """Say what the suite will take: tokens over the speed that a short pass had on this machine."""
+    rates: dict[str, float] = {}
+    for role in (TEACHER, STUDENT):
+        if role in cast and any(jobs.values()):
+            with cast[role].open() as model:
+                rates[role] = speed(model, autocast)
+    seconds = 0.0
+    for role, todo in jobs.items():
+        rate = rates[TEACHER] if role == TEACHER else rates[STUDENT]
+        seconds += sum(job.tokens for job in todo) / rate
+    models = sum(bool(todo) for todo in jobs.values())
+    about = f"{suite.about}; {models} model{'s' if models != 1 else ''}"
+    log.info("%s (%s): about %s on this machine", suite.name, about, duration(seconds))
+
+
+def speed(model: Any, autocast: torch.dtype | None = None) -> float:
+    """Tokens a second of a short pass, after one that warms up and compiles."""
+    device = device_of(model)
+    ids = torch.arange(PROBE, device=device)[None] % model.get_input_embeddings().weight.shape[0]
+    seconds = 0.0
+    with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        for _ in range(2):
+            _wait(device)
+            started = time.monotonic()
+            model(input_ids=ids, use_cache=False)
+            _wait(device)
+            seconds = time.monotonic() - started
+    return PROBE / max(seconds, 1e-6)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _measure(
+    suite: Suite,
+    entrant: Entrant,
+    jobs: Sequence[_Job],
+    setting: Setting,
+    scores: Scores,
+    command: str,
+    title: str,
+) -> None:
+    if not jobs:
+        return
+    with entrant.open() as model, Meter(title, sum(job.tokens for job in jobs)) as meter:
+        model.eval()
+        for job in jobs:
+            task = TASKS[job.call.unit.task]
+            done = meter.done
+            rows = task.measure(model, job.call, setting, meter)
+            meter.advance(done + job.tokens - meter.done)
+            scores.add([_signed(row, suite, job, setting, command) for row in rows])
+
+
+def _signed(row: Score, suite: Suite, job: _Job, setting: Setting, command: str) -> Score:
+    unit, entrant = job.call.unit, job.call.entrant
+    text = unit.settings.get("text", "")
+    return replace(
+        row,
+        model=entrant.name,
+        role=entrant.role,
+        suite=suite.name,
+        task=row.task or (f"{unit.task}: {text}" if text else unit.task),
+        length=row.length if row.length is not None else unit.length or None,
+        seed=setting.seed,
+        version=row.version or f"linearize {__version__}",
+        command=command,
+        key=job.call.key,
+    )
+
+
+__all__ = ["Measurement", "judge", "speed"]

@@ -1,0 +1,268 @@
+"""Any task of lm-eval as a measurement: names of the hub, YAML folders of one's own, the five local ones offline.
+
+Beside each score stands what it is worth next to the teacher's: (score - chance) / (teacher's - chance), drawn over
+the items that both answered. A student at 30 % of a four-choice task has kept 20 % of a teacher at 50 %, not 60 %.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from linearize.data.tokens import Tokens
+from linearize.distill.checkpoint import write_json
+from linearize.errors import LinearizeError
+from linearize.eval import harness
+from linearize.eval.intervals import DRAWS, bootstrap, wilson
+from linearize.eval.measurement import Call, Setting, score
+from linearize.eval.rows import TEACHER, Score
+from linearize.eval.suite import Suite, Unit
+from linearize.models.boundary import boundary
+from linearize.registry import closest
+from linearize.version import __version__
+
+TASK = "lm_eval"
+SHARES = ("acc", "acc_norm", "exact_match", "em")
+"""Metrics that are shares of right items, for which a relative score means something."""
+GUESSED_ITEMS, GUESSED_TOKENS = 1000, 256
+"""For the estimate, where nobody has counted: items of a task, and tokens of an item's requests in all."""
+
+
+def suite(
+    names: Sequence[str], *, shots: int | None, limit: int, include: Path | None, data: Path | None
+) -> Suite:
+    """The tasks that a command line names, as a suite of its own.
+
+    Args:
+        names: tasks or groups of lm-eval; "all" stands for the five local ones.
+        shots: worked examples; None takes what `shots.yaml` says, else the task's own number.
+        limit: items of each task; 0 takes all.
+        include: folder of further task YAMLs.
+        data: folder of the five local tasks' JSONL files, which are then read from there.
+
+    Raises:
+        LinearizeError: lm-eval is missing, or has no such task.
+        DataError: a local file is missing or damaged.
+    """
+    harness.import_lm_eval()
+    published = yaml.safe_load(Path(__file__).with_name("shots.yaml").read_text(encoding="utf-8"))
+    local = harness.task_names() if data is not None else []
+    chosen = dict.fromkeys(one for name in names for one in (local if name == "all" else [name]))
+    if "all" in names and data is None:
+        raise LinearizeError(
+            "--tasks all: needs --task-data DIR, the folder that holds the five tasks' JSONL files"
+        )
+    units = []
+    for name in chosen:
+        if name in local:
+            harness.check_data([name], data or "", limit)
+        elif name not in known(include):
+            hint = closest(name, [*known(include), *local])
+            raise LinearizeError(f"--tasks: lm-eval has no task '{name}'; {hint if 'mean' in hint else HINT}")
+        found = published.get(name) if shots is None else shots
+        settings = {
+            "name": name,
+            "shots": found,
+            "limit": limit,
+            "include": None if include is None else str(include),
+            "data": str(data) if name in local else None,
+        }
+        units.append(Unit(TASK, 0, settings))
+    return Suite("tasks", "tasks of lm-eval", tuple(units))
+
+
+HINT = "`lm_eval ls tasks` lists them; --include-path DIR adds a folder of your own"
+
+
+@cache
+def _manager(include: Path | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    with boundary(
+        f"--include-path {include}", "look at its YAML files", verb="cannot be read", kind=LinearizeError
+    ):
+        return TaskManager(include_path=None if include is None else str(include))
+
+
+def known(include: Path | None) -> set[str]:
+    """Names of all tasks, groups and tags."""
+    return set(_manager(include).all_tasks)
+
+
+class LmTasks:
+    """One task or group of lm-eval."""
+
+    def units(self, unit: Unit, setting: Setting) -> Sequence[Unit]:
+        """The unit itself."""
+        return [unit]
+
+    def tokens(self, unit: Unit, setting: Setting) -> int:
+        """A guess: the harness counts its requests only once it has loaded the data."""
+        settings = unit.settings
+        if settings["data"] is not None:
+            [requests] = harness.check_data([settings["name"]], settings["data"], settings["limit"]).values()
+            return requests * GUESSED_TOKENS // 4
+        return (settings["limit"] or GUESSED_ITEMS) * GUESSED_TOKENS * (1 + (settings["shots"] or 0))
+
+    def measure(self, model: Any, call: Call, setting: Setting, meter: Any) -> list[Score]:
+        """Every metric with its interval, and relative to the teacher's."""
+        results = evaluate(model, setting, call.unit.settings, meter)
+        name, shots = call.unit.settings["name"], call.unit.settings["shots"]
+        found = Items.of(results, name)
+        folder = setting.folder / "items"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{call.key}.json", found.to_dict())
+        import lm_eval
+
+        title = name if shots is None else f"{name} ({shots}-shot)"
+        version = f"linearize {__version__}, lm-eval {lm_eval.__version__}"
+        made = list(_scores(results["results"][name], found, setting.seed))
+        if call.entrant.role != TEACHER:
+            teacher = Items.read(folder / f"{setting.key_of(TEACHER, call.unit)}.json")
+            made += [] if teacher is None else _relative(found, teacher, setting.seed)
+        return [replace(row, task=title, version=version) for row in made]
+
+
+class Items:
+    """What each item scored: metric -> values, and what guessing would have scored."""
+
+    def __init__(self, values: dict[str, list[float]], chance: list[float]) -> None:
+        self.values = values
+        self.chance = chance
+
+    @classmethod
+    def of(cls, results: Mapping[str, Any], name: str) -> Items:
+        """From lm-eval's samples of a task, or of all tasks of a group."""
+        values: dict[str, list[float]] = {}
+        chance: dict[str, list[float]] = {}
+        for task in _leaves(results, name):
+            choice = results["configs"][task].get("output_type") == "multiple_choice"
+            for sample in results["samples"].get(task, ()):
+                for metric in sample.get("metrics", ()):
+                    if isinstance(sample.get(metric), int | float):
+                        values.setdefault(_named(metric, sample.get("filter")), []).append(
+                            float(sample[metric])
+                        )
+                        guess = 1 / max(1, len(sample["filtered_resps"])) if choice else 0.0
+                        chance.setdefault(_named(metric, sample.get("filter")), []).append(guess)
+        return cls(values, next(iter(chance.values()), []))
+
+    @classmethod
+    def read(cls, path: Path) -> Items | None:
+        """What another model's measurement left, if it did."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return cls(dict(found["values"]), list(found["chance"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"values": self.values, "chance": self.chance}
+
+
+def evaluate(model: Any, setting: Setting, settings: Mapping[str, Any], meter: Any = None) -> dict[str, Any]:
+    """lm-eval's results with samples; neither the model, nor the tokenizer, nor any random generator is changed.
+
+    Raises:
+        LinearizeError: the data cannot be had, or the harness refuses the task.
+    """
+    lm_eval = harness.import_lm_eval()
+    name, data = settings["name"], settings["data"]
+    with ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
+        stack.enter_context(harness.quiet(offline=data is not None))
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="linearize-tasks-"))
+        wrapped = harness.language_model()(
+            pretrained=model,
+            tokenizer=copy.deepcopy(setting.tokenizer),
+            batch_size=settings.get("batch_size") or max(1, setting.batch_tokens // 512),
+            mixed_precision_dtype=setting.autocast,
+            softmax_dtype=torch.float32,
+        )
+        wrapped.meter, wrapped.by_tokens = meter, True
+        wrapped.encode = Tokens(wrapped.tokenizer)
+        task = name if data is None else harness.inline(name, Path(data).expanduser(), scratch)
+        include = settings.get("include")
+        with boundary(f"lm-eval's task '{name}'", REMEDY, verb="cannot be measured", kind=LinearizeError):
+            return lm_eval.simple_evaluate(
+                wrapped,
+                tasks=[task],
+                num_fewshot=settings.get("shots"),
+                task_manager=_manager(None if include is None else Path(include)),
+                limit=settings["limit"] or None,
+                bootstrap_iters=0,
+                random_seed=None,
+                numpy_random_seed=None,
+                torch_random_seed=None,
+                fewshot_random_seed=1234,
+            )
+
+
+REMEDY = "look whether its data is here or the hub can be reached, or leave it out"
+
+
+def _leaves(results: Mapping[str, Any], name: str) -> Iterator[str]:
+    """The tasks under a group; a task is its own."""
+    under = [task for task in results.get("group_subtasks", {}).get(name, ()) if task != name]
+    if not under:
+        yield name
+    for task in under:
+        yield from _leaves(results, task)
+
+
+def _named(metric: str, filtered: str | None) -> str:
+    return metric if filtered in (None, "none") else f"{metric}, {filtered}"
+
+
+def _scores(found: Mapping[str, Any], items: Items, seed: int) -> Iterator[Score]:
+    for key, value in found.items():
+        metric, _, filtered = key.partition(",")
+        if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        name = _named(metric, filtered)
+        values = items.values.get(name, [])
+        interval: tuple[float | None, float | None] = (None, None)
+        # a perplexity is no mean of its items' scores
+        if values and abs(float(np.mean(values)) - value) < 1e-6:
+            if set(values) <= {0.0, 1.0}:
+                interval = wilson(sum(values), len(values))
+            else:
+                interval = bootstrap(values, np.ones(len(values)), seed)[1:]
+        yield score(name, float(value), interval, len(values) or len(items.chance))
+
+
+def _relative(own: Items, teacher: Items, seed: int) -> list[Score]:
+    """(score - chance) / (teacher's - chance) with items drawn again, the same for both."""
+    made = []
+    for metric, values in own.values.items():
+        theirs = teacher.values.get(metric, [])
+        if metric.split(",")[0] not in SHARES or len(theirs) != len(values):
+            continue
+        rows = np.array([values, theirs, own.chance])
+        gained, expected = rows[0].mean() - rows[2].mean(), rows[1].mean() - rows[2].mean()
+        if expected <= 0:
+            continue  # the teacher guesses: nothing was there to keep
+        drawn = np.random.default_rng(seed).integers(len(values), size=(DRAWS, len(values)))
+        means = rows[:, drawn].mean(2)
+        ratios = (means[0] - means[2]) / np.where(means[1] > means[2], means[1] - means[2], np.nan)
+        low, high = np.nanquantile(ratios, [0.025, 0.975])
+        made.append(
+            score("relative", float(gained / expected), (float(low), float(high)), len(values),
+                  by="metric", bucket=metric, against=TEACHER)
+        )  # fmt: skip
+    return made

@@ -1,0 +1,107 @@
+"""Suites: what is measured, as data. Each file of `eval/suites/` is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from linearize.errors import LinearizeError
+from linearize.registry import closest
+
+FOLDER = Path(__file__).parent / "suites"
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One measurement of one model: its rows are written together."""
+
+    task: str
+    """What is measured; see `measurement.TASKS`."""
+    length: int
+    """Tokens of the context."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The task's own settings."""
+    roles: tuple[str, ...] = ()
+    """Roles that it is measured for; () is every one."""
+
+    def concerns(self, role: str) -> bool:
+        """Whether a role takes part."""
+        return not self.roles or role in self.roles
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A list of measurements."""
+
+    name: str
+    about: str
+    units: tuple[Unit, ...]
+
+
+def names() -> list[str]:
+    """Names of the suites, the cheapest first."""
+    order = ["quick", "standard", "long", "efficiency"]
+    found = [path.stem for path in FOLDER.glob("*.yaml")]
+    return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
+
+
+def load(name: str, only: Sequence[str] = ()) -> list[Suite]:
+    """The suites of a name, `all` being every one.
+
+    Args:
+        name: of a suite, "all", or a YAML file of the same form.
+        only: keep these tasks alone; () keeps all of them.
+
+    Raises:
+        LinearizeError: no such suite, a file that is none, or a task that none of them has.
+    """
+    if name.endswith((".yaml", ".yml")):
+        suites = [_read(Path(name))]
+    elif name == ALL or name in names():
+        suites = [_read(FOLDER / f"{one}.yaml") for one in (names() if name == ALL else [name])]
+    else:
+        raise LinearizeError(f"unknown suite '{name}'; {closest(name, [*names(), ALL])}")
+    known = {unit.task for suite in suites for unit in suite.units}
+    for task in only:
+        if task not in known:
+            raise LinearizeError(f"--only: suite '{name}' has no task '{task}'; {closest(task, known)}")
+    if not only:
+        return suites
+    kept = [Suite(s.name, s.about, tuple(unit for unit in s.units if unit.task in only)) for s in suites]
+    return [suite for suite in kept if suite.units]
+
+
+def _read(path: Path) -> Suite:
+    """A suite's file.
+
+    Raises:
+        LinearizeError: it is missing, or its form is another.
+    """
+    form = "`about: a line` and `measure:`, a list of {task: NAME, length: TOKENS, ...}"
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entries, about = list(found["measure"]), str(found["about"])
+        units = tuple(unit for entry in entries for unit in _units(dict(entry)))
+    except OSError as error:
+        raise LinearizeError(f"--suite: cannot read {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise LinearizeError(f"--suite: {path} is no YAML: {str(error).splitlines()[0]}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise LinearizeError(f"--suite: {path} is no suite ({error}); it holds {form}") from error
+    return Suite(path.stem, about, units)
+
+
+def _units(settings: dict[str, Any]) -> Iterator[Unit]:
+    """One for each task and length of an entry."""
+    tasks, lengths = settings.pop("task"), settings.pop("length", 0)
+    roles = tuple(settings.pop("roles", ()))
+    for task in [tasks] if isinstance(tasks, str) else tasks:
+        for length in [lengths] if isinstance(lengths, int) else lengths:
+            if not isinstance(task, str) or type(length) is not int or length < 0:
+                raise ValueError(f"task {task}, length {length}")
+            yield Unit(task, length, settings, roles)

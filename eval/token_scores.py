@@ -1,0 +1,134 @@
+"""What a model says of every token of a text, and how far it is from the teacher there; logits a slice at a time.
+
+A pass keeps the hidden states before the head, and the head is applied to some tokens at once, so that a window of
+32,768 tokens never has 32,768 rows of logits. The teacher's hidden states are kept from its own pass: its transformer
+runs once for all models that are compared with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from linearize.decode.generate import evaluating
+from linearize.distill.headless import predict_final, recognize
+from linearize.kernels.distill import Head
+from linearize.kernels.distill.reference import shape_logits
+from linearize.mixers.offloaded import device_of
+
+LOGITS_AT_ONCE = 2**24
+"""Elements of the float32 logits that exist at a time: 341 tokens of a 49k vocabulary, 64 MB."""
+
+
+@dataclass
+class TokenScores:
+    """Scores of every token but the first of each window; tensors on the CPU."""
+
+    nll: Tensor
+    """[N, T - 1] negative log-likelihood of the token, nats."""
+    kl: Tensor | None = None
+    """[N, T - 1] KL(teacher || model) of the prediction, nats."""
+    agrees: Tensor | None = None
+    """[N, T - 1] 1 where the likeliest token is the teacher's."""
+
+
+class Predictor:
+    """Predictions of one model for windows of text.
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel around one.
+        autocast: dtype for torch.autocast on the model's device; None runs in the model's own dtype.
+    """
+
+    def __init__(self, model: Any, autocast: torch.dtype | None = None) -> None:
+        self.model = model
+        self.device = device_of(model)
+        self.autocast = autocast
+        self.head: Head | None = recognize(model, self.device)
+        self._kept: dict[bytes, Tensor] = {}
+
+    def _context(self) -> Any:
+        return (
+            nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
+        )
+
+    def window(self, ids: Tensor, *, keep: bool = False) -> Callable[[slice], Tensor]:
+        """Run one window; the result gives log-probabilities [n, V], float32 or wider, of the tokens of a slice.
+
+        Args:
+            ids: int64 [T].
+            keep: the hidden states stay in the CPU's memory, and the next call with the same tokens runs no model.
+        """
+        with torch.no_grad(), evaluating(self.model), self._context():
+            if self.head is None:
+                logits = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0]
+                return lambda part: F.log_softmax(_wide(logits[part]), -1)
+            name = ids.numpy().tobytes() if keep else b""
+            if name in self._kept:
+                hidden = self._kept[name]
+            else:
+                final = predict_final(self.model, {"input_ids": ids[None].to(self.device)}, self.head)
+                hidden = final.hidden[0].detach()
+                if keep:
+                    self._kept[name] = hidden.to("cpu")
+        head = self.head
+        return lambda part: self._apply(head, hidden[part])
+
+    def _apply(self, head: Head, hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            with self._context():
+                product = F.linear(hidden.to(self.device), head.weight, head.bias)
+            return F.log_softmax(shape_logits(_wide(product), head), -1)
+
+
+def score_tokens(
+    model: Predictor, windows: Tensor, teacher: Predictor | None = None, *, meter: Any = None
+) -> TokenScores:
+    """Scores of every token but the first of each window.
+
+    Args:
+        model: the model.
+        windows: int64 [N, T].
+        teacher: what it is compared with; its passes over the same windows are kept for the next model.
+        meter: object with `advance(tokens)`, called after each window.
+    """
+    length = windows.shape[1]
+    nll = torch.zeros(len(windows), length - 1)
+    kl, agrees = (None, None) if teacher is None else (torch.zeros_like(nll), torch.zeros_like(nll))
+    for number, ids in enumerate(windows):
+        own = model.window(ids)
+        other = None if teacher is None else teacher.window(ids, keep=True)
+        for part in slices(length - 1, own(slice(0, 1)).shape[-1]):
+            found = own(part)
+            targets = ids[1:][part].to(found.device)
+            nll[number, part] = -found.gather(1, targets[:, None])[:, 0].float().cpu()
+            if other is not None and kl is not None and agrees is not None:
+                expected = other(part).to(found.device)
+                kl[number, part] = divergence(expected, found).float().cpu()
+                agrees[number, part] = (expected.argmax(-1) == found.argmax(-1)).float().cpu()
+        if meter is not None:
+            meter.advance(length)
+    return TokenScores(nll, kl, agrees)
+
+
+def divergence(teacher: Tensor, model: Tensor) -> Tensor:
+    """KL(teacher || model) [n] of log-probabilities [n, V], over the tokens that both have."""
+    shared = min(teacher.shape[-1], model.shape[-1])
+    teacher, model = teacher[:, :shared], model[:, :shared]
+    return (teacher.exp() * (teacher - model)).sum(-1).clamp_min(0)
+
+
+def slices(tokens: int, vocabulary: int) -> list[slice]:
+    """Slices that cover all tokens, each of at most `LOGITS_AT_ONCE` logits."""
+    rows = max(1, LOGITS_AT_ONCE // vocabulary)
+    return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,111 @@
+"""lm-eval tasks as rows: equal to lm-eval's own, at any batch size; chance, relative scores, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from linearize.errors import DataError, LinearizeError
+from linearize.eval import lm_tasks
+from linearize.eval.lm_tasks import Items, _relative, evaluate, suite
+from linearize.eval.measurement import Setting
+
+pytest.importorskip("lm_eval")
+
+CHOICES = ["red dog", "blue", "the cat sat", "tree"]
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """A folder with a task of its own and a group of it; the data lies beside them."""
+    random = np.random.default_rng(0)
+    items = []
+    for _ in range(11):
+        words = " ".join(
+            random.choice(["the", "cat", "dog", "sat", "ran", "on", "mat", "tree", "red", "blue"], 6)
+        )
+        items.append({"query": words, "choices": CHOICES, "gold": int(random.integers(4))})
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    for name in ("mine_a", "mine_b"):
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}},
+            "test_split": "test",
+            "fewshot_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{query}} .",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{gold}}",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        }
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    group = {
+        "group": "mine",
+        "task": ["mine_a", "mine_b"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(group))
+    return tmp_path
+
+
+def named(folder, name: str, **options) -> dict:
+    [found] = suite([name], **{"shots": None, "limit": 0, "include": folder, "data": None, **options}).units
+    return dict(found.settings)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, "auto"])
+def test_scores_are_those_of_lm_eval(model, tokenizer, tasks, tmp_path, batch_size):
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    settings = named(tasks, "mine_a", shots=2) | {"batch_size": batch_size}
+    ours = evaluate(model, Setting(tokenizer, {}, tmp_path), settings)
+    plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=128)
+    theirs = lm_eval.simple_evaluate(
+        plain, tasks=["mine_a"], num_fewshot=2, task_manager=lm_tasks._manager(tasks), bootstrap_iters=0
+    )
+    assert ours["results"]["mine_a"]["acc,none"] == theirs["results"]["mine_a"]["acc,none"]
+    own, other = (
+        [pair[0] for sample in found["samples"]["mine_a"] for pair in sample["filtered_resps"]]
+        for found in (ours, theirs)
+    )
+    assert own == pytest.approx(other, abs=1e-4) and len(set(own)) > 40
+
+
+def test_a_group_is_the_pool_of_its_tasks(model, tokenizer, tasks, tmp_path):
+    results = evaluate(model, Setting(tokenizer, {}, tmp_path), named(tasks, "mine"))
+    found = Items.of(results, "mine")
+    assert len(found.values["acc"]) == 22 and set(found.chance) == {0.25}
+    [row] = [row for row in lm_tasks._scores(results["results"]["mine"], found, 0) if row.metric == "acc"]
+    assert row.value == pytest.approx(np.mean(found.values["acc"])) and row.low < row.value < row.high
+
+
+def test_relative_scores_begin_at_chance():
+    rng = np.random.default_rng(1)
+    chance = [0.25] * 400
+    teacher = Items({"acc": [float(x) for x in rng.random(400) < 0.75]}, chance)
+    [same] = _relative(teacher, teacher, 0)
+    assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0)
+    guesses = Items({"acc": [float(x) for x in rng.random(400) < 0.25]}, chance)
+    [none] = _relative(guesses, teacher, 0)
+    assert none.low < 0 < none.high and none.bucket == "acc" and none.against == "teacher"
+    half = Items({"acc": [float(x) for x in rng.random(400) < 0.5]}, chance)
+    [middle] = _relative(half, teacher, 0)
+    assert 0.3 < middle.value < 0.7 and middle.low < 0.5 < middle.high
+    assert _relative(half, guesses, 0) == [] or _relative(half, guesses, 0)[0].value > 1
+    assert _relative(half, Items({"acc": [0.0] * 400}, chance), 0) == []
+
+
+def test_published_shots_and_unknown_tasks(tasks):
+    assert named(tasks, "piqa")["shots"] == 0 and named(tasks, "piqa", shots=3)["shots"] == 3
+    assert named(tasks, "mmlu")["shots"] == 5 and named(tasks, "mine_a")["shots"] is None
+    with pytest.raises(LinearizeError, match=r"no task 'hellaswagg'; did you mean 'hellaswag'\?"):
+        named(tasks, "hellaswagg")
+    with pytest.raises(LinearizeError, match="needs --task-data DIR"):
+        named(tasks, "all")
+    with pytest.raises(DataError, match=r"piqa.jsonl not found"):
+        named(tasks, "piqa", data=tasks)
