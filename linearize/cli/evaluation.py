@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,14 +36,13 @@ def main(options: argparse.Namespace) -> int:
         if source is not None:  # before the minutes that the model takes
             resolve(export_of(source))
     texts = _texts(options.text)
-    command = shlex.join(["linearize", *sys.argv[1:]])
     out = options.out or _folder(options.path)
     with held(out):
         try:
-            _judge(options, suites, against, texts, out, command)
+            _judge(options, suites, against, texts, out, options.line)
         except KeyboardInterrupt as stop:
             raise RunStopped(
-                f"stopped; what was measured is kept in {out}. The same command goes on:\n  {command}",
+                f"stopped; what was measured is kept in {out}. The same command goes on:\n  {options.line}",
                 exit_code(stop),
             ) from None
     return 0
