@@ -19,8 +19,9 @@ NOTE = "linearize.json"
 
 def main(options: argparse.Namespace) -> int:
     """Measure what is not there yet, print the tables, and leave every number in results.json."""
+    from linearize.cli import comparison
     from linearize.cli.checkpoint import export_of, load
-    from linearize.eval import suite, summary, tasks_known
+    from linearize.eval import page, suite, summary, tasks_known
     from linearize.eval.cast import entrants
     from linearize.eval.judge import judge
     from linearize.eval.measurement import Setting
@@ -62,6 +63,7 @@ def main(options: argparse.Namespace) -> int:
     for measured, rows in judge(suites, cast, setting, scores, command=command):
         console().print(summary.tables(measured, rows, [entrant.role for entrant in cast]))
     console().print(f"scores  {scores.path}", markup=False, soft_wrap=True)
+    comparison.show(page.compose(page.read([scores.path])), out)
     return 0
 
 
