@@ -56,11 +56,15 @@ def blocks(subjects: Sequence[Subject]) -> Iterator[Block]:
 
 
 def _units(subject: Subject) -> list[tuple[str, int]]:
-    """The longest windows of each text."""
-    longest: dict[str, int] = {}
-    for task, length in texts(subject.rows):
-        longest[task] = max(length, longest.get(task, 0))
-    return list(longest.items())
+    """Of each text the windows that most were measured on, the longest of these."""
+    roles: dict[tuple[str, int], set[str]] = {}
+    for row in subject.rows:
+        if (row.task, row.length or 0) in texts(subject.rows):
+            roles.setdefault((row.task, row.length or 0), set()).add(row.role)
+    best: dict[str, int] = {}
+    for task, length in sorted(roles, key=lambda unit: (len(roles[unit]), unit[1])):
+        best[task] = length
+    return list(best.items())
 
 
 def _counts(row: Score) -> bool:

@@ -21,6 +21,8 @@ WHISKER = "#8a949e"
 HEIGHT = 300
 TICKS = 6
 """Labels on an x axis that has its own."""
+SPREAD = 5
+"""From such a ratio of the longest bar to the shortest on, bars need a log axis."""
 AXIS = {"gridcolor": GRID, "zeroline": False, "linecolor": "#9aa5b1", "automargin": True, "fixedrange": True}
 
 
@@ -160,7 +162,7 @@ def _bars(chart: Bars) -> Figure:
     x_axis: Figure = {**AXIS, "title": {"text": label(chart.x_title), "standoff": 6}}
     if chart.share:
         x_axis["range"] = [0, 104]
-    elif chart.log and bars:
+    elif chart.log and bars and max(bar.value for bar in bars) > SPREAD * min(bar.value for bar in bars):
         ends = [end for bar in bars for end in (bar.value, bar.high) if end is not None and _finite(end)]
         low, high = min(bar.value for bar in bars) / 4, max(ends) * 1.15  # room for the shortest bar's number
         x_axis |= {"type": "log", "range": [math.log10(low), math.log10(high)], **_decades(ends)}
