@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml scripts/venv.sh
 $(VENV)/.installed-dev: pyproject.toml scripts/venv.sh
 	scripts/venv.sh $(VENV) dev,eval,page && touch $@ $(VENV)/.installed
 
-demo: venv  ## Convert the real teacher at a small budget, evaluate, export, reload, generate
+demo: venv  ## Convert the real teacher at a small budget, evaluate, export, reload, generate, judge
 	LINEARIZE=$(BIN)/linearize scripts/demo.sh
 
 bench: venv  ## Time every kernel beside fla's and softmax (needs a CUDA device)

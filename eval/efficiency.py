@@ -1,12 +1,13 @@
 """Time and memory against context and batch: prefill, and decoding as `linearize generate` does it.
 
 A converted model on a GPU decodes in one CUDA graph, everything else through transformers' generate, which is what its
-user would get; `linearize bench decode` has further ways, compiled ones among them. The tokens
+user would get, both in bfloat16; `linearize bench decode` has further ways, compiled ones among them. The tokens
 are random: what is timed does not depend on them.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import torch
 
 from linearize import surgery
 from linearize.bench.decode_ways import Point, generate, graph, prompt, room
+from linearize.bench.subjects import half
 from linearize.eval.generation import cache_bytes
 from linearize.eval.measurement import Call, Setting, score
 from linearize.eval.recall.answering import Cached
@@ -54,10 +56,12 @@ class Efficiency:
         """Milliseconds, tokens a second, bytes of one sequence's cache, and on a GPU the most memory."""
         made = []
         device = device_of(model)
+        if device.type == "cuda":  # as it would be used there
+            model = half(copy.deepcopy(model))
         for batch in self._batches(call.unit, setting):
             try:
                 with room(device):
-                    made += self._one(model, call.unit, batch, device, setting)
+                    made += self._one(model, call.unit, batch, device)
             except torch.OutOfMemoryError:
                 log.info(
                     "%s: %s of %d x %d tokens does not fit",
@@ -77,12 +81,12 @@ class Efficiency:
             return batch * unit.length * (1 + unit.settings["repeats"])
         return batch * unit.length + STEP * unit.settings["steps"]
 
-    def _one(self, model: Any, unit: Unit, batch: int, device: torch.device, setting: Setting) -> list[Score]:
+    def _one(self, model: Any, unit: Unit, batch: int, device: torch.device) -> list[Score]:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         point = Point(batch, unit.length, unit.settings.get("steps", 1))
         if self.task == "prefill":
-            seconds, held = _prefill(model, point, unit.settings["repeats"], device, setting)
+            seconds, held = _prefill(model, point, unit.settings["repeats"], device)
             tokens, n = batch * unit.length, len(seconds)
         else:
             way = (
@@ -104,13 +108,11 @@ class Efficiency:
         return made
 
 
-def _prefill(
-    model: Any, point: Point, repeats: int, device: torch.device, setting: Setting
-) -> tuple[list[float], int]:
+def _prefill(model: Any, point: Point, repeats: int, device: torch.device) -> tuple[list[float], int]:
     """Seconds of each repetition, the first, untimed one left out; and bytes of the cache."""
     ids, seconds, held = prompt(model, point), [], 0
     for number in range(repeats + 1):
-        read = Cached(model, setting.autocast)
+        read = Cached(model)
         started = _now(device)
         read(ids)
         if number:

@@ -13,6 +13,7 @@ from linearize.data.chat import Chat
 from linearize.data.tokens import Tokens
 from linearize.decode.generate import evaluating, generate_ids
 from linearize.errors import LinearizeError
+from linearize.eval.limits import check_numbers, check_room
 from linearize.mixers.offloaded import device_of
 from linearize.models.boundary import boundary
 from linearize.models.tokenizer import check_ids
@@ -59,7 +60,8 @@ def generate(
     Raises:
         LinearizeError: no prompt, an empty one, a chat template asked for that the tokenizer lacks or that refuses the
             message, or streaming of several prompts or of beams, `graph=True` or `compile` where there can be no graph;
-            options, or a generation config, that transformers cannot follow; logits that are NaN.
+            options, or a generation config, that transformers cannot follow or that lie beyond `limits`; more tokens
+            than a table of learned positions has rows; logits that are NaN.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts or not all(texts):
@@ -68,10 +70,13 @@ def generate(
         raise LinearizeError("streaming shows one sequence: give one prompt and no beams")
     if any("\ud800" <= sign <= "\udfff" for text in texts for sign in text):
         raise LinearizeError("the prompt holds bytes that are no UTF-8 text; give it in UTF-8")
+    check_numbers({"max_new_tokens": max_new_tokens, **options})
+    check_numbers(_unasked(model, options), "the checkpoint's generation_config.json: ")
     rows = _chat(tokenizer, texts, system) if chat else tokenizer(texts)["input_ids"]
     embedding = model.get_input_embeddings().weight.shape[0]
     for text, row in zip(texts, rows, strict=True):
         check_ids(row, embedding, tokenizer, f"the prompt {text[:40]!r}")
+    check_room(model, max(map(len, rows)), max_new_tokens)
     batch = {name: tensor.to(device_of(model)) for name, tensor in _padded(tokenizer, rows).items()}
     options.setdefault("do_sample", False)
     if not options["do_sample"]:
@@ -154,12 +159,18 @@ class _Callback(TextStreamer):
             self.put(token)
 
 
+def _unasked(model: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """What the model's own generation config adds to a call with these options."""
+    own = {**vars(model.generation_config), "max_new_tokens": None, "do_sample": options.get("do_sample")}
+    return {name: value for name, value in own.items() if name not in options or name == "do_sample"}
+
+
 def _check_logits(ids: Tensor, scores: Tensor) -> Tensor:
-    """A logits processor: NaN would be decoded as whatever token comes first."""
-    if bool(scores.isnan().any()):
+    """A logits processor: NaN or infinity would be decoded as whatever token comes first."""
+    if bool((scores.isnan() | scores.isposinf()).any()):
         raise LinearizeError(
-            f"the model gives NaN and no logits after {ids.shape[1]} tokens: its numbers overflow in {scores.dtype} or "
-            "its weights are damaged; load it in a wider dtype, or take another checkpoint"
+            f"the model gives NaN or infinity and no logits after {ids.shape[1]} tokens: its numbers overflow in "
+            f"{scores.dtype} or its weights are damaged; load it in a wider dtype, or take another checkpoint"
         )
     return scores
 

@@ -1,13 +1,14 @@
 """The five downstream tasks, through lm-eval (EleutherAI's evaluation harness), on local files and with no network.
 
 Each task is one file of `eval/tasks/`, an ordinary lm-eval task YAML whose `data_files` entry is looked up in the
-folder that the caller names. lm-eval is an optional dependency: ``pip install 'linearize[eval]'``.
+folder that the caller names. lm-eval is an optional dependency, the extra `eval` of this package.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 import random
 import stat
 import tempfile
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from linearize.data.files import expanded, mode_of
 from linearize.data.readers import read_jsonl
 from linearize.data.tokens import Tokens
-from linearize.errors import DataError, LinearizeError
+from linearize.errors import DataError, LinearizeError, NotFiniteError
 from linearize.patch import changed
 from linearize.progress import Meter
 from linearize.registry import closest
@@ -131,6 +132,7 @@ def run_tasks(
     Raises:
         LinearizeError: lm-eval is not installed, or a task is unknown.
         DataError: see `check_data`.
+        NotFiniteError: the model gives NaN for an item.
     """
     names = expand(tasks)
     if not names:
@@ -185,7 +187,16 @@ def inline(task: str, data_dir: Path, scratch: str) -> dict[str, Any]:
         "data_files": {"test": str((data_dir / file).resolve())},
         "cache_dir": scratch,
     }
+    for metric in config["metric_list"]:
+        if metric["aggregation"] == "perplexity":
+            metric["aggregation"] = _perplexity
     return config
+
+
+def _perplexity(loglikelihoods: Sequence[float]) -> float:
+    """The harness's own, inf in place of an error where it overflows."""
+    mean = sum(loglikelihoods) / len(loglikelihoods)
+    return math.exp(-mean) if mean > -700 else math.inf
 
 
 def _read(path: Path, columns: dict[str, str], expected: str) -> list[dict[str, Any]]:
@@ -224,7 +235,7 @@ def import_lm_eval() -> Any:
         import lm_eval.tasks
     except ImportError as error:
         raise LinearizeError(
-            f"the evaluation tasks need lm-eval ({error}): pip install 'linearize[eval]'"
+            f"the evaluation tasks need lm-eval ({error}): pip install 'lm-eval>=0.4.13'"
         ) from error
     return lm_eval
 
@@ -255,7 +266,15 @@ def language_model() -> type:
             return ids[-left_truncate_len:] if left_truncate_len else ids
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            return super().loglikelihood(requests, disable_tqdm=True)
+            found = super().loglikelihood(requests, disable_tqdm=True)
+            values = zip(requests, found, strict=True)
+            wrong = next((request for request, (value, _) in values if math.isnan(value)), None)
+            if wrong is not None:  # a comparison with NaN would be an answer, and a score
+                raise NotFiniteError(
+                    f"task '{wrong.task_name}', item {wrong.doc_id + 1}: the log-likelihood is nan; the model's "
+                    "weights are damaged, or too large for its arithmetic: take another checkpoint"
+                )
+            return found
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             return super().loglikelihood_rolling(requests, disable_tqdm=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 PROBE = 256
 """Tokens of the pass that measures how fast a model runs here."""
+ROOM = 128
+"""Tokens that may follow a prompt."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def judge(
         jobs = {entrant.role: _jobs(entrant, units, setting, scores) for entrant in cast}
         with ExitStack() as stack:
             if any(jobs.values()):
-                _announce(suite, jobs, by_role)
+                _announce(suite, jobs, by_role, setting.autocast)
                 if TEACHER in by_role and setting.teacher is None:
                     model = stack.enter_context(by_role[TEACHER].open())
                     setting.teacher = Predictor(model, setting.autocast)
@@ -74,6 +77,12 @@ def judge(
 def _units(suite: Suite, setting: Setting) -> Iterator[Unit]:
     """Those that can be measured; the others with a word."""
     for unit in suite.units:
+        most = math.inf if setting.longest is None else setting.longest
+        if unit.length + (0 if unit.task in ("text", "mqar") else ROOM) > most:
+            log.info(
+                "%s: no %s at %d tokens: the model has %d positions", suite.name, unit.task, unit.length, most
+            )
+            continue
         try:
             made = TASKS[unit.task].units(unit, setting)
             for one in made:
@@ -102,13 +111,18 @@ def _jobs(entrant: Entrant, units: Sequence[Unit], setting: Setting, scores: Sco
     return made
 
 
-def _announce(suite: Suite, jobs: Mapping[str, Sequence[_Job]], cast: Mapping[str, Entrant]) -> None:
+def _announce(
+    suite: Suite,
+    jobs: Mapping[str, Sequence[_Job]],
+    cast: Mapping[str, Entrant],
+    autocast: torch.dtype | None,
+) -> None:
     """Say what the suite will take: tokens over the speed that a short pass had on this machine."""
     rates: dict[str, float] = {}
     for role in (TEACHER, STUDENT):
         if role in cast and any(jobs.values()):
             with cast[role].open() as model:
-                rates[role] = speed(model)
+                rates[role] = speed(model, autocast)
     seconds = 0.0
     for role, todo in jobs.items():
         rate = rates[TEACHER] if role == TEACHER else rates[STUDENT]
@@ -118,17 +132,19 @@ def _announce(suite: Suite, jobs: Mapping[str, Sequence[_Job]], cast: Mapping[st
     log.info("%s (%s): about %s on this machine", suite.name, about, duration(seconds))
 
 
-def speed(model: Any) -> float:
-    """Tokens a second of a short pass, after a shorter one that warms up."""
+def speed(model: Any, autocast: torch.dtype | None = None) -> float:
+    """Tokens a second of a short pass, after one that warms up and compiles."""
     device = device_of(model)
     ids = torch.arange(PROBE, device=device)[None] % model.get_input_embeddings().weight.shape[0]
-    with torch.no_grad():
-        model(input_ids=ids[:, :16], use_cache=False)
-        _wait(device)
-        started = time.monotonic()
-        model(input_ids=ids, use_cache=False)
-        _wait(device)
-    return PROBE / max(time.monotonic() - started, 1e-6)
+    seconds = 0.0
+    with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        for _ in range(2):
+            _wait(device)
+            started = time.monotonic()
+            model(input_ids=ids, use_cache=False)
+            _wait(device)
+            seconds = time.monotonic() - started
+    return PROBE / max(seconds, 1e-6)
 
 
 def _wait(device: torch.device) -> None:

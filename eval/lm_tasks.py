@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from linearize.data.tokens import Tokens
+from linearize.distill.checkpoint import write_json
 from linearize.errors import LinearizeError
 from linearize.eval import harness
 from linearize.eval.intervals import DRAWS, bootstrap, wilson
@@ -122,7 +123,7 @@ class LmTasks:
         found = Items.of(results, name)
         folder = setting.folder / "items"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{call.key}.json").write_text(json.dumps(found.to_dict()), encoding="utf-8")
+        write_json(folder / f"{call.key}.json", found.to_dict())
         import lm_eval
 
         title = name if shots is None else f"{name} ({shots}-shot)"

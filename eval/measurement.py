@@ -26,6 +26,7 @@ class Setting:
         folder: for what is too large for rows (scores of tokens, generated text).
         teacher: the teacher's predictions, or None where there is no teacher.
         device: kind of the device that everything runs on.
+        longest: context that the models' tables of learned positions end at, or None.
         batch_tokens: how many go through a model at once, where a measurement has batches.
         key_of: (role, unit) -> key of that role's rows, "" where there is no such role, for what is compared in pairs.
     """
@@ -35,6 +36,7 @@ class Setting:
     folder: Path
     seed: int = 0
     device: str = "cpu"
+    longest: int | None = None
     autocast: torch.dtype | None = None
     batch_tokens: int = 4096
     teacher: Predictor | None = None

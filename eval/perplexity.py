@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from linearize.data import Document
 from linearize.data.tokens import Tokens
-from linearize.errors import DataError
+from linearize.errors import DataError, NotFiniteError
+from linearize.eval.limits import learned_positions
 from linearize.mixers.offloaded import device_of
 
 LOGITS_AT_ONCE = 2**24
@@ -77,6 +78,7 @@ def perplexity(
     Raises:
         DataError: no whole window of text, a window below 2 tokens, or one longer than the model's table of
             learned positions.
+        NotFiniteError: the likelihood of a token is NaN or zero.
     """
     ids = (
         texts
@@ -101,6 +103,8 @@ def perplexity(
                     logits = model(input_ids=batch, use_cache=False).logits
                 total += _nll_sum(logits[:, :-1], batch[:, 1:])
                 scored += batch[:, 1:].numel()
+                if not math.isfinite(total):
+                    raise NotFiniteError(_not_finite(total, logits))
                 if meter is not None:
                     meter.advance(batch.numel(), perplexity=_exp(total / scored))
     finally:
@@ -175,6 +179,15 @@ def _nll_sum(logits: Tensor, labels: Tensor) -> float:
     return float(torch.cat(pieces).cpu().to(torch.float64).sum())
 
 
+def _not_finite(nll: float, logits: Tensor) -> str:
+    bad = int((~logits.isfinite()).sum())
+    return (
+        f"the log-likelihood of the text is {-nll}: {bad:,} of {logits.numel():,} logits ({logits.dtype}) are not "
+        "finite. The weights are damaged, or too large for this arithmetic: take another checkpoint, or train with a "
+        "lower learning rate"
+    )
+
+
 def _exp(nll: float) -> float:
     return math.exp(nll) if not nll > 700 else math.inf
 
@@ -195,10 +208,8 @@ def _check_window(window: int) -> None:
 
 def _check_positions(model: nn.Module, window: int) -> None:
     """Rotary models run beyond their training length; a table of learned positions (GPT-2) has an end."""
-    config = getattr(model, "config", None)
-    limit = getattr(config, "max_position_embeddings", None)
-    rotary = getattr(config, "rope_parameters", None) is not None
-    if limit is not None and not rotary and window > limit:
+    limit = learned_positions(model)
+    if limit is not None and window > limit:
         raise DataError(
             f"window {window} exceeds the model's {limit} learned positions: use eval.length={limit}"
         )

@@ -46,7 +46,7 @@ class Run:
     def rows(self) -> list[dict[str, Any]]:
         """The rows of results.json."""
         rows = self.results.get("rows")
-        return [row for row in rows if _is_row(row)] if isinstance(rows, list) else []
+        return [tables.restored(row) for row in rows if _is_row(row)] if isinstance(rows, list) else []
 
 
 def read_run(out: str | Path) -> Run:

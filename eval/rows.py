@@ -1,7 +1,7 @@
 """One row for every score: what `linearize eval` writes into results.json, and the file that holds the rows.
 
-The file is ``{"format": 1, "rows": [...]}``; each row is a `Score` as plain JSON (Infinity and NaN are written as
-Python's json writes them). Rows are added a measurement at a time, each time with one atomic write: whatever stops the
+The file is ``{"format": 1, "rows": [...]}``; each row is a `Score` as plain JSON (what is not finite is written
+"Infinity" or "NaN"). Rows are added a measurement at a time, each time with one atomic write: whatever stops the
 process, what was measured is there, and the next call goes on behind it.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from linearize import plain_json
 from linearize.distill.checkpoint import read_json, write_json
 from linearize.errors import CheckpointError
 
@@ -53,8 +54,8 @@ class Score:
     """Tokens of the context: the window, the prompt, the cache."""
     by: str = ""
     """What `bucket` divides: "position" (token in the window), "distance" (tokens back to the earlier occurrence),
-    "depth" (share of the haystack before the needle), "batch" (sequences), "metric" (that a relative score is of); "" for a
-    score over everything."""
+    "depth" (share of the haystack before the needle), "batch" (sequences), "metric" (that a relative score is of); ""
+    for a score over everything."""
     bucket: str = ""
     """For example "64-128" (from, up to but without), "0.25", "8"; "" for a score over everything."""
     against: str = ""
@@ -166,6 +167,8 @@ def _rows(found: Iterable[Any]) -> Iterable[Score]:
     for number, row in enumerate(found, 1):
         if not isinstance(row, dict) or not all(name in row for name in _REQUIRED):
             raise ValueError(f"row {number} is no score")
+        # JSON has no words for numbers that are not finite, see plain_json
+        row = row | {name: plain_json.restored(row[name]) for name in ("value", "low", "high")}
         texts = all(
             isinstance(row.get(name, ""), str) for name in ("model", "role", "suite", "task", "metric")
         )

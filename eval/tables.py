@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from linearize import plain_json
 from linearize.markdown import row as line_of
 from linearize.markdown import text as escaped
 
@@ -37,6 +38,12 @@ def number(value: Any) -> str:
         return f"{value:.4f}"
     decimals = 2 if size < 99.995 else 1 if size < 999.95 else 0
     return f"{value:,.{decimals}f}"
+
+
+def restored(row: Row) -> dict[str, Any]:
+    """A row as it was before results.json was written: its numbers as numbers, those that are not finite among them."""
+    parts = [part for part in ("perplexity", "tasks") if part in row]
+    return {**row, **{part: plain_json.restored(row[part]) for part in parts}}
 
 
 def flatten(rows: Sequence[Row], metrics: Sequence[str] = tuple(METRICS)) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from linearize.distill.checkpoint import read_tensors, write_tensors_file
-from linearize.errors import CheckpointError
+from linearize.errors import CheckpointError, NotFiniteError
 from linearize.eval.intervals import bootstrap
 from linearize.eval.measurement import Call, Setting, score
 from linearize.eval.perplexity import windows
@@ -38,6 +38,12 @@ class Text:
         cut = self._cut(call.unit, setting)
         teacher = None if call.entrant.role == TEACHER else setting.teacher
         found = score_tokens(Predictor(model, setting.autocast), cut, teacher, meter=meter)
+        if call.entrant.role in (STUDENT, TEACHER) and not bool(found.nll.isfinite().all()):
+            raise NotFiniteError(
+                f"{call.entrant.name}: the log-likelihood of {int((~found.nll.isfinite()).sum()):,} of "
+                f"{found.nll.numel():,} tokens is not finite. The weights are damaged, or too large for this "
+                "arithmetic: take another checkpoint, or train with a lower learning rate"
+            )
         kept = {"nll": found.nll}
         kept |= {} if found.kl is None or found.agrees is None else {"kl": found.kl, "agrees": found.agrees}
         folder = setting.folder / "tokens"

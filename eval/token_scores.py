@@ -51,31 +51,32 @@ class Predictor:
         self.device = device_of(model)
         self.autocast = autocast
         self.head: Head | None = recognize(model, self.device)
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[bytes, Tensor] = {}
 
     def _context(self) -> Any:
         return (
             nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
         )
 
-    def window(self, ids: Tensor, keep: int | None = None) -> Callable[[slice], Tensor]:
+    def window(self, ids: Tensor, *, keep: bool = False) -> Callable[[slice], Tensor]:
         """Run one window; the result gives log-probabilities [n, V], float32 or wider, of the tokens of a slice.
 
         Args:
             ids: int64 [T].
-            keep: a number under which the hidden states stay in the CPU's memory; the next call with it runs no model.
+            keep: the hidden states stay in the CPU's memory, and the next call with the same tokens runs no model.
         """
         with torch.no_grad(), evaluating(self.model), self._context():
             if self.head is None:
                 logits = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0]
                 return lambda part: F.log_softmax(_wide(logits[part]), -1)
-            if keep in self._kept:
-                hidden = self._kept[keep]
+            name = ids.numpy().tobytes() if keep else b""
+            if name in self._kept:
+                hidden = self._kept[name]
             else:
                 final = predict_final(self.model, {"input_ids": ids[None].to(self.device)}, self.head)
                 hidden = final.hidden[0].detach()
-                if keep is not None:
-                    self._kept[keep] = hidden.to("cpu")
+                if keep:
+                    self._kept[name] = hidden.to("cpu")
         head = self.head
         return lambda part: self._apply(head, hidden[part])
 
@@ -102,7 +103,7 @@ def score_tokens(
     kl, agrees = (None, None) if teacher is None else (torch.zeros_like(nll), torch.zeros_like(nll))
     for number, ids in enumerate(windows):
         own = model.window(ids)
-        other = None if teacher is None else teacher.window(ids, keep=number)
+        other = None if teacher is None else teacher.window(ids, keep=True)
         for part in slices(length - 1, own(slice(0, 1)).shape[-1]):
             found = own(part)
             targets = ids[1:][part].to(found.device)

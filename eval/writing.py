@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linearize.distill.checkpoint import write_json
 from linearize.eval.intervals import bootstrap, wilson
 from linearize.eval.measurement import Call, Setting, score
 from linearize.eval.perplexity import windows
@@ -39,9 +39,10 @@ class Decoding:
     def measure(self, model: Any, call: Call, setting: Setting, meter: Any) -> list[Score]:
         """Share of tokens with the same most likely follower, and the largest difference of a log-probability."""
         [ids] = _text(call.unit, setting, call.unit.length, 1)
-        prefill = Predictor(model, setting.autocast).window(ids)
+        # without autocast: rounding to bfloat16 would hide what is looked for
+        prefill = Predictor(model).window(ids)
         meter.advance(len(ids))
-        cached, same, apart = Cached(model, setting.autocast), 0, 0.0
+        cached, same, apart = Cached(model), 0, 0.0
         for place in range(len(ids)):
             step = cached(ids[place : place + 1][None])[0].log_softmax(-1)
             whole = prefill(slice(place, place + 1))
@@ -88,7 +89,7 @@ class Writing:
             "prompts": setting.tokenizer.batch_decode(prompts),
             "texts": setting.tokenizer.batch_decode(rows),
         }
-        (folder / f"{call.key}.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
+        write_json(folder / f"{call.key}.json", written)
         return list(_faults(rows, setting.seed))
 
 

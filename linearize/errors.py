@@ -5,7 +5,8 @@ The command line prints these without a traceback and exits with 2; any other ex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class LinearizeError(Exception):
@@ -30,6 +31,33 @@ class RecipeError(LinearizeError):
         super().__init__("\n".join([headline, *(f"  - {problem}" for problem in self.problems)]))
 
 
+@contextmanager
+def collected(errors: list[LinearizeError]) -> Iterator[None]:
+    """Inside, an error of recipe, model or text is kept for `raise_together`, so that the next one is found too."""
+    try:
+        yield
+    except (RecipeError, UnsupportedModelError, DataError) as error:
+        errors.append(error)
+
+
+def raise_together(errors: Sequence[LinearizeError], where: str) -> None:
+    """Raise what was collected: nothing, the one error as it is, or all of them as one.
+
+    Args:
+        errors: of `collected`.
+        where: what was looked at, for the headline of several.
+
+    Raises:
+        LinearizeError: see above; several make a RecipeError.
+    """
+    problems = [problem for error in errors for problem in getattr(error, "problems", [str(error)])]
+    different = list(dict.fromkeys(problems))  # two stages that read one file miss it twice
+    if len({str(error) for error in errors}) == 1:
+        raise errors[0]
+    if errors:
+        raise RecipeError(different, where)
+
+
 class UnsupportedModelError(LinearizeError):
     """The model's attention cannot be converted; the message names the module and the reason."""
 
@@ -48,6 +76,10 @@ class CheckpointError(LinearizeError):
 
 class NonFiniteLossError(LinearizeError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+class NotFiniteError(LinearizeError):
+    """A model gives NaN or infinity for a text; its weights are damaged, or overflow."""
 
 
 class RunFolderError(LinearizeError):

@@ -15,6 +15,21 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
+def packed_apart(monkeypatch, tmp_path_factory):
+    """Tokenized text of a test is kept for that test alone."""
+    from linearize.data import store
+
+    made = []
+
+    def folder():
+        if not made:
+            made.append(tmp_path_factory.mktemp("cache"))
+        return made[0]
+
+    monkeypatch.setattr(store, "cache_dir", folder)
+
+
+@pytest.fixture(autouse=True)
 def check_in_this_process(monkeypatch):
     """Compare an export with its model here; `tests/export/test_verify.py` has it done in a fresh process."""
     from linearize.export import reloading, verify

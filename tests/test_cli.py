@@ -96,6 +96,13 @@ def test_recipes_lists_and_shows(capsys, tmp_path):
         (["generate", "x", "--prompt", "a", "--seed", str(2**40)], "0 or more and below 2^31, got"),
         (["eval", "x", "--seed", str(2**70)], "0 or more and below 2^31, got"),
         (["generate", "no/such/model", "--prompt", "a"], "no/such/model"),
+        (
+            ["generate", "x", "--prompt", "a", "--num-beams", "60000"],
+            "num_beams must be a whole number from 1",
+        ),
+        (["generate", "x", "--prompt", "a", "--temperature", "1e-300"], "temperature must be a number from"),
+        (["generate", "x", "--prompt", "a", "--top-p", "0.9"], "--top-p 0.9: nothing is sampled at temper"),
+        (["generate", "x", "--prompt", "a", "--compile", "--no-graph"], "leave out --no-graph or --compile"),
     ],
 )
 def test_mistakes_exit_with_2_and_a_message(capsys, arguments, expected):
@@ -200,6 +207,11 @@ def test_a_mixer_in_words():
     assert describe(normalize(compose("lolcats").mixer)) == "sliding 64 + hedgehog"
     assert describe(normalize(compose("hedgehog").mixer)) == "hedgehog"
     assert describe(normalize(compose("softmax").mixer)) == "full softmax"
+    for name in ("gla", "liger_gla", "kda", "retnet", "gsa_t2r", "radlads_rwkv7", "mamba_in_llama"):
+        mixer = normalize(compose(name).mixer)
+        words = describe(mixer)
+        assert f"{mixer['gate']['name']} gate" in words
+        assert (mixer["update"]["name"] in words.split(", ")) == (mixer["update"]["name"] != "additive")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["recipes"], ["run", "m"]])

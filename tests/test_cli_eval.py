@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,7 @@ def test_a_stopped_evaluation_goes_on_behind_its_rows(converted, files, tmp_path
 
     monkeypatch.setattr(text.Text, "measure", stops)
     assert cli.main(["eval", str(converted), *files]) == 130
+    assert "The same command goes on" in capsys.readouterr().err
     kept = rows(tmp_path)
     assert {row["role"] for row in kept} == {"teacher", "student", "linear branch off"}
     monkeypatch.setattr(
@@ -136,7 +138,13 @@ def test_every_kind_of_measurement_ends_in_rows_and_tables(converted, files, tmp
     }  # fmt: skip
     assert not any(row["role"] == "swa_sinks" for row in found if row["task"] == "prefill")
     assert all(row["value"] == 1 for row in found if row["metric"] == "decode_agreement")
-    for words in ("recall, % right", "what it writes", "time and memory", "The teacher itself fails at"):
+    for words in (
+        "recall, % right",
+        "what it writes",
+        "time and memory",
+        "greedy continuations",
+        "The teacher itself fails at",
+    ):
         assert words in said.out
     assert "no passkey at 100 tokens: passkey: the item alone has" in said.err
     before = (tmp_path / "out" / "results.json").read_bytes()
@@ -174,11 +182,17 @@ def test_tasks_of_lm_eval_stand_beside_the_suite(converted, tmp_path, capsys):
 
 
 def test_what_cannot_be_measured_is_refused_with_a_remedy(teacher, converted, files, tmp_path, capsys):
+    shutil.copytree(teacher, tmp_path / "other")
+    tokenizer = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "wrong.yaml").write_text("about: x\nmeasure: [{length: 4}]\n")
     (tmp_path / "task.yaml").write_text("about: x\nmeasure: [{task: pass_key, length: 4}]\n")
     mistakes = [
         (["--against", str(tmp_path / "nowhere")], "no model"),
+        (["--against", str(tmp_path / "other")], "has another tokenizer than"),
         (["--text", f"gone={tmp_path / 'gone.txt'}"], "gone.txt"),
         (["--suite", str(tmp_path / "wrong.yaml")], "is no suite ('task')"),
         (["--suite", str(tmp_path / "task.yaml")], "unknown task 'pass_key'"),

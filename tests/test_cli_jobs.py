@@ -88,6 +88,9 @@ def test_inspect_loads_no_weights(teacher, tmp_path, capsys):
     assert "sliding 64 + hedgehog" in out and "break-even" in out and "at 4,096 tokens" in out
     assert cli.main(["inspect", str(tmp_path), "lolcats", "layers=[7]"]) == 2
     assert "no attention layer 7" in capsys.readouterr().err
+    assert cli.main(["inspect", str(tmp_path), "lolcats", "layers=[7]", "stages.recover.lora.rank=999"]) == 2
+    err = capsys.readouterr().err
+    assert "2 problems" in err and "no attention layer 7" in err and "lora.rank: 999 is wider" in err
 
 
 def test_inspect_says_that_the_weights_are_damaged(teacher, tmp_path, capsys):

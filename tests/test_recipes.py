@@ -53,7 +53,6 @@ def short(recipe: Recipe, length: int, batch: int) -> list[str]:
     stage = {
         "tokens": STEPS * batch * length,
         "batch_size": batch,
-        "grad_accum": 1,
         "log_every": 1,
         "data": "null",
     }

@@ -94,7 +94,7 @@ def _latest(rows: Sequence[Score]) -> list[Score]:
 
 def _written(folder: Path, rows: Sequence[Score]) -> list[Written]:
     made = []
-    for key in dict.fromkeys(row.key for row in rows if row.task == "generation"):
+    for key in dict.fromkeys(row.key for row in rows if row.task.split(":")[0] == "generation"):
         try:
             found: Any = json.loads((folder / SAMPLES / f"{key}.json").read_text(encoding="utf-8"))
             lists = [[str(text) for text in found[part]] for part in ("prompts", "texts")]

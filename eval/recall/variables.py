@@ -33,7 +33,7 @@ def variable_tracking(random: Random, depth: float | None = None) -> Item:
     example, number = different(lambda r: _name(r, 3), random, HOPS + 1), digits(random, 5)
     shown = (
         f"{BEFORE}{' '.join(f'{link}.' for link in _links(example, number))}"
-        f"{AFTER.format(value=number, count=HOPS + 1)} {' '.join(example)}\n\n\n"
+        f"{AFTER.format(value=number, count=HOPS + 1)} {', '.join(example)}\n\n\n"
     )
     return Item(
         before=shown + BEFORE,

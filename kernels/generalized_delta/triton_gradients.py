@@ -4,6 +4,10 @@ The pairs [x, y] of readers and writers have the gradients dO V^T, dO U^T, dR V^
 and [a, b]); the sums of `triton_products` taken the other way round spread them over the two. A log decay moves what
 passes over it: what the readers behind it take, less what is read of the writers behind it, and all that leaves the
 chunk.
+
+Pairs that lie on one side of a decay are in both sums, and where decays are strong they are far larger than what passes
+over it. So both sums are of the same products of three rounded numbers: the pair's gradient and the two sides as
+operands. With a side as it was before rounding, a log decay's gradient was 6 % off in bfloat16.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from linearize.kernels.gated_linear.triton_levels import (
 )
 from linearize.kernels.generalized_delta.triton_common import (
     chunk_documents,
+    decays_from_start,
+    decays_to_end,
     earlier,
     later,
     met,
@@ -66,127 +72,167 @@ def weighed(pairs, tile):
 
 
 @triton.jit
+def operand(x, factor, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """A tile under its decays, as products get it: what tensor cores would cut off of a float32 is not there."""
+    y = scaled(x, factor, WIDE)
+    if WIDE and PRECISION == "tf32":
+        y = ((y.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return y
+
+
+@triton.jit
 def halved_readers(
-    with_b, with_k, b, k, g, first, rows, stride, dims, tokens, levels,
+    found, moved, with_b, with_k, x, b, k, g, first, rows, x_stride, stride, dims, tokens, levels,
     STRICT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the pairs give their readers, of a chunk that is halved."""
+    """What the pairs give their readers x and the decays, of a chunk that is halved; added to `found` and `moved`."""
     shift: tl.constexpr = 1 if STRICT else 0
-    result = tl.zeros([rows.shape[0], dims.shape[0]], tl.float32)
     for level in range(0, levels + 1):
         lanes = rows + (level >> 3)
         pairs, middle = level_pairs(lanes, 6 - level, level == levels, True, STRICT)
         high, low = in_halves(in_base_two(load_rows(g, first, lanes, stride, dims, tokens)))
         down = tl.exp2(tl.minimum(-row_sums(high, low, lanes, middle, lanes), CAP))
-        right = scaled(load_rows(k, first, lanes, stride, dims, tokens), down, WIDE)
-        found = tl.dot(weighed(tl.where(pairs, with_k, 0.0), right), right, input_precision=PRECISION)
-        right = scaled(load_rows(b, first, lanes, stride, dims, tokens), down, WIDE)
-        found = tl.dot(weighed(tl.where(pairs, with_b, 0.0), right), right, found, input_precision=PRECISION)
-        result += found * tl.exp2(tl.minimum(row_sums(high, low, lanes, middle, lanes - shift), CAP))
-    return result
+        right = operand(load_rows(k, first, lanes, stride, dims, tokens), down, WIDE, PRECISION)
+        given = tl.dot(weighed(tl.where(pairs, with_k, 0.0), right), right, input_precision=PRECISION)
+        right = operand(load_rows(b, first, lanes, stride, dims, tokens), down, WIDE, PRECISION)
+        given = tl.dot(weighed(tl.where(pairs, with_b, 0.0), right), right, given, input_precision=PRECISION)
+        up = tl.exp2(tl.minimum(row_sums(high, low, lanes, middle, lanes - shift), CAP))
+        found += given * up
+        own = operand(load_rows(x, first, lanes, x_stride, dims, tokens), up, WIDE, PRECISION)
+        moved += given * own.to(tl.float32)
+    return found, moved
 
 
 @triton.jit
 def halved_writers(
-    weights, x, g, first, rows, own_stride, stride, dims, tokens, levels,
+    found, moved, weights, x, y, g, first, rows, x_stride, stride, dims, tokens, levels,
     STRICT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the pairs [writer, reader] with the readers x give their writers."""
+    """What the pairs [writer, reader] with the readers x give their writers y; `moved` loses what the decays get."""
     shift: tl.constexpr = 1 if STRICT else 0
-    result = tl.zeros([rows.shape[0], dims.shape[0]], tl.float32)
     for level in range(0, levels + 1):
         lanes = rows + (level >> 3)
         pairs, middle = level_pairs(lanes, 6 - level, level == levels, False, STRICT)
         high, low = in_halves(in_base_two(load_rows(g, first, lanes, stride, dims, tokens)))
         up = tl.exp2(tl.minimum(row_sums(high, low, lanes, middle, lanes - shift), CAP))
-        right = scaled(load_rows(x, first, lanes, own_stride, dims, tokens), up, WIDE)
-        found = tl.dot(weighed(tl.where(pairs, weights, 0.0), right), right, input_precision=PRECISION)
-        result += found * tl.exp2(tl.minimum(-row_sums(high, low, lanes, middle, lanes), CAP))
-    return result
+        right = operand(load_rows(x, first, lanes, x_stride, dims, tokens), up, WIDE, PRECISION)
+        given = tl.dot(weighed(tl.where(pairs, weights, 0.0), right), right, input_precision=PRECISION)
+        down = tl.exp2(tl.minimum(-row_sums(high, low, lanes, middle, lanes), CAP))
+        found += given * down
+        own = operand(load_rows(y, first, lanes, stride, dims, tokens), down, WIDE, PRECISION)
+        moved -= given * own.to(tl.float32)
+    return found, moved
+
+
+@triton.jit
+def for_readers(
+    moved, y, x, to, states, v, change, k, b, g, first, rows, begin, entering, y_stride, x_stride, dims, tokens, levels,
+    state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, STRICT: tl.constexpr,
+    HALVED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Columns `dims` of the gradient of the readers x whose outputs have the gradient y, stored.
+
+    Returns:
+        `moved` with what passes over the decays to these readers.
+    """
+    stride: tl.constexpr = state_heads * K
+    seen = earlier(begin, rows, STRICT)
+    found = from_state(y, states, first, rows, y_stride, dims, tokens, V, BV, PRECISION)
+    tl.debug_barrier()
+    with_k = all_pairs(y, v, first, rows, y_stride, state_heads * V, tokens, V, BV, PRECISION)
+    with_k = tl.where(seen, with_k, 0.0)
+    if HALVED:
+        lanes = rows + (levels >> 3)
+        found *= decays_from_start(g, first, lanes, stride, dims, tokens, STRICT) * entering[:, None]
+        moved += found * load_rows(x, first, rows, x_stride, dims, tokens).to(tl.float32)
+        with_b = all_pairs(y, change, first, rows, y_stride, state_heads * V, tokens, V, BV, PRECISION)
+        with_b = tl.where(seen, with_b, 0.0)
+        found, moved = halved_readers(
+            found, moved, with_b, with_k, x, b, k, g, first, rows, x_stride, stride, dims, tokens, levels, STRICT,
+            WIDE, PRECISION,
+        )  # fmt: skip
+        store_rows(to, first, rows, x_stride, dims, tokens, found)
+    else:
+        decays = in_base_two(load_rows(g, first, rows, stride, dims, tokens))
+        passed, early = row_exponents(decays, rows, rows.shape[0])
+        found = found * tl.exp2(early)[None, :] * entering[:, None]
+        down = tl.exp2(-passed)
+        right = operand(load_rows(k, first, rows, stride, dims, tokens), down, WIDE, PRECISION)
+        found = tl.dot(weighed(with_k, right), right, found, input_precision=PRECISION)
+        tl.debug_barrier()
+        with_b = all_pairs(y, change, first, rows, y_stride, state_heads * V, tokens, V, BV, PRECISION)
+        right = operand(load_rows(b, first, rows, stride, dims, tokens), down, WIDE, PRECISION)
+        found = tl.dot(weighed(tl.where(seen, with_b, 0.0), right), right, found, input_precision=PRECISION)
+        up = tl.exp2(met(passed, g, first, rows, stride, dims, tokens, STRICT))
+        store_rows(to, first, rows, x_stride, dims, tokens, found * up)
+        own = operand(load_rows(x, first, rows, x_stride, dims, tokens), up, WIDE, PRECISION)
+        moved += found * own.to(tl.float32)
+    return moved
 
 
 @triton.jit
 def for_writers(
-    y, q, a, do, missing, g, passed, first, rows, end, dims, tokens, levels,
+    moved, y, x, to, leaving, q, a, do, missing, g, first, rows, end, open_after, dims, tokens, levels,
     heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     HALVED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Columns `dims` of the gradient of the writers whose values are y, from the readers of their chunk."""
+    """Columns `dims` of the gradient of the writers x whose values are y, stored.
+
+    Returns:
+        `moved` less what of it passes over no decay, and what passes over all that follow in the chunk, [dims].
+    """
     group: tl.constexpr = heads // state_heads
     stride: tl.constexpr = state_heads * K
-    result = tl.zeros([rows.shape[0], dims.shape[0]], tl.float32)
+    if not HALVED:
+        decays = in_base_two(load_rows(g, first, rows, stride, dims, tokens))
+        passed, _early = row_exponents(decays, rows, rows.shape[0])
+    found = tl.zeros([rows.shape[0], dims.shape[0]], tl.float32)
     for member in range(group):
         pairs = all_pairs(
             y, do + member * V, first, rows, state_heads * V, heads * V, tokens, V, BV, PRECISION
         )
         pairs = tl.where(later(end, rows, 0), pairs, 0.0)
         if HALVED:
-            result += halved_writers(
-                pairs, q + member * K, g, first, rows, heads * K, stride, dims, tokens, levels, False, WIDE, PRECISION
+            found, moved = halved_writers(
+                found, moved, pairs, q + member * K, x, g, first, rows, heads * K, stride, dims, tokens, levels, False,
+                WIDE, PRECISION,
             )  # fmt: skip
         else:
             right = load_rows(q + member * K, first, rows, heads * K, dims, tokens)
-            right = scaled(right, tl.exp2(passed), WIDE)
-            result = tl.dot(weighed(pairs, right), right, result, input_precision=PRECISION)
-    others = all_pairs(y, missing, first, rows, state_heads * V, state_heads * V, tokens, V, BV, PRECISION)
-    others = tl.where(later(end, rows, 1), others, 0.0)
+            right = operand(right, tl.exp2(passed), WIDE, PRECISION)
+            found = tl.dot(weighed(pairs, right), right, found, input_precision=PRECISION)
+    pairs = all_pairs(y, missing, first, rows, state_heads * V, state_heads * V, tokens, V, BV, PRECISION)
+    pairs = tl.where(later(end, rows, 1), pairs, 0.0)
     if HALVED:
-        result += halved_writers(
-            others, a, g, first, rows, stride, stride, dims, tokens, levels, True, WIDE, PRECISION
-        )
+        found, moved = halved_writers(
+            found, moved, pairs, a, x, g, first, rows, stride, stride, dims, tokens, levels, True, WIDE, PRECISION
+        )  # fmt: skip
     else:
         up = tl.exp2(met(passed, g, first, rows, stride, dims, tokens, True))
-        finders = scaled(load_rows(a, first, rows, stride, dims, tokens), up, WIDE)
-        result = tl.dot(weighed(others, finders), finders, result, input_precision=PRECISION)
-        result *= tl.exp2(-passed)
-    return result
-
-
-@triton.jit
-def finished(
-    inner, y, x, leaving, passed, late, to, open_after, first, rows, dims, tokens,
-    state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the writers x with the values y, stored, once what the chunk's end wants is added to `inner`.
-
-    Returns:
-        What the decays get of it.
-    """
-    stride: tl.constexpr = state_heads * K
-    beyond = from_state(y, leaving, first, rows, state_heads * V, dims, tokens, V, BV, PRECISION)
-    beyond *= tl.exp2(tl.minimum(late[None, :] - passed, 0.0)) * open_after[:, None]
-    total = inner + beyond
-    store_rows(to, first, rows, stride, dims, tokens, total)
-    own = load_rows(x, first, rows, stride, dims, tokens).to(tl.float32)
-    return tl.sum(beyond * own, 0)[None, :] - tl.cumsum(total * own, 0, reverse=True)
-
-
-@triton.jit
-def for_readers(
-    y, v, change, k, b, g, passed, first, rows, begin, y_stride, dims, tokens, levels,
-    state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, STRICT: tl.constexpr,
-    HALVED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Columns `dims` of the gradient of the readers whose outputs have the gradient y, from their chunk's writers."""
-    stride: tl.constexpr = state_heads * K
-    seen = earlier(begin, rows, STRICT)
-    with_k = all_pairs(y, v, first, rows, y_stride, state_heads * V, tokens, V, BV, PRECISION)
-    with_k = tl.where(seen, with_k, 0.0)
-    if HALVED:
-        with_b = all_pairs(y, change, first, rows, y_stride, state_heads * V, tokens, V, BV, PRECISION)
-        with_b = tl.where(seen, with_b, 0.0)
-        found = halved_readers(
-            with_b, with_k, b, k, g, first, rows, stride, dims, tokens, levels, STRICT, WIDE, PRECISION
-        )
-    else:
+        right = operand(load_rows(a, first, rows, stride, dims, tokens), up, WIDE, PRECISION)
+        found = tl.dot(weighed(pairs, right), right, found, input_precision=PRECISION)
         down = tl.exp2(-passed)
-        keys = scaled(load_rows(k, first, rows, stride, dims, tokens), down, WIDE)
-        found = tl.dot(weighed(with_k, keys), keys, input_precision=PRECISION)
-        with_b = all_pairs(y, change, first, rows, y_stride, state_heads * V, tokens, V, BV, PRECISION)
-        moves = scaled(load_rows(b, first, rows, stride, dims, tokens), down, WIDE)
-        found = tl.dot(weighed(tl.where(seen, with_b, 0.0), moves), moves, found, input_precision=PRECISION)
-        found *= tl.exp2(met(passed, g, first, rows, stride, dims, tokens, STRICT))
-    return found
+        own = operand(load_rows(x, first, rows, stride, dims, tokens), down, WIDE, PRECISION)
+        moved -= found * own.to(tl.float32)
+        found *= down
+    tl.debug_barrier()
+    beyond = from_state(y, leaving, first, rows, state_heads * V, dims, tokens, V, BV, PRECISION)
+    beyond *= decays_to_end(g, first, rows, stride, dims, tokens) * open_after[:, None]
+    store_rows(to, first, rows, stride, dims, tokens, found + beyond)
+    beyond *= load_rows(x, first, rows, stride, dims, tokens).to(tl.float32)
+    return moved - beyond, tl.sum(beyond, 0)
+
+
+@triton.jit
+def through_chunk(states, leaving, dims, V: tl.constexpr, BV: tl.constexpr):
+    """Products of a state that enters with the gradient of the one that leaves, of each key dimension."""
+    result = tl.zeros([dims.shape[0]], tl.float32)
+    for piece in range(V // BV):
+        values = piece * BV + tl.arange(0, BV)
+        place = dims[None, :] * V + values[:, None]
+        state = tl.load(states + place).to(tl.float32)
+        result += tl.sum(state * tl.load(leaving + place).to(tl.float32), 0)
+    return result
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
@@ -227,64 +273,39 @@ def gradient_kernel(
         dq += of_queries
         do += of_outputs
         begin, end, entering, open_after, _whole = chunk_documents(docs, batch, first, rows, tokens)
-        decays = in_base_two(load_rows(g, first, rows, stride, dims, tokens))
-        passed, early = row_exponents(decays, rows, C)
-        late = tl.sum(decays, 0) - early
-        for_g = tl.zeros([C, BK], tl.float32)
+        moved = tl.zeros([C, BK], tl.float32)
         for member in range(group):
-            y = do + member * V
-            for_q = for_readers(
-                y, v, change, k, b, g, passed, first, rows, begin, heads * V, dims, tokens, often, state_heads, K, V,
-                BV, False, HALVED, WIDE, PRECISION,
+            moved = for_readers(
+                moved, do + member * V, q + member * K, dq + member * K, states, v, change, k, b, g, first, rows,
+                begin, entering, heads * V, heads * K, dims, tokens, often, state_heads, K, V, BV, False, HALVED,
+                WIDE, PRECISION,
             )  # fmt: skip
-            tl.debug_barrier()
-            outer = from_state(y, states, first, rows, heads * V, dims, tokens, V, BV, PRECISION)
-            for_q += outer * tl.exp2(tl.minimum(passed + early[None, :], 0.0)) * entering[:, None]
-            store_rows(dq + member * K, first, rows, heads * K, dims, tokens, for_q)
-            x = load_rows(q + member * K, first, rows, heads * K, dims, tokens)
-            for_g += for_q * x.to(tl.float32)
         tl.debug_barrier()
-        for_a = for_readers(
-            missing, v, change, k, b, g, passed, first, rows, begin, width, dims, tokens, often, state_heads, K, V,
-            BV, True, HALVED, WIDE, PRECISION,
+        through = through_chunk(states, leaving, dims, V, BV) * tl.load(kept + at * K + dims)
+        tl.debug_barrier()
+        # always `rows`, but the compiler does not know it, and makes decays again that it would keep in registers
+        if not HALVED:
+            rows = rows + (chunks >> 31)
+        moved, over = for_writers(
+            moved, v, k, dk + of_keys, leaving, q, a, do, missing, g, first, rows, end, open_after, dims, tokens,
+            often, heads, state_heads, K, V, BV, HALVED, WIDE, PRECISION,
         )  # fmt: skip
+        through += over
         tl.debug_barrier()
-        held = from_state(missing, states, first, rows, width, dims, tokens, V, BV, PRECISION)
-        since = met(passed, g, first, rows, stride, dims, tokens, True) + early[None, :]
-        for_a += held * tl.exp2(tl.minimum(since, 0.0)) * entering[:, None]
-        store_rows(da + of_keys, first, rows, stride, dims, tokens, for_a)
-        for_a *= load_rows(a, first, rows, stride, dims, tokens).to(tl.float32)
-        # summed side by side, so that no tile waits for another; an a has not met its own decay
-        for_g += for_a
-        for_g = tl.cumsum(for_g, 0, reverse=True) - for_a
-        tl.debug_barrier()
-        # what leaves the chunk passes over all of its decays
-        passing = tl.zeros([BK], tl.float32)
-        for piece in range(V // BV):
-            values = piece * BV + tl.arange(0, BV)
-            place = dims[None, :] * V + values[:, None]
-            state = tl.load(states + place).to(tl.float32)
-            passing += tl.sum(state * tl.load(leaving + place).to(tl.float32), 0)
-        passing *= tl.load(kept + at * K + dims)
-        for_g += passing[None, :]
-        tl.debug_barrier()
-        for_k = for_writers(
-            v, q, a, do, missing, g, passed, first, rows, end, dims, tokens, often, heads, state_heads, K, V, BV,
-            HALVED, WIDE, PRECISION,
+        if not HALVED:
+            rows = rows + (tokens >> 31)
+        moved, over = for_writers(
+            moved, change, b, db + of_keys, leaving, q, a, do, missing, g, first, rows, end, open_after, dims, tokens,
+            often, heads, state_heads, K, V, BV, HALVED, WIDE, PRECISION,
         )  # fmt: skip
+        through += over
         tl.debug_barrier()
-        for_g += finished(
-            for_k, v, k, leaving, passed, late, dk + of_keys, open_after, first, rows, dims, tokens, state_heads, K,
-            V, BV, PRECISION,
+        if not HALVED:
+            rows = rows + ((tokens + chunks) >> 31)
+        # last, since an a has not met its own decay: no other tile has to wait for that
+        own = for_readers(
+            tl.zeros([C, BK], tl.float32), missing, a, da + of_keys, states, v, change, k, b, g, first, rows, begin,
+            entering, width, stride, dims, tokens, often, state_heads, K, V, BV, True, HALVED, WIDE, PRECISION,
         )  # fmt: skip
-        tl.debug_barrier()
-        for_b = for_writers(
-            change, q, a, do, missing, g, passed, first, rows, end, dims, tokens, often, heads, state_heads, K, V, BV,
-            HALVED, WIDE, PRECISION,
-        )  # fmt: skip
-        tl.debug_barrier()
-        for_g += finished(
-            for_b, change, b, leaving, passed, late, db + of_keys, open_after, first, rows, dims, tokens, state_heads,
-            K, V, BV, PRECISION,
-        )  # fmt: skip
-        store_rows(dg + of_keys, first, rows, stride, dims, tokens, for_g)
+        moved = tl.cumsum(moved + own, 0, reverse=True) - own
+        store_rows(dg + of_keys, first, rows, stride, dims, tokens, moved + through[None, :])

@@ -20,7 +20,7 @@ from linearize.eval import tables
 from linearize.markdown import text as escaped
 
 Row = dict[str, Any]
-KEY = ("measured", "shape", "recipe", "way", "batch", "length")
+KEY = ("measured", "shape", "recipe", "stage", "way", "batch", "length")
 """What makes two rows the same measurement, of which the later one stays."""
 SHOWN = ("tokens_per_second", "ratio", "milliseconds", "peak_gib", "first_seconds", "note")
 HEADS = {

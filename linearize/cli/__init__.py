@@ -58,7 +58,8 @@ def _answered(arguments: list[str]) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        return _fail(f"the disk is full{where}; free some space and go on with --resume", 2)
+        goes_on = "go on with --resume" if arguments[:1] == ["run"] else "try again"
+        return _fail(f"the disk is full{where}; free some space and {goes_on}", 2)
 
 
 def _interrupted(arguments: list[str], stop: KeyboardInterrupt) -> str:

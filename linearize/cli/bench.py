@@ -1,4 +1,4 @@
-"""`linearize bench kernels`, `bench recipes` and `bench decode`: speed on this machine's GPU."""
+"""`linearize bench kernels`, `bench recipes`, `bench train` and `bench decode`: speed on this machine's GPU."""
 
 from __future__ import annotations
 
@@ -78,6 +78,13 @@ def chosen(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
 def recipes(options: argparse.Namespace) -> int:
     """Hand over to `linearize.bench.recipes.main`."""
     from linearize.bench.recipes import main
+
+    return main(options)
+
+
+def train(options: argparse.Namespace) -> int:
+    """Hand over to `linearize.bench.train.main`."""
+    from linearize.bench.train import main
 
     return main(options)
 

@@ -124,6 +124,72 @@ def recipes(parser: argparse.ArgumentParser) -> None:
     _out(parser)
 
 
+def train(parser: argparse.ArgumentParser) -> None:
+    """Of `bench train`."""
+    parser.add_argument(
+        "--shapes",
+        type=given.names,
+        default=["smollm2-135m", "llama-3.2-1b", "llama-3-8b"],
+        metavar="A,B",
+        help="of models with random weights (default: smollm2-135m,llama-3.2-1b,llama-3-8b; tiny is for tests)",
+    )
+    parser.add_argument(
+        "--stages",
+        type=given.names,
+        default=["transfer", "lora", "lora_kl", "all_kl"],
+        metavar="A,B",
+        help="transfer; lora and all (next token); lora_kl and all_kl (default: all of them but all)",
+    )
+    _recipes(parser, "default: all, and compositions of no recipe")
+    parser.add_argument(
+        "--batch", type=given.lengths, metavar="A,B", help="sequences of a step (default: 16, 8, 4 by shape)"
+    )
+    parser.add_argument(
+        "--length",
+        type=given.lengths,
+        metavar="A,B",
+        help="tokens of each (default: 1024, 2048, 2048 by shape)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="run.precision of the recipes (default: auto)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="run.weights of the recipes, of what does not train (default: auto)",
+    )
+    parser.add_argument(
+        "--kernels",
+        choices=("auto", "torch"),
+        default="auto",
+        help="torch: the same mathematics in plain PyTorch (default: auto)",
+    )
+    parser.add_argument("--checkpointing", action="store_true", help="compute activations twice, keep none")
+    parser.add_argument(
+        "--profile", action="store_true", help="also what bounds each step, by a profile of one"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=given.not_negative,
+        default=2.0,
+        metavar="S",
+        help="of timed steps in a row, after those that compile (default: 2)",
+    )
+    parser.add_argument(
+        "--peak",
+        type=given.not_negative,
+        metavar="TFLOPS",
+        help="bf16 peak that MFU is a share of (default: by the device's name, dense, of its data sheet)",
+    )
+    _device(parser)
+    _budget(parser)
+    _out(parser)
+
+
 def _shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape",

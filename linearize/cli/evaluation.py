@@ -19,14 +19,12 @@ NOTE = "linearize.json"
 
 def main(options: argparse.Namespace) -> int:
     """Measure what is not there yet, print the tables, and leave every number in results.json."""
-    from linearize.cli import comparison
-    from linearize.cli.checkpoint import export_of, load
-    from linearize.eval import page, suite, summary, tasks_known
-    from linearize.eval.cast import entrants
-    from linearize.eval.judge import judge
-    from linearize.eval.measurement import Setting
-    from linearize.eval.rows import Scores
+    from linearize.cli.checkpoint import export_of
+    from linearize.distill import RunStopped
+    from linearize.distill.lock import held
+    from linearize.eval import suite, tasks_known
     from linearize.models import resolve
+    from linearize.signals import exit_code
 
     quiet_libraries()
     suites = [] if options.suite == "tasks" else suite.load(options.suite, options.only)
@@ -40,31 +38,71 @@ def main(options: argparse.Namespace) -> int:
         if source is not None:  # before the minutes that the model takes
             resolve(export_of(source))
     texts = _texts(options.text)
-    out = options.out or _folder(options.path)
-    scores = Scores(_written(out) / "results.json")
-    student, tokenizer = load(options.path, options.device)
-    teacher = None
-    if against is not None:
-        teacher, other = load(against, options.device)
-        _same_tokens(tokenizer, other, options.path, against)
-    setting = Setting(tokenizer, texts, out, seed=options.seed, autocast=_autocast(student))
-    setting.device = next(student.parameters()).device.type
-    if setting.autocast is not None:
-        setting.batch_tokens *= 16  # a GPU's batches
-    cast = entrants(
-        student,
-        teacher,
-        names=(_name(options.path), _name(against or "")),
-        identities=(_identity(options.path), _identity(against) if against else None),
-        others=[_control(source, options, tokenizer) for source in options.control],
-        seed=options.seed,
-    )
     command = shlex.join(["linearize", *sys.argv[1:]])
-    for measured, rows in judge(suites, cast, setting, scores, command=command):
-        console().print(summary.tables(measured, rows, [entrant.role for entrant in cast]))
-    console().print(f"scores  {scores.path}", markup=False, soft_wrap=True)
-    comparison.show(page.compose(page.read([scores.path])), out)
+    out = options.out or _folder(options.path)
+    with held(out):
+        try:
+            _judge(options, suites, against, texts, out, command)
+        except KeyboardInterrupt as stop:
+            raise RunStopped(
+                f"stopped; what was measured is kept in {out}. The same command goes on:\n  {command}",
+                exit_code(stop),
+            ) from None
     return 0
+
+
+def _judge(
+    options: argparse.Namespace,
+    suites: list[Any],
+    against: str | None,
+    texts: dict[str, list[Any]],
+    out: Path,
+    command: str,
+) -> None:
+    """Load, measure, print."""
+    from linearize.cli import comparison
+    from linearize.cli.checkpoint import load
+    from linearize.distill.memory import watched
+    from linearize.eval import page, side_by_side, summary
+    from linearize.eval.cast import entrants
+    from linearize.eval.judge import judge
+    from linearize.eval.limits import learned_positions
+    from linearize.eval.measurement import Setting
+    from linearize.eval.rows import Scores
+
+    scores = Scores(out / "results.json")
+    with watched(
+        f"measuring {options.path}", lambda: "Take a smaller --suite, --only some of it, or --device cpu"
+    ):
+        student, tokenizer = load(options.path, options.device)
+        teacher = None
+        if against is not None:
+            teacher, other = load(against, options.device)
+            _same_tokens(tokenizer, other, options.path, against)
+        setting = Setting(tokenizer, texts, out, seed=options.seed, autocast=_autocast(student))
+        setting.device = next(student.parameters()).device.type
+        limits = [
+            limit for model in (student, teacher) if model is not None and (limit := learned_positions(model))
+        ]
+        setting.longest = min(limits, default=None)
+        if setting.autocast is not None:
+            setting.batch_tokens *= 16  # a GPU's batches
+        cast = entrants(
+            student,
+            teacher,
+            names=(_name(options.path), _name(against or "")),
+            identities=(_identity(options.path), _identity(against) if against else None),
+            others=[_control(source, options, tokenizer) for source in options.control],
+            seed=options.seed,
+        )
+        for measured, rows in judge(suites, cast, setting, scores, command=command):
+            console().print(summary.tables(measured, rows, [entrant.role for entrant in cast]))
+            written = side_by_side.samples(rows, out)
+            if written is not None:
+                console().print(written)
+    console().print(f"scores  {scores.path}", markup=False, soft_wrap=True)
+    if scores.rows:
+        comparison.show(page.compose(page.read([scores.path])), out)
 
 
 def _lm_tasks(options: argparse.Namespace) -> Any:
@@ -92,14 +130,6 @@ def _folder(path: str) -> Path:
     run = Path(path).parent if Path(path).name == "checkpoint" else Path(path)
     is_run = (run / "recipe.yaml").is_file() and Path(export_of(str(run))) == run / "checkpoint"
     return run / "eval" if is_run else Path("runs") / f"eval-{_name(path)}"
-
-
-def _written(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LinearizeError(f"--out: cannot make {folder}: {error.strerror}") from error
-    return folder
 
 
 def _base(folder: str) -> str | None:

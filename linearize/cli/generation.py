@@ -17,12 +17,23 @@ def main(options: argparse.Namespace) -> int:
     from linearize.cli.checkpoint import load
     from linearize.errors import LinearizeError
     from linearize.eval.generation import generate
+    from linearize.eval.limits import check_numbers
 
-    model, tokenizer = load(options.path, options.device)
-    set_seed(options.seed)
     sampling: dict[str, Any] = {}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+    elif options.top_p < 1:
+        raise LinearizeError(
+            f"--top-p {options.top_p:g}: nothing is sampled at temperature 0; give --temperature too"
+        )
+    if options.compile and options.no_graph:
+        raise LinearizeError(
+            "--compile: it is the graph that is compiled, so leave out --no-graph or --compile"
+        )
+    counts = {"max_new_tokens": options.max_new_tokens, "num_beams": options.num_beams}
+    check_numbers({**counts, **sampling})  # before the seconds that the model takes
+    model, tokenizer = load(options.path, options.device)
+    set_seed(options.seed)
     stream = options.num_beams == 1
     if not options.chat:
         _write(options.prompt)
@@ -31,12 +42,11 @@ def main(options: argparse.Namespace) -> int:
             model,
             tokenizer,
             options.prompt,
-            max_new_tokens=options.max_new_tokens,
+            **counts,
             chat=options.chat,
             on_text=_write if stream else None,
             graph=False if options.no_graph else None,
             compile=options.compile,
-            num_beams=options.num_beams,
             **sampling,
         )
     except LinearizeError:

@@ -21,12 +21,18 @@ def main(options: argparse.Namespace) -> int:
     recipe = composed(options)
 
     from linearize import mixers, surgery  # after the recipe is known to be right: importing takes seconds
-    from linearize.distill.trainable import needs
+    from linearize.distill.trainable import check_ranks, needs
+    from linearize.errors import LinearizeError, collected, raise_together
     from linearize.models import load_config
 
     quiet_libraries()
     asked = needs(recipe.stages.values())
-    plan = surgery.plan(load_config(options.model), recipe.mixer, recipe.layers, **asked)
+    config = load_config(options.model)
+    errors: list[LinearizeError] = []
+    plan = surgery.plan(config, recipe.mixer, recipe.layers, **asked, errors=errors)
+    with collected(errors):
+        check_ranks(recipe, plan, getattr(config.get_text_config(), "hidden_size", None))
+    raise_together(errors, f"{options.recipe} on {options.model}")
     screen = console()
     screen.print(table(plan, describe(mixers.normalize(recipe.mixer))))
     for line in totals(plan, options.length):
@@ -35,7 +41,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def describe(mixer: dict[str, Any]) -> str:
-    """A mixer in a few words: "sliding 64 + hedgehog", "full softmax".
+    """A mixer in a few words: "sliding 64 + hedgehog", "full softmax", "l2, low_rank gate, delta".
 
     Args:
         mixer: the section with every part spelled out, as `mixers.normalize` gives it.
@@ -43,7 +49,10 @@ def describe(mixer: dict[str, Any]) -> str:
     window, feature_map = mixer["window"], mixer["feature_map"]["name"]
     near = "" if window["name"] == "none" else " ".join([window["name"], str(window.get("size", "softmax"))])
     far = "" if feature_map == "none" else feature_map
-    return " + ".join(part for part in (near, far) if part)
+    gate, update = mixer["gate"]["name"], mixer["update"]["name"]
+    branches = " + ".join(part for part in (near, far) if part)
+    rule = [f"{gate} gate" if gate != "none" else "", update if update != "additive" else ""]
+    return ", ".join(part for part in (branches, *rule) if part)
 
 
 def table(plan: Plan, mixer: str) -> Table:
@@ -55,16 +64,17 @@ def table(plan: Plan, mixer: str) -> Table:
     """
     from rich.table import Table
 
+    kept = "(stay softmax)"
     grid = Table(header_style="bold")
     grid.add_column("layers", max_width=40)
-    grid.add_column("become", no_wrap=True)
-    for title in ("heads", "kv heads", "head dim", "parameters", "state", "KV / token"):
-        grid.add_column(title, justify="right")
+    grid.add_column("become", min_width=max(map(len, (mixer if plan.converted else kept).split())))
+    for title in ("heads", "kv\nheads", "head\ndim", "parameters", "state", "KV /\ntoken"):
+        grid.add_column(title, justify="right", no_wrap=True)
     for layers, row in grouped(plan.rows):
         converted = row.kind == "mixer"
         grid.add_row(
             layers,
-            mixer if converted else "(stay softmax)",
+            mixer if converted else kept,
             str(row.heads),
             str(row.kv_heads),
             str(row.head_dim),

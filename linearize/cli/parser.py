@@ -169,6 +169,15 @@ def build_parser() -> Parser:
             "recipes",
         )
     )
+    bench_options.train(
+        _add(
+            what,
+            "train",
+            "training tokens/s of every stage, as a run makes it",
+            "linearize.cli.bench",
+            "train",
+        )
+    )
 
     recipes = _add(
         commands, "recipes", "list the shipped recipes, or show one composed", "linearize.cli.recipes"

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from linearize.config import rules, semantics
 from linearize.config.literal import without_foreign
-from linearize.config.schema import Recipe
+from linearize.config.schema import Recipe, StageConfig
 from linearize.config.stages import strangers
 from linearize.config.values import as_flag, as_number, as_whole, shown
 from linearize.registry import closest
@@ -57,6 +57,9 @@ def build(cls: type[T], raw: Mapping[str, Any], path: str, problems: list[str]) 
     values: dict[str, Any] = {}
     for key, value in raw.items():
         dotted = f"{path}.{key}" if path else str(key)
+        if cls is StageConfig and key == "grad_accum":
+            problems += replaced(dotted, value, raw.get("batch_size"))
+            continue
         if key not in names:
             problems.append(f"{dotted}: unknown key; {closest(str(key), names)}")
             continue
@@ -64,6 +67,19 @@ def build(cls: type[T], raw: Mapping[str, Any], path: str, problems: list[str]) 
         if typed is not INVALID and _allowed(cls, key, typed, dotted, problems):
             values[key] = typed
     return cls(**values)
+
+
+def replaced(path: str, count: Any, batch: Any) -> list[str]:
+    """What to write for `grad_accum`, which recipes once had; nothing where it was 1 and said nothing."""
+    count, batch = as_number(count), as_number(batch)
+    if count == 1:
+        return []
+    stage = path.removesuffix(".grad_accum")
+    size = "batch_size x grad_accum" if count is None or batch is None else f"{batch * count:g}"
+    return [
+        f"{path}: batch_size counts all sequences of a step now: set {stage}.batch_size={size} and take grad_accum out "
+        f"(~{path}); how many are on the device at once is {stage}.micro_batch"
+    ]
 
 
 def without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,11 +67,12 @@ def _value(written: str) -> Any:
         raise ValueError(f"brackets nested more than {DEPTH} deep")
     if re.search(rf"\d{{{LONGEST_NUMBER},}}", written) or not written.isprintable():
         return written  # as text, which is judged by its key
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    from linearize.config.grammar import read
+
     try:
-        override = OverridesParser.create().parse_override(f"++key={written}")
+        override = read(written)
         if not override.is_sweep_override():
             return _plain(override.value())
         reason = "a comma outside brackets asks for a sweep, which a recipe is not"
@@ -91,9 +92,9 @@ def _depth(text: str) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """The parser's value with names as keys."""
+    """The parser's value without its own classes."""
     if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
     return value if value is None or isinstance(value, (bool, int, float)) else str(value)

@@ -14,7 +14,13 @@ TEMPLATES = ("none", "rendered", "alpaca", "chat")
 CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     schema.DataConfig: {"template": TEMPLATES},
     schema.StageDataConfig: {"template": (*TEMPLATES, "preference")},
-    schema.RunConfig: {"device": ("auto", "cpu", "cuda"), "precision": ("auto", "fp32", "bf16")},
+    schema.RunConfig: {
+        "device": ("auto", "cpu", "cuda"),
+        "precision": ("auto", "fp32", "bf16"),
+        "weights": ("auto", "float32", "bfloat16"),
+        "compile": ("auto", "always", "never"),
+    },
+    schema.ExportConfig: {"dtype": ("auto", "float32", "bfloat16", "float16")},
 }
 """Class -> field -> the only values it may have."""
 
@@ -45,7 +51,6 @@ RULES: dict[type, dict[str, Range]] = {
         "objective": Range(0, 1e9),  # zero takes an inherited objective out
         "tokens": at_least(1, 10**15),
         "batch_size": at_least(1, WIDEST),
-        "grad_accum": at_least(1, WIDEST),
         "lr": above(0, 100),
         "lr_mixers": above(0, 100),
         "min_lr_ratio": share(whole=True),
@@ -62,10 +67,9 @@ RULES: dict[type, dict[str, Range]] = {
     schema.EvalConfig: {
         "length": at_least(2, LONGEST),
         "max_windows": at_least(0, MOST),
-        "batch_size": at_least(1, WIDEST),
         "task_limit": at_least(0, MOST),
     },
-    schema.RunConfig: {"seed": SEEDS, "workers": at_least(0, 256)},
+    schema.RunConfig: {"seed": SEEDS},
 }
 """Class -> field -> its range; of a mapping's values where the field is one. A test finds numbers that have none."""
 
@@ -73,6 +77,10 @@ LAYER = Range(0, 9999)
 """Numbers of layers."""
 EVERY = Range(2, 10_000)
 """n of `layers: {every: n}`."""
+SEQUENCES = at_least(1, WIDEST)
+"""At once on a device."""
+WORKERS = at_least(0, 256)
+"""Processes of a data loader."""
 STAGES = 100
 """Stages of a recipe at most."""
 LONGEST_NAME = 100

@@ -47,9 +47,10 @@ class StageConfig:
     tokens: int = 1_000_000
     """Training tokens in all; accepts 20M, 500k."""
     batch_size: int = 8
-    """Sequences in a micro-batch."""
-    grad_accum: int = 1
-    """Micro-batches to one optimizer step."""
+    """Sequences of one optimizer step."""
+    micro_batch: Any = "auto"
+    """Sequences on the device at once, a divisor of `batch_size`: auto (on CUDA as many as fit), or a number. The step
+    is the same whatever it is."""
     lr: float = 1e-3
     """Peak learning rate (AdamW)."""
     min_lr_ratio: float = 0.1
@@ -119,7 +120,8 @@ class EvalConfig:
     """Window of the perplexity, in tokens."""
     max_windows: int = 50
     """At most this many windows of a text; 0 = all."""
-    batch_size: int = 4
+    batch_size: Any = "auto"
+    """Windows, or items of a task, at once: auto (on CUDA as many as fit, up to 32; else 4), or a number."""
     texts: dict[str, str] = field(default_factory=dict)
     """Further texts: name -> file."""
     tasks: list[str] = field(default_factory=list)
@@ -141,8 +143,24 @@ class RunConfig:
     """auto, cpu, cuda."""
     precision: str = "auto"
     """auto (bf16 autocast on CUDA, else float32), fp32, bf16. Masters stay float32."""
-    workers: int = 0
-    """Data loader processes."""
+    weights: str = "auto"
+    """Of what does not train, the teacher included: auto (bfloat16 where the passes are and the device is CUDA, else
+    float32), float32, bfloat16. What trains has float32 weights in any case."""
+    workers: Any = "auto"
+    """Processes that read the packed text: auto (two on CUDA, none elsewhere), or a number."""
+    capture: bool = True
+    """On CUDA, record a training step once and replay it as one CUDA graph, where that can be done."""
+    compile: str = "auto"
+    """Whether end-to-end stages compile the model's blocks: auto (on CUDA, in stages of many steps), always, never."""
+
+
+@dataclass
+class ExportConfig:
+    """The checkpoint that a run ends with."""
+
+    dtype: str = "auto"
+    """Of all weights but the mixers', which stay float32: auto (what the teacher's checkpoint holds most of), float32,
+    bfloat16, float16."""
 
 
 @dataclass
@@ -163,3 +181,4 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)

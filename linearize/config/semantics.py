@@ -9,7 +9,7 @@ from typing import Any
 
 from linearize.config import rules
 from linearize.config.schema import DataConfig, Recipe
-from linearize.config.stages import ignored, only_builtin, source_problem, stage_problems
+from linearize.config.stages import auto_or_count, ignored, only_builtin, source_problem, stage_problems
 from linearize.config.values import shown
 from linearize.registry import closest
 
@@ -29,6 +29,10 @@ def problems(recipe: Recipe, broken: Collection[str] = ()) -> list[str]:
     found += of_mixer
     if not of_mixer and not any(key == "mixer" or key.startswith("mixer.") for key in broken):
         found += _trained(recipe, broken)
+    if "run.workers" not in broken:
+        found += auto_or_count("run.workers", recipe.run.workers, rules.WORKERS)
+    if "eval.batch_size" not in broken:
+        found += auto_or_count("eval.batch_size", recipe.eval.batch_size)
     for name, stage in recipe.stages.items():
         found += stage_problems(name, stage, recipe, broken)
     if len(recipe.stages) > rules.STAGES:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from linearize.config import rules
+from linearize.config.ranges import Range
 from linearize.config.schema import DataConfig, Recipe, StageConfig
 from linearize.config.values import shown
 from linearize.registry import closest
@@ -70,19 +71,20 @@ def stage_problems(name: str, stage: StageConfig, recipe: Recipe, broken: Collec
     length = recipe.data.of(stage).length
     own_length = stage.data is not None and stage.data.length is not None
     length_key = f"{path}.data.length" if own_length else "data.length"
-    step = stage.batch_size * stage.grad_accum * length
+    step = stage.batch_size * length
     counts = (
         f"{path}.tokens",
         f"{path}.batch_size",
-        f"{path}.grad_accum",
         f"{path}.data.length",
         "data.length",
     )
     if stage.tokens < step and known(*counts):
         found.append(
             f"{path}.tokens: {stage.tokens} is less than one optimizer step of batch_size {stage.batch_size} x "
-            f"grad_accum {stage.grad_accum} x {length_key} {length} = {step}"
+            f"{length_key} {length} = {step}; give {step} tokens or more, or make one of the others smaller"
         )
+    if known(f"{path}.batch_size", f"{path}.micro_batch"):
+        found += _micro_batch(path, stage)
     if known(f"{path}.lr", f"{path}.weight_decay"):
         found += _decay(path, stage)
     if known(f"{path}.objective"):
@@ -92,6 +94,26 @@ def stage_problems(name: str, stage: StageConfig, recipe: Recipe, broken: Collec
         if known(f"{path}.window_dropout", "mixer"):
             found += _window_dropout(path, stage, recipe.mixer)
     return found
+
+
+def _micro_batch(path: str, stage: StageConfig) -> list[str]:
+    size, batch = stage.micro_batch, stage.batch_size
+    problem = auto_or_count(f"{path}.micro_batch", size)
+    if problem or size == "auto" or batch % size == 0:
+        return problem
+    fits = next(n for n in range(min(size, batch), 0, -1) if batch % n == 0)
+    return [
+        f"{path}.micro_batch: {size} does not divide batch_size {batch}, and every pass of a step has one shape; take "
+        f"{fits} or auto"
+    ]
+
+
+def auto_or_count(path: str, value: Any, allowed: Range = rules.SEQUENCES) -> list[str]:
+    """What is wrong with a number, of sequences if nothing else is said, that may be left to the machine."""
+    if value == "auto":
+        return []
+    wrong = type(value) is not int or allowed.problem(value)
+    return [f"{path}: {allowed.text}, or auto, got {shown(value)}"] if wrong else []
 
 
 def _decay(path: str, stage: StageConfig) -> list[str]:

@@ -7,7 +7,11 @@ import re
 from typing import Any
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-_NUMBER = re.compile(r"([+-]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:e[+-]?\d+)?)\s*([kmbgt]?)", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"([+-]?(?:(?:\d{1,3}(?:_\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)\s*([kmbgt]?)",
+    re.IGNORECASE | re.ASCII,
+)
+"""An underscore separates thousands and stands nowhere else: 1_0 is a slip of the finger, not a ten."""
 LONGEST_NUMBER = 300
 """Characters; a number of more digits is none that a float could hold."""
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Document", "load_texts", "packed", "validation_documents", "validation_texts"]
 
+HELD_OUT = "held-out"
+"""What tables call the text of `data.validation`, and the package's own where no text was named."""
 MAX_VALIDATION = 2000
 """Held-out documents at most: no perplexity of ours needs more, and a hub dataset may have millions."""
 

@@ -51,6 +51,17 @@ def open_stream(name: str, *, split: str, seed: int | None) -> tuple[Any, list[s
     return (stream if seed is None else stream.shuffle(seed=seed, buffer_size=BUFFER)), stream.column_names
 
 
+def revision(name: str) -> str | None:
+    """The commit that a dataset's files are of now, or None where the hub does not say."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        return HfApi().dataset_info(name.partition(":")[0], timeout=10).sha
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, RuntimeError):
+        return None
+
+
 def rows(stream: Any, name: str) -> Iterator[tuple[str, Row]]:
     """(place, row) of a stream, one by one. Raises DataError when the download breaks off, or a file is damaged."""
     import pyarrow as pa

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from linearize.data.document import Document
+from linearize.data.store import Taken, key_of, stored
 from linearize.data.text import load_texts
 from linearize.data.tokens import Tokens
 from linearize.errors import DataError
@@ -111,24 +112,38 @@ def packed(
         )
     validation = split == "validation"
     source = config.validation if validation else config.source
+    part = "validation" if validation else config.split
+    length = config.length
+    wanted = max(1, math.ceil(tokens / length)) * length
     documents = load_texts(
         source,
-        split="validation" if validation else config.split,
+        split=part,
         text_field=config.text_field,
         template=config.template,
         tokenizer=tokenizer,
         seed=seed,
     )
-    length = config.length
-    wanted = max(1, math.ceil(tokens / length)) * length
-    ids, flags = _take(Tokens(tokenizer), documents, wanted)
-    if len(ids) < length:
-        raise DataError(
-            f"{source}: the text has {len(ids):,} tokens, fewer than one sequence of {length:,}; give more "
-            "text or lower data.length"
+
+    def take() -> Taken:
+        ids, flags = _take(Tokens(tokenizer), documents, wanted)
+        if len(ids) < length:
+            raise DataError(
+                f"{source}: the text has {len(ids):,} tokens, fewer than one sequence of {length:,}; give more "
+                "text or lower data.length"
+            )
+        whole = len(ids) // length * length
+        return _drop_untrained(ids[:whole], flags[:whole], config, source)
+
+    key = key_of(tokenizer, config, source, wanted=wanted, seed=seed, split=part)
+    taken = stored(key, take)
+    dataset = PackedDataset(taken.tokens, taken.flags, length=length, boundaries=config.boundaries)
+    if taken.dropped:
+        log.info(
+            "%s: %d of %d sequences hold only prompt and are left out",
+            source,
+            taken.dropped,
+            taken.dropped + len(dataset),
         )
-    whole = len(ids) // length * length
-    dataset = _drop_untrained(ids[:whole], flags[:whole], config, source)
     if dataset.num_tokens < wanted:
         log.info(
             "%s holds %s of the %s tokens asked for: it is repeated",
@@ -228,7 +243,7 @@ def _batch(pieces: Iterator[_Piece], *, characters: int) -> list[_Piece]:
     return batch
 
 
-def _drop_untrained(ids: np.ndarray, flags: np.ndarray, config: DataConfig, source: Any) -> PackedDataset:
+def _drop_untrained(ids: np.ndarray, flags: np.ndarray, config: DataConfig, source: Any) -> Taken:
     """Without the sequences that have no label (a long prompt fills them): their mean loss would be 0 / 0.
 
     Raises:
@@ -246,8 +261,4 @@ def _drop_untrained(ids: np.ndarray, flags: np.ndarray, config: DataConfig, sour
             f"{source}: no sequence of {length:,} tokens has a token to train on; the prompts fill them "
             "all: raise data.length, or use template 'none'"
         )
-    if not kept.all():
-        log.info(
-            "%s: %d of %d sequences hold only prompt and are left out", source, int((~kept).sum()), len(kept)
-        )
-    return PackedDataset(ids[kept].ravel(), flags[kept].ravel(), length=length, boundaries=config.boundaries)
+    return Taken(ids[kept].ravel(), flags[kept].ravel(), int((~kept).sum()))

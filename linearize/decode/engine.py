@@ -14,6 +14,7 @@ from linearize.decode.cache import fixed_cache, tensors
 from linearize.decode.masks import Masks, token_masks
 from linearize.decode.sampling import Sampling
 from linearize.errors import LinearizeError
+from linearize.recording import record
 from linearize.surgery import converted
 
 BLOCK = 64
@@ -244,7 +245,4 @@ class Decoder:
                 for _ in range(WARM_UP - 2):
                     self._step()
             torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._step()
-            self._graph = graph
+            self._graph, _ = record(self._step)

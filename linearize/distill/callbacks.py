@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from linearize import signals
+from linearize import plain_json, signals
 from linearize.distill.checkpoint import could_not_write, write_file
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.progress import Meter
@@ -64,7 +64,8 @@ class Interrupt:
             self.exit_code = signals.code_of(number)
             for stopping in signals.STOPPING:
                 signal.signal(stopping, signals.abort)
-            meter.note("stopping after this step; press Ctrl-C again to abort at once")
+            again = "press Ctrl-C again" if number == signal.SIGINT else "send SIGTERM again"
+            meter.note(f"stopping after this step; {again} to abort at once")
 
         for number in before:
             signal.signal(number, on_signal)
@@ -128,7 +129,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
     """
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(plain_json.dumps(line) + "\n")
     except OSError as error:
         raise could_not_write(path, error) from error
 

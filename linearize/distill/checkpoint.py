@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from linearize import plain_json
 from linearize.errors import CheckpointError
 from linearize.models.cache import sha256
 
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 PARTIAL = ".partial-"
 """What a file or folder that is still being written begins with."""
 MARKER = "complete.json"
+STATE = "trainer_state.json"
+"""Where a checkpoint says which step it is of."""
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -134,14 +137,35 @@ def latest(stage_folder: Path) -> Path | None:
 
 
 def newest_intact(stage_folder: Path) -> Path | None:
-    """The newest checkpoint of a stage that holds what was written, or None; damaged ones are removed with a notice."""
-    for folder in reversed(checkpoints(stage_folder)):
+    """The newest checkpoint of a stage that holds what was written, or None; damaged ones are removed with a notice.
+
+    Raises:
+        CheckpointError: one is of another step than its name says, so that which is the newest is not known.
+    """
+    found = checkpoints(stage_folder)
+    for folder in found:
+        step = _step(folder)
+        if step is not None and folder.name != f"checkpoint-{step}":
+            raise CheckpointError(
+                f"{folder}: holds step {step}, so it was renamed or copied. Give it back the name checkpoint-{step}, "
+                "or move it out of the run folder, and go on with --resume"
+            )
+    for folder in reversed(found):
         name = damaged(folder)
         if name is None:
             return folder
         log.warning("%s: %s is damaged; going on from before it", folder, name)
         shutil.rmtree(folder, ignore_errors=True)
     return None
+
+
+def _step(folder: Path) -> int | None:
+    """The step that a checkpoint says it is of, or None where it does not say."""
+    try:
+        step = json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def prune(stage_folder: Path, keep: int) -> None:
@@ -184,12 +208,12 @@ def write_file(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_file` of a JSON value.
+    """`write_file` of a JSON value; numbers that are not finite as `plain_json` writes them.
 
     Raises:
         CheckpointError: see `write_file`.
     """
-    write_file(path, json.dumps(value, indent=2) + "\n")
+    write_file(path, plain_json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

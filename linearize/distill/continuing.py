@@ -2,17 +2,19 @@
 
 This is the one place that knows them:
 
-- `stages.*.batch_size` with `stages.*.grad_accum`, as long as their product stays. A step sees the same sequences in
-  the same order, its loss is a mean over all of the step's tokens (pairs, sequences), and a packed sequence has no
-  padding, so that the mean over micro-batches is the mean over the step: equal up to rounding. Two things are made
-  for each micro-batch: what dropout (`lora.dropout`, `window_dropout`) draws, and the norm that
-  `attention_output_relative` divides by. Where a stage has one of these the numbers become others, as good as the old
-  ones; the run says so and goes on.
+- `stages.*.micro_batch`. A step sees the same sequences in the same order, its loss is a mean over all of the step's
+  tokens (pairs, sequences), and a packed sequence has no padding, so that the mean over its parts is the mean over the
+  step: equal up to rounding. Three things are made for each part: what `lora.dropout` draws, the mean over queries that
+  see something in `window_dropout`, and the norm that `attention_output_relative` divides by. Where a stage has one of
+  these the numbers become others, as good as the old ones; the run says so and goes on.
 - `stages.*.gradient_checkpointing`: activations are computed again in place of being kept, under the same random state.
 - `stages.*.save_every`: when checkpoints are written, not what is trained.
 - `eval.batch_size`: windows and items are scored one by one, whatever the batch; equal up to rounding.
+- `run.capture`, `run.compile`: the same kernels in the same order, or the same operations fused: equal up to rounding.
 - `run.workers`: an item is a function of its place, whoever reads it.
-- `run.device`, `run.precision`, where both spellings mean the same on this machine (auto and cpu without a GPU).
+- `export.dtype`: the export comes last.
+- `run.device`, `run.precision`, `run.weights`, where both spellings mean the same on this machine (auto and cpu
+  without a GPU).
 
 Everything else changes the result and is refused.
 """
@@ -23,12 +25,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from linearize.config.schema import RunConfig
-from linearize.distill.device import resolve_device, resolve_precision
+from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.errors import LinearizeError
 
-FREE = ("eval.batch_size", "run.workers")
-FREE_IN_STAGE = ("gradient_checkpointing", "save_every")
-_BATCH = ("batch_size", "grad_accum")
+FREE = ("eval.batch_size", "run.workers", "run.capture", "run.compile", "export.dtype")
+FREE_IN_STAGE = ("gradient_checkpointing", "save_every", "micro_batch")
 OF_EACH_MICRO_BATCH = ("attention_output_relative",)
 """Objectives whose loss of a batch is not the mean of its parts' losses."""
 
@@ -49,6 +50,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> Changes:
     Args:
         before, after: recipes as mappings.
     """
+    before = _in_todays_words(before)
     old, new = _flat(before), _flat(after)
     found = Changes()
     for key in sorted({*old, *new}):
@@ -62,7 +64,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> Changes:
         else:
             found.refused.append(line + refusal)
     for name, stage in (after.get("stages") or {}).items():
-        if any(line.startswith(f"stages.{name}.batch_size:") for line in found.accepted):
+        if any(line.startswith(f"stages.{name}.micro_batch:") for line in found.accepted):
             found.notes.extend(_other_numbers(name, stage))
     return found
 
@@ -71,8 +73,11 @@ def _refusal(key: str, before: dict[str, Any], after: dict[str, Any]) -> str | N
     """None where a change of `key` leaves the result as it is, else what to add to the line that refuses it."""
     if key in FREE:
         return None
-    if key in ("run.device", "run.precision"):
-        return None if _same_place(before.get("run"), after.get("run")) else ""
+    if key in ("run.device", "run.precision", "run.weights"):
+        # a run from before there was `run.weights`
+        old = {"weights": "float32", **_mapping(before.get("run"))}
+        begun = " (it began with run.weights=float32)" if key not in _flat(before) else ""
+        return None if _same_place(old, after.get("run")) else begun
     section, *rest = key.split(".")
     name, setting = ".".join(rest[:-1]), rest[-1] if rest else ""
     stages = [_mapping(_mapping(recipe.get("stages")).get(name)) for recipe in (before, after)]
@@ -80,27 +85,30 @@ def _refusal(key: str, before: dict[str, Any], after: dict[str, Any]) -> str | N
         return ""
     if setting in FREE_IN_STAGE:
         return None
-    if setting not in _BATCH:
-        return ""
-    sizes: list[Any] = [stage.get(key) for stage in stages for key in _BATCH]
-    if not all(type(size) is int and size > 0 for size in sizes):
-        return ""
-    batch, accumulated, new_batch, new_accumulated = sizes
-    sequences = batch * accumulated
-    if new_batch * new_accumulated == sequences:
-        return None
-    if setting == "batch_size" and sequences % new_batch == 0:
-        return f" (accepted with stages.{name}.grad_accum={sequences // new_batch}, which keeps the step)"
-    return f" (batch_size x grad_accum must stay {sequences})"
+    if setting == "batch_size":
+        return f" (a step's sequences must stay; with less memory: stages.{name}.micro_batch)"
+    return ""
 
 
-def _same_place(before: Any, after: Any) -> bool:
+def _in_todays_words(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe from when `batch_size` was a part of a step and `grad_accum` how many there are."""
+    stages = {}
+    for name, stage in _mapping(recipe.get("stages")).items():
+        batch, parts = _mapping(stage).get("batch_size"), _mapping(stage).get("grad_accum")
+        if type(batch) is int and type(parts) is int:
+            rest = {key: value for key, value in stage.items() if key != "grad_accum"}
+            stage = {**rest, "batch_size": batch * parts, "micro_batch": batch}
+        stages[name] = stage
+    return {**recipe, "stages": stages} if stages else recipe
+
+
+def _same_place(before: dict[str, Any], after: Any) -> bool:
     try:
         places = []
         for settings in (before, after):
             run = RunConfig(**_mapping(settings))
             device = resolve_device(run)
-            places.append((device, resolve_precision(run, device)))
+            places.append((device, resolve_precision(run, device), resolve_weights(run, device)))
     except (LinearizeError, TypeError):
         return False
     return places[0] == places[1]
@@ -109,7 +117,7 @@ def _same_place(before: Any, after: Any) -> bool:
 def _other_numbers(name: str, stage: dict[str, Any]) -> list[str]:
     reasons = []
     if stage.get("window_dropout"):
-        reasons.append("window_dropout draws for each micro-batch")
+        reasons.append("window_dropout counts the queries that see something in each micro-batch")
     if _mapping(stage.get("lora")).get("dropout"):
         reasons.append("lora.dropout draws for each micro-batch")
     for objective in OF_EACH_MICRO_BATCH:

@@ -1,4 +1,4 @@
-"""Where a run computes and in what precision: what `run.device` and `run.precision` mean on this machine."""
+"""Where a run computes and in what precision: what `run.device`, `precision` and `weights` mean on this machine."""
 
 from __future__ import annotations
 
@@ -35,3 +35,20 @@ def resolve_precision(run_config: RunConfig, device: torch.device) -> torch.dtyp
     if run_config.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
     return torch.bfloat16 if run_config.precision == "bf16" else None
+
+
+def resolve_weights(run_config: RunConfig, device: torch.device) -> torch.dtype:
+    """Dtype of the weights that do not train.
+
+    Raises:
+        LinearizeError: bfloat16 weights for passes in float32, which would not multiply with float32 masters.
+    """
+    passes = resolve_precision(run_config, device)
+    if run_config.weights == "auto":
+        return torch.bfloat16 if passes is not None and device.type == "cuda" else torch.float32
+    if run_config.weights == "bfloat16" and passes is None:
+        raise LinearizeError(
+            f"run.weights: bfloat16 needs bfloat16 passes, and run.precision={run_config.precision} means float32 on "
+            f"{device.type}: set run.precision=bf16, or run.weights=float32"
+        )
+    return torch.bfloat16 if run_config.weights == "bfloat16" else torch.float32

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize import objectives, surgery
+from linearize.distill.blocks import repeated
 from linearize.distill.headless import predict_final, recognize
 from linearize.distill.stage import StageTrainer
 from linearize.distill.trainable import unwrapped
@@ -46,6 +47,9 @@ class FinetuneTrainer(StageTrainer):
             objectives.next_targets(batch["labels"], batch.get("position_ids")) for batch in batch_samples
         ]
         return torch.stack([(target != -100).sum() for target in targets]).sum().clamp_min(1).to(device)
+
+    def compiled_parts(self) -> list[nn.Module]:
+        return repeated(self.trained_model) + ([] if self.teacher is None else repeated(self.teacher))
 
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
         """The step's loss [1], this micro-batch's share of it."""

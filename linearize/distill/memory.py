@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -23,7 +26,13 @@ _WORDS = (
 )
 """What allocators say that raise a plain RuntimeError, in lower case."""
 _KILLED = re.compile(r"dataloader worker .* (killed by signal: (killed|bus error)|exited unexpectedly)", re.S)
+_FREE = re.compile(r"total capacity of ([\d.]+) (\w+) of which ([\d.]+) (\w+) is free")
 _ASKED = re.compile(r"(?:tried to allocate|allocate)\s+(\d+(?:\.\d*)?)\s*(bytes|[KMGT]i?B)\b", re.IGNORECASE)
+
+
+MOST, FEW = 32, 4
+"""Items at once to begin with, on a GPU and elsewhere."""
+Found = TypeVar("Found")
 
 
 class OutOfMemoryError(LinearizeError):
@@ -47,7 +56,10 @@ def watched(where: str | Callable[[], str], remedy: Callable[[], str]) -> Iterat
         if isinstance(error, LinearizeError) or not is_out_of_memory(error):
             raise
         place = where if isinstance(where, str) else where()
-        raise OutOfMemoryError(f"out of memory {place}{_asked(error)}. {remedy()}") from error
+        figures = ", ".join(figure for figure in (_asked(error), _free(error)) if figure)
+        raise OutOfMemoryError(
+            f"out of memory {place}{f' ({figures})' if figures else ''}. {remedy()}"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -62,6 +74,42 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "os error 12" in text  # safetensors, in Rust's words
 
 
+class Fitting:
+    """A number of items at once that halves where memory runs out, and stays there.
+
+    Args:
+        setting: the number, which then stays; or auto.
+    """
+
+    def __init__(self, setting: int | str) -> None:
+        self.size = None if setting == "auto" else int(setting)
+        self.found = self.size is None
+
+    def run(self, job: Callable[[int], Found], device: torch.device) -> Found:
+        """What `job` gives for as many items as fit.
+
+        Raises:
+            RuntimeError, MemoryError: what the allocator raised, where not even one fits or the number is given.
+        """
+        if self.size is None:
+            self.size = MOST if device.type == "cuda" else FEW
+        while True:
+            try:
+                return job(self.size)
+            except Exception as error:
+                if not (self.found and self.size > 1 and is_out_of_memory(error)):
+                    raise
+            self.size //= 2
+            release(device)
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of what is no longer used."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def less_for_stage(name: str, stage: StageConfig, *, whole_model: bool) -> list[str]:
     """Overrides that keep a stage's steps and need less memory; none where the recipe is at its least.
 
@@ -70,11 +118,7 @@ def less_for_stage(name: str, stage: StageConfig, *, whole_model: bool) -> list[
         stage: its settings.
         whole_model: whether gradients go through the whole model, so that checkpointing saves something.
     """
-    overrides = []
-    if stage.batch_size > 1:
-        smaller = next(size for size in range(stage.batch_size // 2, 0, -1) if stage.batch_size % size == 0)
-        accumulation = stage.grad_accum * (stage.batch_size // smaller)
-        overrides = [f"stages.{name}.batch_size={smaller}", f"stages.{name}.grad_accum={accumulation}"]
+    overrides = [] if stage.micro_batch in ("auto", 1) else [f"stages.{name}.micro_batch=auto"]
     if whole_model and not stage.gradient_checkpointing:
         overrides.append(f"stages.{name}.gradient_checkpointing=true")
     return overrides
@@ -82,7 +126,7 @@ def less_for_stage(name: str, stage: StageConfig, *, whole_model: bool) -> list[
 
 def less_for_evaluation(evaluation: EvalConfig) -> list[str]:
     """As `less_for_stage`, of the evaluation."""
-    return [f"eval.batch_size={evaluation.batch_size // 2}"] if evaluation.batch_size > 1 else []
+    return [] if evaluation.batch_size in ("auto", 1) else ["eval.batch_size=auto"]
 
 
 def advice(overrides: list[str], otherwise: str, command: str) -> str:
@@ -104,10 +148,32 @@ def _asked(error: BaseException) -> str:
     if found is None:
         return ""
     if found[2].lower() != "bytes":
-        return f" ({found[1].rstrip('.')} {found[2]} asked for)"
+        return f"{found[1].rstrip('.')} {found[2]} asked for"
     amount = float(found[1])
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if amount < 1024 or unit == "GiB":
             break
         amount /= 1024
-    return f" ({amount:,.0f} bytes asked for)" if unit == "bytes" else f" ({amount:,.2f} {unit} asked for)"
+    return f"{amount:,.0f} bytes asked for" if unit == "bytes" else f"{amount:,.2f} {unit} asked for"
+
+
+def _free(error: BaseException) -> str:
+    """What is left of how much: of the device as its allocator says, else of the machine."""
+    found = _FREE.search(str(error))
+    if found is not None:
+        return f"{found[3]} {found[4]} of {found[1]} {found[2]} free"
+    if isinstance(error, torch.OutOfMemoryError) or "cuda" in str(error).lower():
+        return ""
+    free, total = machine()
+    return "" if not total else f"{free / 2**30:,.2f} of the machine's {total / 2**30:,.2f} GiB free"
+
+
+def machine() -> tuple[int, int]:
+    """Bytes of memory that are free and that there are in all; zeros where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0, 0
+    sizes = dict(line.split(":", 1) for line in lines)
+    free, total = (int(sizes.get(key, "0").split()[0]) * 1024 for key in ("MemAvailable", "MemTotal"))
+    return free, total

@@ -16,13 +16,21 @@ def in_gradients(parameters: Mapping[str, nn.Parameter]) -> str:
     return f"the gradient of {bad[0]} is not finite" if bad else "the gradient's norm overflows"
 
 
-def advice(model: nn.Module, name: str, stage: StageConfig) -> str:
-    """What to try, as a sentence: it depends on whose weights train, and whether frozen ones are finite.
+def _largest(model: nn.Module) -> tuple[str, float]:
+    """The weight of the largest magnitude: its name and its size."""
+    sizes = {key: float(p.detach().abs().max()) for key, p in model.named_parameters() if p.numel()}
+    key = max(sizes, key=sizes.__getitem__)
+    return key, sizes[key]
+
+
+def advice(model: nn.Module, name: str, stage: StageConfig, steps: int) -> str:
+    """What to try, as a sentence: it depends on whose weights train, whether frozen ones are finite, and on the step.
 
     Args:
         model: as it was in the step.
         name: of the stage.
         stage: its settings.
+        steps: that the stage has taken.
     """
     frozen = [
         key
@@ -33,6 +41,13 @@ def advice(model: nn.Module, name: str, stage: StageConfig) -> str:
         return (
             f"The weight {frozen[0]} is not finite and does not train here, so no learning rate mends it: look at "
             "MODEL and at the stages before"
+        )
+    if steps == 0:
+        key, largest = _largest(model)
+        return (
+            "Nothing has been trained in this stage yet, so no learning rate mends it: the numbers that came in are "
+            f"too large for the arithmetic (largest weight: {largest:.3g}, in {key}). Look at MODEL and at the stages "
+            "before"
         )
     if "all" not in stage.train:
         return f"Try a lower learning rate (stages.{name}.lr={stage.lr / 10:g}) in a new run folder"

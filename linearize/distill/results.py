@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,19 @@ from torch import Tensor, nn
 from linearize import data, surgery
 from linearize.config.schema import DataConfig, Recipe
 from linearize.distill.checkpoint import read_json, write_json
-from linearize.errors import CheckpointError, DataError
-from linearize.eval import ablation, harness
+from linearize.distill.memory import Fitting
+from linearize.errors import (
+    CheckpointError,
+    DataError,
+    LinearizeError,
+    NotFiniteError,
+    collected,
+    raise_together,
+)
+from linearize.eval import ablation, harness, tables
 from linearize.eval.perplexity import perplexity, windows
+from linearize.mixers.offloaded import device_of
 from linearize.progress import Meter
-
-VALIDATION = "held-out"
-"""Name of the text of data.validation in tables."""
 
 
 class Results:
@@ -39,9 +46,14 @@ class Results:
         if path.exists():
             remedy = f"Delete {path.name} and go on with --resume: what it held is measured again"
             rows = read_json(path, remedy).get("rows")
-            if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
+            found = (
+                [tables.restored(row) for row in rows if isinstance(row, dict)]
+                if isinstance(rows, list)
+                else []
+            )
+            if rows is None or len(found) != len(rows) or not all(_is_row(row) for row in found):
                 raise CheckpointError(f"{path}: its rows are no results. {remedy}")
-            self.rows = rows
+            self.rows = found
 
     def __contains__(self, name: str) -> bool:
         return any(row["name"] == name for row in self.rows)
@@ -73,59 +85,87 @@ class Measurer:
         recipe: its `data.validation` and `eval`.
         tokenizer: the teacher's.
         autocast: dtype for the passes, or None for the model's own.
+        errors: receives what texts and tasks are refused for, in place of raising the first.
 
     Raises:
         DataError: a text is missing or shorter than a window, or a task's file is missing; all before training.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: Any, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: Any,
+        autocast: torch.dtype | None = None,
+        errors: list[LinearizeError] | None = None,
+    ) -> None:
         self.settings = recipe.eval
+        self.fitting = Fitting(recipe.eval.batch_size)
         self.tokenizer = tokenizer
         self.autocast = autocast
-        self.texts: dict[str, Tensor] = {
-            VALIDATION: self._cut(VALIDATION, data.validation_documents(recipe.data, tokenizer))
-        }
+        self.texts: dict[str, Tensor] = {}
+        wrong: list[LinearizeError] = [] if errors is None else errors
+        with collected(wrong):
+            self._read(data.HELD_OUT, recipe.data, tokenizer)
         for name, source in self.settings.texts.items():
-            documents = data.validation_documents(
-                DataConfig(validation=source, text_field=recipe.data.text_field)
-            )
-            self.texts[name] = self._cut(name, documents)
+            with collected(wrong):
+                self._read(name, DataConfig(validation=source, text_field=recipe.data.text_field))
         if self.settings.tasks:
-            harness.check_data(self.settings.tasks, self.settings.task_data, self.settings.task_limit)
+            with collected(wrong):
+                harness.check_data(self.settings.tasks, self.settings.task_data, self.settings.task_limit)
+        if errors is None:
+            raise_together(wrong, "evaluation")
 
-    def measure(self, model: nn.Module, title: str, *, tasks: bool = True) -> dict[str, Any]:
-        """A row without its name: perplexity of every text and, if asked, every task."""
-        row: dict[str, Any] = {"perplexity": self.perplexities(model, title)}
+    def measure(
+        self, model: nn.Module, title: str, *, tasks: bool = True, sound: bool = True
+    ) -> dict[str, Any]:
+        """A row without its name: perplexity of every text and, if asked, every task.
+
+        Args:
+            model: the model.
+            title: what is measured.
+            tasks: also the tasks.
+            sound: the model is one to go on with. One that lacks a part, or is untrained, may give NaN, and the row
+                says so.
+
+        Raises:
+            NotFiniteError: a sound model gives NaN or infinity; names the text.
+        """
+        row: dict[str, Any] = {"perplexity": self.perplexities(model, title, sound=sound)}
         if tasks and self.settings.tasks:
             row["tasks"] = self.tasks(model)
         return row
 
-    def perplexities(self, model: nn.Module, title: str) -> dict[str, float]:
-        """Text -> perplexity."""
+    def perplexities(self, model: nn.Module, title: str, *, sound: bool = True) -> dict[str, float]:
+        """Text -> perplexity; as `measure`."""
         values = {}
         with Meter(f"eval {title}", sum(cut.numel() for cut in self.texts.values())) as meter:
             for name, cut in self.texts.items():
-                values[name] = perplexity(
-                    model,
-                    self.tokenizer,
-                    cut,
-                    batch_size=self.settings.batch_size,
-                    meter=meter,
-                    autocast=self.autocast,
-                ).value
+                measured = partial(
+                    perplexity, model, self.tokenizer, cut, meter=meter, autocast=self.autocast
+                )
+                try:
+                    values[name] = self._fitting(model, measured).value
+                except NotFiniteError as error:
+                    if sound:
+                        raise NotFiniteError(f"{title}, text '{name}': {error}") from error
+                    values[name] = math.nan
         return values
 
     def tasks(self, model: nn.Module) -> dict[str, dict[str, float]]:
         """Task -> metric -> value."""
-        return harness.run_tasks(
+        measured = partial(
+            harness.run_tasks,
             model,
             self.tokenizer,
             self.settings.tasks,
             data_dir=Path(self.settings.task_data),
             limit=self.settings.task_limit or None,
-            batch_size=self.settings.batch_size,
             autocast=self.autocast,
         )
+        return self._fitting(model, measured)
+
+    def _fitting(self, model: nn.Module, measured: Callable[..., Any]) -> Any:
+        return self.fitting.run(lambda size: measured(batch_size=size), device_of(model))
 
     def ablations(self, model: nn.Module, results: Results) -> None:
         """Rows with a branch off and with untrained mixers; tasks only for the linear branch off."""
@@ -137,7 +177,7 @@ class Measurer:
         numbers = itertools.count(1)
 
         def measure() -> dict[str, Any]:
-            return self.measure(model, f"ablation {next(numbers)}/{len(labels)}", tasks=False)
+            return self.measure(model, f"ablation {next(numbers)}/{len(labels)}", tasks=False, sound=False)
 
         measured = ablation.ablate(model, measure, teacher=False)
         for label, row in measured.items():
@@ -146,11 +186,13 @@ class Measurer:
                     row["tasks"] = self.tasks(model)
             results.add(label, partial(dict, row))
 
-    def _cut(self, name: str, texts: list[data.Document]) -> Tensor:
+    def _read(self, name: str, text: DataConfig, tokenizer: Any = None) -> None:
+        """Read and cut a text; its template, if it has one, by the tokenizer."""
+        documents = data.validation_documents(text, tokenizer)
         try:
-            return windows(
+            self.texts[name] = windows(
                 self.tokenizer,
-                texts,
+                documents,
                 window=self.settings.length,
                 max_windows=self.settings.max_windows or None,
             )

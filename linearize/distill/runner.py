@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 import shutil
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,16 +22,21 @@ from linearize.config.schema import Recipe
 from linearize.distill import memory, preference, stages
 from linearize.distill.callbacks import RunStopped
 from linearize.distill.checkpoint import could_not_write, is_full, write_json
-from linearize.distill.device import resolve_device, resolve_precision
+from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.distill.folder import ADAPTER, RunFolder
 from linearize.distill.lock import held
+from linearize.distill.positions import check_lengths
 from linearize.distill.results import Measurer, Results
 from linearize.distill.stage import Budget
 from linearize.distill.stages import StagePlace
 from linearize.distill.trainable import check_ranks, needs
+from linearize.errors import LinearizeError, UnsupportedModelError, collected, raise_together
 from linearize.eval import tables
 from linearize.eval.report import write_report
+from linearize.export import rounding
+from linearize.models.sound import check_trainable
 from linearize.signals import exit_code
+from linearize.surgery.inspection import skeleton
 
 _SMALLER_MODEL = "a smaller model, or run.device=cpu where the machine has more memory than the device"
 
@@ -70,6 +75,7 @@ def run(
         RunFolderError: `out` is in use by another process, or holds another run.
         ModelNotFoundError, UnsupportedModelError, DataError: before anything is written.
         RunStopped: stopped on request; the message holds the command that goes on.
+        NotFiniteError: the teacher, or what a stage has made of it, gives NaN for a text.
         NonFiniteLossError, CheckpointError: training or writing failed; what was saved before is intact.
         OutOfMemoryError: the message holds the command that goes on with less.
     """
@@ -104,6 +110,7 @@ class _Job:
         self.recipe_name = recipe_name
         self.device = resolve_device(recipe.run)
         self.autocast = resolve_precision(recipe.run, self.device)
+        self.weights = resolve_weights(recipe.run, self.device)
         out = shlex.quote(str(folder.path))
         # The folder's own recipe: overrides need not be repeated.
         self.resume_command = f"linearize run {shlex.quote(model)} {out}/recipe.yaml --out {out} --resume"
@@ -117,19 +124,17 @@ class _Job:
             # mixers compute in float32 on bfloat16 inputs, which TF32 products take without loss
             torch.set_float32_matmul_precision("high")
         recipe, folder = self.recipe, self.folder
+        places = self._places()
+        measurer, datasets = self._beforehand(places)
         model: Any
         with self._watched(f"loading {self.source}", [], _SMALLER_MODEL):
             model, tokenizer = models.load_teacher(
-                self.source, dtype=torch.float32, device=str(self.device), for_text=True
+                self.source, dtype=self.weights, device=str(self.device), for_text=True
             )
-        plan = surgery.plan(model, recipe.mixer, recipe.layers, **needs(recipe.stages.values()))
-        check_ranks(recipe, plan, getattr(model.config.get_text_config(), "hidden_size", None))
-        with self._watched(
-            "reading the texts", [], "a smaller token budget (stages.*.tokens) in a new run folder"
-        ):
-            measurer = Measurer(recipe, tokenizer, self.autocast)
-            places = self._places()
-            datasets = {place.name: self._dataset(tokenizer, place) for place in places if not place.done}
+        given = recipe.export.dtype
+        dtype = models.stored_dtype(self.source) if given == "auto" else getattr(torch, given)
+        check_trainable(self.source, model)
+        plan = self._plan(model, None)
         # From here on everything that the user can get wrong has been looked at, and the folder is written.
         folder.create(recipe, plan_json(plan), {**self._facts(), **found})
         results = Results(folder.results)
@@ -140,16 +145,53 @@ class _Job:
             model = surgery.convert(model, recipe.mixer, recipe.layers)
         model.eval()
         with self._measuring("the untrained model"):
-            results.add("swapped, untrained", lambda: measurer.measure(model, "swapped", tasks=False))
+            results.add(
+                "swapped, untrained",
+                lambda: measurer.measure(model, "swapped", tasks=False, sound=False),
+            )
         model = self._train(model, places, datasets, measurer, results)
         if recipe.eval.ablations:
             with self._measuring("the ablations"):
                 measurer.ablations(model, results)
         with self._watched("exporting", [], "free memory; only the export is left"):
-            checkpoint = self._export(model, tokenizer, results)
+            checkpoint = self._export(model, tokenizer, results, dtype)
         report = write_report(folder.path)
         write_json(folder.done, {"checkpoint": checkpoint.name})
         return RunSummary(folder.path, checkpoint, report, results.rows, time.monotonic() - started)
+
+    def _beforehand(self, places: list[StagePlace]) -> tuple[Measurer, dict[str, Any]]:
+        """Texts, read and cut, of evaluation and of the stages that are not done; no weight is loaded.
+
+        Raises:
+            LinearizeError: all that is wrong with recipe, model and texts together.
+        """
+        errors: list[LinearizeError] = []
+        config = models.load_config(self.source)
+        tokenizer = models.load_tokenizer(models.resolve(self.source))
+        with suppress(UnsupportedModelError):  # some show what they are on loaded weights alone
+            self._plan(skeleton(config), errors)
+        where = "a smaller token budget (stages.*.tokens) in a new run folder"
+        datasets = {}
+        with self._watched("reading the texts", [], where):
+            measurer = Measurer(self.recipe, tokenizer, self.autocast, errors)
+            for place in places:
+                if not place.done:
+                    with collected(errors):
+                        datasets[place.name] = self._dataset(tokenizer, place)
+        raise_together(errors, f"{self.recipe_name} on {self.source}")
+        return measurer, datasets
+
+    def _plan(self, model: Any, errors: list[LinearizeError] | None) -> surgery.Plan:
+        """The plan of a model, loaded or not, with adapters and lengths held against it; `errors` as `surgery.plan`."""
+        recipe, wrong = self.recipe, [] if errors is None else errors
+        plan = surgery.plan(model, recipe.mixer, recipe.layers, **needs(recipe.stages.values()), errors=wrong)
+        with collected(wrong):
+            check_ranks(recipe, plan, getattr(model.config.get_text_config(), "hidden_size", None))
+        with collected(wrong):
+            check_lengths(recipe, model)
+        if errors is None:
+            raise_together(wrong, f"{self.recipe_name} on {self.source}")
+        return plan
 
     def _watched(self, where: str, overrides: list[str], otherwise: str) -> AbstractContextManager[None]:
         """Inside, running out of memory ends in a message with the command that goes on."""
@@ -163,7 +205,9 @@ class _Job:
         stage = self.recipe.stages[name]
         whole_model = objectives.level_of(stage.objective) != "layer"
         overrides = memory.less_for_stage(name, stage, whole_model=whole_model)
-        return self._advice(overrides, "a shorter data.length in a new run folder")
+        wide = self.weights == torch.float32 and self.device.type == "cuda"
+        less = ", or run.weights=bfloat16 there (half the bytes of what does not train)" if wide else ""
+        return self._advice(overrides, f"a shorter data.length in a new run folder{less}")
 
     def _advice(self, overrides: list[str], otherwise: str) -> str:
         begun = self.folder.recipe.is_file()
@@ -227,22 +271,22 @@ class _Job:
 
     def _original(self) -> nn.Module:
         """A frozen copy of the teacher, for when the model's own base weights are no longer the teacher's."""
-        original, _ = models.load_teacher(self.source, dtype=torch.float32, device=str(self.device))
+        original, _ = models.load_teacher(self.source, dtype=self.weights, device=str(self.device))
         return original.requires_grad_(False).eval()
 
-    def _export(self, model: Any, tokenizer: Any, results: Results) -> Path:
+    def _export(self, model: Any, tokenizer: Any, results: Results, dtype: torch.dtype) -> Path:
         """The checkpoint folder: adapters merged, or beside it in `adapter` when a stage says `merge: false`."""
         apart = None
         if hasattr(model, "merge_and_unload"):
             lora = [stage.lora for stage in self.recipe.stages.values() if stage.lora is not None]
             if all(adapters.merge for adapters in lora):
-                model = model.merge_and_unload()
+                model = rounding.merged(model, dtype)
             else:
                 apart = self.folder.path / ADAPTER
                 _save_adapter(model, apart, self.folder.checkpoint)
                 model = model.unload()
         path = export.save(
-            model,
+            rounding.in_dtype(model, dtype),
             self.folder.checkpoint,
             tokenizer=tokenizer,
             recipe=dataclasses.asdict(self.recipe),
@@ -260,7 +304,9 @@ class _Job:
             "model": self.source,
             "recipe": self.recipe_name,
             "device": name,
-            "precision": "bf16 autocast, float32 masters" if self.autocast else "float32",
+            "precision": f"bf16 autocast, {str(self.weights)[6:]} weights, float32 masters"
+            if self.autocast
+            else "float32",
             "seed": self.recipe.run.seed,
         }
 

@@ -1,17 +1,18 @@
 """The engine of every stage: transformers.Trainer with our checkpoints, our losses and a stop on NaN.
 
-Kept from Trainer: the loop, gradient accumulation, trackers, callbacks. Replaced: what a checkpoint holds
-(only what trains, no pickles, complete or absent), and mixed precision, which wraps the passes here instead
-of patching the model's forward for good.
+Kept from Trainer: the loop, trackers, callbacks. Replaced: gradient accumulation, by passes over parts of one batch
+(`micro`); what a checkpoint holds (only what trains, no pickles, complete or absent); and mixed precision, which wraps
+the passes here instead of patching the model's forward for good.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from linearize.config.schema import RunConfig, StageConfig
 from linearize.distill import checkpoint, non_finite, state
+from linearize.distill.micro import MicroBatch
+from linearize.distill.optimizer import build_optimizer, build_scheduler
+from linearize.distill.passes import Passes
 from linearize.distill.trainable import load_trained, mixer_parameters, trained
 from linearize.errors import NonFiniteLossError
 
@@ -41,7 +45,7 @@ class Budget:
     @classmethod
     def of(cls, stage: StageConfig, length: int) -> Budget:
         """Whole optimizer steps that fit in the stage's tokens, at least one."""
-        sequences = stage.batch_size * stage.grad_accum
+        sequences = stage.batch_size
         steps = max(1, stage.tokens // (sequences * length))
         return cls(steps=steps, tokens_per_step=sequences * length, sequences=steps * sequences)
 
@@ -119,6 +123,17 @@ class StageTrainer(Trainer):
         self._step_lr: dict[str, float] = {}
         self._step_norm: Tensor | float = 0.0
         self.stage_folder = folder
+        self.micro = MicroBatch(stage, name, device)
+        self.passes = Passes(
+            model,
+            name,
+            stage,
+            run,
+            device,
+            self.budget.steps,
+            list(self.parameters.values()),
+            self.compiled_parts,
+        )
         self.adamw = build_optimizer(
             self.parameters, stage, fused=device.type == "cuda", mixers=mixer_parameters(model)
         )
@@ -144,14 +159,18 @@ class StageTrainer(Trainer):
 
         Args:
             model: the model.
-            batch: input_ids, position_ids, labels, each [B, T], on the device.
-            count: labeled tokens of all micro-batches of this optimizer step, scalar.
+            batch: input_ids, position_ids, labels, each [B, T], on the device; B is `micro.size`.
+            count: labeled tokens of all sequences of this optimizer step, scalar.
 
         Returns:
             Detached losses [N], one for a converted layer or one in all, that sum over the step's
             micro-batches to the step's losses.
         """
         raise NotImplementedError
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """What may be compiled in a micro-step, see `blocks`."""
+        return []
 
     def where_not_finite(self, values: list[float]) -> str:
         """Which of the step's losses is not finite, in words."""
@@ -162,10 +181,13 @@ class StageTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        batch = self._prepare_inputs(inputs)
-        values = self.micro_step(model, batch, num_items_in_batch)
-        self._step_values = values if self._step_values is None else self._step_values + values
-        return values.mean().to(self._tr_loss.dtype)
+        batch, step = self._prepare_inputs(inputs), partial(self.micro_step, model)
+        self._step_values = self.micro.run(
+            batch,
+            lambda part: self.passes(step, part, num_items_in_batch),
+            undo=lambda: model.zero_grad(set_to_none=True),
+        )
+        return self._step_values.mean().to(self._tr_loss.dtype)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         return None
@@ -229,7 +251,7 @@ class StageTrainer(Trainer):
         raise NonFiniteLossError(
             f"stage '{self.stage_name}', step {self.state.global_step + 1}: {what}. The step was not applied. "
             f"Last good checkpoint: {last or 'none of this stage yet'}. "
-            f"{non_finite.advice(self.trained_model, self.stage_name, self.stage)}"
+            f"{non_finite.advice(self.trained_model, self.stage_name, self.stage, self.state.global_step)}"
         )
 
     # Checkpoints
@@ -247,7 +269,7 @@ class StageTrainer(Trainer):
         checkpoint.write_tensors(folder / "rng.safetensors", state.rng_tensors())
         window = {} if self._window_values is None else {"values": self._window_values}
         checkpoint.write_tensors(folder / "window.safetensors", window)
-        self.state.save_to_json(str(folder / "trainer_state.json"))
+        self.state.save_to_json(str(folder / checkpoint.STATE))
         scheduler = self.schedule.state_dict()
         checkpoint.write_json(
             folder / "state.json",
@@ -258,6 +280,7 @@ class StageTrainer(Trainer):
                 },
                 "rng": state.rng_numbers(),
                 "window_steps": self._window_steps,
+                "micro_batch": self.micro.size,
             },
         )
 
@@ -279,6 +302,7 @@ class StageTrainer(Trainer):
         window = checkpoint.read_tensors(folder / "window.safetensors").get("values")
         self._window_values = None if window is None else window.to(self.args.device)
         self._window_steps = saved["window_steps"]
+        self.micro.remember(saved.get("micro_batch"))
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:
@@ -296,55 +320,6 @@ class StageTrainer(Trainer):
         return 0  # the original counts all parameters on every micro-batch
 
 
-def build_optimizer(
-    parameters: dict[str, nn.Parameter], stage: StageConfig, *, fused: bool, mixers: Collection[int] = ()
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); weight decay on matrices only.
-
-    Args:
-        parameters: everything that trains.
-        stage: its rates; groups of `lr_mixers` stand last.
-        fused: one kernel for all parameters.
-        mixers: ids of the parameters that `lr_mixers`, if there is one, is for.
-    """
-    rest, apart = list(parameters.values()), []
-    if stage.lr_mixers is not None:
-        rest = [parameter for parameter in parameters.values() if id(parameter) not in mixers]
-        apart = [parameter for parameter in parameters.values() if id(parameter) in mixers]
-    groups = []
-    for own, lr in ((rest, stage.lr), (apart, stage.lr_mixers)):
-        matrices = [parameter for parameter in own if parameter.ndim >= 2]
-        vectors = [parameter for parameter in own if parameter.ndim < 2]
-        groups += [
-            {"params": matrices, "weight_decay": stage.weight_decay, "lr": lr},
-            {"params": vectors, "weight_decay": 0.0, "lr": lr},
-        ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=stage.lr, fused=fused)
-
-
-def build_scheduler(optimizer: torch.optim.Optimizer, stage: StageConfig, steps: int) -> Any:
-    """Linear warm-up to `lr`, then a cosine down to `min_lr_ratio` x `lr` at the last step."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, Schedule(stage.warmup_ratio, stage.min_lr_ratio, steps)
-    )
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rate as a share of the peak, by step (0 is the first)."""
-
-    warmup_ratio: float
-    min_lr_ratio: float
-    steps: int
-
-    def __call__(self, step: int) -> float:
-        warmup = math.ceil(self.warmup_ratio * self.steps)
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        progress = min(1.0, (step - warmup) / max(1, self.steps - 1 - warmup))
-        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def _arguments(
     stage: StageConfig, run: RunConfig, folder: Path, budget: Budget, seed: int, device: torch.device
 ) -> TrainingArguments:
@@ -352,7 +327,6 @@ def _arguments(
         output_dir=str(folder),
         max_steps=budget.steps,
         per_device_train_batch_size=stage.batch_size,
-        gradient_accumulation_steps=stage.grad_accum,
         learning_rate=stage.lr,
         max_grad_norm=stage.grad_clip or math.inf,
         logging_steps=stage.log_every,
@@ -360,8 +334,9 @@ def _arguments(
         save_strategy="steps",
         save_steps=stage.save_every,
         seed=seed,
-        dataloader_num_workers=run.workers,
+        dataloader_num_workers=workers(run, device),
         dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={"non_blocking": True},
         use_cpu=device.type == "cpu",
         remove_unused_columns=False,
         average_tokens_across_devices=False,
@@ -372,6 +347,13 @@ def _arguments(
     assert arguments.device.type == device.type
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
+
+
+def workers(run: RunConfig, device: torch.device) -> int:
+    """Processes of the data loader: `run.workers`."""
+    if run.workers != "auto":
+        return int(run.workers)
+    return min(2, (os.cpu_count() or 1) - 1) if device.type == "cuda" else 0
 
 
 def _stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

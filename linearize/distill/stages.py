@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from linearize.config.schema import RunConfig, StageConfig
 from linearize.distill import checkpoint, memory
 from linearize.distill.callbacks import Interrupt, RunStopped, StageCallback, forget_lines
 from linearize.distill.finetune import FinetuneTrainer, needs_teacher
+from linearize.distill.positions import counted_from_zero
 from linearize.distill.preference import PreferenceTrainer
 from linearize.distill.stage import StageTrainer
 from linearize.distill.trainable import load_trained, prepare, trained, unwrapped
@@ -101,37 +102,22 @@ def train(
         CheckpointError: a checkpoint could not be written or read.
         OutOfMemoryError: with the step.
     """
-    seed = run.seed + place.index
-    set_seed(seed)
-    model = prepare(model, stage)
-    device = next(model.parameters()).device
-    settings: dict[str, Any] = {
-        "name": place.name,
-        "stage": stage,
-        "run": run,
-        "folder": place.folder,
-        "dataset": dataset,
-        "length": length,
-        "seed": seed,
-        "device": device,
-        "autocast": autocast,
-    }
-    use_cache = unwrapped(model).config.use_cache
     start = checkpoint.newest_intact(place.folder)
-    trainer: StageTrainer
-    with untied(model, stage.untie), _checkpointing(unwrapped(model), stage.gradient_checkpointing):
-        level = objectives.level_of(stage.objective)
-        if level == "layer":
-            trainer = TransferTrainer(model, **settings)
-        else:
-            original = teacher() if teacher is not None and needs_teacher(stage.objective) else None
-            kind = PreferenceTrainer if level == "pair" else FinetuneTrainer
-            trainer = kind(model, teacher=original, **settings)
-        try:
-            interrupt = _fit(trainer, place, start)
-        finally:
-            unwrapped(model).config.use_cache = use_cache  # Trainer switches it off for good
-            model.zero_grad(set_to_none=True)
+    opened = training(
+        model,
+        stage,
+        name=place.name,
+        folder=place.folder,
+        run=run,
+        seed=run.seed + place.index,
+        dataset=dataset,
+        length=length,
+        autocast=autocast,
+        teacher=teacher,
+    )
+    with opened as trainer:
+        model = trainer.trained_model
+        interrupt = _fit(trainer, place, start)
     checkpoint.write_tensors_file(place.folder / FINAL, trained(model))
     checkpoint.write_json(
         place.folder / DONE,
@@ -139,6 +125,7 @@ def train(
             "steps": trainer.budget.steps,
             "tokens": trainer.budget.tokens,
             "stage": place.name,
+            "micro_batch": trainer.micro.size,
             "sha256": sha256(place.folder / FINAL),
         },
     )
@@ -151,6 +138,56 @@ def train(
     return model.eval()
 
 
+@contextmanager
+def training(
+    model: nn.Module,
+    stage: StageConfig,
+    *,
+    name: str,
+    folder: Path,
+    run: RunConfig,
+    seed: int,
+    dataset: Any,
+    length: int,
+    autocast: torch.dtype | None,
+    teacher: Callable[[], nn.Module] | None,
+) -> Iterator[StageTrainer]:
+    """Inside, a stage's trainer, with the model as the stage wants it; afterwards no gradients are left.
+
+    Args:
+        name: of the stage.
+        folder: of its checkpoints.
+        seed: of this stage.
+        model, stage, run, dataset, length, autocast, teacher: see `train`.
+    """
+    set_seed(seed)
+    model = prepare(model, stage)
+    settings: dict[str, Any] = {
+        "name": name,
+        "stage": stage,
+        "run": run,
+        "folder": folder,
+        "dataset": dataset,
+        "length": length,
+        "seed": seed,
+        "device": next(model.parameters()).device,
+        "autocast": autocast,
+    }
+    use_cache = unwrapped(model).config.use_cache
+    with untied(model, stage.untie), _checkpointing(unwrapped(model), stage.gradient_checkpointing):
+        level = objectives.level_of(stage.objective)
+        try:
+            if level == "layer":
+                yield TransferTrainer(model, **settings)
+            else:
+                original = teacher() if teacher is not None and needs_teacher(stage.objective) else None
+                kind = PreferenceTrainer if level == "pair" else FinetuneTrainer
+                yield kind(model, teacher=original, **settings)
+        finally:
+            unwrapped(model).config.use_cache = use_cache  # Trainer switches it off for good
+            model.zero_grad(set_to_none=True)
+
+
 def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> Interrupt:
     """Run the trainer under the progress bar; gives what was asked for meanwhile, a stop at the very last step."""
     steps_before = int(start.name.rpartition("-")[2]) if start else 0
@@ -161,7 +198,12 @@ def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> Interr
         trainer.budget.tokens,
         done=steps_before * trainer.tokens_per_step,
     )
-    with meter, interrupt.watch(meter):
+    with ExitStack() as stack:
+        stack.enter_context(meter)
+        stack.enter_context(interrupt.watch(meter))
+        for model in (trainer.trained_model, getattr(trainer, "teacher", None)):
+            if model is not None:
+                stack.enter_context(counted_from_zero(model))
         trainer.add_callback(StageCallback(trainer, place.metrics, meter, interrupt))
         with memory.watched(
             lambda: f"in stage '{place.name}', step {trainer.state.global_step + 1}", place.less_memory

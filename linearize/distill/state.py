@@ -79,10 +79,15 @@ def rng_numbers() -> dict[str, Any]:
 
 def restore_rng(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
     """Put every generator back where `rng_tensors` and `rng_numbers` found it."""
-    torch.set_rng_state(tensors["cpu"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
+    restore_torch(tensors)
     kind, keys, position, has_gauss, gauss = numbers["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
     version, internal, following = numbers["python"]
     random.setstate((version, tuple(internal), following))
+
+
+def restore_torch(tensors: Mapping[str, Tensor]) -> None:
+    """Put torch's generators back where `rng_tensors` found them."""
+    torch.set_rng_state(tensors["cpu"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from linearize import objectives, surgery
 from linearize.distill import window_dropout
+from linearize.distill.blocks import around_attention
 from linearize.distill.stage import StageTrainer
 from linearize.distill.trainable import unwrapped
 
@@ -31,29 +32,25 @@ class TransferTrainer(StageTrainer):
         if settings["stage"].window_dropout:
             window_dropout.check(converted)
         super().__init__(model, **settings)
-        self._micro_batch = (0, 0)
+
+    def compiled_parts(self) -> list[nn.Module]:
+        return around_attention(self.trained_model)
 
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
         """Losses [L] in layer order; see `transfer_step`."""
+        share = len(batch["input_ids"]) / self.stage.batch_size
         with self.computing():
             losses = transfer_step(
-                model,
-                batch,
-                self.stage.objective,
-                scale=1 / self.current_gradient_accumulation_steps,
-                window_off=self._windows_off(),
+                model, batch, self.stage.objective, scale=share, window_off=self._windows_off()
             )
-        return losses / self.current_gradient_accumulation_steps
+        return share * losses
 
     def _windows_off(self) -> list[bool]:
-        """Whether each layer's window is off in the next micro-batch."""
+        """Whether each layer's window is off in this step, in all its parts alike."""
         if not self.stage.window_dropout:
             return [False] * len(self.layers)
-        step, index = self._micro_batch
-        index = index if step == self.state.global_step else 0
-        step = self.state.global_step
-        self._micro_batch = (step, index + 1)
-        return window_dropout.draws(self.stage.window_dropout, len(self.layers), self.seed, step, index)
+        rate, step = self.stage.window_dropout, self.state.global_step
+        return window_dropout.draws(rate, len(self.layers), self.seed, step)
 
     def where_not_finite(self, values: list[float]) -> str:
         bad = [

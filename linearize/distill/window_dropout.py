@@ -41,9 +41,9 @@ def check(layers: Iterable[Any]) -> None:
             )
 
 
-def draws(rate: float, layers: int, seed: int, step: int, micro_batch: int) -> list[bool]:
+def draws(rate: float, layers: int, seed: int, step: int) -> list[bool]:
     """Which layers have their window off: a function of its arguments, so that a resumed run draws the same."""
-    return (np.random.default_rng([seed, step, micro_batch]).random(layers) < rate).tolist()
+    return (np.random.default_rng([seed, step, 0]).random(layers) < rate).tolist()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from linearize import plain_json
 from linearize.errors import CheckpointError
 from linearize.export.bundle import MODULE, auto_map, bundle
 from linearize.export.card import model_card
@@ -70,7 +71,7 @@ def save(
             config["auto_map"] = auto_map(model)
             (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         provenance = {"base": base, "recipe": recipe or {}, "metrics": metrics or {}}
-        (scratch / "linearize.json").write_text(json.dumps(provenance, indent=2, default=str) + "\n")
+        (scratch / "linearize.json").write_text(plain_json.dumps(provenance, indent=2, default=str) + "\n")
         (scratch / "README.md").write_text(
             model_card(model, base=base, recipe=recipe or {}, metrics=metrics or {})
         )

@@ -14,7 +14,8 @@ from __future__ import annotations
 import os
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,6 +52,20 @@ class _Compiled:
 
 
 _made: dict[Any, _Compiled] = {}
+
+
+_off = False
+
+
+@contextmanager
+def part_by_part() -> Iterator[None]:
+    """Inside, no mixer is compiled by itself."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
 
 
 def compiled(mixer: nn.Module, q: Tensor) -> Callable[..., Tensor] | None:
@@ -97,7 +112,7 @@ def wanted(q: Tensor) -> bool:
     choice = os.environ.get(VARIABLE, "auto")
     if choice not in CHOICES:
         raise KernelError(f"{VARIABLE}='{choice}' is not a choice; {closest(choice, CHOICES)}")
-    if choice == "never" or torch.compiler.is_compiling():
+    if choice == "never" or _off or torch.compiler.is_compiling():
         return False
     return choice == "always" or (q.is_cuda and dispatch.use_triton(q) and not dispatch.recording())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from linearize.models.cache import cache_dir
-from linearize.models.load import load_config, load_teacher
+from linearize.models.load import load_config, load_teacher, stored_dtype
 from linearize.models.resolve import resolve, resolve_config
 from linearize.models.tokenizer import load_tokenizer, render_chat
 
@@ -15,4 +15,5 @@ __all__ = [
     "render_chat",
     "resolve",
     "resolve_config",
+    "stored_dtype",
 ]

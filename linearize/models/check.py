@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from linearize.errors import CheckpointError, ModelNotFoundError
 from linearize.models.files import instead_of_file, read_json
 from linearize.models.generation import check_generation
-from linearize.models.shards import Stored, check_shard
+from linearize.models.shards import FLOATS, Stored, check_shard
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -51,6 +52,15 @@ def check_config(folder: Path) -> dict[str, Any]:
             f"{path}: model_type is {shorten(kind)}, and a name is asked for; fetch the checkpoint again"
         )
     return config
+
+
+def dtype_of(tensors: dict[str, Stored]) -> str:
+    """Torch's name of the floating type that most of a checkpoint's numbers have; float32 where there is none."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        if tensor.dtype in FLOATS:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    return FLOATS[max(sizes, key=lambda kind: sizes[kind])] if sizes else "float32"
 
 
 def check_checkpoint(folder: Path) -> dict[str, Stored]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.errors import CheckpointError, ModelNotFoundError
 from linearize.models.boundary import boundary
-from linearize.models.check import check_checkpoint, has_tokenizer
+from linearize.models.check import check_checkpoint, dtype_of, has_tokenizer
 from linearize.models.config import causal_class, read_config, refuse_quantized
 from linearize.models.rehearsal import check_report, rehearse
 from linearize.models.resolve import resolve, resolve_config
@@ -40,6 +40,18 @@ def load_config(model: str) -> PreTrainedConfig:
     if tensors is not None:
         rehearse(folder, cls, config, tensors)
     return config
+
+
+def stored_dtype(model: str) -> torch.dtype:
+    """The floating type of most of a checkpoint's numbers; float32 for a GGUF file, which is converted to that.
+
+    Raises:
+        ModelNotFoundError, CheckpointError: as `resolve`.
+    """
+    import torch
+
+    found: torch.dtype = getattr(torch, dtype_of(check_checkpoint(resolve(model))))
+    return found
 
 
 def _tensors(folder: Path) -> dict[str, Stored] | None:

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.errors import CheckpointError, UnsupportedModelError
 from linearize.models.boundary import boundary
-from linearize.models.shards import Stored
+from linearize.models.shards import FLOATS, Stored
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""What weights are stored in, by torch's name; smaller numbers are codes that need scales."""
 TABLES = 4 * 2**30
 """Bytes that a model may compute for itself (rotary tables, causal masks) whatever the size of its weights."""
 

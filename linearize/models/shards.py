@@ -23,6 +23,8 @@ BITS = {
     "F4": 4,
 }
 """dtype -> bits of a number."""
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""What weights are stored in, by torch's name; smaller numbers are codes that need scales."""
 
 
 @dataclass(frozen=True)

@@ -36,3 +36,29 @@ def check_finite(where: object, model: nn.Module) -> None:
             f"{unsound[0]}); the training that made them has failed, or the file is damaged: take "
             "another checkpoint, or fetch it again"
         )
+
+
+LARGEST = 1.8e19
+"""What float32 can square: norms, losses and gradients of anything larger are infinite."""
+
+
+def check_trainable(where: object, model: nn.Module) -> None:
+    """Refuse a model with weights that are numbers, and too large to train beside; their loss would say it steps later.
+
+    Args:
+        where: what the weights were loaded from, for the message.
+        model: loaded, and `check_finite`.
+
+    Raises:
+        CheckpointError: names the first such tensor.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.is_meta or not parameter.numel():
+            continue
+        largest = max(abs(float(end)) for end in parameter.detach().aminmax())
+        if largest > LARGEST:
+            raise CheckpointError(
+                f"the weights of {where} reach {largest:.3g} in {name}, and float32 cannot square more than "
+                f"{LARGEST:g}: the training that made them has failed, or the file is damaged; take another checkpoint "
+                "or fetch it again"
+            )

@@ -9,6 +9,7 @@ from linearize.surgery.control import (
     mode,
     observe,
     reset_mixers,
+    trusting,
 )
 from linearize.surgery.convert import convert
 from linearize.surgery.inspection import attention_layers, skeleton
@@ -36,4 +37,5 @@ __all__ = [
     "role_modules",
     "select",
     "skeleton",
+    "trusting",
 ]

@@ -34,11 +34,16 @@ class Switch:
     """What all converted layers of one model do: `student`, `teacher`, or `observe` (attention transfer).
 
     One object is shared by the layers, so that a context manager flips them together, under any wrapper (peft, DDP).
+
+    Attributes:
+        mode, observer: what is done.
+        trusts: masks are taken at their word, and no call has padding; see `control.trusting`.
     """
 
     def __init__(self) -> None:
         self.mode = "student"
         self.observer: Callable[[LayerCall], None] | None = None
+        self.trusts = False
 
 
 @dataclass
@@ -206,7 +211,9 @@ def linearized_attention(
         raise UnsupportedModelError(f"layer {module.layer_idx} ({type(module).__name__}): {why}")
     shape, carries = module.mixer.shape, frame.cache is not None
     local = {"window": shape.sliding_window, "chunk": shape.chunk}
-    reading = read_mask(attention_mask, batch, tokens, frame.offset, **local, carries=carries)
+    reading = read_mask(
+        attention_mask, batch, tokens, frame.offset, **local, carries=carries, trusted=switch.trusts
+    )
     valid, starts, gaps = reading.valid, reading.starts, reading.gaps
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     sink = kwargs.get("s_aux")

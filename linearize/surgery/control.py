@@ -56,6 +56,20 @@ def observe(model: nn.Module, observer: Callable[[LayerCall], None]) -> Iterator
 
 
 @contextmanager
+def trusting(model: nn.Module) -> Iterator[None]:
+    """Inside, converted layers take masks at their word and suppose that no token is padding: nothing waits.
+
+    For batches like others that have been checked, such as the next ones of a packed data set.
+    """
+    switch = _switch(model)
+    before, switch.trusts = switch.trusts, True
+    try:
+        yield
+    finally:
+        switch.trusts = before
+
+
+@contextmanager
 def branch_off(model: nn.Module, branch: str) -> Iterator[None]:
     """Inside, one branch (`window` or `linear`) contributes nothing in every layer that has both.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from linearize.errors import RecipeError
+from linearize.errors import LinearizeError, RecipeError, collected, raise_together
 from linearize.mixers import build
 from linearize.surgery.inspection import AttentionLayer, attention_layers, skeleton
 from linearize.surgery.others import other_layers
@@ -32,12 +32,6 @@ def select(layers: Any, indices: list[int]) -> list[int]:
     if layers == "all":
         chosen = list(indices)
     elif isinstance(layers, dict) and set(layers) == {"every"} and _is_positive(layers["every"]):
-        if layers["every"] > len(indices):
-            log.warning(
-                "layers.every: %s, but the model has %s attention layers, so none stays softmax",
-                layers["every"],
-                len(indices),
-            )
         chosen = [index for place, index in enumerate(indices, start=1) if place % layers["every"]]
     else:
         keep = isinstance(layers, dict) and set(layers) == {"keep"}
@@ -172,6 +166,7 @@ def plan(
     layers: Any = "all",
     roles: Iterable[str] = (),
     projects: bool = False,
+    errors: list[LinearizeError] | None = None,
 ) -> Plan:
     """What a conversion would do.
 
@@ -181,17 +176,33 @@ def plan(
         layers: a recipe's `layers:` value.
         roles: projections (q, k, v, o) that adapters will be hung on.
         projects: whether training will look through each layer's output projection.
+        errors: receives what `select` and the projections are refused for, in place of raising it; the plan is then
+            that of all layers.
 
     Raises:
         UnsupportedModelError: see `attention_layers`; a projection that is asked for is not there.
-        RecipeError: see `select`.
+        RecipeError: see `select`; or several of these.
     """
     model = teacher if isinstance(teacher, PreTrainedModel) else skeleton(teacher)
     found = attention_layers(model)
-    chosen = select(layers, [layer.index for layer in found])
+    wrong: list[LinearizeError] = [] if errors is None else errors
+    chosen = [layer.index for layer in found]
+    with collected(wrong):
+        chosen = select(layers, chosen)
+    ahead = next(model.parameters()).is_meta  # a run plans again on loaded weights, and says it once
+    if ahead and isinstance(layers, dict) and layers.get("every", 0) > len(found):
+        log.warning(
+            "layers.every: %s, but the model has %s attention layers, so none stays softmax",
+            layers["every"],
+            len(found),
+        )
     converted = [(layer.path, layer.module, layer.shape) for layer in found if layer.index in chosen]
-    targets(model, converted, roles)
+    with collected(wrong):
+        targets(model, converted, roles)
     if projects:
-        outputs(converted)
+        with collected(wrong):
+            outputs(converted)
+    if errors is None:
+        raise_together(wrong, "recipe and model")
     rows = [row(layer, mixer if layer.index in chosen else None) for layer in found]
     return Plan(rows, other_layers(model, [layer.path for layer in found]))

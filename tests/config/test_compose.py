@@ -148,7 +148,10 @@ def test_all_mistakes_are_reported_together_with_full_keys_and_suggestions():
         (["stages.recover.train=[loras]"], "did you mean 'lora'?"),
         (["stages.recover.train=[]"], "stages.recover.train: empty"),
         (["stages.recover.lora.targets=[q,q]"], "names 'q' twice"),
-        (["stages.transfer.tokens=100"], "less than one optimizer step"),
+        (
+            ["stages.transfer.tokens=100"],
+            "= 8192; give 8192 tokens or more, or make one of the others smaller",
+        ),
         (["stages.transfer.lr=0"], "stages.transfer.lr: must be above 0"),
         (["stages.transfer.warmup_ratio=1"], "below 1"),
         (["stages.transfer=3"], "stages.transfer: must be a section"),

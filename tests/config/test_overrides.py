@@ -20,6 +20,11 @@ from linearize.config.overrides import Override, parse
         ("data.source=é.txt", Override("data.source", "é.txt")),
         ("data.source='a,b'", Override("data.source", "a,b")),
         ("data.boundaries=false", Override("data.boundaries", False)),
+        ("stages.transfer.lr=1_0", Override("stages.transfer.lr", "1_0")),
+        ("stages.transfer.lr= 1_0.5 ", Override("stages.transfer.lr", "1_0.5")),
+        ("stages.transfer.lr=1e1_0", Override("stages.transfer.lr", "1e1_0")),
+        ("stages.transfer.tokens=1_000_000", Override("stages.transfer.tokens", 1_000_000)),
+        ("layers=[1_0,{a: [2_0, 3]}]", Override("layers", ["1_0", {"a": ["2_0", 3]}])),
     ],
 )
 def test_forms(text, expected):
@@ -33,3 +38,10 @@ def test_malformed_ones_are_reported_together_and_the_rest_is_kept():
     assert "no '='" in problems[0]
     assert "not a dotted key" in problems[1] and "not a dotted key" in problems[2]
     assert "cannot read the value" in problems[3]
+
+
+@pytest.mark.parametrize("written", ["{a: 1, a: 2}", "{b: {a: 1, a: 2}}", "[0, {a: x, b: y, a: z}]"])
+def test_a_key_stands_once_in_a_mapping(written):
+    parsed, problems = parse([f"mixer.gate={written}", "data.length=8"])
+    assert parsed == [Override("data.length", 8)]
+    assert problems == [f"'mixer.gate={written}': 'a' stands twice in one mapping; keep one of them"]

@@ -15,6 +15,8 @@ from linearize.config.values import as_flag, as_number, as_whole, shown
         ("1.5M", 1_500_000),
         ("2B", 2_000_000_000),
         ("1_000", 1000),
+        ("-12_345_678.5", -12_345_678.5),
+        ("1_000k", 1_000_000),
         ("1e-2", 0.01),
         ("5E3", 5000.0),
         ("-3", -3),
@@ -29,7 +31,11 @@ def test_numbers_as_recipes_write_them(written, number):
 
 
 @pytest.mark.parametrize(
-    "written", ["", "abc", "20MM", "M", "1,000", True, None, math.nan, math.inf, "1e999", [1], "0x10"]
+    "written",
+    [
+        *("", "abc", "20MM", "M", "1,000", True, None, math.nan, math.inf, "1e999", [1], "0x10"),
+        *("1_0", "1__000", "1000_000", "_1", "1_", "1_000_", "1._5", "1.5_0", "1e1_0", "10_00k", "\u0663"),
+    ],
 )
 def test_what_is_no_number(written):
     assert as_number(written) is None

@@ -57,8 +57,8 @@ def test_what_computes_the_same_is_accepted_and_is_the_same(
     distill.run(str(teacher_folder), plain, tmp_path / "whole")
     out, other = tmp_path / "run", copy.deepcopy(plain)
     stop_at("transfer", monkeypatch, teacher_folder, plain, out)
-    other.stages["transfer"].batch_size, other.stages["transfer"].grad_accum = 2, 2
-    other.stages["recover"].batch_size, other.stages["recover"].grad_accum = 1, 4
+    other.stages["transfer"].micro_batch = 2
+    other.stages["recover"].micro_batch = 1
     other.stages["recover"].gradient_checkpointing = True
     other.stages["recover"].save_every = 2
     other.eval.batch_size, other.run.workers, other.run.device = 1, 1, "auto"
@@ -66,8 +66,8 @@ def test_what_computes_the_same_is_accepted_and_is_the_same(
         other.run.device = "cpu"
     with caplog.at_level("INFO", "linearize"):
         stop_at("recover", monkeypatch, teacher_folder, other, out)
-    assert "going on with eval.batch_size: 4 -> 1, " in caplog.text
-    assert "stages.transfer.batch_size: 4 -> 2" in caplog.text and "stays the same" in caplog.text
+    assert "going on with eval.batch_size: auto -> 1, " in caplog.text
+    assert "stages.transfer.micro_batch: auto -> 2" in caplog.text and "stays the same" in caplog.text
     distill.run(str(teacher_folder), other, out, resume=True)
     expected, found = finals(tmp_path / "whole"), finals(out)
     assert found.keys() == expected.keys()
@@ -76,9 +76,9 @@ def test_what_computes_the_same_is_accepted_and_is_the_same(
     rows = [json.loads((folder / "results.json").read_text())["rows"] for folder in (tmp_path / "whole", out)]
     for one, two in zip(*rows, strict=True):
         assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-4)
-    assert config.compose(out / "recipe.yaml").stages["recover"].grad_accum == 4
+    assert config.compose(out / "recipe.yaml").stages["recover"].micro_batch == 1
     first, second = json.loads((out / "environment.json").read_text())["resumed"]
-    assert "stages.recover.grad_accum: 1 -> 4" in first["changed"] and "changed" not in second
+    assert "stages.recover.micro_batch: auto -> 1" in first["changed"] and "changed" not in second
 
 
 def mapping(recipe: Recipe) -> dict[str, Any]:
@@ -91,23 +91,14 @@ def mapping(recipe: Recipe) -> dict[str, Any]:
         (
             "stages.transfer.batch_size",
             2,
-            "stages.transfer.batch_size: 4 -> 2 (accepted with stages.transfer.grad_accum=2",
-        ),
-        (
-            "stages.transfer.batch_size",
-            3,
-            "stages.transfer.batch_size: 4 -> 3 (batch_size x grad_accum must stay 4)",
-        ),
-        (
-            "stages.transfer.grad_accum",
-            2,
-            "stages.transfer.grad_accum: 1 -> 2 (batch_size x grad_accum must stay 4)",
+            "stages.transfer.batch_size: 4 -> 2 (a step's sequences must stay; with less memory: stages.transfer.micro",
         ),
         ("stages.transfer.lr", 0.5, "stages.transfer.lr: 0.01 -> 0.5"),
         ("stages.transfer.log_every", 5, "stages.transfer.log_every: 1 -> 5"),
         ("stages.recover.lora.rank", 3, "stages.recover.lora.rank: 2 -> 3"),
         ("run.seed", 1, "run.seed: 0 -> 1"),
         ("run.precision", "bf16", "run.precision: auto -> bf16"),
+        ("run.weights", "bfloat16", "run.weights: auto -> bfloat16"),
         ("eval.length", 32, "eval.length: 64 -> 32"),
         ("data.length", 32, "data.length: 64 -> 32"),
         ("layers", [0], "layers: all -> [0]"),
@@ -136,10 +127,10 @@ def test_what_is_made_for_each_micro_batch_is_named(plain: Recipe) -> None:
     plain.stages["transfer"].objective = {"attention_output_relative": 1.0}
     before, after = mapping(plain), mapping(plain)
     for stage in after["stages"].values():
-        stage["batch_size"], stage["grad_accum"] = 2, 2
+        stage["micro_batch"] = 2
     found = changes(before, after)
     assert not found.refused
-    assert [note.split(" d")[0] for note in found.notes] == [
+    assert [" ".join(note.split()[:2]) for note in found.notes] == [
         "stages.transfer: window_dropout",
         "stages.transfer: attention_output_relative",
         "stages.recover: lora.dropout",

@@ -158,6 +158,32 @@ def test_mistakes_leave_no_folder(teacher_folder: Path, small: Recipe, tmp_path:
     assert not out.exists()
 
 
+def test_mistakes_are_told_together_before_any_weight_is_loaded(
+    teacher_folder: Path, small: Recipe, tmp_path: Path, monkeypatch
+) -> None:
+    def loaded(*_: object, **__: object) -> None:
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr("linearize.models.load_teacher", loaded)
+    out = tmp_path / "run"
+    small.layers = [7]
+    assert small.stages["recover"].lora is not None
+    small.stages["recover"].lora.rank = 500
+    small.eval.texts = {"missing": str(tmp_path / "missing.txt")}
+    small.data.source = str(tmp_path / "gone.txt")
+    with pytest.raises(RecipeError) as caught:
+        distill.run(str(teacher_folder), small, out, recipe_name="mine")
+    told = str(caught.value).splitlines()
+    assert told[0] == f"mine on {teacher_folder}: 4 problems"
+    for part in ("no attention layer 7", "lora.rank: 500", "missing.txt", "gone.txt"):
+        assert sum(part in line for line in told) == 1, (part, told)
+    small.layers, small.stages["recover"].lora.rank, small.eval.texts = "all", 2, {}
+    del small.stages["transfer"]
+    with pytest.raises(DataError, match="gone"):  # one mistake is the error that it is
+        distill.run(str(teacher_folder), small, out)
+    assert not out.exists()
+
+
 # A full disk
 
 
@@ -252,12 +278,19 @@ def test_second_ctrl_c_aborts_at_once(
     distill.run(str(teacher_folder), small, out, resume=True)
 
 
-def test_terminate_signal_saves_too(
-    teacher_folder: Path, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(signal.SIGINT, "press Ctrl-C again to abort"), (signal.SIGTERM, "send SIGTERM again to abort")],
+)
+def test_either_signal_saves_and_is_answered_in_its_own_words(
+    number: int, words: str, teacher_folder: Path, small: Recipe, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    at_step(monkeypatch, "transfer", 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(distill.RunStopped, match="after step 5 of 10"):
+    at_step(monkeypatch, "transfer", 5, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(distill.RunStopped, match="after step 5 of 10") as stopped:
         distill.run(str(teacher_folder), small, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert f"stopping after this step; {words} at once" in said and said.count("again") == 1
+    assert stopped.value.exit_code == 128 + number
 
 
 # Stages and devices

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 import linearize
 from linearize import distill, surgery
 from linearize.config.schema import LoraConfig, Recipe, StageConfig
-from linearize.distill.stage import StageTrainer, build_optimizer
+from linearize.distill.optimizer import build_optimizer
+from linearize.distill.stage import StageTrainer
 from linearize.distill.trainable import mixer_parameters, prepare, trained
 from linearize.distill.tying import untied
 from linearize.errors import RecipeError

@@ -34,6 +34,15 @@ def raising(error: BaseException, when: Callable[..., bool] = lambda *_, **__: T
     return fail
 
 
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4 GiB, half of them free."""
+    monkeypatch.setattr(memory, "machine", lambda: (2**31, 2**32))
+
+
+FREE = "2.00 of the machine's 4.00 GiB free"
+
+
 def really(job: Callable[[], object]) -> BaseException:
     with pytest.raises((RuntimeError, MemoryError)) as caught:
         job()
@@ -43,19 +52,23 @@ def really(job: Callable[[], object]) -> BaseException:
 @pytest.mark.parametrize(
     ("error", "asked"),
     [
-        (CPU, " (1.50 GiB asked for)"),
+        (CPU, f" (1.50 GiB asked for, {FREE})"),
         (CUDA, " (2.50 GiB asked for)"),
         (
+            torch.OutOfMemoryError(f"{CUDA} of which 1.19 GiB is free. Including non-PyTorch memory"),
+            " (2.50 GiB asked for, 1.19 GiB of 79.11 GiB free)",
+        ),
+        (
             RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 640 bytes."),
-            " (640 bytes asked for)",
+            f" (640 bytes asked for, {FREE})",
         ),
         (RuntimeError("CUDA error: out of memory"), ""),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), ""),
-        (RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "), ""),
-        (MemoryError(), ""),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), ""),
-        (really(lambda: torch.empty(2**46)), " (262,144.00 GiB asked for)"),
-        (really(lambda: np.ones(2**46)), " (512 TiB asked for)"),
+        (RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "), f" ({FREE})"),
+        (MemoryError(), f" ({FREE})"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), f" ({FREE})"),
+        (really(lambda: torch.empty(2**46)), f" (262,144.00 GiB asked for, {FREE})"),
+        (really(lambda: np.ones(2**46)), f" (512 TiB asked for, {FREE})"),
     ],
     ids=str,
 )
@@ -79,21 +92,14 @@ def test_nothing_else_is_taken_for_it(error: Exception) -> None:
     assert stopped.value is error
 
 
-@pytest.mark.parametrize(
-    ("batch", "accumulation", "smaller"),
-    [(8, 1, (4, 2)), (6, 2, (3, 4)), (9, 1, (3, 3)), (7, 2, (1, 14)), (1, 4, None)],
-)
-def test_less_keeps_the_step(batch: int, accumulation: int, smaller: tuple[int, int] | None) -> None:
-    stage = StageConfig(batch_size=batch, grad_accum=accumulation)
-    overrides = memory.less_for_stage("s", stage, whole_model=False)
-    assert overrides == (
-        [] if smaller is None else [f"stages.s.batch_size={smaller[0]}", f"stages.s.grad_accum={smaller[1]}"]
-    )
-    whole = memory.less_for_stage("s", stage, whole_model=True)
-    assert whole == [*overrides, "stages.s.gradient_checkpointing=true"]
-    assert memory.less_for_evaluation(EvalConfig(batch_size=batch)) == (
-        [f"eval.batch_size={batch // 2}"] if batch > 1 else []
-    )
+def test_what_is_left_to_give_up() -> None:
+    for size, overrides in ((4, ["stages.s.micro_batch=auto"]), ("auto", []), (1, [])):
+        stage = StageConfig(batch_size=8, micro_batch=size)
+        assert memory.less_for_stage("s", stage, whole_model=False) == overrides
+        whole = memory.less_for_stage("s", stage, whole_model=True)
+        assert whole == [*overrides, "stages.s.gradient_checkpointing=true"]
+    evaluations = [memory.less_for_evaluation(EvalConfig(batch_size=size)) for size in (8, "auto", 1)]
+    assert evaluations == [["eval.batch_size=auto"], [], []]
 
 
 def at(stage: str, step: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,10 +116,10 @@ def at(stage: str, step: int, error: Exception, monkeypatch: pytest.MonkeyPatch)
 def when_measuring(title: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     original = Measurer.perplexities
 
-    def perplexities(self: Measurer, model: Any, name: str) -> Any:
+    def perplexities(self: Measurer, model: Any, name: str, **options: Any) -> Any:
         if name == title:
             raise error
-        return original(self, model, name)
+        return original(self, model, name, **options)
 
     monkeypatch.setattr(Measurer, "perplexities", perplexities)
 
@@ -123,7 +129,7 @@ PLACES: dict[str, tuple[Callable[[pytest.MonkeyPatch], object], str, list[str]]]
     "teacher": (
         lambda patch: when_measuring("teacher", CPU, patch),
         "measuring the teacher",
-        ["eval.batch_size=2"],
+        [],
     ),
     "surgery": (
         lambda patch: patch.setattr(surgery, "convert", raising(MemoryError())),
@@ -133,21 +139,19 @@ PLACES: dict[str, tuple[Callable[[pytest.MonkeyPatch], object], str, list[str]]]
     "transfer": (
         lambda patch: at("transfer", 4, CUDA, patch),
         "in stage 'transfer', step 4 (2.50 GiB asked for)",
-        ["stages.transfer.batch_size=1", "stages.transfer.grad_accum=2"],
+        [],
     ),
     "recover": (
         lambda patch: at("recover", 1, CPU, patch),
-        "in stage 'recover', step 1 (1.50 GiB asked for)",
+        "in stage 'recover', step 1 (1.50 GiB asked for, 2.00 of the machine's 4.00 GiB free)",
         [
-            "stages.recover.batch_size=1",
-            "stages.recover.grad_accum=2",
             "stages.recover.gradient_checkpointing=true",
         ],
     ),
     "after": (
         lambda patch: when_measuring("after recover", CPU, patch),
         "measuring the model after stage 'recover'",
-        ["eval.batch_size=2"],
+        [],
     ),
     "export": (lambda patch: patch.setattr(export, "save", raising(CPU)), "exporting", []),
 }

@@ -152,8 +152,8 @@ def preference_stage(source: str, **changes: Any) -> StageConfig:
     settings: dict[str, Any] = {
         "objective": {"dpo": 1.0},
         "tokens": 8 * 4 * 64,
-        "batch_size": 2,
-        "grad_accum": 2,
+        "batch_size": 4,
+        "micro_batch": 2,
         "lr": 1e-2,
         "train": ["lora"],
         "lora": LoraConfig(rank=2, alpha=4),

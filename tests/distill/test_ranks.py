@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from linearize import surgery
+from linearize import distill, surgery
 from linearize.config import compose
 from linearize.distill import run
 from linearize.distill.trainable import check_ranks
@@ -36,9 +36,10 @@ def test_the_limit_is_that_of_the_widest_projection(teacher_folder):
                 check_ranks(recipe, plan, config.hidden_size)
 
 
-def test_an_every_that_keeps_nothing_is_said(teacher_folder, caplog):
-    from linearize.models import load_config
-
+def test_an_every_that_keeps_nothing_is_said_once_in_a_run(teacher_folder, make_recipe, tmp_path, caplog):
+    recipe = make_recipe()
+    recipe.layers, recipe.stages, recipe.eval.ablations = {"every": 100}, {}, False
     with caplog.at_level(logging.WARNING, "linearize"):
-        surgery.plan(load_config(str(teacher_folder)), {"window": {"name": "full"}}, {"every": 100})
-    assert "layers.every: 100, but the model has 2 attention layers, so none stays softmax" in caplog.text
+        distill.run(str(teacher_folder), recipe, tmp_path / "run")
+    said = "layers.every: 100, but the model has 2 attention layers, so none stays softmax"
+    assert caplog.text.count(said) == 1

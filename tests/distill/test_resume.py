@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from linearize import distill
 from linearize.config.schema import Recipe, StageConfig, StageDataConfig
 from linearize.distill import checkpoint
+from linearize.errors import CheckpointError
 
 
 class Crash(Exception):
@@ -51,7 +52,7 @@ def finals(out: Path) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.fixture
 def small(make_recipe: Callable[..., Recipe]) -> Recipe:
     """Accumulation, lines that average two steps, and checkpoints that fall between lines."""
-    recipe = make_recipe(grad_accum=2, tokens=8 * 2 * 2 * 64, log_every=2, save_every=3)
+    recipe = make_recipe(batch_size=4, micro_batch=2, tokens=8 * 2 * 2 * 64, log_every=2, save_every=3)
     recipe.eval.ablations = False
     return recipe
 
@@ -98,7 +99,7 @@ def test_crash_with_every_option(
     tied_folder: Path, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Window dropout, text of a stage's own; then groups of parameters and untied embeddings."""
-    common = {"batch_size": 2, "grad_accum": 2, "log_every": 2, "save_every": 3}
+    common = {"batch_size": 4, "micro_batch": 2, "log_every": 2, "save_every": 3}
     small.stages = {
         "transfer": StageConfig(
             objective={"mixing_matrix": 1.0, "hidden_alignment": 1.0},
@@ -175,6 +176,25 @@ def test_partial_checkpoints_are_passed_over(
     damaged.write_bytes(damaged.read_bytes()[:-8])
     (stage / "checkpoint-7").mkdir()
     assert checkpoint.latest(stage).name == "checkpoint-3"
+    distill.run(str(teacher_folder), small, out, resume=True)
+    assert_equal(out, reference)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-999999999999", "checkpoint-06", "checkpoint-4"])
+def test_a_renamed_checkpoint_is_refused_by_name(
+    name: str, teacher_folder: Path, small: Recipe, reference: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Taken for a later step it would end the stage, and pruning would delete the true ones for it."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        at_step(patch, "transfer", 7, crash)
+        distill.run(str(teacher_folder), small, out)
+    stage = out / "stage-1-transfer"
+    true = (stage / "checkpoint-6").rename(stage / name)
+    with pytest.raises(CheckpointError, match=rf"{name}: holds step 6.* back the name checkpoint-6, or move"):
+        distill.run(str(teacher_folder), small, out, resume=True)
+    assert checkpoint.damaged(true) is None and (stage / "checkpoint-3").is_dir()
+    true.rename(stage / "checkpoint-6")
     distill.run(str(teacher_folder), small, out, resume=True)
     assert_equal(out, reference)
 

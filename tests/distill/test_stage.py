@@ -18,13 +18,14 @@ from linearize import objectives, progress, surgery
 from linearize.config.schema import LoraConfig, RunConfig, StageConfig
 from linearize.distill import continuing
 from linearize.distill.finetune import FinetuneTrainer
-from linearize.distill.stage import Budget, Cycled, Schedule, StageTrainer, build_optimizer
+from linearize.distill.optimizer import Schedule, build_optimizer
+from linearize.distill.stage import Budget, Cycled, StageTrainer
 from linearize.distill.trainable import prepare, trained
 from linearize.distill.transfer import TransferTrainer
 
 
 def test_budget() -> None:
-    assert Budget.of(StageConfig(tokens=1000, batch_size=2, grad_accum=3), 10) == Budget(16, 60, 96)
+    assert Budget.of(StageConfig(tokens=1000, batch_size=6), 10) == Budget(16, 60, 96)
     assert Budget.of(StageConfig(tokens=1, batch_size=2), 10).steps == 1
 
 
@@ -106,8 +107,8 @@ def train_once(
 def test_accumulation_equals_one_large_batch(objective: str, tmp_path: Path) -> None:
     """What `--resume` counts on when it takes a smaller batch, and which objectives it has to speak of."""
     kind = TransferTrainer if objective in objectives.names("layer") else FinetuneTrainer
-    large, large_numbers = train_once(kind, tmp_path, objective={objective: 1.0}, batch_size=4, grad_accum=1)
-    small, small_numbers = train_once(kind, tmp_path, objective={objective: 1.0}, batch_size=1, grad_accum=4)
+    large, large_numbers = train_once(kind, tmp_path, objective={objective: 1.0}, batch_size=4)
+    small, small_numbers = train_once(kind, tmp_path, objective={objective: 1.0}, batch_size=4, micro_batch=1)
     if objective in continuing.OF_EACH_MICRO_BATCH:
         assert small_numbers["loss"] != pytest.approx(large_numbers["loss"], rel=1e-4)
         return

@@ -148,15 +148,15 @@ def test_bfloat16_autocast() -> None:
 
 
 def test_draws() -> None:
-    assert draws(0.5, 8, 3, 1, 0) == draws(0.5, 8, 3, 1, 0)
-    others = [draws(0.5, 30, *place) for place in ((3, 1, 0), (4, 1, 0), (3, 2, 0), (3, 1, 1))]
-    assert len({tuple(drawn) for drawn in others}) == 4
-    assert not any(draws(0.0, 100, 0, 0, 0))
-    share = sum(sum(draws(0.2, 10, 0, step, 0)) for step in range(500)) / 5000
+    assert draws(0.5, 8, 3, 1) == draws(0.5, 8, 3, 1)
+    others = [draws(0.5, 30, *place) for place in ((3, 1), (4, 1), (3, 2))]
+    assert len({tuple(drawn) for drawn in others}) == 3
+    assert not any(draws(0.0, 100, 0, 0))
+    share = sum(sum(draws(0.2, 10, 0, step)) for step in range(500)) / 5000
     assert share == pytest.approx(0.2, abs=0.02)
 
 
-def test_every_micro_batch_draws_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_draws_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def remember(*arguments: Any) -> list[bool]:
@@ -165,10 +165,14 @@ def test_every_micro_batch_draws_anew(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(transfer.window_dropout, "draws", remember)
     stage = StageConfig(
-        objective={"attention_output": 1.0}, tokens=3 * 4 * 32, batch_size=2, grad_accum=2, window_dropout=0.5
+        objective={"attention_output": 1.0},
+        tokens=3 * 4 * 32,
+        batch_size=4,
+        micro_batch=2,
+        window_dropout=0.5,
     )
     trainer(stage, tiny.LOLCATS, tmp_path).train()
-    assert asked == [(0.5, 4, 7, step, index) for step in range(3) for index in range(2)]
+    assert asked == [(0.5, 4, 7, step) for step in range(3) for _ in range(2)]
 
 
 def trainer(stage: StageConfig, mixer: dict[str, Any], folder: Path) -> TransferTrainer:

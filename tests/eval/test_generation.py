@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from linearize import surgery
 from linearize.errors import LinearizeError
@@ -195,10 +195,59 @@ def test_numbers_that_overflow_are_said_and_not_decoded(model, tokenizer, option
     with torch.no_grad():
         model.model.layers[0].self_attn.v_proj.weight.fill_(1e38)
         model.model.layers[0].self_attn.o_proj.weight.fill_(1e38)
-    with pytest.raises(LinearizeError, match="the model gives NaN and no logits after 2 tokens"):
+    with pytest.raises(LinearizeError, match="the model gives NaN or infinity and no logits after 2 tokens"):
         generate(model, tokenizer, "the cat", max_new_tokens=4, **options)
 
 
 def test_a_prompt_that_is_no_text(model, tokenizer):
     with pytest.raises(LinearizeError, match="no UTF-8 text"):
         generate(model, tokenizer, "the \udcff")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 60_000}, "num_beams must be a whole number from 1 to 100, got 60000"),
+        ({"num_beams": 2.5}, "num_beams must be a whole number"),
+        ({"num_return_sequences": 10**6, "num_beams": 4}, "num_return_sequences must be"),
+        ({"max_new_tokens": 2**31}, "max_new_tokens must be a whole number from 1 to 1,000,000"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be"),
+        (
+            {"do_sample": True, "temperature": 1e-300},
+            "temperature must be a number from 1e-05 to 10,000, got 1e-300",
+        ),
+        ({"do_sample": True, "temperature": 1e300}, "without sampling .* the likeliest token is taken"),
+        ({"do_sample": True, "temperature": float("nan")}, "temperature must be"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p must be a number from 0 to 1"),
+    ],
+)
+def test_numbers_beyond_their_ends_are_refused_at_once(model, tokenizer, options, message, monkeypatch):
+    monkeypatch.setattr(model, "forward", None)  # nothing is computed
+    with pytest.raises(LinearizeError, match=message):
+        generate(model, tokenizer, "the cat", **options)
+    if "max_new_tokens" not in options:  # a generation config cannot ask for what the caller cannot
+        for name, value in options.items():
+            setattr(model.generation_config, name, value)
+        sample = {"do_sample": True} if "do_sample" in options else {}
+        with pytest.raises(LinearizeError, match=rf"generation_config\.json: {message.split()[0]}|{message}"):
+            generate(model, tokenizer, "the cat", **sample)
+
+
+def test_numbers_at_their_ends_work(model, tokenizer):
+    greedy = generate(model, tokenizer, "the cat", max_new_tokens=4)
+    assert generate(model, tokenizer, "the cat", max_new_tokens=4, do_sample=True, temperature=1e-5) == greedy
+    generate(model, tokenizer, "the cat", max_new_tokens=4, do_sample=True, temperature=1e4, top_p=1e-9)
+    generate(model, tokenizer, "the cat", max_new_tokens=2, num_beams=20)
+
+
+def test_a_table_of_learned_positions_has_an_end(tokenizer):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=16)
+    table = GPT2LMHeadModel(config)
+    assert generate(table, tokenizer, "the cat sat", max_new_tokens=13)
+    with pytest.raises(
+        LinearizeError, match=r"14 after a prompt of 3 tokens .* 16 learned positions; at most 13"
+    ):
+        generate(table, tokenizer, ["the cat sat", "on"], max_new_tokens=14)
+    with pytest.raises(LinearizeError, match="shorten the prompt"):
+        generate(table, tokenizer, "the " * 16, max_new_tokens=1)

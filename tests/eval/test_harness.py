@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from linearize.errors import DataError, LinearizeError
+from linearize.errors import DataError, LinearizeError, NotFiniteError
 from linearize.eval import harness
 from linearize.eval.harness import check_data, expand, run_tasks, task_names
 
@@ -52,6 +52,27 @@ def test_the_five_tasks_are_there():
 def test_an_unknown_task_offers_the_nearest():
     with pytest.raises(LinearizeError, match=r"unknown task 'arc_eazy': did you mean 'arc_easy'\?"):
         expand(["arc_eazy"])
+
+
+@pytest.mark.parametrize("task", ["piqa", "winogrande", "lambada_openai"])
+def test_a_model_of_nan_has_no_score(model, tokenizer, data_dir, task, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.chdir(data_dir)
+    with torch.no_grad():
+        model.model.norm.weight[3] = math.nan
+    with pytest.raises(
+        NotFiniteError, match=rf"task '{task}', item 1: the log-likelihood is nan; the model's"
+    ):
+        run_tasks(model.eval(), tokenizer, [task], data_dir=data_dir, progress=False)
+
+
+def test_a_perplexity_of_words_that_overflows_is_infinite(model, tokenizer, data_dir, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.chdir(data_dir)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1e6)
+    found = run_tasks(model.eval(), tokenizer, ["lambada_openai"], data_dir=data_dir, progress=False)
+    assert found["lambada_openai"]["perplexity"] == math.inf
 
 
 def test_all_tasks_end_to_end(model, tokenizer, data_dir, capfd, monkeypatch):
@@ -174,7 +195,7 @@ def test_a_missing_folder_says_what_belongs_there(folder):
 
 def test_lm_eval_missing_names_the_extra(model, tokenizer, data_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(LinearizeError, match=r"pip install 'linearize\[eval\]'"):
+    with pytest.raises(LinearizeError, match=r"pip install 'lm-eval>=0\.4"):
         run_tasks(model, tokenizer, ["piqa"], data_dir=data_dir, progress=False)
 
 

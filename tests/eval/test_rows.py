@@ -26,6 +26,10 @@ def test_rows_survive_the_process(tmp_path):
     again = Scores(path)
     assert again.rows == scores.rows
     assert again.of("a") == [ROW] and again.of("c") == []
+    assert (
+        json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(word))["rows"][0]["value"]
+        == "Infinity"
+    )
     again.add([ROW])
     assert len(Scores(path).rows) == 3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from linearize.eval.measurement import score
 from linearize.eval.rows import Score
+from linearize.eval.side_by_side import samples
 from linearize.eval.suite import Suite
 from linearize.eval.summary import tables, verdicts
 
@@ -81,3 +83,18 @@ def test_tables_fit_the_terminal(width):
         assert whole in said
     lines = [line for line in said.splitlines() if "niah_multiquery" in line]
     assert len(lines) == 2 and all(line.count("100") == 6 for line in lines)
+
+
+def test_what_models_wrote_is_text_and_no_markup(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for role in ("teacher", "student"):
+        written = {"role": role, "prompts": ["Once [bold]", "Two"], "texts": [f"[red]{role}[/red]", "x"]}
+        (tmp_path / "samples" / f"{role}.json").write_text(json.dumps(written))
+    rows = [
+        replace(row(role, "generation", "repetition", 0.1), key=role)
+        for role in ("teacher", "student", "gone")
+    ]
+    out = io.StringIO()
+    Console(file=out, width=80).print(samples(rows, tmp_path))
+    assert "Once [bold]" in out.getvalue() and "[red]student[/red]" in out.getvalue()
+    assert samples(rows[2:], tmp_path) is None and samples([], tmp_path) is None

@@ -56,6 +56,9 @@ def test_the_teacher_runs_once(pair, monkeypatch):
     handle.remove()
     assert len(calls) == 1 + 2 * len(ids)  # to look at the head, once as the reference, once as the model
     assert first.kl.mean() > 0.1 and again.kl.abs().max() < 1e-5 and again.agrees.all()
+    # other windows are other passes
+    assert score_tokens(Predictor(teacher), tiny.tokens(2, 11, seed=9), reference).kl.abs().max() < 1e-5
+    assert score_tokens(Predictor(teacher), tiny.tokens(1, 30), reference).kl.abs().max() < 1e-5
 
 
 def test_distance_to_the_pair_before():

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from linearize.kernels import dispatch
@@ -156,6 +158,32 @@ def test_equals_the_loop(case):
         if case.strength == 20.0 and dtype == single:
             limit = 1e-4  # decays are differences of sums of hundreds
         assert max(found.values()) < limit, (dtype, found)
+
+
+@triton.jit
+def rounded_pairs(pairs, tile):
+    bits = pairs.to(tl.int32, bitcast=True)
+    return ((bits + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded_operand(x, factor, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    return rounded_pairs(x * factor, x)
+
+
+@pytest.mark.skipif(ON_GPU, reason="the products' operands are replaced, which the interpreter alone allows")
+def test_rounded_operands_cost_the_decays_no_more_than_others(monkeypatch):
+    """What pairs on one side of a strong decay give it cancels, however operands are rounded: here as bfloat16 is."""
+    from linearize.kernels.generalized_delta import triton_gradients
+
+    monkeypatch.setattr(triton_gradients, "weighed", rounded_pairs)
+    monkeypatch.setattr(triton_gradients, "operand", rounded_operand)
+    for strength in (1.0, 20.0):
+        case = Case(tokens=130, strength=strength)
+        x, docs = rounded(draw(case), single), documents(case)
+        exact = run({name: tensor.double() for name, tensor in x.items()}, docs, generalized_delta_reference)
+        found = {name: error(y, exact[name]) for name, y in run(x, docs, generalized_delta_chunk).items()}
+        assert 1e-4 < found["k"] < 5e-3 and found["log_decay"] < 5e-3, found
 
 
 def test_no_tokens():

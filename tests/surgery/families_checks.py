@@ -20,6 +20,7 @@ import linearize
 from linearize import models, objectives, surgery
 from linearize.config.schema import LoraConfig, StageConfig
 from linearize.distill.finetune import predict, predict_teacher
+from linearize.distill.positions import counted_from_zero
 from linearize.distill.trainable import prepare, trained
 from linearize.distill.transfer import transfer_step
 from linearize.errors import LinearizeError, UnsupportedModelError
@@ -328,10 +329,17 @@ class Judge:
         untouched = expected["plain"]
         if inputs.takes_positions:
             batch["position_ids"] = torch.arange(40).expand(2, -1)
-            with torch.no_grad():
-                untouched = predict(load(self.folder / "teacher"), batch)
+            original = load(self.folder / "teacher")
+            with torch.no_grad(), counted_from_zero(original):
+                untouched = predict(original, batch)
             if (untouched - expected["plain"]).abs().max() > TOLERANCE * expected["plain"].abs().max():
                 self.verdict.notes.append("does not count positions from 0, as packed training text does")
+        with counted_from_zero(model):
+            return self._trained(model, inputs, batch, untouched, roles)
+
+    def _trained(
+        self, model: Any, inputs: Inputs, batch: dict[str, Tensor], untouched: Tensor, roles: list[str]
+    ) -> PreTrainedModel:
         model = prepare(model, StageConfig(train=["mixers"]))
         losses = transfer_step(model, batch, {"attention_output": 1.0})
         assert losses.isfinite().all() and (losses > 0).all(), f"transfer losses {losses.tolist()}"

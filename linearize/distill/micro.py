@@ -1,0 +1,100 @@
+"""How many sequences of an optimizer step are on the device at once: as asked for, or as many as fit.
+
+A step's gradient is the same whatever that number is: losses are sums over its tokens (or sequences, or pairs), divided
+by those of the whole step. Where memory runs out the step is begun again with half as many, under the same random
+state, and the number stays for the rest of the stage; a checkpoint remembers it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.config.schema import StageConfig
+from linearize.distill import memory, state
+
+log = logging.getLogger(__name__)
+
+CAREFUL = 8
+"""Sequences at most where an allocator promises more than there is, and the system ends the process instead."""
+
+
+class MicroBatch:
+    """The sequences that are on the device at once.
+
+    Args:
+        stage: its `batch_size` and `micro_batch`.
+        name: of the stage, for what is said.
+        device: where it trains.
+
+    Attributes:
+        size: how many; always a divisor of the batch.
+        found: whether memory, not the recipe, decides.
+    """
+
+    def __init__(self, stage: StageConfig, name: str, device: torch.device) -> None:
+        self.batch = stage.batch_size
+        self.name = name
+        self.device = device
+        self.found = stage.micro_batch == "auto"
+        most = self.batch if device.type == "cuda" else min(self.batch, CAREFUL)
+        self.size = divisor(self.batch, most) if self.found else int(stage.micro_batch)
+
+    def run(
+        self, batch: dict[str, Tensor], part: Callable[[dict[str, Tensor]], Tensor], undo: Callable[[], Any]
+    ) -> Tensor:
+        """One optimizer step's passes.
+
+        Args:
+            batch: tensors of all sequences.
+            part: forward and backward of some of them; gives their share of the step's losses.
+            undo: forgets the gradients of a step that is begun again.
+
+        Returns:
+            The sum of what `part` gave.
+
+        Raises:
+            RuntimeError, MemoryError: what the allocator raised, where not even one sequence fits, or as many as were
+                asked for do not.
+        """
+        rng = state.rng_tensors() if self.found else {}
+        while True:
+            try:
+                return self._whole(batch, part)
+            except Exception as error:
+                if not (self.found and self.size > 1 and memory.is_out_of_memory(error)):
+                    raise
+            # out of the handler: its frames, and the tensors in them, are gone
+            undo()
+            memory.release(self.device)
+            state.restore_torch(rng)
+            before, self.size = self.size, divisor(self.batch, self.size // 2)
+            log.warning(
+                "stage '%s': %d sequences at once do not fit into memory; going on with %d, and the same batch_size %d",
+                self.name,
+                before,
+                self.size,
+                self.batch,
+            )
+
+    def _whole(self, batch: dict[str, Tensor], part: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+        total: Tensor | None = None
+        for start in range(0, len(batch["input_ids"]), self.size):
+            values = part({name: tensor[start : start + self.size] for name, tensor in batch.items()})
+            total = values if total is None else total + values
+        assert total is not None
+        return total
+
+    def remember(self, saved: Any) -> None:
+        """Take what a checkpoint holds, unless the recipe says how many."""
+        if self.found and isinstance(saved, int) and 0 < saved <= self.size and self.batch % saved == 0:
+            self.size = saved
+
+
+def divisor(batch: int, most: int) -> int:
+    """The largest divisor of `batch` that is at most `most`: every pass then has one shape."""
+    return next(size for size in range(max(1, most), 0, -1) if batch % size == 0)

@@ -1,0 +1,114 @@
+"""Compiled blocks give what their parts give, layers share what is compiled, and what cannot be compiled goes on."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from linearize import objectives, surgery
+from linearize.bench.subjects import convert, random_model
+from linearize.distill import blocks
+from linearize.distill.finetune import predicts, teacher_predicts
+from linearize.distill.headless import recognize
+from linearize.distill.transfer import transfer_step
+
+SIZES = {"hidden_size": 64, "head_dim": 64, "num_hidden_layers": 4}
+
+
+@pytest.fixture(autouse=True)
+def traced_alone(monkeypatch):
+    """Tracing is what can fail; the compiler of the CPU would take minutes."""
+    monkeypatch.setattr(blocks, "BACKEND", "eager")
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def packed() -> dict[str, torch.Tensor]:
+    ids = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "position_ids": torch.arange(40).repeat(2, 1) % 17, "labels": ids}
+
+
+def step(model, head) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    batch = packed()
+    model.zero_grad()
+    theirs = teacher_predicts(model, batch, None, head)
+    model.train()
+    targets = objectives.next_targets(batch["labels"], batch["position_ids"])
+    loss = objectives.token_backward(
+        predicts(model, batch, head), targets, {"next_token": 1.0, "logits_kl": 1.0}, teacher=theirs
+    )
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("recipe", ["lolcats", "gated_delta_window", "arwkv", "softmax"])
+def test_equal_to_their_parts(recipe):
+    model = convert(random_model("cpu", torch.float32, "tiny", **SIZES), recipe)
+    head = recognize(model, torch.device("cpu"))
+    loss, gradients = step(model, head)
+    compiled = blocks.Blocks(blocks.repeated(model), "probe")
+    assert len(compiled.layers) == 4
+    with surgery.trusting(model), compiled.compiled():
+        for _ in range(2):
+            other, found = step(model, head)
+    assert compiled.obstacle is None
+    assert counters["stats"]["unique_graphs"] == 2, "one of the student, one of the teacher"
+    torch.testing.assert_close(other, loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+    assert not any("forward" in vars(layer) for layer in compiled.layers)
+
+
+def test_what_cannot_be_compiled_goes_on(caplog):
+    model = random_model("cpu", torch.float32, "tiny", **SIZES)
+    head = recognize(model, torch.device("cpu"))
+    batch = packed()
+    expected = predicts(model, batch, head).hidden
+
+    class Looking(type(model.model.layers[0].mlp)):
+        def forward(self, x):
+            torch._dynamo.graph_break()  # as where an answer of the device decides what follows
+            return super().forward(x)
+
+    for layer in model.model.layers:
+        layer.mlp.__class__ = Looking
+    compiled = blocks.Blocks(blocks.repeated(model), "probe")
+    with caplog.at_level(logging.INFO), compiled.compiled():
+        found = predicts(model, batch, head).hidden
+    assert compiled.obstacle is not None and "not compiled" in caplog.text
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("how", ["forward", "hook"])
+def test_where_somebody_else_is_blocks_are_left_alone(how):
+    model = random_model("cpu", torch.float32, "tiny", **SIZES)
+    assert len(blocks.repeated(model)) == 4
+    if how == "forward":
+        model.model.layers[1].forward = model.model.layers[1].forward
+    else:
+        model.model.layers[2].mlp.register_forward_pre_hook(lambda module, args: None)
+    assert blocks.repeated(model) == []
+    assert blocks.Blocks(blocks.repeated(model), "probe").obstacle is not None
+
+
+def test_transfer_with_what_stands_around_the_attention():
+    """Losses and gradients of the layers are those of the parts; a norm and a feed-forward layer are compiled."""
+    model = convert(random_model("cpu", torch.float32, "tiny", **SIZES), "lolcats")
+    model.requires_grad_(False)
+    for layer in surgery.converted(model):
+        layer.mixer.requires_grad_(True)
+    expected = transfer_step(model, packed(), {"attention_output": 1.0})
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    parts = blocks.around_attention(model)
+    assert {type(part).__name__ for part in parts} == {"LlamaRMSNorm", "LlamaMLP"} and len(parts) == 12
+    compiled = blocks.Blocks(parts, "probe")
+    model.zero_grad()
+    with surgery.trusting(model), compiled.compiled():
+        found = transfer_step(model, packed(), {"attention_output": 1.0})
+    assert compiled.obstacle is None and counters["stats"]["unique_graphs"] == 2
+    torch.testing.assert_close(found, expected)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-7, msg=name)

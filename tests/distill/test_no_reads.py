@@ -1,0 +1,107 @@
+"""Nothing in a micro-step waits for the device or moves data from the host, so that a CUDA graph can hold it.
+
+Micro-steps run on fake tensors of the meta device: what would look at numbers raises, and so does what mixes tensors of
+the host in. Dispatch goes both ways, to the torch forms, and to the Triton kernels' registered shapes.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from linearize import objectives, surgery
+from linearize.bench.subjects import convert, random_model, subjects
+from linearize.distill.finetune import predicts, teacher_predicts
+from linearize.distill.headless import recognize
+from linearize.distill.transfer import transfer_step
+from linearize.kernels import dispatch
+
+META = torch.device("meta")
+# as wide as the kernels take, and small otherwise; xatl converts all but every twelfth layer
+SIZES = {"hidden_size": 64, "head_dim": 64, "num_hidden_layers": 2}
+
+
+class OnDevice(TorchDispatchMode):
+    """Every tensor of every operation is on the meta device, numbers apart."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves((args, kwargs, made)):
+            assert not isinstance(x, torch.Tensor) or x.device == META or not x.dim(), (
+                f"{function}: {x.device}"
+            )
+        return made
+
+
+@contextmanager
+def on_paper(monkeypatch, triton: bool):
+    """Fake tensors, and the dispatch as on a CUDA device, or as without kernels."""
+    own = torch.autocast
+    with monkeypatch.context() as patch, FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        patch.setenv("LINEARIZE_COMPILE", "never")
+        patch.setattr(dispatch, "use_triton", lambda *x: triton)
+        # the meta device has no name for autocast
+        patch.setattr(torch, "is_autocast_enabled", lambda *kind: False)
+        patch.setattr(
+            torch, "autocast", lambda kind, *a, **k: nullcontext() if kind == "meta" else own(kind, *a, **k)
+        )
+        yield mode
+
+
+def to_paper(model: nn.Module) -> None:
+    for part in model.modules():
+        for name, x in list(part._parameters.items()):
+            if x is not None:
+                part._parameters[name] = nn.Parameter(torch.empty_like(x, device=META), requires_grad=True)
+        for name, x in list(part._buffers.items()):
+            if x is not None:
+                part._buffers[name] = torch.empty_like(x, device=META)
+
+
+def packed(tokens: int = 40) -> dict[str, torch.Tensor]:
+    """Two rows of documents end to end."""
+    ids = torch.ones(2, tokens, dtype=torch.int64, device=META)
+    positions = torch.arange(tokens, device=META).repeat(2, 1) % 17
+    return {"input_ids": ids, "position_ids": positions, "labels": ids}
+
+
+@pytest.mark.parametrize(
+    ("name", "triton"), [*((name, True) for name in subjects()), ("lolcats", False), ("gla", False)]
+)
+def test_of_every_recipe(name, triton, monkeypatch):
+    """Attention transfer where something trains there, and training of all weights on text and on the teacher."""
+    model = convert(random_model("cpu", torch.bfloat16, "tiny", **SIZES), name)
+    head = recognize(model, torch.device("cpu"))
+    assert head is not None
+    trains = any(layer.mixer.added_parameters for layer in surgery.converted(model))
+    with on_paper(monkeypatch, triton), ExitStack() as stack:
+        to_paper(model)
+        batch = packed()
+        count = torch.ones((), dtype=torch.int64, device=META)
+        stack.enter_context(surgery.trusting(model))
+        stack.enter_context(OnDevice())
+        if trains:
+            losses = transfer_step(model, batch, {"attention_output": 1.0})
+            assert losses.shape == (len(surgery.converted(model)),)
+            assert all(p.grad is not None for x in surgery.converted(model)[:1] for p in x.mixer.parameters())
+            model.zero_grad()
+        theirs = teacher_predicts(model, batch, None, head)
+        model.train()
+        targets = objectives.next_targets(batch["labels"], batch["position_ids"])
+        loss = objectives.token_backward(
+            predicts(model, batch, head), targets, {"next_token": 1.0, "logits_kl": 1.0},
+            teacher=theirs, count=count,
+        )  # fmt: skip
+        assert loss.shape == () and all(p.grad is not None for p in model.parameters())
+
+
+def test_a_mask_that_is_not_trusted_is_looked_at(monkeypatch):
+    model = convert(random_model("cpu", torch.bfloat16, "tiny", **SIZES), "lolcats")
+    with on_paper(monkeypatch, triton=False), pytest.raises(DataDependentOutputException):
+        to_paper(model)
+        transfer_step(model, packed(), {"attention_output": 1.0})

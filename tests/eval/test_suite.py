@@ -1,0 +1,64 @@
+"""Suites as they ship: every file reads, every task is known, and what a model cannot hold is left out with a word."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from byte_llama import TEXT, byte_tokenizer
+
+from linearize.data import Document
+from linearize.errors import LinearizeError
+from linearize.eval import suite, tasks_known
+from linearize.eval.judge import _units
+from linearize.eval.measurement import Setting
+from linearize.eval.recall.measure import GENERATORS
+
+
+def test_every_suite_reads_and_knows_its_tasks():
+    suites = suite.load("all")
+    assert [one.name for one in suites] == suite.names() == ["quick", "standard", "long", "efficiency"]
+    tasks_known.check(suites)
+    measured = {unit.task for one in suites for unit in one.units}
+    assert set(GENERATORS) | {"text", "mqar", "decoding", "generation", "prefill", "decode"} == measured
+    lengths = {unit.length for one in suites for unit in one.units if unit.task == "passkey"}
+    assert lengths >= {512, 1024, 2048, 4096, 8192, 16384, 32768}
+    assert all(unit.concerns("swa_sinks") for one in suites for unit in one.units if unit.task in GENERATORS)
+    [only] = suite.load("all", ["mqar"])
+    assert only.name == "standard" and {unit.task for unit in only.units} == {"mqar"}
+
+
+def test_an_unknown_suite_or_task_offers_the_nearest(tmp_path):
+    with pytest.raises(LinearizeError, match=r"unknown suite 'standart'; did you mean 'standard'\?"):
+        suite.load("standart")
+    with pytest.raises(LinearizeError, match=r"no task 'pass'; did you mean|no task 'pass'; valid"):
+        suite.load("quick", ["pass"])
+    file = tmp_path / "mine.yaml"
+    for text, reason in (
+        ("measure: [{task: text, length: 4}]", "'about'"),
+        ("about: x\nmeasure: [{task: text, length: many}]", "length m"),
+        ("about: x\nmeasure: [{task: text, length: -4}]", "length -4"),
+        ("about: [", "is no YAML"),
+        ("", "is no suite"),
+    ):
+        file.write_text(text)
+        with pytest.raises(LinearizeError, match=reason):
+            suite.load(str(file))
+
+
+def test_what_does_not_fit_is_left_out_with_a_word(tmp_path, caplog):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "about: x\nmeasure:\n"
+        "  - {task: text, length: [64, 128, 9999999]}\n  - {task: passkey, length: [10, 400], items: 1}\n"
+    )
+    [mine] = suite.load(str(file))
+    setting = Setting(byte_tokenizer(), {"": [Document.plain(TEXT)]}, tmp_path)
+    with caplog.at_level(logging.INFO, logger="linearize"):
+        kept = [(unit.task, unit.length) for unit in _units(mine, setting)]
+        setting.longest = 500
+        shorter = [(unit.task, unit.length) for unit in _units(mine, setting)]
+    assert kept == [("text", 64), ("text", 128), ("passkey", 400)]
+    assert shorter == [("text", 64), ("text", 128)]
+    assert "no passkey at 10 tokens" in caplog.text and "shorter than one window" in caplog.text
+    assert "no passkey at 400 tokens: the model has 500 positions" in caplog.text
