@@ -68,12 +68,12 @@ def _units(subject: Subject) -> list[tuple[str, int]]:
 
 
 def _counts(row: Score) -> bool:
-    return summary._is_beyond(row) if row.metric == "ppl_hit" else not row.by
+    return summary.is_beyond(row) if row.metric == "ppl_hit" else not row.by
 
 
 def _differences(rows: Sequence[Score], subject: Subject) -> Iterator[Row]:
     for row in rows:
-        if row.metric == "nll_difference" and (not row.by or summary._is_beyond(row)):
+        if row.metric == "nll_difference" and (not row.by or summary.is_beyond(row)):
             known = row.low is not None and row.high is not None
             yield {
                 "conversion": subject.name,

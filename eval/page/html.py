@@ -73,7 +73,7 @@ def render(page: Page) -> str:
 def columns(table: Table) -> list[tuple[str, bool]]:
     """(heading, whether it holds numbers) of a table."""
     names = dict.fromkeys(name for row in table.rows for name in row)
-    return [(name, tables._numeric(table.rows, name)) for name in names]
+    return [(name, tables.is_numeric(table.rows, name)) for name in names]
 
 
 def _digest(script: str) -> str:

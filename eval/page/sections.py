@@ -80,7 +80,7 @@ def _summary(cast: Sequence[Contestant]) -> Iterator[Block]:
         line["95 %"] = _ends(next((row for row in text if row.metric == "ppl" and not row.by), None))
         line["KL to teacher"] = _first(text, "kl")
         line["same token, %"] = _first(text, "agreement")
-        far = [row for row in text if row.metric == "ppl_hit" and summary._is_beyond(row)]
+        far = [row for row in text if row.metric == "ppl_hit" and summary.is_beyond(row)]
         line["recalled ppl"] = far[0].value if far else None
         found = written(one.rows)
         if recall and all(place in found for place in recall):
@@ -145,7 +145,7 @@ def _series(
 def _is(task: str, length: int, metric: str, by: str, row: Score) -> bool:
     """Whether a score is one of a bucket."""
     same = (row.task, row.length or 0, row.metric, row.by) == (task, length, metric, by)
-    return same and not summary._is_beyond(row)
+    return same and not summary.is_beyond(row)
 
 
 def _costs_of(task: str, metric: str, batch: str, row: Score) -> bool:
@@ -186,7 +186,7 @@ def _tasks(cast: Sequence[Contestant]) -> Iterator[Block]:
         line: Row = {"task": task, "metric": f"{bucket}, of teacher's" if metric == "relative" else metric}
         for one, row in scored:
             if (row.task, row.metric, row.bucket) == (task, metric, bucket):
-                line[one.name] = summary._share(row)
+                line[one.name] = summary.share(row)
                 line["items"] = row.n
         rows.append(line)
     if rows:
@@ -269,7 +269,7 @@ def _provenance(subjects: Sequence[Subject]) -> Iterator[Block]:
 
 def _first(rows: Sequence[Score], metric: str) -> object:
     found = next((row for row in rows if row.metric == metric and not row.by), None)
-    return None if found is None else summary._plain(found)
+    return None if found is None else summary.plain(found)
 
 
 def _ends(row: Score | None) -> str | None:

@@ -68,6 +68,8 @@ def _headline(name: str, rows: Sequence[tuple[bool, Finding]]) -> Finding:
     if not rows:
         return Finding(OPEN, f"{name} has not been compared with a plain window")
     overall, far = (_together([f.grade for beyond, f in rows if beyond is kind]) for kind in (False, True))
+    if overall == BAD and far == GOOD:
+        return Finding(BAD, f"{name} is worse than a plain window over all tokens, though it recalls more")
     if BAD in (overall, far):
         place = "over all tokens" if overall == BAD else "at recalling what lies beyond it"
         return Finding(BAD, f"{name} is worse than a plain window {place}")
