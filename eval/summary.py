@@ -225,6 +225,8 @@ def _crossovers(rows: Sequence[Score]) -> list[Row]:
 def plain(row: Score) -> Any:
     """The value; a share in whole percent."""
     metric = METRICS.get(row.metric)
+    if row.metric.endswith("_bytes"):
+        return f"{row.value / 2**20:,.1f} MiB"
     return round(100 * row.value) if metric is not None and metric.share else row.value
 
 

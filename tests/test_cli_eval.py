@@ -146,6 +146,10 @@ def test_every_kind_of_measurement_ends_in_rows_and_tables(converted, files, tmp
         "The teacher itself fails at",
     ):
         assert words in said.out
+    # the state of these mixers is larger than so few keys and values; with one it would be a row of its own
+    crossed = [row for row in found if row["metric"] == "crossover"]
+    assert all(row["role"] == "student" and row["value"] in (32, 64) for row in crossed)
+    assert ("student is ahead" in said.out) == bool(crossed)
     assert "no passkey at 100 tokens: passkey: the item alone has" in said.err
     before = (tmp_path / "out" / "results.json").read_bytes()
     assert cli.main(["eval", str(converted), *files]) == 0
