@@ -9,7 +9,7 @@ from linearize.eval.cast import CONTROLS
 from linearize.eval.page.blocks import Bar, Bars, Block, Row, Style, Table, Words
 from linearize.eval.page.contestants import CONTROL_STYLES, STUDENT_COLORS, TEACHER_STYLE
 from linearize.eval.page.sources import Subject
-from linearize.eval.page.verdict import texts, written
+from linearize.eval.page.verdict import listed, written
 from linearize.eval.rows import STUDENT, TEACHER, Score
 
 
@@ -21,7 +21,7 @@ def blocks(subjects: Sequence[Subject]) -> Iterator[Block]:
         if STUDENT not in roles or len(roles) < 2:
             continue
         several = f"{subject.name}: " if len(subjects) > 1 else ""
-        for unit in _units(subject):
+        for unit in dict(shown_texts(subject.rows)[::-1]).items():  # the first of each text
             here = [row for row in subject.rows if (row.task, row.length) == unit]
             where = f"{unit[0]}, {unit[1]:,} tokens"
             for title, wanted in (("Perplexity", "ppl"), ("Perplexity of pairs beyond 64 tokens", "ppl_hit")):
@@ -45,8 +45,7 @@ def blocks(subjects: Sequence[Subject]) -> Iterator[Block]:
                         else (100 * only.low, 100 * only.high)
                     )
                     bars.append(Bar(_name(role, subject), mean, low, high, _style(role)))
-            tasks = ", ".join(dict.fromkeys(task for task, _ in shared))
-            yield Bars(f"{several}Recall written right ({tasks})", "% of items", bars, share=True)
+            yield Bars(f"{several}Recall written right ({listed(shared)})", "% of items", bars, share=True)
     if rows:
         yield Table(rows, "Nats a token more than the conversion itself, over the same tokens")
         yield Words(
@@ -55,16 +54,18 @@ def blocks(subjects: Sequence[Subject]) -> Iterator[Block]:
         )
 
 
-def _units(subject: Subject) -> list[tuple[str, int]]:
-    """Of each text the windows that most were measured on, the longest of these."""
-    roles: dict[tuple[str, int], set[str]] = {}
-    for row in subject.rows:
-        if (row.task, row.length or 0) in texts(subject.rows):
-            roles.setdefault((row.task, row.length or 0), set()).add(row.role)
-    best: dict[str, int] = {}
-    for task, length in sorted(roles, key=lambda unit: (len(roles[unit]), unit[1])):
-        best[task] = length
-    return list(best.items())
+def shown_texts(rows: Sequence[Score]) -> list[tuple[str, int]]:
+    """Of each text the windows that most models were measured on, and the longest of all: the others say the same."""
+    models: dict[tuple[str, int], set[tuple[str, str]]] = {}
+    for row in rows:
+        if summary.is_text(row) and row.metric == "ppl" and row.length is not None:
+            models.setdefault((row.task, row.length), set()).add((row.model, row.role))
+    made: list[tuple[str, int]] = []
+    for task in dict.fromkeys(task for task, _ in models):
+        own = [unit for unit in models if unit[0] == task]
+        shared = max(own, key=lambda unit: (len(models[unit]), unit[1]))
+        made += dict.fromkeys([shared, max(own, key=lambda unit: unit[1])])
+    return made
 
 
 def _counts(row: Score) -> bool:

@@ -24,7 +24,7 @@ from linearize.eval.page.blocks import (
 )
 from linearize.eval.page.contestants import Contestant, contestants, short
 from linearize.eval.page.sources import Subject
-from linearize.eval.page.verdict import texts, verdict, written
+from linearize.eval.page.verdict import listed, texts, verdict, written
 from linearize.eval.rows import METRICS, STUDENT, TEACHER, Score
 from linearize.eval.tables import number
 
@@ -96,15 +96,14 @@ def _summary(cast: Sequence[Contestant]) -> Iterator[Block]:
             "token before repeats one from 64 tokens back or more."
         )
         if recall:
-            listed = ", ".join(f"{task} at {length:,}" for task, length in recall)
-            said += f" Recall: mean of {listed}."
+            said += f" Recall: mean of {listed(recall)} tokens."
         yield Words(said)
 
 
 def _quality(cast: Sequence[Contestant]) -> Iterator[Block]:
-    units = dict.fromkeys(unit for one in cast for unit in texts(one.rows, one.role))
+    units = controls.shown_texts([row for one in cast for row in one.rows])
     students = {one.name for one in cast if one.role == STUDENT}
-    for task, length in sorted(units, key=lambda unit: (unit[0], unit[1])):
+    for task, length in units:
         where = f"{task}, windows of {length:,}"
         for metric, by, title, x_title, log_y in (
             ("ppl", "position", "Perplexity by position", "token of the window", True),
@@ -215,14 +214,17 @@ def _cost(cast: Sequence[Contestant]) -> Iterator[Block]:
         several = f", {batch} sequences" if batch != "1" and metric != "cache_bytes" else ""
         yield Lines(f"{title}{several}, {unit}", "tokens of context", unit, series, log_y=True)
     teachers = [row for one in cast if one.role == TEACHER for row in one.rows]
-    rows = []
+    ahead: dict[tuple[str, str], Row] = {}
     for one in cast:
         if one.role == STUDENT:
             for row in crossovers([*one.rows, *teachers]):
-                line: Row = {"model": one.name, "of": row.task, "sequences": row.bucket}
-                rows.append(line | {"ahead from tokens": int(row.value)})
-    if rows:
-        yield Table(rows, "From which measured context on a student stays ahead of the teacher")
+                of = row.task.replace("_", " ")
+                line = ahead.setdefault((of, row.bucket), {"of": of, "sequences": row.bucket})
+                line[one.name] = int(row.value)
+    if ahead:
+        yield Table(
+            _even(list(ahead.values())), "From which measured context on a student stays ahead of the teacher"
+        )
 
 
 def _samples(cast: Sequence[Contestant]) -> Iterator[Block]:

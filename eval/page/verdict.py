@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from linearize.eval import summary
@@ -16,20 +17,39 @@ from linearize.eval.rows import STUDENT, TEACHER, Score
 from linearize.eval.tables import number
 
 GOOD, BAD, OPEN = "good", "bad", "open"
+VERBS = {BAD: "is WORSE than", GOOD: "is better than", OPEN: "cannot be told apart from"}
+MANY = 4
+"""So many names or numbers are listed."""
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """One measurement of two contestants."""
+
+    row: Score
+    """Whose task and length it is."""
+    grade: str
+    difference: float | None
+    """Nats a token that the second has more; None where their tokens are not the same."""
+    sentence: str
+    """What it says by itself."""
 
 
 def verdict(subjects: Sequence[Subject], cast: Sequence[Contestant]) -> tuple[Finding, list[Finding]]:
     """The headline, and the sentences that it stands on."""
-    against_window = [(subject, list(_window(subject))) for subject in subjects]
-    found = [finding for _, rows in against_window for _, finding in rows]
+    window = {subject.name: list(_window(subject)) for subject in subjects}
+    found: list[Finding] = []
     if len(subjects) == 1:
-        [(subject, rows)] = against_window
-        headline = _headline(subject.name, rows)
+        [subject] = subjects
+        headline = _headline(subject.name, window[subject.name])
     else:
-        between = list(_between(subjects))
-        headline = between[0] if between else Finding(OPEN, "Nothing was measured of all of them")
-        headline = replace(headline, text=headline.text.rstrip("."))
-        found = [*(replace(one, text=f"{one.text.rstrip('.')}.") for one in between[1:]), *found]
+        headline, found = _between(subjects)
+    for name, pairs in window.items():
+        for far, where in (
+            (False, "over all tokens"),
+            (True, "at recalling what lies 64 tokens back or more"),
+        ):
+            found += _said([one for beyond, one in pairs if beyond is far], name, SINKS, where)
     for one in cast:
         if one.role == TEACHER:
             found += [Finding(OPEN, sentence) for sentence in summary.verdicts(one.rows)]
@@ -56,30 +76,50 @@ def texts(rows: Sequence[Score], role: str = STUDENT) -> dict[tuple[str, int], S
     }
 
 
-def _window(subject: Subject) -> Iterator[tuple[bool, Finding]]:
-    """(whether it is about what lies beyond a window, sentence) for each comparison with the plain window."""
+def listed(units: Collection[tuple[str, int]]) -> str:
+    """Tasks and lengths in few words: "passkey, mqar at 512, 1,024", "13 tasks at 512 to 32,768"."""
+    tasks, lengths = sorted({task for task, _ in units}), sorted({length for _, length in units})
+    what = ", ".join(tasks) if len(tasks) <= MANY else f"{len(tasks)} tasks"
+    few = ", ".join(f"{length:,}" for length in lengths)
+    return f"{what} at {few if len(lengths) <= MANY else f'{lengths[0]:,} to {lengths[-1]:,}'}"
+
+
+def _window(subject: Subject) -> Iterator[tuple[bool, _Comparison]]:
+    """(whether it is about what lies beyond a window, comparison) with the plain window."""
     for row in subject.rows:
         if row.role == SINKS and row.metric == "nll_difference":
             for sentence in summary.verdicts([row]):  # none for the buckets
-                yield bool(row.by), Finding(_grade(row.low, row.high), sentence)
+                yield bool(row.by), _Comparison(row, _grade(row.low, row.high), row.value, sentence)
 
 
-def _headline(name: str, rows: Sequence[tuple[bool, Finding]]) -> Finding:
-    if not rows:
+def _said(made: Sequence[_Comparison], first: str, second: str, where: str) -> Iterator[Finding]:
+    """One sentence for each grade."""
+    for grade, verb in VERBS.items():
+        same = [one for one in made if one.grade == grade]
+        if len(same) == 1:
+            yield Finding(grade, same[0].sentence)
+        elif same:
+            values = [one.difference for one in same if one.difference is not None]
+            nats = f"; {min(values):+.3f} to {max(values):+.3f} nats a token" if values else ""
+            units = listed({(one.row.task, one.row.length or 0) for one in same})
+            times = f"in {len(same)} of {len(made)} measurements"
+            yield Finding(grade, f"{first} {verb} {second} {where} {times} ({units}{nats}).")
+
+
+def _headline(name: str, pairs: Sequence[tuple[bool, _Comparison]]) -> Finding:
+    if not pairs:
         return Finding(OPEN, f"{name} has not been compared with a plain window")
-    overall, far = (_together([f.grade for beyond, f in rows if beyond is kind]) for kind in (False, True))
+    overall, far = (
+        _together([one.grade for beyond, one in pairs if beyond is kind]) for kind in (False, True)
+    )
     if overall == BAD and far == GOOD:
         return Finding(BAD, f"{name} is worse than a plain window over all tokens, though it recalls more")
     if BAD in (overall, far):
-        place = "over all tokens" if overall == BAD else "at recalling what lies beyond it"
-        return Finding(BAD, f"{name} is worse than a plain window {place}")
+        where = "over all tokens" if overall == BAD else "at recalling what lies beyond it"
+        return Finding(BAD, f"{name} is worse than a plain window {where}")
     if far == GOOD:
-        rest = (
-            "and is better over all"
-            if overall == GOOD
-            else "and cannot be told apart from it over all tokens"
-        )
-        return Finding(GOOD, f"{name} recalls more than a plain window, {rest}")
+        rest = "is better over all" if overall == GOOD else "cannot be told apart from it over all tokens"
+        return Finding(GOOD, f"{name} recalls more than a plain window, and {rest}")
     if overall == GOOD:
         return Finding(OPEN, f"{name} is better than a plain window, but not shown to recall more")
     return Finding(OPEN, f"{name} cannot be told apart from a plain window")
@@ -95,42 +135,69 @@ def _grade(low: float | None, high: float | None) -> str:
     return GOOD if low > 0 else BAD
 
 
-def _between(subjects: Sequence[Subject]) -> Iterator[Finding]:
-    """The students in order, by each text and by recall, as far as all of them were measured."""
+def _between(subjects: Sequence[Subject]) -> tuple[Finding, list[Finding]]:
+    """Each student against the next best, by the texts and by recall, as far as all of them were measured."""
     scores = [(subject, texts(subject.rows)) for subject in subjects]
-    for unit in [unit for unit in scores[0][1] if all(unit in found for _, found in scores)]:
-        ordered = sorted(scores, key=lambda entry: entry[1][unit].value)
-        for (first, better), (second, worse) in pairwise(ordered):
-            yield _ordered(first, second, better[unit], worse[unit])
+    units = [unit for unit in scores[0][1] if all(unit in found for _, found in scores)]
+    scores.sort(key=lambda entry: sum(_log(entry[1][unit].value) for unit in units))
+    found: list[Finding] = []
+    headline = Finding(OPEN, "No text was measured of all of them")
+    for rank, ((first, better), (second, worse)) in enumerate(pairwise(scores)):
+        made = [_compared(first, second, better[unit], worse[unit]) for unit in units]
+        found += _said(made, first.name, second.name, "over all tokens")
+        if made and rank == 0:
+            headline = _first_of_all(first.name, second.name, {one.grade for one in made})
     recall = [(subject, written([r for r in subject.rows if r.role == STUDENT])) for subject in subjects]
-    units = [unit for unit in recall[0][1] if all(unit in found for _, found in recall)]
-    if units:
-        means = {s.name: sum(found[unit].value for unit in units) / len(units) for s, found in recall}
-        listed = ", ".join(
-            f"{name} {100 * mean:.0f} %" for name, mean in sorted(means.items(), key=lambda m: -m[1])
+    shared = [unit for unit in recall[0][1] if all(unit in one for _, one in recall)]
+    if shared:
+        means = {s.name: sum(one[unit].value for unit in shared) / len(shared) for s, one in recall}
+        ordered = sorted(means.items(), key=lambda entry: -entry[1])
+        values = ", ".join(f"{name} {100 * mean:.0f} %" for name, mean in ordered)
+        found.append(
+            Finding(OPEN, f"Recall that is written right, mean of {listed(shared)} tokens: {values}.")
         )
-        tasks = ", ".join(dict.fromkeys(task for task, _ in units))
-        at = ", ".join(f"{length:,}" for length in sorted({length for _, length in units}))
-        yield Finding(OPEN, f"Recall that is written right, mean of {tasks} at {at} tokens: {listed}.")
+    return headline, found
 
 
-def _ordered(first: Subject, second: Subject, better: Score, worse: Score) -> Finding:
-    """Two neighbours of a ranking by perplexity."""
+def _log(perplexity: float) -> float:
+    """Of a perplexity that is none, infinity: it comes last."""
+    return math.log(perplexity) if 0 < perplexity < math.inf else math.inf
+
+
+def _first_of_all(first: str, second: str, grades: set[str]) -> Finding:
+    if grades == {GOOD}:
+        return Finding(GOOD, f"{first} is better than {second}")
+    if GOOD in grades:
+        rest = "is worse at others" if BAD in grades else "cannot be told apart at others"
+        return Finding(OPEN, f"{first} is better than {second} at some texts and lengths, and {rest}")
+    return Finding(OPEN, f"{first} and {second} cannot be told apart")
+
+
+def _compared(first: Subject, second: Subject, better: Score, worse: Score) -> _Comparison:
+    """Two students at one text."""
     what = f"{better.task}, {better.length:,}"
     paired = difference(first, second, better.task, better.length or 0)
     values = f"perplexity {number(better.value)} against {number(worse.value)}"
     if paired is not None:
         mean, low, high = paired
+        grade = _grade(low, high)
         ends = f"{mean:+.3f} nats a token, 95 %: {low:+.3f} to {high:+.3f}"
-        if low > 0:
-            return Finding(GOOD, f"{first.name} is better than {second.name} ({what}: {values}, {ends})")
-        return Finding(
-            OPEN, f"{first.name} cannot be told apart from {second.name} ({what}: {values}, {ends})"
-        )
-    if better.high is not None and worse.low is not None and better.high < worse.low:
-        return Finding(GOOD, f"{first.name} is better than {second.name} ({what}: {values}; intervals apart)")
-    text = f"{first.name} cannot be told apart from {second.name} ({what}: {values}; intervals overlap)"
-    return Finding(OPEN, text)
+    else:
+        mean = None
+        grade, ends = _unpaired(better, worse)
+    sentence = f"{first.name} {VERBS[grade]} {second.name} over all tokens ({what}: {values}; {ends})."
+    return _Comparison(better, grade, mean, sentence)
+
+
+def _unpaired(first: Score, second: Score) -> tuple[str, str]:
+    """Grade and words from the intervals of two perplexities alone."""
+    if math.isfinite(first.value) and not math.isfinite(second.value):
+        return GOOD, "which is no number"
+    if first.low is None or first.high is None or second.low is None or second.high is None:
+        return OPEN, "without intervals"
+    if first.high < second.low or second.high < first.low:
+        return GOOD if first.high < second.low else BAD, "intervals apart"
+    return OPEN, "intervals overlap"
 
 
 def _caveats(subjects: Sequence[Subject]) -> Iterator[Finding]:

@@ -93,7 +93,7 @@ def test_every_chart_is_a_valid_figure_and_a_table_of_its_numbers(tmp_path):
         {"layer of the model": 1, "first, after 200 tokens": 2.0, "first, after 100 tokens": 4.0},
     ]
     crossed = next(b for s in found.sections for b in s.blocks if getattr(b, "title", "").startswith("From"))
-    assert {row["ahead from tokens"] for row in crossed.rows} == {256}
+    assert {row["first"] for row in crossed.rows} == {256}
     [samples] = [b for s in found.sections for b in s.blocks if isinstance(b, blocks.Samples)]
     assert samples.samples == [
         blocks.Sample("Once", [("big (teacher)", "upon a time"), ("first", "and then")])
@@ -118,13 +118,14 @@ def test_two_conversions_are_compared_token_by_token_where_the_tokens_are_the_sa
     judged(tmp_path / "b", name="less", worse=0.01)
     found = made(tmp_path / "b", tmp_path / "a")
     assert found.headline.grade == "good"
-    assert "good is better than less" in found.headline.text and "+0.010 nats" in found.headline.text
+    assert found.headline.text == "good is better than less"
+    assert found.findings[0].grade == "good" and "+0.010 nats" in found.findings[0].text
     for file in (tmp_path / "b" / "tokens").iterdir():
         file.unlink()
     found = made(
         tmp_path / "b", tmp_path / "a"
     )  # perplexities of 24.5 and 24.8 with wide intervals say nothing
-    assert found.headline.grade == "open" and "intervals overlap" in found.headline.text
+    assert found.headline.grade == "open" and "intervals overlap" in found.findings[0].text
     names = [row["model"] for row in found.sections[0].blocks[0].rows]
     assert names == ["big (teacher)", "less", "good", "swa_sinks"]
 
@@ -152,6 +153,8 @@ def test_scores_that_are_no_numbers_leave_a_page(tmp_path):
               score(STUDENT, "text", "ppl", math.nan, key="x", by="position", bucket="0-64"),
               score(STUDENT, "text", "ppl", 3.0, key="x", by="position", bucket="64-128")]  # fmt: skip
     Scores(tmp_path / "a" / "results.json").add(values)
+    judged(tmp_path / "b", name="other")
+    assert "other is better than mine" in made(tmp_path / "a", tmp_path / "b").findings[0].text
     page.write(made(tmp_path / "a"), tmp_path / "out")
     text = (tmp_path / "out" / "page.html").read_text()
     json.loads(text.split('id="charts">', 1)[1].split("</script>", 1)[0], parse_constant=pytest.fail)
