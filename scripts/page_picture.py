@@ -1,4 +1,7 @@
-"""A picture of a page for the README: `python scripts/page_picture.py runs/demo/eval/page.html docs/page.png`.
+"""A picture of a page; the README's, after `make demo`:
+
+    linearize eval runs/demo --suite scripts/page_suite.yaml
+    python scripts/page_picture.py runs/demo/eval/page.html docs/page.png
 
 Needs playwright (`pip install 'linearize[browser]'`) and a Chromium, which is looked for on the PATH.
 """
@@ -19,11 +22,13 @@ def main() -> None:
     from PIL import Image
     from playwright.sync_api import sync_playwright
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("page", type=Path)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--width", type=int, default=1280, help="of the window, pixels")
-    parser.add_argument("--height", type=int, default=1500, help="that are kept from the top")
+    parser.add_argument("--height", type=int, default=1600, help="that are kept from the top")
     parser.add_argument("--scale", type=float, default=1.0, help="of the picture")
     options = parser.parse_args()
     browser_path = which("chromium") or which("chromium-browser") or which("google-chrome")

@@ -16,7 +16,14 @@ WINDOWS, LENGTH = 6, 256
 
 
 def score(role: str, task: str, metric: str, value: float, **more: Any) -> Score:
-    more = {"low": None, "high": None, "n": 100, "length": LENGTH, "model": "mine", "suite": "quick"} | more
+    more = {
+        "low": None,
+        "high": None,
+        "n": 2 * (LENGTH - 1),
+        "length": LENGTH,
+        "model": "mine",
+        "suite": "quick",
+    } | more
     key = f"{role} {task} {more['length']}"
     return Score(role=role, task=task, metric=metric, value=value,
                  **{"key": key, "version": "linearize 0.1", "command": "linearize eval mine", **more})  # fmt: skip

@@ -18,6 +18,8 @@ from linearize.eval.tables import number
 
 GOOD, BAD, OPEN = "good", "bad", "open"
 VERBS = {BAD: "is WORSE than", GOOD: "is better than", OPEN: "cannot be told apart from"}
+FEW_WINDOWS = 6
+"""Below so many, drawing them again underestimates how they differ."""
 MANY = 4
 """So many names or numbers are listed."""
 
@@ -215,6 +217,15 @@ def _caveats(subjects: Sequence[Subject]) -> Iterator[Finding]:
     versions = dict.fromkeys(row.version.split(",")[0] for s in subjects for row in s.rows if row.version)
     if len(versions) > 1:
         yield Finding(OPEN, f"Scored by different versions: {', '.join(versions)}.")
+    few = {
+        (row.task, row.length): round(row.n / (row.length - 1))
+        for subject in subjects
+        for row in texts(subject.rows).values()
+        if row.length is not None and row.length > 1 and row.n < FEW_WINDOWS * (row.length - 1)
+    }
+    if few:
+        where = ", ".join(f"{task} at {length:,} from {windows}" for (task, length), windows in few.items())
+        yield Finding(OPEN, f"Few windows, whose intervals are too narrow: {where}; measure more of them.")
     for subject in subjects:
         if not subject.rows:
             yield Finding(OPEN, f"{subject.name} has no scores yet: `linearize eval` measures it.")

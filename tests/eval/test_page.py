@@ -136,6 +136,7 @@ def test_what_was_measured_unlike_is_said(tmp_path):
     found = made(tmp_path / "a", tmp_path / "b")
     assert found.title == "one (1) against one (2)"
     assert any("Not the same items or seeds: text" in finding.text for finding in found.findings)
+    assert any("intervals are too narrow: text at 256 from 2;" in finding.text for finding in found.findings)
 
 
 def test_of_two_measurements_the_later_one_counts(tmp_path):
