@@ -51,7 +51,7 @@ def read(paths: Sequence[str | Path]) -> list[Subject]:
         LinearizeError: nothing is there, or nothing was measured and nothing trained.
         CheckpointError: a results.json is damaged.
     """
-    found = [_read(Path(path)) for path in paths]
+    found = [_shown(_read(Path(path))) for path in paths]
     names = [subject.name for subject in found]
     made = []
     for number, subject in enumerate(found, 1):
@@ -60,6 +60,16 @@ def read(paths: Sequence[str | Path]) -> list[Subject]:
         rows = [row if row.role == TEACHER else replace(row, model=name) for row in subject.rows]
         made.append(replace(subject, name=name, rows=rows))
     return made
+
+
+def _shown(subject: Subject) -> Subject:
+    """With names of one line that move no cursor: a terminal obeys what stands in them."""
+    rows = [replace(row, model=_line(row.model), task=_line(row.task)) for row in subject.rows]
+    return replace(subject, name=_line(subject.name) or "model", rows=rows)
+
+
+def _line(name: str) -> str:
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(name.split()))
 
 
 def _read(path: Path) -> Subject:

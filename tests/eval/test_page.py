@@ -139,6 +139,12 @@ def test_what_was_measured_unlike_is_said(tmp_path):
     assert any("intervals are too narrow: text at 256 from 2;" in finding.text for finding in found.findings)
 
 
+def test_names_move_no_cursor(tmp_path):
+    judged(tmp_path / "a", name="red\x1b[31m\nline", teacher="\x07bell")
+    rows = made(tmp_path / "a").sections[0].blocks[0].rows
+    assert [row["model"] for row in rows][:2] == ["\ufffdbell (teacher)", "red\ufffd[31m line"]
+
+
 def test_of_two_measurements_the_later_one_counts(tmp_path):
     judged(tmp_path / "a")
     Scores(tmp_path / "a" / "results.json").add([score(STUDENT, "text", "ppl", 7.5, key="later")])
