@@ -13,6 +13,7 @@ from linearize.eval.cast import CONTROLS, SINKS
 from linearize.eval.rows import STUDENT, TEACHER, Score, Scores
 
 WINDOWS, LENGTH = 6, 256
+LM_EVAL = "linearize 0.1, lm-eval 0.4"
 
 
 def score(role: str, task: str, metric: str, value: float, **more: Any) -> Score:
@@ -57,6 +58,7 @@ def judged(
         rows.append(score(role, "text", "ppl_hit", ppl / 2, by="distance", bucket="64-256"))
         if role != TEACHER:
             rows.append(score(role, "text", "kl", value - 3, against=TEACHER))
+        rows.append(score(role, "piqa (0-shot)", "acc", 0.6, low=0.5, high=0.7, length=None, version=LM_EVAL))
         for length in (128, 256):
             rows.append(score(role, "passkey", "exact", 0.6 if role == TEACHER else 0.25, length=length))
             rows.append(score(role, "passkey", "choice", 0.75, length=length))

@@ -79,12 +79,16 @@ def test_every_chart_is_a_valid_figure_and_a_table_of_its_numbers(tmp_path):
     graph_objects = pytest.importorskip("plotly.graph_objects")
     found = made(trained(tmp_path / "first"))
     assert [section.title for section in found.sections] == [
-        "Summary", "Quality against context", "Recall by depth and length", "Cost against context", "Controls",
+        "Summary", "Quality against context", "Recall by depth and length", "Tasks of lm-eval",
+        "Cost against context", "Controls",
         "Training", "What they write", "How it was measured",
     ]  # fmt: skip
     for chart in charts(found):
         graph_objects.Figure(figures.figure(chart))  # raises at what plotly does not know
         assert chart.table().rows
+    [tasks] = next(section for section in found.sections if section.title == "Tasks of lm-eval").blocks
+    [line] = tasks.rows
+    assert line["task"] == "piqa (0-shot)" and line["first"] == "60.0 +-10.0" and len(line) == 9
     heat = next(chart for chart in charts(found) if isinstance(chart, blocks.Heat))
     assert heat.table().rows[0] == {"depth \\ tokens": "0 %", "128": 50, "256": 50}
     layers = next(chart for chart in charts(found) if chart.title.startswith("Transfer"))
