@@ -58,6 +58,7 @@ def test_a_conversion_stands_beside_its_teacher_and_every_control(converted, fil
     assert all(row["seed"] == 0 and row["version"].startswith("linearize ") for row in found)
     assert all(row["command"].startswith("linearize ") and row["key"] for row in found)
 
+    assert "linear branch off" in (tmp_path / "out" / "page.md").read_text()
     before = (tmp_path / "out" / "results.json").read_bytes()
     assert cli.main(["eval", str(converted), *files]) == 0
     again = capsys.readouterr()

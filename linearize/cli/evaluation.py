@@ -57,9 +57,10 @@ def _judge(
     command: str,
 ) -> None:
     """Load, measure, print."""
+    from linearize.cli import comparison
     from linearize.cli.checkpoint import load
     from linearize.distill.memory import watched
-    from linearize.eval import side_by_side, summary
+    from linearize.eval import page, side_by_side, summary
     from linearize.eval.cast import entrants
     from linearize.eval.judge import judge
     from linearize.eval.limits import learned_positions
@@ -97,6 +98,8 @@ def _judge(
             if written is not None:
                 console().print(written)
     console().print(f"scores  {scores.path}", markup=False, soft_wrap=True)
+    if scores.rows:
+        comparison.show(page.compose(page.read([scores.path])), out)
 
 
 def _lm_tasks(options: argparse.Namespace) -> Any:
