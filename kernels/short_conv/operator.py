@@ -252,19 +252,21 @@ def _split(values: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
 forward.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("linearize::short_conv_step", mutates_args=("states",))
+@torch.library.custom_op("linearize::short_conv_step", mutates_args=("states", "outputs"))
 def step(
-    inputs: list[Tensor], weights: list[Tensor], biases: list[Tensor], states: list[Tensor], valid: Tensor | None,
-    silu: bool, residual: bool,
-) -> list[Tensor]:  # fmt: skip
-    """y [B, H, D] of every stream; `states` move up by one. Outputs aside, nothing is allocated."""
+    inputs: list[Tensor], weights: list[Tensor], biases: list[Tensor], states: list[Tensor], outputs: list[Tensor],
+    valid: Tensor | None, silu: bool, residual: bool,
+) -> None:  # fmt: skip
+    """Fill `outputs` with y [B, H, D] of every stream; `states` move up by one. Nothing is allocated.
+
+    Outputs are arguments, since torch compiles no operator that both writes in place and returns a list.
+    """
     from linearize.kernels.short_conv.triton_step import step_kernel
 
     assert all(x.is_contiguous() for x in states), "a state that is written in place must be contiguous"
     flat = [_rows(x) for x in inputs]
     valid = None if valid is None else valid.contiguous()
     weights, biases = ([x.contiguous() for x in xs] for xs in (weights, biases))
-    outputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
     blocks = _blocks(inputs, STEP_CHANNELS)
     names = ("x", "weight", "bias", "state", "y", "stride", "channels", "blocks")
     widths = [x.shape[-2] * x.shape[-1] for x in inputs]
@@ -274,6 +276,15 @@ def step(
         valid=valid, STREAMS=len(inputs), TAPS=weights[0].shape[-1], HAS_BIAS=bool(biases), HAS_VALID=valid is not None,
         SILU=silu, RESIDUAL=residual, BC=STEP_CHANNELS, num_warps=2, num_stages=1,
     )  # fmt: skip
+
+
+def convolve_step(
+    inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], states: Sequence[Tensor],
+    valid: Tensor | None, silu: bool, residual: bool,
+) -> list[Tensor]:  # fmt: skip
+    """y [B, H, D] of every stream, in one launch; see `step`."""
+    outputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+    step(list(inputs), list(weights), list(biases), list(states), outputs, valid, silu, residual)
     return outputs
 
 
@@ -283,5 +294,5 @@ def _rows(x: Tensor) -> Tensor:
 
 
 @step.register_fake
-def _(inputs, weights, biases, states, valid, silu, residual):
-    return [x.new_empty(x.shape) for x in inputs]
+def _(inputs, weights, biases, states, outputs, valid, silu, residual):
+    return None

@@ -33,11 +33,11 @@ def short_conv_step(
         KernelError: Triton is to run what it does not cover.
     """
     if dispatch.use_triton(x):
-        from linearize.kernels.short_conv.operator import covered, step
+        from linearize.kernels.short_conv.operator import convolve_step, covered
 
         biases = None if bias is None else [bias]
         covered([x], [weight], [state], biases)
-        return step([x], [weight], biases or [], [state], None, silu, residual)[0]
+        return convolve_step([x], [weight], biases or [], [state], None, silu, residual)[0]
     return step_torch(x, weight, state, bias=bias, silu=silu, residual=residual)
 
 

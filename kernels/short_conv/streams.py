@@ -97,10 +97,10 @@ def short_conv_step_streams(
         KernelError: Triton is to run what it does not cover.
     """
     if dispatch.use_triton(*inputs):
-        from linearize.kernels.short_conv.operator import covered, step
+        from linearize.kernels.short_conv.operator import convolve_step, covered
 
         covered(inputs, weights, states, biases)
-        return step(list(inputs), list(weights), list(biases or []), list(states), valid, silu, residual)
+        return convolve_step(inputs, weights, biases or [], states, valid, silu, residual)
     outputs = []
     for index, (x, weight, state) in enumerate(zip(inputs, weights, states, strict=True)):
         wide = torch.promote_types(x.dtype, torch.float32)

@@ -170,7 +170,7 @@ def step(
     ring_valid: Tensor,
     counter: Tensor,
     numbers: list[float],
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `recurrent.window_step`; numbers: first, span, scaling, softcap."""
     first, span, scaling, cap = numbers
     first = int(first)
@@ -209,17 +209,14 @@ def step(
             **ring,
             **fixed,
         )
-    return [out, log_sum, top]
+    return out, log_sum, top
 
 
 @step.register_fake
 def _(q, k, v, valid, reach, sink, ring_k, ring_v, ring_valid, counter, numbers):
     sums = q.new_empty(q.shape[:2], dtype=torch.float32)
-    return [
-        torch.empty(*q.shape[:2], v.shape[2], dtype=v.dtype, device=v.device),
-        sums,
-        torch.empty_like(sums),
-    ]
+    out = torch.empty(*q.shape[:2], v.shape[2], dtype=v.dtype, device=v.device)
+    return out, sums, torch.empty_like(sums)
 
 
 def window_step_triton(

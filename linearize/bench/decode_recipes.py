@@ -167,11 +167,16 @@ def decode(
     length = context + 1 + EVERY * (LOOKS + 3)
     decoder = Decoder(model, batch, length=length, compile=compile)
     first = watch.once(decoder.prepare)
-    watch.once(lambda: decoder.read(random_tokens(model, batch, context), None))
-    watch.forget_peak()
-    watch.once(lambda: decoder.run(EVERY))
-    again = watch.once(lambda: decoder.run(EVERY))
-    seconds, count = watch.seconds(lambda: decoder.run(EVERY), again)
+    if decoder.obstacle:
+        raise LinearizeError(decoder.obstacle)
+    with watch.turn:  # prompts take memory and the whole device: others wait
+        watch.once(lambda: decoder.read(random_tokens(model, batch, context), None))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        watch.forget_peak()
+        watch.once(lambda: decoder.run(EVERY))
+        again = watch.once(lambda: decoder.run(EVERY))
+        seconds, count = watch.seconds(lambda: decoder.run(EVERY), again)
     seconds /= EVERY
     held = sum(x.numel() * x.element_size() for x in tensors(decoder.cache).values())
     return {

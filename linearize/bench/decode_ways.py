@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from linearize.decode import Decoder
 from linearize.decode.cache import tensors
+from linearize.errors import LinearizeError
 from linearize.eval.generation import cache_bytes
 
 SKIPPED = 12
@@ -97,6 +98,9 @@ def graph(model: Any, compile: dict[str, Any] | None) -> Callable[[Point], Measu
     def measure(point: Point) -> Measured:
         if point.batch not in made:
             made[point.batch] = Decoder(model, point.batch, compile=compile)
+            made[point.batch].prepare()
+            if made[point.batch].obstacle:
+                raise LinearizeError(f"the step does not compile: {made[point.batch].obstacle}")
         decoder, stamps = made[point.batch], Stamps()
         decoder.generate(
             prompt(model, point), None, point.made, on_tokens=lambda x: stamps.add(x.shape[1]), every=EVERY

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,8 +15,11 @@ from linearize.decode.cache import fixed_cache, tensors
 from linearize.decode.masks import Masks, token_masks
 from linearize.decode.sampling import Sampling
 from linearize.errors import LinearizeError
+from linearize.kernels.dispatch import KernelError
 from linearize.recording import record
 from linearize.surgery import converted
+
+log = logging.getLogger(__name__)
 
 BLOCK = 64
 """Tokens of each row that stay on the device until the host fetches them."""
@@ -43,6 +47,7 @@ class Decoder:
 
     Attributes:
         steps: one-token steps since the decoder was made, warm-up left out.
+        obstacle: why the step runs as the model's own operations although it was to be compiled, or None.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class Decoder:
         self.length = length if self.keeps_softmax else 0
         self.cache, self.clock = fixed_cache(config.num_hidden_layers, layers, self.length, self.device)
         self.steps = 0
+        self.obstacle: str | None = None
         names = inspect.signature(model.forward).parameters
         # the second name is that of transformers before 5.24
         self._cache_name = "cache" if "cache" in names else "past_key_values"
@@ -229,7 +235,15 @@ class Decoder:
         """Two steps; the first, never compiled, makes the states, the second must leave every tensor where it is."""
         self._eager_step()
         before = {name: x.data_ptr() for name, x in tensors(self.cache).items()}
-        self._step()
+        try:
+            self._step()
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            if isinstance(error.__cause__, torch.cuda.OutOfMemoryError | KernelError):
+                raise error.__cause__ from error
+            self.obstacle = " ".join(str(error).split())[:200] or type(error).__name__
+            log.warning("the step is not compiled, which is slower: %s", self.obstacle)
+            self._step = self._eager_step
+            self._step()
         moved = [name for name, x in tensors(self.cache).items() if before.get(name) != x.data_ptr()]
         if moved:
             raise LinearizeError(

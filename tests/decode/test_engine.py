@@ -155,6 +155,17 @@ def test_the_step_compiles_in_one_piece(layers):
     assert torch.equal(decoder.generate(ids, mask, NEW), expected(model, ids, mask))
 
 
+def test_a_step_that_does_not_compile_goes_on_without(caplog):
+    def refuses(graph, example):
+        raise RuntimeError("no such thing here")
+
+    model = hybrid(mixer=HEDGEHOG, num_hidden_layers=1)
+    ids, mask = prompts("cpu")
+    decoder = Decoder(model, 2, eos=[2], pad=0, compile={"backend": refuses})
+    assert torch.equal(decoder.generate(ids, mask, NEW), expected(model, ids, mask))
+    assert "no such thing here" in decoder.obstacle and "not compiled" in caplog.text
+
+
 def test_a_state_that_moves_is_refused(monkeypatch):
     from linearize.mixers import State
 

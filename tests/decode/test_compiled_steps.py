@@ -1,0 +1,52 @@
+"""One token compiles, kernels included: operators that write in place are such that torch can compile them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import pytest
+import tiny
+import torch
+from torch._higher_order_ops.auto_functionalize import can_auto_functionalize
+
+from linearize import kernels
+from linearize.bench.subjects import convert, random_model
+from linearize.decode import Decoder
+from linearize.kernels import dispatch
+
+SIZES = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 2}
+RECIPES = ("lolcats", "gated_delta_window", "lawcat", "radlads_rwkv7", "liger_gsa")
+"""Between them every operator that makes a token in place."""
+
+
+def writing() -> dict[str, torch._ops.OpOverload]:
+    """Our operators that write into their arguments, by name."""
+    pytest.importorskip("triton")
+    for module in pkgutil.walk_packages(kernels.__path__, "linearize.kernels."):
+        importlib.import_module(module.name)
+    names = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("linearize::")
+    }
+    found = {name: getattr(torch.ops.linearize, name).default for name in names}
+    return {name: operator for name, operator in found.items() if operator._schema.is_mutable}
+
+
+def test_torch_compiles_every_operator_that_writes_in_place():
+    found = writing()
+    assert {"window_step", "short_conv_step", "window_linear_step", "gated_linear_step"} <= set(found)
+    assert [name for name, operator in found.items() if not can_auto_functionalize(operator)] == []
+
+
+@pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_compiled_token_equals_one_that_is_not(recipe):
+    model = convert(random_model("cpu", torch.float32, "tiny", **SIZES), recipe)
+    ids, mask, _ = tiny.left_padded(length=9)
+    ids = ids % 97
+    options = {"backend": "aot_eager", "fullgraph": True}
+    with dispatch.kernels("triton"):
+        expected = Decoder(model, 2, length=32).generate(ids, mask, 4)
+        assert torch.equal(Decoder(model, 2, length=32, compile=options).generate(ids, mask, 4), expected)
