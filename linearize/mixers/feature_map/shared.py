@@ -113,9 +113,15 @@ class PerHeadProjection(FeatureMap):
         return self.activate(self._project(q, self.query_weight, self.query_bias))
 
     def key(self, k: Tensor, position: Tensor | None = None) -> Tensor:
+        return self.activate(self._projected_key(k))
+
+    def projected(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self._project(q, self.query_weight, self.query_bias), self._projected_key(k)
+
+    def _projected_key(self, k: Tensor) -> Tensor:
         k = repeat_heads(k, self.state_heads // k.shape[2])
         weight, bias = (self.query_weight, self.query_bias) if self.tied else (self.key_weight, self.key_bias)
-        return self.activate(self._project(k, weight, bias))
+        return self._project(k, weight, bias)
 
     def activate(self, u: Tensor) -> Tensor:
         """Projections [B, T, *, dim] -> features [B, T, *, F]."""
