@@ -133,7 +133,7 @@ def make_plan(q: Tensor, k: Tensor, v: Tensor, scale: float, numbers: list[int])
         segments=-(-periods // per_segment) if tiles else 1,
         per_segment=per_segment,
         wide=q.dtype != torch.bfloat16,
-        precision="tf32x3" if q.dtype == torch.float32 else "tf32",
+        precision="tf32" if q.dtype == torch.bfloat16 else "tf32x3",
     )
 
 
@@ -151,7 +151,7 @@ def config(kernel: str, plan: Plan) -> Config:
 
 
 CONFIGS: dict[str, tuple[Config, Config]] = {
-    "scan": (Config(64, 64, 4, 2), Config(64, 64, 4, 1)),
+    "scan": (Config(64, 64, 4, 2), Config(32, 64, 4, 1)),
     "value": (Config(32, 64, 2, 1), Config(32, 32, 2, 1)),
     "product": (Config(16, 64, 2, 1), Config(16, 16, 2, 1)),
 }
