@@ -53,7 +53,7 @@ class FeatureMap(Part):
         raise NotImplementedError(type(self))  # pragma: no cover
 
     def projected(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Where there are `products`: q, k as in `query` and `key` -> [B, T, H, dim], [B, T, state_heads, dim]."""
+        """Where there are `products`: q, k as there -> [B, T, H, dim], [B, T, state_heads, dim], in their dtype."""
         raise NotImplementedError(type(self))  # pragma: no cover
 
 
