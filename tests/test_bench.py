@@ -108,6 +108,7 @@ def test_what_the_issue_asks_for_is_registered():
         "gated_delta",
         "generalized_delta",
         "kda",
+        "taylor_linear",
         "short_conv",
         "distill",
     } <= {*operators(cases)}

@@ -33,6 +33,7 @@ from linearize.kernels.gated_linear.triton_levels import (
     level_pairs,
     row_exponents,
     row_sums,
+    under_decay,
 )
 
 
@@ -97,37 +98,52 @@ def level_factors(g, first, lanes, middle, stride, dims, tokens):
 
 @triton.jit
 def sum_over_writers(
-    found, x, change, k, g, first, rows, begin, strict, levels, dims, x_stride, stride, value_stride, tokens,
-    V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    found, moved, x, change, a, k, g, first, rows, begin, strict, share, levels, dims, x_stride, a_stride, stride,
+    value_stride, tokens, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """For every reader i sum_j (x_i . u_j) exp(G_i - G_j) k_j over earlier keys of a halved chunk, added to `found`."""
+    """For every reader i sum_j (x_i . u_j) exp(G_i - G_j) k_j over earlier keys of a halved chunk, added to `found`.
+
+    And its products with share_i a_i, which pass over the decays, to `moved`.
+    """
     for level in range(0, levels + 1):
         # always `rows`, but the compiler does not know it: nothing of a level may wait for it in registers
         lanes = rows + (level >> 3)
         pairs, middle = level_pairs(lanes, 6 - level, level == levels, True, False)
         scores = products(x, change, first, lanes, x_stride, value_stride, tokens, V, BV, C, PRECISION)
-        scores = tl.where(pairs & sees_earlier(begin, lanes, strict), scores, 0.0).to(OPERAND)
+        scores = tl.where(pairs & sees_earlier(begin, lanes, strict), scores, 0.0)
         up, down = level_factors(g, first, lanes, middle, stride, dims, tokens)
-        right = (load_rows(k, first, lanes, stride, dims, tokens).to(tl.float32) * down).to(OPERAND)
-        found += up * tl.dot(scores, right, input_precision=PRECISION)
-    return found
+        right = under_decay(load_rows(k, first, lanes, stride, dims, tokens), down, WIDE, PRECISION)
+        given = tl.dot(scores.to(right.dtype), right, input_precision=PRECISION)
+        found += up * given
+        own = load_rows(a, first, lanes, a_stride, dims, tokens)
+        moved += given * under_decay(own, up * share[:, None], WIDE, PRECISION).to(tl.float32)
+    return found, moved
 
 
 @triton.jit
 def sum_over_readers(
-    found, x, change, a, g, first, rows, end, strict, share, levels, dims, x_stride, a_stride, stride, value_stride,
-    tokens, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    found, moved, x, change, a, k, g, first, rows, end, strict, share, levels, dims, x_stride, a_stride, stride,
+    value_stride, tokens, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """For every key j sum_i share_i (u_j . x_i) exp(G_i - G_j) a_i over later readers of a halved chunk, added."""
+    """For every key j sum_i share_i (u_j . x_i) exp(G_i - G_j) a_i over later readers of a halved chunk, added.
+
+    And its products with k_j, which pass over no decay, taken from `moved`.
+    """
     for level in range(0, levels + 1):
         lanes = rows + (level >> 3)
         pairs, middle = level_pairs(lanes, 6 - level, level == levels, False, False)
         scores = products(change, x, first, lanes, value_stride, x_stride, tokens, V, BV, C, PRECISION)
-        scores = tl.where(pairs & seen_later(end, lanes, strict), scores * share[None, :], 0.0).to(OPERAND)
+        scores = tl.where(pairs & seen_later(end, lanes, strict), scores, 0.0)
         up, down = level_factors(g, first, lanes, middle, stride, dims, tokens)
-        right = (load_rows(a, first, lanes, a_stride, dims, tokens).to(tl.float32) * up).to(OPERAND)
-        found += down * tl.dot(scores, right, input_precision=PRECISION)
-    return found
+        right = load_rows(a, first, lanes, a_stride, dims, tokens)
+        right = under_decay(right, up * share[:, None], WIDE, PRECISION)
+        given = tl.dot(scores.to(right.dtype), right, input_precision=PRECISION)
+        found += down * given
+        own = under_decay(load_rows(k, first, lanes, stride, dims, tokens), down, WIDE, PRECISION)
+        moved -= given * own.to(tl.float32)
+    return found, moved
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "batches"])
@@ -153,7 +169,6 @@ def key_sums_kernel(
     often = tl.load(halved + at)
     mine = often != 0 if HALVED else often == 0
     if mine:
-        operand: tl.constexpr = tl.float32 if WIDE else k.dtype.element_ty
         stride: tl.constexpr = state_heads * K
         value_stride: tl.constexpr = state_heads * V
         keys_of_head = (batch * tokens * state_heads + head) * K
@@ -170,7 +185,7 @@ def key_sums_kernel(
         strength = load_scalars(beta, batch, first, rows, tokens, state_heads, head)
         if not HALVED:
             up, early = block_factors(log_decay, first, rows, stride, dims, tokens, C)
-            right = (load_rows(k, first, rows, stride, dims, tokens).to(tl.float32) / up).to(operand)
+            right = under_decay(load_rows(k, first, rows, stride, dims, tokens), 1.0 / up, WIDE, PRECISION)
         # loops of more than one turn, whose addresses and masks leave the registers again
         moved = tl.zeros([C, BK], tl.float32)
         for_key = tl.zeros([C, BK], tl.float32)
@@ -183,21 +198,25 @@ def key_sums_kernel(
             found = through_state(y, states, first, rows, y_stride, dims, tokens, V, BV, C, BK, PRECISION)
             if HALVED:
                 found *= start_rows(log_decay, first, rows, stride, dims, tokens) * entering[:, None]
-                found = sum_over_writers(
-                    found, y, change, k, log_decay, first, rows, begin, turn // group, often, dims, y_stride, stride,
-                    value_stride, tokens, V, BV, C, operand, PRECISION,
+                own = load_rows(x, first, rows, x_stride, dims, tokens).to(tl.float32)
+                moved += found * own * share[:, None]
+                found, moved = sum_over_writers(
+                    found, moved, y, change, x, k, log_decay, first, rows, begin, turn // group, share, often, dims,
+                    y_stride, x_stride, stride, value_stride, tokens, V, BV, C, WIDE, PRECISION,
                 )  # fmt: skip
             else:
                 found = found * early[None, :] * entering[:, None]
                 scores = products(y, change, first, rows, y_stride, value_stride, tokens, V, BV, C, PRECISION)
-                scores = tl.where(sees_earlier(begin, rows, turn // group), scores, 0.0).to(operand)
-                found = up * tl.dot(scores, right, found, input_precision=PRECISION)
-            product = found * load_rows(x, first, rows, x_stride, dims, tokens).to(tl.float32)
-            moved += product * share[:, None]
+                scores = tl.where(sees_earlier(begin, rows, turn // group), scores, 0.0)
+                found = tl.dot(scores.to(right.dtype), right, found, input_precision=PRECISION)
+                own = load_rows(x, first, rows, x_stride, dims, tokens)
+                moved += found * under_decay(own, up * share[:, None], WIDE, PRECISION).to(tl.float32)
+                found *= up
             if turn < group:
                 to = dq + (batch * tokens * heads + head * group + turn) * K
                 store_rows(to, first, rows, heads * K, dims, tokens, found)
             else:
+                product = found * load_rows(x, first, rows, x_stride, dims, tokens).to(tl.float32)
                 for_strength = -tl.sum(product, 1)
                 if tile == 0:
                     for source in tl.static_range(PARTS):
@@ -241,22 +260,23 @@ def key_sums_kernel(
             )
             share = tl.where(turn < group, tl.full([C], 1.0, tl.float32), -strength)
             if HALVED:
-                inside = sum_over_readers(
-                    inside, y, change, x, log_decay, first, rows, end, turn // group, share, often, dims, y_stride,
-                    x_stride, stride, value_stride, tokens, V, BV, C, operand, PRECISION,
+                inside, moved = sum_over_readers(
+                    inside, moved, y, change, x, k, log_decay, first, rows, end, turn // group, share, often, dims,
+                    y_stride, x_stride, stride, value_stride, tokens, V, BV, C, WIDE, PRECISION,
                 )  # fmt: skip
             else:
                 scores = products(change, y, first, rows, value_stride, y_stride, tokens, V, BV, C, PRECISION)
-                scores = tl.where(seen_later(end, rows, turn // group), scores * share[None, :], 0.0).to(
-                    operand
-                )
-                reading = load_rows(x, first, rows, x_stride, dims, tokens).to(tl.float32) * up
-                inside = tl.dot(scores, reading.to(operand), inside, input_precision=PRECISION)
+                scores = tl.where(seen_later(end, rows, turn // group), scores, 0.0)
+                reading = load_rows(x, first, rows, x_stride, dims, tokens)
+                reading = under_decay(reading, up * share[:, None], WIDE, PRECISION)
+                inside = tl.dot(scores.to(reading.dtype), reading, inside, input_precision=PRECISION)
         rows = rows + ((tokens + batches) >> 31)
         if not HALVED:
             up, _ = block_factors(log_decay, first, rows, stride, dims, tokens, C)
-            inside /= up
+            down = 1.0 / up
+            own = under_decay(load_rows(k, first, rows, stride, dims, tokens), down, WIDE, PRECISION)
+            moved -= inside * own.to(tl.float32)
+            inside *= down
         store_rows(dk + keys_of_head, first, rows, stride, dims, tokens, for_key + inside)
-        moved -= inside * load_rows(k, first, rows, stride, dims, tokens).to(tl.float32)
         found = tl.cumsum(moved, 0, reverse=True) + through[None, :]
         store_rows(dlog_decay + keys_of_head, first, rows, stride, dims, tokens, found)

@@ -127,13 +127,14 @@ def value_output_kernel(
             before = load_document(docs, batch, first - 1, tokens)
         decays = in_base_two(load_rows(g, first, rows, state_heads * V, values, tokens))
         made = factors(decays, rows, C, HALVED, READ_BEFORE)
-        result = sum_keys(
+        result, _passing = sum_keys(
             q + (batch * tokens * heads + head) * K,
-            v + (batch * tokens * state_heads + state_head) * V,
+            q, v + (batch * tokens * state_heads + state_head) * V,
             k + (batch * tokens * state_heads + state_head) * K,
             0.0, 0.0, (states, norms, carries, carry_norms, spans), made, owner, others, before,
             line, chunk, first, rows, values, tokens, periods, chunk // per_segment, segments,
-            heads, state_heads, V, K, BV, C, HALVED, READ_BEFORE, False, HAS_DOCS, HAS_CARRY, WIDE, PRECISION,
+            heads, state_heads, V, K, BV, C, HALVED, READ_BEFORE, False, HAS_DOCS, HAS_CARRY, False, WIDE,
+            PRECISION,
         )  # fmt: skip
         if SOFTMAX:
             result = tl.where((values < width)[None, :], result, float("-inf"))

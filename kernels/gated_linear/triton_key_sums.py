@@ -26,6 +26,7 @@ from linearize.kernels.gated_linear.triton_levels import (
     row_exponents,
     row_sums,
     strongest,
+    under_decay,
 )
 
 
@@ -51,14 +52,17 @@ def factors(decays, rows, C: tl.constexpr, HALVED: tl.constexpr, READ_BEFORE: tl
 
 @triton.jit
 def sum_keys(
-    outgoing, k, v, bias, norm, past, factors_of_chunk, owner, others, before,
+    outgoing, meeting, k, v, bias, norm, past, factors_of_chunk, owner, others, before,
     line, chunk, first, rows, dims, tokens, periods, segment, segments,
     heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     C: tl.constexpr, HALVED: tl.constexpr, READ_BEFORE: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_DOCS: tl.constexpr, HAS_CARRY: tl.constexpr, WIDE: tl.constexpr,
+    HAS_DOCS: tl.constexpr, HAS_CARRY: tl.constexpr, PASSING: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of one head's readers `outgoing` [T, V]: the decayed keys `dims` weighted by their products with v, [C, BK]."""
+    """Of one head's readers `outgoing` [T, V]: the decayed keys `dims` weighted by their products with v, [C, BK].
+
+    And if PASSING their products with `meeting` [T, K], which pass over the decays; `under_decay` says with which.
+    """
     BV: tl.constexpr = 64 if V > 64 else V
     shift: tl.constexpr = 1 if READ_BEFORE else 0
     levels, high, low, early, _, down, up = factors_of_chunk
@@ -84,29 +88,35 @@ def sum_keys(
     if HAS_DOCS:
         result = tl.where((owner == before)[:, None], result, 0.0)
         scores = tl.where(owner[:, None] == others[None, :], scores, 0.0)
+    passing = result
     if HALVED:
+        if PASSING:
+            passing = result * load_rows(meeting, first, rows, heads * K, dims, tokens).to(tl.float32)
         for level in range(0, levels + 1):
             lanes = rows + (level >> 3)
             pairs, middle = level_pairs(lanes, 6 - level, level == levels, True, READ_BEFORE)
             keys = load_rows(k, first, lanes, state_heads * K, dims, tokens)
             below = tl.minimum(-row_sums(high, low, lanes, middle, lanes), CAP)
-            right = keys.to(tl.float32) * tl.exp2(below)
+            right = under_decay(keys, tl.exp2(below), WIDE, PRECISION)
             above = tl.exp2(tl.minimum(row_sums(high, low, lanes, middle, lanes - shift), CAP))
             left = tl.where(pairs, scores, 0.0)
-            if WIDE:
-                result += above * tl.dot(left, right, input_precision=PRECISION)
-            else:
-                result += above * tl.dot(left.to(keys.dtype), right.to(keys.dtype))
+            given = tl.dot(left.to(right.dtype), right, input_precision=PRECISION)
+            result += above * given
+            if PASSING:
+                own = under_decay(
+                    load_rows(meeting, first, lanes, heads * K, dims, tokens), above, WIDE, PRECISION
+                )
+                passing += given * own.to(tl.float32)
     else:
         keys = load_rows(k, first, rows, state_heads * K, dims, tokens)
-        right = keys.to(tl.float32) * down
+        right = under_decay(keys, down, WIDE, PRECISION)
         scores = tl.where(in_order(rows, True, READ_BEFORE), scores, 0.0)
-        if WIDE:
-            result = tl.dot(scores, right, result, input_precision=PRECISION)
-        else:
-            result = tl.dot(scores.to(keys.dtype), right.to(keys.dtype), result)
+        result = tl.dot(scores.to(right.dtype), right, result, input_precision=PRECISION)
+        if PASSING:
+            own = under_decay(load_rows(meeting, first, rows, heads * K, dims, tokens), up, WIDE, PRECISION)
+            passing = result * own.to(tl.float32)
         result *= up
-    return result
+    return result, passing
 
 
 @triton.jit
@@ -178,13 +188,14 @@ def add_sums(
         if NORMALIZE:
             bias = tl.load(weight + lines, mask=inside, other=0.0)
         outgoing = do + (batch * tokens * heads + own) * V
-        for_q = sum_keys(
-            outgoing, k, v, bias, norm, past, made, owner, others, before,
+        meeting = q + (batch * tokens * heads + own) * K
+        for_q, passing = sum_keys(
+            outgoing, meeting, k, v, bias, norm, past, made, owner, others, before,
             line, chunk, first, rows, dims, tokens, periods, segment, segments,
-            heads, state_heads, K, V, BK, C, HALVED, READ_BEFORE, NORMALIZE, HAS_DOCS, HAS_CARRY, WIDE, PRECISION,
+            heads, state_heads, K, V, BK, C, HALVED, READ_BEFORE, NORMALIZE, HAS_DOCS, HAS_CARRY, True, WIDE,
+            PRECISION,
         )  # fmt: skip
-        queries = load_rows(q + (batch * tokens * heads + own) * K, first, rows, heads * K, dims, tokens)
-        readers += queries.to(tl.float32) * for_q
+        readers += passing
         if HAS_BONUS:
             own_weight = own_products(
                 outgoing, v, bias, first, rows, tokens, heads, state_heads, V, NORMALIZE
@@ -221,8 +232,15 @@ def add_sums(
         for_k *= tl.exp2(late)[None, :]
     if HAS_DOCS:
         for_k = tl.where((owner == after)[:, None], for_k, 0.0)
-    keys = load_rows(k, first, rows, state_heads * K, dims, tokens).to(tl.float32)
-    through = through * tl.exp2(whole) * kept + tl.sum((keys if HALVED else keys * down) * for_k, 0)
+    through *= tl.exp2(whole) * kept
+    moved = readers
+    if HALVED:
+        over = for_k * load_rows(k, first, rows, state_heads * K, dims, tokens).to(tl.float32)
+        through += tl.sum(over, 0)
+        moved -= over
+    else:
+        written = load_rows(k, first, rows, state_heads * K, dims, tokens)
+        through += tl.sum(for_k * under_decay(written, down, WIDE, PRECISION).to(tl.float32), 0)
     for member in range(group):
         own = head * group + member
         outgoing = do + (batch * tokens * heads + own) * V
@@ -245,27 +263,25 @@ def add_sums(
                     q + (batch * tokens * heads + own) * K, first, lanes, heads * K, dims, tokens
                 )
                 above = tl.minimum(row_sums(high, low, lanes, middle, lanes - shift), CAP)
-                right = queries.to(tl.float32) * tl.exp2(above)
+                right = under_decay(queries, tl.exp2(above), WIDE, PRECISION)
                 below = tl.exp2(tl.minimum(-row_sums(high, low, lanes, middle, lanes), CAP))
                 left = tl.where(pairs, scores, 0.0)
-                if WIDE:
-                    for_k += below * tl.dot(left, right, input_precision=PRECISION)
-                else:
-                    for_k += below * tl.dot(left.to(queries.dtype), right.to(queries.dtype))
+                given = tl.dot(left.to(right.dtype), right, input_precision=PRECISION)
+                for_k += below * given
+                written = load_rows(k, first, lanes, state_heads * K, dims, tokens)
+                moved -= given * under_decay(written, below, WIDE, PRECISION).to(tl.float32)
         else:
             queries = load_rows(q + (batch * tokens * heads + own) * K, first, rows, heads * K, dims, tokens)
-            right = queries.to(tl.float32) * up
+            right = under_decay(queries, up, WIDE, PRECISION)
             scores = tl.where(in_order(rows, False, READ_BEFORE), scores, 0.0)
-            if WIDE:
-                for_k = tl.dot(scores, right, for_k, input_precision=PRECISION)
-            else:
-                for_k = tl.dot(scores.to(queries.dtype), right.to(queries.dtype), for_k)
+            for_k = tl.dot(scores.to(right.dtype), right, for_k, input_precision=PRECISION)
     if not HALVED:
+        written = load_rows(k, first, rows, state_heads * K, dims, tokens)
+        moved -= for_k * under_decay(written, down, WIDE, PRECISION).to(tl.float32)
         for_k *= down
     lines = (batch * tokens + place) * state_heads + head
     to = lines[:, None] * K + dims[None, :]
-    keys = load_rows(k, first, rows, state_heads * K, dims, tokens).to(tl.float32)
-    found = tl.cumsum(readers - keys * for_k, 0, reverse=True) + through[None, :]
+    found = tl.cumsum(moved, 0, reverse=True) + through[None, :]
     if READ_BEFORE:
         found -= readers
     if HAS_BONUS:
@@ -282,6 +298,7 @@ def add_sums(
             queries = load_rows(q + (batch * tokens * heads + own) * K, first, rows, heads * K, dims, tokens)
             own_keys += own_weight[:, None] * queries.to(tl.float32)
         for_k += own_keys * tl.load(bonus + head * K + dims).to(tl.float32)[None, :]
+        keys = load_rows(k, first, rows, state_heads * K, dims, tokens).to(tl.float32)
         tl.store(dbonus + (line * tiles + chunk) * K + dims, tl.sum(keys * own_keys, 0))
     if COMPLEMENT:
         found -= tl.exp2(decays) * for_k

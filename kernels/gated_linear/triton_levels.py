@@ -28,6 +28,22 @@ def in_base_two(x):
 
 
 @triton.jit
+def under_decay(x, factor, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """A tile under its decays as products get it: WIDE where 16 bits could not hold it, which is float16.
+
+    What tensor cores would cut off of a float32 is not there. Both sides of a pair are to be multiplied like that where
+    a decay's gradient is what readers take less what is read of writers: pairs on one side of the decay are in both
+    sums, and only what is the product of the same rounded numbers cancels.
+    """
+    y = x.to(tl.float32) * factor
+    if not WIDE:
+        y = y.to(x.dtype)
+    elif PRECISION == "tf32":
+        y = ((y.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return y
+
+
+@triton.jit
 def strongest(decays, rows, C: tl.constexpr):
     """Of [C, dims] the strongest decay of one token, and of one half of the chunk, both positive."""
     early = tl.sum(tl.where((rows < C // 2)[:, None], decays, 0.0), 0)

@@ -29,6 +29,8 @@ def launch_forward(
     halved, kept, removal, states, weights, reading = saved[:6] if save else shared(plan, q)
     inverse, solved, moved = saved[6:] if save else (None, None, None)
     rows, made_for = plan.batch * plan.state_heads, config("transition", plan)
+    # of float32 products on two warps ptxas makes 32 registers, 150 KB of spills and a long compilation, if not told
+    most = {"maxnreg": 255} if plan.precision == "tf32x3" and made_for.warps == 2 else {}
     for again in (False, True):
         whole = made_for.keys == plan.key_dim and not again
         launch(
@@ -36,6 +38,7 @@ def launch_forward(
             g=log_decay, docs=docs, halved=halved, kept=kept, removal=removal, states=states, weights=weights,
             reading=reading, inverse=inverse, solved=solved, moved=moved, SAVE=save, WIDE=plan.wide,
             **_sizes(plan, made_for), **({} if whole else {"HALVED": again}),
+            **most,
         )  # fmt: skip
     _states(plan, removal, kept, start, states, final, reverse=False)
     made_for = config("output", plan)

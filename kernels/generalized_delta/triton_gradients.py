@@ -23,6 +23,7 @@ from linearize.kernels.gated_linear.triton_levels import (
     level_pairs,
     row_exponents,
     row_sums,
+    under_decay,
 )
 from linearize.kernels.generalized_delta.triton_common import (
     chunk_documents,
@@ -32,7 +33,6 @@ from linearize.kernels.generalized_delta.triton_common import (
     later,
     met,
 )
-from linearize.kernels.generalized_delta.triton_products import scaled
 
 
 @triton.jit
@@ -72,15 +72,6 @@ def weighed(pairs, tile):
 
 
 @triton.jit
-def operand(x, factor, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """A tile under its decays, as products get it: what tensor cores would cut off of a float32 is not there."""
-    y = scaled(x, factor, WIDE)
-    if WIDE and PRECISION == "tf32":
-        y = ((y.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return y
-
-
-@triton.jit
 def halved_readers(
     found, moved, with_b, with_k, x, b, k, g, first, rows, x_stride, stride, dims, tokens, levels,
     STRICT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -92,13 +83,13 @@ def halved_readers(
         pairs, middle = level_pairs(lanes, 6 - level, level == levels, True, STRICT)
         high, low = in_halves(in_base_two(load_rows(g, first, lanes, stride, dims, tokens)))
         down = tl.exp2(tl.minimum(-row_sums(high, low, lanes, middle, lanes), CAP))
-        right = operand(load_rows(k, first, lanes, stride, dims, tokens), down, WIDE, PRECISION)
+        right = under_decay(load_rows(k, first, lanes, stride, dims, tokens), down, WIDE, PRECISION)
         given = tl.dot(weighed(tl.where(pairs, with_k, 0.0), right), right, input_precision=PRECISION)
-        right = operand(load_rows(b, first, lanes, stride, dims, tokens), down, WIDE, PRECISION)
+        right = under_decay(load_rows(b, first, lanes, stride, dims, tokens), down, WIDE, PRECISION)
         given = tl.dot(weighed(tl.where(pairs, with_b, 0.0), right), right, given, input_precision=PRECISION)
         up = tl.exp2(tl.minimum(row_sums(high, low, lanes, middle, lanes - shift), CAP))
         found += given * up
-        own = operand(load_rows(x, first, lanes, x_stride, dims, tokens), up, WIDE, PRECISION)
+        own = under_decay(load_rows(x, first, lanes, x_stride, dims, tokens), up, WIDE, PRECISION)
         moved += given * own.to(tl.float32)
     return found, moved
 
@@ -115,11 +106,11 @@ def halved_writers(
         pairs, middle = level_pairs(lanes, 6 - level, level == levels, False, STRICT)
         high, low = in_halves(in_base_two(load_rows(g, first, lanes, stride, dims, tokens)))
         up = tl.exp2(tl.minimum(row_sums(high, low, lanes, middle, lanes - shift), CAP))
-        right = operand(load_rows(x, first, lanes, x_stride, dims, tokens), up, WIDE, PRECISION)
+        right = under_decay(load_rows(x, first, lanes, x_stride, dims, tokens), up, WIDE, PRECISION)
         given = tl.dot(weighed(tl.where(pairs, weights, 0.0), right), right, input_precision=PRECISION)
         down = tl.exp2(tl.minimum(-row_sums(high, low, lanes, middle, lanes), CAP))
         found += given * down
-        own = operand(load_rows(y, first, lanes, stride, dims, tokens), down, WIDE, PRECISION)
+        own = under_decay(load_rows(y, first, lanes, stride, dims, tokens), down, WIDE, PRECISION)
         moved -= given * own.to(tl.float32)
     return found, moved
 
@@ -157,15 +148,15 @@ def for_readers(
         passed, early = row_exponents(decays, rows, rows.shape[0])
         found = found * tl.exp2(early)[None, :] * entering[:, None]
         down = tl.exp2(-passed)
-        right = operand(load_rows(k, first, rows, stride, dims, tokens), down, WIDE, PRECISION)
+        right = under_decay(load_rows(k, first, rows, stride, dims, tokens), down, WIDE, PRECISION)
         found = tl.dot(weighed(with_k, right), right, found, input_precision=PRECISION)
         tl.debug_barrier()
         with_b = all_pairs(y, change, first, rows, y_stride, state_heads * V, tokens, V, BV, PRECISION)
-        right = operand(load_rows(b, first, rows, stride, dims, tokens), down, WIDE, PRECISION)
+        right = under_decay(load_rows(b, first, rows, stride, dims, tokens), down, WIDE, PRECISION)
         found = tl.dot(weighed(tl.where(seen, with_b, 0.0), right), right, found, input_precision=PRECISION)
         up = tl.exp2(met(passed, g, first, rows, stride, dims, tokens, STRICT))
         store_rows(to, first, rows, x_stride, dims, tokens, found * up)
-        own = operand(load_rows(x, first, rows, x_stride, dims, tokens), up, WIDE, PRECISION)
+        own = under_decay(load_rows(x, first, rows, x_stride, dims, tokens), up, WIDE, PRECISION)
         moved += found * own.to(tl.float32)
     return moved
 
@@ -199,7 +190,7 @@ def for_writers(
             )  # fmt: skip
         else:
             right = load_rows(q + member * K, first, rows, heads * K, dims, tokens)
-            right = operand(right, tl.exp2(passed), WIDE, PRECISION)
+            right = under_decay(right, tl.exp2(passed), WIDE, PRECISION)
             found = tl.dot(weighed(pairs, right), right, found, input_precision=PRECISION)
     pairs = all_pairs(y, missing, first, rows, state_heads * V, state_heads * V, tokens, V, BV, PRECISION)
     pairs = tl.where(later(end, rows, 1), pairs, 0.0)
@@ -209,10 +200,10 @@ def for_writers(
         )  # fmt: skip
     else:
         up = tl.exp2(met(passed, g, first, rows, stride, dims, tokens, True))
-        right = operand(load_rows(a, first, rows, stride, dims, tokens), up, WIDE, PRECISION)
+        right = under_decay(load_rows(a, first, rows, stride, dims, tokens), up, WIDE, PRECISION)
         found = tl.dot(weighed(pairs, right), right, found, input_precision=PRECISION)
         down = tl.exp2(-passed)
-        own = operand(load_rows(x, first, rows, stride, dims, tokens), down, WIDE, PRECISION)
+        own = under_decay(load_rows(x, first, rows, stride, dims, tokens), down, WIDE, PRECISION)
         moved -= found * own.to(tl.float32)
         found *= down
     tl.debug_barrier()

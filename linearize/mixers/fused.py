@@ -2,7 +2,8 @@
 
 Found once, when a mixer is built, and here alone. On a device with Triton their chunked and one-token forms are then
 `kernels.window_linear`, with q, k and v in the model's own dtype; everywhere else, and for every other composition,
-they run part by part, on the kernels of the parts. Both read and write the same state.
+they run part by part, on the kernels of the parts. Both read and write the same state. So it is with a feature map and
+an additive rule that `kernels.taylor_linear` computes together (`by_products`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ MAP_DIMS = (16, 32, 64, 128)
 """Columns of a feature map's matrix that the kernel takes."""
 HEAD_DIM = 256
 """Widest head that the kernel takes."""
+PRODUCT_DIMS = (8, 16, 32)
+"""Widths of q and k that the kernel of their products' polynomial takes."""
 
 
 def find(
@@ -56,6 +59,17 @@ def find(
     rotated = position.window_rotated if window.size else position.recurrent_rotated
     rule = combine if isinstance(combine, SharedNormalizer) else None
     return Fused(shape, ring, recurrent, rule, rotated)
+
+
+def by_products(recurrent: Recurrent) -> bool:
+    """Whether a kernel makes the recurrent branch's features itself, of queries and keys as its map projects them.
+
+    The states are those of the map's own features. The window and the joining rule stay kernels of their own.
+    """
+    if recurrent.gate is not None or not recurrent.update.takes_products:
+        return False
+    made = recurrent.feature_map.products
+    return made is not None and made.dim in PRODUCT_DIMS and recurrent.update.value_dim <= HEAD_DIM
 
 
 def _is_hedgehog(recurrent: Recurrent) -> bool:

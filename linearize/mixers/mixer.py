@@ -64,6 +64,8 @@ class Mixer(nn.Module):
         self.output = output
         self.branch_off: str | None = None
         self.fused = fused.find(shape, position, window, recurrent, combine)
+        if recurrent is not None:
+            recurrent.by_products = fused.by_products(recurrent)
         window.alone = combine is None or not combine.needs_normalizer
 
     @property

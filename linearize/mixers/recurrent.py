@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from linearize.kernels import dispatch
 from linearize.mixers.base import LayerShape, Partial, accumulator, positions, repeat_heads
 from linearize.mixers.feature_map import FeatureMap
 from linearize.mixers.gate import Gate
@@ -68,6 +69,8 @@ class Recurrent(nn.Module):
         self.shape, self.delayed = shape, delayed
         self.feature_map, self.update, self.normalizer = feature_map, update, normalizer
         self.short_conv, self.gate = short_conv, gate
+        self.by_products = False
+        """Whether Triton's chunked and one-token forms make the features themselves; `fused.by_products` says so."""
 
     @property
     def uses_hidden(self) -> bool:
@@ -102,7 +105,7 @@ class Recurrent(nn.Module):
 
     def chunked(self, inputs: Inputs, handed: Handed, state: State) -> Partial:
         """O(T)-memory form over the keys that leave the window at each token; writes the state."""
-        stream = self._arriving(inputs, handed, self._advance(inputs, state), state)
+        stream = self._arriving(inputs, handed, self._advance(inputs, state), state, projected=True)
         order = handed.order
         if order is None:
             return self.normalizer(self.update.chunked(stream, state))
@@ -113,17 +116,22 @@ class Recurrent(nn.Module):
             k=order.place_keys(stream.k),
             v=order.place_keys(stream.v),
             docs=order.docs,
+            valid=order.place_keys(stream.valid),
         )
         return self.normalizer(order.take(self.update.chunked(placed, state)))
 
     def step(self, inputs: Inputs, handed: Handed, state: State) -> Partial:
         """One token, in place."""
-        stream = self._arriving(inputs, handed, self._advance(inputs, state), state)
+        # several keys at once, or none, out of a window come with their features
+        one = handed.k.shape[1] == 1
+        stream = self._arriving(inputs, handed, self._advance(inputs, state), state, projected=one)
         return self.normalizer(self.update.step(stream, state))
 
-    def _arriving(self, inputs: Inputs, handed: Handed, position: Tensor | None, state: State) -> Stream:
+    def _arriving(
+        self, inputs: Inputs, handed: Handed, position: Tensor | None, state: State, *, projected: bool
+    ) -> Stream:
         if not self.delayed:
-            return self._stream(inputs, position, position, state)
+            return self._stream(inputs, position, position, state, projected=projected)
         wide = inputs.q.dtype
         late = Inputs(
             inputs.q,
@@ -138,16 +146,24 @@ class Recurrent(nn.Module):
         k_position = None
         if position is not None:
             k_position = position - handed.lag if handed.position is None else handed.position
-        return self._stream(late, position, k_position, state)
+        return self._stream(late, position, k_position, state, projected=projected)
 
     def _stream(
-        self, inputs: Inputs, position: Tensor | None, k_position: Tensor | None, state: State | None
+        self,
+        inputs: Inputs,
+        position: Tensor | None,
+        k_position: Tensor | None,
+        state: State | None,
+        *,
+        projected: bool = False,
     ) -> Stream:
         q, k, v = inputs.q, inputs.k, inputs.v
         if self.short_conv is not None:
             docs = inputs.docs if inputs.bordered else None
             masks = {"valid": inputs.valid, "docs": docs, "front": inputs.front}
             q, k, v = self.short_conv(q, k, v, **masks, state=state)
+        if dispatch.use_triton(q, k, v) and self.by_products and projected:
+            return self._products(inputs, q, k, v)
         seen = inputs.valid[..., None]
         heads = self.update.heads
         phi_k = self.feature_map.key(k, k_position) * seen[..., None].to(k.dtype)
@@ -168,6 +184,14 @@ class Recurrent(nn.Module):
             hidden=inputs.hidden,
             dtype=inputs.dtype,
         )
+
+    def _products(self, inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Stream:
+        """q and k before features are made of them; see `Stream.scale`."""
+        made = self.feature_map.products
+        assert made is not None
+        q, k = self.feature_map.projected(q, k)
+        k = repeat_heads(k, self.update.heads // k.shape[2])
+        return Stream(q, k, v, inputs.docs, inputs.valid, dtype=inputs.dtype, scale=made.scale)
 
     def _advance(self, inputs: Inputs, state: State) -> Tensor | None:
         """Positions [B, T] of the new tokens for a map that uses them; the count goes on in the state."""

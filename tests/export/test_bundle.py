@@ -40,9 +40,17 @@ print(json.dumps({"loud": loud, "package": "linearize" in sys.modules, "class": 
 """
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral"])
-def test_loads_without_the_package(family, tmp_path):
-    model = surgery.convert(tiny.model(family), tiny.LOLCATS, [0, 2])
+TAYLOR = {**tiny.LOLCATS, "feature_map": {"name": "taylor", "dim": 8}}
+"""On a GPU its recurrent branch takes another way than its feature map says."""
+
+
+@pytest.mark.parametrize(
+    ("family", "mixer"),
+    [*((family, tiny.LOLCATS) for family in ("llama", "gemma3", "gpt2", "mixtral")), ("llama", TAYLOR)],
+    ids=["llama", "gemma3", "gpt2", "mixtral", "llama-taylor"],
+)
+def test_loads_without_the_package(family, mixer, tmp_path):
+    model = surgery.convert(tiny.model(family), mixer, [0, 2])
     tiny.randomize(layer.mixer for layer in surgery.converted(model))
     folder = linearize.save(model, tmp_path / "out")
     ids = tiny.tokens()

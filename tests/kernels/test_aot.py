@@ -30,6 +30,7 @@ COMPILED = {
             "gated_linear:head, 64",
             "gated_delta:dim 64",
             "gated_delta:per key, dim 64",
+            "taylor_linear:dim 16",
         ],
     ),
     "80, all": (

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
+from rounded_operands import rounded_operand, rounded_pairs
 from torch import Tensor
 
 from linearize.kernels import dispatch
@@ -160,24 +159,13 @@ def test_equals_the_loop(case):
         assert max(found.values()) < limit, (dtype, found)
 
 
-@triton.jit
-def rounded_pairs(pairs, tile):
-    bits = pairs.to(tl.int32, bitcast=True)
-    return ((bits + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def rounded_operand(x, factor, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    return rounded_pairs(x * factor, x)
-
-
 @pytest.mark.skipif(ON_GPU, reason="the products' operands are replaced, which the interpreter alone allows")
 def test_rounded_operands_cost_the_decays_no_more_than_others(monkeypatch):
     """What pairs on one side of a strong decay give it cancels, however operands are rounded: here as bfloat16 is."""
     from linearize.kernels.generalized_delta import triton_gradients
 
     monkeypatch.setattr(triton_gradients, "weighed", rounded_pairs)
-    monkeypatch.setattr(triton_gradients, "operand", rounded_operand)
+    monkeypatch.setattr(triton_gradients, "under_decay", rounded_operand)
     for strength in (1.0, 20.0):
         case = Case(tokens=130, strength=strength)
         x, docs = rounded(draw(case), single), documents(case)

@@ -26,9 +26,14 @@ MIXERS: dict[str, dict] = {
     "window alone": {"window": {**SLIDING, "sinks": "learned"}},
     "pinned": {"window": {**SLIDING, "first": 3, "sinks": "learned"}},
     "taylor": {
-        "feature_map": {"name": "taylor", "dim": 4}, "window": {**SLIDING, "first": 3},
+        "feature_map": {"name": "taylor", "dim": 8}, "window": {**SLIDING, "first": 3},
         "combine": {"name": "shared_normalizer", "stabilized": True},
     },
+    "taylor terraced": {
+        "feature_map": {"name": "taylor", "dim": 16, "per": "kv_head"}, "window": {"name": "terraced", "size": 16},
+        "combine": {"name": "shared_normalizer", "stabilized": True},
+    },
+    "taylor alone": {"feature_map": {"name": "taylor", "dim": 8}, "normalizer": {"name": "group_norm"}},
     "delta window": {
         "feature_map": {"name": "identity"}, "gate": {"name": "mamba2"}, "update": {"name": "delta"},
         "normalizer": {"name": "none"}, "window": {**SLIDING, "first": 3, "overlap": True},
@@ -59,6 +64,7 @@ MIXERS: dict[str, dict] = {
     },
 }  # fmt: skip
 COVERED = {"lolcats", "short window", "terraced", "hedgehog"}
+PRODUCTS = {"taylor", "taylor terraced", "taylor alone"}
 mixers = pytest.mark.parametrize("name", MIXERS)
 
 
@@ -98,6 +104,18 @@ LIMIT = 2e-3 if DEVICE == "cuda" else 5e-5  # float32 products of the torch form
 
 def test_which_compositions_one_kernel_covers():
     assert {name for name in MIXERS if made(name).fused is not None} == COVERED
+    branches = {name: made(name).recurrent for name in MIXERS}
+    assert {name for name, made in branches.items() if made is not None and made.by_products} == PRODUCTS
+
+
+@pytest.mark.parametrize("name", ["taylor", "taylor alone"])
+def test_features_of_products_stay_in_the_kernel(name, monkeypatch):
+    mixer, given = made(name), inputs(20)
+    monkeypatch.setattr(type(mixer.feature_map), "activate", lambda *_: pytest.fail("features were made"))
+    with dispatch.kernels("triton"), torch.no_grad():
+        state = mixer.initial_state(2, torch.float32, torch.device(DEVICE))
+        mixer.chunked(**{n: x[:, :19] for n, x in given.items()}, state=state)
+        mixer.step(**{n: x[:, 19:] for n, x in given.items()}, state=state)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import sys
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
 from linearize.mixers.base import LayerShape, Part
 from linearize.registry import Registry, discover
+
+
+class Products(NamedTuple):
+    """Of a map with phi(x).phi(y) = 1 + z + z^2 / 2 for z = scale x'.y': kernels need x' = `projected` and no feature.
+
+    Attributes:
+        dim: width of x'.
+        scale: factor on x'.y'.
+    """
+
+    dim: int
+    scale: float
 
 
 class FeatureMap(Part):
@@ -19,10 +31,12 @@ class FeatureMap(Part):
         state_heads: heads of the key features, so of the recurrent state: H, or N when query heads share them.
         non_negative: phi(q).phi(k) >= 0 for every q and k, so a running sum of the key features can normalize.
         uses_position: `query` and `key` need `position`; the others ignore it.
+        products: see `Products`, or None for other maps.
     """
 
     non_negative: ClassVar[bool] = True
     uses_position: ClassVar[bool] = False
+    products: Products | None = None
     feature_dim: int
     state_heads: int
 
@@ -36,6 +50,10 @@ class FeatureMap(Part):
 
     def key(self, k: Tensor, position: Tensor | None = None) -> Tensor:
         """k [B, T, N, K] -> [B, T, state_heads, F]; position as in `query`."""
+        raise NotImplementedError(type(self))  # pragma: no cover
+
+    def projected(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Where there are `products`: q, k as there -> [B, T, H, dim], [B, T, state_heads, dim], in their dtype."""
         raise NotImplementedError(type(self))  # pragma: no cover
 
 

@@ -110,12 +110,18 @@ class PerHeadProjection(FeatureMap):
         return torch.eye(*weight.shape[1:], dtype=weight.dtype, device=weight.device)
 
     def query(self, q: Tensor, position: Tensor | None = None) -> Tensor:
-        return self.activate(self._project(q, self.query_weight, self.query_bias))
+        return self.activate(wide(self._project(q, self.query_weight, self.query_bias)))
 
     def key(self, k: Tensor, position: Tensor | None = None) -> Tensor:
+        return self.activate(wide(self._projected_key(k)))
+
+    def projected(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self._project(q, self.query_weight, self.query_bias), self._projected_key(k)
+
+    def _projected_key(self, k: Tensor) -> Tensor:
         k = repeat_heads(k, self.state_heads // k.shape[2])
         weight, bias = (self.query_weight, self.query_bias) if self.tied else (self.key_weight, self.key_bias)
-        return self.activate(self._project(k, weight, bias))
+        return self._project(k, weight, bias)
 
     def activate(self, u: Tensor) -> Tensor:
         """Projections [B, T, *, dim] -> features [B, T, *, F]."""
@@ -123,7 +129,8 @@ class PerHeadProjection(FeatureMap):
 
     @staticmethod
     def _project(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        if weight is None:
-            return wide(x)
-        u = wide(torch.einsum("bthk,hkf->bthf", x, weight.to(x.dtype)))
-        return u if bias is None else u + bias.to(u.dtype)
+        u = x if weight is None else torch.einsum("bthk,hkf->bthf", x, weight.to(x.dtype))
+        if bias is None:
+            return u
+        u = wide(u)
+        return u + bias.to(u.dtype)

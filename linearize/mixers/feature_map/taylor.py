@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from linearize.kernels.taylor_linear import taylor_features
 from linearize.mixers.base import LayerShape
-from linearize.mixers.feature_map import FEATURE_MAPS
+from linearize.mixers.feature_map import FEATURE_MAPS, Products
 from linearize.mixers.feature_map.shared import PerHeadProjection
 from linearize.mixers.options import number
 
@@ -39,12 +38,9 @@ class Taylor(PerHeadProjection):
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)
         width = config.dim or shape.key_dim
-        self.scaling = config.dim**-0.5 if config.dim else shape.scaling
+        self.products = Products(width, config.dim**-0.5 if config.dim else shape.scaling)
         self.feature_dim = 1 + width + width * (width + 1) // 2
 
     def activate(self, u: Tensor) -> Tensor:
-        x = u * math.sqrt(self.scaling)
-        first, second = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
-        # (x.y)^2 / 2 = sum of x_i^2 y_i^2 / 2 over i, plus x_i x_j y_i y_j over pairs i < j
-        weight = torch.where(first == second, x.new_full((), math.sqrt(0.5)), x.new_ones(()))
-        return torch.cat([torch.ones_like(x[..., :1]), x, x[..., first] * x[..., second] * weight], -1)
+        assert self.products is not None
+        return taylor_features(u, self.products.scale)

@@ -29,6 +29,8 @@ class Stream:
         log_decay: None, per head [B, T, M], or per feature [B, T, M, F].
         hidden: [B, T, D], the layer's input, for rules that read it.
         dtype: of the model's own q, k and v, from which these were widened.
+        scale: None, or q and k are no features but [B, T, H, D] and [B, T, M, D] of weights 1 + z + z^2 / 2, z = scale
+            q.k; then keys that nobody may see are told by `valid` alone, and the heads of v divide M.
     """
 
     q: Tensor
@@ -39,6 +41,7 @@ class Stream:
     log_decay: Tensor | None = None
     hidden: Tensor | None = None
     dtype: torch.dtype = torch.float32
+    scale: float | None = None
 
     def narrow(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """As Triton's kernels take them fastest: in bfloat16 where the model is in it; products add up in float32.
@@ -72,6 +75,7 @@ class Update(Part):
         sums_weights: whether the rule has weights that a running sum can add up.
         uses_keys: whether it reads the features of the key.
         uses_hidden: whether it reads the layer's input.
+        takes_products: whether without a gate it takes q and k as a map `projected` them; see `Stream.scale`.
     """
 
     decays: ClassVar[tuple[str, ...]] = ("none",)
@@ -79,6 +83,7 @@ class Update(Part):
     sums_weights: ClassVar[bool] = True
     uses_keys: ClassVar[bool] = True
     uses_hidden: ClassVar[bool] = False
+    takes_products: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -11,7 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from linearize.kernels.gated_linear import gated_linear_chunk, gated_linear_reference, gated_linear_step
+from linearize.kernels import dispatch
+from linearize.kernels.gated_linear import (
+    GatedState,
+    gated_linear_chunk,
+    gated_linear_reference,
+    gated_linear_step,
+)
 from linearize.kernels.linear import linear_read, linear_reference
 from linearize.mixers.base import Part, Partial
 from linearize.mixers.state import State
@@ -24,6 +30,7 @@ class Additive(Update):
 
     decays: ClassVar[tuple[str, ...]] = ("none", "head", "feature")
     dense = True
+    takes_products: ClassVar[bool] = True
 
     @dataclass
     class Config(Part.Config):
@@ -71,9 +78,24 @@ class Additive(Update):
 
     def chunked(self, stream: Stream, state: State) -> Partial:
         before = self._state(state)
+        if dispatch.use_triton(stream.q, stream.k, stream.v) and stream.scale is not None:
+            from linearize.kernels.taylor_linear import taylor_linear_chunk
+
+            q, k, v = stream.narrow(stream.q, stream.k, stream.v)
+            made = taylor_linear_chunk(
+                q,
+                k,
+                v,
+                stream.scale,
+                stream.docs,
+                stream.valid,
+                before,
+                normalize=self.running_sum,
+            )
+            return self._written(state, *made)
         with self.form():
             q, k, v = stream.narrow(stream.q, self.keys(stream), stream.v)
-            numerator, denominator, (sums, norms) = gated_linear_chunk(
+            made = gated_linear_chunk(
                 q,
                 k,
                 v,
@@ -83,13 +105,18 @@ class Additive(Update):
                 bonus=self.bonus(k.dtype),
                 normalize=self.running_sum,
             )
-        kept = {"sums": sums, "norms": norms} if self.running_sum else {"sums": sums}
-        state.write({name: value for name, value in kept.items() if value is not None})
-        return Partial(numerator, denominator)
+        return self._written(state, *made)
 
     def step(self, stream: Stream, state: State) -> Partial:
         k = self.keys(stream)
         sums, norms = self._state(state)
+        if dispatch.use_triton(stream.q, k, stream.v) and stream.scale is not None:
+            from linearize.kernels.taylor_linear import taylor_linear_step
+
+            numerator, denominator = taylor_linear_step(
+                stream.q[:, 0], k[:, 0], stream.v[:, 0], stream.scale, sums, norms, valid=stream.valid[:, 0]
+            )
+            return Partial(numerator[:, None], None if denominator is None else denominator[:, None])
         if k.shape[1] == 1:
             decay = None if stream.log_decay is None else stream.log_decay[:, 0]
             with self.form():
@@ -103,6 +130,13 @@ class Additive(Update):
             numerator, denominator = linear_read(stream.q[:, 0], sums, running)
         seen = None if norms is None or denominator is None else denominator[:, None]
         return Partial(numerator[:, None], seen)
+
+    def _written(
+        self, state: State, numerator: Tensor, denominator: Tensor | None, after: GatedState
+    ) -> Partial:
+        kept = dict(zip(("sums", "norms"), after, strict=True))
+        state.write({name: value for name, value in kept.items() if value is not None})
+        return Partial(numerator, denominator)
 
     def _state(self, state: State) -> tuple[Tensor, Tensor | None]:
         return state["sums"], state["norms"] if self.running_sum else None

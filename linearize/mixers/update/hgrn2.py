@@ -22,6 +22,7 @@ class HGRN2(Additive):
 
     decays: ClassVar[tuple[str, ...]] = ("feature",)
     dense = False
+    takes_products = False
     uses_keys = False
 
     @dataclass

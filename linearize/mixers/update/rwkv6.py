@@ -27,6 +27,7 @@ class RWKV6(Additive):
 
     decays: ClassVar[tuple[str, ...]] = ("head", "feature")
     dense = False
+    takes_products = False
 
     @dataclass
     class Config(Part.Config):
