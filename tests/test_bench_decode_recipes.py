@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
+from filelock import FileLock
 
 from linearize import cli
 from linearize.bench import decode_recipes
 from linearize.bench.decode_recipes import GROWS, prefill, random_tokens, read_prompt
 from linearize.bench.subjects import TEACHER, convert, random_model
+from linearize.bench.whole import Stopwatch
 from linearize.errors import LinearizeError
 
 CPU = torch.device("cpu")
@@ -76,7 +81,9 @@ def test_a_prompt_that_does_not_fit_is_halved(monkeypatch):
 
 
 def test_nothing_is_begun_behind_the_budget():
-    options = argparse.Namespace(shape="tiny", prefill=(8,), batch=(1,), context=None, compile=True)
+    options = argparse.Namespace(
+        shape="tiny", prefill=(8,), batch=(1,), context=None, compile=True, only=False
+    )
     rows = list(decode_recipes.rows("lolcats", options, CPU, -1.0))
     assert [row["way"] for row in rows] == ["chunked", "graph", "graph, compiled"]
     assert all(row["note"] == "not run: the budget is spent" for row in rows)
@@ -87,3 +94,34 @@ def test_a_checkpoint_is_refused(tmp_path, capsys):
     assert "--recipes goes with random in the place of runs/mine" in capsys.readouterr().err
     with pytest.raises(LinearizeError, match="its state grows"):
         decode_recipes.decode(convert(random_model(CPU, torch.float32, "tiny"), "softmax"), 1, 4, None)
+
+
+def test_processes_share_a_folder_and_take_turns(tmp_path):
+    """Rows of all of them stay; none measures the teacher; what one times the others wait for."""
+    command = [
+        sys.executable, "-m", "linearize", "bench", "decode", "random", "--only", "--shape", "tiny", "--device", "cpu",
+        "--batch", "1", "--context", "16", "--prefill", "16", "--out", str(tmp_path), "--recipes",
+    ]  # fmt: skip
+    started = [
+        subprocess.Popen([*command, name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for name in ("lolcats", "gla")
+    ]
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    rows = json.loads((tmp_path / "recipes.json").read_text())
+    assert {(row["recipe"], row["measured"]) for row in rows} == {
+        (recipe, measured) for recipe in ("lolcats", "gla") for measured in ("prefill", "decode")
+    }
+    assert all(row["tokens_per_second"] for row in rows)
+
+
+def test_nobody_times_out_of_turn(tmp_path):
+    watch = Stopwatch(torch.device("cpu"), spend=0.0, turn=tmp_path / "turn.lock")
+    seen = []
+    with FileLock(tmp_path / "turn.lock"):
+        other = threading.Thread(target=lambda: watch.seconds(lambda: seen.append(1), 0.0))
+        other.start()
+        other.join(0.2)
+        assert not seen
+    other.join(10)
+    assert seen

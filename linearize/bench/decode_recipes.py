@@ -2,6 +2,8 @@
 
 Decoding goes through `linearize.decode`, the teacher's too: one captured step for each recipe and batch. A prompt goes
 through the model's chunked form into an ordinary cache, at once, or in pieces where the memory does not hold it.
+
+With `--only` several processes may share a folder and a device: they compile at once, and time one after the other.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +45,7 @@ def main(options: argparse.Namespace) -> int:
 
     Args:
         options: path ("random"), shape, recipes (names), batch, context (tuples, of decoding), prefill (lengths of
-            prompts), compile (also the compiled step), budget, device, out.
+            prompts), compile (also the compiled step), only (without the teacher's own rows), budget, device, out.
 
     Raises:
         LinearizeError: a model instead of random weights, no such recipe or shape, or no CUDA device.
@@ -57,7 +60,7 @@ def main(options: argparse.Namespace) -> int:
     random_model("meta", torch.float32, options.shape)
     table = Table(options.out, say, about(device), given(options))
     deadline = None if options.budget is None else table.started + options.budget
-    for name in [TEACHER, *names]:
+    for name in names if options.only else [TEACHER, *names]:
         try:
             for row in rows(name, options, device, deadline):
                 table.add(row)
@@ -72,6 +75,7 @@ def rows(
 ) -> Iterator[Row]:
     """The rows of one recipe, or of the teacher: its prompts, then its tokens."""
     model: Any = None
+    turn = options.out / "turn.lock" if options.only else None
     ways: dict[str, dict[str, Any] | None] = {
         "graph": None,
         **({"graph, compiled": {}} if options.compile else {}),
@@ -79,12 +83,13 @@ def rows(
     todo: list[tuple[Row, Callable[[Any], Row]]] = []
     for length in options.prefill:
         key = {"measured": "prefill", "way": "chunked", "batch": 1, "length": length}
-        todo.append((key, partial(read_prompt, length=length)))
+        todo.append((key, partial(read_prompt, length=length, turn=turn)))
     for way, compile in ways.items():  # noqa: A001 - torch's name
         for batch in options.batch:
             for context in options.context or CONTEXT:
                 key = {"measured": "decode", "way": way, "batch": batch, "length": context}
-                todo.append((key, partial(decode, batch=batch, context=context, compile=compile)))
+                run = partial(decode, batch=batch, context=context, compile=compile, turn=turn)
+                todo.append((key, run))
     for key, measure in todo:
         row: Row = {**key, "shape": options.shape, "recipe": name}
         if deadline is not None and time.monotonic() > deadline:
@@ -103,10 +108,10 @@ def rows(
     whole.release()
 
 
-def read_prompt(model: Any, length: int) -> Row:
+def read_prompt(model: Any, length: int, turn: Path | None = None) -> Row:
     """A row of reading one prompt of random tokens, whose last logits are made."""
     device = next(model.parameters()).device
-    watch, piece, note = Stopwatch(device, spend=0.5), length, ""
+    watch, piece, note = Stopwatch(device, spend=0.5, turn=turn), length, ""
     ids = random_tokens(model, 1, length)
     while True:
         try:
@@ -145,15 +150,21 @@ def prefill(model: Any, ids: Tensor, piece: int) -> Tensor:
     return logits
 
 
-def decode(model: Any, batch: int, context: int, compile: dict[str, Any] | None) -> Row:  # noqa: A002
+def decode(
+    model: Any,
+    batch: int,
+    context: int,
+    compile: dict[str, Any] | None,  # noqa: A002 - torch's name
+    turn: Path | None = None,
+) -> Row:
     """A row of decoding behind prompts of random tokens."""
     device = next(model.parameters()).device
     if not all(has_fixed_state(layer.mixer) for layer in converted(model)):
         raise LinearizeError(GROWS)
-    watch = Stopwatch(device, spend=0.5, most=LOOKS)
+    watch = Stopwatch(device, spend=0.5, most=LOOKS, turn=turn)
     if compile is not None:
         torch._dynamo.reset()
-    length = context + 1 + EVERY * (LOOKS + 2)
+    length = context + 1 + EVERY * (LOOKS + 3)
     decoder = Decoder(model, batch, length=length, compile=compile)
     first = watch.once(decoder.prepare)
     watch.once(lambda: decoder.read(random_tokens(model, batch, context), None))

@@ -6,12 +6,13 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from linearize.bench import report
 from linearize.bench.runner import LOST
@@ -130,12 +131,15 @@ class Table:
         self.path, self.say, self.started = folder / "recipes.json", say, time.monotonic()
         self.about = report.facts(device, None, options)
         self.rows = read(self.path)
+        folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, row: Row) -> None:
-        """Write and say a row."""
-        self.rows = compared(merged(self.rows, {**row, "device": self.about["device"].get("name", "CPU")}))
-        write(self.path, self.rows)
-        self.path.with_suffix(".md").write_text(markdown(self.about, self.rows), encoding="utf-8")
+        """Write and say a row; what other processes have written into the folder meanwhile stays."""
+        row = {**row, "device": self.about["device"].get("name", "CPU")}
+        with FileLock(self.path.with_suffix(".lock")):
+            self.rows = compared(merged(read(self.path), row))
+            write(self.path, self.rows)
+            self.path.with_suffix(".md").write_text(markdown(self.about, self.rows), encoding="utf-8")
         self.say(f"{time.monotonic() - self.started:4.0f} s  {said(self.rows[-1])}")
 
 
@@ -195,10 +199,19 @@ class Stopwatch:
         device: where the calls run.
         spend: seconds to spend on the repeats of a call.
         least, most: repeats.
+        turn: a file that processes who share the device lock while they time; None: there is no other.
     """
 
-    def __init__(self, device: torch.device, spend: float = 1.0, least: int = 3, most: int = 200) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        spend: float = 1.0,
+        least: int = 3,
+        most: int = 200,
+        turn: Path | None = None,
+    ) -> None:
         self.device, self.spend, self.least, self.most = device, spend, least, most
+        self.turn: AbstractContextManager[Any] = nullcontext() if turn is None else FileLock(turn)
 
     def once(self, call: Callable[[], Any]) -> float:
         """Wall seconds of one call, until the device is done."""
@@ -217,18 +230,21 @@ class Stopwatch:
         """
         if about > SLOW:
             return about, 1
-        count = max(self.least, min(self.most, round(self.spend / max(about, 1e-6))))
-        if self.device.type != "cuda":
-            spans = [self.once(call) for _ in range(count)]
-        else:
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-            self.wait()
-            marks[0].record()
-            for mark in marks[1:]:
-                call()
-                mark.record()
-            self.wait()
-            spans = [1e-3 * a.elapsed_time(b) for a, b in pairwise(marks)]
+        with self.turn:
+            # before one's turn the device was busy with others
+            again = min(about, self.once(call))
+            count = max(self.least, min(self.most, round(self.spend / max(again, 1e-6))))
+            if self.device.type != "cuda":
+                spans = [self.once(call) for _ in range(count)]
+            else:
+                marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+                self.wait()
+                marks[0].record()
+                for mark in marks[1:]:
+                    call()
+                    mark.record()
+                self.wait()
+                spans = [1e-3 * a.elapsed_time(b) for a, b in pairwise(marks)]
         return sorted(spans)[len(spans) // 2], count
 
     def wait(self) -> None:

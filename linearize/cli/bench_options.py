@@ -88,6 +88,11 @@ def decode(parser: argparse.ArgumentParser) -> None:
         help="with --recipes: lengths of prompts whose reading is timed (default: 1024,8192,65536)",
     )
     parser.add_argument("--compile", action="store_true", help="with --recipes: also the compiled step")
+    parser.add_argument(
+        "--only",
+        action="store_true",
+        help="with --recipes: without the teacher; processes that share --out compile at once and time in turns",
+    )
     _device(parser)
     _out(parser)
 

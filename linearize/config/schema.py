@@ -49,8 +49,8 @@ class StageConfig:
     batch_size: int = 8
     """Sequences of one optimizer step."""
     micro_batch: Any = "auto"
-    """Sequences on the device at once, a divisor of `batch_size`: auto (on CUDA as many as fit), or a number. The step
-    is the same whatever it is."""
+    """Sequences on the device at once, a divisor of `batch_size`: auto (on CUDA as many as fit, of 131,072
+    tokens at most), or a number. The step is the same whatever it is."""
     lr: float = 1e-3
     """Peak learning rate (AdamW)."""
     min_lr_ratio: float = 0.1

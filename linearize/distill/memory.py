@@ -32,6 +32,8 @@ _ASKED = re.compile(r"(?:tried to allocate|allocate)\s+(\d+(?:\.\d*)?)\s*(bytes|
 
 MOST, FEW = 32, 4
 """Items at once to begin with, on a GPU and elsewhere."""
+TOKENS = 131_072
+"""Tokens at once at most: no faster beyond, and a tensor of them has fewer than 2^31 numbers, as kernels may count."""
 Found = TypeVar("Found")
 
 
@@ -79,9 +81,11 @@ class Fitting:
 
     Args:
         setting: the number, which then stays; or auto.
+        length: tokens of an item.
     """
 
-    def __init__(self, setting: int | str) -> None:
+    def __init__(self, setting: int | str, length: int = 1) -> None:
+        self.most = max(1, TOKENS // length)
         self.size = None if setting == "auto" else int(setting)
         self.found = self.size is None
 
@@ -92,7 +96,7 @@ class Fitting:
             RuntimeError, MemoryError: what the allocator raised, where not even one fits or the number is given.
         """
         if self.size is None:
-            self.size = MOST if device.type == "cuda" else FEW
+            self.size = min(self.most, MOST if device.type == "cuda" else FEW)
         while True:
             try:
                 return job(self.size)

@@ -29,6 +29,7 @@ class MicroBatch:
     Args:
         stage: its `batch_size` and `micro_batch`.
         name: of the stage, for what is said.
+        length: tokens of a sequence.
         device: where it trains.
 
     Attributes:
@@ -36,13 +37,13 @@ class MicroBatch:
         found: whether memory, not the recipe, decides.
     """
 
-    def __init__(self, stage: StageConfig, name: str, device: torch.device) -> None:
+    def __init__(self, stage: StageConfig, name: str, length: int, device: torch.device) -> None:
         self.batch = stage.batch_size
         self.name = name
         self.device = device
         self.found = stage.micro_batch == "auto"
-        most = self.batch if device.type == "cuda" else min(self.batch, CAREFUL)
-        self.size = divisor(self.batch, most) if self.found else int(stage.micro_batch)
+        most = memory.TOKENS // length if device.type == "cuda" else CAREFUL
+        self.size = divisor(self.batch, min(self.batch, most)) if self.found else int(stage.micro_batch)
 
     def run(
         self, batch: dict[str, Tensor], part: Callable[[dict[str, Tensor]], Tensor], undo: Callable[[], Any]

@@ -67,7 +67,7 @@ class Passes:
             with part_by_part() if self.compiles else nullcontext():
                 losses = step(part, count)
             # later batches are packed in the same way, and have no padding
-            self._looked_at = "attention_mask" not in part
+            self._looked_at |= "attention_mask" not in part
             return losses
         with self._trusting():
             return self.captured(step, part, count)

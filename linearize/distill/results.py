@@ -99,7 +99,7 @@ class Measurer:
         errors: list[LinearizeError] | None = None,
     ) -> None:
         self.settings = recipe.eval
-        self.fitting = Fitting(recipe.eval.batch_size)
+        self.fitting = Fitting(recipe.eval.batch_size, recipe.eval.length)
         self.tokenizer = tokenizer
         self.autocast = autocast
         self.texts: dict[str, Tensor] = {}

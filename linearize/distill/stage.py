@@ -123,7 +123,7 @@ class StageTrainer(Trainer):
         self._step_lr: dict[str, float] = {}
         self._step_norm: Tensor | float = 0.0
         self.stage_folder = folder
-        self.micro = MicroBatch(stage, name, device)
+        self.micro = MicroBatch(stage, name, length, device)
         self.passes = Passes(
             model,
             name,
@@ -185,9 +185,14 @@ class StageTrainer(Trainer):
         self._step_values = self.micro.run(
             batch,
             lambda part: self.passes(step, part, num_items_in_batch),
-            undo=lambda: model.zero_grad(set_to_none=True),
+            undo=self._begin_again,
         )
         return self._step_values.mean().to(self._tr_loss.dtype)
+
+    def _begin_again(self) -> None:
+        """Forget a step's gradients, and a recording of passes that were too large."""
+        self.passes.captured.release()
+        self.trained_model.zero_grad(set_to_none=True)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         return None
