@@ -1,0 +1,136 @@
+"""`linearize select` on a tiny model: what it writes composes and keeps the layers, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from byte_llama import TEXT, byte_tokenizer, tiny_llama
+
+from linearize import cli
+from linearize.config import compose
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama(layers=4).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+SMALL = ["--tokens", "256", "--windows", "2", "--length", "64", "--draws", "1"]
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    return [*SMALL, "--out", str(tmp_path / "out")]
+
+
+def select(*arguments: object) -> int:
+    return cli.main(["select", *map(str, arguments)])
+
+
+def test_the_recipe_that_it_writes_keeps_the_layers(teacher, small, tmp_path, capsys):
+    assert select(teacher, "lolcats", "--keep", 2, *small) == 0
+    said = capsys.readouterr()
+    assert "2 of 4 layers stay softmax" in said.err and "about" in said.err and "placements 100%" in said.err
+    written = tmp_path / "out" / "lolcats-keep2.yaml"
+    kept = yaml.safe_load(written.read_text())["layers"]["keep"]
+    assert f"Softmax stays in {', '.join(map(str, kept))}." in said.out and len(kept) == 2
+    recipe = compose(written)
+    assert recipe.layers == {"keep": kept} and recipe.stages == compose("lolcats").stages
+    assert (tmp_path / "out" / "select.png").read_bytes().startswith(b"\x89PNG")
+    rows = json.loads((tmp_path / "out" / "scores.json").read_text())["rows"]
+    assert {row["metric"] for row in rows} == {"kl", "kl_hit"}
+    assert {row["role"] for row in rows} >= {
+        "all converted",
+        "layer 0 converted",
+        f"softmax in {kept[0]}, {kept[1]}",
+    }
+
+    assert cli.main(["inspect", str(teacher), str(written)]) == 0
+    shown = capsys.readouterr().out
+    line = next(line for line in shown.splitlines() if "(stay" in line)
+    from linearize.cli.inspection import ranges
+
+    assert f" {ranges(kept)} " in line and "converted   2 of 4 attention layers" in shown
+
+    before = (tmp_path / "out" / "scores.json").read_bytes()
+    assert select(teacher, "lolcats", "--keep", 2, *small) == 0
+    again = capsys.readouterr()
+    assert again.out == said.out and (tmp_path / "out" / "scores.json").read_bytes() == before
+    assert "transfer" not in again.err  # the alignment is there already
+
+
+def test_overrides_and_files_are_spelled_out(teacher, small, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"defaults: [liger_gla, _self_]\ndata: {{source: {text}, validation: {text}}}\n")
+    assert select(teacher, mine, "mixer.window.size=8", *small) == 0
+    assert (
+        "no stage with a loss per layer: mixers are scored as surgery leaves them" in capsys.readouterr().err
+    )
+    recipe = compose(tmp_path / "out" / "mine-keep1.yaml")
+    assert recipe.mixer["window"]["size"] == 8 and recipe.data.source == str(text)
+    assert len(recipe.layers["keep"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["lolcats", "--keep", "4"],
+            "--keep 4: .*tiny has 4 attention layers, of which 1 to 3 can stay softmax",
+        ),
+        (["lolcats", "--keep", "0"], "must be a whole number above 0"),
+        (["lolcats", "--tokens", "many"], "must be a whole number such as 20k"),
+        (["lolcats", "--length", "100000"], "--length"),
+        (["mamba_in_llama"], "chooses already.*layers=all"),
+        (["lolcats", "layers={keep: [1]}"], "chooses already"),
+        (["lolcat"], "did you mean 'lolcats'"),
+        (["lolcats", "--by", "recal"], "did you mean 'recall'"),
+    ],
+)
+def test_what_is_refused(teacher, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert select(teacher, *arguments, "--out", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert pytest.approx(0) == said.count("Traceback")
+    import re
+
+    assert re.search(message, said, re.DOTALL), said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_one_layer_is_refused(tmp_path, small, capsys):
+    tiny_llama(layers=1).save_pretrained(tmp_path / "one")
+    byte_tokenizer().save_pretrained(tmp_path / "one")
+    assert select(tmp_path / "one", "lolcats", *small) == 2
+    assert "1 attention layer: there is nothing to choose among" in capsys.readouterr().err
+
+
+def test_a_stopped_choice_goes_on(teacher, small, tmp_path, monkeypatch, capsys):
+    from linearize.select.scoring import Scorer
+
+    measured = []
+    tokens = Scorer._tokens
+
+    def stops(self, kept, text):
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        measured.append(kept)
+        return tokens(self, kept, text)
+
+    with monkeypatch.context() as context:
+        context.setattr(Scorer, "_tokens", stops)
+        assert select(teacher, "lolcats", *small) == 130
+    assert "The same command goes on" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "out" / "scores.json").read_text())["rows"]
+    assert len(rows) == 8
+    assert select(teacher, "lolcats", *small) == 0
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["rows"][:8] == rows
