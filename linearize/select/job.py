@@ -186,7 +186,10 @@ def choose(scorer: Scorer, options: Options) -> Selection:
         }
         for draw in range(options.draws):
             placements[f"random {draw + 1}"] = [at_random(layers, n, seed + draw) for n in range(1, keep + 1)]
-        unseen = {name: [scorer(kept, UNSEEN) for kept in ((), *found)] for name, found in placements.items()}
+        swapped = scorer((), UNSEEN)
+        unseen = {
+            name: [swapped, *(scorer(kept, UNSEEN) for kept in found)] for name, found in placements.items()
+        }
         differences = {
             name: scorer.difference(steps[-1].kept, found[-1], by)
             for name, found in placements.items()

@@ -55,6 +55,6 @@ def draw(found: Selection, path: Path) -> Path:
         )
         right.plot(range(len(values)), values, **style)
     right.set_xlabel("layers that stay softmax")
-    right.set_title("Placements, on text that none was chosen on", loc="left")
+    right.set_title("Placements, on other text", loc="left")
     right.legend(frameon=False)
     return save(figure, path)

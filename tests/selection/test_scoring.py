@@ -51,11 +51,12 @@ def test_scores_are_dense_kl_of_the_hybrid(tmp_path):
         found = made(kept)
         with torch.no_grad(), surgery.as_teacher_layers(made.model, kept):
             own = F.log_softmax(made.model(ids).logits[:, :-1], -1)
-        teacher = F.log_softmax(tiny.model("gemma2")(ids).logits[:, :-1], -1)
+            teacher = F.log_softmax(tiny.model("gemma2")(ids).logits[:, :-1], -1)
         kl = F.kl_div(own, teacher, reduction="none", log_target=True).sum(-1)
         assert found[KL].value > 1e-3
         assert found[KL].value == pytest.approx(float(kl.mean()), rel=1e-3, abs=1e-6)
         hits = distances(ids) > 0
+        assert kl.mean() > 1e-3
         assert found[KL_HIT].value == pytest.approx(float(kl[hits].mean()), rel=1e-3, abs=1e-6)
         assert found[KL_HIT].n == int(hits.sum()) < found[KL].n == kl.numel()
         assert found[KL].low < found[KL].value < found[KL].high
