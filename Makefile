@@ -13,10 +13,10 @@ venv: $(VENV)/.installed  ## Virtual environment with the package (CPU torch whe
 dev: $(VENV)/.installed-dev  ## The same with what tests, linting and building need
 
 $(VENV)/.installed: pyproject.toml scripts/venv.sh
-	scripts/venv.sh $(VENV) && touch $@
+	scripts/venv.sh $(VENV) page && touch $@
 
 $(VENV)/.installed-dev: pyproject.toml scripts/venv.sh
-	scripts/venv.sh $(VENV) dev,eval && touch $@ $(VENV)/.installed
+	scripts/venv.sh $(VENV) dev,eval,page && touch $@ $(VENV)/.installed
 
 demo: venv  ## Convert the real teacher at a small budget, evaluate, export, reload, generate, judge
 	LINEARIZE=$(BIN)/linearize scripts/demo.sh

@@ -152,7 +152,7 @@ def crossovers(rows: Sequence[Score]) -> list[Score]:
             ahead.insert(0, length)
         if ahead:
             first = values[STUDENT][ahead[0]]
-            key = key_of("crossover", sorted(row.key for role in values.values() for row in role.values()))
+            keys = sorted(row.key for role in values.values() for row in role.values())
             made.append(
                 replace(
                     first,
@@ -160,7 +160,7 @@ def crossovers(rows: Sequence[Score]) -> list[Score]:
                     metric="crossover",
                     value=float(ahead[0]),
                     n=len(both),
-                    key=key,
+                    key=key_of("crossover", task, metric, batch, keys),
                     low=None,
                     high=None,
                     length=None,

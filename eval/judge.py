@@ -14,6 +14,7 @@ import torch
 
 from linearize.errors import DataError
 from linearize.eval.cast import Entrant
+from linearize.eval.efficiency import crossovers
 from linearize.eval.measurement import Call, Measurement, Setting
 from linearize.eval.rows import STUDENT, TEACHER, Score, Scores, key_of
 from linearize.eval.suite import Suite, Unit
@@ -68,10 +69,10 @@ def judge(
             for number, entrant in enumerate(cast, 1):
                 title = f"{suite.name} {number}/{len(cast)} {entrant.role}"
                 _measure(suite, entrant, jobs[entrant.role], setting, scores, command, title)
-        yield (
-            suite,
-            [row for unit in units for entrant in cast for row in scores.of(_key(entrant, unit, setting))],
-        )
+        rows = [row for unit in units for entrant in cast for row in scores.of(_key(entrant, unit, setting))]
+        derived = crossovers(rows)
+        scores.add([row for row in derived if not scores.of(row.key)])
+        yield suite, [*rows, *derived]
 
 
 def _units(suite: Suite, setting: Setting) -> Iterator[Unit]:

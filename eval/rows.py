@@ -149,6 +149,8 @@ class Scores:
 
     def add(self, rows: Sequence[Score]) -> None:
         """Write the rows of one measurement, all of them at once."""
+        if not rows:
+            return
         self.rows.extend(rows)
         write_json(self.path, {"format": FORMAT, "rows": [row.to_dict() for row in self.rows]})
 

@@ -73,7 +73,7 @@ def label(role: str, rows: Sequence[Score]) -> str:
 def verdicts(rows: Sequence[Score]) -> Iterator[str]:
     """Sentences: is the student better than the plain window, and where does the teacher itself fail."""
     for row in rows:
-        if row.metric == "nll_difference" and row.role == SINKS and (not row.by or _is_beyond(row)):
+        if row.metric == "nll_difference" and row.role == SINKS and (not row.by or is_beyond(row)):
             yield _compared(row)
     failed = [
         f"{row.task} at {row.length:,} ({100 * row.value:.0f} %)"
@@ -88,7 +88,7 @@ def _heading(role: str) -> str:
     return SHORT.get(role, role)
 
 
-def _is_beyond(row: Score) -> bool:
+def is_beyond(row: Score) -> bool:
     """Whether a score is over all that lies behind a window."""
     far = None if row.length is None else beyond(row.length)
     return far is not None and row.by == "distance" and row.bucket == name(far)
@@ -108,11 +108,11 @@ def _compared(row: Score) -> str:
 def _text(rows: Sequence[Score], roles: Sequence[str]) -> list[Row]:
     """Over everything: perplexity, difference to the student, KL to the teacher, hits against others."""
     columns: dict[str, tuple[str, bool, Callable[[Score], Any]]] = {
-        "ppl": ("ppl", False, _plain),
+        "ppl": ("ppl", False, plain),
         "nats more,\n95%": ("nll_difference", False, _interval),
-        "KL": ("kl", False, _plain),
-        "same %": ("agreement", False, _plain),
-        "recalled ppl": ("ppl_hit", True, _plain),
+        "KL": ("kl", False, plain),
+        "same %": ("agreement", False, plain),
+        "recalled ppl": ("ppl_hit", True, plain),
         "recalled\nmore, 95%": ("nll_difference", True, _interval),
     }
     made = []
@@ -122,7 +122,7 @@ def _text(rows: Sequence[Score], roles: Sequence[str]) -> list[Row]:
             continue
         line: Row = {"model": label(role, rows)}
         for title, (metric, far, show) in columns.items():
-            here = [row for row in own if row.metric == metric and (_is_beyond(row) if far else not row.by)]
+            here = [row for row in own if row.metric == metric and (is_beyond(row) if far else not row.by)]
             line[title] = show(here[0]) if here else None
         made.append(line)
     return _filled(made)
@@ -139,14 +139,14 @@ def _by_bucket(rows: Sequence[Score], roles: Sequence[str], metric: str, by: str
     found = {
         (row.bucket, row.role): row
         for row in rows
-        if row.metric == metric and row.by == by and not _is_beyond(row)
+        if row.metric == metric and row.by == by and not is_beyond(row)
     }
     buckets = sorted({bucket for bucket, _ in found}, key=lambda bucket: int(bucket.split("-")[0]))
     made = []
     for bucket in buckets:
         line: Row = {f"{by}": bucket}
         for role in roles:
-            line[_heading(role)] = _plain(found[bucket, role]) if (bucket, role) in found else None
+            line[_heading(role)] = plain(found[bucket, role]) if (bucket, role) in found else None
         made.append(line | {"tokens": found[bucket, next(r for b, r in found if b == bucket)].n})
     return made
 
@@ -169,7 +169,7 @@ def _recall(rows: Sequence[Score], roles: Sequence[str]) -> list[Row]:
             }
             widest = max((row.high or 0) - (row.low or 0) for row in found.values()) / 2
             line: Row = {"task": f"{task} {length:,}", "by": title}
-            line |= {_heading(role): _plain(found[role]) if role in found else None for role in roles}
+            line |= {_heading(role): plain(found[role]) if role in found else None for role in roles}
             made.append(line | {"+-": round(100 * widest)})
     return made
 
@@ -185,12 +185,12 @@ def _tasks(rows: Sequence[Score], roles: Sequence[str]) -> list[Row]:
         relative = metric == "relative"
         line: Row = {"task": task, "metric": f"{bucket}, of teacher's" if relative else metric}
         for role in roles:
-            line[_heading(role)] = _share(found[role]) if role in found else None
+            line[_heading(role)] = share(found[role]) if role in found else None
         made.append(line | {"items": next(iter(found.values())).n})
     return made
 
 
-def _share(row: Score) -> Any:
+def share(row: Score) -> Any:
     """In percent with half its interval, where it has one; a perplexity as it is."""
     if row.low is None or row.high is None:
         return row.value
@@ -208,7 +208,7 @@ def _plainly(rows: Sequence[Score], roles: Sequence[str], tasks: Sequence[str]) 
             for r in here
             if (r.task, r.metric, r.length, r.bucket) == (task, metric, length, bucket)
         }
-        line |= {_heading(role): _plain(found[role]) for role in roles if role in found}
+        line |= {_heading(role): plain(found[role]) for role in roles if role in found}
         made.append(line)
     present = [_heading(role) for role in roles if any(_heading(role) in line for line in made)]
     return _filled([{**line, **{role: line.get(role) for role in present}} for line in made])
@@ -222,11 +222,13 @@ def _crossovers(rows: Sequence[Score]) -> list[Row]:
     ]
 
 
-def _plain(row: Score) -> Any:
+def plain(row: Score) -> Any:
     """The value; a share in whole percent."""
     metric = METRICS.get(row.metric)
+    if row.metric.endswith("_bytes"):
+        return f"{row.value / 2**20:,.1f} MiB"
     return round(100 * row.value) if metric is not None and metric.share else row.value
 
 
 def _interval(row: Score) -> Any:
-    return _plain(row) if row.low is None or row.high is None else f"{row.low:+.2f} {row.high:+.2f}"
+    return plain(row) if row.low is None or row.high is None else f"{row.low:+.2f} {row.high:+.2f}"

@@ -96,7 +96,7 @@ def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:
-        numeric = _numeric(rows, name)
+        numeric = is_numeric(rows, name)
         header = name.replace("_", "_\n").replace(" ", "\n", 1) if numeric else name
         widest = max((len(number(row.get(name))) for row in rows), default=1)
         least = widest if numeric else min(widest, 18)
@@ -121,12 +121,12 @@ def markdown(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     if not names:
         return ""
-    rule = ["---:" if _numeric(rows, name) else "---" for name in names]
+    rule = ["---:" if is_numeric(rows, name) else "---" for name in names]
     body = [[escaped(number(row.get(name))) for name in names] for row in rows]
     return "\n".join(line_of(line) for line in [[escaped(name) for name in names], rule, *body])
 
 
-def _numeric(rows: Sequence[Row], name: str) -> bool:
+def is_numeric(rows: Sequence[Row], name: str) -> bool:
     """Whether a column holds numbers, or text that reads as one, in every row that has it."""
     values = [row[name] for row in rows if row.get(name) is not None]
     return bool(values) and all(_reads_as_number(value) for value in values)

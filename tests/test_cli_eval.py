@@ -58,6 +58,7 @@ def test_a_conversion_stands_beside_its_teacher_and_every_control(converted, fil
     assert all(row["seed"] == 0 and row["version"].startswith("linearize ") for row in found)
     assert all(row["command"].startswith("linearize ") and row["key"] for row in found)
 
+    assert "linear branch off" in (tmp_path / "out" / "page.md").read_text()
     before = (tmp_path / "out" / "results.json").read_bytes()
     assert cli.main(["eval", str(converted), *files]) == 0
     again = capsys.readouterr()
@@ -146,6 +147,10 @@ def test_every_kind_of_measurement_ends_in_rows_and_tables(converted, files, tmp
         "The teacher itself fails at",
     ):
         assert words in said.out
+    # the state of these mixers is larger than so few keys and values; with one it would be a row of its own
+    crossed = [row for row in found if row["metric"] == "crossover"]
+    assert all(row["role"] == "student" and row["value"] in (32, 64) for row in crossed)
+    assert ("student is ahead" in said.out) == bool(crossed)
     assert "no passkey at 100 tokens: passkey: the item alone has" in said.err
     before = (tmp_path / "out" / "results.json").read_bytes()
     assert cli.main(["eval", str(converted), *files]) == 0

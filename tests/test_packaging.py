@@ -28,6 +28,7 @@ assert {"lolcats", "hedgehog", "softmax", "demo"} <= {name for name, _ in list_r
 assert _load("demo")["data"]["length"]
 assert list((home / "eval" / "tasks").glob("*.yaml"))
 assert list((home / "eval" / "suites").glob("*.yaml"))
+assert (home / "eval" / "page" / "page.html.jinja").is_file()
 assert {path.stem for path in (home / "data" / "sample").glob("*.parquet")} == {"train", "validation"}
 assert importlib.util.find_spec("kernels") is None or "linearize" not in str(importlib.util.find_spec("kernels").origin)
 """

@@ -1,6 +1,7 @@
 """Passkey: a number in repeated sentences, at every depth and length (Mohtashami and Jaggi 2023, arXiv 2305.16300).
 
-LAWCAT (Liu et al. 2025, arXiv 2509.18467) reports this grid: five digits, depth by length, greedy exact match.
+Five digits, a grid of depth by length, greedy exact match. LAWCAT (Liu et al. 2025, arXiv 2509.18467) reports passkey
+retrieval by length; its exact text was not at hand, and the wording here is that of the first paper's kind.
 """
 
 from __future__ import annotations

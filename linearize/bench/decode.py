@@ -73,8 +73,7 @@ def main(options: argparse.Namespace) -> int:
     points = [Point(b, c, options.new_tokens) for b in options.batch for c in options.context or CONTEXT]
     budget = getattr(options, "budget", None)
     deadline = None if budget is None else started + budget
-    kept = {name: value for name, value in vars(options).items() if name not in ("parser", "command", "out")}
-    about = report.facts(clock.describe(), ceilings, kept)
+    about = report.facts(clock.describe(), ceilings, report.given(options))
     folder: Path = options.out
     rows: list[dict[str, Any]] = []
     for row in measure(ways(student, teacher), points, deadline):

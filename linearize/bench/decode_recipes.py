@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.bench import whole
+from linearize.bench import report, whole
 from linearize.bench.decode_ways import EVERY
-from linearize.bench.recipes import about, device_of, given, say
+from linearize.bench.recipes import about, device_of, say
 from linearize.bench.subjects import RANDOM, TEACHER, chosen, convert, random_model
 from linearize.bench.whole import SLOW, Row, Stopped, Stopwatch, Table, empty, reported
 from linearize.cli.console import quiet_libraries
@@ -58,7 +58,7 @@ def main(options: argparse.Namespace) -> int:
     quiet_libraries()
     torch.set_float32_matmul_precision("high")
     random_model("meta", torch.float32, options.shape)
-    table = Table(options.out, say, about(device), given(options))
+    table = Table(options.out, say, about(device), report.given(options))
     deadline = None if options.budget is None else table.started + options.budget
     for name in names if options.only else [TEACHER, *names]:
         try:

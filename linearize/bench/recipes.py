@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.bench import whole
+from linearize.bench import report, whole
 from linearize.bench.subjects import TEACHER, chosen, convert, random_model
 from linearize.bench.whole import Row, Stopped, Stopwatch, Table, empty, reported
 from linearize.cli.console import console, quiet_libraries
@@ -58,7 +58,7 @@ def main(options: argparse.Namespace) -> int:
                 )
             )
         return 0
-    table = Table(options.out, say, about(device), given(options))
+    table = Table(options.out, say, about(device), report.given(options))
     deadline = None if options.budget is None else table.started + options.budget
     for name in [TEACHER, *names]:
         try:
@@ -270,11 +270,6 @@ def about(device: torch.device) -> dict[str, Any]:
     from linearize.bench.clock import described
 
     return described() if device.type == "cuda" else {"name": "CPU"}
-
-
-def given(options: argparse.Namespace) -> dict[str, Any]:
-    """The options, for the table."""
-    return {name: value for name, value in vars(options).items() if name not in ("parser", "command", "out")}
 
 
 def say(line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import shlex
@@ -23,6 +24,12 @@ SKIPPED = "not timed at this length (--peers-at)"
 WRONG = 0.05
 """Relative error of a bfloat16 kernel above which its time means nothing."""
 HEADER = ("", "forward ms", "/ floor", "/ ours", "fwd + bwd ms", "/ floor", "/ ours", "peak MiB")
+
+
+def given(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of a command, for `facts`."""
+    own = ("parser", "command", "line", "out")
+    return {name: value for name, value in vars(options).items() if name not in own}
 
 
 def facts(device: dict[str, Any], ceilings: Ceilings | None, options: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from linearize.bench import flops, report, whole
-from linearize.bench.recipes import about, device_of, given, say
+from linearize.bench.recipes import about, device_of, say
 from linearize.bench.steps import Clocked, RandomText
 from linearize.bench.subjects import SHAPES, TEACHER, chosen, convert, random_model
 from linearize.bench.whole import Row, Stopped, reported
@@ -236,7 +236,7 @@ class Page:
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         self.path, self.started = options.out / "train.json", time.monotonic()
         self.deadline = None if options.budget is None else self.started + options.budget
-        self.about = report.facts(about(device), None, given(options))
+        self.about = report.facts(about(device), None, report.given(options))
         self.rows = whole.read(self.path)
 
     def add(self, row: Row) -> None:

@@ -43,6 +43,7 @@ def _answered(arguments: list[str]) -> int:
     """Run one command; what the user or the machine has done wrong becomes a message."""
     try:
         options = parse(build_parser(), arguments)
+        options.line = shlex.join(["linearize", *arguments])
         with messages():
             code: int = options.command(options)
         sys.stdout.flush()  # a reader that went away shows here and not at exit

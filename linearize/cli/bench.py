@@ -36,8 +36,7 @@ def kernels(options: argparse.Namespace) -> int:
     clock = CudaClock(spend=60.0 if options.quick else 200.0)
     limits = Options(options.peers_at, float(options.warm_up), options.budget, options.compile)
     ceilings = clock.ceilings()
-    kept = {name: value for name, value in vars(options).items() if name not in ("parser", "command", "out")}
-    about = report.facts(clock.describe(), ceilings, kept)
+    about = report.facts(clock.describe(), ceilings, report.given(options))
     options.out.mkdir(parents=True, exist_ok=True)
     progress, rows = Progress(), list[Row]()
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,14 +36,13 @@ def main(options: argparse.Namespace) -> int:
         if source is not None:  # before the minutes that the model takes
             resolve(export_of(source))
     texts = _texts(options.text)
-    command = shlex.join(["linearize", *sys.argv[1:]])
     out = options.out or _folder(options.path)
     with held(out):
         try:
-            _judge(options, suites, against, texts, out, command)
+            _judge(options, suites, against, texts, out, options.line)
         except KeyboardInterrupt as stop:
             raise RunStopped(
-                f"stopped; what was measured is kept in {out}. The same command goes on:\n  {command}",
+                f"stopped; what was measured is kept in {out}. The same command goes on:\n  {options.line}",
                 exit_code(stop),
             ) from None
     return 0
@@ -60,9 +57,10 @@ def _judge(
     command: str,
 ) -> None:
     """Load, measure, print."""
+    from linearize.cli import comparison
     from linearize.cli.checkpoint import load
     from linearize.distill.memory import watched
-    from linearize.eval import side_by_side, summary
+    from linearize.eval import page, side_by_side, summary
     from linearize.eval.cast import entrants
     from linearize.eval.judge import judge
     from linearize.eval.limits import learned_positions
@@ -100,6 +98,8 @@ def _judge(
             if written is not None:
                 console().print(written)
     console().print(f"scores  {scores.path}", markup=False, soft_wrap=True)
+    if scores.rows:
+        comparison.show(page.compose(page.read([scores.path])), out)
 
 
 def _lm_tasks(options: argparse.Namespace) -> Any:

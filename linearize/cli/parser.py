@@ -31,6 +31,7 @@ examples:
   linearize inspect smollm2-135m hedgehog                    what would change; loads no weights
   linearize select smollm2-135m lolcats --keep 7             which layers stay softmax; writes a recipe
   linearize eval runs/small --suite quick                    beside its teacher and the controls
+  linearize compare runs/small runs/large                    on one page, offline
   linearize generate runs/small --prompt "The sea was" --temperature 0.8
   linearize recipes show lolcats layers.every=4              the composed YAML
 """
@@ -130,6 +131,24 @@ def build_parser() -> Parser:
         _add(
             commands, "eval", "judge a model beside its teacher and the controls", "linearize.cli.evaluation"
         )
+    )
+    compare = _add(
+        commands,
+        "compare",
+        "put what was measured on one page, HTML and markdown",
+        "linearize.cli.comparison",
+    )
+    compare.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="run folder, its checkpoint or eval folder, a folder that eval wrote, or its results.json",
+    )
+    compare.add_argument(
+        "--out",
+        type=given.folder,
+        metavar="DIR",
+        help="where page.html and page.md go (default: runs/compare-A-B)",
     )
     _generate_arguments(_add(commands, "generate", "continue a prompt", "linearize.cli.generation"))
 

@@ -1,0 +1,201 @@
+"""The page: its verdict follows the numbers, nothing that it shows becomes markup, and every chart has its table."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from judged import judged, score, trained
+
+from linearize import cli
+from linearize.eval import page
+from linearize.eval.page import blocks, figures
+from linearize.eval.rows import STUDENT, Scores
+
+HOSTILE = (
+    "<script>taken=1</script></script>\"'|`x` <img src=x onerror=window.taken=1> &lt;b&gt; {{ 7*7 }} ]]>-->"
+)
+
+
+class Reader(HTMLParser):
+    """Elements with their attributes, and the text outside of scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        if self.cdata_elem is None:
+            self.text += data
+
+
+def made(*folders: Path) -> page.Page:
+    return page.compose(page.read(folders))
+
+
+def charts(found: page.Page) -> list[blocks.Chart]:
+    kinds = (blocks.Lines, blocks.Heat, blocks.Bars)
+    return [block for section in found.sections for block in section.blocks if isinstance(block, kinds)]
+
+
+def test_names_and_samples_never_become_markup(tmp_path):
+    pytest.importorskip("plotly")
+    judged(tmp_path / "a", name=HOSTILE, teacher=HOSTILE[::-1], sample=HOSTILE)
+    judged(tmp_path / "b", name="$x$ ~y~ <b>", sample="```\n# heading\n</script>")
+    files, missing = page.write(made(tmp_path / "a", tmp_path / "b"), tmp_path / "out")
+    assert missing is None and [file.name for file in files] == ["page.md", "page.html"]
+    text = (tmp_path / "out" / "page.html").read_text()
+    read = Reader(text)
+    tags = [tag for tag, _ in read.elements]
+    assert tags.count("script") == 3 and "img" not in tags and "b" in tags
+    assert not [name for _, attributes in read.elements for name in attributes if name.startswith("on")]
+    assert not [value for _, attributes in read.elements for name, value in attributes.items()
+                if name in ("src", "href") and value != "data:,"]  # fmt: skip
+    shown = " ".join(read.text.split())
+    assert shown.count(HOSTILE) > 5 and "``` # heading </script>" in shown and "49" not in shown[:200]
+    json_of_charts = text.split('id="charts">', 1)[1].split("</script>", 1)[0]
+    assert not set("<>&") & set(json_of_charts) and len(json.loads(json_of_charts)) == len(
+        charts(made(tmp_path / "a", tmp_path / "b"))
+    )
+    words = (tmp_path / "out" / "page.md").read_text()
+    outside = re.sub(r"(?ms)^(`{3,})text\n.*?^\1$", "", words)
+    assert not re.search(r"<\w|</", outside) and "# heading" not in outside
+    for table in re.findall(r"(?m)(?:^\|.*\n)+", outside):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(widths) == 1, table
+
+
+def test_every_chart_is_a_valid_figure_and_a_table_of_its_numbers(tmp_path):
+    graph_objects = pytest.importorskip("plotly.graph_objects")
+    found = made(trained(tmp_path / "first"))
+    assert [section.title for section in found.sections] == [
+        "Summary", "Quality against context", "Recall by depth and length", "Tasks of lm-eval",
+        "Cost against context", "Controls",
+        "Training", "What they write", "How it was measured",
+    ]  # fmt: skip
+    for chart in charts(found):
+        graph_objects.Figure(figures.figure(chart))  # raises at what plotly does not know
+        assert chart.table().rows
+    [tasks] = next(section for section in found.sections if section.title == "Tasks of lm-eval").blocks
+    [line] = tasks.rows
+    assert line["task"] == "piqa (0-shot)" and line["first"] == "60.0 +-10.0" and len(line) == 9
+    heat = next(chart for chart in charts(found) if isinstance(chart, blocks.Heat))
+    assert heat.table().rows[0] == {"depth \\ tokens": "0 %", "128": 50, "256": 50}
+    layers = next(chart for chart in charts(found) if chart.title.startswith("Transfer"))
+    assert layers.table().rows == [
+        {"layer of the model": 0, "first, after 200 tokens": 1.0, "first, after 100 tokens": 2.0},
+        {"layer of the model": 1, "first, after 200 tokens": 2.0, "first, after 100 tokens": 4.0},
+    ]
+    crossed = next(b for s in found.sections for b in s.blocks if getattr(b, "title", "").startswith("From"))
+    assert {row["first"] for row in crossed.rows} == {256}
+    [samples] = [b for s in found.sections for b in s.blocks if isinstance(b, blocks.Samples)]
+    assert samples.samples == [
+        blocks.Sample("Once", [("big (teacher)", "upon a time"), ("first", "and then")])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("beyond", "grade", "words"),
+    [
+        ((0.2, 0.1, 0.3), "good", "recalls more than a plain window"),
+        ((0.2, -0.1, 0.3), "open", "cannot be told apart"),
+        ((-0.2, -0.3, -0.1), "bad", "is worse than a plain window at recalling"),
+    ],
+)
+def test_the_headline_follows_the_interval(tmp_path, beyond, grade, words):
+    found = made(judged(tmp_path / "a", beyond=beyond))
+    assert found.headline.grade == grade and words in found.headline.text
+
+
+def test_two_conversions_are_compared_token_by_token_where_the_tokens_are_the_same(tmp_path):
+    judged(tmp_path / "a", name="good")
+    judged(tmp_path / "b", name="less", worse=0.01)
+    found = made(tmp_path / "b", tmp_path / "a")
+    assert found.headline.grade == "good"
+    assert found.headline.text == "good is better than less"
+    assert found.findings[0].grade == "good" and "+0.010 nats" in found.findings[0].text
+    for file in (tmp_path / "b" / "tokens").iterdir():
+        file.unlink()
+    found = made(
+        tmp_path / "b", tmp_path / "a"
+    )  # perplexities of 24.5 and 24.8 with wide intervals say nothing
+    assert found.headline.grade == "open" and "intervals overlap" in found.findings[0].text
+    names = [row["model"] for row in found.sections[0].blocks[0].rows]
+    assert names == ["big (teacher)", "less", "good", "swa_sinks"]
+
+
+def test_what_was_measured_unlike_is_said(tmp_path):
+    judged(tmp_path / "a", name="one")
+    judged(tmp_path / "b", name="one", seed=3)
+    found = made(tmp_path / "a", tmp_path / "b")
+    assert found.title == "one (1) against one (2)"
+    assert any("Not the same items or seeds: text" in finding.text for finding in found.findings)
+    assert any("intervals are too narrow: text at 256 from 2;" in finding.text for finding in found.findings)
+
+
+def test_names_move_no_cursor(tmp_path):
+    judged(tmp_path / "a", name="red\x1b[31m\nline", teacher="\x07bell")
+    rows = made(tmp_path / "a").sections[0].blocks[0].rows
+    assert [row["model"] for row in rows][:2] == ["\ufffdbell (teacher)", "red\ufffd[31m line"]
+
+
+def test_of_two_measurements_the_later_one_counts(tmp_path):
+    judged(tmp_path / "a")
+    Scores(tmp_path / "a" / "results.json").add([score(STUDENT, "text", "ppl", 7.5, key="later")])
+    found = made(tmp_path / "a")
+    row = next(row for row in found.sections[0].blocks[0].rows if row["model"] == "mine")
+    assert row["perplexity"] == 7.5 and row["KL to teacher"] is None
+
+
+def test_scores_that_are_no_numbers_leave_a_page(tmp_path):
+    pytest.importorskip("plotly")
+    judged(tmp_path / "a")
+    values = [score(STUDENT, "text", "ppl", math.inf, key="x"),
+              score(STUDENT, "text", "ppl", math.nan, key="x", by="position", bucket="0-64"),
+              score(STUDENT, "text", "ppl", 3.0, key="x", by="position", bucket="64-128")]  # fmt: skip
+    Scores(tmp_path / "a" / "results.json").add(values)
+    judged(tmp_path / "b", name="other")
+    assert "other is better than mine" in made(tmp_path / "a", tmp_path / "b").findings[0].text
+    page.write(made(tmp_path / "a"), tmp_path / "out")
+    text = (tmp_path / "out" / "page.html").read_text()
+    json.loads(text.split('id="charts">', 1)[1].split("</script>", 1)[0], parse_constant=pytest.fail)
+    assert "| inf |" in (tmp_path / "out" / "page.md").read_text()
+
+
+def test_the_command_takes_every_kind_of_path_and_names_what_is_none(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, folder = trained(tmp_path / "first"), judged(tmp_path / "second", name="other")
+    (run / "checkpoint").mkdir()
+    for path in (run, run / "eval", run / "checkpoint", run / "eval" / "results.json", run / "results.json"):
+        assert cli.main(["compare", str(path), str(folder), "--out", str(tmp_path / "out")]) == 0
+        said = capsys.readouterr().out
+        assert "first" in said and "other" in said and "recalled" in said and "page.md" in said
+        assert "Transfer loss of each layer" in (tmp_path / "out" / "page.md").read_text()
+    assert cli.main(["compare", str(folder)]) == 0 and Path("runs/compare-other/page.md").is_file()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "recipe.yaml").write_text("name: x\n")
+    (tmp_path / "damaged.json").write_text("{")
+    for path, expected in (("gone", "no file or folder"), (str(tmp_path), "linearize eval"),
+                           ("empty", "has logged nothing yet"), ("damaged.json", "damaged.json")):  # fmt: skip
+        capsys.readouterr()
+        assert cli.main(["compare", str(folder), path]) == 2
+        said = capsys.readouterr().err
+        assert expected in said and "Traceback" not in said
+
+
+def test_without_plotly_the_markdown_is_there_and_the_reason(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    assert cli.main(["compare", str(judged(tmp_path / "a")), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "no page.html" in said.err and "pip install 'linearize[page]'" in said.err
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["page.md"]
