@@ -231,15 +231,16 @@ def _override_argument(parser: Parser) -> None:
 
 def _select_arguments(parser: Parser) -> None:
     _recipe_arguments(parser)
-    parser.usage = "%(prog)s MODEL RECIPE [key=value ...] [--keep N] [--by kl|recall] [--out DIR]"
+    parser.usage = "%(prog)s MODEL RECIPE [key=value ...] [--keep N] [--by kl|recall|passkey] [--out DIR]"
     parser.add_argument(
         "--keep", type=given.positive, metavar="N", help="layers that stay softmax (default: a quarter)"
     )
     parser.add_argument(
         "--by",
-        choices=("kl", "recall"),
+        choices=("kl", "recall", "passkey"),
         default="kl",
-        help="what restoring lowers: KL to the teacher over all tokens (default), or at those that repeat a pair",
+        help="what restoring lowers: KL to the teacher over all tokens (default), at those that repeat a pair, or at "
+        "pass keys in noise",
     )
     parser.add_argument(
         "--tokens",
@@ -253,7 +254,7 @@ def _select_arguments(parser: Parser) -> None:
         type=given.positive,
         default=4,
         metavar="N",
-        help="windows of held-out text that choose, and as many others that compare (default: 4)",
+        help="windows of held-out text and pass keys that choose, and as many others that compare (default: 4)",
     )
     parser.add_argument(
         "--length", type=given.window, default=512, metavar="TOKENS", help="of a window (default: 512)"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 
 from linearize.cli.console import console, quiet_libraries
 from linearize.cli.run import composed, default_folder, recipe_name
@@ -25,7 +24,6 @@ def main(options: argparse.Namespace) -> int:
     from linearize.signals import exit_code
 
     quiet_libraries()
-    command = shlex.join(["linearize", *sys.argv[1:]])
     asked = Options(
         keep=options.keep,
         by=options.by,
@@ -36,15 +34,17 @@ def main(options: argparse.Namespace) -> int:
     )
     with held(out):
         try:
-            found = select(options.model, recipe, out, asked, command=command)
+            found = select(options.model, recipe, out, asked, command=options.line)
         except KeyboardInterrupt as stop:
             raise RunStopped(
-                f"stopped; what was measured is kept in {out}. The same command goes on:\n  {command}",
+                f"stopped; what was measured is kept in {out}. The same command goes on:\n  {options.line}",
                 exit_code(stop),
             ) from None
         picture = draw(found, out / "select.png")
         name = f"{recipe_name(options.recipe)}-keep{len(found.kept)}"
-        path = write(out / f"{name}.yaml", options.recipe, recipe, options.overrides, found.kept, command)
+        path = write(
+            out / f"{name}.yaml", options.recipe, recipe, options.overrides, found.kept, options.line
+        )
     screen = console()
     screen.print(tables(found))
     for line in (

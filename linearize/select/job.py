@@ -4,45 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import set_seed
 
-from linearize import data, models, surgery
+from linearize import models, surgery
 from linearize.config.schema import Recipe
 from linearize.distill import memory
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.distill.identity import fingerprint
 from linearize.errors import DataError, LinearizeError, RecipeError, UnsupportedModelError
 from linearize.eval.limits import learned_positions
-from linearize.eval.perplexity import windows
 from linearize.eval.rows import Score, Scores, key_of
 from linearize.models.sound import check_trainable
 from linearize.progress import Meter, count, duration
-from linearize.select import alignment
+from linearize.select import alignment, samples
 from linearize.select.placement import (
     Kept,
     Restored,
     at_random,
+    best_first,
     greedy,
-    passes,
+    greedy_passes,
     uniform,
-    worst_alone,
+    worst_first,
 )
-from linearize.select.scoring import CHOICE, KL, KL_HIT, UNSEEN, Scorer, Signature
+from linearize.select.samples import KL, KL_HIT, KL_PASSKEY, PASSKEYS, TEXT, Halves, Sample
+from linearize.select.scoring import Scorer, Signature
 
 log = logging.getLogger(__name__)
 
 TRAINING_PASSES = 3
 """A token of the alignment takes about as long as so many tokens of a scored pass."""
-BY = {"kl": KL, "recall": KL_HIT}
-"""What greedy restoring lowers: the KL of all tokens, or of those that could be recalled."""
+BY = {"kl": (TEXT, KL), "recall": (TEXT, KL_HIT), "passkey": (PASSKEYS, KL_PASSKEY)}
+"""What greedy restoring lowers: the KL of all tokens, of those that could be recalled, or of pass keys."""
 SHARE = 4
 """One layer in so many stays softmax by default, as most published hybrids have it."""
 
@@ -55,7 +55,8 @@ class Options:
         keep: layers that stay softmax; None: a quarter.
         by: a key of `BY`.
         tokens: of the alignment; 0 scores mixers as surgery leaves them.
-        windows, length: of the text that layers are chosen on; as many again, which it never saw, compare placements.
+        windows, length: of the text that layers are chosen on, and of the pass keys; as many again, on which nothing
+            is chosen, compare placements.
         draws: random placements.
     """
 
@@ -74,13 +75,14 @@ class Selection:
     Attributes:
         layers: that could be chosen.
         alone: layer -> metric -> score of the teacher with this layer alone converted.
-        converted: metric -> score with all layers converted, on the text that chooses.
+        converted: metric -> score with all layers converted, on the windows that choose.
         steps: of greedy restoring.
-        chosen: metric -> score after each step, on the text that chooses.
-        unseen: name of a placement -> for 0, 1, ... kept layers, metric -> score on text that nothing was chosen on.
+        chosen: metric -> score after each step, on the windows that choose.
+        unseen: name of a placement -> for 0, 1, ... kept layers, score on windows that nothing was chosen on.
         placements: name -> layers that stay softmax, for 1, 2, ... of them.
-        differences: placement -> greedy's score minus its, at the last step, on unseen text.
+        differences: placement -> greedy's score minus its, at the last step, on those windows.
         by: metric that greedy restoring lowered.
+        teacher: its negative log-likelihood of the pass keys, nats a token; None where they did not fit.
     """
 
     layers: Sequence[int]
@@ -88,17 +90,18 @@ class Selection:
     converted: dict[str, Score]
     steps: list[Restored]
     chosen: list[dict[str, Score]]
-    unseen: dict[str, list[dict[str, Score]]]
+    unseen: dict[str, list[Score]]
     placements: dict[str, list[Kept]]
     differences: dict[str, Score]
     by: str
+    teacher: Score | None = None
 
     @property
     def kept(self) -> Kept:
         return self.steps[-1].kept
 
 
-GREEDY, ALONE, UNIFORM = "greedy", "one at a time", "uniform"
+GREEDY, CONVERTED, RESTORED, UNIFORM = "greedy", "converted alone", "restored alone", "uniform"
 
 
 def select(model: str, recipe: Recipe, out: Path, options: Options, *, command: str) -> Selection:
@@ -126,7 +129,7 @@ def select(model: str, recipe: Recipe, out: Path, options: Options, *, command: 
         rows = surgery.plan(models.load_config(model), recipe.mixer, "all").rows
         how_many(options.keep, len(rows), model)
     tokenizer = models.load_tokenizer(models.resolve(model))
-    texts = _texts(tokenizer, recipe, options)
+    halves = _halves(tokenizer, recipe, options)
     found = alignment.stage_of(recipe, options.tokens, options.length)
     packed = None if found is None else alignment.dataset(recipe, found[1], tokenizer)
     device = resolve_device(recipe.run)
@@ -139,7 +142,7 @@ def select(model: str, recipe: Recipe, out: Path, options: Options, *, command: 
         signature = [fingerprint(model), dataclasses.asdict(recipe), options.tokens, options.length]
         scores = Scores(out / "scores.json")
         about = Signature(Path(model.rstrip("/")).name, command, recipe.run.seed, key_of(signature))
-        scorer = Scorer(student, texts, scores, about, autocast)
+        scorer = Scorer(student, named_samples(halves), scores, about, autocast)
         _announce(scorer, options, found)
         if found is None:
             why = "--tokens 0" if not options.tokens else "the recipe has no stage with a loss per layer"
@@ -162,42 +165,69 @@ def choose(scorer: Scorer, options: Options) -> Selection:
     """Score and choose, with an aligned model.
 
     Args:
-        scorer: of the model.
+        scorer: of the model, on `named_samples`.
         options: `keep`, `by` and `draws` are read.
 
     Raises:
         LinearizeError: `keep` is out of range, or there is no token to recall.
     """
-    layers, by, seed = scorer.layers, BY[options.by], scorer.signature.seed
+    layers, (where, by), seed = scorer.layers, BY[options.by], scorer.signature.seed
     keep = how_many(options.keep, len(layers), scorer.signature.model)
-    with _meter(scorer, keep, options.draws) as scorer.meter:
-        converted = scorer(())
+    with _meter(scorer, keep, options) as scorer.meter:
+        converted = _everywhere(scorer, ())
         if converted[by].n == 0:
             raise DataError(
                 f"--by {options.by}: no token of the text repeats a pair of its window; take a larger --length"
             )
-        alone = {layer: scorer(tuple(x for x in layers if x != layer)) for layer in layers}
-        steps = greedy(layers, keep, lambda kept: scorer(kept)[by].value)
+        alone = {layer: _everywhere(scorer, tuple(x for x in layers if x != layer)) for layer in layers}
+        steps = greedy(layers, keep, lambda kept: scorer(kept, _choice(where))[by].value)
+        chosen = [_everywhere(scorer, step.kept) for step in steps]
         cost = {layer: found[by].value for layer, found in alone.items()}
         placements: dict[str, list[Kept]] = {
             GREEDY: [step.kept for step in steps],
-            ALONE: [worst_alone(cost, n) for n in range(1, keep + 1)],
+            CONVERTED: [worst_first(cost, n) for n in range(1, keep + 1)],
+            RESTORED: [best_first(steps[0].scores, n) for n in range(1, keep + 1)],
             UNIFORM: [uniform(layers, n) for n in range(1, keep + 1)],
         }
         for draw in range(options.draws):
             placements[f"random {draw + 1}"] = [at_random(layers, n, seed + draw) for n in range(1, keep + 1)]
-        swapped = scorer((), UNSEEN)
+        swapped = scorer((), _unseen(where))[by]
         unseen = {
-            name: [swapped, *(scorer(kept, UNSEEN) for kept in found)] for name, found in placements.items()
+            name: [swapped, *(scorer(kept, _unseen(where))[by] for kept in found)]
+            for name, found in placements.items()
         }
         differences = {
-            name: scorer.difference(steps[-1].kept, found[-1], by)
+            name: scorer.difference(steps[-1].kept, found[-1], by, _unseen(where))
             for name, found in placements.items()
             if name != GREEDY
         }
     scorer.meter = None
-    chosen = [scorer(step.kept) for step in steps]
-    return Selection(layers, alone, converted, steps, chosen, unseen, placements, differences, by)
+    keys = _choice(PASSKEYS)
+    teacher = scorer.teacher_nll(keys) if keys in scorer.samples else None
+    return Selection(layers, alone, converted, steps, chosen, unseen, placements, differences, by, teacher)
+
+
+def named_samples(halves: Mapping[str, Halves]) -> dict[str, Sample]:
+    """Text and pass keys as the scorer's samples, by the names that rows give them."""
+    made = {_choice(kind): found.choice for kind, found in halves.items()}
+    return made | {_unseen(kind): found.unseen for kind, found in halves.items()}
+
+
+def _choice(kind: str) -> str:
+    return f"{kind}: choice"
+
+
+def _unseen(kind: str) -> str:
+    return f"{kind}: unseen"
+
+
+def _everywhere(scorer: Scorer, kept: Kept) -> dict[str, Score]:
+    """Metric -> score on all windows that choose."""
+    found: dict[str, Score] = {}
+    for kind in (TEXT, PASSKEYS):
+        if _choice(kind) in scorer.samples:
+            found |= scorer(kept, _choice(kind))
+    return found
 
 
 def how_many(keep: int | None, layers: int, model: str) -> int:
@@ -217,18 +247,16 @@ def how_many(keep: int | None, layers: int, model: str) -> int:
     return keep
 
 
-def _texts(tokenizer: Any, recipe: Recipe, options: Options) -> dict[str, Tensor]:
-    """Every other window chooses, so that both halves are of the same documents."""
-    documents = data.validation_documents(recipe.data, tokenizer)
-    cut = windows(tokenizer, documents, window=options.length, max_windows=2 * options.windows)
-    if len(cut) < 2:
-        raise DataError(
-            f"the held-out text fills one window of {options.length} tokens, and choosing takes at least two: give "
-            "more text (data.validation) or a smaller --length"
-        )
-    if len(cut) < 2 * options.windows:
-        log.info("the held-out text fills %s of %s windows", len(cut), 2 * options.windows)
-    return {CHOICE: cut[0::2], UNSEEN: cut[1::2]}
+def _halves(tokenizer: Any, recipe: Recipe, options: Options) -> dict[str, Halves]:
+    """Text, and pass keys where they fit into a window."""
+    made = {TEXT: samples.text(tokenizer, recipe, options.windows, options.length)}
+    try:
+        made[PASSKEYS] = samples.passkeys(tokenizer, options.windows, options.length, recipe.run.seed)
+    except DataError as error:
+        if BY[options.by][0] == PASSKEYS:
+            raise DataError(f"--by passkey --length {options.length}: {error}") from error
+        log.info("no pass keys at --length %s: %s", options.length, error)
+    return made
 
 
 def _converted(source: str, recipe: Recipe, options: Options, device: torch.device) -> Any:
@@ -249,8 +277,7 @@ def _converted(source: str, recipe: Recipe, options: Options, device: torch.devi
 def _announce(scorer: Scorer, options: Options, found: Any) -> None:
     """Say what it will take, from one window's time on this machine."""
     keep = how_many(options.keep, len(scorer.layers), scorer.signature.model)
-    choosing, unseen = passes(len(scorer.layers), keep, options.draws)
-    scored = choosing * scorer.windows[CHOICE].numel() + unseen * scorer.windows[UNSEEN].numel()
+    placements, scored = _cost(scorer, keep, options)
     trained = 0 if found is None else options.tokens
     seconds = scorer.seconds_a_token() * (scored + TRAINING_PASSES * trained)
     log.info(
@@ -259,13 +286,23 @@ def _announce(scorer: Scorer, options: Options, found: Any) -> None:
         keep,
         len(scorer.layers),
         count(trained),
-        choosing + unseen,
+        placements,
         count(scored),
         duration(seconds),
     )
 
 
-def _meter(scorer: Scorer, keep: int, draws: int) -> Meter:
-    choosing, unseen = passes(len(scorer.layers), keep, draws)
-    tokens = choosing * scorer.windows[CHOICE].numel() + unseen * scorer.windows[UNSEEN].numel()
-    return Meter("placements", tokens)
+def _meter(scorer: Scorer, keep: int, options: Options) -> Meter:
+    return Meter("placements", _cost(scorer, keep, options)[1])
+
+
+def _cost(scorer: Scorer, keep: int, options: Options) -> tuple[int, int]:
+    """Placements, each counted as often as it is asked for, and the tokens that they are scored on."""
+    where, layers = BY[options.by][0], len(scorer.layers)
+    passes = {
+        _choice(kind): 1 + layers + keep + (greedy_passes(layers, keep) if kind == where else 0)
+        for kind in (TEXT, PASSKEYS)
+    }
+    passes[_unseen(where)] = 1 + keep * (4 + options.draws)
+    asked = {name: number for name, number in passes.items() if name in scorer.samples}
+    return sum(asked.values()), sum(n * scorer.samples[name].ids.numel() for name, n in asked.items())

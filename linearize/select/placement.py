@@ -36,7 +36,7 @@ def greedy(layers: Sequence[int], keep: int, score: Callable[[Kept], float]) -> 
     kept: Kept = ()
     for _ in range(keep):
         found = {layer: score(with_layer(kept, layer)) for layer in layers if layer not in kept}
-        best = min(found, key=lambda layer: (found[layer] != found[layer], found[layer], layer))
+        (best,) = best_first(found, 1)
         kept = with_layer(kept, best)
         steps.append(Restored(best, kept, found))
     return steps
@@ -47,9 +47,15 @@ def with_layer(kept: Kept, layer: int) -> Kept:
     return tuple(sorted((*kept, layer)))
 
 
-def worst_alone(alone: Mapping[int, float], keep: int) -> Kept:
+def worst_first(alone: Mapping[int, float], keep: int) -> Kept:
     """The layers that cost most when they alone are converted (as HALO ranks them, arXiv 2601.22156)."""
     ranked = sorted(alone, key=lambda layer: (alone[layer] == alone[layer], -alone[layer], layer))
+    return tuple(sorted(ranked[:keep]))
+
+
+def best_first(restored: Mapping[int, float], keep: int) -> Kept:
+    """The layers after whose restoring alone the least is lost (KL-guided selection, arXiv 2512.20569)."""
+    ranked = sorted(restored, key=lambda layer: (restored[layer] != restored[layer], restored[layer], layer))
     return tuple(sorted(ranked[:keep]))
 
 
@@ -65,7 +71,6 @@ def at_random(layers: Sequence[int], keep: int, seed: int) -> Kept:
     return tuple(sorted(order[:keep]))
 
 
-def passes(layers: int, keep: int, draws: int) -> tuple[int, int]:
-    """How many placements are scored: on the text that chooses, and on the other one."""
-    choosing = 1 + layers + sum(layers - step for step in range(keep))
-    return choosing, 1 + keep * (3 + draws)
+def greedy_passes(layers: int, keep: int) -> int:
+    """How many placements `greedy` asks for."""
+    return sum(layers - step for step in range(keep))

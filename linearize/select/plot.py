@@ -9,9 +9,13 @@ from matplotlib.ticker import MaxNLocator
 
 from linearize.eval.plots import COLORS, MARKERS, clean, save
 from linearize.select.job import GREEDY, Selection
-from linearize.select.scoring import KL, KL_HIT
+from linearize.select.samples import KL, KL_HIT, KL_PASSKEY
 
-NAMES = {KL: "KL to the teacher, nats a token", KL_HIT: "KL at repeated pairs, nats a token"}
+NAMES = {
+    KL: "KL to the teacher, nats a token",
+    KL_HIT: "KL at repeated pairs, nats a token",
+    KL_PASSKEY: "KL at pass keys, nats a token",
+}
 
 
 def draw(found: Selection, path: Path) -> Path:
@@ -41,7 +45,7 @@ def draw(found: Selection, path: Path) -> Path:
     others = [name for name in found.unseen if name.startswith("random")]
     named = [name for name in found.unseen if name not in others]
     for name in [*others, *reversed(named)]:  # greedy is drawn last, on top
-        values = [scores[found.by].value for scores in found.unseen[name]]
+        values = [row.value for row in found.unseen[name]]
         style = (
             {"color": "#BBBBBB", "lw": 1.0, "label": "random" if name == others[0] else None}
             if name in others
@@ -55,6 +59,6 @@ def draw(found: Selection, path: Path) -> Path:
         )
         right.plot(range(len(values)), values, **style)
     right.set_xlabel("layers that stay softmax")
-    right.set_title("Placements, on other text", loc="left")
+    right.set_title("Placements, on windows that chose nothing", loc="left")
     right.legend(frameon=False)
     return save(figure, path)

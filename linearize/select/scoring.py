@@ -17,16 +17,11 @@ from linearize.distill.checkpoint import read_tensors, write_tensors_file
 from linearize.errors import CheckpointError, NotFiniteError
 from linearize.eval.intervals import bootstrap
 from linearize.eval.measurement import score
-from linearize.eval.recall_split import distances
 from linearize.eval.rows import TEACHER, Score, Scores, key_of
 from linearize.eval.token_scores import Predictor, score_tokens
 from linearize.select.placement import Kept
+from linearize.select.samples import Sample
 from linearize.version import __version__
-
-CHOICE, UNSEEN = "choice", "unseen"
-"""The windows that layers are chosen on, and others, on which placements are compared."""
-KL, KL_HIT = "kl", "kl_hit"
-"""Metrics: over all tokens, and at those whose bigram occurred earlier in the window."""
 
 
 class _Teacher(Predictor):
@@ -53,8 +48,8 @@ class Scorer:
 
     Args:
         model: converted in all layers that can be chosen, aligned, in evaluation mode.
-        windows: text -> int64 [N, T]; `CHOICE` and `UNSEEN`.
-        scores: receives two rows a placement and text.
+        samples: name -> windows.
+        scores: receives a row for each metric of a sample and placement.
         signature: what the rows say beside their numbers.
         autocast: dtype for torch.autocast, or None.
     """
@@ -62,52 +57,64 @@ class Scorer:
     def __init__(
         self,
         model: Any,
-        windows: Mapping[str, Tensor],
+        samples: Mapping[str, Sample],
         scores: Scores,
         signature: Signature,
         autocast: torch.dtype | None = None,
     ) -> None:
         self.model = model
-        self.windows = windows
+        self.samples = samples
         self.scores = scores
         self.signature = signature
         self.layers = _numbers(model)
         self.student = Predictor(model, autocast)
         self.teacher = _Teacher(model, autocast)
         self.meter: Any = None
-        self._repeated = {text: distances(cut) > 0 for text, cut in windows.items()}
-        self._about = [autocast, {text: key_of(cut.tolist()) for text, cut in windows.items()}, __version__]
+        self._about = {name: key_of(sample.ids.tolist()) for name, sample in samples.items()}
         self._folder: Path = scores.path.parent / "tokens"
         self._kl: dict[str, Tensor] = {}
 
-    def __call__(self, kept: Kept, text: str = CHOICE) -> dict[str, Score]:
-        """Metric -> score of the model whose layers `kept` are softmax and all others converted."""
-        key, meter = self._key(kept, text), self.meter
+    def __call__(self, kept: Kept, name: str) -> dict[str, Score]:
+        """Metric -> score of the model whose layers `kept` are softmax and all others converted, on a sample."""
+        key, meter = self._key(kept, name), self.meter
         done = 0 if meter is None else meter.done
-        kl = self._tokens(kept, text)
+        kl = self._tokens(kept, name)
         if meter is not None:  # what was measured before counts too
-            meter.advance(done + self.windows[text].numel() - meter.done)
+            meter.advance(done + self.samples[name].ids.numel() - meter.done)
         rows = self.scores.of(key)
         if not rows:
-            rows = [self._signed(self._mean(metric, kl, text), kept, text, key) for metric in (KL, KL_HIT)]
+            found = [self._mean(metric, kl, name) for metric in self.samples[name].masks]
+            rows = [self._signed(row, named(kept, self.layers), name, key) for row in found]
             self.scores.add(rows)
         return {row.metric: row for row in rows}
 
-    def difference(self, one: Kept, other: Kept, metric: str, text: str = UNSEEN) -> Score:
+    def teacher_nll(self, name: str) -> Score:
+        """The teacher's negative log-likelihood, nats a token, where the sample's only metric looks."""
+        key = key_of(self._key(self.layers, name), TEACHER)
+        rows = self.scores.of(key)
+        if not rows:
+            (where,) = self.samples[name].masks.values()
+            nll = score_tokens(self.teacher, self.samples[name].ids).nll
+            row = replace(self._interval("answer_nll", nll, where), against="")
+            rows = [self._signed(row, TEACHER, name, key)]
+            self.scores.add(rows)
+        return rows[0]
+
+    def difference(self, one: Kept, other: Kept, metric: str, name: str) -> Score:
         """Mean of the first's KL minus the other's, window by window: what windows share falls out of the interval."""
-        return self._mean(metric, self._tokens(one, text) - self._tokens(other, text), text)
+        return self._mean(metric, self._tokens(one, name) - self._tokens(other, name), name)
 
     def seconds_a_token(self) -> float:
         """Of a pass of all converted layers, beside the teacher's kept one."""
-        cut = self.windows[CHOICE][:1]
+        cut = next(iter(self.samples.values())).ids[:1]
         score_tokens(self.student, cut, self.teacher)
         started = time.monotonic()
         score_tokens(self.student, cut, self.teacher)
         return (time.monotonic() - started) / cut.numel()
 
-    def _tokens(self, kept: Kept, text: str) -> Tensor:
+    def _tokens(self, kept: Kept, name: str) -> Tensor:
         """[N, T - 1] KL of every token."""
-        key, cut = self._key(kept, text), self.windows[text]
+        key, cut = self._key(kept, name), self.samples[name].ids
         if key in self._kl:
             return self._kl[key]
         file = self._folder / f"{key}.safetensors"
@@ -126,24 +133,28 @@ class Scorer:
         self._kl[key] = kl
         return kl
 
-    def _mean(self, metric: str, values: Tensor, text: str) -> Score:
-        where = self._repeated[text] if metric == KL_HIT else torch.ones_like(values, dtype=torch.bool)
+    def _mean(self, metric: str, values: Tensor, name: str) -> Score:
+        return self._interval(metric, values, self.samples[name].masks[metric])
+
+    def _interval(self, metric: str, values: Tensor, where: Tensor) -> Score:
         sums = torch.where(where, values, 0.0).double().sum(1).numpy()
         mean, low, high = bootstrap(sums, where.sum(1).numpy(), self.signature.seed)
         ends = (low, high) if math.isfinite(low) and math.isfinite(high) else (None, None)
         return score(metric, mean, ends, int(where.sum()), against=TEACHER)
 
-    def _key(self, kept: Kept, text: str) -> str:
-        return key_of(self.signature.key, self._about, sorted(kept), text)
+    def _key(self, kept: Sequence[int], name: str) -> str:
+        return key_of(
+            self.signature.key, str(self.student.autocast), self._about[name], __version__, sorted(kept), name
+        )
 
-    def _signed(self, row: Score, kept: Kept, text: str, key: str) -> Score:
+    def _signed(self, row: Score, role: str, name: str, key: str) -> Score:
         return replace(
             row,
             model=self.signature.model,
-            role=named(kept, self.layers),
+            role=role,
             suite="select",
-            task=f"text: {text}",
-            length=self.windows[text].shape[1],
+            task=name,
+            length=self.samples[name].ids.shape[1],
             seed=self.signature.seed,
             version=f"linearize {__version__}",
             command=self.signature.command,

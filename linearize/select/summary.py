@@ -1,9 +1,9 @@
-"""What was chosen, for the terminal: layers, greedy steps, placements at equal budget, and a verdict."""
+"""What was chosen, for the terminal: layers, greedy steps, placements at equal budget, and a verdict in sentences."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -12,18 +12,20 @@ from rich.text import Text
 from linearize.eval.rows import Score
 from linearize.eval.tables import rich_table
 from linearize.select.job import GREEDY, UNIFORM, Selection
-from linearize.select.scoring import KL, KL_HIT
+from linearize.select.samples import KL, KL_HIT, KL_PASSKEY
 
-TITLES = {KL: "KL", KL_HIT: "recalled"}
+TITLES = {KL: "KL", KL_HIT: "recalled", KL_PASSKEY: "passkey"}
 RANDOM = "random"
+UNSURE = 1.0
+"""Nats a token of a pass key, above which the teacher does not know it: digits alone have ln 10 = 2.3."""
 
 
 def tables(found: Selection) -> RenderableType:
     """All of a selection, KL in nats a token."""
     return Group(
         rich_table(_layers(found), "KL to the teacher with one layer converted, and with one restored"),
-        rich_table(_steps(found), "Greedy: restored from all converted, on the text that it chose on"),
-        rich_table(_unseen(found), f"Placements at equal budget, {TITLES[found.by]} on other text"),
+        rich_table(_steps(found), "Greedy: restored from all converted, on the windows that chose"),
+        rich_table(_unseen(found), f"Placements at equal budget, {TITLES[found.by]}, on other windows"),
         Text("\n".join(["", *verdicts(found), ""])),
     )
 
@@ -40,7 +42,12 @@ def verdicts(found: Selection) -> list[str]:
         else:
             word = "is better than" if row.high < 0 else "is WORSE than"
         ends = "" if row.low is None or row.high is None else f", 95 %: {row.low:+.4f} to {row.high:+.4f}"
-        lines.append(f"Greedy {word} {name} on other text ({row.value:+.4f} nats a token{ends}).")
+        lines.append(f"Greedy {word} {name} on other windows ({row.value:+.4f} nats a token{ends}).")
+    if found.teacher is not None and not found.teacher.value <= UNSURE:
+        lines.append(
+            f"The teacher itself does not know the pass keys ({found.teacher.value:.2f} nats a token): passkey says "
+            "little here."
+        )
     return lines
 
 
@@ -50,10 +57,7 @@ def _layers(found: Selection) -> list[dict[str, Any]]:
     return [
         {
             "layer": layer,
-            "converted alone": _kl(scores[KL]),
-            "95%": _ends(scores[KL]),
-            "recalled alone": _kl(scores[KL_HIT]),
-            "95% ": _ends(scores[KL_HIT]),
+            **_metrics(scores, found.by),
             "restored alone": f"{first[layer]:.4f}",
             "stays": _ordinal(order[layer]) if layer in order else "",
         }
@@ -62,22 +66,20 @@ def _layers(found: Selection) -> list[dict[str, Any]]:
 
 
 def _steps(found: Selection) -> list[dict[str, Any]]:
-    rows = [(0, "", found.converted)]
-    rows += [
-        (place, str(step.layer), scores)
-        for place, (step, scores) in enumerate(zip(found.steps, found.chosen, strict=True), start=1)
-    ]
-    return [
-        {
-            "kept": kept,
-            "restored": layer,
-            "KL": _kl(scores[KL]),
-            "95%": _ends(scores[KL]),
-            "recalled": _kl(scores[KL_HIT]),
-            "95% ": _ends(scores[KL_HIT]),
-        }
-        for kept, layer, scores in rows
-    ]
+    rows = [{"kept": 0, "restored": "", **_metrics(found.converted, found.by)}]
+    for kept, (step, scores) in enumerate(zip(found.steps, found.chosen, strict=True), start=1):
+        rows.append({"kept": kept, "restored": str(step.layer), **_metrics(scores, found.by)})
+    return rows
+
+
+def _metrics(scores: Mapping[str, Score], by: str) -> dict[str, str]:
+    """A column for each metric, with its interval where layers were chosen by it."""
+    made = {}
+    for metric, row in scores.items():
+        made[TITLES[metric]] = _kl(row)
+        if metric == by:
+            made["95%"] = _ends(row)
+    return made
 
 
 def _unseen(found: Selection) -> list[dict[str, Any]]:
@@ -87,10 +89,10 @@ def _unseen(found: Selection) -> list[dict[str, Any]]:
     for kept in range(len(found.steps) + 1):
         row: dict[str, Any] = {"kept": kept}
         for name in names:
-            row[name] = _kl(found.unseen[name][kept][found.by])
+            row[name] = _kl(found.unseen[name][kept])
             if name in (GREEDY, UNIFORM):
-                row["95%" if name == GREEDY else "95% "] = _ends(found.unseen[name][kept][found.by])
-        values = sorted(found.unseen[name][kept][found.by].value for name in draws)
+                row["95%" if name == GREEDY else "95% "] = _ends(found.unseen[name][kept])
+        values = sorted(found.unseen[name][kept].value for name in draws)
         if values:
             row[f"{RANDOM} x{len(values)}"] = _range(values)
         made.append(row)
