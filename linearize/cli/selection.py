@@ -16,6 +16,7 @@ def main(options: argparse.Namespace) -> int:
     out = options.out or folder.with_name(f"select-{folder.name}")
 
     from linearize.distill import RunStopped  # after the recipe is known to be right: importing takes seconds
+    from linearize.distill.checkpoint import writing
     from linearize.distill.lock import held
     from linearize.select import Options, select
     from linearize.select.plot import draw
@@ -32,7 +33,7 @@ def main(options: argparse.Namespace) -> int:
         length=options.length,
         draws=options.draws,
     )
-    with held(out):
+    with held(out), writing(out):
         try:
             found = select(options.model, recipe, out, asked, command=options.line)
         except KeyboardInterrupt as stop:

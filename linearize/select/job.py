@@ -254,7 +254,7 @@ def _halves(tokenizer: Any, recipe: Recipe, options: Options) -> dict[str, Halve
         made[PASSKEYS] = samples.passkeys(tokenizer, options.windows, options.length, recipe.run.seed)
     except DataError as error:
         if BY[options.by][0] == PASSKEYS:
-            raise DataError(f"--by passkey --length {options.length}: {error}") from error
+            raise DataError(f"--by passkey: {error}; take a larger --length") from error
         log.info("no pass keys at --length %s: %s", options.length, error)
     return made
 
