@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -132,3 +133,74 @@ def test_a_stopped_choice_goes_on(teacher, small, tmp_path, monkeypatch, capsys)
     assert len(rows) == 8
     assert select(teacher, "lolcats", *small) == 0
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["rows"][:8] == rows
+
+
+def test_a_run_takes_the_recipe(teacher, small, tmp_path, capsys):
+    from linearize import load, surgery
+
+    assert select(teacher, "lolcats", "--keep", 2, *small) == 0
+    written = tmp_path / "out" / "lolcats-keep2.yaml"
+    kept = yaml.safe_load(written.read_text())["layers"]["keep"]
+    less = ["data.length=48", "eval.length=48", "eval.max_windows=1", "stages.*.tokens=96"]
+    less += ["stages.*.batch_size=1", "eval.ablations=false"]
+    assert cli.main(["run", str(teacher), str(written), *less, "--out", str(tmp_path / "run")]) == 0
+    model = load(tmp_path / "run" / "checkpoint")
+    assert sorted([*kept, *(layer.layer_idx for layer in surgery.converted(model))]) == [0, 1, 2, 3]
+
+    # what it made is no model that layers could be chosen of
+    capsys.readouterr()
+    assert select(tmp_path / "run", "lolcats", *SMALL, "--out", tmp_path / "again") == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and not (tmp_path / "again").exists()
+
+
+def test_pass_keys_choose_where_they_fit(teacher, small, tmp_path, capsys):
+    longer = [*small, "--length", "300", "--windows", "1"]
+    assert select(teacher, "swa_sinks", "--by", "passkey", *longer) == 0
+    said = capsys.readouterr()
+    assert "Placements at equal budget, passkey" in said.out
+    assert "The teacher itself does not know the pass keys" in said.out
+    rows = json.loads((tmp_path / "out" / "scores.json").read_text())["rows"]
+    assert {row["task"] for row in rows} == {"text: choice", "passkey: choice", "passkey: unseen"}
+
+    assert select(teacher, "swa_sinks", *small) == 0
+    said = capsys.readouterr()
+    assert "no pass keys at --length 64: the item alone has" in said.err and "pass keys" not in said.out
+    assert select(teacher, "swa_sinks", "--by", "passkey", *small) == 2
+    assert re.search("--by passkey: .* take a larger --length", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("tokens", "tokens.*could not be written"),
+        ("select.png", "select.png.*could not be written"),
+        ("swa_sinks-keep1.yaml", "swa_sinks-keep1.yaml.*could not be written"),
+        ("scores.json", "Delete scores.json to measure again"),
+        ("full", "the disk is full"),
+    ],
+)
+def test_what_cannot_be_written_or_read_is_said(
+    teacher, small, tmp_path, monkeypatch, capsys, place, message
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    if place == "tokens":
+        (out / place).write_text("")
+    elif place == "scores.json":
+        (out / place).write_text("{")
+    elif place == "full":
+        full = OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr("linearize.distill.checkpoint.write_tensors", raising(full))
+    else:
+        (out / place).mkdir()
+    assert select(teacher, "swa_sinks", *small) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and re.search(message, said), said
+
+
+def raising(error: Exception):
+    def raises(*args: object) -> None:
+        raise error
+
+    return raises
