@@ -46,7 +46,7 @@ def test_the_recipe_that_it_writes_keeps_the_layers(teacher, small, tmp_path, ca
     assert f"Softmax stays in {', '.join(map(str, kept))}." in said.out and len(kept) == 2
     recipe = compose(written)
     assert recipe.layers == {"keep": kept} and recipe.stages == compose("lolcats").stages
-    assert (tmp_path / "out" / "select.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "lolcats-keep2.png").read_bytes().startswith(b"\x89PNG")
     rows = json.loads((tmp_path / "out" / "scores.json").read_text())["rows"]
     assert {row["metric"] for row in rows} == {"kl", "kl_hit"}
     assert {row["role"] for row in rows} >= {
@@ -160,6 +160,10 @@ def test_pass_keys_choose_where_they_fit(teacher, small, tmp_path, capsys):
     said = capsys.readouterr()
     assert "Placements at equal budget, passkey" in said.out
     assert "The teacher itself does not know the pass keys" in said.out
+    assert {path.name for path in (tmp_path / "out").glob("swa_sinks*")} == {
+        "swa_sinks-keep1-passkey.yaml",
+        "swa_sinks-keep1-passkey.png",
+    }
     rows = json.loads((tmp_path / "out" / "scores.json").read_text())["rows"]
     assert {row["task"] for row in rows} == {"text: choice", "passkey: choice", "passkey: unseen"}
 
@@ -174,7 +178,7 @@ def test_pass_keys_choose_where_they_fit(teacher, small, tmp_path, capsys):
     ("place", "message"),
     [
         ("tokens", "tokens.*could not be written"),
-        ("select.png", "select.png.*could not be written"),
+        ("swa_sinks-keep1.png", "swa_sinks-keep1.png.*could not be written"),
         ("swa_sinks-keep1.yaml", "swa_sinks-keep1.yaml.*could not be written"),
         ("scores.json", "Delete scores.json to measure again"),
         ("full", "the disk is full"),

@@ -41,8 +41,9 @@ def main(options: argparse.Namespace) -> int:
                 f"stopped; what was measured is kept in {out}. The same command goes on:\n  {options.line}",
                 exit_code(stop),
             ) from None
-        picture = draw(found, out / "select.png")
-        name = f"{recipe_name(options.recipe)}-keep{len(found.kept)}"
+        by = "" if options.by == "kl" else f"-{options.by}"
+        name = f"{recipe_name(options.recipe)}-keep{len(found.kept)}{by}"
+        picture = draw(found, out / f"{name}.png")
         path = write(
             out / f"{name}.yaml", options.recipe, recipe, options.overrides, found.kept, options.line
         )

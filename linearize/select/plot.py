@@ -41,7 +41,8 @@ def draw(found: Selection, path: Path) -> Path:
         left.errorbar(layers, values, yerr=[below, above], fmt="none", ecolor="#333333", elinewidth=0.9)
     left.set_xlabel("layer converted alone")
     left.set_title("What each layer costs alone", loc="left")
-    left.legend(frameon=False)
+    left.legend(frameon=False, ncols=2, loc="upper left")
+    left.set_ylim(0, 1.15 * left.get_ylim()[1])  # the legend's room
     others = [name for name in found.unseen if name.startswith("random")]
     named = [name for name in found.unseen if name not in others]
     for name in [*others, *reversed(named)]:  # greedy is drawn last, on top
@@ -59,6 +60,6 @@ def draw(found: Selection, path: Path) -> Path:
         )
         right.plot(range(len(values)), values, **style)
     right.set_xlabel("layers that stay softmax")
-    right.set_title("Placements, on windows that chose nothing", loc="left")
+    right.set_title("Placements, on other windows", loc="left")
     right.legend(frameon=False)
     return save(figure, path)
