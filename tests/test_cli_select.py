@@ -66,6 +66,12 @@ def test_the_recipe_that_it_writes_keeps_the_layers(teacher, small, tmp_path, ca
     assert again.out == said.out and (tmp_path / "out" / "scores.json").read_bytes() == before
     assert "transfer" not in again.err  # the alignment is there already
 
+    (aligned,) = (tmp_path / "out" / "alignment").glob("*/final.safetensors")
+    aligned.write_bytes(b"cut off")
+    assert select(teacher, "lolcats", "--keep", 2, *small) == 0
+    once_more = capsys.readouterr()
+    assert once_more.out == said.out and "is damaged: the alignment is made again" in once_more.err
+
 
 def test_overrides_and_files_are_spelled_out(teacher, small, tmp_path, capsys):
     text = tmp_path / "text.txt"
@@ -149,9 +155,9 @@ def test_a_run_takes_the_recipe(teacher, small, tmp_path, capsys):
 
     # what it made is no model that layers could be chosen of
     capsys.readouterr()
-    assert select(tmp_path / "run", "lolcats", *SMALL, "--out", tmp_path / "again") == 2
+    assert select(tmp_path / "run" / "checkpoint", "lolcats", *SMALL, "--out", tmp_path / "again") == 2
     said = capsys.readouterr().err
-    assert "Traceback" not in said and not (tmp_path / "again").exists()
+    assert "the model is converted already" in said and not (tmp_path / "again").exists()
 
 
 def test_pass_keys_choose_where_they_fit(teacher, small, tmp_path, capsys):

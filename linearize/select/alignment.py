@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,12 @@ import torch
 from linearize import data, objectives, surgery
 from linearize.config.schema import Recipe, StageConfig, StageDataConfig
 from linearize.distill import stages
+from linearize.distill.checkpoint import remove
 from linearize.distill.stage import Budget
 from linearize.distill.stages import StagePlace
+from linearize.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 
 def stage_of(recipe: Recipe, tokens: int, length: int) -> tuple[str, StageConfig] | None:
@@ -76,10 +81,14 @@ def align(
     """
     if not any(layer.mixer.added_parameters for layer in surgery.converted(model)):
         return model
-    folder.mkdir(parents=True, exist_ok=True)
     place = StagePlace(1, 1, name, folder, folder / "metrics.jsonl", command, less_memory)
     if place.done:
-        return stages.restore(model, stage, place).requires_grad_(False).eval()
+        try:
+            return stages.restore(model, stage, place).requires_grad_(False).eval()
+        except CheckpointError:
+            log.info("%s is damaged: the alignment is made again", folder)
+            remove(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     length = recipe.data.of(stage).length
     return stages.train(
         model,
