@@ -251,7 +251,8 @@ def _halves(tokenizer: Any, recipe: Recipe, options: Options) -> dict[str, Halve
     """Text, and pass keys where they fit into a window."""
     made = {TEXT: samples.text(tokenizer, recipe, options.windows, options.length)}
     try:
-        made[PASSKEYS] = samples.passkeys(tokenizer, options.windows, options.length, recipe.run.seed)
+        keys = len(made[TEXT].choice.ids)  # no more of them than windows of text, however many were asked for
+        made[PASSKEYS] = samples.passkeys(tokenizer, keys, options.length, recipe.run.seed)
     except DataError as error:
         if BY[options.by][0] == PASSKEYS:
             raise DataError(f"--by passkey: {error}; take a larger --length") from error
