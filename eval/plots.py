@@ -42,7 +42,7 @@ def layer_loss(metrics: Metrics, path: Path, layers: Sequence[int] | None = None
     if not lines:
         return None
     picked = list(dict.fromkeys([0, len(lines) // 2, len(lines) - 1]))
-    figure, axes = _figure(7.2, 3.8)
+    figure, axes = new_figure(7.2, 3.8)
     # From pale to dark as training goes on, and a marker each: order and identity without color.
     for index, color, marker in zip(picked, ("#56B4E9", "#E69F00", "#000000"), MARKERS, strict=False):
         line = lines[index]
@@ -56,7 +56,7 @@ def layer_loss(metrics: Metrics, path: Path, layers: Sequence[int] | None = None
     axes.set_title("Attention transfer: loss of each layer", loc="left")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, ncols=3, loc="best")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def loss_curves(metrics: Metrics, path: Path) -> Path | None:
@@ -75,7 +75,7 @@ def loss_curves(metrics: Metrics, path: Path) -> Path | None:
     figure = Figure(figsize=(max(4.5, 3.8 * len(stages)), 3.4), layout="constrained")
     panels = figure.subplots(1, len(stages), squeeze=False)[0]
     for panel, (stage, points), color in zip(panels, stages.items(), COLORS * len(stages), strict=False):
-        _clean(panel)
+        clean(panel)
         at, losses = zip(*sorted(points), strict=True)
         if len(at) <= FEW:
             panel.plot(at, losses, color=color, lw=1.6, marker="o", ms=3)
@@ -89,7 +89,7 @@ def loss_curves(metrics: Metrics, path: Path) -> Path | None:
         panel.set_ylabel("loss (log scale)" if panel.get_yscale() == "log" else "loss")
         panel.xaxis.set_major_locator(MaxNLocator(4))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def perplexity_bars(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
@@ -105,7 +105,7 @@ def perplexity_bars(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | Non
     texts = list(dict.fromkeys(text for found in values.values() for text in found))
     names = list(values)
     height = 0.8 / len(texts)
-    figure, axes = _figure(7.2, 1.1 + 0.34 * len(names) * max(1.0, 0.62 * len(texts)))
+    figure, axes = new_figure(7.2, 1.1 + 0.34 * len(names) * max(1.0, 0.62 * len(texts)))
     finite = [value for found in values.values() for value in found.values() if 0 < value < math.inf]
     low, high = (min(finite), max(finite)) if finite else (1.0, 1.0)
     if high > 5 * low:
@@ -135,7 +135,7 @@ def perplexity_bars(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | Non
         )
     else:
         axes.set_title(texts[0], loc="left")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _perplexities(row: Mapping[str, Any]) -> dict[str, float]:
@@ -157,14 +157,14 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return out
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
-    _clean(axes)
+    clean(axes)
     return figure, axes
 
 
-def _clean(axes: Any) -> None:
+def clean(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(visible=True, color="#DDDDDD", lw=0.6)
     axes.set_axisbelow(True)
@@ -182,7 +182,7 @@ def _plain_numbers(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=160, facecolor="white")
     return path

@@ -92,6 +92,8 @@ METRICS: dict[str, Metric] = {
     "ppl_other": Metric("perplexity of all other tokens", "lower"),
     "nll_difference": Metric("mean NLL minus that of the role in `against`, over the same tokens, nats", "lower"),
     "kl": Metric("KL(teacher || model) a token, nats", "lower"),
+    "kl_hit": Metric("KL(teacher || model) at tokens whose bigram occurred earlier in the window, nats", "lower"),
+    "kl_passkey": Metric("KL(teacher || model) at the tokens of a pass key, nats", "lower"),
     "agreement": Metric("tokens at which the model's most likely token is the teacher's", "higher", share=True),
     "exact": Metric("items whose greedy continuation is the answer", "higher", share=True),
     "recalled": Metric("answers that the greedy continuation holds, a mean over items (RULER)", "higher", share=True),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from linearize.config.values import quoted
+from linearize.config.values import as_whole, quoted
 
 
 def _number(kind: type, holds: Callable[[Any], bool], rule: str) -> Callable[[str], Any]:
@@ -31,6 +31,16 @@ positive = _number(int, lambda value: 1 <= value < _MOST, "a whole number above 
 window = _number(int, lambda value: 2 <= value < _MOST, "a whole number of at least 2")
 not_negative = _number(float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
 share = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+
+
+def tokens(text: str) -> int:
+    """A count of tokens as recipes write it: 20k, 1M."""
+    value = as_whole(text)
+    if value is None or not 0 <= value < _MOST:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number such as 20k, 0 or more and below 2^31, got '{text}'"
+        )
+    return value
 
 
 LONGEST_NAME, LONGEST_PATH = 255, 4096

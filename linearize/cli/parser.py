@@ -29,6 +29,7 @@ examples:
   linearize run ./my-llama lolcats stages.transfer.tokens=2M mixer.window.size=32 --out runs/small
   linearize run ./my-llama my_recipe.yaml --resume           go on after an interruption
   linearize inspect smollm2-135m hedgehog                    what would change; loads no weights
+  linearize select smollm2-135m lolcats --keep 7             which layers stay softmax; writes a recipe
   linearize eval runs/small --suite quick                    beside its teacher and the controls
   linearize compare runs/small runs/large                    on one page, offline
   linearize generate runs/small --prompt "The sea was" --temperature 0.8
@@ -123,6 +124,9 @@ def build_parser() -> Parser:
         help="also compare the memory at this context length",
     )
 
+    _select_arguments(
+        _add(commands, "select", "choose the layers that stay softmax", "linearize.cli.selection")
+    )
     _eval_arguments(
         _add(
             commands, "eval", "judge a model beside its teacher and the controls", "linearize.cli.evaluation"
@@ -223,6 +227,48 @@ def _override_argument(parser: Parser) -> None:
     group = parser.add_argument_group("overrides")
     group.description = f"key=value: {OVERRIDE_HELP}; ~key removes a field"
     parser.set_defaults(overrides=[])
+
+
+def _select_arguments(parser: Parser) -> None:
+    _recipe_arguments(parser)
+    parser.usage = "%(prog)s MODEL RECIPE [key=value ...] [--keep N] [--by kl|recall|passkey] [--out DIR]"
+    parser.add_argument(
+        "--keep", type=given.positive, metavar="N", help="layers that stay softmax (default: a quarter)"
+    )
+    parser.add_argument(
+        "--by",
+        choices=("kl", "recall", "passkey"),
+        default="kl",
+        help="what restoring lowers: KL to the teacher over all tokens (default), at those that repeat a pair, or at "
+        "pass keys in noise",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=given.tokens,
+        default=20_000,
+        metavar="N",
+        help="training tokens of the alignment before (default: 20k; 0: none)",
+    )
+    parser.add_argument(
+        "--windows",
+        type=given.positive,
+        default=4,
+        metavar="N",
+        help="windows of held-out text and pass keys that choose, and as many others that compare (default: 4)",
+    )
+    parser.add_argument(
+        "--length", type=given.window, default=512, metavar="TOKENS", help="of a window (default: 512)"
+    )
+    parser.add_argument(
+        "--draws", type=given.count, default=3, metavar="N", help="random placements beside (default: 3)"
+    )
+    parser.add_argument(
+        "--out",
+        type=given.folder,
+        metavar="DIR",
+        help="where recipe, scores and picture go (default: runs/select-<model>-<recipe>); what it holds is not "
+        "measured again",
+    )
 
 
 def _eval_arguments(parser: Parser) -> None:

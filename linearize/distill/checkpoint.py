@@ -14,8 +14,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +287,28 @@ def could_not_write(path: Path, error: Exception, kept: Path | None = None) -> C
     remedy = "free space" if full else "mend the cause"
     return CheckpointError(
         f"{path}: {what}{intact}: {remedy}, then give the command again, a run with --resume"
+    )
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Inside, what the system refuses about a file of the folder, or a full disk, is an error that a user can mend.
+
+    Raises:
+        CheckpointError: see `could_not_write`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error) and not _is_inside(error, folder):
+            raise
+        raise could_not_write(Path(error.filename or folder), error) from error
+
+
+def _is_inside(error: OSError, folder: Path) -> bool:
+    """Whether an error is about the folder or a file of it."""
+    return isinstance(error.filename, str | Path) and Path(error.filename).absolute().is_relative_to(
+        folder.absolute()
     )
 
 

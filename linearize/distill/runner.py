@@ -21,7 +21,7 @@ from linearize import data, export, models, objectives, surgery
 from linearize.config.schema import Recipe
 from linearize.distill import memory, preference, stages
 from linearize.distill.callbacks import RunStopped
-from linearize.distill.checkpoint import could_not_write, is_full, write_json
+from linearize.distill.checkpoint import write_json, writing
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.distill.folder import ADAPTER, RunFolder
 from linearize.distill.lock import held
@@ -82,7 +82,7 @@ def run(
     folder = RunFolder(Path(out))
     job = _Job(model, recipe, folder, recipe_name or recipe.description)
     folder.look()
-    with held(folder.path):
+    with held(folder.path), writing(folder.path):
         try:
             return job.run(resume=resume)
         except KeyboardInterrupt as stop:
@@ -92,10 +92,6 @@ def run(
                 f"aborted; what was saved before is intact. Go on with:\n  {job.resume_command}",
                 exit_code(stop),
             ) from None
-        except OSError as error:
-            if is_full(error) or _is_inside(error, folder.path):
-                raise could_not_write(Path(error.filename or folder.path), error) from error
-            raise
         finally:
             folder.sweep(list(recipe.stages))
 
@@ -309,13 +305,6 @@ class _Job:
             else "float32",
             "seed": self.recipe.run.seed,
         }
-
-
-def _is_inside(error: OSError, folder: Path) -> bool:
-    """Whether an error is about a file of the folder."""
-    return isinstance(error.filename, str | Path) and Path(error.filename).absolute().is_relative_to(
-        folder.absolute()
-    )
 
 
 def _save_adapter(model: Any, path: Path, base: Path) -> None:

@@ -2,6 +2,7 @@
 
 from linearize.surgery.attention import LayerCall, LinearizedAttention
 from linearize.surgery.control import (
+    as_teacher_layers,
     branch_off,
     fresh_mixers,
     load_mixer_state,
@@ -22,6 +23,7 @@ __all__ = [
     "LayerCall",
     "LinearizedAttention",
     "Plan",
+    "as_teacher_layers",
     "attention_layers",
     "branch_off",
     "convert",

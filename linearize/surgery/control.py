@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,37 @@ def observe(model: nn.Module, observer: Callable[[LayerCall], None]) -> Iterator
         yield
     finally:
         switch.mode, switch.observer = before
+
+
+@contextmanager
+def as_teacher_layers(model: nn.Module, numbers: Collection[int]) -> Iterator[None]:
+    """Inside, these converted layers run as the teacher, bit-equal, and the others as before.
+
+    They have a switch of their own meanwhile, so `mode`, `observe` and `trusting` belong outside of this block. For
+    passes without a cache: one that is made inside would take all layers for students.
+
+    Args:
+        model: a converted model, under any wrapper.
+        numbers: of the layers, as the model counts them.
+
+    Raises:
+        LinearizeError: one of them is no converted layer.
+    """
+    shared, layers = _switch(model), converted(model)
+    missing = sorted(set(numbers) - {layer.layer_idx for layer in layers})
+    if missing:
+        raise LinearizeError(f"layer {missing[0]} is not converted, so it cannot be switched to the teacher")
+    own = Switch()
+    own.mode, own.trusts = "teacher", shared.trusts
+    chosen = [layer for layer in layers if layer.layer_idx in numbers]
+    before = [layer.linearize_switch for layer in chosen]
+    for layer in chosen:
+        layer.linearize_switch = own
+    try:
+        yield
+    finally:
+        for layer, switch in zip(chosen, before, strict=True):
+            layer.linearize_switch = switch
 
 
 @contextmanager

@@ -1,0 +1,36 @@
+"""The recipe of the user's own that a choice ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from linearize.config.compose import is_file_name, to_yaml
+from linearize.config.schema import Recipe
+from linearize.distill.checkpoint import write_file
+from linearize.select.placement import Kept
+
+
+def write(path: Path, name: str, recipe: Recipe, overrides: Sequence[str], kept: Kept, command: str) -> Path:
+    """Write the recipe with the chosen layers.
+
+    It starts from the shipped recipe by name; what came from a file or was overridden is spelled out whole, since a
+    file can start from its own folder alone.
+
+    Args:
+        path: YAML to write.
+        name: the RECIPE argument.
+        recipe: composed.
+        overrides: of the command line.
+        kept: layers that stay softmax.
+        command: the command line, for the header.
+    """
+    listed = ", ".join(map(str, kept))
+    header = "".join(f"# {line}\n" for line in ("Layers chosen by", *f"  {command}".splitlines()))
+    if overrides or is_file_name(name):
+        body = to_yaml(replace(recipe, layers={"keep": list(kept)}))
+    else:
+        body = f"defaults: [{name}, _self_]\n\nlayers: {{keep: [{listed}]}}\n"
+    write_file(path, header + body)
+    return path
