@@ -74,7 +74,7 @@ class Captured:
             try:
                 self._record(run, given)
             except (RuntimeError, ValueError) as error:
-                self._give_up(" ".join(str(error).split())[:200] or type(error).__name__)
+                self.forgo(" ".join(str(error).split())[:200] or type(error).__name__)
                 return run(batch, count)
         assert self.graph is not None and self._losses is not None
         torch._foreach_copy_(list(self._inputs.values()), [given[name] for name in self._inputs])
@@ -87,7 +87,8 @@ class Captured:
         self.graph, self._losses, self._key = None, None, None
         self._inputs, self._gradients = {}, []
 
-    def _give_up(self, why: str) -> None:
+    def forgo(self, why: str) -> None:
+        """Record nothing from here on, and say why in the log."""
         self.release()
         self.obstacle = why
         log.info(

@@ -18,6 +18,12 @@ from linearize.patch import changed
 
 COMPILE_FROM = 200
 """Optimizer steps of a stage whose blocks are compiled, which takes up to a minute."""
+MASK = 2**28
+"""Numbers of the largest mask [B, 1, T, T] that is made for the sake of a recording.
+
+Softmax reads a mask in every layer, and has no flash kernel with one. Where texts are so long, kernels take longer than
+their launches, so that there is nothing to win.
+"""
 
 
 class Passes:
@@ -69,18 +75,22 @@ class Passes:
             # later batches are packed in the same way, and have no padding
             self._looked_at |= "attention_mask" not in part
             return losses
-        with self._trusting():
+        batch, tokens = part["input_ids"].shape
+        looks = batch * tokens**2 > MASK
+        if looks and self.captured.obstacle is None:
+            self.captured.forgo(f"masks of {batch} x {tokens:,} x {tokens:,} are made only where they are needed")
+        with self._trusting(looks):
             return self.captured(step, part, count)
 
     @contextmanager
-    def _trusting(self) -> Iterator[None]:
+    def _trusting(self, looks: bool) -> Iterator[None]:
         """Around micro-steps like one that has been looked at: nothing in them waits for the device."""
         if self.blocks is None:
             self.blocks = Blocks(self.parts() if self.compiles else [], self.name)
         with ExitStack() as stack:
             if surgery.converted(self.model):
                 stack.enter_context(surgery.trusting(self.model))
-            if self.captured.obstacle is None or self.compiles:
+            if not looks and (self.captured.obstacle is None or self.compiles):
                 # as while it records or compiles: masks are made without a look at where documents begin
                 stack.enter_context(changed(masking_utils, "is_tracing", lambda *_: True))
             stack.enter_context(self.blocks.compiled())

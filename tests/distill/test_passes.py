@@ -7,10 +7,13 @@ import logging
 import pytest
 import tiny
 import torch
+from transformers import masking_utils
+from transformers.models.llama import modeling_llama
 
 from linearize import objectives, surgery
 from linearize.config.schema import LoraConfig, RunConfig, StageConfig
 from linearize.distill import blocks
+from linearize.distill import passes as passes_of_a_stage
 from linearize.distill.finetune import predict, predict_teacher
 from linearize.distill.passes import Passes
 from linearize.distill.trainable import prepare, trained
@@ -84,6 +87,32 @@ def test_equal_to_plain_ones(family, caplog):
                     torch.testing.assert_close(found[name], p.grad, rtol=2e-3, atol=1e-5, msg=name)
     if passes.blocks.obstacle is not None:
         assert "are not compiled" in caplog.text or not passes.blocks.layers
+
+
+def test_long_texts_have_no_masks_that_they_do_not_need(monkeypatch, caplog):
+    """Those of one document none, those of several the masks of ever; both give what plain steps give."""
+    monkeypatch.setattr(passes_of_a_stage, "MASK", 2 * 48**2 - 1)
+    model = surgery.convert(tiny.model("llama"), tiny.LOLCATS, "all")
+    stage = StageConfig(train=["mixers"])
+    model = prepare(model, stage)
+    seen, steps = [], stepping(model)
+    made = masking_utils.create_causal_mask
+
+    def noted(*args, **given):
+        seen.append(made(*args, **given))
+        return seen[-1]
+
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", noted)
+    passes = Passes(model, "probe", stage, RunConfig(device="cpu"), CPU, 1, list(trained(model).values()), list)
+    passes.captured.obstacle = None  # as on a GPU
+    caplog.set_level(logging.INFO)
+    for documents in (True, False, True):
+        given = batch(1, documents=documents)
+        expected = steps(given, None)
+        seen.clear()
+        torch.testing.assert_close(passes(steps, given, None), expected)
+        assert [mask is None for mask in seen] == [not documents] * len(seen) and seen
+    assert passes.captured.obstacle and "made only where they are needed" in caplog.text
 
 
 def test_where_nothing_is_asked_for_nothing_is_trusted(monkeypatch):
