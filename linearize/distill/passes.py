@@ -78,7 +78,9 @@ class Passes:
         batch, tokens = part["input_ids"].shape
         looks = batch * tokens**2 > MASK
         if looks and self.captured.obstacle is None:
-            self.captured.forgo(f"masks of {batch} x {tokens:,} x {tokens:,} are made only where they are needed")
+            self.captured.forgo(
+                f"masks of {batch} x {tokens:,} x {tokens:,} are made only where they are needed"
+            )
         with self._trusting(looks):
             return self.captured(step, part, count)
 

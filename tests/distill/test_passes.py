@@ -103,7 +103,9 @@ def test_long_texts_have_no_masks_that_they_do_not_need(monkeypatch, caplog):
         return seen[-1]
 
     monkeypatch.setattr(modeling_llama, "create_causal_mask", noted)
-    passes = Passes(model, "probe", stage, RunConfig(device="cpu"), CPU, 1, list(trained(model).values()), list)
+    passes = Passes(
+        model, "probe", stage, RunConfig(device="cpu"), CPU, 1, list(trained(model).values()), list
+    )
     passes.captured.obstacle = None  # as on a GPU
     caplog.set_level(logging.INFO)
     for documents in (True, False, True):
