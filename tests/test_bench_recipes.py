@@ -16,7 +16,7 @@ from linearize.bench.subjects import (
     TEACHER,
     chosen,
     convert,
-    mixer_of,
+    mixers_of,
     random_model,
     subjects,
 )
@@ -142,7 +142,7 @@ def test_names_of_subjects_and_shapes():
         chosen(["lolcat"])
     with pytest.raises(LinearizeError, match="did you mean 'llama-3-8b'"):
         random_model("meta", torch.float32, "llama3-8b")
-    assert all(check(mixer_of(name)[0]) == [] for name in COMPOSITIONS)
+    assert all(check(mixers_of(name)[0]) == [] for name in COMPOSITIONS)
     sizes = {name: random_model("meta", torch.bfloat16, name).num_parameters() / 1e9 for name in SHAPES}
     assert {name: round(size, 2) for name, size in sizes.items()} == {
         "smollm2-135m": 0.13, "llama-3.2-1b": 1.24, "llama-3-8b": 8.03, "tiny": 0.0,

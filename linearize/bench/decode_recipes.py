@@ -27,7 +27,6 @@ from linearize.bench.whole import SLOW, Row, Stopped, Stopwatch, Table, empty, r
 from linearize.cli.console import quiet_libraries
 from linearize.decode import Decoder
 from linearize.decode.cache import tensors
-from linearize.decode.choice import has_fixed_state
 from linearize.errors import LinearizeError
 from linearize.surgery import converted
 
@@ -159,7 +158,7 @@ def decode(
 ) -> Row:
     """A row of decoding behind prompts of random tokens."""
     device = next(model.parameters()).device
-    if not all(has_fixed_state(layer.mixer) for layer in converted(model)):
+    if not all(layer.mixer.has_fixed_state for layer in converted(model)):
         raise LinearizeError(GROWS)
     watch = Stopwatch(device, spend=0.5, most=LOOKS, turn=turn)
     if compile is not None:

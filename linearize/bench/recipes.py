@@ -230,7 +230,6 @@ def warmed(
     """
     from linearize import surgery
     from linearize.decode import Decoder
-    from linearize.decode.choice import has_fixed_state
 
     started = time.monotonic()
     with reported() as notes:
@@ -242,7 +241,7 @@ def warmed(
         del step
         model.zero_grad(set_to_none=True)
         model = build(name, shape, "bf16", device, num_hidden_layers=WARM_LAYERS).requires_grad_(False)
-        fixed = all(has_fixed_state(layer.mixer) for layer in surgery.converted(model))
+        fixed = all(layer.mixer.has_fixed_state for layer in surgery.converted(model))
         for batch in (1, 64) if fixed else ():
             ids = torch.zeros(batch, 128, dtype=torch.int64, device=device)
             Decoder(model, batch, length=256, capture=False).generate(ids, None, 4)

@@ -82,14 +82,14 @@ def chosen(names: Sequence[str]) -> list[str]:
     return known if not names or "all" in names else wanted
 
 
-def mixer_of(name: str) -> tuple[dict[str, Any], Any]:
-    """A subject's mixer section, and which layers get it."""
+def mixers_of(name: str) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """A subject's `mixer`, `layers` and `mixers`, as `surgery.convert` takes them."""
     if name in COMPOSITIONS:
-        return COMPOSITIONS[name], "all"
+        return COMPOSITIONS[name], "all", {}
     from linearize.config import compose
 
     found = compose(name)
-    return found.mixer, found.layers
+    return found.mixer, found.layers, found.mixers
 
 
 def random_model(
@@ -121,8 +121,7 @@ def convert(model: Any, name: str) -> Any:
 
     if name == TEACHER:
         return model
-    mixer, layers = mixer_of(name)
-    return surgery.convert(model, mixer, layers).eval()
+    return surgery.convert(model, *mixers_of(name)).eval()
 
 
 def converted(teacher: Any, recipe: str) -> tuple[Any, Any]:

@@ -18,7 +18,6 @@ from linearize import surgery
 from linearize.bench.subjects import TEACHER, convert, random_model, subjects
 from linearize.decode import Decoder
 from linearize.decode.cache import tensors
-from linearize.decode.choice import has_fixed_state
 from linearize.kernels import dispatch
 
 META = torch.device("meta")
@@ -71,7 +70,7 @@ def test_of_every_recipe(name, monkeypatch):
     """A whole step of the engine, the choice of the token included; layers that stay softmax keep keys in place."""
     model = convert(random_model("cpu", torch.bfloat16, "tiny", **SIZES), name)
     if name == GROWING:
-        assert not any(has_fixed_state(layer.mixer) for layer in surgery.converted(model)), "see `obstacles`"
+        assert not any(layer.mixer.has_fixed_state for layer in surgery.converted(model)), "see `obstacles`"
         return
     to_meta(model)
     for triton in (False, True):
