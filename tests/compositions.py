@@ -59,6 +59,7 @@ VARIANTS: list[dict] = [
     {"feature_map": {"name": "hedgehog", "dim": 8, "per": "kv_head"}, "gate": {"name": "mamba2"}},
     {"feature_map": HEDGEHOG, "position": {"name": "rope", "recurrent": False}},
     {"window": SLIDING, "position": {"name": "rope", "window": False}},
+    {"window": {"name": "full", "log_base": 3.0}, "position": {"name": "rope", "window": False}},
     {"feature_map": HEDGEHOG, "window": {**SLIDING, "first": 3, "sinks": "learned"}},
     {
         "feature_map": HEDGEHOG,

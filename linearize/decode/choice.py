@@ -90,9 +90,6 @@ def obstacles(model: Any) -> list[str]:
     layers = converted(model)
     if layers and layers[0].linearize_switch.mode != "student":
         problems.append("the converted layers run as their teacher")
-    growing = [layer.layer_idx for layer in layers if not layer.mixer.has_fixed_state]
-    if growing:
-        problems.append(f"the mixers of layers {_listed(growing)} keep a state that grows")
     chunked = [layer.layer_idx for layer in layers if layer.mixer.shape.chunk is not None]
     if chunked:
         problems.append(f"layers {_listed(chunked)} begin again at each chunk, which their masks tell")
