@@ -50,8 +50,8 @@ def checked(mixer: Mapping[str, Any], mixers: Mapping[str, Any] | None = None) -
     problems = variants.form_problems(mixers or {})
     whole = {} if problems else variants.sections(mixer, mixers)
     for name, section in whole.items():
-        prefix = "" if name == DEFAULT else f"mixers.{name}: "
-        problems += [f"{prefix}{problem}" for problem in check(section)]
+        key = "mixer" if name == DEFAULT else f"mixers.{name}"
+        problems += [f"{key}{problem.removeprefix('mixer')}" for problem in check(section)]
     if problems:
         raise RecipeError(problems, where="mixer")
     return {name: normalize(section) for name, section in whole.items()}

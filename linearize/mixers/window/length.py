@@ -23,7 +23,8 @@ def log_scaled(q: Tensor, count: Tensor, base: float) -> Tensor:
     """
     if not base:
         return q
-    factor = torch.log(count.clamp_min(1).float() - 1 + base) / math.log(base)
+    length = count.clamp_min(1).to(torch.promote_types(q.dtype, torch.float32)) - 1
+    factor = torch.log(length + base) / math.log(base)
     return q * factor[..., None, None].to(q.dtype)
 
 
