@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from linearize.config import compose, list_recipes
+from linearize.config.variants import sections
 from linearize.mixers import PARTS, LayerShape, Mixer, build, check, normalize
 
 SHAPES = {
@@ -121,7 +122,9 @@ def registered() -> list[dict]:
         *SKELETONS,
         *(_with(part, name) for part, (registry, _) in PARTS.items() for name in registry.names()),
     ]
-    found += VARIANTS + [small(compose(name, []).mixer) for name, _ in list_recipes()]
+    shipped = [compose(name) for name, _ in list_recipes()]
+    found += VARIANTS
+    found += [small(mixer) for recipe in shipped for mixer in sections(recipe.mixer, recipe.mixers).values()]
     distinct = {label(mixer): mixer for mixer in found}
     for mixer in distinct.values():
         assert check(mixer) == [], (mixer, check(mixer))

@@ -16,6 +16,7 @@ from linearize.bench.subjects import (
     TEACHER,
     chosen,
     convert,
+    layers_of_each,
     mixers_of,
     random_model,
     subjects,
@@ -149,6 +150,11 @@ def test_names_of_subjects_and_shapes():
     }  # fmt: skip
     made = random_model("cpu", torch.bfloat16, "tiny")
     assert convert(made, TEACHER) is made
+
+
+def test_a_model_that_is_warmed_has_every_mixer():
+    found = {name: layers_of_each(name) for name in ("lolcats", "xatl", "based_alternating", "halo", TEACHER)}
+    assert found == {"lolcats": 2, "xatl": 2, "based_alternating": 2, "halo": 4, TEACHER: 2}
 
 
 def test_warming_measures_nothing(tmp_path, capsys):

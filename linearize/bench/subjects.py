@@ -92,6 +92,17 @@ def mixers_of(name: str) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     return found.mixer, found.layers, found.mixers
 
 
+def layers_of_each(name: str) -> int:
+    """Layers of the smallest model in which each of a subject's mixers has one, at least two."""
+    if name == TEACHER:
+        return 2
+    from linearize.config.layers import assign, used
+
+    _, layers, mixers = mixers_of(name)
+    wanted = {*used(layers, mixers)}
+    return next((n for n in range(2, 65) if wanted <= {*assign(layers, range(n), mixers).values()}), 2)
+
+
 def random_model(
     device: str | torch.device, dtype: torch.dtype, shape: str = "smollm2-135m", **changes: Any
 ) -> Any:

@@ -80,10 +80,13 @@ def families() -> dict[str, Callable[[], str]]:
 
 
 def recipes(names: list[str]) -> dict[str, Callable[[], str]]:
-    """Every recipe's mixer in a small Llama: whether its step can be captured at all."""
+    """Every recipe's mixers in a small Llama: whether its step can be captured at all."""
 
     def check(name: str) -> str:
-        model = surgery.convert(tiny.model("llama", head_dim=16), compose(name).mixer, "all").cuda()
+        found = compose(name)
+        model = surgery.convert(
+            tiny.model("llama", head_dim=16), found.mixer, found.layers, found.mixers
+        ).cuda()
         return "; ".join(obstacles(model)) or same_tokens(model, tokens=24)
 
     return {f"recipe {name}": lambda n=name: check(n) for name in names}
