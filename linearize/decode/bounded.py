@@ -29,4 +29,4 @@ def holds_tokens(model: Any) -> bool:
     """Whether what a layer holds depends on the length of the text: a softmax layer, kept or run by a mixer."""
     layers = converted(model)
     kept = len(layers) < model.config.get_text_config().num_hidden_layers
-    return kept or not all(layer.mixer.has_fixed_state for layer in layers)
+    return kept or any(isinstance(layer.mixer.window, FullWindow) for layer in layers)

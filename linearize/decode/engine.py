@@ -64,7 +64,8 @@ class Decoder:
         self.model, self.batch, self.sampling, self.config = model, batch, sampling, config
         self.device, self.dtype = parameter.device, parameter.dtype
         self.keeps_softmax = len(layers) < config.num_hidden_layers
-        self.length = length if holds_tokens(model) else 0
+        self.holds_tokens = holds_tokens(model)
+        self.length = length if self.holds_tokens else 0
         self.cache, self.clock = fixed_cache(config.num_hidden_layers, layers, self.length, self.device)
         self.steps = 0
         names = inspect.signature(model.forward).parameters
@@ -115,7 +116,7 @@ class Decoder:
         """
         if ids.shape[0] != self.batch:
             raise LinearizeError(f"{ids.shape[0]} prompts for a decoder of {self.batch} rows")
-        if holds_tokens(self.model) and ids.shape[1] + tokens > self.length:
+        if self.holds_tokens and ids.shape[1] + tokens > self.length:
             total = ids.shape[1] + tokens
             raise LinearizeError(f"{total} tokens for a decoder whose softmax layers hold {self.length}")
         self.prepare()

@@ -127,7 +127,7 @@ class FullWindow(Window):
     def _by_kernel(self, state: State) -> bool:
         """Whether the window's kernel computes a call: a text from its beginning, heads that it takes."""
         fits = max(self.shape.key_dim, self.shape.value_dim) <= WIDEST
-        return self.alone and not state["window_k"].shape[1] and (fits or not dispatch.automatic())
+        return fits and self.alone and not state["window_k"].shape[1]
 
     def _keep(self, state: State, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, last: Tensor) -> None:
         """What the next call sees, into the state: keys [B, S, ...] of the document `last` [B, 1]."""
