@@ -157,7 +157,12 @@ def layout(model: Any, plan: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     mixers = {name: section for name, section in plan["mixers"].items() if name != DEFAULT}
     use = {name: [index for index, own in given.items() if own == name] for name in mixers}
     kept = [layer.index for layer in found if layer.index not in given]
-    return plan["mixers"].get(DEFAULT, {}), {"keep": kept, "use": use}, mixers
+    # where no layer has the default it may be any
+    return (
+        plan["mixers"].get(DEFAULT, next(iter(plan["mixers"].values()))),
+        {"keep": kept, "use": use},
+        mixers,
+    )
 
 
 def _can(model: Any, mixer: dict[str, Any]) -> bool:

@@ -24,7 +24,7 @@ MIXERS: dict[str, Any] = {
     "nope": {
         "feature_map": {"name": "none"},
         "window": {"name": "full", "log_base": 5.0},
-        "position": {"window": False},
+        "position": {"name": "rope", "window": False},
     },
     "both": {
         "short_conv": None,

@@ -59,7 +59,7 @@ def form_problems(mixers: Mapping[str, Any]) -> list[str]:
     found = []
     for name, change in mixers.items():
         path = f"mixers.{name}"
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or len(name) > LONGEST:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", str(name)) or len(name) > LONGEST:
             found.append(f"{path[:60]}: a mixer's name is a letter, then letters, digits, - and _")
         elif name in (DEFAULT, SOFTMAX, "all"):
             found.append(

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from linearize.config.words import ranges
 from linearize.markdown import row, text
 from linearize.surgery import converted
 
@@ -53,7 +54,7 @@ def model_card(model: PreTrainedModel, *, base: str, recipe: dict[str, Any], met
         "",
     ]
     if layers:
-        lines += _mixers(model.config.linearize)
+        lines += _mixers(model)
     if recipe.get("stages"):
         lines += ["## Training", ""]
         lines += ["| stage | objective | tokens | learning rate | trained |", "|---|---|---|---|---|"]
@@ -78,15 +79,14 @@ def model_card(model: PreTrainedModel, *, base: str, recipe: dict[str, Any], met
     return "\n".join(lines)
 
 
-def _mixers(plan: dict[str, Any]) -> list[str]:
+def _mixers(model: PreTrainedModel) -> list[str]:
     """A table of parts for each mixer, under the layers that have it where there are several."""
-    lines = []
+    plan, lines = model.config.linearize, []
+    names = [numbers["mixer"] for numbers in plan["layers"].values()]
     for name, mixer in plan["mixers"].items():
-        own = [path for path, numbers in plan["layers"].items() if numbers["mixer"] == name]
-        places = [text(path) for path in own]
-        lines += ["## Layer" if len(plan["mixers"]) == 1 else f"## Layers with the mixer {text(name)}", ""]
-        lines += [] if len(plan["mixers"]) == 1 else [f"{', '.join(places)}.", ""]
-        lines += ["| part | choice |", "|---|---|"]
+        own = [layer.layer_idx for layer, given in zip(converted(model), names, strict=True) if given == name]
+        title = f"Layers {ranges(own)}: {text(name)}" if len(plan["mixers"]) > 1 else "Layer"
+        lines += [f"## {title}", "", "| part | choice |", "|---|---|"]
         for part, options in mixer.items():
             rest = ", ".join(f"{key} {value}" for key, value in options.items() if key != "name")
             lines.append(row([text(part), text(f"{options['name']} ({rest})" if rest else options["name"])]))

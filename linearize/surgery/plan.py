@@ -45,13 +45,12 @@ def checked(mixer: Mapping[str, Any], mixers: Mapping[str, Any] | None = None) -
         mixer, mixers: the recipe's sections.
 
     Raises:
-        RecipeError: with every problem of all of them.
+        RecipeError: with every problem of `mixer`, or, where there is none, of the others.
     """
-    problems = variants.form_problems(mixers or {})
+    problems = [*check(dict(mixer)), *variants.form_problems(mixers or {})]
     whole = {} if problems else variants.sections(mixer, mixers)
-    for name, section in whole.items():
-        key = "mixer" if name == DEFAULT else f"mixers.{name}"
-        problems += [f"{key}{problem.removeprefix('mixer')}" for problem in check(section)]
+    for name in mixers or () if whole else ():
+        problems += [f"mixers.{name}{problem.removeprefix('mixer')}" for problem in check(whole[name])]
     if problems:
         raise RecipeError(problems, where="mixer")
     return {name: normalize(section) for name, section in whole.items()}

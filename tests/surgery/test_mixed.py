@@ -112,7 +112,11 @@ def test_saved_and_loaded_in_a_fresh_process_with_and_without_the_package(family
     assert config["linearize"] == second["linearize"] and config["linearize"]["format"] == 2
     assert [numbers["mixer"] for numbers in config["linearize"]["layers"].values()] == GIVEN
     card = (folder / "README.md").read_text()
-    assert "## Layers with the mixer window" in card and "but for 1 that see every token" in card
+    assert (
+        "## Layers 1: window" in card
+        and "## Layers 0, 5: default" in card
+        and "but for 1 that see every token" in card
+    )
     config["linearize"]["mixers"]["window"]["window"]["first"] = 3
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(
@@ -134,6 +138,12 @@ def test_the_untrained_swap_of_a_checkpoint_has_its_layout(model):
     plain = tiny.model(num_hidden_layers=6)
     with swapped(plain, *layout(plain, model.config.linearize)) as fresh:
         assert fresh.config.linearize == model.config.linearize
+    named = surgery.convert(
+        tiny.model(), tiny.LOLCATS, "WN", {name: MIXERS[name] for name in ("window", "nope")}
+    )
+    assert set(named.config.linearize["mixers"]) == {"window", "nope"}
+    with swapped(tiny.model(), *layout(tiny.model(), named.config.linearize)) as fresh:
+        assert fresh.config.linearize == named.config.linearize
     with pytest.raises(LinearizeError, match="has 4 of the 5 attention layers"):
         layout(tiny.model(num_hidden_layers=5), model.config.linearize)
 
@@ -165,7 +175,6 @@ def test_wrong_mixers_are_refused_before_anything_is_touched():
     from transformers import GPTJConfig, GPTJForCausalLM
 
     odd = GPTJForCausalLM(GPTJConfig(**gptj)).eval()
-    nope = {**MIXERS["nope"], "position": {"name": "rope", "window": False}}
     with pytest.raises(UnsupportedModelError, match="cannot be rotated back"):
-        surgery.convert(odd, tiny.LOLCATS, {"use": {"nope": [1]}}, {"nope": nope})
+        surgery.convert(odd, tiny.LOLCATS, {"use": {"nope": [1]}}, {"nope": MIXERS["nope"]})
     surgery.convert(odd, MIXER, {"keep": [0], "use": {"window": [1]}}, {"window": MIXERS["window"]})
