@@ -154,7 +154,8 @@ def layout(model: Any, plan: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
             f"--against: {type(model).__name__} has {len(given)} of the {len(paths)} attention layers that were "
             "converted; name the model that the checkpoint was converted from"
         )
-    mixers = {name: section for name, section in plan["mixers"].items() if name != DEFAULT}
+    wanted = {*given.values()} - {DEFAULT}
+    mixers = {name: section for name, section in plan["mixers"].items() if name in wanted}
     use = {name: [index for index, own in given.items() if own == name] for name in mixers}
     kept = [layer.index for layer in found if layer.index not in given]
     # where no layer has the default it may be any

@@ -205,6 +205,8 @@ def _rules(layers: dict[Any, Any], names: Collection[str], said: Layers, found: 
                 SOFTMAX: "layers.keep says what stays softmax",
             }
             found.append(f"{path}: no such mixer; {reason.get(name) or _named(str(name), names)}")
+        if value == []:
+            found.append(f"{path}: an empty list names no layer; take it out (~{path})")
         said.rules.append((path, str(name), _where(path, value, found)))
     for (one, _, first), (two, _, second) in combinations(said.rules, 2):
         if (shared := first.meets(second)) is not None:

@@ -90,6 +90,7 @@ SLIPS = [
     (["layers.use.softmax=[0]"], "layers.use.softmax: no such mixer; layers.keep says what stays softmax"),
     (["layers.use=3"], "layers.use: must map names of mixers to their layers, got 3"),
     (["layers.use.window=3", VARIANT], "layers.use.window: must be a list of layer numbers, or {every: 4}"),
+    (["layers.use.window=[]", VARIANT], "layers.use.window: an empty list names no layer"),
     (["layers.use.window={}", VARIANT], "layers.use.window: must be a list of layer numbers"),
     (["layers.use.window=[a]", VARIANT], "layers.use.window: layer numbers are whole"),
     (["layers.use.window={firs: 1}", VARIANT], "layers.use.window.firs: unknown key; did you mean 'first'?"),
