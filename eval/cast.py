@@ -20,9 +20,11 @@ from torch import nn
 
 from linearize import surgery
 from linearize.config import compose
+from linearize.config.names import DEFAULT
 from linearize.errors import LinearizeError, UnsupportedModelError
 from linearize.eval.ablation import NO_LINEAR, NO_WINDOW
 from linearize.eval.rows import STUDENT, TEACHER
+from linearize.surgery.schema import upgraded
 
 log = logging.getLogger(__name__)
 
@@ -84,28 +86,46 @@ def entrants(
     if base is None or surgery.converted(base):
         return [*made, *others]
     if converted:
-        plan = student.config.linearize
+        plan = upgraded(student.config.linearize)
+        given = {path: numbers["mixer"] for path, numbers in plan["layers"].items()}
+        sections = list(plan["mixers"].values())
+        what = [*sections, sorted(given)] if len(sections) == 1 else [plan["mixers"], given]
         made.append(
-            Entrant(name, UNTRAINED, [base_identity, plan["mixer"], sorted(plan["layers"]), seed],
-                    lambda: swapped(base, plan["mixer"], _numbers(base, plan["layers"]), seed))
-        )  # fmt: skip
+            Entrant(
+                name,
+                UNTRAINED,
+                [base_identity, *what, seed],
+                lambda: swapped(base, *layout(base, plan), seed=seed),
+            )
+        )
     sinks = compose(SINKS)
     if _can(base, sinks.mixer):
         made.append(
             Entrant(
-                name, SINKS, [base_identity, sinks.mixer], lambda: swapped(base, sinks.mixer, "all", seed)
+                name,
+                SINKS,
+                [base_identity, sinks.mixer],
+                lambda: swapped(base, sinks.mixer, "all", seed=seed),
             )
         )
     return [*made, *others]
 
 
 @contextmanager
-def swapped(model: Any, mixer: dict[str, Any], layers: Any, seed: int) -> Iterator[Any]:
-    """A converted model over the same weights, with fresh mixers; the given model stays as it is."""
+def swapped(
+    model: Any, mixer: dict[str, Any], layers: Any, mixers: dict[str, Any] | None = None, *, seed: int = 0
+) -> Iterator[Any]:
+    """A converted model over the same weights, with fresh mixers; the given model stays as it is.
+
+    Args:
+        model: not converted.
+        mixer, layers, mixers: as `surgery.convert` takes them.
+        seed: of the mixers.
+    """
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        yield surgery.convert(sharing(model), mixer, layers).to(device).eval()
+        yield surgery.convert(sharing(model), mixer, layers, mixers).to(device).eval()
 
 
 def sharing(model: nn.Module) -> Any:
@@ -120,21 +140,36 @@ def _branch_off(model: Any, branch: str) -> Iterator[Any]:
         yield model
 
 
-def _numbers(model: Any, paths: dict[str, Any]) -> list[int]:
-    """Of the attention layers that a plan names."""
-    found = [layer.index for layer in surgery.attention_layers(model) if layer.path in paths]
-    if len(found) != len(paths):
+def layout(model: Any, plan: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """A checkpoint's plan as the `mixer`, `layers` and `mixers` that `surgery.convert` takes.
+
+    Args:
+        model: what was converted.
+        plan: `config.linearize`.
+    """
+    paths, found = plan["layers"], surgery.attention_layers(model)
+    given = {layer.index: paths[layer.path]["mixer"] for layer in found if layer.path in paths}
+    if len(given) != len(paths):
         raise LinearizeError(
-            f"--against: {type(model).__name__} has {len(found)} of the {len(paths)} attention layers that were "
+            f"--against: {type(model).__name__} has {len(given)} of the {len(paths)} attention layers that were "
             "converted; name the model that the checkpoint was converted from"
         )
-    return found
+    wanted = {*given.values()} - {DEFAULT}
+    mixers = {name: section for name, section in plan["mixers"].items() if name in wanted}
+    use = {name: [index for index, own in given.items() if own == name] for name in mixers}
+    kept = [layer.index for layer in found if layer.index not in given]
+    # where no layer has the default it may be any
+    return (
+        plan["mixers"].get(DEFAULT, next(iter(plan["mixers"].values()))),
+        {"keep": kept, "use": use},
+        mixers,
+    )
 
 
 def _can(model: Any, mixer: dict[str, Any]) -> bool:
     """Whether a window can be hung into the model."""
     try:
-        with swapped(model, mixer, "all", 0):
+        with swapped(model, mixer, "all"):
             return True
     except UnsupportedModelError as error:
         log.info("no control %s: %s", SINKS, error)

@@ -16,6 +16,7 @@ import yaml
 from matplotlib import rc_context
 
 from linearize import markdown
+from linearize.config.words import ranges
 from linearize.errors import RunFolderError
 from linearize.eval import plots, tables
 from linearize.progress import count, duration
@@ -151,6 +152,7 @@ def _plan_facts(plan: Any) -> list[tuple[str, str]]:
     if not rows:
         return []
     facts = [("layers converted", f"{len(converted)} of {len(rows)}")]
+    facts += _mixers(plan, converted)
     params = sum(int(row.get("parameters") or 0) for row in rows)
     if params:
         facts.append(("parameters added", tables.number(params)))
@@ -165,6 +167,23 @@ def _plan_facts(plan: Any) -> list[tuple[str, str]]:
         equal = f"{per_token:,} bytes a token; {rest}"
         facts.append(("KV cache that it replaces", equal))
     return facts
+
+
+def _mixers(plan: Mapping[str, Any], converted: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Which layers have which mixer, where there are several."""
+    words = plan.get("mixers")
+    names = list(dict.fromkeys(row.get("mixer") for row in converted))
+    if not isinstance(words, Mapping) or len(names) < 2:
+        return []
+    layers = {
+        name: [
+            row["layer"]
+            for row in converted
+            if row.get("mixer") == name and isinstance(row.get("layer"), int)
+        ]
+        for name in names
+    }
+    return [(f"layers {ranges(layers[name])}", _plain(f"{name}: {words.get(name, '')}")) for name in names]
 
 
 def _plan_rows(plan: Any) -> list[Mapping[str, Any]]:

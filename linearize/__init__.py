@@ -13,8 +13,9 @@ from linearize.version import __version__
 
 if TYPE_CHECKING:
     from linearize.eval.generation import generate
-    from linearize.export import load, save
-    from linearize.surgery import convert
+    from linearize.export.load import load
+    from linearize.export.save import save
+    from linearize.surgery.convert import convert
 
 __all__ = ["__version__", "convert", "generate", "load", "save"]
 

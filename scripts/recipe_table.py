@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from linearize.cli.recipes import parts, source
+from linearize.cli.recipes import composition, source
 from linearize.config import list_recipes, outline
 from linearize.config.compose import RECIPES
 
@@ -48,7 +48,7 @@ def current() -> dict[Path, str]:
         ROOT / "docs" / "recipes.md": table(
             ["paper", "recipe", "parts", "stages", "what differs from the paper"],
             [
-                [paper(recipe), _link(name), _parts(recipe), stages(recipe), differences(name)]
+                [paper(recipe), _link(name), composition(recipe), stages(recipe), differences(name)]
                 for name, recipe in recipes.items()
             ],
         ),
@@ -105,12 +105,6 @@ def _code(found: re.Match[str]) -> str:
     """Overrides in the text as code, a full stop behind them outside."""
     text = found[0].rstrip(".")
     return f"`{text}`{found[0][len(text) :]}"
-
-
-def _parts(recipe: dict[str, Any]) -> str:
-    layers = recipe.get("layers", "all")
-    kept = f"; 1 layer in {layers['every']} stays softmax" if layers != "all" else ""
-    return ", ".join(parts(recipe["mixer"])) + kept
 
 
 def _link(name: str) -> str:

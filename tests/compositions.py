@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from linearize.config import compose, list_recipes
+from linearize.config.variants import sections
 from linearize.mixers import PARTS, LayerShape, Mixer, build, check, normalize
 
 SHAPES = {
@@ -59,6 +60,7 @@ VARIANTS: list[dict] = [
     {"feature_map": {"name": "hedgehog", "dim": 8, "per": "kv_head"}, "gate": {"name": "mamba2"}},
     {"feature_map": HEDGEHOG, "position": {"name": "rope", "recurrent": False}},
     {"window": SLIDING, "position": {"name": "rope", "window": False}},
+    {"window": {"name": "full", "log_base": 3.0}, "position": {"name": "rope", "window": False}},
     {"feature_map": HEDGEHOG, "window": {**SLIDING, "first": 3, "sinks": "learned"}},
     {
         "feature_map": HEDGEHOG,
@@ -120,7 +122,9 @@ def registered() -> list[dict]:
         *SKELETONS,
         *(_with(part, name) for part, (registry, _) in PARTS.items() for name in registry.names()),
     ]
-    found += VARIANTS + [small(compose(name, []).mixer) for name, _ in list_recipes()]
+    shipped = [compose(name) for name, _ in list_recipes()]
+    found += VARIANTS
+    found += [small(mixer) for recipe in shipped for mixer in sections(recipe.mixer, recipe.mixers).values()]
     distinct = {label(mixer): mixer for mixer in found}
     for mixer in distinct.values():
         assert check(mixer) == [], (mixer, check(mixer))

@@ -16,7 +16,8 @@ from linearize.bench.subjects import (
     VARIANTS,
     chosen,
     convert,
-    mixer_of,
+    layers_of_each,
+    mixers_of,
     random_model,
     subjects,
 )
@@ -142,13 +143,18 @@ def test_names_of_subjects_and_shapes():
         chosen(["lolcat"])
     with pytest.raises(LinearizeError, match="did you mean 'llama-3-8b'"):
         random_model("meta", torch.float32, "llama3-8b")
-    assert all(check(mixer_of(name)[0]) == [] for name in VARIANTS)
+    assert all(check(mixers_of(name)[0]) == [] for name in VARIANTS)
     sizes = {name: random_model("meta", torch.bfloat16, name).num_parameters() / 1e9 for name in SHAPES}
     assert {name: round(size, 2) for name, size in sizes.items()} == {
         "smollm2-135m": 0.13, "llama-3.2-1b": 1.24, "llama-3-8b": 8.03, "tiny": 0.0,
     }  # fmt: skip
     made = random_model("cpu", torch.bfloat16, "tiny")
     assert convert(made, TEACHER) is made
+
+
+def test_a_model_that_is_warmed_has_every_mixer():
+    found = {name: layers_of_each(name) for name in ("lolcats", "xatl", "based_alternating", "halo", TEACHER)}
+    assert found == {"lolcats": 2, "xatl": 2, "based_alternating": 2, "halo": 4, TEACHER: 2}
 
 
 def test_warming_measures_nothing(tmp_path, capsys):

@@ -12,10 +12,11 @@ import pytest
 import yaml
 
 from linearize import cli
-from linearize.cli.inspection import describe, grouped, ranges, totals
+from linearize.cli.inspection import grouped, totals
 from linearize.cli.parser import build_parser, parse
 from linearize.cli.run import default_folder, recipe_name
 from linearize.config import compose
+from linearize.config.words import describe, ranges
 from linearize.errors import LinearizeError
 from linearize.surgery.plan import Plan, Row
 from linearize.version import __version__

@@ -63,7 +63,12 @@ VALUES = st.recursive(
     lambda inner: st.one_of(
         st.lists(inner, max_size=4),
         st.dictionaries(
-            st.one_of(st.text(max_size=8), st.sampled_from(["name", "every", "keep"])), inner, max_size=4
+            st.one_of(
+                st.text(max_size=8),
+                st.sampled_from(["name", "every", "keep", "use", "first", "last", "window"]),
+            ),
+            inner,
+            max_size=4,
         ),
     ),
     max_leaves=8,
@@ -73,6 +78,9 @@ WORDS = sorted(
         "defaults",
         "stages",
         "mixer",
+        "mixers",
+        "use",
+        "keep",
         "data",
         "eval",
         "run",

@@ -14,7 +14,7 @@ from byte_llama import TEXT, byte_tokenizer, tiny_llama
 
 import linearize
 from linearize import surgery
-from linearize.cli.recipes import parts, source
+from linearize.cli.recipes import composition, parts, source
 from linearize.config import compose, list_recipes, outline
 from linearize.config.compose import RECIPES as FOLDER
 from linearize.config.schema import Recipe
@@ -28,7 +28,7 @@ FEW = ["liger_gla", "gated_deltanet"]
 """Recipes that every run of the suite takes to the real teacher."""
 LENGTH, BATCH, STEPS = 40, 2, 2
 SMALL = {"size": 8, "dim": 8, "rank": 4, "slots": 8, "length": 64}
-"""Options of mixer parts that are shrunk to the tiny model."""
+"""Options of mixer parts that are shrunk to the tiny model, which has two layers: one of each kind in hybrids."""
 
 
 @pytest.fixture(scope="session")
@@ -62,13 +62,19 @@ def short(recipe: Recipe, length: int, batch: int) -> list[str]:
 
 
 def small(recipe: Recipe) -> list[str]:
-    """Overrides that shrink a recipe's mixer to the tiny model."""
-    return [
-        f"mixer.{part}.{key}={SMALL[key]}"
-        for part, options in recipe.mixer.items()
-        for key in options
+    """Overrides that shrink a recipe's mixers to the tiny model."""
+    found = [
+        f"{path}.{part}.{key}={SMALL[key]}"
+        for path, mixer in {
+            "mixer": recipe.mixer,
+            **{f"mixers.{n}": m for n, m in recipe.mixers.items()},
+        }.items()
+        for part, options in mixer.items()
+        for key in options or ()
         if key in SMALL and options[key]
     ]
+    use = recipe.layers.get("use", {}) if isinstance(recipe.layers, dict) else {}
+    return found + [f"layers.use.{name}.every=2" for name, where in use.items() if "every" in where]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -90,7 +96,8 @@ def test_end_to_end(name: str, teacher: Path, tmp_path: Path, monkeypatch: pytes
     assert all(1 < value < float("inf") for value in rows.values())
 
     model = linearize.load(summary.checkpoint)
-    assert surgery.converted(model)
+    kinds = {layer.mixer.composition for layer in surgery.converted(model)}
+    assert len(kinds) == 1 + len(recipe.mixers)
     ids = torch.arange(70)[None] % 256
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, exported[0].eval()(ids).logits, rtol=1e-5, atol=1e-5)
@@ -143,6 +150,17 @@ def test_parts_in_words() -> None:
     assert parts(outline("swa_sinks")["mixer"]) == ["sliding window 64 (first 4)"]
     assert parts(outline("lizard")["mixer"])[-3:] == ["sliding window 128 (overlap, sinks)", "sum", "no RoPE"]
     assert parts({"feature_map": {"name": "relu"}}) == ["relu", "additive", "running_sum"]
+    assert composition(outline("halo")).endswith(
+        "1 layer in 4: full window (log of the length, base 362), output gate, no RoPE"
+    )
+    assert composition(outline("based_alternating")).endswith("; 1 layer in 2: sliding window 64")
+    assert composition(outline("xatl")).endswith("; 1 layer in 12 stays softmax")
+    assert (
+        composition({"mixer": {"window": {"name": "full"}}, "layers": "LSS"})
+        == "full window; 2 layers in 3 stay softmax"
+    )
+    last = {"mixer": {"window": {"name": "full"}}, "layers": {"keep": {"first": 1, "last": 2}}}
+    assert composition(last) == "full window; the first 1 and the last 2 stay softmax"
     assert source(outline("lawcat")["paper"]) == ("Liu et al. 2025", "2509.18467")
     assert source("a note of our own") == ("", "")
     assert all(source(outline(name)["paper"]) != ("", "") for name in RECIPES)

@@ -27,9 +27,7 @@ from linearize.bench.whole import SLOW, Row, Stopped, Stopwatch, Table, empty, r
 from linearize.cli.console import quiet_libraries
 from linearize.decode import Decoder
 from linearize.decode.cache import tensors
-from linearize.decode.choice import has_fixed_state
 from linearize.errors import LinearizeError
-from linearize.surgery import converted
 
 CONTEXT = (1024,)
 """Tokens before those that are decoded."""
@@ -37,7 +35,6 @@ LOOKS = 16
 """Most blocks of EVERY tokens that are timed, so that kept softmax layers know how long their buffers are."""
 SMALLEST = 1024
 """Tokens of the smallest piece of a prompt that does not fit as a whole."""
-GROWS = "its state grows with the text, which no graph holds; transformers' own loop decodes it"
 
 
 def main(options: argparse.Namespace) -> int:
@@ -159,8 +156,6 @@ def decode(
 ) -> Row:
     """A row of decoding behind prompts of random tokens."""
     device = next(model.parameters()).device
-    if not all(has_fixed_state(layer.mixer) for layer in converted(model)):
-        raise LinearizeError(GROWS)
     watch = Stopwatch(device, spend=0.5, most=LOOKS, turn=turn)
     if compile is not None:
         torch._dynamo.reset()

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from linearize.bench import report, whole
-from linearize.bench.subjects import TEACHER, chosen, convert, random_model
+from linearize.bench.subjects import TEACHER, chosen, convert, layers_of_each, random_model
 from linearize.bench.whole import Row, Stopped, Stopwatch, Table, empty, reported
 from linearize.cli.console import console, quiet_libraries
 from linearize.errors import LinearizeError
 
-WARM_LAYERS, WARM_BATCH = 2, 2
+WARM_BATCH = 2
 """Of the model that only compiles: a batch of one would be another kernel, since Triton makes constants of ones."""
 LONGEST = 12
 """Kernels of a profile."""
@@ -224,26 +224,23 @@ def warmed(
     precision: str,
     device: torch.device,
 ) -> str:
-    """Compile what a recipe's training and decoding need, in a model of two layers; gives a line to print.
+    """Compile what a recipe's training and decoding need, in a model of few layers; gives a line to print.
 
     What stands between the kernels is compiled for each batch and length.
     """
-    from linearize import surgery
     from linearize.decode import Decoder
-    from linearize.decode.choice import has_fixed_state
 
-    started = time.monotonic()
+    started, layers = time.monotonic(), layers_of_each(name)
     with reported() as notes:
-        model = build(name, shape, precision, device, num_hidden_layers=WARM_LAYERS)
+        model = build(name, shape, precision, device, num_hidden_layers=layers)
         step = Step(model, device, precision)
         for batch in dict.fromkeys(batches):
             for length in lengths:
                 step.call(batch, length)()
         del step
         model.zero_grad(set_to_none=True)
-        model = build(name, shape, "bf16", device, num_hidden_layers=WARM_LAYERS).requires_grad_(False)
-        fixed = all(has_fixed_state(layer.mixer) for layer in surgery.converted(model))
-        for batch in (1, 64) if fixed else ():
+        model = build(name, shape, "bf16", device, num_hidden_layers=layers).requires_grad_(False)
+        for batch in (1, 64):
             ids = torch.zeros(batch, 128, dtype=torch.int64, device=device)
             Decoder(model, batch, length=256, capture=False).generate(ids, None, 4)
         if device.type == "cuda":

@@ -71,13 +71,24 @@ def chosen(names: Sequence[str]) -> list[str]:
     return known if not names or "all" in names else wanted
 
 
-def mixer_of(name: str) -> tuple[dict[str, Any], Any]:
-    """A subject's mixer section, and which layers get it."""
+def mixers_of(name: str) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """A subject's `mixer`, `layers` and `mixers`, as `surgery.convert` takes them."""
     from linearize.config import compose
 
     recipe, parts = VARIANTS.get(name, (name, {}))
     found = compose(recipe)
-    return {**found.mixer, **parts}, found.layers
+    return {**found.mixer, **parts}, found.layers, found.mixers
+
+
+def layers_of_each(name: str) -> int:
+    """Layers of the smallest model in which each of a subject's mixers has one, at least two."""
+    if name == TEACHER:
+        return 2
+    from linearize.config.layers import assign, used
+
+    _, layers, mixers = mixers_of(name)
+    wanted = {*used(layers, mixers)}
+    return next((n for n in range(2, 65) if wanted <= {*assign(layers, range(n), mixers).values()}), 2)
 
 
 def random_model(
@@ -109,8 +120,7 @@ def convert(model: Any, name: str) -> Any:
 
     if name == TEACHER:
         return model
-    mixer, layers = mixer_of(name)
-    return surgery.convert(model, mixer, layers).eval()
+    return surgery.convert(model, *mixers_of(name)).eval()
 
 
 def converted(teacher: Any, recipe: str) -> tuple[Any, Any]:

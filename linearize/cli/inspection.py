@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from linearize.cli.console import console, quiet_libraries, size
 from linearize.cli.run import composed
+from linearize.config.names import DEFAULT
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +20,7 @@ def main(options: argparse.Namespace) -> int:
     """Print a line for each group of equal layers, then the totals and where the memory breaks even."""
     recipe = composed(options)
 
-    from linearize import mixers, surgery  # after the recipe is known to be right: importing takes seconds
+    from linearize import surgery  # after the recipe is known to be right: importing takes seconds
     from linearize.distill.trainable import check_ranks, needs
     from linearize.errors import LinearizeError, collected, raise_together
     from linearize.models import load_config
@@ -29,52 +29,41 @@ def main(options: argparse.Namespace) -> int:
     asked = needs(recipe.stages.values())
     config = load_config(options.model)
     errors: list[LinearizeError] = []
-    plan = surgery.plan(config, recipe.mixer, recipe.layers, **asked, errors=errors)
+    plan = surgery.plan(config, recipe.mixer, recipe.layers, **asked, errors=errors, mixers=recipe.mixers)
     with collected(errors):
         check_ranks(recipe, plan, getattr(config.get_text_config(), "hidden_size", None))
     raise_together(errors, f"{options.recipe} on {options.model}")
     screen = console()
-    screen.print(table(plan, describe(mixers.normalize(recipe.mixer))))
+    screen.print(table(plan))
     for line in totals(plan, options.length):
         screen.print(line, markup=False, soft_wrap=True)
     return 0
 
 
-def describe(mixer: dict[str, Any]) -> str:
-    """A mixer in a few words: "sliding 64 + hedgehog", "full softmax", "l2, low_rank gate, delta".
-
-    Args:
-        mixer: the section with every part spelled out, as `mixers.normalize` gives it.
-    """
-    window, feature_map = mixer["window"], mixer["feature_map"]["name"]
-    near = "" if window["name"] == "none" else " ".join([window["name"], str(window.get("size", "softmax"))])
-    far = "" if feature_map == "none" else feature_map
-    gate, update = mixer["gate"]["name"], mixer["update"]["name"]
-    branches = " + ".join(part for part in (near, far) if part)
-    rule = [f"{gate} gate" if gate != "none" else "", update if update != "additive" else ""]
-    return ", ".join(part for part in (branches, *rule) if part)
-
-
-def table(plan: Plan, mixer: str) -> Table:
+def table(plan: Plan) -> Table:
     """A line for each group of equal layers; parameters, state and KV bytes are of one layer and one sequence.
 
     Args:
         plan: of `surgery.plan`.
-        mixer: what converted layers become, in words.
     """
     from rich.table import Table
 
+    from linearize.config.words import describe
+
+    words = {name: describe(section) for name, section in plan.mixers.items()}
     kept = "(stay softmax)"
+    longest = max(len(word) for text in (words.values() if words else [kept]) for word in text.split())
     grid = Table(header_style="bold")
     grid.add_column("layers", max_width=40)
-    grid.add_column("become", min_width=max(map(len, (mixer if plan.converted else kept).split())))
+    grid.add_column("become", min_width=longest)
     for title in ("heads", "kv\nheads", "head\ndim", "parameters", "state", "KV /\ntoken"):
         grid.add_column(title, justify="right", no_wrap=True)
     for layers, row in grouped(plan.rows):
-        converted = row.kind == "mixer"
+        become = kept if row.mixer is None else words[row.mixer]
+        named = row.mixer is not None and len(words) > 1 and row.mixer != DEFAULT
         grid.add_row(
             layers,
-            mixer if converted else kept,
+            f"{row.mixer}: {become}" if named else become,
             str(row.heads),
             str(row.kv_heads),
             str(row.head_dim),
@@ -89,22 +78,15 @@ def grouped(rows: Sequence[Row]) -> list[tuple[str, Row]]:
     """Equal layers under one heading ("0-6, 8"), in order of their first layer."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        shape = (row.kind, row.heads, row.kv_heads, row.head_dim)
+        shape = (row.kind, row.mixer, row.heads, row.kv_heads, row.head_dim)
         groups.setdefault((*shape, row.parameters, row.state_bytes, *_cache(row)), []).append(row)
+    from linearize.config.words import ranges
+
     return [(ranges([row.layer for row in group]), group[0]) for group in groups.values()]
 
 
 def _cache(row: Row) -> tuple[int, int | None]:
     return row.kv_bytes_per_token, row.kv_window
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Whole numbers as ranges: [0, 1, 2, 5] is "0-2, 5"."""
-    parts = []
-    for _, run in groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0]):
-        members = [number for _, number in run]
-        parts.append(f"{members[0]}-{members[-1]}" if len(members) > 1 else str(members[0]))
-    return ", ".join(parts)
 
 
 def totals(plan: Plan, length: int | None = None) -> list[str]:
@@ -126,10 +108,11 @@ def totals(plan: Plan, length: int | None = None) -> list[str]:
         f"memory      {size(state)} of state per sequence in place of {size(per_token)} of KV cache per token"
     )
     lines += _break_even(plan)
-    kept = [row for row in plan.rows if row.kind != "mixer"]
+    kept = [row for row in plan.rows if row.kind != "mixer" or row.grows]
     if kept:
         growth = sum(row.kv_bytes_per_token for row in kept)
-        lines.append(f"            the layers that stay softmax keep {size(growth)} of KV cache per token")
+        which = "see every token" if any(row.grows for row in kept) else "stay softmax"
+        lines.append(f"            the layers that {which} keep {size(growth)} of KV cache per token")
     if length is not None:
         before = sum(row.kv_bytes(length) for row in plan.rows)
         after = state + sum(row.kv_bytes(length) for row in kept)
@@ -140,6 +123,8 @@ def totals(plan: Plan, length: int | None = None) -> list[str]:
 
 def _others(plan: Plan) -> list[str]:
     """A line for each class of layers that hold no attention."""
+    from linearize.config.words import ranges
+
     classes: dict[str, list[int]] = {}
     for path, name in plan.others.items():
         classes.setdefault(name, []).append(int(path.rpartition(".")[2]))
@@ -151,11 +136,11 @@ def _others(plan: Plan) -> list[str]:
 
 def _break_even(plan: Plan) -> list[str]:
     """From which length the states take less than the caches, and in which layers they never do."""
-    windows = sorted({row.kv_window for row in plan.converted if row.kv_window is not None})
+    windows = sorted({row.kv_window for row in plan.shrinking if row.kv_window is not None})
     lines = []
     if windows:
         words = " or ".join(f"{window:,}" for window in windows)
-        capped = sum(row.kv_window is not None for row in plan.converted)
+        capped = sum(row.kv_window is not None for row in plan.shrinking)
         lines.append(
             f"            ({capped} of the layers keep at most {words} tokens, the teacher's own window)"
         )
@@ -163,7 +148,7 @@ def _break_even(plan: Plan) -> list[str]:
         lines.append("break-even  never: the teacher's windows keep its cache smaller than the states")
         return lines
     lines.append(f"break-even  {plan.break_even:,} tokens: a longer context takes less memory than before")
-    never = [row for row in plan.converted if row.break_even is None]
+    never = [row for row in plan.shrinking if row.break_even is None]
     for layers, row in grouped(never):
         lines.append(
             f"            not in layers {layers}: a state of {size(row.state_bytes)} never beats a cache of at most "

@@ -9,6 +9,8 @@ from typing import Any
 
 from linearize.cli.console import console
 from linearize.config import compose, list_recipes, outline, to_yaml
+from linearize.config.names import DEFAULT, SOFTMAX
+from linearize.config.variants import sections
 
 WIDTH = 100
 """Columns of the list, on terminals that have so many."""
@@ -27,7 +29,7 @@ def main(options: argparse.Namespace) -> int:
     for name, description in list_recipes():
         recipe = outline(name)
         who, number = source(recipe.get("paper", ""))
-        table.add_row(name, f"{who}\n{number}".strip(), ", ".join(parts(recipe["mixer"])), description)
+        table.add_row(name, f"{who}\n{number}".strip(), composition(recipe), description)
     screen.print(table)
     screen.print("\n`linearize recipes show NAME` prints one in full; its file can be copied and changed.")
     return 0
@@ -38,6 +40,39 @@ def show(options: argparse.Namespace) -> int:
     text = to_yaml(compose(options.recipe, options.overrides))
     console().print(text, end="", markup=False, soft_wrap=True)
     return 0
+
+
+def composition(recipe: Mapping[str, Any]) -> str:
+    """The parts of a recipe's mixers, and which layers get which.
+
+    Args:
+        recipe: its files as they say it (`config.outline`).
+    """
+    layers, mixers = recipe.get("layers", "all"), recipe.get("mixers") or {}
+    found = [", ".join(parts(recipe["mixer"]))]
+    for name, whole in sections(recipe["mixer"], mixers).items():
+        if name != DEFAULT:
+            found.append(f"{_places(layers, name)}: {', '.join(parts(whole))}")
+    kept = _places(layers, SOFTMAX)
+    return "; ".join(
+        [*found, f"{kept} {'stays' if kept.startswith('1 ') else 'stay'} softmax"] if kept else found
+    )
+
+
+def _places(layers: Any, name: str) -> str:
+    """Which layers get a mixer, or stay softmax, in words; empty where none does."""
+    if layers == "all":
+        return ""
+    if isinstance(layers, str):
+        count = layers.count("S" if name == SOFTMAX else name[:1].upper())
+        return f"{count} layer{'s' if count > 1 else ''} in {len(layers)}" if count else ""
+    if isinstance(layers, list):
+        return f"all but layers {', '.join(map(str, layers))}" if name == SOFTMAX else ""
+    where = layers.get("use", {}).get(name) if name != SOFTMAX else layers.get("keep", layers)
+    if isinstance(where, list):
+        return f"layers {', '.join(map(str, where))}"
+    words = {"every": "1 layer in {}", "first": "the first {}", "last": "the last {}"}
+    return " and ".join(words[key].format(n) for key, n in (where or {}).items() if key in words)
 
 
 def source(paper: str) -> tuple[str, str]:
@@ -83,7 +118,11 @@ def _feature_map(options: Mapping[str, Any]) -> str:
 
 def _window(options: Mapping[str, Any]) -> str:
     words = f"{options['name']} window" + (f" {options['size']}" if "size" in options else "")
-    extras = {"first": f"first {options.get('first')}", "overlap": "overlap"}
+    extras = {
+        "first": f"first {options.get('first')}",
+        "overlap": "overlap",
+        "log_base": f"log of the length, base {options.get('log_base')}",
+    }
     more = [word for key, word in extras.items() if options.get(key)]
     more += ["sinks"] if options.get("sinks", "none") != "none" else []
     return words + (f" ({', '.join(more)})" if more else "")

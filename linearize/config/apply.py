@@ -78,15 +78,16 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> None:
             raise ValueError(f"{'.'.join(keys[:depth])} is {shown(inner)}, which has no keys of its own")
         node[key] = inner
         node = inner
-    if re.fullmatch(r"mixer\.\w+\.name", ".".join(keys)) and isinstance(value, str):
-        name_part(tree["mixer"], keys[1], {"name": value})
+    if re.fullmatch(r"(mixer|mixers\.[\w-]+)\.\w+\.name", ".".join(keys)) and isinstance(value, str):
+        mixer = tree["mixer"] if keys[0] == "mixer" else tree["mixers"][keys[1]]
+        name_part(mixer, keys[-2], {"name": value})
     else:
         node[keys[-1]] = value
 
 
 def _opened(keys: list[str], short: str) -> Any:
     """The mapping that a name is short for, where it is short for one."""
-    if len(keys) == 2 and keys[0] == "mixer":
+    if (len(keys), keys[0]) in ((2, "mixer"), (3, "mixers")):
         return {"name": short}
     if len(keys) == 3 and keys[0] == "stages" and keys[2] == "objective":
         return {short: 1.0}

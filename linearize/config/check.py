@@ -86,13 +86,20 @@ def without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Null takes out an inherited stage, objective, mixer part or option; a name is short for {name: it}."""
     tidy = dict(raw)
     if isinstance(tidy.get("mixer"), Mapping):
-        parts = {part: value for part, value in tidy["mixer"].items() if value is not None}
-        for part, value in parts.items():
-            if isinstance(value, str):
-                parts[part] = {"name": value}
-            elif isinstance(value, Mapping):
-                parts[part] = {key: _number(option) for key, option in value.items() if option is not None}
-        tidy["mixer"] = parts
+        tidy["mixer"] = {
+            part: {key: option for key, option in value.items() if option is not None}
+            if isinstance(value, Mapping)
+            else value
+            for part, value in _tidy_parts(tidy["mixer"]).items()
+            if value is not None
+        }
+    if isinstance(tidy.get("mixers"), Mapping):
+        # there a null stays: it takes something of `mixer` out
+        tidy["mixers"] = {
+            name: _tidy_parts(change) if isinstance(change, Mapping) else change
+            for name, change in tidy["mixers"].items()
+            if change is not None
+        }
     if isinstance(tidy.get("stages"), Mapping):
         stages = {name: stage for name, stage in tidy["stages"].items() if stage is not None}
         for name, stage in stages.items():
@@ -100,6 +107,17 @@ def without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
                 stages[name] = {**stage, "objective": _tidy_objective(stage["objective"])}
         tidy["stages"] = stages
     return tidy
+
+
+def _tidy_parts(mixer: Mapping[str, Any]) -> dict[str, Any]:
+    """A part's name as {name: it}, and options as the numbers that they mean."""
+    parts = dict(mixer)
+    for part, value in mixer.items():
+        if isinstance(value, str):
+            parts[part] = {"name": value}
+        elif isinstance(value, Mapping):
+            parts[part] = {key: _number(option) for key, option in value.items()}
+    return parts
 
 
 def _number(option: Any) -> Any:

@@ -150,16 +150,25 @@ class _Files:
     def _over(self, below: dict[str, Any], own: dict[str, Any], *, shipped: bool) -> dict[str, Any]:
         """A user's file that names another choice of a mixer part drops the options of the one it replaces."""
         merged = _merged(below, own)
-        mixer = own.get("mixer")
-        if shipped or not isinstance(mixer, dict):
-            return merged
-        inherited = below.get("mixer")
-        laid = dict(inherited) if isinstance(inherited, dict) else {}
-        for part, value in mixer.items():
-            if isinstance(value, dict) and "name" in value:
-                name_part(laid, part, value)
-                merged["mixer"][part] = laid[part]
+        if not shipped:
+            _named_anew(below.get("mixer"), own.get("mixer"), merged.get("mixer"))
+            before, changes, after = (x if isinstance(x, dict) else {} for x in (
+                below.get("mixers"), own.get("mixers"), merged.get("mixers")
+            ))  # fmt: skip
+            for name in changes:
+                _named_anew(before.get(name), changes[name], after.get(name))
         return merged
+
+
+def _named_anew(below: Any, own: Any, merged: Any) -> None:
+    """Where a file names another choice of a part of a mixer, put it into `merged` without the inherited options."""
+    if not isinstance(own, dict):
+        return
+    laid = dict(below) if isinstance(below, dict) else {}
+    for part, value in own.items():
+        if isinstance(value, dict) and "name" in value:
+            name_part(laid, part, value)
+            merged[part] = laid[part]
 
 
 def _starts(defaults: Any, where: str) -> list[str]:

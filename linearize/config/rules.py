@@ -77,6 +77,8 @@ LAYER = Range(0, 9999)
 """Numbers of layers."""
 EVERY = Range(2, 10_000)
 """n of `layers: {every: n}`."""
+PLACES = Range(1, 10_000)
+"""n of `first: n` and `last: n`, and letters of a pattern."""
 SEQUENCES = at_least(1, WIDEST)
 """At once on a device."""
 WORKERS = at_least(0, 256)

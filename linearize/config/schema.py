@@ -172,10 +172,12 @@ class Recipe:
     paper: str = ""
     """Reference, shown in the report and the model card."""
     layers: Any = "all"
-    """Which attention layers are converted; the rest stay softmax. all | {every: n} (every n-th stays) | [0, 2, 5] |
-    {keep: [7, 15]}."""
+    """Which attention layers are converted, and into which mixer; the rest stay softmax. all | {every: n} (every n-th
+    stays) | [0, 2, 5] | {keep: [7, 15], use: {NAME: {first: 2}}} | a pattern such as LLLS; see config/layers.py."""
     mixer: dict[str, Any] = field(default_factory=dict)
     """Part -> {name, options}: feature_map, window, update, combine."""
+    mixers: dict[str, Any] = field(default_factory=dict)
+    """Name -> what a mixer of that name, which `layers` gives to some layers, changes in `mixer`."""
     stages: dict[str, StageConfig] = field(default_factory=dict)
     """Run in the order written."""
     data: DataConfig = field(default_factory=DataConfig)

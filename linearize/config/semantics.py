@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from linearize.config import rules
+from linearize.config import layers, rules, variants
 from linearize.config.schema import DataConfig, Recipe
 from linearize.config.stages import auto_or_count, ignored, only_builtin, source_problem, stage_problems
 from linearize.config.values import shown
 from linearize.registry import closest
-
-LAYER_FORMS = "all, {every: 4}, [0, 2, 5] or {keep: [7, 15]}"
 
 
 def problems(recipe: Recipe, broken: Collection[str] = ()) -> list[str]:
@@ -24,10 +21,11 @@ def problems(recipe: Recipe, broken: Collection[str] = ()) -> list[str]:
         broken: dotted keys that a problem has been written for already; they hold a default instead of what the
             user wrote, so a combination that involves one of them is not judged.
     """
-    found = [] if "layers" in broken else _layers(recipe.layers)
-    of_mixer = [] if "mixer" in broken else _mixer(recipe.mixer)
-    found += of_mixer
-    if not of_mixer and not any(key == "mixer" or key.startswith("mixer.") for key in broken):
+    found = [] if {"layers", "mixers"} & set(broken) else layers.problems(recipe.layers, recipe.mixers)
+    of_mixers = [] if {"mixer", "mixers"} & set(broken) else _mixers(recipe)
+    judged = not found and not of_mixers
+    found += of_mixers
+    if judged and not any(key.split(".")[0] in ("layers", "mixer", "mixers") for key in broken):
         found += _trained(recipe, broken)
     if "run.workers" not in broken:
         found += auto_or_count("run.workers", recipe.run.workers, rules.WORKERS)
@@ -40,50 +38,27 @@ def problems(recipe: Recipe, broken: Collection[str] = ()) -> list[str]:
     return found + _data(recipe, broken) + _tasks(recipe, broken)
 
 
-def _layers(layers: Any) -> list[str]:
-    if layers == "all":
-        return []
-    if isinstance(layers, (list, tuple)):
-        return _indices("layers", layers, empty="an empty list converts nothing")
-    if isinstance(layers, dict) and len(layers) == 1:
-        ((form, value),) = layers.items()
-        if form == "every":
-            if not isinstance(value, int) or isinstance(value, bool):
-                return [f"layers.every: must be a whole number, got {shown(value)}"]
-            problem = rules.EVERY.problem(value)
-            return [f"layers.every: {problem}"] if problem else []
-        if form == "keep":
-            if isinstance(value, (list, tuple)):
-                return _indices("layers.keep", value, empty="")
-            return [f"layers.keep: must be a list of layer numbers, got {shown(value)}"]
-        return [f"layers.{form}: unknown key; {closest(str(form), ['every', 'keep'])}"]
-    if isinstance(layers, dict) and layers:
-        return [f"layers: takes one key, got {', '.join(map(str, layers))}; valid forms: {LAYER_FORMS}"]
-    return [f"layers: must be {LAYER_FORMS}, got {shown(layers)}"]
+def _mixers(recipe: Recipe) -> list[str]:
+    """What is wrong with `mixer`, and with each of `mixers` beyond that."""
+    found = _mixer("mixer", recipe.mixer)
+    wrong = variants.form_problems(recipe.mixers)
+    if wrong or not all(isinstance(options, dict) for options in recipe.mixer.values()):
+        return found + wrong
+    known = {problem.removeprefix("mixer") for problem in found}
+    for name, whole in variants.sections(recipe.mixer, recipe.mixers).items():
+        path = f"mixers.{name}"
+        if name in recipe.mixers:  # what `mixer` has wrong is said once
+            found += [p for p in _mixer(path, whole) if p.removeprefix(path) not in known]
+    return found
 
 
-def _indices(path: str, values: list[Any] | tuple[Any, ...], *, empty: str) -> list[str]:
-    if not values:
-        return [f"{path}: {empty}"] if empty else []
-    wrong = [
-        value
-        for value in values
-        if isinstance(value, bool) or not isinstance(value, int) or rules.LAYER.problem(value)
-    ]
-    if wrong:
-        named = ", ".join(shown(value) for value in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
-        return [f"{path}: layer numbers are whole, count from 0 and end before 10000, got {named}"]
-    twice = sorted(value for value, times in Counter(values).items() if times > 1)
-    return [f"{path}: names layer {', '.join(map(str, twice[:5]))} twice"] if twice else []
-
-
-def _mixer(mixer: dict[str, Any]) -> list[str]:
+def _mixer(path: str, mixer: dict[str, Any]) -> list[str]:
     if not mixer:
         return [
-            "mixer: missing; name its parts, for example {feature_map: hedgehog, update: additive, window: none}"
+            f"{path}: missing; name its parts, for example {{feature_map: hedgehog, update: additive, window: none}}"
         ]
     wrong = [
-        f"mixer.{part}: must be a name or {{name: ..., option: value}}, got {shown(value)}"
+        f"{path}.{part}: must be a name or {{name: ..., option: value}}, got {shown(value)}"
         for part, value in mixer.items()
         if not isinstance(value, dict)
     ]
@@ -91,7 +66,10 @@ def _mixer(mixer: dict[str, Any]) -> list[str]:
         return wrong
     from linearize import mixers  # late: it imports torch, which listing the recipes does not need
 
-    return [found if found.startswith("mixer") else f"mixer: {found}" for found in mixers.check(mixer)]
+    return [
+        f"{path}{found.removeprefix('mixer')}" if found.startswith("mixer") else f"{path}: {found}"
+        for found in mixers.check(mixer)
+    ]
 
 
 def _trained(recipe: Recipe, broken: Collection[str]) -> list[str]:
@@ -100,15 +78,16 @@ def _trained(recipe: Recipe, broken: Collection[str]) -> list[str]:
 
     if "stages" in broken:
         return []
+    given = variants.given(recipe.mixer, recipe.mixers, recipe.layers)
     if not recipe.stages:
-        if not mixers.needs_training(recipe.mixer):
+        if not any(mixers.needs_training(mixer) for mixer in given):
             return []
         return [
             "stages: empty, but this mixer computes nothing useful before it has been trained; keep a stage, or name "
             "one (stages.transfer.objective=attention_output). Every run measures its untrained mixers too, as "
             "'swapped, untrained'"
         ]
-    if mixers.has_parameters(recipe.mixer):
+    if any(mixers.has_parameters(mixer) for mixer in given):
         return []
     return [
         f"stages.{name}.train: the mixer has no parameters, so train: [mixers] would do nothing; train lora or all, or "

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from linearize.config import rules
+from linearize.config import layers, rules, variants
 from linearize.config.ranges import Range
 from linearize.config.schema import DataConfig, Recipe, StageConfig
 from linearize.config.values import shown
@@ -91,8 +91,8 @@ def stage_problems(name: str, stage: StageConfig, recipe: Recipe, broken: Collec
         found += _objective(path, stage, train_known=known(f"{path}.train"))
         if known(f"{path}.data", "data"):
             found += _pairs(path, stage, recipe)
-        if known(f"{path}.window_dropout", "mixer"):
-            found += _window_dropout(path, stage, recipe.mixer)
+        if known(f"{path}.window_dropout", "mixer", "mixers", "layers"):
+            found += _window_dropout(path, stage, recipe)
     return found
 
 
@@ -179,7 +179,7 @@ def _pairs(path: str, stage: StageConfig, recipe: Recipe) -> list[str]:
     return [f"{path}.data.template: preference is for {', '.join(objectives.names('pair'))} alone"]
 
 
-def _window_dropout(path: str, stage: StageConfig, mixer: dict[str, Any]) -> list[str]:
+def _window_dropout(path: str, stage: StageConfig, recipe: Recipe) -> list[str]:
     if not stage.window_dropout:
         return []
     from linearize import mixers, objectives  # late: see _objective
@@ -189,14 +189,22 @@ def _window_dropout(path: str, stage: StageConfig, mixer: dict[str, Any]) -> lis
         found.append(
             f"{path}.window_dropout: is for objectives per layer ({', '.join(objectives.names('layer'))})"
         )
-    if not mixers.check(mixer):
-        whole = mixers.normalize(mixer)
-        missing = [part for part in ("window", "feature_map") if whole[part]["name"] == "none"]
-        if missing:
-            found.append(
-                f"{path}.window_dropout: the mixer has no {' and no '.join(missing)}, and dropping the window needs "
-                "both branches; remove window_dropout"
-            )
+    if layers.problems(recipe.layers, recipe.mixers) or variants.form_problems(recipe.mixers):
+        return found
+    given = variants.given(recipe.mixer, recipe.mixers, recipe.layers)
+    if any(mixers.check(mixer) for mixer in given):
+        return found
+    parts = ("window", "feature_map")
+    missing = [[part for part in parts if mixers.normalize(mixer)[part]["name"] == "none"] for mixer in given]
+    if all(missing):
+        has = (
+            f"the mixer has no {' and no '.join(missing[0])}"
+            if len(given) == 1
+            else "no mixer has both branches"
+        )
+        found.append(
+            f"{path}.window_dropout: {has}, and dropping the window needs both branches; remove window_dropout"
+        )
     return found
 
 

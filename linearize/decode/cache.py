@@ -1,7 +1,7 @@
 """A generation cache of fixed size: every tensor is written in place and every position is on the device.
 
 What one CUDA graph needs that serves all tokens of a text. One clock counts the tokens for all layers; converted layers
-hold their mixer's state, kept softmax layers hold keys and values of `length` tokens, whatever their teacher's window.
+hold their mixer's state, softmax layers hold keys and values of `length` tokens, whatever their teacher's window.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from linearize.decode.bounded import bounded
 from linearize.mixers import Mixer, State
 from linearize.surgery.cache import LinearizedCacheLayer
 
@@ -44,7 +45,7 @@ class FixedState(LinearizedCacheLayer):
 
     Args:
         clock: shared by all layers.
-        length: tokens in the buffers of kept layers, whose masks are as wide.
+        length: tokens in the buffers of softmax layers, whose masks are as wide.
     """
 
     is_compileable = True
@@ -55,8 +56,14 @@ class FixedState(LinearizedCacheLayer):
         self.clock, self.max_cache_len = clock, length
         self.state: State | None = None
         self.mixer: Mixer | None = None
+        self._bounded: tuple[Mixer, Mixer] | None = None
         self.record_past, self.seen = False, 0
         self._drop_record()
+
+    def attend(self, mixer: Mixer, *args: Any, **kwargs: Any) -> Tensor:
+        if self._bounded is None or self._bounded[0] is not mixer:
+            self._bounded = mixer, bounded(mixer, self.max_cache_len)
+        return super().attend(self._bounded[1], *args, **kwargs)
 
     def _count(self, tokens: int) -> None:
         """The clock counts."""

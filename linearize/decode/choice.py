@@ -11,7 +11,6 @@ from transformers.generation import GenerationMode
 
 from linearize.decode.masks import PATTERNS, patterns
 from linearize.decode.sampling import Sampling
-from linearize.mixers import Mixer
 from linearize.surgery import converted
 
 DEVICE = "cuda"
@@ -91,9 +90,6 @@ def obstacles(model: Any) -> list[str]:
     layers = converted(model)
     if layers and layers[0].linearize_switch.mode != "student":
         problems.append("the converted layers run as their teacher")
-    growing = [layer.layer_idx for layer in layers if not has_fixed_state(layer.mixer)]
-    if growing:
-        problems.append(f"the mixers of layers {_listed(growing)} keep a state that grows")
     chunked = [layer.layer_idx for layer in layers if layer.mixer.shape.chunk is not None]
     if chunked:
         problems.append(f"layers {_listed(chunked)} begin again at each chunk, which their masks tell")
@@ -105,12 +101,6 @@ def obstacles(model: Any) -> list[str]:
         if other:
             problems.append(f"layers of the kind {', '.join(other)}")
     return problems
-
-
-def has_fixed_state(mixer: Mixer) -> bool:
-    """Whether a mixer's state keeps its shapes, as all do but those with the teacher's own softmax (window `full`)."""
-    empty = mixer.initial_state(1, torch.float32, torch.device("meta"))
-    return all(x.numel() for x in empty.tensors.values())
 
 
 def fingerprint(model: Any) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearize.decode.bounded import holds_tokens
 from linearize.decode.cache import fixed_cache, tensors
 from linearize.decode.masks import Masks, token_masks
 from linearize.decode.sampling import Sampling
@@ -32,8 +33,8 @@ class Decoder:
 
     Prompts go through the model's ordinary chunked forward, which fills the buffers. Then one step follows another
     without the host knowing anything but how many: ids, positions, counters, states, the choice and who has finished
-    live on the device. With all layers converted nothing depends on the length of the text; kept softmax layers hold
-    `length` tokens.
+    live on the device. With all layers converted nothing depends on the length of the text; softmax layers, kept or run
+    by a mixer (window `full`), hold `length` tokens.
 
     Args:
         model: a causal language model of transformers in evaluation mode, on one device.
@@ -41,7 +42,7 @@ class Decoder:
         sampling: how tokens are chosen.
         eos: tokens that end a row.
         pad: what an ended row goes on with.
-        length: most tokens, prompt included, if any softmax layer is kept.
+        length: most tokens, prompt included, if any layer is softmax.
         capture: capture a CUDA graph; without, the same steps run one by one (on any device).
         compile: options of `torch.compile` for the step, or None for the model's own operations.
 
@@ -68,7 +69,8 @@ class Decoder:
         self.model, self.batch, self.sampling, self.config = model, batch, sampling, config
         self.device, self.dtype = parameter.device, parameter.dtype
         self.keeps_softmax = len(layers) < config.num_hidden_layers
-        self.length = length if self.keeps_softmax else 0
+        self.holds_tokens = holds_tokens(model)
+        self.length = length if self.holds_tokens else 0
         self.cache, self.clock = fixed_cache(config.num_hidden_layers, layers, self.length, self.device)
         self.steps = 0
         self.obstacle: str | None = None
@@ -120,7 +122,7 @@ class Decoder:
         """
         if ids.shape[0] != self.batch:
             raise LinearizeError(f"{ids.shape[0]} prompts for a decoder of {self.batch} rows")
-        if self.keeps_softmax and ids.shape[1] + tokens > self.length:
+        if self.holds_tokens and ids.shape[1] + tokens > self.length:
             total = ids.shape[1] + tokens
             raise LinearizeError(f"{total} tokens for a decoder whose softmax layers hold {self.length}")
         self.prepare()

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+from linearize.decode.bounded import holds_tokens
 from linearize.decode.choice import Request, fingerprint
 from linearize.decode.engine import Decoder
-from linearize.surgery import converted
 
 KEPT = 4
 """Decoders kept for one model; each holds the states of its batch."""
 STEP = 256
-"""Lengths of kept softmax layers' buffers are multiples of this."""
+"""Lengths of softmax layers' buffers are multiples of this."""
 _NAME = "_linearize_decoders"
 
 
@@ -50,7 +50,7 @@ def decoder(
         kept.clear()
         kept.fingerprint = now
     length = 0
-    if len(converted(model)) < model.config.get_text_config().num_hidden_layers:
+    if holds_tokens(model):
         length = -(-(prompt + asked.tokens) // STEP) * STEP
     options = (
         None if compile is None else tuple(sorted((name, str(value)) for name, value in compile.items()))

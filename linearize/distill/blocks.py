@@ -1,7 +1,8 @@
 """Stages compile a model's blocks: norms, rotary embeddings, activations and mixers, fused once for all layers.
 
 A model repeats one block. Its parts read and write the whole text a few times each, and keep it for backward; Inductor
-fuses them between the products, and all layers share what is compiled ("regional compilation" in torch's words). In
+fuses them between the products, and all layers of one mixer share what is compiled ("regional compilation" in torch's
+words). In
 attention transfer, where a layer's backward pass stands in the middle of its forward pass, only what stands around the
 attention is compiled. What cannot be compiled runs part by part, with one line in the log.
 """
@@ -43,12 +44,7 @@ class Blocks:
         self.layers = list(layers)
         self.obstacle: str | None = None if self.layers else "no block repeats"
 
-        def block(layer: Any, *args: Any, **kwargs: Any) -> Any:
-            return type(layer).forward(layer, *args, **kwargs)
-
-        # torch counts compilations by code object: each stage gets one of its own
-        own = types.FunctionType(block.__code__.replace(co_name=f"block_{name}"), globals(), f"block_{name}")
-        self._call: Callable[..., Any] = torch.compile(own, backend=BACKEND, dynamic=False, fullgraph=True)
+        self._calls: dict[tuple[str, ...], Callable[..., Any]] = {}
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
@@ -65,13 +61,29 @@ class Blocks:
     def _run(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
         if self.obstacle is None:
             try:
-                return self._call(layer, *args, **kwargs)
+                return self._call_of(layer)(layer, *args, **kwargs)
             except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
                 if isinstance(error.__cause__, torch.cuda.OutOfMemoryError | KernelError):
                     raise error.__cause__ from error
                 self.obstacle = " ".join(str(error).split())[:200] or type(error).__name__
                 log.info("stage '%s': blocks are not compiled, which is slower: %s", self.name, self.obstacle)
         return type(layer).forward(layer, *args, **kwargs)
+
+    def _call_of(self, layer: nn.Module) -> Callable[..., Any]:
+        """What layers of this one's mixers share."""
+        key = tuple(
+            part.mixer.composition for part in layer.modules() if isinstance(part, LinearizedAttention)
+        )
+        if key not in self._calls:
+
+            def block(layer: Any, *args: Any, **kwargs: Any) -> Any:
+                return type(layer).forward(layer, *args, **kwargs)
+
+            # torch counts compilations by code object: each stage and mixer gets one of its own
+            name = f"block_{self.name}_{len(self._calls)}" if self._calls else f"block_{self.name}"
+            own = types.FunctionType(block.__code__.replace(co_name=name), globals(), name)
+            self._calls[key] = torch.compile(own, backend=BACKEND, dynamic=False, fullgraph=True)
+        return self._calls[key]
 
 
 def repeated(model: nn.Module) -> list[nn.Module]:

@@ -138,7 +138,7 @@ class _Job:
             results.add("teacher", lambda: measurer.measure(model, "teacher"))
         set_seed(recipe.run.seed)
         with self._watched("converting the model", [], _SMALLER_MODEL):
-            model = surgery.convert(model, recipe.mixer, recipe.layers)
+            model = surgery.convert(model, recipe.mixer, recipe.layers, recipe.mixers)
         model.eval()
         with self._measuring("the untrained model"):
             results.add(
@@ -180,7 +180,8 @@ class _Job:
     def _plan(self, model: Any, errors: list[LinearizeError] | None) -> surgery.Plan:
         """The plan of a model, loaded or not, with adapters and lengths held against it; `errors` as `surgery.plan`."""
         recipe, wrong = self.recipe, [] if errors is None else errors
-        plan = surgery.plan(model, recipe.mixer, recipe.layers, **needs(recipe.stages.values()), errors=wrong)
+        asked = needs(recipe.stages.values())
+        plan = surgery.plan(model, recipe.mixer, recipe.layers, **asked, errors=wrong, mixers=recipe.mixers)
         with collected(wrong):
             check_ranks(recipe, plan, getattr(model.config.get_text_config(), "hidden_size", None))
         with collected(wrong):

@@ -21,6 +21,7 @@ from linearize.distill import window_dropout
 from linearize.distill.blocks import around_attention
 from linearize.distill.stage import StageTrainer
 from linearize.distill.trainable import unwrapped
+from linearize.errors import RecipeError
 
 
 class TransferTrainer(StageTrainer):
@@ -29,8 +30,7 @@ class TransferTrainer(StageTrainer):
     def __init__(self, model: nn.Module, **settings: Any) -> None:
         converted: list[Any] = surgery.converted(model)
         self.layers: list[int] = [module.layer_idx for module in converted]
-        if settings["stage"].window_dropout:
-            window_dropout.check(converted)
+        self.droppable = window_dropout.check(converted) if settings["stage"].window_dropout else []
         super().__init__(model, **settings)
 
     def compiled_parts(self) -> list[nn.Module]:
@@ -43,6 +43,13 @@ class TransferTrainer(StageTrainer):
             losses = transfer_step(
                 model, batch, self.stage.objective, scale=share, window_off=self._windows_off()
             )
+        if all(parameter.grad is None for parameter in self.parameters.values()):
+            raise RecipeError(
+                [
+                    f"stages.{self.stage_name}.objective: {', '.join(self.stage.objective)} reaches no parameter that "
+                    "trains, so the stage would do nothing; compare outputs (attention_output), or remove the stage"
+                ]
+            )
         return share * losses
 
     def _windows_off(self) -> list[bool]:
@@ -50,7 +57,8 @@ class TransferTrainer(StageTrainer):
         if not self.stage.window_dropout:
             return [False] * len(self.layers)
         rate, step = self.stage.window_dropout, self.state.global_step
-        return window_dropout.draws(rate, len(self.layers), self.seed, step)
+        drawn = window_dropout.draws(rate, len(self.layers), self.seed, step)
+        return [able and off for able, off in zip(self.droppable, drawn, strict=True)]
 
     def where_not_finite(self, values: list[float]) -> str:
         bad = [

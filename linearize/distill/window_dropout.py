@@ -24,25 +24,30 @@ from linearize.mixers.base import accumulator, documents
 from linearize.mixers.padding import packing
 
 
-def check(layers: Iterable[Any]) -> None:
-    """Refuse converted layers that nothing could be learned in with their window off.
+def check(layers: Iterable[Any]) -> list[bool]:
+    """Which converted layers can have their window off: those in which something is learned without it.
 
     Raises:
-        RecipeError: a mixer has one branch, or no parameters in its recurrent branch.
+        RecipeError: none can; a mixer has one branch, or no parameters in its recurrent branch.
     """
-    for layer in layers:
-        mixer = layer.mixer
-        if not mixer.has_both_branches or not any(True for _ in mixer.recurrent.parameters()):
-            what = "no parameters in its recurrent branch" if mixer.has_both_branches else "one branch alone"
-            raise RecipeError(
-                [
-                    f"window_dropout: the mixer has {what}, so nothing trains without the window; remove window_dropout"
-                ]
-            )
+    mixers = [layer.mixer for layer in layers]
+    learns = [mixer.has_both_branches and any(True for _ in mixer.recurrent.parameters()) for mixer in mixers]
+    if not any(learns):
+        both = any(mixer.has_both_branches for mixer in mixers)
+        what = "no parameters in its recurrent branch" if both else "one branch alone"
+        raise RecipeError(
+            [
+                f"window_dropout: the mixer has {what}, so nothing trains without the window; remove window_dropout"
+            ]
+        )
+    return learns
 
 
 def draws(rate: float, layers: int, seed: int, step: int) -> list[bool]:
-    """Which layers have their window off: a function of its arguments, so that a resumed run draws the same."""
+    """Which layers have their window off: a function of its arguments, so that a resumed run draws the same.
+
+    Layers that cannot (`check`) are drawn for too, so that the others' draws do not depend on them.
+    """
     return (np.random.default_rng([seed, step, 0]).random(layers) < rate).tolist()
 
 

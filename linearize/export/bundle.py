@@ -73,9 +73,9 @@ def bundle(model: PreTrainedModel) -> str:
         UnsupportedModelError: the family itself is not part of transformers.
     """
     order: list[_Source] = []
-    mixer = model.config.linearize["mixer"]
+    mixers = model.config.linearize["mixers"].values()
     # the softmax mixer is the teacher's attention in our own form, which every converted layer can show
-    used = {options["name"] for options in mixer.values()} | {"full"}
+    used = {options["name"] for mixer in mixers for options in mixer.values()} | {"full"}
     _collect(ROOT, order, set(), used)
     taken: dict[str, str] = {}
     for source in order:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from linearize.config.words import ranges
 from linearize.markdown import row, text
 from linearize.surgery import converted
 
@@ -20,6 +21,8 @@ def model_card(model: PreTrainedModel, *, base: str, recipe: dict[str, Any], met
         metrics: ``{"rows": [{"name", "perplexity": {text: value}, "tasks": {...}}]}``.
     """
     layers = converted(model)
+    growing = sum(not layer.mixer.has_fixed_state for layer in layers)
+    but = f", but for {growing} that see every token" if growing else ""
     kept = getattr(model.config, "num_hidden_layers", len(layers)) - len(layers)
     lines = [
         "---",
@@ -31,7 +34,7 @@ def model_card(model: PreTrainedModel, *, base: str, recipe: dict[str, Any], met
         f"# {text(base or type(model).__name__)}, linearized",
         "",
         f"{len(layers)} attention layers were converted with linearize, "
-        f"{kept} stay softmax. Converted layers decode from a state of fixed size, whatever the context's length.",
+        f"{kept} stay softmax. Converted layers decode from a state of fixed size, whatever the context's length{but}.",
         "",
     ]
     if recipe.get("description"):
@@ -51,11 +54,7 @@ def model_card(model: PreTrainedModel, *, base: str, recipe: dict[str, Any], met
         "",
     ]
     if layers:
-        lines += ["## Layer", "", "| part | choice |", "|---|---|"]
-        for part, options in model.config.linearize["mixer"].items():
-            rest = ", ".join(f"{key} {value}" for key, value in options.items() if key != "name")
-            lines.append(row([text(part), text(f"{options['name']} ({rest})" if rest else options["name"])]))
-        lines.append("")
+        lines += _mixers(model)
     if recipe.get("stages"):
         lines += ["## Training", ""]
         lines += ["| stage | objective | tokens | learning rate | trained |", "|---|---|---|---|---|"]
@@ -78,3 +77,18 @@ def model_card(model: PreTrainedModel, *, base: str, recipe: dict[str, Any], met
             lines.append(row([text(measured["name"]), *values]))
         lines.append("")
     return "\n".join(lines)
+
+
+def _mixers(model: PreTrainedModel) -> list[str]:
+    """A table of parts for each mixer, under the layers that have it where there are several."""
+    plan, lines = model.config.linearize, []
+    names = [numbers["mixer"] for numbers in plan["layers"].values()]
+    for name, mixer in plan["mixers"].items():
+        own = [layer.layer_idx for layer, given in zip(converted(model), names, strict=True) if given == name]
+        title = f"Layers {ranges(own)}: {text(name)}" if len(plan["mixers"]) > 1 else "Layer"
+        lines += [f"## {title}", "", "| part | choice |", "|---|---|"]
+        for part, options in mixer.items():
+            rest = ", ".join(f"{key} {value}" for key, value in options.items() if key != "name")
+            lines.append(row([text(part), text(f"{options['name']} ({rest})" if rest else options["name"])]))
+        lines.append("")
+    return lines

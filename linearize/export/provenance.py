@@ -10,12 +10,14 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from linearize.auto import TYPE_PREFIX
-from linearize.errors import CheckpointError, UnsupportedModelError
-from linearize.mixers import check, normalize
+from linearize.config.names import DEFAULT
+from linearize.errors import CheckpointError, RecipeError, UnsupportedModelError
+from linearize.mixers import normalize
 from linearize.models.files import read_json
 from linearize.surgery import converted
 from linearize.surgery.inspection import attention_layers, skeleton
-from linearize.surgery.schema import shape_problems
+from linearize.surgery.plan import checked
+from linearize.surgery.schema import shape_problems, upgraded
 
 NOTE = "linearize.json"
 
@@ -37,7 +39,9 @@ def check_layers(folder: Path, config: Any) -> None:
         found = attention_layers(skeleton(base))
     except UnsupportedModelError:
         return  # a family that shows its numbers on loaded weights alone
-    problems = shape_problems(config.linearize["layers"], {layer.path: layer.shape for layer in found})
+    problems = shape_problems(
+        upgraded(config.linearize)["layers"], {layer.path: layer.shape for layer in found}
+    )
     if problems:
         listed = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
         raise CheckpointError(
@@ -66,7 +70,7 @@ def check_rotation(folder: str | Path, model: PreTrainedModel) -> None:
 
 
 def check_recipe(folder: Path, config: Any) -> None:
-    """Hold the mixer in `config.linearize` against the recipe that `save` wrote beside it, where there is one.
+    """Hold the mixers in `config.linearize` against the recipe that `save` wrote beside it, where there is one.
 
     Args:
         folder: of the checkpoint.
@@ -79,13 +83,19 @@ def check_recipe(folder: Path, config: Any) -> None:
         return
     recipe = read_json(folder / NOTE).get("recipe")
     mixer = recipe.get("mixer") if isinstance(recipe, dict) else None
-    if not isinstance(mixer, dict) or not mixer or check(mixer):
+    mixers = (recipe.get("mixers") or {}) if isinstance(recipe, dict) else {}
+    if not isinstance(mixer, dict) or not mixer or not isinstance(mixers, dict):
         return
-    trained, written = normalize(mixer), normalize(config.linearize["mixer"])
-    for part, options in trained.items():
-        for key, value in options.items():
-            if written[part].get(key) != value:
-                raise CheckpointError(
-                    f"{folder}: config.json says mixer.{part}.{key}: {written[part].get(key)}, and {NOTE} that it was "
-                    f"trained with {value}; put the trained value back, or change both if you mean it"
-                )
+    try:
+        trained = checked(mixer, mixers)
+    except RecipeError:
+        return
+    for name, section in upgraded(config.linearize)["mixers"].items():
+        written, key_of = normalize(section), "mixer" if name == DEFAULT else f"mixers.{name}"
+        for part, options in trained.get(name, written).items():
+            for key, value in options.items():
+                if written[part].get(key) != value:
+                    raise CheckpointError(
+                        f"{folder}: config.json says {key_of}.{part}.{key}: {written[part].get(key)}, and {NOTE} that "
+                        f"it was trained with {value}; put the trained value back, or change both if you mean it"
+                    )

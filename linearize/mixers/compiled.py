@@ -118,7 +118,7 @@ def wanted(q: Tensor) -> bool:
 
 
 def _structure(mixer: nn.Module) -> tuple[Any, ...]:
-    """What tells one composition from another: parts, their sizes, and how the branches are switched."""
+    """What tells one composition from another: parts, options, sizes, and how the branches are switched."""
     parts = tuple((name, type(part)) for name, part in mixer.named_modules())
     sizes = tuple((name, x.shape, x.dtype) for name, x in mixer.named_parameters())
-    return (parts, sizes, getattr(mixer, "branch_off", None))
+    return (getattr(mixer, "composition", ""), parts, sizes, getattr(mixer, "branch_off", None))

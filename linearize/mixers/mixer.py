@@ -44,6 +44,10 @@ class Mixer(nn.Module):
         recurrent: the recurrent branch, or None.
         combine: the joining rule when both branches exist.
         output: what happens to the joined output, or None.
+
+    Attributes:
+        branch_off: the branch that contributes nothing, or None.
+        composition: says all parts, options and numbers, where `build` put them together; equal mixers are equal here.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Mixer(nn.Module):
         self.combine = combine
         self.output = output
         self.branch_off: str | None = None
+        self.composition = ""
         self.fused = fused.find(shape, position, window, recurrent, combine)
         if recurrent is not None:
             recurrent.by_products = fused.by_products(recurrent)
@@ -96,8 +101,15 @@ class Mixer(nn.Module):
 
     @property
     def needs_plain(self) -> bool:
-        """Whether the forms need `plain`."""
-        return self.position.needs_plain
+        """Whether the forms need `plain`: a branch that is there wants q and k before RoPE."""
+        near = self.window.size != 0 and not self.position.window_rotated
+        return near or (self.recurrent is not None and not self.position.recurrent_rotated)
+
+    @property
+    def has_fixed_state(self) -> bool:
+        """Whether the state keeps its shapes, as all do but those of the teacher's own softmax (window `full`)."""
+        empty = self.initial_state(1, torch.float32, torch.device("meta"))
+        return all(x.numel() for x in empty.tensors.values())
 
     def state_bytes(self, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes of the state for a model in `dtype`; zero tokens into a `full` window."""
@@ -332,7 +344,7 @@ class Mixer(nn.Module):
             )
 
         near = inputs(self.position.window_rotated)
-        same = self.position.window_rotated == self.position.recurrent_rotated
+        same = self.recurrent is None or self.position.window_rotated == self.position.recurrent_rotated
         return near, near if same else inputs(self.position.recurrent_rotated)
 
     def _fused_pair(self, q: Tensor, k: Tensor, plain: Plain | None) -> Plain:

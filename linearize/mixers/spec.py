@@ -132,9 +132,14 @@ def build(mixer: dict[str, Any], shape: LayerShape) -> Mixer:
         cls, options = part(kind)
         return cls(options, shape, *arguments)
 
+    def wired(*parts: Any) -> Mixer:
+        mixer = Mixer(shape, *parts)
+        mixer.composition = f"{whole} {shape}"
+        return mixer
+
     position, window, output = made("position"), made("window"), made("output")
     if whole["feature_map"]["name"] == "none":
-        return Mixer(shape, position, window, output=output)
+        return wired(position, window, None, None, output)
     feature_map, normalizer = made("feature_map"), made("normalizer")
     rule, rule_options = part("update")
     gate = made("gate", rule.gate_dim(rule_options, feature_map.feature_dim))
@@ -152,4 +157,4 @@ def build(mixer: dict[str, Any], shape: LayerShape) -> Mixer:
         shape, feature_map, update, normalizer, short_conv=made("short_conv"), gate=gate, delayed=delayed
     )
     combine = made("combine") if window.size != 0 else None
-    return Mixer(shape, position, window, recurrent, combine, output)
+    return wired(position, window, recurrent, combine, output)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linearize.objectives.base import OBJECTIVES, BlockObjective, Call
+from linearize.objectives.base import OBJECTIVES, BlockObjective, Call, take_gradient
 from linearize.objectives.blocks import weight_blocks
 
 SMALLEST = 1e-12
@@ -37,6 +37,6 @@ class AttentionWeights(BlockObjective):
                     entropy = torch.where(counts, entropy, 0.0)
                 loss = entropy.sum() / (queries * heads)
                 with torch.autocast(call.q.device.type, enabled=False):
-                    (scale * loss).backward()
+                    take_gradient(scale * loss)
                 total = total + loss.detach()
         return total

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from linearize.errors import RecipeError
@@ -38,6 +39,12 @@ class Call(Protocol):
 
     def weights(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Attention weights (teacher, student), each [B, H, R, T] float32, of a slice of query rows."""
+
+
+def take_gradient(loss: Tensor) -> None:
+    """Backward pass of a layer's loss; nothing where no parameter of the layer has a part in it (a window alone)."""
+    if loss.requires_grad:
+        torch.autograd.backward(loss)
 
 
 class LayerObjective:

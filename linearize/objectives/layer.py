@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from linearize.objectives.base import OBJECTIVES, BlockObjective, Call, OutputObjective
+from linearize.objectives.base import OBJECTIVES, BlockObjective, Call, OutputObjective, take_gradient
 
 
 def layer_backward(call: Call, objectives: Mapping[str, float], scale: float = 1.0) -> Tensor:
@@ -41,7 +41,7 @@ def layer_backward(call: Call, objectives: Mapping[str, float], scale: float = 1
             student = call.student()
             loss = torch.stack([weight * objective.loss(call, student) for objective, weight in shared]).sum()
             with torch.autocast(call.teacher.device.type, enabled=False):
-                (scale * loss).backward()
+                take_gradient(scale * loss)
         total = total + loss.detach()
     return total
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linearize.objectives.base import OBJECTIVES, BlockObjective, Call
+from linearize.objectives.base import OBJECTIVES, BlockObjective, Call, take_gradient
 from linearize.objectives.blocks import row_blocks, weight_blocks
 
 
@@ -39,7 +39,7 @@ class MixingMatrix(BlockObjective):
                     total > 0, 0.5 * total.clamp_min(torch.finfo(total.dtype).tiny).rsqrt(), 0.0
                 )
                 with torch.autocast(call.q.device.type, enabled=False):
-                    (scale * (half * part).mean()).backward()
+                    take_gradient(scale * (half * part).mean())
         assert total is not None
         return total.sqrt().mean()
 

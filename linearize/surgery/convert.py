@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from linearize.errors import LinearizeError, RecipeError, UnsupportedModelError
-from linearize.mixers import check, normalize
-from linearize.surgery.inspection import attention_layers
-from linearize.surgery.model import FORMAT, converted, honor_softcap, linearized
-from linearize.surgery.plan import select
+from linearize.config.layers import assign
+from linearize.config.names import SOFTMAX
+from linearize.errors import LinearizeError, UnsupportedModelError
+from linearize.surgery.inspection import AttentionLayer, attention_layers
+from linearize.surgery.model import converted, honor_softcap, linearized
+from linearize.surgery.plan import checked
+from linearize.surgery.schema import mixer_of, stored
 from linearize.surgery.verify import Reference
 
 
-def convert(model: PreTrainedModel, mixer: dict[str, Any], layers: Any = "all") -> PreTrainedModel:
-    """Swap the attention of chosen layers for a mixer, in place.
+def convert(
+    model: PreTrainedModel,
+    mixer: Mapping[str, Any],
+    layers: Any = "all",
+    mixers: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Swap the attention of chosen layers for mixers, in place.
 
     The model stays an instance of its class and keeps its parameters' names; each converted attention module gains a
     child `mixer`, freshly initialized in float32, and can still run as the teacher (`surgery.mode`). A loaded model
@@ -28,6 +36,7 @@ def convert(model: PreTrainedModel, mixer: dict[str, Any], layers: Any = "all") 
         model: a causal language model of transformers.
         mixer: a recipe's `mixer:` section.
         layers: a recipe's `layers:` value.
+        mixers: a recipe's `mixers:` section, for layers that get another one.
 
     Returns:
         The same model.
@@ -38,30 +47,18 @@ def convert(model: PreTrainedModel, mixer: dict[str, Any], layers: Any = "all") 
             is left as it was.
         LinearizeError: the model is converted already.
     """
-    problems = check(mixer)
-    if problems:
-        raise RecipeError(problems, where="mixer")
+    whole = checked(mixer, mixers)
     if converted(model):
         raise LinearizeError(
             "the model is converted already; load the teacher again to convert it another way"
         )
     found = attention_layers(model)
-    chosen = select(layers, [layer.index for layer in found])
-    position = normalize(mixer)["position"]
-    if not (position["window"] and position["recurrent"]):
-        for layer in found:
-            if layer.index in chosen and layer.shape.rotary == "other":
-                raise UnsupportedModelError(
-                    f"{layer.path} ({type(layer.module).__name__}): its rotary embedding is not of the rotate-half "
-                    "kind, "
-                    "so queries and keys cannot be rotated back; leave mixer.position at its default"
-                )
-    layers_to_convert = [layer for layer in found if layer.index in chosen]
-    plan = {
-        "format": FORMAT,
-        "mixer": normalize(mixer),
-        "layers": {layer.path: layer.shape.to_dict() for layer in layers_to_convert},
-    }
+    given = assign(layers, [layer.index for layer in found], list(mixers or {}))
+    layers_to_convert = [layer for layer in found if given[layer.index] != SOFTMAX]
+    plan = stored(whole, {layer.path: (given[layer.index], layer.shape) for layer in layers_to_convert})
+    for layer in layers_to_convert:
+        if layer.shape.rotary == "other":
+            _check_rotation(layer, plan)
     with _whole_or_not_at_all(model, [layer.module for layer in layers_to_convert]):
         honor_softcap(model, plan)
         if next(model.parameters()).is_meta:
@@ -70,6 +67,17 @@ def convert(model: PreTrainedModel, mixer: dict[str, Any], layers: Any = "all") 
         linearized(model, plan)
         reference.hold(model)
     return model
+
+
+def _check_rotation(layer: AttentionLayer, plan: dict[str, Any]) -> None:
+    """Refuse to take a rotation back that is not of the rotate-half kind."""
+    with torch.device("meta"):
+        asked = mixer_of(plan, layer.path).needs_plain
+    if asked:
+        raise UnsupportedModelError(
+            f"{layer.path} ({type(layer.module).__name__}): its rotary embedding is not of the rotate-half kind, "
+            "so queries and keys cannot be rotated back; leave mixer.position at its default"
+        )
 
 
 @contextmanager

@@ -9,18 +9,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import output_capturing
 
 from linearize.errors import CheckpointError, UnsupportedModelError
-from linearize.mixers import LayerShape, build
 from linearize.mixers.base import Part
 from linearize.surgery.attention import LinearizedAttention, Switch, convert_module
 from linearize.surgery.cache import adopt, check_past_recording
 from linearize.surgery.filing import file_config, file_model
 from linearize.surgery.generated import subclass
 from linearize.surgery.given import looking
-from linearize.surgery.schema import module_problems, plan_problems
+from linearize.surgery.schema import FORMAT, mixer_of, module_problems, plan_problems, upgraded
 
 TYPE_PREFIX = "linearized_"
-FORMAT = 1
-"""Version of `config.linearize`; raised when an older reader would misread it."""
 
 
 def _own(cls: type, mixin: type) -> Any:
@@ -31,8 +28,9 @@ def _own(cls: type, mixin: type) -> Any:
 class LinearizedConfig:
     """Mixin in front of a model's config class: `model_type` is `linearized_<base>`, `linearize` holds the plan.
 
-    The plan is ``{"format": 1, "mixer": normalized mixer section, "layers": {module path: layer shape}}``: names of
-    the registry and plain numbers, nothing that a loader would import or run.
+    The plan is ``{"format": 2, "mixers": {name: normalized mixer section}, "layers": {module path: {"mixer": name, and
+    the layer's shape}}}``: names of the registry and plain numbers, nothing that a loader would import or run. Format 1
+    had one section, "mixer", for all layers.
     """
 
     linearize: dict[str, Any]
@@ -139,12 +137,12 @@ def attach(model: PreTrainedModel) -> None:
     Raises:
         CheckpointError: the plan is of an unknown format, or names modules or parts that do not exist.
     """
-    plan = getattr(model.config, "linearize", None)
+    plan = upgraded(getattr(model.config, "linearize", None))
     if not isinstance(plan, dict) or plan.get("format") != FORMAT:
         found = plan.get("format") if isinstance(plan, dict) else plan
         raise CheckpointError(
-            f"config.linearize: format {found!r} is not {FORMAT}; the checkpoint was written by another version of "
-            "linearize, or its config.json was edited"
+            f"config.linearize: format {found!r} is neither 1 nor {FORMAT}; the checkpoint was written by another "
+            "version of linearize, or its config.json was edited"
         )
     prefix = model.base_model_prefix + "." if model.base_model is model else ""
     problems = plan_problems(plan)
@@ -153,11 +151,12 @@ def attach(model: PreTrainedModel) -> None:
     if problems:
         listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise CheckpointError(f"config.linearize: {listed}; export or download the checkpoint again")
+    model.config.linearize = plan
     honor_softcap(model, plan)
     switch = Switch()
-    for path, numbers in plan["layers"].items():
+    for path in plan["layers"]:
         attention = model.get_submodule(names[path])
-        convert_module(attention, build(plan["mixer"], LayerShape(**numbers)), switch)
+        convert_module(attention, mixer_of(plan, path), switch)
         _keep_in_float32(model, f"{names[path]}.mixer")
     base = cast(PreTrainedModel, model.base_model)
     if base is not model:

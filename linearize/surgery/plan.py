@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from linearize.config import variants
+from linearize.config.layers import assign, idle
+from linearize.config.names import DEFAULT, SOFTMAX
+from linearize.config.words import describe
 from linearize.errors import LinearizeError, RecipeError, collected, raise_together
-from linearize.mixers import build
+from linearize.mixers import build, check, normalize
 from linearize.surgery.inspection import AttentionLayer, attention_layers, skeleton
 from linearize.surgery.others import other_layers
 from linearize.surgery.projections import outputs, targets
@@ -19,38 +23,37 @@ from linearize.surgery.projections import outputs, targets
 log = logging.getLogger(__name__)
 
 
-def select(layers: Any, indices: list[int]) -> list[int]:
-    """Layer numbers that a recipe's `layers:` converts.
+def select(layers: Any, indices: list[int], names: Iterable[str] = ()) -> list[int]:
+    """Layer numbers that a recipe's `layers:` converts, into whichever mixer; see `config.layers.assign`.
 
     Args:
-        layers: ``all``, ``{every: n}`` (the n-th, 2n-th, ... stay softmax), a list, or ``{keep: [...]}``.
+        layers: the recipe's value.
         indices: numbers of the model's attention layers.
+        names: of the recipe's `mixers:`.
 
     Raises:
         RecipeError: a form that does not exist, a layer that the model does not have, or nothing left to convert.
     """
-    if layers == "all":
-        chosen = list(indices)
-    elif isinstance(layers, dict) and set(layers) == {"every"} and _is_positive(layers["every"]):
-        chosen = [index for place, index in enumerate(indices, start=1) if place % layers["every"]]
-    else:
-        keep = isinstance(layers, dict) and set(layers) == {"keep"}
-        named = layers["keep"] if keep else layers
-        if not isinstance(named, (list, tuple)) or not all(isinstance(index, int) for index in named):
-            forms = "all, {every: n}, [0, 2, 5], {keep: [7, 15]}"
-            raise RecipeError([f"layers: {layers!r} is none of {forms}"])
-        missing = [index for index in named if index not in indices]
-        if missing:
-            found = f"its layers are {indices[0]} to {indices[-1]}"
-            raise RecipeError([f"layers: the model has no attention layer {missing[0]}; {found}"])
-        chosen = [index for index in indices if (index in named) != keep]
-    if not chosen:
-        raise RecipeError([f"layers: {layers!r} leaves no layer to convert"])
-    return chosen
+    given = assign(layers, indices, list(names))
+    return [index for index, name in given.items() if name != SOFTMAX]
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int) and value > 0
+def checked(mixer: Mapping[str, Any], mixers: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """Name -> the normalized section of each mixer of a recipe.
+
+    Args:
+        mixer, mixers: the recipe's sections.
+
+    Raises:
+        RecipeError: with every problem of `mixer`, or, where there is none, of the others.
+    """
+    problems = [*check(dict(mixer)), *variants.form_problems(mixers or {})]
+    whole = {} if problems else variants.sections(mixer, mixers)
+    for name in mixers or () if whole else ():
+        problems += [f"mixers.{name}{problem.removeprefix('mixer')}" for problem in check(whole[name])]
+    if problems:
+        raise RecipeError(problems, where="mixer")
+    return {name: normalize(section) for name, section in whole.items()}
 
 
 @dataclass
@@ -58,7 +61,10 @@ class Row:
     """One attention layer of a plan; state and cache in bytes of a model in bfloat16.
 
     Attributes:
+        kind: mixer, or softmax where the layer stays as it is.
         kv_window: tokens that the teacher's own layer keeps at most, or None where its cache grows without end.
+        mixer: name of the mixer that the layer gets, or None.
+        grows: its state does so, as the teacher's cache (window `full`).
     """
 
     layer: int
@@ -71,6 +77,8 @@ class Row:
     state_bytes: int
     kv_bytes_per_token: int
     kv_window: int | None = None
+    mixer: str | None = None
+    grows: bool = False
 
     def kv_bytes(self, length: int) -> int:
         """The teacher's cache of `length` tokens in this layer."""
@@ -89,15 +97,22 @@ class Plan:
 
     Attributes:
         rows: the attention layers.
+        mixers: name -> normalized section of each mixer that a layer gets.
         others: path -> class of the layers that hold no attention and stay as they are.
     """
 
     rows: list[Row]
     others: dict[str, str] = field(default_factory=dict)
+    mixers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def converted(self) -> list[Row]:
         return [row for row in self.rows if row.kind == "mixer"]
+
+    @property
+    def shrinking(self) -> list[Row]:
+        """Converted layers whose state has one size, whatever the length."""
+        return [row for row in self.converted if not row.grows]
 
     @property
     def parameters(self) -> int:
@@ -107,23 +122,25 @@ class Plan:
     @property
     def state_bytes(self) -> int:
         """State of one sequence in the converted layers, constant in its length."""
-        return sum(row.state_bytes for row in self.converted)
+        return sum(row.state_bytes for row in self.shrinking)
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """What a token adds to the teacher's KV cache in the layers that are converted, as long as none is full."""
-        return sum(row.kv_bytes_per_token for row in self.converted)
+        """What a token adds to the teacher's KV cache in the layers that no longer grow, as long as none is full."""
+        return sum(row.kv_bytes_per_token for row in self.shrinking)
 
     @property
     def break_even(self) -> int | None:
         """Tokens from which the states are smaller than the KV caches that they replace, or None: never."""
-        return _break_even(self.converted)
+        return _break_even(self.shrinking)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for plan.json."""
+        """Plain numbers, and each mixer in words, for plan.json."""
         names = ("parameters", "state_bytes", "kv_bytes_per_token", "break_even")
         rows = [asdict(row) for row in self.rows]
-        return {"layers": rows, "others": self.others, **{name: getattr(self, name) for name in names}}
+        words = {name: describe(section) for name, section in self.mixers.items()}
+        totals = {name: getattr(self, name) for name in names}
+        return {"layers": rows, "mixers": words, "others": self.others, **totals}
 
 
 def _break_even(rows: list[Row]) -> int | None:
@@ -141,8 +158,8 @@ def _break_even(rows: list[Row]) -> int | None:
     return length - (filled - state) // growing if growing else None
 
 
-def row(layer: AttentionLayer, mixer: dict[str, Any] | None) -> Row:
-    """One layer's row; `mixer` None for a layer that stays softmax."""
+def row(layer: AttentionLayer, mixer: dict[str, Any] | None, name: str = DEFAULT) -> Row:
+    """One layer's row; `mixer`, which is called `name`, None for a layer that stays softmax."""
     shape = layer.shape
     with torch.device("meta"):
         built = build(mixer, shape) if mixer is not None else None
@@ -157,6 +174,8 @@ def row(layer: AttentionLayer, mixer: dict[str, Any] | None) -> Row:
         state_bytes=built.state_bytes() if built else 0,
         kv_bytes_per_token=2 * shape.kv_heads * (shape.key_dim + shape.value_dim),
         kv_window=shape.sliding_window or shape.chunk,
+        mixer=None if built is None else name,
+        grows=built is not None and not built.has_fixed_state,
     )
 
 
@@ -167,6 +186,7 @@ def plan(
     roles: Iterable[str] = (),
     projects: bool = False,
     errors: list[LinearizeError] | None = None,
+    mixers: Mapping[str, Any] | None = None,
 ) -> Plan:
     """What a conversion would do.
 
@@ -178,6 +198,7 @@ def plan(
         projects: whether training will look through each layer's output projection.
         errors: receives what `select` and the projections are refused for, in place of raising it; the plan is then
             that of all layers.
+        mixers: a recipe's `mixers:` section.
 
     Raises:
         UnsupportedModelError: see `attention_layers`; a projection that is asked for is not there.
@@ -186,17 +207,14 @@ def plan(
     model = teacher if isinstance(teacher, PreTrainedModel) else skeleton(teacher)
     found = attention_layers(model)
     wrong: list[LinearizeError] = [] if errors is None else errors
-    chosen = [layer.index for layer in found]
+    whole = checked(mixer, mixers)
+    given = dict.fromkeys((layer.index for layer in found), DEFAULT)
     with collected(wrong):
-        chosen = select(layers, chosen)
-    ahead = next(model.parameters()).is_meta  # a run plans again on loaded weights, and says it once
-    if ahead and isinstance(layers, dict) and layers.get("every", 0) > len(found):
-        log.warning(
-            "layers.every: %s, but the model has %s attention layers, so none stays softmax",
-            layers["every"],
-            len(found),
-        )
-    converted = [(layer.path, layer.module, layer.shape) for layer in found if layer.index in chosen]
+        given = assign(layers, list(given), list(mixers or {}))
+    if next(model.parameters()).is_meta:  # a run plans again on loaded weights, and says it once
+        for rule in idle(layers, len(found), list(mixers or {})):
+            log.warning("%s, but the model has %s attention layers, so it names none", rule, len(found))
+    converted = [(layer.path, layer.module, layer.shape) for layer in found if given[layer.index] != SOFTMAX]
     with collected(wrong):
         targets(model, converted, roles)
     if projects:
@@ -204,5 +222,6 @@ def plan(
             outputs(converted)
     if errors is None:
         raise_together(wrong, "recipe and model")
-    rows = [row(layer, mixer if layer.index in chosen else None) for layer in found]
-    return Plan(rows, other_layers(model, [layer.path for layer in found]))
+    rows = [row(layer, whole.get(given[layer.index]), given[layer.index]) for layer in found]
+    used = {name: section for name, section in whole.items() if name in given.values()}
+    return Plan(rows, other_layers(model, [layer.path for layer in found]), used)

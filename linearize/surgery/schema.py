@@ -9,10 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from linearize.mixers import LayerShape, check
+from linearize.config.names import DEFAULT
+from linearize.mixers import LayerShape, Mixer, build, check
 from linearize.registry import closest
 
-KEYS = ("format", "mixer", "layers")
+FORMAT = 2
+"""Version of `config.linearize`; raised when an older reader would misread it."""
+KEYS = ("format", "mixers", "layers")
 COUNTS = {"heads": 2**16, "kv_heads": 2**16, "key_dim": 2**16, "value_dim": 2**16, "model_dim": 2**24}
 """Whole numbers of a layer that are at least 1 -> the largest that anything has."""
 FACTORS = ("scaling", "softcap")
@@ -32,23 +35,64 @@ MEASURED = (
 """Numbers of a layer that its module shows without weights."""
 
 
+def upgraded(plan: Any) -> Any:
+    """A plan of format 1, which had one mixer for all layers, in the form of today; any other as it is."""
+    if not isinstance(plan, dict) or plan.get("format") != 1:
+        return plan
+    rest = {key: value for key, value in plan.items() if key not in ("mixer", "layers")}
+    layers = plan.get("layers")
+    if isinstance(layers, dict):
+        layers = {
+            path: {"mixer": DEFAULT, **numbers} if isinstance(numbers, dict) else numbers
+            for path, numbers in layers.items()
+        }
+    return {**rest, "format": FORMAT, "mixers": {DEFAULT: plan.get("mixer")}, "layers": layers}
+
+
+def stored(mixers: dict[str, dict[str, Any]], layers: dict[str, tuple[str, LayerShape]]) -> dict[str, Any]:
+    """The plan as a checkpoint's config holds it: names of the registry and plain numbers.
+
+    Args:
+        mixers: name -> normalized section.
+        layers: path of each converted module -> name of its mixer, and its numbers.
+    """
+    used = {name for name, _ in layers.values()}
+    return {
+        "format": FORMAT,
+        "mixers": {name: section for name, section in mixers.items() if name in used},
+        "layers": {path: {"mixer": name, **shape.to_dict()} for path, (name, shape) in layers.items()},
+    }
+
+
+def mixer_of(plan: dict[str, Any], path: str) -> Mixer:
+    """The freshly initialized mixer of one layer of a plan that has no `plan_problems`."""
+    numbers = dict(plan["layers"][path])
+    section = plan["mixers"][numbers.pop("mixer")]
+    return build(section, LayerShape(**numbers))
+
+
 def plan_problems(plan: dict[str, Any]) -> list[str]:
     """Every mistake of a plan, as sentences that begin with the dotted key; empty when it is fine.
 
     Args:
-        plan: `config.linearize`, whose format is known to be ours.
+        plan: `config.linearize`, whose format is known to be ours, after `upgraded`.
     """
     problems = [f"{key}: unknown key; {closest(key, KEYS)}" for key in map(str, plan) if key not in KEYS]
     problems += [f"{path}: {value} is no number to compute with" for path, value in _absurd(plan)]
-    mixer, layers = plan.get("mixer"), plan.get("layers")
-    if not isinstance(mixer, dict):
-        problems.append(f"mixer: must be a mapping of parts, got {_shown(mixer)}")
-    elif not problems:
-        problems += check(mixer)
+    mixers, layers = plan.get("mixers"), plan.get("layers")
+    if not isinstance(mixers, dict) or not mixers:
+        problems.append(f"mixers: must map names to mixers, got {_shown(mixers)}")
+        mixers = {}
+    sound = not problems
+    for name, mixer in mixers.items():
+        if not isinstance(mixer, dict):
+            problems.append(f"mixers.{name}: must be a mapping of parts, got {_shown(mixer)}")
+        elif sound:
+            problems += [f"mixers.{name}{found.removeprefix('mixer')}" for found in check(mixer)]
     if not isinstance(layers, dict) or not layers:
         return [*problems, f"layers: must map modules to their numbers, got {_shown(layers)}"]
     for path, numbers in layers.items():
-        problems += [f"layers.{path}{problem}" for problem in _layer_problems(numbers)]
+        problems += [f"layers.{path}{problem}" for problem in _layer_problems(numbers, mixers)]
     return problems
 
 
@@ -104,11 +148,17 @@ def shape_problems(layers: dict[str, dict[str, Any]], measured: dict[str, LayerS
     return problems
 
 
-def _layer_problems(numbers: Any) -> Iterator[str]:
-    """Mistakes in the numbers of one layer, each with the key in front."""
+def _layer_problems(numbers: Any, mixers: dict[str, Any]) -> Iterator[str]:
+    """Mistakes in the mixer's name and the numbers of one layer, each with the key in front."""
     if not isinstance(numbers, dict):
         yield f": must be a mapping of numbers, got {_shown(numbers)}"
         return
+    numbers = dict(numbers)
+    name = numbers.pop("mixer", None)
+    if not isinstance(name, str):
+        yield f".mixer: must be the name of a mixer, got {_shown(name)}"
+    elif name not in mixers:
+        yield f".mixer: there is no mixer {_shown(name)}; {closest(name, mixers)}"
     types = typing.get_type_hints(LayerShape)
     required = [name for name in types if not hasattr(LayerShape, name)]
     yield from (f".{name}: missing" for name in required if name not in numbers)

@@ -29,6 +29,7 @@ from linearize.decode.choice import obstacles
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 tiny: Any = importlib.import_module("tiny")
+mixed: Any = importlib.import_module("mixed")
 LOLCATS = {"feature_map": {"name": "hedgehog", "dim": 16}, "window": {"name": "sliding", "size": 6}}
 """As narrow as the Triton kernels take."""
 STEPS = 200
@@ -75,15 +76,20 @@ def families() -> dict[str, Callable[[], str]]:
             )
     drawn = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
     sampling = Sampling(True, 0.8, 20, 0.9)
+    for family in ("llama", "gemma2"):
+        checks[f"{family}, mixers by layer"] = lambda f=family: same_tokens(mixed.mixed(f).cuda())
     checks["sampling"] = lambda: same_tokens(hybrid("llama", "all", LOLCATS), sampling, **drawn)
     return checks
 
 
 def recipes(names: list[str]) -> dict[str, Callable[[], str]]:
-    """Every recipe's mixer in a small Llama: whether its step can be captured at all."""
+    """Every recipe's mixers in a small Llama: whether its step can be captured at all."""
 
     def check(name: str) -> str:
-        model = surgery.convert(tiny.model("llama", head_dim=16), compose(name).mixer, "all").cuda()
+        found = compose(name)
+        model = surgery.convert(
+            tiny.model("llama", head_dim=16), found.mixer, found.layers, found.mixers
+        ).cuda()
         return "; ".join(obstacles(model)) or same_tokens(model, tokens=24)
 
     return {f"recipe {name}": lambda n=name: check(n) for name in names}

@@ -33,6 +33,8 @@ MIXERS = {
     "lawcat": tiny.LAWCAT,
     "terraced": {**HEDGEHOG, "window": {"name": "terraced", "size": 4}},
     "pinned": {"window": {"name": "sliding", "size": 5, "first": 2}},
+    "softmax": tiny.SOFTMAX,
+    "nope": {"window": {"name": "full", "log_base": 3}, "position": {"name": "rope", "window": False}},
 }
 
 
@@ -68,7 +70,7 @@ def test_gives_the_tokens_of_generate(family, layers, device):
 @pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
 def test_every_kind_of_state(mixer, device):
     model = hybrid("llama", "all", mixer, device)
-    decoder = Decoder(model, 2, eos=[2], pad=0)
+    decoder = Decoder(model, 2, eos=[2], pad=0, length=64)
     ids, mask = prompts(device)
     made = decoder.generate(ids, mask, NEW)
     assert torch.equal(made, expected(model, ids, mask))

@@ -78,7 +78,7 @@ def test_what_in_a_model_stands_in_the_way(model, on_cpu):
     with surgery.mode(model, "teacher"):
         assert obstacles(model) == ["the converted layers run as their teacher"]
     growing = surgery.convert(tiny.model(), tiny.SOFTMAX, [1, 2])
-    assert obstacles(growing) == ["the mixers of layers 1, 2 keep a state that grows"]
+    assert obstacles(growing) == [], "over a text of known length its keys have a place each"
     kept = surgery.convert(tiny.model(), tiny.LOLCATS, [0])
     assert obstacles(kept) == []
     kept.config._attn_implementation = "flash_attention_2"

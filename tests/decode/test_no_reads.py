@@ -14,17 +14,14 @@ from compositions import SHAPES, Draw, label, make, registered
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linearize import surgery
 from linearize.bench.subjects import TEACHER, convert, random_model, subjects
 from linearize.decode import Decoder
 from linearize.decode.cache import tensors
-from linearize.decode.choice import has_fixed_state
 from linearize.kernels import dispatch
 
 META = torch.device("meta")
 # as wide as the kernels take, and small otherwise
 SIZES = {"hidden_size": 64, "head_dim": 64, "num_hidden_layers": 2}
-GROWING = "softmax"
 WITHOUT_KERNEL = ("arwkv", "radlads_rwkv7", "swa_sinks", TEACHER)
 """What may run in torch; whoever gives these a kernel takes them out."""
 
@@ -70,9 +67,6 @@ def to_meta(module: nn.Module) -> None:
 def test_of_every_recipe(name, monkeypatch):
     """A whole step of the engine, the choice of the token included; layers that stay softmax keep keys in place."""
     model = convert(random_model("cpu", torch.bfloat16, "tiny", **SIZES), name)
-    if name == GROWING:
-        assert not any(has_fixed_state(layer.mixer) for layer in surgery.converted(model)), "see `obstacles`"
-        return
     to_meta(model)
     for triton in (False, True):
         decoder = Decoder(model, 2, eos=[2], length=8, capture=False)
@@ -150,7 +144,7 @@ def test_what_looks_at_data_would_show(look):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", [name for name in [*subjects(), TEACHER] if name != GROWING])
+@pytest.mark.parametrize("name", [*subjects(), TEACHER])
 def test_every_recipe_is_captured(name):
     """The graph gives the tokens of the same steps one by one."""
     model = convert(random_model("cuda", torch.bfloat16, "tiny", **SIZES), name).requires_grad_(False)

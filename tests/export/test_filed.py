@@ -134,7 +134,7 @@ def test_a_mixer_on_the_meta_device_stays_there():
     model = surgery.convert(tiny.model(), tiny.LOLCATS)
     plan = model.config.linearize
     with torch.device("meta"):
-        mixer = linearize.mixers.build(plan["mixer"], surgery.converted(model)[0].mixer.shape)
+        mixer = linearize.mixers.build(plan["mixers"]["default"], surgery.converted(model)[0].mixer.shape)
     made = convert_module(tiny.model().model.layers[0].self_attn, mixer, Switch())
     assert all(parameter.is_meta for parameter in made.mixer.parameters())
 

@@ -44,25 +44,43 @@ def edit_plan(folder: Path, change: Callable[[Plan], Any]) -> None:
     edit(folder, lambda config: change(config["linearize"]))
 
 
+def mixer(plan: Plan) -> Plan:
+    return plan["mixers"]["default"]
+
+
 def moved(name: str) -> Callable[[Plan], Any]:
     return lambda plan: plan["layers"].update({name: plan["layers"].pop(FIRST)})
 
 
 STRUCTURE: dict[str, tuple[Callable[[Plan], Any], str]] = {
-    "no mixer": (lambda plan: plan.pop("mixer"), "mixer: must be a mapping of parts, got null"),
-    "mixer list": (lambda plan: plan.update(mixer=[]), r"mixer: must be a mapping of parts, got \[\]"),
-    "part null": (lambda plan: plan["mixer"].update(window=None), r"mixer\.window: null must be a mapping"),
+    "no mixers": (lambda plan: plan.pop("mixers"), "mixers: must map names to mixers, got null"),
+    "mixers list": (lambda plan: plan.update(mixers=[]), r"mixers: must map names to mixers, got \[\]"),
+    "mixer list": (
+        lambda plan: plan["mixers"].update(default=[]),
+        r"mixers\.default: must be a mapping of parts, got \[\]",
+    ),
+    "part null": (lambda plan: mixer(plan).update(window=None), r"default\.window: null must be a mapping"),
+    "nobody's": (
+        lambda plan: plan["layers"][FIRST].update(mixer="defalt"),
+        rf"{FIRST}\.mixer: there is no mixer 'defalt'; did you mean 'default'",
+    ),
+    "unnamed": (lambda plan: plan["layers"][FIRST].pop("mixer"), rf"{FIRST}\.mixer: must be the name of a"),
+    "named oddly": (
+        lambda plan: plan["layers"][FIRST].update(mixer=[]),
+        rf"{FIRST}\.mixer: must be the name",
+    ),
+    "old": (lambda plan: plan.update(format=1), r"mixers\.default: must be a mapping of parts, got null"),
     "part": (
-        lambda plan: plan["mixer"].update(windw={"name": "full"}),
+        lambda plan: mixer(plan).update(windw={"name": "full"}),
         r"no such part; did you mean 'window'",
     ),
     "nan": (
-        lambda plan: plan["mixer"]["window"].update(size=float("nan")),
-        r"mixer\.window\.size: nan is no number",
+        lambda plan: mixer(plan)["window"].update(size=float("nan")),
+        r"mixers\.default\.window\.size: nan is no number",
     ),
     "huge": (
-        lambda plan: plan["mixer"]["window"].update(size=10**30),
-        r"mixer\.window\.size: 1000.* is no number",
+        lambda plan: mixer(plan)["window"].update(size=10**30),
+        r"mixers\.default\.window\.size: 1000.* is no number",
     ),
     "no layers": (lambda plan: plan.pop("layers"), "layers: must map modules to their numbers, got null"),
     "layers empty": (
@@ -85,7 +103,7 @@ STRUCTURE: dict[str, tuple[Callable[[Plan], Any], str]] = {
     "model": (moved(""), "is not an attention module"),
     "forgotten": (lambda plan: plan["layers"].pop(FIRST), rf"holds \d tensors .*{FIRST}\.mixer"),
     "edited": (
-        lambda plan: plan["mixer"]["window"].update(size=7),
+        lambda plan: mixer(plan)["window"].update(size=7),
         r"config\.json says mixer\.window\.size: 7, and linearize\.json that it was trained with 6",
     ),
 }
@@ -149,7 +167,7 @@ def test_a_plan_written_before_the_optional_numbers(folder):
         ({"num_hidden_layers": 1}, CheckpointError, r"no module 'model\.layers\.1\.self_attn'"),
         ({"hidden_size": 64, "head_dim": 16}, CheckpointError, r"tensors do not fit config\.json"),
         ({"num_attention_heads": 0}, CheckpointError, "ZeroDivisionError"),
-        ({"linearize": None}, CheckpointError, "format None is not 1"),
+        ({"linearize": None}, CheckpointError, "format None is neither 1 nor 2"),
     ],
 )
 def test_a_config_that_does_not_fit(folder, changes, kind, message):
@@ -191,3 +209,20 @@ def test_the_folder_chooses_no_kernel(folder):
         lambda config: config.update(_attn_implementation="evil/kernel", attn_implementation="evil/kernel"),
     )
     assert export.load(folder).config._attn_implementation == "sdpa"
+
+
+def test_format_1_had_one_mixer_for_all_layers(folder):
+    expected = export.load(folder)(tiny.tokens()).logits
+
+    def older(plan: Plan) -> None:
+        plan["format"], plan["mixer"] = 1, plan.pop("mixers")["default"]
+        for numbers in plan["layers"].values():
+            del numbers["mixer"]
+
+    edit_plan(folder, older)
+    model = export.load(folder)
+    assert torch.equal(model(tiny.tokens()).logits, expected)
+    assert model.config.linearize["format"] == 2, "what is saved again is of today's format"
+    edit_plan(folder, lambda plan: plan["mixer"]["window"].update(size=7))
+    with pytest.raises(CheckpointError, match=r"mixer\.window\.size: 7, and linearize\.json that it was"):
+        export.load(folder)

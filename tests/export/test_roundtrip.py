@@ -47,7 +47,7 @@ def test_headless_model_and_config(tmp_path):
     with torch.no_grad():
         hidden = AutoModel.from_pretrained(tmp_path / "out")(IDS).last_hidden_state
         assert torch.equal(hidden, model.model(IDS).last_hidden_state)
-    assert AutoConfig.from_pretrained(tmp_path / "out").linearize["mixer"]["window"]["size"] == 6
+    assert AutoConfig.from_pretrained(tmp_path / "out").linearize["mixers"]["default"]["window"]["size"] == 6
 
 
 def test_teacher_weights_load_into_the_converted_class(tmp_path):
@@ -144,7 +144,7 @@ def corrupt_format(folder):
 
 def corrupt_mixer(folder):
     config = json.loads((folder / "config.json").read_text())
-    config["linearize"]["mixer"]["feature_map"]["name"] = "hedgehogg"
+    config["linearize"]["mixers"]["default"]["feature_map"]["name"] = "hedgehogg"
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -158,7 +158,7 @@ def corrupt_weights_gone(folder):
         (corrupt_truncate, "corrupt or truncated"),
         (corrupt_header, "corrupt or truncated"),
         (corrupt_config, "not JSON"),
-        (corrupt_format, "format 99 is not 1"),
+        (corrupt_format, "format 99 is neither 1 nor 2"),
         (corrupt_mixer, "did you mean 'hedgehog'"),
         (corrupt_weights_gone, "pickled weights"),
     ],

@@ -22,6 +22,7 @@ MIXERS = {
         "feature_map": {"name": "softmax_dim"}, "gate": {"name": "key_pool"}, "normalizer": {"name": "none"},
         "window": WINDOW, "combine": {"name": "weighted"},
     },
+    "softmax": {"window": {"name": "full", "log_base": 5.0}, "output": {"name": "norm"}},
 }  # fmt: skip
 
 

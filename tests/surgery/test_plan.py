@@ -58,7 +58,7 @@ def test_a_sliding_teacher_is_counted_by_its_windows():
     assert "2 of the layers keep at most 8 tokens" in text
     assert "not in layers 0, 2: a state of" in text
     assert f"break-even  {plan.break_even:,} tokens" in text
-    assert table(plan, "x").row_count == 2
+    assert table(plan).row_count == 2
     written = plan.to_dict()
     assert written["break_even"] == plan.break_even and written["layers"][0]["kv_window"] == 8
 

@@ -57,9 +57,9 @@ def test_layer_selection(layers, chosen):
     ("layers", "message"),
     [
         ([9], "no attention layer 9"),
-        ("most", "is none of all"),
-        ([], "leaves no layer"),
-        ({"every": 1}, "leaves no layer"),
+        ("most", "must be all"),
+        ([], "converts nothing"),
+        ({"every": 1}, "must be at least 2"),
     ],
 )
 def test_wrong_layer_selection(layers, message):

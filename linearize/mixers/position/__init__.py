@@ -25,11 +25,6 @@ class Position(Part):
     def __init__(self, config: Any, shape: LayerShape) -> None:
         super().__init__()
 
-    @property
-    def needs_plain(self) -> bool:
-        """Whether any branch wants q and k before RoPE."""
-        return not (self.window_rotated and self.recurrent_rotated)
-
 
 def rotate_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Undo a rotary embedding (rotate-half convention, possibly on the first dims only).

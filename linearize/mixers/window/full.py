@@ -9,11 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from linearize.kernels.window import add_sink, window_reference
+from linearize.kernels import dispatch
+from linearize.kernels.window import Seen, add_sink, window_reference
+from linearize.kernels.window.plan import WIDEST
 from linearize.mixers.base import LayerShape, Part, Partial
+from linearize.mixers.options import number
 from linearize.mixers.padding import behind, leading
 from linearize.mixers.state import State
 from linearize.mixers.window import WINDOWS, Handed, Window
+from linearize.mixers.window.length import log_scaled, seen_count
+from linearize.mixers.window.runs import Line
 
 ROWS = 256
 """Query rows to a block of the chunked form."""
@@ -23,18 +28,26 @@ ROWS = 256
 class FullWindow(Window):
     """Softmax over everything, or over the teacher's sliding window in layers that have one; its sink included.
 
-    The window counts tokens, as all do here, where the teacher's own also counts padding between them.
+    The window counts tokens, as all do here, where the teacher's own also counts padding between them. With `log_base`
+    the scores grow with the number of keys that a query sees, see `log_scaled`.
 
     Limitations: its state is a KV cache that grows with the length (up to the teacher's window, if any).
     """
 
     @dataclass
     class Config(Part.Config):
-        pass
+        log_base: float = number(0.0, least=0, most=1e9)
+        """0, or above 1: scores are multiplied by log(n - 1 + log_base) / log(log_base), n the keys that are seen."""
+
+        def problems(self) -> list[str]:
+            """Rules that types alone do not express."""
+            wrong = 0 < self.log_base <= 1
+            return [f"log_base: must be 0 (off) or above 1, got {self.log_base:g}"] if wrong else []
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)
         self.size = shape.sliding_window
+        self.log_base = config.log_base
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         shape = self.shape
@@ -55,6 +68,7 @@ class FullWindow(Window):
     ) -> tuple[Partial | None, Tensor | None]:
         near = visible if self.size is None else visible & (age < self.size)
         shape = self.shape
+        q = log_scaled(q, near.sum(-1), self.log_base)
         weighted = window_reference(q, k, v, near, scaling=shape.scaling, softcap=shape.softcap)
         return Partial(*(weighted if sink is None else add_sink(weighted, sink))), None
 
@@ -72,6 +86,18 @@ class FullWindow(Window):
         fresh: bool = False,
         whole: bool = False,
     ) -> tuple[Partial | None, Handed | None]:
+        if dispatch.use_triton(q, k, v) and self._by_kernel(state):
+            from linearize.kernels.window.operator import window_triton
+
+            line = Line(k, v, valid, docs, 0)
+            window = min(self.size or k.shape[1], k.shape[1])
+            runs = Seen(window) if fresh and whole else line.seen(window, None, None)
+            q = log_scaled(q, seen_count(runs, q.shape[1], q.device), self.log_base)
+            shape = self.shape
+            out, _, _ = window_triton(q, k, v, runs, scaling=shape.scaling, softcap=shape.softcap, sink=sink)
+            if not fresh:
+                self._keep(state, k, v, valid, docs, docs[:, -1:])
+            return Partial(out, None), None
         past = state["window_k"].shape[1]
         k = behind(state["window_k"].to(k.dtype), k, front)
         v = behind(state["window_v"].to(v.dtype), v, front)
@@ -91,14 +117,23 @@ class FullWindow(Window):
             # recomputed in backward, so that no block's scores outlive it
             graph = torch.is_grad_enabled()
             parts.append((checkpoint(block, *rows, use_reentrant=False) if graph else block(*rows))[0])
-        keep = slice(-(self.size - 1) if self.size and self.size > 1 else None, None)
-        valid = valid & (all_docs == docs[:, -1:])
-        state.write({"window_k": k[:, keep], "window_v": v[:, keep], "window_valid": valid[:, keep]})
+        self._keep(state, k, v, valid, all_docs, docs[:, -1:])
         numerator, denominator, top = (
             torch.cat([getattr(part, name) for part in parts], 1)
             for name in ("numerator", "denominator", "stabilizer")
         )
         return Partial(numerator, denominator, top), None
+
+    def _by_kernel(self, state: State) -> bool:
+        """Whether the window's kernel computes a call: a text from its beginning, heads that it takes."""
+        fits = max(self.shape.key_dim, self.shape.value_dim) <= WIDEST
+        return fits and self.alone and not state["window_k"].shape[1]
+
+    def _keep(self, state: State, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, last: Tensor) -> None:
+        """What the next call sees, into the state: keys [B, S, ...] of the document `last` [B, 1]."""
+        keep = slice(-(self.size - 1) if self.size and self.size > 1 else None, None)
+        valid = valid & (docs == last)
+        state.write({"window_k": k[:, keep], "window_v": v[:, keep], "window_valid": valid[:, keep]})
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State, sink: Tensor | None = None

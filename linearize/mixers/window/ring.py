@@ -19,6 +19,7 @@ from linearize.mixers.padding import behind, leading
 from linearize.mixers.state import State
 from linearize.mixers.window import Window
 from linearize.mixers.window.handed import Handed
+from linearize.mixers.window.length import log_scaled, seen_count
 from linearize.mixers.window.runs import Line
 
 
@@ -47,10 +48,12 @@ class RingWindow(Window):
 
     Attributes:
         slots: of the ring, `span + 1`.
+        log_base: of `log_scaled`, for a ring that stands in for the teacher's whole softmax over a short text.
     """
 
     SINK_INIT = -10.0
     """exp(-10) beside a sum of weights of order one: the layer starts near the teacher."""
+    log_base = 0.0
     has_reach = False
     """Whether what a query sees depends on its place, see `reach`."""
     sink_logit: nn.Parameter | None
@@ -211,6 +214,8 @@ class RingWindow(Window):
             seen = Seen(window)
         else:
             seen = line.seen(window, reach, pinned)
+        if self.log_base:
+            q = log_scaled(q, seen_count(seen, q.shape[1], q.device), self.log_base)
         near = self._softmax(q, line.k, line.v, seen, sink)
         handed = Handed(k, v, valid)
         if not self.overlap:
@@ -315,6 +320,9 @@ class RingWindow(Window):
             handed = replace(handed, valid=handed.valid & valid)  # padding pushes nothing out
         ring_k, ring_v, ring_valid, count = (state[f"window_{name}"] for name in ("k", "v", "valid", "next"))
         held = Held(ring_k, ring_v, ring_valid, count, first)
+        if self.log_base:
+            seen = ring_valid.sum(1, keepdim=True) + 1
+            q = log_scaled(q, seen.clamp_max(min(self.limit or self.span, self.span)), self.log_base)
         options: dict[str, Any] = {
             "valid": valid, "span": min(self.limit or self.span, self.span), "reach": self.reach(position),
             "sink": self.sinks(sink), **self._scores,
