@@ -39,6 +39,11 @@ SKELETONS: list[dict] = [
         "window": {**SLIDING, "overlap": True},
         "combine": {"name": "weighted"},
     },
+    {
+        "feature_map": {"name": "identity"},
+        "normalizer": {"name": "none"},
+        "gate": {"name": "kda", "rank": 3},
+    },
     {"window": SLIDING},
 ]
 """What a part is put into: the first of these that it makes sense in."""
@@ -109,6 +114,13 @@ VARIANTS: list[dict] = [
         "gate": {"name": "rwkv7", "rank": 3},
         "update": {"name": "rwkv7", "rank": 3, "balanced": False},
         "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "kda", "rank": 3, "per": "query_head", "lowest": -5.0},
+        "update": {"name": "gdn2"},
+        "normalizer": {"name": "none"},
+        "output": {"name": "gated_norm", "rank": 3},
     },
 ]
 """Options that change shapes or paths."""
