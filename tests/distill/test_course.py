@@ -140,8 +140,8 @@ def changing(make_recipe: Callable[..., Recipe]) -> Recipe:
         tokens=5 * 2 * 32 + 3 * 4 * 64, batch_size=[[0, 2], [5, 4]], save_every=2, log_every=1,
         lr_schedule=[1.0, 0.5, 0.1], data=StageDataConfig(length=[[0, 32], [5, 64]]),
     )  # fmt: skip
-    recipe.mixer["window"]["overlap"] = True
-    recipe.mixer["combine"] = {"name": "weighted"}
+    window = {**recipe.mixer["window"], "overlap": True}
+    recipe.mixer = {**recipe.mixer, "window": window, "combine": {"name": "weighted"}}
     for stage in recipe.stages.values():
         stage.window_dropout = [[0, 0.9], [0.3, 0.5], [0.6, 0.0]]
     recipe.eval.ablations = False
