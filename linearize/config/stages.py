@@ -178,10 +178,6 @@ def _pairs(path: str, stage: StageConfig, recipe: Recipe) -> list[str]:
     if wanted and stage.data is not None and isinstance(stage.data.length, list):
         return [f"{path}.data.length: pairs have one length; give a number"]
     if (data.template == "preference") == bool(wanted):
-        if wanted and only_builtin(data.source):
-            return [
-                f"{path}.data.source: the builtin text holds no pairs; name data with prompt, chosen and rejected"
-            ]
         return []
     if wanted:
         return [
