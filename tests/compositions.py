@@ -73,6 +73,8 @@ VARIANTS: list[dict] = [
     {"window": {**SLIDING, "first": 2}},
     {"feature_map": HEDGEHOG, "window": {"name": "terraced", "size": 8, "first": 3, "sinks": "learned"}},
     {"feature_map": {"name": "cosformer"}, "window": {"name": "terraced", "size": 3}},
+    {"window": {"name": "block", "size": 4, "first": 3, "sinks": "learned"}},
+    {"window": {"name": "block", "size": 6}},
     {
         "feature_map": HEDGEHOG,
         "window": {"name": "terraced", "size": 3, "overlap": True},

@@ -34,6 +34,10 @@ MIXERS: dict[str, dict] = {
         "normalizer": {"name": "none"}, "window": {**SLIDING, "first": 3, "overlap": True},
         "combine": {"name": "sigmoid", "per": "token"},
     },
+    "block": {
+        "feature_map": {"name": "elu"}, "window": {"name": "block", "size": 16}, "combine": {"name": "sum"},
+    },
+    "block alone": {"window": {"name": "block", "size": 16, "sinks": "learned"}},
     "terraced parts": {
         "feature_map": {"name": "elu"}, "window": {"name": "terraced", "size": 16, "first": 2},
     },
