@@ -118,8 +118,11 @@ def schedules(metrics: Metrics, path: Path) -> Path | None:
     panels = figure.subplots(len(found), len(stages), squeeze=False)
     for row, (name, lines), color in zip(panels, found.items(), COLORS, strict=False):
         for panel, stage in zip(row, stages, strict=True):
-            _clean(panel)
             own = [line for line in lines if line.get("stage", "stage") == stage]
+            if not own:
+                panel.set_visible(False)
+                continue
+            _clean(panel)
             at = [line.get("tokens", 0) for line in own]
             drawn = "default" if name in RATES else "steps-pre"
             panel.plot(at, [line[name] for line in own], color=color, lw=1.6, drawstyle=drawn)

@@ -21,6 +21,7 @@ from linearize.data.packing import LOSS, START, PackedDataset
 from linearize.distill import checkpoint
 from linearize.distill.batches import Batches, firsts
 from linearize.distill.optimizer import Rate
+from linearize.eval import plots
 
 
 def course(tokens: int, batch: Any = 2, length: Any = 8) -> Course:
@@ -165,6 +166,13 @@ def test_a_resume_in_the_middle_of_a_schedule_is_bit_equal(
     expected, found = finals(tmp_path / "whole"), finals(out)
     for name, tensors in expected.items():
         assert all(torch.equal(tensor, found[name][key]) for key, tensor in tensors.items()), name
+
+
+def test_a_picture_only_where_something_changes(tmp_path: Path) -> None:
+    lines = [{"stage": "transfer", "tokens": 10 * i, "lr": 0.1 * i, "loss": 1.0} for i in range(3)]
+    assert plots.schedules(lines, tmp_path / "none.png") is None and not (tmp_path / "none.png").exists()
+    lines.append({"stage": "recover", "tokens": 5, "lr": 0.1, "window_dropout": 0.5})
+    assert plots.schedules(lines, tmp_path / "some.png") == tmp_path / "some.png"
 
 
 def test_the_report_tells_what_changed(teacher_folder: Path, changing: Recipe, tmp_path: Path) -> None:
