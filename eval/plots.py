@@ -22,6 +22,9 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#00
 """Okabe and Ito 2008, darkest first."""
 FEW = 40
 """Up to this many points a curve is drawn as it is, beyond that with its running mean."""
+RATES = ("lr", "lr_mixers")
+SCHEDULED = (*RATES, "batch_size", "length", "window_dropout")
+"""Fields of a line that may change within a stage; all but the rates stand there only where they do."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 Metrics = Sequence[Mapping[str, Any]]
@@ -90,6 +93,46 @@ def loss_curves(metrics: Metrics, path: Path) -> Path | None:
         panel.xaxis.set_major_locator(MaxNLocator(4))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     return save(figure, path)
+
+
+def schedules(metrics: Metrics, path: Path) -> Path | None:
+    """What changed within the stages, against their tokens: a row for each value, a column for each stage.
+
+    Args:
+        metrics: lines of metrics.jsonl; `SCHEDULED` fields count.
+        path: PNG to write.
+
+    Returns:
+        The path, or None when no line has any of the fields but learning rates.
+    """
+    found = {
+        name: [line for line in metrics if isinstance(line.get(name), int | float)] for name in SCHEDULED
+    }
+    found = {name: lines for name, lines in found.items() if lines}
+    if not set(found) - set(RATES):
+        return None
+    stages = list(
+        dict.fromkeys(str(line.get("stage", "stage")) for lines in found.values() for line in lines)
+    )
+    figure = Figure(figsize=(max(4.5, 3.8 * len(stages)), 1.9 * len(found)), layout="constrained")
+    panels = figure.subplots(len(found), len(stages), squeeze=False)
+    for row, (name, lines), color in zip(panels, found.items(), COLORS, strict=False):
+        for panel, stage in zip(row, stages, strict=True):
+            own = [line for line in lines if line.get("stage", "stage") == stage]
+            if not own:
+                panel.set_visible(False)
+                continue
+            _clean(panel)
+            at = [line.get("tokens", 0) for line in own]
+            drawn = "default" if name in RATES else "steps-pre"
+            panel.plot(at, [line[name] for line in own], color=color, lw=1.6, drawstyle=drawn)
+            panel.set_title(stage, loc="left")
+            panel.set_ylabel(name.replace("_", " "))
+            panel.set_xlabel("training tokens")
+            panel.set_ylim(bottom=0)
+            panel.xaxis.set_major_locator(MaxNLocator(4))
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+    return _save(figure, path)
 
 
 def perplexity_bars(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:

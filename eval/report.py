@@ -78,7 +78,8 @@ def write_report(out: str | Path) -> Path:
         out: the run folder.
 
     Returns:
-        Path of report.md. Plots beside it, where there is something to plot: layer_loss.png, loss.png, perplexity.png.
+        Path of report.md. Plots beside it, where there is something to plot: layer_loss.png, loss.png, schedule.png,
+        perplexity.png.
 
     Raises:
         RunFolderError: no such folder, or no run in it.
@@ -91,6 +92,7 @@ def write_report(out: str | Path) -> Path:
                 run.rows, folder / "perplexity.png"
             ),
             "Loss of each stage": plots.loss_curves(run.metrics, folder / "loss.png"),
+            "What changed within the stages": plots.schedules(run.metrics, folder / "schedule.png"),
             "Transfer loss of each layer": plots.layer_loss(
                 run.metrics, folder / "layer_loss.png", run.layers
             ),
@@ -114,7 +116,7 @@ def render(run: Run, pictures: Mapping[str, str] | None = None) -> str:
         f"# {_headline(run)}",
         _summary(run),
         _section("Results", _results(run), shown, ["Perplexity of each state of the model"]),
-        _section("Training", _stages(run), shown, ["Loss of each stage"]),
+        _section("Training", _stages(run), shown, ["Loss of each stage", "What changed within the stages"]),
         _section("Layers", _layers(run), shown, ["Transfer loss of each layer"]),
         _section("Recipe", _recipe(run)),
         _section("Environment", _environment(run)),
@@ -235,7 +237,20 @@ def _stages(run: Run) -> str:
             "tokens/s (median)": round(speed) if speed else None,
             "about": duration(trained / speed) if speed else None,
         })  # fmt: skip
-    return tables.markdown(rows)
+    changed = [f"{stage}: {words}" for stage, lines in stages.items() if (words := _changed(lines))]
+    notes = [f"Within a stage, one after the other: {'. '.join(changed)}."] if changed else []
+    return "\n\n".join([tables.markdown(rows), *notes])
+
+
+def _changed(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What changed within a stage, each with its values in order."""
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        for name in set(plots.SCHEDULED) - set(plots.RATES) & line.keys():
+            value = f"{line[name]:g}" if isinstance(line.get(name), int | float) else ""
+            if value and found.setdefault(name, [""])[-1] != value:
+                found[name].append(value)
+    return "; ".join(f"{name} {', '.join(found[name][1:])}" for name in plots.SCHEDULED if name in found)
 
 
 def _layers(run: Run) -> str:

@@ -40,6 +40,11 @@ SKELETONS: list[dict] = [
         "window": {**SLIDING, "overlap": True},
         "combine": {"name": "weighted"},
     },
+    {
+        "feature_map": {"name": "identity"},
+        "normalizer": {"name": "none"},
+        "gate": {"name": "kda", "rank": 3},
+    },
     {"window": SLIDING},
 ]
 """What a part is put into: the first of these that it makes sense in."""
@@ -70,6 +75,8 @@ VARIANTS: list[dict] = [
     {"window": {**SLIDING, "first": 2}},
     {"feature_map": HEDGEHOG, "window": {"name": "terraced", "size": 8, "first": 3, "sinks": "learned"}},
     {"feature_map": {"name": "cosformer"}, "window": {"name": "terraced", "size": 3}},
+    {"window": {"name": "block", "size": 4, "first": 3, "sinks": "learned"}},
+    {"window": {"name": "block", "size": 6}},
     {
         "feature_map": HEDGEHOG,
         "window": {"name": "terraced", "size": 3, "overlap": True},
@@ -111,6 +118,13 @@ VARIANTS: list[dict] = [
         "gate": {"name": "rwkv7", "rank": 3},
         "update": {"name": "rwkv7", "rank": 3, "balanced": False},
         "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "kda", "rank": 3, "per": "query_head", "lowest": -5.0},
+        "update": {"name": "gdn2"},
+        "normalizer": {"name": "none"},
+        "output": {"name": "gated_norm", "rank": 3},
     },
 ]
 """Options that change shapes or paths."""

@@ -1,13 +1,17 @@
-"""Ways to be cut off in the middle of a stage."""
+"""Ways to be cut off in the middle of a stage, and what an interrupted run is compared by."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from linearize.distill.callbacks import StageCallback
 
@@ -26,3 +30,33 @@ def at_step(monkeypatch: pytest.MonkeyPatch, stage: str, step: int, action: Call
 
 def press_ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
+
+
+class Crash(Exception):
+    """Stands for a power cut: nothing of ours catches it."""
+
+
+def crash() -> None:
+    raise Crash
+
+
+def losses(out: Path) -> list[tuple[Any, ...]]:
+    """Every line of metrics.jsonl but for its speed; floats survive JSON bit for bit."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (
+            x["stage"],
+            x["step"],
+            x["tokens"],
+            x["loss"],
+            x["lr"],
+            x["grad_norm"],
+            x.get("layers"),
+            x.get("lr_mixers"),
+        )
+        for x in lines
+    ]
+
+
+def finals(out: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {path.parent.name: load_file(path) for path in sorted(out.glob("stage-*/final.safetensors"))}

@@ -27,6 +27,8 @@ RECIPES = [name for name, _ in list_recipes()]
 FEW = ["liger_gla", "gated_deltanet"]
 """Recipes that every run of the suite takes to the real teacher."""
 LENGTH, BATCH, STEPS = 40, 2, 2
+PAIR = 600
+"""Tokens of a pair of answers, of which some are longer than that in bytes."""
 SMALL = {"size": 8, "dim": 8, "rank": 4, "slots": 8, "length": 64}
 """Options of mixer parts that are shrunk to the tiny model, which has two layers: one of each kind in hybrids."""
 
@@ -50,15 +52,13 @@ def one_thread() -> None:
 def short(recipe: Recipe, length: int, batch: int) -> list[str]:
     """Overrides that take the length of a recipe's stages and of its evaluation, and no more."""
     found = [f"data.length={length}", f"eval.length={length}", "eval.max_windows=2", "eval.ablations=false"]
-    stage = {
-        "tokens": STEPS * batch * length,
-        "batch_size": batch,
-        "log_every": 1,
-        "data": "null",
-    }
-    return [*found, "run.device=cpu"] + [
-        f"stages.{name}.{key}={value}" for name in recipe.stages for key, value in stage.items()
-    ]
+    for name, stage in recipe.stages.items():
+        pairs = stage.data is not None and stage.data.template == "preference"
+        own = PAIR if pairs else length
+        changes = {"tokens": STEPS * batch * own, "batch_size": batch, "log_every": 1}
+        changes |= {"data.length": own} if pairs else {"data": "null"}
+        found += [f"stages.{name}.{key}={value}" for key, value in changes.items()]
+    return [*found, "run.device=cpu"]
 
 
 def small(recipe: Recipe) -> list[str]:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from linearize.config import rules, semantics
+from linearize.config import rules, schedule, semantics
 from linearize.config.literal import without_foreign
 from linearize.config.schema import Recipe, StageConfig
 from linearize.config.stages import strangers
@@ -63,10 +63,27 @@ def build(cls: type[T], raw: Mapping[str, Any], path: str, problems: list[str]) 
         if key not in names:
             problems.append(f"{dotted}: unknown key; {closest(str(key), names)}")
             continue
-        typed = _convert(hints[key], value, dotted, problems)
+        if value is not None and key in rules.OVER_STAGE.get(cls, {}):
+            typed = _over_stage(cls, key, value, dotted, problems)
+        else:
+            typed = _convert(hints[key], value, dotted, problems)
         if typed is not INVALID and _allowed(cls, key, typed, dotted, problems):
             values[key] = typed
     return cls(**values)
+
+
+def _over_stage(cls: type, key: str, value: Any, path: str, problems: list[str]) -> Any:
+    """What may change within a stage: a number, a list, or one of the names that the field knows."""
+    names = rules.NAMED_COURSES.get(cls, {}).get(key)
+    if names is None or isinstance(value, (list, tuple)):
+        typed = schedule.read(value, rules.OVER_STAGE[cls][key], path, problems)
+        return INVALID if typed is None else typed
+    if value in names:
+        return value
+    problems.append(
+        f"{path}: unknown value {shown(value)}; {_choice(value, names)}, or a list over the stage"
+    )
+    return INVALID
 
 
 def replaced(path: str, count: Any, batch: Any) -> list[str]:
@@ -205,11 +222,13 @@ def _allowed(cls: type, key: str, value: Any, path: str, problems: list[str]) ->
     before = len(problems)
     rule = rules.RULES.get(cls, {}).get(key)
     if rule is not None:
-        numbers = (
-            {f"{path}.{name}": number for name, number in value.items()}
-            if isinstance(value, dict)
-            else {path: value}
-        )
+        numbers = {} if isinstance(value, str) else {path: value}
+        if isinstance(value, dict):
+            numbers = {f"{path}.{name}": number for name, number in value.items()}
+        elif isinstance(value, list):
+            numbers = {
+                f"{path}[{index}]": number for index, number in enumerate(schedule.Over.of(value).values)
+            }
         problems += [
             f"{where}: {wrong}" for where, number in numbers.items() if (wrong := rule.problem(number))
         ]

@@ -53,11 +53,13 @@ RULES: dict[type, dict[str, Range]] = {
         "batch_size": at_least(1, WIDEST),
         "lr": above(0, 100),
         "lr_mixers": above(0, 100),
+        "lr_schedule": share(whole=True),
         "min_lr_ratio": share(whole=True),
         "warmup_ratio": share(whole=False),
+        "decay_ratio": above(0, 1),
         "weight_decay": at_least(0, 100),
         "grad_clip": at_least(0, 1e9),
-        "window_dropout": share(whole=False),
+        "window_dropout": share(whole=True),
         "dpo_beta": above(0, 1000),
         "log_every": at_least(1, MOST),
         "save_every": at_least(1, MOST),
@@ -72,6 +74,16 @@ RULES: dict[type, dict[str, Range]] = {
     schema.RunConfig: {"seed": SEEDS},
 }
 """Class -> field -> its range; of a mapping's values where the field is one. A test finds numbers that have none."""
+
+OVER_STAGE: dict[type, dict[str, type]] = {
+    schema.StageConfig: {"batch_size": int, "window_dropout": float, "lr_schedule": float},
+    schema.StageDataConfig: {"length": int},
+}
+"""Class -> field that may change within a stage (`schedule`) -> kind of its numbers."""
+NAMED_COURSES: dict[type, dict[str, tuple[str, ...]]] = {
+    schema.StageConfig: {"lr_schedule": ("cosine", "constant", "wsd")},
+}
+"""Class -> field of `OVER_STAGE` -> what stands there in place of a list."""
 
 LAYER = Range(0, 9999)
 """Numbers of layers."""

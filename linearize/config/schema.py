@@ -8,6 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from linearize.config.schedule import Over
+
+Whole = int | list[Any]
+Number = float | list[Any]
+"""Of fields that may change within a stage: a number, or a list as `schedule` reads it."""
+
 
 @dataclass
 class LoraConfig:
@@ -34,7 +40,8 @@ class StageDataConfig:
     text_field: str | None = None
     template: str | None = None
     """As in `data`, or preference: pairs for dpo, in columns prompt, chosen and rejected."""
-    length: int | None = None
+    length: Whole | None = None
+    """Also as a list over the stage, [512, 1024, 4096]: each a divisor of the longest."""
     boundaries: bool | None = None
 
 
@@ -46,15 +53,20 @@ class StageConfig:
     """Objective name -> weight. All of one level: per layer (attention transfer), of the whole model, or on pairs."""
     tokens: int = 1_000_000
     """Training tokens in all; accepts 20M, 500k."""
-    batch_size: int = 8
-    """Sequences of one optimizer step."""
+    batch_size: Whole = 8
+    """Sequences of one optimizer step; also as a list over the stage, [[0, 8], [0.1, 32]] or [8, 16, 32]."""
     micro_batch: Any = "auto"
     """Sequences on the device at once, a divisor of `batch_size`: auto (on CUDA as many as fit, of 131,072
     tokens at most), or a number. The step is the same whatever it is."""
     lr: float = 1e-3
     """Peak learning rate (AdamW)."""
+    lr_schedule: Any = "cosine"
+    """What follows the warm-up: cosine (down to min_lr_ratio), constant, wsd (constant, then in the last decay_ratio of
+    the steps a line down to min_lr_ratio), or shares of the peak as a list over the stage, [[0, 1], [0.5, 0.1]]."""
     min_lr_ratio: float = 0.1
-    """The cosine ends at this share of the peak."""
+    """cosine and wsd end at this share of the peak."""
+    decay_ratio: float = 0.2
+    """wsd: share of the steps in which the rate falls."""
     warmup_ratio: float = 0.03
     """Share of the steps that warm up linearly."""
     weight_decay: float = 0.0
@@ -71,9 +83,10 @@ class StageConfig:
     (RADLADS, Goldstein et al. 2025, arXiv 2505.03005). Nothing happens to a model whose embeddings are not tied."""
     lora: LoraConfig | None = None
     """Adapters for this stage; needed when `train` holds lora."""
-    window_dropout: float = 0.0
-    """Per-layer stages: how often, per layer and batch, the window is off, so that the linear branch alone learns the
-    teacher's whole output; queries that see nothing without the window then have no loss."""
+    window_dropout: Number = 0.0
+    """How often, per layer and batch, the window is off, so that the linear branch alone learns the whole output; also
+    as a list over the stage, [0.9, 0.75, 0.5]. In per-layer stages queries that see nothing without the window have no
+    loss then; others need window.overlap: true."""
     dpo_beta: float = 0.1
     """dpo: how strongly the student is held to the teacher."""
     data: StageDataConfig | None = None
@@ -107,9 +120,12 @@ class DataConfig:
     """Documents packed into one sequence do not see each other."""
 
     def of(self, stage: StageConfig) -> DataConfig:
-        """What a stage trains on: this, with what the stage changes."""
+        """What a stage trains on: this, with what the stage changes; of several lengths the longest."""
         changed = {} if stage.data is None else vars(stage.data)
-        return replace(self, **{key: value for key, value in changed.items() if value is not None})
+        changed = {key: value for key, value in changed.items() if value is not None}
+        if "length" in changed:
+            changed["length"] = Over.of(changed["length"]).most
+        return replace(self, **changed)
 
 
 @dataclass

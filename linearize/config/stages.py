@@ -7,7 +7,9 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from linearize.config import layers, rules, variants
+from linearize.config.changing import part_problems
 from linearize.config.ranges import Range
+from linearize.config.schedule import Over
 from linearize.config.schema import DataConfig, Recipe, StageConfig
 from linearize.config.values import shown
 from linearize.registry import closest
@@ -68,10 +70,12 @@ def stage_problems(name: str, stage: StageConfig, recipe: Recipe, broken: Collec
         found += _groups(path, stage, freeze_known=known(f"{path}.freeze"))
     if known(f"{path}.data"):
         found += _data(path, stage, recipe.data)
-    length = recipe.data.of(stage).length
-    own_length = stage.data is not None and stage.data.length is not None
-    length_key = f"{path}.data.length" if own_length else "data.length"
-    step = stage.batch_size * length
+    own = None if stage.data is None else stage.data.length
+    length_key = "data.length" if own is None else f"{path}.data.length"
+    batch, length = (
+        Over.of(x).values[0] for x in (stage.batch_size, recipe.data.length if own is None else own)
+    )
+    step = batch * length
     counts = (
         f"{path}.tokens",
         f"{path}.batch_size",
@@ -80,9 +84,11 @@ def stage_problems(name: str, stage: StageConfig, recipe: Recipe, broken: Collec
     )
     if stage.tokens < step and known(*counts):
         found.append(
-            f"{path}.tokens: {stage.tokens} is less than one optimizer step of batch_size {stage.batch_size} x "
+            f"{path}.tokens: {stage.tokens} is less than one optimizer step of batch_size {batch} x "
             f"{length_key} {length} = {step}; give {step} tokens or more, or make one of the others smaller"
         )
+    elif known(*counts, f"{path}.window_dropout", f"{path}.lr_schedule"):
+        found += part_problems(path, stage, recipe.data.length)
     if known(f"{path}.batch_size", f"{path}.micro_batch"):
         found += _micro_batch(path, stage)
     if known(f"{path}.lr", f"{path}.weight_decay"):
@@ -97,10 +103,13 @@ def stage_problems(name: str, stage: StageConfig, recipe: Recipe, broken: Collec
 
 
 def _micro_batch(path: str, stage: StageConfig) -> list[str]:
-    size, batch = stage.micro_batch, stage.batch_size
+    size = stage.micro_batch
     problem = auto_or_count(f"{path}.micro_batch", size)
-    if problem or size == "auto" or batch % size == 0:
+    if problem or size == "auto":
         return problem
+    batch = next((batch for batch in Over.of(stage.batch_size).values if batch % size), None)
+    if batch is None:
+        return []
     fits = next(n for n in range(min(size, batch), 0, -1) if batch % n == 0)
     return [
         f"{path}.micro_batch: {size} does not divide batch_size {batch}, and every pass of a step has one shape; take "
@@ -166,11 +175,9 @@ def _pairs(path: str, stage: StageConfig, recipe: Recipe) -> list[str]:
 
     wanted = [name for name in stage.objective if name in objectives.names("pair")]
     data = recipe.data.of(stage)
+    if wanted and stage.data is not None and isinstance(stage.data.length, list):
+        return [f"{path}.data.length: pairs have one length; give a number"]
     if (data.template == "preference") == bool(wanted):
-        if wanted and only_builtin(data.source):
-            return [
-                f"{path}.data.source: the builtin text holds no pairs; name data with prompt, chosen and rejected"
-            ]
         return []
     if wanted:
         return [
@@ -180,22 +187,20 @@ def _pairs(path: str, stage: StageConfig, recipe: Recipe) -> list[str]:
 
 
 def _window_dropout(path: str, stage: StageConfig, recipe: Recipe) -> list[str]:
-    if not stage.window_dropout:
+    if not Over.of(stage.window_dropout).most:
         return []
     from linearize import mixers, objectives  # late: see _objective
 
     found = []
-    if set(stage.objective) & {*objectives.names("model"), *objectives.names("pair")}:
-        found.append(
-            f"{path}.window_dropout: is for objectives per layer ({', '.join(objectives.names('layer'))})"
-        )
     if layers.problems(recipe.layers, recipe.mixers) or variants.form_problems(recipe.mixers):
         return found
     given = variants.given(recipe.mixer, recipe.mixers, recipe.layers)
     if any(mixers.check(mixer) for mixer in given):
         return found
-    parts = ("window", "feature_map")
-    missing = [[part for part in parts if mixers.normalize(mixer)[part]["name"] == "none"] for mixer in given]
+    whole = [mixers.normalize(mixer) for mixer in given]
+    missing = [
+        [part for part in ("window", "feature_map") if mixer[part]["name"] == "none"] for mixer in whole
+    ]
     if all(missing):
         has = (
             f"the mixer has no {' and no '.join(missing[0])}"
@@ -204,6 +209,13 @@ def _window_dropout(path: str, stage: StageConfig, recipe: Recipe) -> list[str]:
         )
         found.append(
             f"{path}.window_dropout: {has}, and dropping the window needs both branches; remove window_dropout"
+        )
+    able = [mixer for mixer, lacks in zip(whole, missing, strict=True) if not lacks]
+    whole_model = not set(stage.objective) & set(objectives.names("layer"))
+    if whole_model and any(not mixer["window"].get("overlap") for mixer in able):
+        found.append(
+            f"{path}.window_dropout: without its window this mixer sees nothing at the start of a document, and "
+            "only objectives per layer can leave that out; set mixer.window.overlap=true, or remove window_dropout"
         )
     return found
 

@@ -14,6 +14,8 @@ SPLITS = ("train", "validation")
 COLUMN = "text"
 TEMPLATE = "rendered"
 """Half of it are a teacher's samples with their chat markup."""
+PAIRS = "continuations"
+"""What makes pairs of it, for preference stages."""
 
 
 def sample(split: str) -> Path:
@@ -33,7 +35,7 @@ def check(template: str, text_field: str) -> None:
     Raises:
         DataError: a template for rows, or another column.
     """
-    if template not in ("none", TEMPLATE, "preference"):  # stages of pairs say themselves what they need
+    if template not in ("none", TEMPLATE, "preference"):
         raise DataError(
             f"data.template: the built-in text is plain text, which template '{template}' does not read; leave it out, "
             "or give data.source"

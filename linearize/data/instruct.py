@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from linearize.data.chat import Chat
+from linearize.data.continuations import pair
 from linearize.data.document import Document, Row
 from linearize.data.messages import Message, conversation, tools
 from linearize.errors import DataError
@@ -33,7 +34,7 @@ class Template:
             control tokens that it spells count), ``alpaca`` (columns instruction, input, output), ``chat`` (a column
             of messages, or columns prompt and response, through the tokenizer's chat template; tools, if there is such
             a column, are handed to it), ``preference`` (columns prompt, chosen and rejected, text or messages; through
-            the chat template if there is one).
+            the chat template if there is one), ``continuations`` (such pairs out of plain text).
         text_field: the column of plain text; for ``chat``, of messages, unless it is left at "text".
         tokenizer: needed by ``chat``.
 
@@ -65,7 +66,7 @@ class Template:
             needed, optional = ["instruction", "output"], ["input"]
         elif self.name == "preference":
             needed, optional = ["prompt", "chosen", "rejected"], ["tools"]
-        elif self.name in ("none", "rendered"):
+        elif self.name in ("none", "rendered", "continuations"):
             needed, optional = [self.text_field], []
         elif self.messages_field in have or not {"prompt", "response"} <= set(have):
             needed, optional = [self.messages_field], ["tools"]
@@ -179,6 +180,12 @@ def _preference(template: Template, row: Row) -> Document | None:
     return Document(((before[0]["content"], False), (chosen["content"], True), (rejected["content"], True)))
 
 
+def _continuations(template: Template, row: Row) -> Document | None:
+    """Three parts out of plain text; none where it holds a chat's markup."""
+    text = _text(row, template.text_field)
+    return None if "<|" in text else pair(text)
+
+
 def _answered(prompt: Any, answer: Any, column: str) -> tuple[list[Message], Message]:
     """The messages before the answer, and the answer: text, one message, or the whole conversation."""
     if isinstance(prompt, list):
@@ -208,4 +215,5 @@ _MAKERS: dict[str, Callable[[Template, Row], Document | None]] = {
     "alpaca": _alpaca,
     "chat": _chat,
     "preference": _preference,
+    "continuations": _continuations,
 }

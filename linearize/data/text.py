@@ -71,7 +71,8 @@ def load_texts(
     streams: list[Iterator[Document]] = []
     for name in map(str, names):
         if name == builtin.NAME:
-            sample = Template(builtin.TEMPLATE, builtin.COLUMN)
+            kind = builtin.PAIRS if template == "preference" else builtin.TEMPLATE
+            sample = Template(kind, builtin.COLUMN)
             shards += _file_shards(builtin.sample(split), sample)
         elif (paths := local_files(name)) is not None:
             shards += [shard for path in paths for shard in _file_shards(path, shape)]

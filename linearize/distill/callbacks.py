@@ -98,7 +98,8 @@ class StageCallback(TrainerCallback):
         self._since = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        tokens = self.trainer.tokens_per_step
+        course = self.trainer.course
+        tokens = course.trained(state.global_step) - course.trained(state.global_step - 1)
         self._tokens += tokens
         if state.global_step % args.logging_steps == 0 or state.global_step >= state.max_steps:
             numbers = self.trainer.take_window()
@@ -106,7 +107,7 @@ class StageCallback(TrainerCallback):
             line = {
                 "stage": self.trainer.stage_name,
                 "step": state.global_step,
-                "tokens": state.global_step * tokens,
+                "tokens": course.trained(state.global_step),
                 "tokens_per_second": round(self._tokens / max(now - self._since, 1e-9), 1),
                 **numbers,
             }

@@ -3,7 +3,8 @@
 Packed batches have one shape, and a micro-step reads nothing back: forward, losses and backward are one list of
 kernels. The first ones run one by one, on real batches (kernels compile, masks are checked, libraries allocate); then
 the list is recorded and replayed on buffers that stay where they are, the gradients' among them. Whatever cannot be
-recorded goes on one by one, as does a batch of another shape.
+recorded goes on one by one, as does a batch of another kind, of another shape for one; when such batches come again and
+again, as where a stage's length or batch changes, they are recorded in place of the old ones.
 """
 
 from __future__ import annotations
@@ -44,30 +45,38 @@ class Captured:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.obstacle = obstacle
         self._key: Hashable = None
+        self._newest: Hashable = None
         self._seen = 0
+        self._said = False
         self._inputs: dict[str, Tensor] = {}
         self._losses: Tensor | None = None
         self._receivers: list[nn.Parameter] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._side: torch.cuda.Stream | None = None
 
-    def __call__(self, run: MicroStep, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
+    def __call__(
+        self, run: MicroStep, batch: dict[str, Tensor], count: Tensor | None, kind: Hashable = None
+    ) -> Tensor:
         """One micro-step: `run`, or its recording.
 
         Args:
-            run: the micro-step; on the host it reads nothing that may change but the shapes of its tensors.
+            run: the micro-step; on the host it reads nothing that may change but `kind` and the shapes of its tensors.
             batch: tensors on the device.
             count: see `StageTrainer.micro_step`.
+            kind: tells micro-steps apart that do other things with the same shapes.
         """
         if self.obstacle is not None:
             return run(batch, count)
         given = batch if count is None else {**batch, "": count}
-        key = tuple((name, tuple(x.shape), x.dtype, x.device) for name, x in given.items())
-        if key != self._key:
+        key = (kind, *((name, tuple(x.shape), x.dtype, x.device) for name, x in given.items()))
+        if key != self._newest:
+            self._newest, self._seen = key, 0
+        if key != self._key and self._seen >= WARM_UP:
             if self.graph is not None:
-                return run(batch, count)
-            self._key, self._seen = key, 0
-        if self.graph is None and self._seen < WARM_UP:
+                log.info("stage '%s': its steps have changed; they are recorded anew", self.name)
+            self.release()
+            self._key = key
+        if key != self._key:
             self._seen += 1
             return self._aside(run, batch, count)
         if self.graph is None:
@@ -82,9 +91,16 @@ class Captured:
         self.graph.replay()
         return self._losses.clone()
 
+    def aside(self, run: MicroStep, batch: dict[str, Tensor], count: Tensor | None, why: str) -> Tensor:
+        """A micro-step that is not to be recorded; what is recorded stays for those that are."""
+        if self.obstacle is None and not self._said:
+            self._said = True
+            log.info("stage '%s': steps run without a CUDA graph where %s", self.name, why)
+        return run(batch, count)
+
     def release(self) -> None:
         """Let go of the recording and its memory."""
-        self.graph, self._losses, self._key = None, None, None
+        self.graph, self._losses, self._key, self._seen = None, None, None, 0
         self._inputs, self._gradients = {}, []
 
     def forgo(self, why: str) -> None:

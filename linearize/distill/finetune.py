@@ -11,13 +11,14 @@ No tensor of all tokens' logits is made where the heads of both are recognized (
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linearize import objectives, surgery
+from linearize.distill import window_dropout
 from linearize.distill.blocks import repeated
 from linearize.distill.headless import predict_final, recognize
 from linearize.distill.stage import StageTrainer
@@ -49,6 +50,8 @@ class FinetuneTrainer(StageTrainer):
         return torch.stack([(target != -100).sum() for target in targets]).sum().clamp_min(1).to(device)
 
     def compiled_parts(self) -> list[nn.Module]:
+        if self.drops_windows:
+            return []  # layers differ from step to step
         return repeated(self.trained_model) + ([] if self.teacher is None else repeated(self.teacher))
 
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
@@ -58,6 +61,10 @@ class FinetuneTrainer(StageTrainer):
         targets = objectives.next_targets(batch["labels"], batch.get("position_ids"))
         loss = objectives.token_backward(student, targets, self.stage.objective, teacher=teacher, count=count)
         return loss[None]
+
+    def around_step(self) -> AbstractContextManager[None]:
+        # the teacher's passes know no mixers
+        return window_dropout.windows_off(surgery.converted(self.trained_model) if self.off else [], self.off)
 
     def predictions(
         self, model: nn.Module, batch: dict[str, Tensor], *, teacher: bool, fused: bool

@@ -29,21 +29,27 @@ class MicroBatch:
     Args:
         stage: its `batch_size` and `micro_batch`.
         name: of the stage, for what is said.
-        length: tokens of a sequence.
+        shapes: batches that will come, as sequences and tokens of each.
         device: where it trains.
 
     Attributes:
-        size: how many; always a divisor of the batch.
+        sizes: how many, of each shape; always a divisor of the batch.
+        size: that of the newest batch.
         found: whether memory, not the recipe, decides.
     """
 
-    def __init__(self, stage: StageConfig, name: str, length: int, device: torch.device) -> None:
-        self.batch = stage.batch_size
+    def __init__(
+        self, stage: StageConfig, name: str, shapes: list[tuple[int, int]], device: torch.device
+    ) -> None:
         self.name = name
         self.device = device
         self.found = stage.micro_batch == "auto"
-        most = memory.TOKENS // length if device.type == "cuda" else CAREFUL
-        self.size = divisor(self.batch, min(self.batch, most)) if self.found else int(stage.micro_batch)
+        self.sizes: dict[tuple[int, int], int] = {}
+        for batch, length in shapes:
+            most = memory.TOKENS // length if device.type == "cuda" else CAREFUL
+            at_once = divisor(batch, min(batch, most)) if self.found else int(stage.micro_batch)
+            self.sizes[batch, length] = at_once
+        self.size = self.sizes[shapes[0]]
 
     def run(
         self, batch: dict[str, Tensor], part: Callable[[dict[str, Tensor]], Tensor], undo: Callable[[], Any]
@@ -62,8 +68,10 @@ class MicroBatch:
             RuntimeError, MemoryError: what the allocator raised, where not even one sequence fits, or as many as were
                 asked for do not.
         """
+        shape: tuple[int, int] = tuple(batch["input_ids"].shape)  # type: ignore[assignment]
         rng = state.rng_tensors() if self.found else {}
         while True:
+            self.size = self.sizes[shape]
             try:
                 return self._whole(batch, part)
             except Exception as error:
@@ -73,13 +81,13 @@ class MicroBatch:
             undo()
             memory.release(self.device)
             state.restore_torch(rng)
-            before, self.size = self.size, divisor(self.batch, self.size // 2)
+            self._no_more_than(divisor(shape[0], self.size // 2), shape)
             log.warning(
                 "stage '%s': %d sequences at once do not fit into memory; going on with %d, and the same batch_size %d",
                 self.name,
-                before,
                 self.size,
-                self.batch,
+                self.sizes[shape],
+                shape[0],
             )
 
     def _whole(self, batch: dict[str, Tensor], part: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
@@ -90,10 +98,26 @@ class MicroBatch:
         assert total is not None
         return total
 
+    def _no_more_than(self, size: int, shape: tuple[int, int]) -> None:
+        """As many of this shape, and of no other one more tokens."""
+        tokens = size * shape[1]
+        for (batch, length), before in self.sizes.items():
+            if before * length > tokens or (batch, length) == shape:
+                self.sizes[batch, length] = divisor(batch, min(before, max(1, tokens // length)))
+
+    def sizes_found(self) -> dict[str, int]:
+        """What a checkpoint holds for `remember`."""
+        return {f"{batch}x{length}": size for (batch, length), size in self.sizes.items()}
+
     def remember(self, saved: Any) -> None:
         """Take what a checkpoint holds, unless the recipe says how many."""
-        if self.found and isinstance(saved, int) and 0 < saved <= self.size and self.batch % saved == 0:
-            self.size = saved
+        if not self.found or not isinstance(saved, dict):
+            return
+        for (batch, length), most in self.sizes.items():
+            size = saved.get(f"{batch}x{length}")
+            if isinstance(size, int) and 0 < size <= most and batch % size == 0:
+                self.sizes[batch, length] = size
+        self.size = next(iter(self.sizes.values()))
 
 
 def divisor(batch: int, most: int) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from linearize.config.course import Course
+from linearize.config.schedule import Over
 from linearize.config.schema import StageConfig
 
 
@@ -39,24 +41,33 @@ def build_optimizer(
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=stage.lr, fused=fused)
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, stage: StageConfig, steps: int) -> Any:
-    """Linear warm-up to `lr`, then a cosine down to `min_lr_ratio` x `lr` at the last step."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, Schedule(stage.warmup_ratio, stage.min_lr_ratio, steps)
-    )
+def build_scheduler(optimizer: torch.optim.Optimizer, stage: StageConfig, course: Course) -> Any:
+    """Linear warm-up to `lr`, then the stage's `lr_schedule`."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, Rate(stage, course))
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Learning rate as a share of the peak, by step (0 is the first)."""
+class Rate:
+    """Learning rate as a share of the peak, by step (0 is the first).
 
-    warmup_ratio: float
-    min_lr_ratio: float
-    steps: int
+    cosine: Loshchilov & Hutter 2017 (arXiv 1608.03983), down to `min_lr_ratio` at the last step; wsd (warm-up, stable,
+    decay): Hu et al. 2024 (arXiv 2404.06395), with a linear decay as Hagele et al. 2024 (arXiv 2405.18392).
+    """
+
+    stage: StageConfig
+    course: Course
 
     def __call__(self, step: int) -> float:
-        warmup = math.ceil(self.warmup_ratio * self.steps)
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        progress = min(1.0, (step - warmup) / max(1, self.steps - 1 - warmup))
-        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+        stage, last = self.stage, self.course.steps - 1
+        warmup = math.ceil(stage.warmup_ratio * self.course.steps)
+        rising = min(1.0, (step + 1) / (warmup + 1))
+        if not isinstance(stage.lr_schedule, str):
+            return rising * self.course.value(Over.of(stage.lr_schedule), step)
+        if step < warmup or stage.lr_schedule == "constant":
+            return rising
+        if stage.lr_schedule == "wsd":
+            falling = max(1, math.ceil(stage.decay_ratio * self.course.steps))
+            progress = min(1.0, max(0, step - (last - falling)) / falling)
+            return 1 - (1 - stage.min_lr_ratio) * progress
+        progress = min(1.0, (step - warmup) / max(1, last - warmup))
+        return stage.min_lr_ratio + (1 - stage.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -55,19 +55,26 @@ class Passes:
         compiled: Callable[[], list[nn.Module]],
     ) -> None:
         self.model, self.name, self.parts = model, name, compiled
-        self.captured = Captured(parameters, name, _obstacle(stage, run, device))
+        self.captured = Captured(parameters, name, _obstacle(run, device))
         many = device.type == "cuda" and steps >= COMPILE_FROM
         self.compiles = run.compile == "always" or (run.compile == "auto" and many)
         self.blocks: Blocks | None = None
         self._looked_at = False
 
-    def __call__(self, step: MicroStep, part: dict[str, Tensor], count: Tensor | None) -> Tensor:
+    def __call__(
+        self,
+        step: MicroStep,
+        part: dict[str, Tensor],
+        count: Tensor | None,
+        windows_off: bool | None = False,
+    ) -> Tensor:
         """One micro-step.
 
         Args:
             step: forward and backward.
             part: tensors of some sequences, on the device.
             count: see `StageTrainer.micro_step`.
+            windows_off: whether the windows of all layers are off, or None: of some.
         """
         if "attention_mask" in part or not self._looked_at:
             with part_by_part() if self.compiles else nullcontext():
@@ -82,7 +89,11 @@ class Passes:
                 f"masks of {batch} x {tokens:,} x {tokens:,} are made only where they are needed"
             )
         with self._trusting(looks):
-            return self.captured(step, part, count)
+            if windows_off is None:
+                return self.captured.aside(
+                    step, part, count, "window_dropout draws other layers for each batch"
+                )
+            return self.captured(step, part, count, windows_off)
 
     @contextmanager
     def _trusting(self, looks: bool) -> Iterator[None]:
@@ -99,8 +110,6 @@ class Passes:
             yield
 
 
-def _obstacle(stage: StageConfig, run: RunConfig, device: torch.device) -> str | None:
+def _obstacle(run: RunConfig, device: torch.device) -> str | None:
     """Why a stage's micro-steps are not recorded, or None."""
-    if device.type != "cuda" or not run.capture:
-        return "not asked for"
-    return "window_dropout draws other layers for each batch" if stage.window_dropout else None
+    return "not asked for" if device.type != "cuda" or not run.capture else None

@@ -18,8 +18,9 @@ from torch import nn
 from transformers import set_seed
 
 from linearize import data, export, models, objectives, surgery
+from linearize.config.course import Course
 from linearize.config.schema import Recipe
-from linearize.distill import memory, preference, stages
+from linearize.distill import batches, memory, preference, stages
 from linearize.distill.callbacks import RunStopped
 from linearize.distill.checkpoint import write_json, writing
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
@@ -27,7 +28,6 @@ from linearize.distill.folder import ADAPTER, RunFolder
 from linearize.distill.lock import held
 from linearize.distill.positions import check_lengths
 from linearize.distill.results import Measurer, Results
-from linearize.distill.stage import Budget
 from linearize.distill.stages import StagePlace
 from linearize.distill.trainable import check_ranks, needs
 from linearize.errors import LinearizeError, UnsupportedModelError, collected, raise_together
@@ -229,11 +229,12 @@ class _Job:
     def _dataset(self, tokenizer: Any, place: StagePlace) -> Any:
         stage = self.recipe.stages[place.name]
         text = self.recipe.data.of(stage)
-        budget = Budget.of(stage, text.length)
+        course = Course.of(stage, text.length)
         seed = self.recipe.run.seed + place.index
         if objectives.level_of(stage.objective) == "pair":
-            return preference.pairs(tokenizer, text, tokens=budget.tokens, seed=seed)
-        return data.packed(tokenizer, text, tokens=budget.tokens, seed=seed, split="train")
+            return preference.pairs(tokenizer, text, tokens=course.tokens, seed=seed)
+        tokens = batches.firsts(course)[-1] * text.length
+        return data.packed(tokenizer, text, tokens=tokens, seed=seed, split="train")
 
     def _train(
         self,

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from linearize import surgery
+from linearize.config.changing import changing
+from linearize.config.course import Course
+from linearize.config.schedule import Over
 from linearize.config.schema import RunConfig, StageConfig
-from linearize.distill import checkpoint, non_finite, state
+from linearize.distill import checkpoint, non_finite, state, window_dropout
+from linearize.distill.batches import Batches
 from linearize.distill.micro import MicroBatch
 from linearize.distill.optimizer import build_optimizer, build_scheduler
 from linearize.distill.passes import Passes
@@ -32,51 +36,6 @@ from linearize.errors import NonFiniteLossError
 
 KEPT_CHECKPOINTS = 2
 """The newest, and one more in case the newest is damaged."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A stage's token budget in steps."""
-
-    steps: int
-    tokens_per_step: int
-    sequences: int
-
-    @classmethod
-    def of(cls, stage: StageConfig, length: int) -> Budget:
-        """Whole optimizer steps that fit in the stage's tokens, at least one."""
-        sequences = stage.batch_size
-        steps = max(1, stage.tokens // (sequences * length))
-        return cls(steps=steps, tokens_per_step=sequences * length, sequences=steps * sequences)
-
-    @property
-    def tokens(self) -> int:
-        return self.steps * self.tokens_per_step
-
-
-class Cycled(Dataset):
-    """A data set read in order as often as needed, reshuffled on every further pass.
-
-    One long epoch whose every item is a function of its index: what makes skipping to the middle of it exact.
-    """
-
-    def __init__(self, dataset: Any, length: int, seed: int) -> None:
-        self.dataset = dataset
-        self.length = length
-        self.seed = seed
-        self._orders: dict[int, list[int]] = {}
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        turn, place = divmod(index, len(self.dataset))
-        if turn == 0:
-            return self.dataset[place]
-        if turn not in self._orders:
-            generator = torch.Generator().manual_seed(self.seed + turn)
-            self._orders = {turn: torch.randperm(len(self.dataset), generator=generator).tolist()}
-        return self.dataset[self._orders[turn][place]]
 
 
 class StageTrainer(Trainer):
@@ -89,10 +48,14 @@ class StageTrainer(Trainer):
         run: seed and workers.
         folder: the stage's folder; checkpoints go there.
         dataset: packed sequences (data.packed).
-        length: tokens in a sequence.
+        length: tokens in a sequence, the longest where the stage has several.
         seed: of this stage.
         device: where it runs.
         autocast: compute dtype of the passes, or None for the parameters' own.
+
+    Attributes:
+        course: the stage's steps.
+        off: whether each converted layer's window is off in the step, in all parts of its batch alike; [] is none.
     """
 
     def __init__(
@@ -114,43 +77,53 @@ class StageTrainer(Trainer):
         self.stage = stage
         self.seed = seed
         self.autocast_dtype = autocast
-        self.budget = Budget.of(stage, length)
+        self.course = Course.of(stage, length)
+        self.off: list[bool] = []
+        self.drops_windows = Over.of(stage.window_dropout).most > 0
+        self.droppable = window_dropout.check(surgery.converted(model)) if self.drops_windows else []
         self.parameters = trained(model)
         self._names = {parameter: key for key, parameter in self.parameters.items()}
         self._step_values: Tensor | None = None
         self._window_values: Tensor | None = None
         self._window_steps = 0
         self._step_lr: dict[str, float] = {}
+        self._changing: dict[str, Any] = {}
         self._step_norm: Tensor | float = 0.0
         self.stage_folder = folder
-        self.micro = MicroBatch(stage, name, length, device)
+        self.micro = MicroBatch(stage, name, self.course.shapes, device)
         self.passes = Passes(
             model,
             name,
             stage,
             run,
             device,
-            self.budget.steps,
+            self.course.steps,
             list(self.parameters.values()),
             self.compiled_parts,
         )
         self.adamw = build_optimizer(
             self.parameters, stage, fused=device.type == "cuda", mixers=mixer_parameters(model)
         )
-        self.schedule = build_scheduler(self.adamw, stage, self.budget.steps)
+        self.schedule = build_scheduler(self.adamw, stage, self.course)
         super().__init__(
             model=model,
-            args=_arguments(stage, run, folder, self.budget, seed, device),
-            data_collator=_stack,
-            train_dataset=Cycled(dataset, self.budget.sequences, seed),
+            args=_arguments(stage, run, folder, self.course, seed, device),
+            data_collator=_only,
+            train_dataset=Batches(dataset, self.course, seed),
             optimizers=(self.adamw, self.schedule),
         )
         self.remove_callback(PrinterCallback)
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step."""
-        return self.budget.tokens_per_step
+    def now(self, value: Any) -> Any:
+        """What a field that may change within a stage (`schedule`) is at this step."""
+        return self.course.value(Over.of(value), self.state.global_step)
+
+    def _draw_windows(self) -> list[bool]:
+        if not self.drops_windows:
+            return []
+        rate, step = self.now(self.stage.window_dropout), self.state.global_step
+        drawn = window_dropout.draws(rate, len(self.droppable), self.seed, step)
+        return [able and off for able, off in zip(self.droppable, drawn, strict=True)]
 
     # What a subclass gives
 
@@ -172,6 +145,10 @@ class StageTrainer(Trainer):
         """What may be compiled in a micro-step, see `blocks`."""
         return []
 
+    def around_step(self) -> AbstractContextManager[None]:
+        """What the passes of a step stand in."""
+        return nullcontext()
+
     def where_not_finite(self, values: list[float]) -> str:
         """Which of the step's losses is not finite, in words."""
         return f"the loss is {values[0]}"
@@ -182,11 +159,14 @@ class StageTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         batch, step = self._prepare_inputs(inputs), partial(self.micro_step, model)
-        self._step_values = self.micro.run(
-            batch,
-            lambda part: self.passes(step, part, num_items_in_batch),
-            undo=self._begin_again,
-        )
+        self.off = self._draw_windows()
+        drawn = any(self.off) if not any(self.off) or self.off == self.droppable else None
+        with self.around_step():
+            self._step_values = self.micro.run(
+                batch,
+                lambda part: self.passes(step, part, num_items_in_batch, windows_off=drawn),
+                undo=self._begin_again,
+            )
         return self._step_values.mean().to(self._tr_loss.dtype)
 
     def _begin_again(self) -> None:
@@ -213,6 +193,7 @@ class StageTrainer(Trainer):
         self._step_values = None
         self._step_norm = norm
         self._step_lr = self._rates()
+        self._changing = self._changes()
         return norm
 
     def take_window(self) -> dict[str, Any]:
@@ -223,6 +204,7 @@ class StageTrainer(Trainer):
         return {
             "loss": sum(values) / len(values),
             **self._step_lr,
+            **self._changing,
             "grad_norm": float(self._step_norm),
             **self.describe(values),
         }
@@ -231,6 +213,12 @@ class StageTrainer(Trainer):
         """The learning rates in use; the mixers' own where they have one."""
         first, last = self.adamw.param_groups[0]["lr"], self.adamw.param_groups[-1]["lr"]
         return {"lr": first} if self.stage.lr_mixers is None else {"lr": first, "lr_mixers": last}
+
+    def _changes(self) -> dict[str, Any]:
+        """What changes within this stage, as it is at this step."""
+        found = changing("", self.stage)
+        names = {key.rpartition(".")[2]: over for key, over in found.items() if not over.constant}
+        return {name: self.course.value(over, self.state.global_step) for name, over in names.items()}
 
     def describe(self, values: list[float]) -> dict[str, Any]:
         """Further fields of a metrics line, from the averaged losses."""
@@ -285,7 +273,7 @@ class StageTrainer(Trainer):
                 },
                 "rng": state.rng_numbers(),
                 "window_steps": self._window_steps,
-                "micro_batch": self.micro.size,
+                "micro_batch": self.micro.sizes_found(),
             },
         )
 
@@ -318,7 +306,7 @@ class StageTrainer(Trainer):
     # Trainer's defaults that do not fit
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        assert isinstance(self.train_dataset, Cycled)
+        assert isinstance(self.train_dataset, Batches)
         return SequentialSampler(self.train_dataset)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -326,12 +314,12 @@ class StageTrainer(Trainer):
 
 
 def _arguments(
-    stage: StageConfig, run: RunConfig, folder: Path, budget: Budget, seed: int, device: torch.device
+    stage: StageConfig, run: RunConfig, folder: Path, course: Course, seed: int, device: torch.device
 ) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=budget.steps,
-        per_device_train_batch_size=stage.batch_size,
+        max_steps=course.steps,
+        per_device_train_batch_size=1,  # an item of `Batches` is all sequences of a step
         learning_rate=stage.lr,
         max_grad_norm=stage.grad_clip or math.inf,
         logging_steps=stage.log_every,
@@ -361,5 +349,7 @@ def workers(run: RunConfig, device: torch.device) -> int:
     return min(2, (os.cpu_count() or 1) - 1) if device.type == "cuda" else 0
 
 
-def _stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {key: torch.stack([torch.as_tensor(item[key]) for item in items]) for key in items[0]}
+def _only(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A step's batch, which is one item of `Batches`."""
+    [batch] = items
+    return batch

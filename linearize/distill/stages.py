@@ -122,8 +122,8 @@ def train(
     checkpoint.write_json(
         place.folder / DONE,
         {
-            "steps": trainer.budget.steps,
-            "tokens": trainer.budget.tokens,
+            "steps": trainer.course.steps,
+            "tokens": trainer.course.tokens,
             "stage": place.name,
             "micro_batch": trainer.micro.size,
             "sha256": sha256(place.folder / FINAL),
@@ -195,8 +195,8 @@ def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> Interr
     interrupt = Interrupt()
     meter = Meter(
         f"stage {place.index}/{place.count} {place.name}",
-        trainer.budget.tokens,
-        done=steps_before * trainer.tokens_per_step,
+        trainer.course.tokens,
+        done=trainer.course.trained(steps_before),
     )
     with ExitStack() as stack:
         stack.enter_context(meter)
@@ -209,9 +209,9 @@ def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> Interr
             lambda: f"in stage '{place.name}', step {trainer.state.global_step + 1}", place.less_memory
         ):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
-    if trainer.state.global_step < trainer.budget.steps:
+    if trainer.state.global_step < trainer.course.steps:
         raise RunStopped(
-            f"stopped in stage '{place.name}' after step {trainer.state.global_step} of {trainer.budget.steps}; "
+            f"stopped in stage '{place.name}' after step {trainer.state.global_step} of {trainer.course.steps}; "
             f"everything up to it is saved. Go on with:\n  {place.resume_command}",
             interrupt.exit_code,
         )

@@ -30,7 +30,6 @@ class TransferTrainer(StageTrainer):
     def __init__(self, model: nn.Module, **settings: Any) -> None:
         converted: list[Any] = surgery.converted(model)
         self.layers: list[int] = [module.layer_idx for module in converted]
-        self.droppable = window_dropout.check(converted) if settings["stage"].window_dropout else []
         super().__init__(model, **settings)
 
     def compiled_parts(self) -> list[nn.Module]:
@@ -38,11 +37,9 @@ class TransferTrainer(StageTrainer):
 
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
         """Losses [L] in layer order; see `transfer_step`."""
-        share = len(batch["input_ids"]) / self.stage.batch_size
+        share = len(batch["input_ids"]) / self.course.phase(self.state.global_step).batch
         with self.computing():
-            losses = transfer_step(
-                model, batch, self.stage.objective, scale=share, window_off=self._windows_off()
-            )
+            losses = transfer_step(model, batch, self.stage.objective, scale=share, window_off=self.off)
         if all(parameter.grad is None for parameter in self.parameters.values()):
             raise RecipeError(
                 [
@@ -51,14 +48,6 @@ class TransferTrainer(StageTrainer):
                 ]
             )
         return share * losses
-
-    def _windows_off(self) -> list[bool]:
-        """Whether each layer's window is off in this step, in all its parts alike."""
-        if not self.stage.window_dropout:
-            return [False] * len(self.layers)
-        rate, step = self.stage.window_dropout, self.state.global_step
-        drawn = window_dropout.draws(rate, len(self.layers), self.seed, step)
-        return [able and off for able, off in zip(self.droppable, drawn, strict=True)]
 
     def where_not_finite(self, values: list[float]) -> str:
         bad = [

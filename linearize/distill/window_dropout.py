@@ -1,4 +1,4 @@
-"""Window dropout in attention transfer: now and then the recurrent branch learns the whole output by itself.
+"""Window dropout: now and then the recurrent branch has to give the whole output by itself.
 
 Next to a window that already gives most of the output, transfer leaves the recurrent branch what is left over, and
 it stays nearly idle (the audit of arXiv 2510.05901: without the linear branch LoLCATs scores as before). With the
@@ -7,11 +7,15 @@ window off for a draw, the loss compares the recurrent branch alone with the tea
 A branch that sees only what has left the window sees nothing at the start of a document; queries there have no loss
 in that draw. To a query that sees something, the target is still the full output: the branch cannot know the window's
 keys, and learns the best that older ones allow. With `window.overlap: true` it sees every key.
+
+In stages of the whole model the drawn layers run without their window in that step (scheduled sliding-window dropout,
+arXiv 2510.05901), which needs that overlap: no loss there can leave out a query of one layer. How often may change
+over a stage: much at first, when the window would do all the work, and less later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,6 +53,24 @@ def draws(rate: float, layers: int, seed: int, step: int) -> list[bool]:
     Layers that cannot (`check`) are drawn for too, so that the others' draws do not depend on them.
     """
     return (np.random.default_rng([seed, step, 0]).random(layers) < rate).tolist()
+
+
+@contextmanager
+def windows_off(layers: Iterable[Any], off: Sequence[bool]) -> Iterator[None]:
+    """Inside, drawn layers run without their window, forward and backward.
+
+    Args:
+        layers: converted ones with both branches.
+        off: whether each is drawn.
+    """
+    drawn = [layer.mixer for layer, is_off in zip(layers, off, strict=True) if is_off]
+    try:
+        for mixer in drawn:
+            mixer.branch_off = "window"
+        yield
+    finally:
+        for mixer in drawn:
+            mixer.branch_off = None
 
 
 @contextmanager

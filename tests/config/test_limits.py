@@ -18,7 +18,9 @@ from linearize.mixers.options import limits_of
 
 ABSURD = [math.nan, math.inf, -math.inf, -1, 10**18, 1e308, -1e308, 10**400, "9" * 5000, "1e999", 1e-300]
 CLASSES = [
-    value for value in vars(schema).values() if isinstance(value, type) and dataclasses.is_dataclass(value)
+    value
+    for value in vars(schema).values()
+    if isinstance(value, type) and dataclasses.is_dataclass(value) and value.__module__ == schema.__name__
 ]
 
 
@@ -54,6 +56,9 @@ def test_the_walk_finds_what_there_is():
 @pytest.mark.parametrize(("cls", "field"), FIELDS, ids=lambda x: getattr(x, "__name__", x))
 def test_every_number_of_the_schema_has_a_range_and_keeps_absurd_ones_out(cls, field):
     limits = rules.RULES[cls][field]
+    assert (field in rules.OVER_STAGE.get(cls, {})) == (
+        list[typing.Any] in typing.get_args(typing.get_type_hints(cls)[field])
+    )
     assert -(10**16) < limits.low <= limits.high < 10**16
     for value in ABSURD:
         problems: list[str] = []

@@ -52,12 +52,12 @@ def test_stage_options_survive_their_own_yaml(tmp_path):
         (["stages.recover.lr_mixers=1e-3"], "stages.recover.lr_mixers: the mixers do not train"),
         (["stages.transfer.lr_mixers=0"], "stages.transfer.lr_mixers: must be above 0"),
         (
-            ["stages.transfer.window_dropout=1"],
-            "stages.transfer.window_dropout: must be at least 0 and below 1",
+            ["stages.transfer.window_dropout=1.5"],
+            "stages.transfer.window_dropout: must be at least 0 and at most 1",
         ),
         (
             ["stages.recover.window_dropout=0.5"],
-            "window_dropout: is for objectives per layer (attention_output, ",
+            "stages.recover.window_dropout: without its window this mixer sees nothing at the start of a document",
         ),
         (["stages.transfer.window_dropout=0.5", "mixer.window=none"], "the mixer has no window"),
         (

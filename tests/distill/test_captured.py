@@ -12,7 +12,8 @@ from torch import nn
 
 from linearize.bench.steps import RandomText
 from linearize.bench.subjects import convert, random_model, subjects
-from linearize.config.schema import LoraConfig, RunConfig, StageConfig
+from linearize.config.schema import LoraConfig, RunConfig, StageConfig, StageDataConfig
+from linearize.distill import captured as captured_module
 from linearize.distill import stages
 from linearize.distill.captured import WARM_UP, Captured
 from linearize.recording import record
@@ -33,7 +34,7 @@ def trained(folder: Path, recipe: str, stage: str, steps: int, *, capture: bool,
     torch.manual_seed(0)
     model = convert(random_model("cuda", torch.float32, "tiny", **SIZES), recipe)
     setting = StageConfig(
-        **{**STAGES[stage], **more}, tokens=steps * 4 * LENGTH, batch_size=4, micro_batch=2, log_every=1,
+        **{"batch_size": 4, "micro_batch": 2, **STAGES[stage], **more}, tokens=steps * 4 * LENGTH, log_every=1,
         save_every=resume_at or 10_000,
     )  # fmt: skip
     run = RunConfig(device="cuda", capture=capture)
@@ -108,6 +109,26 @@ def test_over_fifty_steps(stage, checkpointing, tmp_path):
 
 @pytest.mark.gpu
 @CUDA
+def test_a_stage_that_changes(tmp_path, caplog):
+    """Length, batch and window dropout over a stage: recorded anew with each shape, but where layers are drawn."""
+    more = {
+        "batch_size": [[0, 2], [10, 4]], "data": StageDataConfig(length=[[0, 48], [20, 96]]), "micro_batch": 2,
+        "window_dropout": [[0, 0.0], [30, 0.5], [40, 1.0]],
+    }  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        eager = trained(tmp_path / "eager", "lolcats", "transfer", 50, capture=False, **more)
+        recorded = trained(
+            tmp_path / "recorded", "lolcats", "transfer", 50, capture=True, resume_at=35, **more
+        )
+    same(eager, recorded)
+    assert recorded[2].graph is not None, recorded[2].obstacle
+    assert caplog.text.count("recorded anew") >= 1 and caplog.text.count("window_dropout draws") == 1
+    again = trained(tmp_path / "recorded", "lolcats", "transfer", 50, capture=True, resume_at=35, **more)
+    same((recorded[0][35:], recorded[1]), again)
+
+
+@pytest.mark.gpu
+@CUDA
 def test_what_cannot_be_recorded_goes_on(caplog):
     """A look at the device inside; the step that was to be recorded counts once."""
     weight = nn.Parameter(torch.ones(3, device="cuda"))
@@ -166,3 +187,77 @@ def test_without_a_gpu_a_step_is_what_it_was():
     captured = Captured([], "probe", obstacle="not asked for")
     captured(lambda batch, count: seen.append((batch, count)) or torch.ones(1), {"x": 1}, None)
     assert seen == [({"x": 1}, None)] and captured.graph is None
+
+
+@pytest.fixture
+def on_paper(monkeypatch):
+    """Recordings without a device: a graph that computes anew, into the tensor that the recording gave."""
+
+    class Graph:
+        def __init__(self, call):
+            self.call, self.losses = call, torch.zeros(1)
+
+        def replay(self):
+            self.losses.copy_(self.call())
+
+    def fake(call):
+        graph = Graph(call)
+        return graph, graph.losses
+
+    def aside(self, run, batch, count):
+        losses = run(batch, count)
+        self._receivers = [p for p in self.parameters if p.grad is not None]
+        return losses
+
+    monkeypatch.setattr(captured_module, "record", fake)
+    monkeypatch.setattr(Captured, "_aside", aside)
+
+
+def test_steps_that_change_are_recorded_anew(on_paper, caplog):
+    """Other shapes or another kind of step, for good: first one by one, then recorded; single ones leave it alone."""
+    weight = nn.Parameter(torch.ones(3))
+    seen = []
+
+    def run(batch, count):
+        loss = (weight * batch["x"]).sum()
+        loss.backward()
+        seen.append(tuple(batch["x"].shape))
+        return loss.detach()[None]
+
+    captured = Captured([weight], "probe")
+    kinds = [(1, 0), (2, 0), (1, 0), (2, 0), (2, 0), (2, 1)]
+    turns = [6, 6, 1, 2, 3, 6]
+    graphs = []
+    with caplog.at_level(logging.INFO):
+        for (rows, kind), times in zip(kinds, turns, strict=True):
+            for turn in range(times):
+                x = torch.full((rows, 3), float(turn))
+                weight.grad = None
+                losses = captured(run, {"x": x}, None, kind)
+                assert losses.item() == 3 * rows * turn
+                assert torch.equal(weight.grad, torch.full((3,), float(rows * turn)))
+            graphs.append(captured.graph)
+    assert graphs[0] is not None and graphs[1] not in (None, graphs[0])
+    assert graphs[1] is graphs[2] is graphs[3] is graphs[4] and graphs[5] not in (None, graphs[4])
+    assert caplog.text.count("stage 'probe': its steps have changed; they are recorded anew") == 2
+
+
+def test_steps_that_are_not_to_be_recorded_say_so_once(on_paper, caplog):
+    weight = nn.Parameter(torch.ones(3))
+
+    def run(batch, count):
+        (weight * batch["x"]).sum().backward()
+        return torch.ones(1)
+
+    captured = Captured([weight], "probe")
+    with caplog.at_level(logging.INFO):
+        for _ in range(WARM_UP + 1):
+            captured(run, {"x": torch.ones(3)}, None)
+        recorded = captured.graph
+        for _ in range(2):
+            captured.aside(
+                run, {"x": torch.ones(3)}, None, "window_dropout draws other layers for each batch"
+            )
+    assert recorded is not None and captured.graph is recorded
+    assert caplog.text.count("without a CUDA graph where window_dropout draws") == 1
+    assert torch.equal(weight.grad, torch.full((3,), WARM_UP + 3.0))

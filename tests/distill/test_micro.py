@@ -70,16 +70,19 @@ def recipe(make_recipe: Callable[..., Recipe]) -> Recipe:
 def test_sizes() -> None:
     assert [divisor(12, most) for most in (12, 11, 6, 5, 1, 0)] == [12, 6, 6, 4, 1, 1]
     for setting, device, size in (("auto", CUDA, 96), ("auto", CPU, 8), (32, CPU, 32)):
-        assert MicroBatch(StageConfig(batch_size=96, micro_batch=setting), "s", 1024, device).size == size
+        assert (
+            MicroBatch(StageConfig(batch_size=96, micro_batch=setting), "s", [(96, 1024)], device).size
+            == size
+        )
     for length, size in ((2048, 48), (65_536, 2), (1 << 20, 1)):
-        assert MicroBatch(StageConfig(batch_size=96), "s", length, CUDA).size == size
+        assert MicroBatch(StageConfig(batch_size=96), "s", [(96, length)], CUDA).size == size
     assert Fitting("auto", length=65_536).most == 2
-    found = MicroBatch(StageConfig(batch_size=96), "s", 1024, CUDA)
+    found = MicroBatch(StageConfig(batch_size=96), "s", [(96, 1024)], CUDA)
     for saved, size in ((None, 96), ("x", 96), (7, 96), (24, 24), (48, 24)):
-        found.remember(saved)
+        found.remember({"96x1024": saved})
         assert found.size == size
-    fixed = MicroBatch(StageConfig(batch_size=96, micro_batch=32), "s", 1024, CUDA)
-    fixed.remember(8)
+    fixed = MicroBatch(StageConfig(batch_size=96, micro_batch=32), "s", [(96, 1024)], CUDA)
+    fixed.remember({"96x1024": 8})
     assert fixed.size == 32
 
 

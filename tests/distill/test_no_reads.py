@@ -100,6 +100,19 @@ def test_of_every_recipe(name, triton, monkeypatch):
         assert loss.shape == () and all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["lolcats", "gated_delta_window"])
+def test_of_steps_without_any_window(name, monkeypatch):
+    """As `window_dropout` has them where its rate is one."""
+    model = convert(random_model("cpu", torch.bfloat16, "tiny", **SIZES), name)
+    with on_paper(monkeypatch, True), ExitStack() as stack:
+        to_paper(model)
+        stack.enter_context(surgery.trusting(model))
+        stack.enter_context(OnDevice())
+        off = [True] * len(surgery.converted(model))
+        losses = transfer_step(model, packed(), {"attention_output": 1.0}, window_off=off)
+        assert losses.shape == (len(off),)
+
+
 def test_a_mask_that_is_not_trusted_is_looked_at(monkeypatch):
     model = convert(random_model("cpu", torch.bfloat16, "tiny", **SIZES), "lolcats")
     with on_paper(monkeypatch, triton=False), pytest.raises(DataDependentOutputException):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from linearize import data, distill
 from linearize.config.schema import DataConfig, LoraConfig, Recipe, StageConfig, StageDataConfig
+from linearize.data.continuations import pair
 from linearize.distill.preference import pairs
 from linearize.errors import DataError
 
@@ -205,3 +207,28 @@ def test_resume_is_exact(
         load_file(folder / "stage-1-dpo" / "final.safetensors") for folder in (tmp_path / "whole", out)
     )
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_pairs_of_the_packaged_text(tmp_path: Path) -> None:
+    """A sentence, what follows it, and what does not; none out of a chat's markup."""
+    config = DataConfig(source="builtin", template="preference", length=700)
+    made = byte_tokenizer()
+    made.chat_template = None
+    found = pairs(made, config, tokens=20 * 700, seed=0)
+    assert len(found) == 20 and len({tuple(prompt) for prompt, _, _ in found.pairs}) == 20
+    for document in itertools.islice(data.load_texts("builtin", template="preference", seed=0), 50):
+        (prompt, asked), (chosen, right), (rejected, wrong) = document.parts
+        assert (asked, right, wrong) == (False, True, True)
+        assert chosen != rejected and "<|" not in document.text and prompt[-1] in ".!?"
+
+
+def test_sentences_that_follow_and_that_do_not() -> None:
+    text = "Too short. The first of the sentences stands here. The second one follows upon it! Nothing "
+    document = pair(text + "in between counts here at all? And the last of them is far away.")
+    assert document is not None
+    assert [part for part, _ in document.parts] == [
+        "The first of the sentences stands here.",
+        " The second one follows upon it!",
+        " And the last of them is far away.",
+    ]
+    assert pair("One sentence that is all there is. Two of them are no pair at all.") is None

@@ -6,47 +6,16 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from interrupted import at_step, press_ctrl_c
+from interrupted import Crash, at_step, crash, finals, losses, press_ctrl_c
 from safetensors.torch import load_file
 
 from linearize import distill
 from linearize.config.schema import Recipe, StageConfig, StageDataConfig
 from linearize.distill import checkpoint
 from linearize.errors import CheckpointError
-
-
-class Crash(Exception):
-    """Stands for a power cut: nothing of ours catches it."""
-
-
-def crash() -> None:
-    raise Crash
-
-
-def losses(out: Path) -> list[tuple[Any, ...]]:
-    """Every line of metrics.jsonl but for its speed; floats survive JSON bit for bit."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [
-        (
-            x["stage"],
-            x["step"],
-            x["tokens"],
-            x["loss"],
-            x["lr"],
-            x["grad_norm"],
-            x.get("layers"),
-            x.get("lr_mixers"),
-        )
-        for x in lines
-    ]
-
-
-def finals(out: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {path.parent.name: load_file(path) for path in sorted(out.glob("stage-*/final.safetensors"))}
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,34 +17,10 @@ from linearize import objectives, progress, surgery
 from linearize.config.schema import LoraConfig, RunConfig, StageConfig
 from linearize.distill import continuing
 from linearize.distill.finetune import FinetuneTrainer
-from linearize.distill.optimizer import Schedule, build_optimizer
-from linearize.distill.stage import Budget, Cycled, StageTrainer
+from linearize.distill.optimizer import build_optimizer
+from linearize.distill.stage import StageTrainer
 from linearize.distill.trainable import prepare, trained
 from linearize.distill.transfer import TransferTrainer
-
-
-def test_budget() -> None:
-    assert Budget.of(StageConfig(tokens=1000, batch_size=6), 10) == Budget(16, 60, 96)
-    assert Budget.of(StageConfig(tokens=1, batch_size=2), 10).steps == 1
-
-
-def test_schedule_warms_up_and_ends_at_its_minimum() -> None:
-    schedule = Schedule(warmup_ratio=0.1, min_lr_ratio=0.2, steps=100)
-    values = [schedule(step) for step in range(100)]
-    assert values[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
-    assert values[10] == 1.0
-    assert values[99] == pytest.approx(0.2)
-    assert all(a > b for a, b in itertools.pairwise(values[10:]))
-    assert Schedule(0.0, 0.1, 1)(0) == 1.0
-
-
-def test_cycled_is_a_function_of_the_index() -> None:
-    cycled = Cycled([{"x": torch.tensor(i)} for i in range(5)], 15, seed=3)
-    values = [int(cycled[i]["x"]) for i in range(15)]
-    assert values[:5] == [0, 1, 2, 3, 4]
-    assert sorted(values[5:10]) == sorted(values[10:]) == [0, 1, 2, 3, 4]
-    assert values[5:10] != values[10:]
-    assert [int(cycled[i]["x"]) for i in reversed(range(15))] == values[::-1]
 
 
 def test_weight_decay_spares_vectors() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from linearize import objectives, surgery
 from linearize.config.schema import RunConfig, StageConfig
 from linearize.distill import transfer
+from linearize.distill.finetune import FinetuneTrainer
 from linearize.distill.trainable import prepare, trained
 from linearize.distill.transfer import TransferTrainer, transfer_step
 from linearize.distill.window_dropout import draws, sees_without_window, window_off
@@ -172,13 +174,85 @@ def test_every_step_draws_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         window_dropout=0.5,
     )
     trainer(stage, tiny.LOLCATS, tmp_path).train()
-    assert asked == [(0.5, 4, 7, step) for step in range(3) for _ in range(2)]
+    assert asked == [(0.5, 4, 7, step) for step in range(3)]
 
 
-def trainer(stage: StageConfig, mixer: dict[str, Any], folder: Path) -> TransferTrainer:
+def test_a_schedule_of_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step draws at its part's rate; every window off is a stage of the recurrent branch alone."""
+    asked = []
+    monkeypatch.setattr(
+        transfer.window_dropout, "draws", lambda *given: asked.append(given[0]) or draws(*given)
+    )
+    stage = StageConfig(
+        objective={"attention_output": 1.0}, tokens=6 * 4 * 32, batch_size=4, window_dropout=[1.0, 0.25, 0.0]
+    )  # fmt: skip
+    made = trainer(stage, tiny.LOLCATS, tmp_path)
+    before = [layer.mixer.combine.window_factor.clone() for layer in surgery.converted(made.trained_model)]
+    seen: list[Any] = []
+    step = TransferTrainer.micro_step
+
+    def micro_step(self: TransferTrainer, *given: Any) -> Tensor:
+        seen.append(list(self.off))
+        if len(seen) == 3:
+            factors = [layer.mixer.combine.window_factor for layer in surgery.converted(self.trained_model)]
+            assert all(map(torch.equal, factors, before))
+        return step(self, *given)
+
+    monkeypatch.setattr(TransferTrainer, "micro_step", micro_step)
+    made.train()
+    assert asked == [1.0, 1.0, 0.25, 0.25, 0.0, 0.0]
+    assert seen[:2] == 2 * [4 * [True]] and seen[4:] == 2 * [4 * [False]]
+
+
+OVERLAP: dict[str, Any] = {
+    **LINEAR,
+    "window": {"name": "sliding", "size": 6, "overlap": True},
+    "combine": {"name": "shared_normalizer", "window_weight_init": 0.5},
+}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_whole_models_run_without_the_drawn_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """Loss and gradients are those of a model whose mixers have no window, and the teacher has no mixers."""
+    stage = StageConfig(
+        objective={"next_token": 1.0, "logits_kl": 1.0}, train=["all"], tokens=4 * 32, batch_size=4,
+        window_dropout=1.0,
+    )  # fmt: skip
+    found: dict[str, Any] = {}
+    for kind, mixer in (("dropped", OVERLAP), ("alone", LINEAR)):
+        torch.manual_seed(0)
+        model = prepare(surgery.convert(tiny.model(), mixer, "all"), stage)
+        for layer in surgery.converted(model):
+            tiny.randomize([layer.mixer.feature_map])
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        rates = stage if kind == "dropped" else replace(stage, window_dropout=0.0)
+        made = trainer(rates, mixer, tmp_path / kind, model=model, kind=FinetuneTrainer)
+        made._clip_grad_norm = lambda model, made=made: (
+            found.setdefault(  # type: ignore[method-assign]
+                made, {n: p.grad.clone() for n, p in made.parameters.items() if p.grad is not None}
+            )
+            and torch.tensor(1.0)
+        )
+        made._maybe_log_save_evaluate = lambda *given, **named: None
+        made.train()
+        found[kind] = found[made]
+        assert all(layer.mixer.branch_off is None for layer in surgery.converted(model))
+    names = {name for name in found["dropped"] if "combine" not in name}
+    assert names == set(found["alone"]) and any("feature_map" in name for name in names)
+    for name in names:
+        torch.testing.assert_close(found["dropped"][name], found["alone"][name], rtol=1e-4, atol=1e-6)
+
+
+def trainer(
+    stage: StageConfig, mixer: dict[str, Any], folder: Path, *, model: Any = None, kind: Any = TransferTrainer
+) -> Any:
     ids = tiny.tokens(batch=4, length=32)
-    return TransferTrainer(
-        prepare(surgery.convert(tiny.model(), mixer, "all"), stage),
+    return kind(
+        prepare(surgery.convert(tiny.model(), mixer, "all"), stage) if model is None else model,
         name="stage",
         stage=stage,
         run=RunConfig(device="cpu"),

@@ -18,6 +18,11 @@ MIXERS = {
         "feature_map": {"name": "identity"}, "gate": {"name": "mamba2"}, "update": {"name": "delta"},
         "normalizer": {"name": "none"}, "window": WINDOW, "combine": {"name": "sigmoid", "per": "token"},
     },
+    "gdn2": {
+        "short_conv": {"name": "depthwise", "roles": "qkv"}, "feature_map": {"name": "identity"},
+        "gate": {"name": "kda", "rank": 3}, "update": {"name": "gdn2"}, "normalizer": {"name": "none"},
+        "output": {"name": "gated_norm", "rank": 3},
+    },
     "liger": {
         "feature_map": {"name": "softmax_dim"}, "gate": {"name": "key_pool"}, "normalizer": {"name": "none"},
         "window": WINDOW, "combine": {"name": "weighted"},

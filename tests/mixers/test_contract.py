@@ -180,7 +180,8 @@ def test_weights_reproduce_the_output(mixer):
     weights = made.parallel(x.q, x.k, None, rows=slice(10, 25), **context)
     convolved = made.recurrent is not None and made.recurrent.short_conv is not None
     normed = made.recurrent is not None and type(made.recurrent.normalizer).__name__ == "GroupNorm"
-    if made.output is not None or normed or convolved:
+    by_dim = type(made.update).__name__ == "GatedDelta2"
+    if made.output is not None or normed or convolved or by_dim:
         assert weights.shape == (2, 15, shape.heads, 30)
         return
     wide = x.v.repeat_interleave(shape.group, dim=2)

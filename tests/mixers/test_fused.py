@@ -39,6 +39,10 @@ MIXERS: dict[str, dict] = {
         "normalizer": {"name": "none"}, "window": {**SLIDING, "first": 3, "overlap": True},
         "combine": {"name": "sigmoid", "per": "token"},
     },
+    "block": {
+        "feature_map": {"name": "elu"}, "window": {"name": "block", "size": 16}, "combine": {"name": "sum"},
+    },
+    "block alone": {"window": {"name": "block", "size": 16, "sinks": "learned"}},
     "terraced parts": {
         "feature_map": {"name": "elu"}, "window": {"name": "terraced", "size": 16, "first": 2},
     },
@@ -55,8 +59,12 @@ MIXERS: dict[str, dict] = {
     "linear": {"feature_map": {"name": "elu"}},
     "delta": {"feature_map": {"name": "identity"}, "update": {"name": "delta"}, "normalizer": {"name": "none"}},
     "kda": {
-        "feature_map": {"name": "identity"}, "update": {"name": "delta"}, "gate": LOW_RANK,
+        "feature_map": {"name": "identity"}, "update": {"name": "delta"}, "gate": {"name": "kda", "rank": 3},
         "normalizer": {"name": "group_norm", "kind": "rms"},
+    },
+    "gdn2": {
+        "feature_map": {"name": "identity"}, "update": {"name": "gdn2"}, "gate": {"name": "kda", "rank": 3},
+        "normalizer": {"name": "none"}, "output": {"name": "gated_norm", "rank": 3},
     },
     "slots": {
         "feature_map": {"name": "softmax_dim"}, "update": {"name": "slots", "slots": 16}, "gate": {"name": "key_pool"},

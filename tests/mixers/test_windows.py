@@ -119,6 +119,29 @@ def test_overlap_hands_on_every_key_at_once(window, near):
     same(steps(made, q, k, v), expected)
 
 
+@pytest.mark.parametrize("limit", [None, 3], ids=["all", "teacher_slides"])
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.parametrize("recurrent", [True, False], ids=["hybrid", "window_only"])
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_block_is_all_that_its_queries_see(size, recurrent, first, limit):
+    shape = LayerShape(HEADS, 2, WIDTH, WIDTH, WIDTH**-0.5, sliding_window=limit)
+    made = mixer(shape, name="block", size=size, first=first, sinks="learned", recurrent=recurrent)
+
+    def near(n: int) -> list[int]:
+        own = [i for i in range(n // size * size, n + 1) if limit is None or i > n - limit]
+        return sorted({*own, *range(min(made.window.first, n + 1))})
+
+    q, k, v = draw(27)
+    expected = loop(made, q, k, v, near, lambda n: range(n + 1))
+    same(made.parallel(q, k, v), expected)
+    same(made.chunked(q, k, v), expected)
+    same(steps(made, q, k, v), expected)
+    with torch.no_grad():
+        state = made.initial_state(1, torch.float64, q.device)
+        parts = [made.chunked(*(x[:, a:b] for x in (q, k, v)), state=state) for a, b in ((0, 8), (8, 27))]
+    same(torch.cat(parts, 1), expected)
+
+
 @geometries
 @pytest.mark.parametrize("overlap", [False, True], ids=["apart", "overlap"])
 def test_outputs_do_not_depend_on_how_many_tokens_follow(window, near, overlap):
@@ -272,6 +295,7 @@ def test_pinned_tokens_take_fixed_room_in_the_state():
         ({"name": "terraced", "size": -1}, "size: must be at least 1"),
         ({"name": "sliding", "first": -2}, "first: must be at least 0"),
         ({"name": "terraced", "sinks": "some"}, "'some' is not one of none, learned"),
+        ({"name": "block", "overlap": False}, "overlap: false has no meaning with blocks"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

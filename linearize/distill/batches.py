@@ -1,0 +1,80 @@
+"""A stage's batches: each a function of its step, so that a resumed run goes on with the next one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from linearize.config.course import Course
+from linearize.data.packing import IGNORED
+
+
+class Batches(Dataset):
+    """All sequences of each optimizer step, from a data set that is read in order and reshuffled on every further pass.
+
+    Where a stage's length changes, sequences are packed into its longest and cut where a step takes shorter ones; a
+    phase begins with a whole sequence.
+
+    Args:
+        dataset: sequences, each a dictionary of tensors [T] or scalars; those that are cut are packed ones.
+        course: the stage's steps.
+        seed: of the further passes.
+    """
+
+    def __init__(self, dataset: Any, course: Course, seed: int) -> None:
+        self.dataset = dataset
+        self.course = course
+        self.seed = seed
+        self._orders: dict[int, list[int]] = {}
+        self._firsts = firsts(course)
+
+    def __len__(self) -> int:
+        return self.course.steps
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        """Tensors [B, T] of the step's batch."""
+        phase = self.course.phase(step)
+        first = self._firsts[self.course.phases.index(phase)]
+        pieces = self.course.longest // phase.length
+        items = []
+        for number in range((step - phase.first) * phase.batch, (step - phase.first + 1) * phase.batch):
+            item = self._sequence(first + number // pieces)
+            items.append(item if pieces == 1 else cut(item, number % pieces * phase.length, phase.length))
+        return {key: torch.stack([torch.as_tensor(item[key]) for item in items]) for key in items[0]}
+
+    def _sequence(self, index: int) -> dict[str, Tensor]:
+        turn, place = divmod(index, len(self.dataset))
+        if turn == 0:
+            return self.dataset[place]
+        if turn not in self._orders:
+            generator = torch.Generator().manual_seed(self.seed + turn)
+            self._orders = {turn: torch.randperm(len(self.dataset), generator=generator).tolist()}
+        return self.dataset[self._orders[turn][place]]
+
+
+def firsts(course: Course) -> list[int]:
+    """Number of the packed sequence that each phase begins with, and behind them how many there are in all."""
+    found = [0]
+    for phase in course.phases:
+        found.append(found[-1] - (-phase.steps * phase.step_tokens // course.longest))
+    return found
+
+
+def cut(item: dict[str, Tensor], first: int, length: int) -> dict[str, Tensor]:
+    """A stretch of a packed sequence as a sequence of its own: nothing comes before its first token.
+
+    Args:
+        item: input_ids, position_ids, labels, each [T].
+        first: token that it begins with.
+        length: tokens.
+    """
+    piece = {key: value[first : first + length] for key, value in item.items()}
+    positions, labels = piece["position_ids"].clone(), piece["labels"].clone()
+    begins = (positions == 0).nonzero()
+    own = int(begins[0]) if len(begins) else length
+    positions[:own] -= positions[0].clone()
+    labels[0] = IGNORED
+    return {**piece, "position_ids": positions, "labels": labels}

@@ -1,0 +1,54 @@
+"""A norm of each head's output under a low-rank sigmoid gate (Kimi Team 2025, arXiv 2510.26692, section 4)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from linearize.mixers.base import LayerShape, Part, fill, wide
+from linearize.mixers.low_rank import LowRank
+from linearize.mixers.options import WIDEST, number
+from linearize.mixers.output import OUTPUTS, Output
+
+
+@OUTPUTS.register("gated_norm")
+class GatedNorm(Output):
+    """y / rms(y) * scale * sigmoid(base + x W1 W2), scale and base [H, V].
+
+    W1 = 0 at the start: the gate is sigmoid(bias) for every token, and the scale makes up for it, so that the output
+    has the rms `start`. Published layers have one scale [V] for all heads.
+
+    Limitations: as `norm`, the size of the mixer's output carries nothing.
+    """
+
+    EPSILON = 1e-5
+    uses_hidden = True
+
+    @dataclass
+    class Config(Part.Config):
+        rank: int = number(64, least=1, most=WIDEST)
+        """Width between W1 [D, rank] and W2 [rank, H V]; published: the head's width."""
+        start: float = number(1.0, above=0)
+        """The output's rms at the start; means of values are small, so teachers' outputs have one of 0.03 to 0.5."""
+        bias: float = number(0.0, least=-50, most=50)
+        """base at the start: 0 opens the gate by half."""
+
+    def __init__(self, config: Config, shape: LayerShape) -> None:
+        super().__init__(config, shape)
+        self.config = config
+        self.gate = LowRank(shape.hidden_dim(), config.rank, shape.heads, shape.value_dim, tanh=False)
+        self.scale = nn.Parameter(torch.empty(shape.heads, shape.value_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.gate.start(self.config.bias)
+        fill(self.scale, self.config.start * (1 + math.exp(-self.config.bias)))
+
+    def forward(self, y: Tensor, hidden: Tensor | None) -> Tensor:
+        assert hidden is not None
+        y = wide(y)
+        y = y * (y.square().mean(-1, keepdim=True) + self.EPSILON).rsqrt()
+        return y * self.scale.to(y.dtype) * self.gate(hidden).sigmoid()
