@@ -122,7 +122,7 @@ def schedules(metrics: Metrics, path: Path) -> Path | None:
             if not own:
                 panel.set_visible(False)
                 continue
-            _clean(panel)
+            clean(panel)
             at = [line.get("tokens", 0) for line in own]
             drawn = "default" if name in RATES else "steps-pre"
             panel.plot(at, [line[name] for line in own], color=color, lw=1.6, drawstyle=drawn)
@@ -132,7 +132,7 @@ def schedules(metrics: Metrics, path: Path) -> Path | None:
             panel.set_ylim(bottom=0)
             panel.xaxis.set_major_locator(MaxNLocator(4))
             panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def perplexity_bars(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:

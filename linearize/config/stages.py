@@ -191,7 +191,7 @@ def _window_dropout(path: str, stage: StageConfig, recipe: Recipe) -> list[str]:
         return []
     from linearize import mixers, objectives  # late: see _objective
 
-    found = []
+    found: list[str] = []
     if layers.problems(recipe.layers, recipe.mixers) or variants.form_problems(recipe.mixers):
         return found
     given = variants.given(recipe.mixer, recipe.mixers, recipe.layers)

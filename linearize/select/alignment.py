@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from linearize import data, objectives, surgery
+from linearize.config.course import Course
 from linearize.config.schema import Recipe, StageConfig, StageDataConfig
 from linearize.distill import stages
 from linearize.distill.checkpoint import remove
-from linearize.distill.stage import Budget
 from linearize.distill.stages import StagePlace
 from linearize.errors import CheckpointError
 
@@ -50,7 +50,7 @@ def dataset(recipe: Recipe, stage: StageConfig, tokenizer: Any) -> Any:
         DataError: as `data.packed`.
     """
     text = recipe.data.of(stage)
-    return data.packed(tokenizer, text, tokens=Budget.of(stage, text.length).tokens, seed=recipe.run.seed + 1)
+    return data.packed(tokenizer, text, tokens=Course.of(stage, text.length).tokens, seed=recipe.run.seed + 1)
 
 
 def align(
