@@ -11,9 +11,9 @@ import torch
 from linearize import cli
 from linearize.bench import recipes, whole
 from linearize.bench.subjects import (
-    COMPOSITIONS,
     SHAPES,
     TEACHER,
+    VARIANTS,
     chosen,
     convert,
     layers_of_each,
@@ -137,13 +137,13 @@ def test_a_lower_ratio_is_slower_and_a_missing_batch_has_the_teachers_largest():
 
 
 def test_names_of_subjects_and_shapes():
-    assert {"lolcats", "softmax", *COMPOSITIONS} <= set(subjects()) and "base" not in subjects()
+    assert {"lolcats", "softmax", *VARIANTS} <= set(subjects()) and "base" not in subjects()
     assert chosen([]) == chosen(["all"]) == subjects() and chosen(["lolcats", TEACHER]) == ["lolcats"]
     with pytest.raises(LinearizeError, match="did you mean 'lolcats'"):
         chosen(["lolcat"])
     with pytest.raises(LinearizeError, match="did you mean 'llama-3-8b'"):
         random_model("meta", torch.float32, "llama3-8b")
-    assert all(check(mixers_of(name)[0]) == [] for name in COMPOSITIONS)
+    assert all(check(mixers_of(name)[0]) == [] for name in VARIANTS)
     sizes = {name: random_model("meta", torch.bfloat16, name).num_parameters() / 1e9 for name in SHAPES}
     assert {name: round(size, 2) for name, size in sizes.items()} == {
         "smollm2-135m": 0.13, "llama-3.2-1b": 1.24, "llama-3-8b": 8.03, "tiny": 0.0,

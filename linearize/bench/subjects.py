@@ -44,28 +44,17 @@ RANDOM = "random"
 """Instead of a model: a known shape with random weights, which is no faster and no slower."""
 TEACHER = "teacher"
 """The softmax model itself, in the place of a recipe's name."""
-GATED_DELTA_WINDOW: dict[str, Any] = {
-    "feature_map": {"name": "identity", "l2_normalize": True},
-    "gate": {"name": "mamba2"},
-    "update": {"name": "delta"},
-    "normalizer": {"name": "none"},
-    "window": {"name": "sliding", "size": 64, "first": 4, "overlap": True},
-    "combine": {"name": "sigmoid", "per": "head"},
-    "position": {"name": "rope", "recurrent": False},
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gated_delta_window_token": ("gated_delta_window", {"combine": {"name": "sigmoid", "per": "token"}}),
 }
-"""The gated delta rule over everything beside a window with pinned first tokens, by a learned share of each."""
-COMPOSITIONS: dict[str, dict[str, Any]] = {
-    "gated_delta_window": GATED_DELTA_WINDOW,
-    "gated_delta_window_token": {**GATED_DELTA_WINDOW, "combine": {"name": "sigmoid", "per": "token"}},
-}
-"""Mixers of no recipe that are measured beside those of the recipes."""
+"""Mixers that are measured beside those of the recipes: name -> a recipe, and the parts that differ."""
 
 
 def subjects() -> list[str]:
-    """Names of the shipped recipes and of `COMPOSITIONS`."""
+    """Names of the shipped recipes and of `VARIANTS`."""
     from linearize.config.compose import list_recipes
 
-    return [*(name for name, _ in list_recipes()), *COMPOSITIONS]
+    return [*(name for name, _ in list_recipes()), *VARIANTS]
 
 
 def chosen(names: Sequence[str]) -> list[str]:
@@ -84,12 +73,11 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 def mixers_of(name: str) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """A subject's `mixer`, `layers` and `mixers`, as `surgery.convert` takes them."""
-    if name in COMPOSITIONS:
-        return COMPOSITIONS[name], "all", {}
     from linearize.config import compose
 
-    found = compose(name)
-    return found.mixer, found.layers, found.mixers
+    recipe, parts = VARIANTS.get(name, (name, {}))
+    found = compose(recipe)
+    return {**found.mixer, **parts}, found.layers, found.mixers
 
 
 def layers_of_each(name: str) -> int:

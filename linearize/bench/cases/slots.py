@@ -32,7 +32,7 @@ def _case(shape: Shape) -> Case:
     def build(inputs: Tensors) -> Call:
         slots_chunk = ours("slots", "slots_chunk")
         q, k, v, log_decay = (inputs[name] for name in ("q", "k", "v", "log_decay"))
-        size = (shape.batch, shape.heads)
+        size = (len(q), shape.heads)
         state = (
             torch.zeros(*size, shape.dim, SLOTS, device=q.device),
             torch.zeros(*size, SLOTS, shape.dim, device=q.device),
