@@ -144,11 +144,14 @@ def assign(layers: Any, indices: Sequence[int], names: Collection[str] = ()) -> 
 
 
 def idle(layers: Any, count: int, names: Collection[str] = ()) -> list[str]:
-    """Rules that reach no layer of a model of `count` attention layers, each as "key: value"; they do no harm."""
+    """A sentence for each rule that reaches no layer of a model of `count` attention layers; they do no harm."""
     said, found = _read(layers, names)
-    return [] if found else [
-        f"{path}.every: {where.every}" for path, _, where in said.rules if where.every > count
-    ]  # fmt: skip
+    return [
+        f"{path}.every: {where.every}, but the model has {count} attention layers, so none "
+        f"{'stays softmax' if name == SOFTMAX else f'gets {name}'}"
+        for path, name, where in ([] if found else said.rules)
+        if where.every > count
+    ]
 
 
 def used(layers: Any, names: Collection[str] = ()) -> list[str]:

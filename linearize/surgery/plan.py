@@ -212,8 +212,8 @@ def plan(
     with collected(wrong):
         given = assign(layers, list(given), list(mixers or {}))
     if next(model.parameters()).is_meta:  # a run plans again on loaded weights, and says it once
-        for rule in idle(layers, len(found), list(mixers or {})):
-            log.warning("%s, but the model has %s attention layers, so it names none", rule, len(found))
+        for sentence in idle(layers, len(found), list(mixers or {})):
+            log.warning("%s", sentence)
     converted = [(layer.path, layer.module, layer.shape) for layer in found if given[layer.index] != SOFTMAX]
     with collected(wrong):
         targets(model, converted, roles)

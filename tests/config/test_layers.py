@@ -79,7 +79,10 @@ def test_two_rules_that_meet_in_this_model_alone():
 
 def test_rules_that_reach_nobody_do_no_harm():
     layers = {"keep": {"every": 9}, "use": {"window": {"every": 5}, "nope": [1]}}
-    assert idle(layers, 4, NAMES) == ["layers.keep.every: 9", "layers.use.window.every: 5"]
+    assert idle(layers, 4, NAMES) == [
+        "layers.keep.every: 9, but the model has 4 attention layers, so none stays softmax",
+        "layers.use.window.every: 5, but the model has 4 attention layers, so none gets window",
+    ]
     assert list(assign(layers, FOUR, NAMES).values()) == [D, N, D, D]
 
 
