@@ -9,7 +9,7 @@ import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from linearize.errors import UnsupportedModelError
-from linearize.models import resolve
+from linearize.models import load_config, resolve
 
 
 def extended(
@@ -62,3 +62,51 @@ def test_a_head_of_its_own_has_a_place(gguf, tmp_path):
     head = np.ones((262, 32), np.float32)
     file = extended(gguf, tmp_path / "other.gguf", tensors={"output.weight": head})
     assert (resolve(str(file)) / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope.scaling.factor", 4.0),
+        ("rope.scale_linear", 4.0),
+        ("rope.freq_base_swa", 500.0),
+        ("rope.dimension_count", 4),
+        ("attention.scale", 0.75),
+        ("attention.clamp_kqv", 0.0625),
+        ("attention.max_alibi_bias", 8.0),
+        ("attention.causal", False),
+        ("logit_scale", 4.0),
+        ("residual_scale", 0.5),
+        ("embedding_scale", 4.0),
+        ("use_parallel_residual", True),
+        ("expert_count", 4),
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("never_heard_of", 1.0),
+    ],
+)
+def test_a_key_that_changes_the_model_is_refused(gguf, tmp_path, key, value):
+    file = extended(gguf, tmp_path / "other.gguf", {f"llama.{key}": value})
+    with pytest.raises(UnsupportedModelError, match=rf"says {key}: {value}, which"):
+        load_config(str(file))
+
+
+def test_keys_that_say_what_the_model_does_anyway(gguf, tmp_path):
+    neutral = {
+        "rope.scaling.type": "none",
+        "rope.scaling.factor": 1.0,
+        "rope.scaling.original_context_length": 64,
+        "rope.scaling.finetuned": False,
+        "attention.scale": 8**-0.5,
+        "attention.clamp_kqv": 0.0,
+        "attention.max_alibi_bias": 0.0,
+        "attention.causal": True,
+        "attention.key_length": 8,
+        "logit_scale": 1.0,
+        "use_parallel_residual": False,
+        "expert_count": 0,
+        "final_logit_softcapping": 0.0,
+        "tensor_data_layout": "Meta AI original pth",
+    }
+    file = extended(gguf, tmp_path / "other.gguf", {f"llama.{key}": value for key, value in neutral.items()})
+    assert load_config(str(file)).hidden_size == 32
