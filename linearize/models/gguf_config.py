@@ -43,7 +43,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
         metadata = {key: field.contents() for key, field in reader.fields.items() if key not in LISTS}
         tokens = reader.fields.get("tokenizer.ggml.tokens")
         metadata["special"] = {
-            role: tokens.contents(metadata[key])
+            role: _token(file, key, metadata[key], tokens)
             for role, key in SPECIAL.items()
             if tokens is not None and key in metadata
         }
@@ -96,9 +96,9 @@ def complete(file: Path, config: Any, metadata: dict[str, Any]) -> None:
         UnsupportedModelError: names the key and both values.
     """
     said = _said(metadata)
+    _check_heads(file, config, said)
     for key, value, instead in unplaced(config, said):
         raise _other(file, key, value, instead)
-    _check_heads(file, config, said)
     _set_window(file, config, said)
     scaling = said.get("rope.scaling.type")
     rope = getattr(config, "rope_parameters", None) or {}
@@ -108,6 +108,16 @@ def complete(file: Path, config: Any, metadata: dict[str, Any]) -> None:
         raise _other(
             file, "rope_freqs.weight", "factors of the rotary frequencies", "transformers leaves them out"
         )
+
+
+def _token(file: Path, key: str, number: Any, tokens: Any) -> str:
+    held = len(tokens.data)
+    if not isinstance(number, int) or not 0 <= number < held:
+        raise CheckpointError(
+            f"{file} says {key} {number!r}, and its vocabulary holds the tokens 0 to {held - 1:,}; set it with the "
+            "gguf package's gguf-set-metadata, or take another file of the model"
+        )
+    return str(tokens.contents(number))
 
 
 def _check_sizes(file: Path, metadata: dict[str, Any]) -> None:

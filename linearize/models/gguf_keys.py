@@ -126,7 +126,9 @@ def unplaced(config: Any, said: dict[str, Any]) -> Iterator[tuple[str, Any, str]
             sizes = _rotated(config, ropes)
             if value in sizes and _head(said) in (None, *head_sizes(config)):
                 continue
-            places = {"the rotated part of its heads": sorted(sizes)}
+            # rotated as said, in heads of another width
+            part = "the width of its heads" if value in sizes else "the rotated part of its heads"
+            places = {part: sorted(sizes)[0]} if sizes else {}
         elif key == "attention.sliding_window_pattern":
             kinds = [kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ()]
             if kinds and kinds == _pattern(value, len(kinds)):
@@ -157,11 +159,18 @@ def unplaced(config: Any, said: dict[str, Any]) -> Iterator[tuple[str, Any, str]
 def head_sizes(config: Any) -> set[int]:
     """Widths of a config's heads; more than one where layers differ."""
     heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-    named = (getattr(config, name, None) for name in ("head_dim", "global_head_dim", "d_kv"))
-    known = {size for size in named if isinstance(size, int)}
+    names = ("head_dim", "global_head_dim", "d_kv")
+    known = {size for name in names for size in _values(config, name) if isinstance(size, int)}
     if not known and isinstance(heads, int) and heads and isinstance(width, int):
         known = {width // heads}
     return known
+
+
+def _values(config: Any, name: str) -> list[Any]:
+    try:
+        return [getattr(config, name, None)]
+    except RuntimeError:  # transformers', where layers differ
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:

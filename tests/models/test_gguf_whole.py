@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
-from linearize.errors import UnsupportedModelError
+from linearize.errors import CheckpointError, UnsupportedModelError
 from linearize.models import load_config, resolve
 
 
@@ -110,3 +110,11 @@ def test_keys_that_say_what_the_model_does_anyway(gguf, tmp_path):
     }
     file = extended(gguf, tmp_path / "other.gguf", {f"llama.{key}": value for key, value in neutral.items()})
     assert load_config(str(file)).hidden_size == 32
+
+
+def test_a_special_token_outside_the_vocabulary(gguf, tmp_path):
+    file = extended(gguf, tmp_path / "other.gguf", {"tokenizer.ggml.bos_token_id": 9999})
+    with pytest.raises(
+        CheckpointError, match=r"bos_token_id 9999, and its vocabulary holds the tokens 0 to 261"
+    ):
+        load_config(str(file))
