@@ -77,7 +77,7 @@ def looking(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _held(cache: Any, index: int) -> LinearizedCacheLayer | None:
     """The converted cache layer of attention layer `index`, if there is one yet."""
     held = [] if cache is None else getattr(cache, "self_attention_cache", cache).layers
-    layer = held[index] if index < len(held) else None
+    layer = held[index] if 0 <= index < len(held) else None
     return layer if isinstance(layer, LinearizedCacheLayer) else None
 
 
