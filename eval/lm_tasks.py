@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from linearize.eval import harness
 from linearize.eval.intervals import DRAWS, bootstrap, wilson
 from linearize.eval.measurement import Call, Setting, score
 from linearize.eval.rows import TEACHER, Score
-from linearize.eval.suite import Suite, Unit
+from linearize.eval.suite import Suite, Takes, Unit
 from linearize.models.boundary import boundary
 from linearize.registry import closest
 from linearize.version import __version__
@@ -102,7 +102,13 @@ def known(include: Path | None) -> set[str]:
 
 
 class LmTasks:
-    """One task or group of lm-eval."""
+    """One task or group of lm-eval. Its settings are those of `suite`, which checks them."""
+
+    takes: ClassVar[dict[str, Takes]] = {}
+
+    def room(self, unit: Unit) -> int:
+        """The harness cuts what is too long itself."""
+        return 0
 
     def units(self, unit: Unit, setting: Setting) -> Sequence[Unit]:
         """The unit itself."""

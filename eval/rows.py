@@ -128,16 +128,17 @@ class Scores:
 
     Args:
         path: the file; an existing one is continued.
+        remedy: what to do where it is damaged, as a sentence.
 
     Raises:
         CheckpointError: it is damaged or holds something else.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, remedy: str = "") -> None:
         self.path = path
         self.rows: list[Score] = []
         if path.exists():
-            remedy = f"Delete {path.name} to measure again, or take another --out"
+            remedy = remedy or f"Delete {path.name} to measure again, or take another --out"
             document = read_json(path, remedy)
             try:
                 self.rows = parse(document)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import takewhile
+from typing import Any, Literal, NamedTuple
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.markup import escape
 from rich.table import Table
 
@@ -91,20 +92,70 @@ def sections(rows: Sequence[Row], metrics: Sequence[str] = tuple(METRICS)) -> di
     return {title: flatten(part, metrics) for title, part in parts.items() if part}
 
 
-def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """A table for rich's console: text to the left, numbers to the right; headers are broken to keep columns narrow."""
-    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    for name in names:
-        numeric = is_numeric(rows, name)
-        header = name.replace("_", "_\n").replace(" ", "\n", 1) if numeric else name
-        widest = max((len(number(row.get(name))) for row in rows), default=1)
-        least = widest if numeric else min(widest, 18)
-        table.add_column(header, justify="right" if numeric else "left", min_width=least, overflow="fold")
-    table.padding = (0, 1, 0, 0)
-    for row in rows:
-        table.add_row(*(escape(number(row.get(name))) for name in names))
-    return table
+class Fitted:
+    """Rows for rich's console: text to the left, numbers to the right; headers are broken to keep columns narrow.
+
+    Where the console is narrower than all columns, those that do not fit stand below, behind the same first ones: rich
+    would cut them off.
+
+    Args:
+        rows: of one table.
+        title: above it.
+    """
+
+    def __init__(self, rows: Sequence[Row], title: str | None = None) -> None:
+        self.rows, self.title = rows, title
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """One table, or several below each other."""
+        columns = [_column(self.rows, name) for name in dict.fromkeys(key for row in self.rows for key in row)]
+        keys = max(1, len(list(takewhile(lambda column: column.name in KEYS, columns))))
+        part, title = columns[:keys], self.title
+        for column in columns[keys:]:
+            width = 1 + sum(other.width + 2 for other in [*part, column])  # with what stands between and around
+            if width > options.max_width and len(part) > keys:
+                yield self._table(part, title)
+                part, title = columns[:keys], None
+            part = [*part, column]
+        yield self._table(part, title)
+
+    def _table(self, columns: Sequence[_Column], title: str | None) -> Table:
+        table = Table(
+            title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        )
+        for one in columns:
+            side: Literal["left", "right"] = "right" if one.numeric else "left"
+            table.add_column(one.header, justify=side, min_width=one.least, overflow="fold")
+        table.padding = (0, 1, 0, 0)
+        for row in self.rows:
+            table.add_row(*(escape(number(row.get(one.name))) for one in columns))
+        return table
+
+
+rich_table = Fitted
+
+KEYS = ("model", "task", "metric", "by", "distance", "position", "tokens", "batch", "layer", "kept", "restored")
+"""What first columns say which row it is."""
+WORDS = 18
+"""Characters of text that a column is never narrower than, where it has as many."""
+
+
+class _Column(NamedTuple):
+    name: str
+    header: str
+    numeric: bool
+    least: int
+    """Characters that it is never narrower than."""
+    width: int
+    """Those that it needs, its header's longest word among them."""
+
+
+def _column(rows: Sequence[Row], name: str) -> _Column:
+    numeric = is_numeric(rows, name)
+    header = name.replace("_", "_\n").replace(" ", "\n", 1) if numeric else name
+    widest = max((len(number(row.get(name))) for row in rows), default=1)
+    least = widest if numeric else min(widest, WORDS)
+    return _Column(name, header, numeric, least, max([least, *map(len, header.split())]))
 
 
 def results(rows: Sequence[Row], metrics: Sequence[str] = tuple(METRICS)) -> Group:
