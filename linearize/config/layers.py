@@ -12,7 +12,8 @@ The forms, of which the first four are short for one of the last two:
 | `LLLS` | one letter a layer, over and over: L is `mixer`, S stays softmax, another is the first of a mixer's name |
 
 WHERE is a list of layer numbers, or `{every: 4}` (the 4th, 8th, ...), `{first: 2}`, `{last: 1}`, or several of these
-together. `every`, `first`, `last` and patterns count attention layers; numbers are the model's own.
+together. `{first: 0.5}` and `{last: 0.25}` are shares of the layers, rounded down, one layer at least. `every`,
+`first`, `last` and patterns count attention layers; numbers are the model's own.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ LETTERS = {"L": DEFAULT, "S": SOFTMAX}
 """Letters of a pattern that no mixer's name gives a meaning to."""
 FORMS = "all, {every: 4}, [0, 2, 5], {keep: [7, 15], use: {NAME: {first: 2}}} or a pattern such as LLLS"
 PLACES = {"every": rules.EVERY, "first": rules.PLACES, "last": rules.PLACES}
+SHARES = ("first", "last")
+"""Keys of `PLACES` that may also be a share of the layers, above 0 and below 1."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,20 @@ class Where:
     Attributes:
         numbers: of layers, the model's own.
         every: every n-th; 0: none.
-        first, last: so many at either end.
+        first, last: so many at either end, or below 1 such a share.
     """
 
     numbers: tuple[int, ...] = ()
     every: int = 0
-    first: int = 0
-    last: int = 0
+    first: float = 0
+    last: float = 0
 
     def among(self, indices: Sequence[int]) -> set[int]:
         """The layers that are meant, of those of a model."""
-        found = set(self.numbers) | set(indices[: self.first])
+        first, last = (_count(places, len(indices)) for places in (self.first, self.last))
+        found = set(self.numbers) | set(indices[:first])
         found |= set(indices[self.every - 1 :: self.every]) if self.every else set()
-        return found | (set(indices[-self.last :]) if self.last else set())
+        return found | (set(indices[-last:]) if last else set())
 
     def missing(self, path: str, indices: Sequence[int]) -> Iterator[str]:
         """What the model does not have."""
@@ -65,21 +69,28 @@ class Where:
             yield f"{path}: the model has no attention layer {', '.join(map(str, absent[:5]))}; {found}"
         for name, count in (("first", self.first), ("last", self.last)):
             if count > len(indices):
-                yield f"{path}.{name}: {count}, but the model has {len(indices)} attention layers"
+                yield f"{path}.{name}: {count:g}, but the model has {len(indices)} attention layers"
 
     def meets(self, other: Where) -> str | None:
         """A layer that both name in whatever model has the layers that they name, in words, or None."""
         shared = sorted(set(self.numbers) & set(other.numbers))
         for one, two in ((self, other), (other, self)):
-            # a layer's number is never below its place among the attention layers
-            shared += [number for number in one.numbers if number < two.first]
-            if two.first and 0 < one.every <= two.first:
+            # a layer's number is never below its place among the attention layers, and a share has one layer at least
+            first = 1 if 0 < two.first < 1 else two.first
+            shared += [number for number in one.numbers if number < first]
+            if 0 < one.every <= first:
                 return f"the attention layer at place {one.every}"
         if shared:
             return f"layer {shared[0]}"
         if self.first and other.first:
             return "the first attention layer"
         return "the last attention layer" if self.last and other.last else None
+
+
+def _count(places: float, layers: int) -> int:
+    """How many layers a number or a share means; half of two is one, half of three is one too."""
+    # a product that lacks a rounding error of a whole number is that number
+    return int(places) if places >= 1 or not places else max(1, int(places * layers + 1e-9))
 
 
 @dataclass
@@ -161,6 +172,12 @@ def used(layers: Any, names: Collection[str] = ()) -> list[str]:
     return sorted(set(given) - {SOFTMAX}, key=lambda name: (name != DEFAULT, name))
 
 
+def keeps_softmax(layers: Any, names: Collection[str] = ()) -> bool:
+    """Whether some layers stay as they are, in one model or another; of a section without `problems`."""
+    said, _ = _read(layers, names)
+    return SOFTMAX in (said.rest, *said.pattern, *(name for _, name, _ in said.rules))
+
+
 def _read(layers: Any, names: Collection[str]) -> tuple[Layers, list[str]]:
     """What a section says, as far as it is right, and what is wrong."""
     said, found = Layers(), list[str]()
@@ -230,8 +247,11 @@ def _where(path: str, value: Any, found: list[str]) -> Where:
     for key, count in value.items():
         if key not in PLACES:
             found.append(f"{path}.{key}: unknown key; {closest(str(key), PLACES)}")
+        elif key in SHARES and type(count) is float and 0 < count < 1:
+            places[key] = count
         elif type(count) is not int:
-            found.append(f"{path}.{key}: must be a whole number, got {shown(count)}")
+            share = " (or a share of the layers, above 0 and below 1)" if key in SHARES else ""
+            found.append(f"{path}.{key}: must be a whole number{share}, got {shown(count)}")
         elif (problem := PLACES[key].problem(count)) is not None:
             found.append(f"{path}.{key}: {problem}")
         else:
