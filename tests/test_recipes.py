@@ -144,7 +144,9 @@ def test_tables_are_current() -> None:
     for path, text in script.current().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python scripts/recipe_table.py"
         assert all(f"`{name}`" in text for name in RECIPES)
-    assert all(script.differences(name) for name in RECIPES), "a header says where the recipe leaves its paper"
+    assert all(script.differences(name) for name in RECIPES), (
+        "a header says where the recipe leaves its paper"
+    )
 
 
 def test_parts_in_words() -> None:
