@@ -28,6 +28,7 @@ from typing import Any
 from linearize.config import rules
 from linearize.config.names import DEFAULT, SOFTMAX
 from linearize.config.values import shown
+from linearize.config.words import ranges
 from linearize.errors import RecipeError
 from linearize.registry import closest
 
@@ -143,10 +144,15 @@ def assign(layers: Any, indices: Sequence[int], names: Collection[str] = ()) -> 
         given, by = dict.fromkeys(indices, said.rest), dict[int, str]()
         for path, name, where in said.rules:
             found += where.missing(path, indices)
-            for index in sorted(where.among(indices) & set(indices)):
-                if index in by:
-                    found.append(f"{path}: names layer {index}, as {by[index]} does; a layer has one mixer")
-                given[index], by[index] = name, path
+            meant = sorted(where.among(indices) & set(indices))
+            for other in dict.fromkeys(by[index] for index in meant if index in by):
+                shared = [index for index in meant if by.get(index) == other]
+                found.append(
+                    f"{path}: names layer{'s' if len(shared) > 1 else ''} {ranges(shared)}, as {other} does; a layer "
+                    "has one mixer"
+                )
+            given |= dict.fromkeys(meant, name)
+            by |= dict.fromkeys(meant, path)
     if not found and set(given.values()) == {SOFTMAX}:
         found.append(f"layers: {shown(layers)} leaves no layer to convert")
     if found:
@@ -270,7 +276,7 @@ def _number_problems(path: str, values: Sequence[Any]) -> list[str]:
 
 def _pattern(text: str, names: Collection[str]) -> tuple[list[str], list[str]]:
     """The names that letters stand for, and what is wrong with them."""
-    if not re.fullmatch("[A-Z]+", text) or len(text) > rules.PLACES.high:
+    if not re.fullmatch("[A-Z]+", text) or len(text) > rules.PLACES.high or text == "ALL":
         return [], [f"layers: must be {FORMS}, got {shown(text)}"]
     meant, found = dict[str, str](), list[str]()
     for letter in dict.fromkeys(text):

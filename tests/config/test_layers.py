@@ -88,6 +88,19 @@ def test_two_rules_that_meet_in_this_model_alone():
         assign(layers, [0, 1, 2, 3, 4, 5], NAMES)
 
 
+def test_layers_that_two_rules_name_are_told_together():
+    layers = {"keep": {"every": 2}, "use": {"window": {"last": 0.5}, "nope": {"first": 0.75}}}
+    with pytest.raises(RecipeError) as caught:
+        assign(layers, range(12), NAMES)
+    text = str(caught.value)
+    assert "layers.use.window: names layers 7, 9, 11, as layers.keep does; a layer has one mixer" in text
+    assert (
+        "layers.use.nope: names layers 1, 3, 5, 7, as layers.keep does" not in text
+    )  # 7 is the window's by then
+    assert "layers.use.nope: names layers 1, 3, 5, as layers.keep does" in text
+    assert "layers.use.nope: names layers 6-8, as layers.use.window does" in text and "3 problems" in text
+
+
 def test_rules_that_reach_nobody_do_no_harm():
     layers = {"keep": {"every": 9}, "use": {"window": {"every": 5}, "nope": [1]}}
     assert idle(layers, 4, NAMES) == [
@@ -128,6 +141,7 @@ SLIPS = [
     (["layers=WL", VARIANT, "mixers.wide.window.size=9"], "the letter W could be window or wide; rename one"),
     (["layers=SSS"], "layers: the pattern 'SSS' leaves no layer to convert"),
     (["layers=lls"], "layers: must be all, {every: 4}"),
+    (["layers=ALL"], "layers: must be all, {every: 4}"),
     (["mixers.softmax.window.size=9", "layers.use.x=[1]", "~layers.use.x"], "mixers.softmax: the name is taken"),
     (["mixers.a={}", "layers.use.a=[1]"], "mixers.a: changes nothing in `mixer`"),
     (["mixers.a=3", "layers.use.a=[1]"], "mixers.a: must be a mapping of parts, as `mixer` is, got 3"),
