@@ -16,11 +16,12 @@ from linearize.kernels.generalized_delta import (
 from linearize.mixers.base import LayerShape, Part, Partial, fill, wide
 from linearize.mixers.options import number
 from linearize.mixers.state import State
-from linearize.mixers.update import UPDATES, Stream, Update
+from linearize.mixers.update import UPDATES, Stream
+from linearize.mixers.update.shared import Overwriting
 
 
 @UPDATES.register("gdn2")
-class GatedDelta2(Update):
+class GatedDelta2(Overwriting):
     """S_t = (I - k_t (e_t * k_t)^T) diag(a_t) S_{t-1} + k_t (w_t * v_t)^T, o_t = scale S_t^T q_t.
 
     Keys and queries are brought to length one. What is erased follows e = sigmoid(x E + b_e), per head and key dim,
@@ -29,8 +30,6 @@ class GatedDelta2(Update):
     """
 
     decays = ("feature",)
-    sums_weights = False
-    uses_hidden = True
 
     @dataclass
     class Config(Part.Config):
@@ -41,34 +40,18 @@ class GatedDelta2(Update):
         scale: float = number(1.0, above=0)
         """Scale of the output at the start."""
 
-    def __init__(
-        self,
-        config: Config,
-        heads: int,
-        feature_dim: int,
-        value_dim: int,
-        shape: LayerShape,
-        running_sum: bool = True,
-    ) -> None:
-        super().__init__(config, heads, feature_dim, value_dim, shape, running_sum)
-        self.config = config
-        self.erase_weight = nn.Parameter(torch.empty(shape.hidden_dim(), heads, feature_dim))
-        self.erase_bias = nn.Parameter(torch.empty(heads, feature_dim))
-        self.write_weight = nn.Parameter(torch.empty(shape.hidden_dim(), heads, value_dim))
-        self.write_bias = nn.Parameter(torch.empty(heads, value_dim))
-        self.scale = nn.Parameter(torch.empty(shape.heads))
-        self.reset_parameters()
+    def make(self, shape: LayerShape) -> None:
+        self.erase_weight = nn.Parameter(torch.empty(shape.hidden_dim(), self.heads, self.feature_dim))
+        self.erase_bias = nn.Parameter(torch.empty(self.heads, self.feature_dim))
+        self.write_weight = nn.Parameter(torch.empty(shape.hidden_dim(), self.heads, self.value_dim))
+        self.write_bias = nn.Parameter(torch.empty(self.heads, self.value_dim))
 
     def reset_parameters(self) -> None:
+        super().reset_parameters()
         fill(self.erase_weight, 0.0)
         fill(self.write_weight, 0.0)
         fill(self.erase_bias, self.config.erase_bias)
         fill(self.write_bias, self.config.write_bias)
-        fill(self.scale, self.config.scale)
-
-    def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        size = (batch, self.heads, self.feature_dim, self.value_dim)
-        return {"sums": torch.zeros(size, dtype=dtype, device=device)}
 
     def parallel(self, stream: Stream) -> Partial:
         return self._defined(stream, self._written(stream))
