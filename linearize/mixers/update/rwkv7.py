@@ -8,24 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linearize.kernels.generalized_delta import (
-    generalized_delta_chunk,
-    generalized_delta_reference,
-    generalized_delta_step,
-)
-from linearize.mixers.base import LayerShape, Part, Partial, fill
+from linearize.mixers.base import LayerShape, Part, fill
 from linearize.mixers.low_rank import LowRank
 from linearize.mixers.options import WIDEST, number
-from linearize.mixers.state import State
 from linearize.mixers.update import UPDATES, Stream
-from linearize.mixers.update.shared import Overwriting
-
-Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""q [B, T, H, F], k [B, T, M, F], v [B, T, M, V], and a, b, log decay [B, T, M, F], as the kernel names them."""
+from linearize.mixers.update.shared import Moving, Terms
 
 
 @UPDATES.register("rwkv7")
-class RWKV7(Overwriting):
+class RWKV7(Moving):
     """S_t = (diag(w_t) - (a_t * kappa_t) kappa_t^T) S_{t-1} + k~_t v_t^T, o_t = scale S_t^T q_t.
 
     (The papers write the transpose.) What the state holds under kappa, of length one, is taken out at the in-context
@@ -41,8 +32,6 @@ class RWKV7(Overwriting):
     Limitations: published layers mix their values with the first layer's (value residual), which a layer on its own
     cannot do; the bonus r_k, zero at the start of conversions, and token shift are left out.
     """
-
-    decays = ("feature",)
 
     @dataclass
     class Config(Part.Config):
@@ -76,24 +65,7 @@ class RWKV7(Overwriting):
         if self.share is not None:
             fill(self.share, self.config.rate_share)
 
-    def parallel(self, stream: Stream) -> Partial:
-        empty = stream.k.new_zeros(stream.k.shape[0], self.heads, self.feature_dim, stream.v.shape[-1])
-        return Partial(generalized_delta_reference(*self._terms(stream), stream.docs, empty)[0], None)
-
-    def chunked(self, stream: Stream, state: State) -> Partial:
-        q, k, v, a, b, log_decay = self._terms(stream)
-        with self.form():
-            q, k, v, a, b = stream.narrow(q, k, v, a, b)
-            out, sums = generalized_delta_chunk(q, k, v, a, b, log_decay, stream.docs, state["sums"])
-        state.write({"sums": sums})
-        return Partial(out.to(stream.q.dtype), None)
-
-    def step(self, stream: Stream, state: State) -> Partial:
-        q, k, v, a, b, log_decay = (x[:, 0] for x in self._terms(stream))
-        with self.form():
-            return Partial(generalized_delta_step(q, k, v, a, b, log_decay, state["sums"])[:, None], None)
-
-    def _terms(self, stream: Stream) -> Terms:
+    def terms(self, stream: Stream) -> Terms:
         assert stream.hidden is not None and stream.log_decay is not None
         k, dtype = stream.k, stream.k.dtype
         rate = self.rate(stream.hidden).sigmoid()
