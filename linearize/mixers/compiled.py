@@ -2,8 +2,9 @@
 
 Feature maps, gates, norms and shares are a few operations on each number. One by one they would read and write the
 whole text in float32 each time, and keep it for backward. Inductor fuses them between the kernels and the products,
-which stay what they are, and makes again in backward what is cheaper made than kept. All layers of one composition
-share what is compiled. Where nothing trains, the parts run one by one.
+which stay what they are, and makes again in backward what is cheaper made than kept, the kernels' own inputs among it
+(`keeping_little`). All layers of one composition share what is compiled. Where nothing trains, the parts run one by
+one.
 
 ``LINEARIZE_COMPILE=auto|always|never``: where Triton kernels run, `auto` compiles on CUDA devices, `always` around
 Triton's interpreter too (for tests), `never` nowhere.
@@ -46,9 +47,23 @@ class _Compiled:
 
         # torch counts compilations by code object: each composition gets one of its own
         own = types.FunctionType(body.__code__.replace(co_name=name), globals(), name)
-        self.call: Callable[..., Tensor] = torch.compile(own, backend=BACKEND, dynamic=False, fullgraph=True)
+        self.call: Callable[..., Tensor] = torch.compile(
+            own, backend=keeping_little, dynamic=False, fullgraph=True
+        )
         self.sizes: set[tuple[Any, ...]] = set()
         self.failed = False
+
+
+def keeping_little(graph: Any, inputs: Any) -> Any:
+    """`BACKEND` as a backend of `torch.compile` that keeps less for backward.
+
+    By itself it keeps whatever a kernel reads in both passes: of RWKV-7's mixer, features, rates and decays that are a
+    few operations from the projections.
+    """
+    from torch._functorch import config
+
+    with config.patch(ban_recompute_materialized_backward=False):
+        return torch._dynamo.lookup_backend(BACKEND)(graph, inputs)
 
 
 _made: dict[Any, _Compiled] = {}

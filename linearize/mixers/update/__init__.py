@@ -52,6 +52,16 @@ class Stream:
             return tuple(x.to(self.dtype) for x in tensors)
         return tensors
 
+    def decays(self) -> Tensor | None:
+        """`log_decay` for kernels that read a text: one per feature is as large as the keys, and `narrow` like them.
+
+        bfloat16 rounds a log decay x by 2^-9 of itself, so over any stretch, where x adds up to X < 0, the decay exp(X)
+        by at most 2^-9 |X| exp(X) <= 2^-9 / e: less than it rounds the key by.
+        """
+        if self.log_decay is None or self.log_decay.dim() == 3:
+            return self.log_decay
+        return self.narrow(self.log_decay)[0]
+
 
 WIDEST = 256
 """Features or values of a head that the Triton kernels take."""

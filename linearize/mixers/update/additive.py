@@ -99,7 +99,7 @@ class Additive(Update):
                 q,
                 k,
                 v,
-                stream.log_decay,
+                stream.decays(),
                 stream.docs,
                 before,
                 bonus=self.bonus(k.dtype),

@@ -82,10 +82,11 @@ class GatedDelta2(Update):
 
     def chunked(self, stream: Stream, state: State) -> Partial:
         q, k, a, b = self._terms(stream)
-        assert stream.log_decay is not None
+        decays = stream.decays()
+        assert decays is not None
         with self.form():
             q, k, v, a, b = stream.narrow(q, k, self._written(stream), a, b)
-            out, sums = generalized_delta_chunk(q, k, v, a, b, stream.log_decay, stream.docs, state["sums"])
+            out, sums = generalized_delta_chunk(q, k, v, a, b, decays, stream.docs, state["sums"])
         state.write({"sums": sums})
         return Partial(out.to(stream.q.dtype), None)
 
