@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +58,12 @@ class _Compiled:
 def keeping_little(graph: Any, inputs: Any) -> Any:
     """`BACKEND` as a backend of `torch.compile` that keeps less for backward.
 
-    By itself it keeps whatever a kernel reads in both passes: of RWKV-7's mixer, features, rates and decays that are a
-    few operations from the projections.
+    By itself it keeps whatever a kernel reads in both passes, and something on the way of every long chain: of RWKV-7's
+    mixer, features, rates and decays that are a few operations from the projections (docs/training.md has bytes).
     """
     from torch._functorch import config
 
-    with config.patch(ban_recompute_materialized_backward=False):
+    with config.patch(ban_recompute_materialized_backward=False, ban_recompute_long_fusible_chains=False):
         return torch._dynamo.lookup_backend(BACKEND)(graph, inputs)
 
 
@@ -132,8 +133,20 @@ def wanted(q: Tensor) -> bool:
     return choice == "always" or (q.is_cuda and dispatch.use_triton(q) and not dispatch.recording())
 
 
+_walked: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], list[tuple[dict[str, Any], str]]]] = (
+    WeakKeyDictionary()
+)
+"""Mixer -> what never changes in it, and where its parameters stand, found at its first call."""
+
+
 def _structure(mixer: nn.Module) -> tuple[Any, ...]:
     """What tells one composition from another: parts, options, sizes, and how the branches are switched."""
-    parts = tuple((name, type(part)) for name, part in mixer.named_modules())
-    sizes = tuple((name, x.shape, x.dtype) for name, x in mixer.named_parameters())
-    return (getattr(mixer, "composition", ""), parts, sizes, getattr(mixer, "branch_off", None))
+    if mixer not in _walked:
+        parts = tuple((name, type(part)) for name, part in mixer.named_modules())
+        held = [(part._parameters, name) for part in mixer.modules() for name in part._parameters]
+        sizes = tuple((name, x.shape) for name, x in mixer.named_parameters())
+        places = [(own, name) for own, name in held if own[name] is not None]
+        _walked[mixer] = (getattr(mixer, "composition", ""), parts, sizes), places
+    fixed, places = _walked[mixer]
+    dtypes = tuple(own[name].dtype for own, name in places)
+    return (*fixed, dtypes, getattr(mixer, "branch_off", None))
