@@ -148,5 +148,5 @@ def _structure(mixer: nn.Module) -> tuple[Any, ...]:
         places = [(own, name) for own, name in held if own[name] is not None]
         _walked[mixer] = (getattr(mixer, "composition", ""), parts, sizes), places
     fixed, places = _walked[mixer]
-    dtypes = tuple(own[name].dtype for own, name in places)
+    dtypes = tuple(getattr(own[name], "dtype", None) for own, name in places)
     return (*fixed, dtypes, getattr(mixer, "branch_off", None))
