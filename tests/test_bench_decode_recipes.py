@@ -17,7 +17,7 @@ from linearize import cli
 from linearize.bench import decode_recipes
 from linearize.bench.decode_recipes import prefill, random_tokens, read_prompt
 from linearize.bench.subjects import TEACHER, convert, random_model
-from linearize.bench.whole import Stopwatch
+from linearize.bench.whole import Budget, Stopwatch
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--shape", "tiny", "--batch", "1,2", "--context", "9", "--prefill", "16,40"]
@@ -80,7 +80,7 @@ def test_nothing_is_begun_behind_the_budget():
     options = argparse.Namespace(
         shape="tiny", prefill=(8,), batch=(1,), context=None, compile=True, only=False
     )
-    rows = list(decode_recipes.rows("lolcats", options, CPU, -1.0))
+    rows = list(decode_recipes.rows("lolcats", options, CPU, Budget(-1.0)))
     assert [row["way"] for row in rows] == ["chunked", "graph", "graph, compiled"]
     assert all(row["note"] == "not run: the budget is spent" for row in rows)
 

@@ -116,7 +116,7 @@ def test_a_lost_device_ends_the_command_and_keeps_its_rows(monkeypatch, tmp_path
 
 def test_nothing_is_begun_behind_the_budget(tmp_path):
     options = argparse.Namespace(length=(8,), batch=(1, 2), largest=False, shape="tiny", precision="bf16")
-    rows = list(recipes.rows("lolcats", options, torch.device("cpu"), -1.0))
+    rows = list(recipes.rows("lolcats", options, torch.device("cpu"), whole.Budget(-1.0)))
     assert [row["note"] for row in rows] == ["not run: the budget is spent"] * 2
 
 

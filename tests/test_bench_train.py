@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from linearize import cli
-from linearize.bench import flops, steps, train
+from linearize.bench import flops, steps, train, whole
 from linearize.bench.subjects import TEACHER, convert, random_model
 from linearize.bench.train import STAGES
 from linearize.distill.stage import StageTrainer
@@ -69,10 +69,24 @@ def test_what_fails_is_a_row_and_nothing_is_begun_behind_the_budget(tmp_path, mo
     monkeypatch.setattr(train, "loaded", no_memory)
     rows = bench(tmp_path / "a", "--stages", "lora")
     assert [(row["note"], row["mfu"], row["ratio"]) for row in rows] == [("out of memory", None, None)] * 2
-    monkeypatch.setattr(train.time, "monotonic", iter([0.0, *[9e9] * 9]).__next__)
+    monkeypatch.setattr(train.time, "monotonic", iter([0.0, 0.0, *[9e9] * 9]).__next__)
     rows = bench(tmp_path / "b", "--stages", "lora", "--budget", "1")
     assert [row["note"] for row in rows] == ["not run: the budget is spent"] * 2
     assert "out of memory" in (tmp_path / "a" / "train.md").read_text()
+
+
+def test_what_a_first_step_compiles_is_not_counted(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(whole.time, "monotonic", lambda: now[0])
+    budget, endless = whole.Budget(10.0), whole.Budget(None)
+    now[0] = 100.0
+    assert budget.spent and not endless.spent
+    for row in ({"first_seconds": 95.0}, {"first_seconds": None}, {}):
+        budget.leave_out(row)
+        endless.leave_out(row)
+    assert not budget.spent and not endless.spent
+    now[0] = 105.5
+    assert budget.spent
 
 
 @pytest.mark.parametrize(

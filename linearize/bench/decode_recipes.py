@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from linearize.bench import report, whole
 from linearize.bench.decode_ways import EVERY
 from linearize.bench.recipes import about, device_of, say
 from linearize.bench.subjects import RANDOM, TEACHER, chosen, convert, random_model
-from linearize.bench.whole import SLOW, Row, Stopped, Stopwatch, Table, empty, reported
+from linearize.bench.whole import SLOW, Budget, Row, Stopped, Stopwatch, Table, empty, reported
 from linearize.cli.console import quiet_libraries
 from linearize.decode import Decoder
 from linearize.decode.cache import tensors
@@ -56,10 +55,10 @@ def main(options: argparse.Namespace) -> int:
     torch.set_float32_matmul_precision("high")
     random_model("meta", torch.float32, options.shape)
     table = Table(options.out, say, about(device), report.given(options))
-    deadline = None if options.budget is None else table.started + options.budget
+    budget = Budget(options.budget)
     for name in names if options.only else [TEACHER, *names]:
         try:
-            for row in rows(name, options, device, deadline):
+            for row in rows(name, options, device, budget):
                 table.add(row)
         except Stopped as stop:
             raise LinearizeError(f"{name}: {stop}; what was measured is in {table.path}") from stop
@@ -67,9 +66,7 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def rows(
-    name: str, options: argparse.Namespace, device: torch.device, deadline: float | None
-) -> Iterator[Row]:
+def rows(name: str, options: argparse.Namespace, device: torch.device, budget: Budget) -> Iterator[Row]:
     """The rows of one recipe, or of the teacher: its prompts, then its tokens."""
     model: Any = None
     turn = options.out / "turn.lock" if options.only else None
@@ -89,7 +86,7 @@ def rows(
                 todo.append((key, run))
     for key, measure in todo:
         row: Row = {**key, "shape": options.shape, "recipe": name}
-        if deadline is not None and time.monotonic() > deadline:
+        if budget.spent:
             yield row | empty("not run: the budget is spent")
             continue
         found: Row = {}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from linearize.bench import report, whole
 from linearize.bench.subjects import TEACHER, chosen, convert, layers_of_each, random_model
-from linearize.bench.whole import Row, Stopped, Stopwatch, Table, empty, reported
+from linearize.bench.whole import Budget, Row, Stopped, Stopwatch, Table, empty, reported
 from linearize.cli.console import console, quiet_libraries
 from linearize.errors import LinearizeError
 
@@ -59,10 +59,10 @@ def main(options: argparse.Namespace) -> int:
             )
         return 0
     table = Table(options.out, say, about(device), report.given(options))
-    deadline = None if options.budget is None else table.started + options.budget
+    budget = Budget(options.budget)
     for name in [TEACHER, *names]:
         try:
-            for row in rows(name, options, device, deadline):
+            for row in rows(name, options, device, budget):
                 table.add(row)
         except Stopped as stop:
             raise LinearizeError(f"{name}: {stop}; what was measured is in {table.path}") from stop
@@ -70,9 +70,7 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def rows(
-    name: str, options: argparse.Namespace, device: torch.device, deadline: float | None
-) -> Iterator[Row]:
+def rows(name: str, options: argparse.Namespace, device: torch.device, budget: Budget) -> Iterator[Row]:
     """The rows of one recipe, or of the teacher."""
     model, step = None, None
     for length in options.length:
@@ -81,7 +79,7 @@ def rows(
             batch = batches.pop(0)
             key = {"measured": "train", "shape": options.shape, "recipe": name, "way": options.precision}
             row: Row = {**key, "batch": batch, "length": length}
-            if deadline is not None and time.monotonic() > deadline:
+            if budget.spent:
                 yield row | empty("not run: the budget is spent")
                 continue
             found: Row = {}
@@ -93,6 +91,7 @@ def rows(
             if model is not None:
                 model.zero_grad(set_to_none=True)
             whole.release()  # the frames of a failure are gone only now
+            budget.leave_out(found)
             yield row | (empty(notes[0]) if notes else found)
             if notes and options.largest and batch > 1 and "out of memory" in notes[0]:
                 batches = [batch // 2]

@@ -22,7 +22,7 @@ from linearize.bench import flops, report, whole
 from linearize.bench.recipes import about, device_of, say
 from linearize.bench.steps import Clocked, RandomText
 from linearize.bench.subjects import SHAPES, TEACHER, chosen, convert, random_model
-from linearize.bench.whole import Row, Stopped, reported
+from linearize.bench.whole import Budget, Row, Stopped, reported
 from linearize.cli.console import quiet_libraries
 from linearize.config.schema import LoraConfig, RunConfig, StageConfig
 from linearize.distill import stages
@@ -76,7 +76,7 @@ def main(options: argparse.Namespace) -> int:
         torch.set_float32_matmul_precision("high")  # as a run has it
     page = Page(options, device)
     try:
-        for row in rows([TEACHER, *names], options, device, page.deadline):
+        for row in rows([TEACHER, *names], options, device, page.budget):
             page.add(row)
     except Stopped as stop:
         raise LinearizeError(f"{stop}; what was measured is in {page.path}") from stop
@@ -85,7 +85,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def rows(
-    names: list[str], options: argparse.Namespace, device: torch.device, deadline: float | None
+    names: list[str], options: argparse.Namespace, device: torch.device, budget: Budget
 ) -> Iterator[Row]:
     """Every row, shape by shape and the softmax model first."""
     for shape in options.shapes:
@@ -94,7 +94,7 @@ def rows(
             for stage in ("all",) if name == TEACHER else options.stages:
                 for tokens in options.length or (length,):
                     for sequences in options.batch or (batch,):
-                        yield measured(name, stage, shape, sequences, tokens, options, device, deadline)
+                        yield measured(name, stage, shape, sequences, tokens, options, device, budget)
 
 
 def measured(
@@ -105,7 +105,7 @@ def measured(
     length: int,
     options: argparse.Namespace,
     device: torch.device,
-    deadline: float | None,
+    budget: Budget,
 ) -> Row:
     """One row.
 
@@ -115,16 +115,17 @@ def measured(
         batch, length: sequences of a step, and tokens of each.
         options: see `main`.
         device: where.
-        deadline: on `time.monotonic`'s clock.
+        budget: of the command.
     """
     row: Row = {"measured": "train", "shape": shape, "recipe": name, "stage": stage, "way": way(options)}
     row |= {"batch": batch, "length": length}
-    if deadline is not None and time.monotonic() > deadline:
+    if budget.spent:
         return row | whole.empty("not run: the budget is spent") | {"mfu": None}
     found: Row = {}
     with reported() as notes:
         found = step(name, stage, shape, batch, length, options, device)
     whole.release()  # the frames of a failure are gone only now
+    budget.leave_out(found)
     return row | (whole.empty(notes[0]) | {"mfu": None} if notes else found)
 
 
@@ -235,7 +236,7 @@ class Page:
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         self.path, self.started = options.out / "train.json", time.monotonic()
-        self.deadline = None if options.budget is None else self.started + options.budget
+        self.budget = Budget(options.budget)
         self.about = report.facts(about(device), None, report.given(options))
         self.rows = whole.read(self.path)
 

@@ -42,6 +42,27 @@ class Stopped(Exception):
     """The device is of no more use to this process."""
 
 
+class Budget:
+    """Seconds after which nothing new is begun. A row's first step, in which its kernels compile, does not count.
+
+    Args:
+        seconds: from now on; None: no limit.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.end = None if seconds is None else time.monotonic() + seconds
+
+    @property
+    def spent(self) -> bool:
+        """Whether nothing new is to be begun."""
+        return self.end is not None and time.monotonic() > self.end
+
+    def leave_out(self, row: Row) -> None:
+        """Do not count what the row took to compile."""
+        if self.end is not None:
+            self.end += row.get("first_seconds") or 0.0
+
+
 def read(path: Path) -> list[Row]:
     """The rows of a file, none where there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []

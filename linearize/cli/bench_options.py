@@ -225,7 +225,7 @@ def _budget(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=given.positive,
         metavar="SECONDS",
-        help="start nothing new after this; what is left is listed",
+        help="start nothing new after this; what is left is listed. First training steps, which compile, do not count",
     )
 
 

@@ -170,13 +170,13 @@ def positions(valid: Tensor, docs: Tensor, carried: Tensor) -> tuple[Tensor, Ten
     return position, position[:, -1] + 1
 
 
-def narrows(*tensors: Tensor) -> bool:
-    """Whether kernels take these as they are, in bfloat16, and add up in float32.
+NARROW = (torch.bfloat16, torch.float16)
 
-    float16 is widened: sums over a long text can pass what it holds.
-    """
+
+def narrows(*tensors: Tensor) -> bool:
+    """Whether kernels take these as they are, in bfloat16 or float16, and add up in float32."""
     if dispatch.use_triton(*tensors):
-        return tensors[-1].dtype == torch.bfloat16
+        return tensors[-1].dtype in NARROW
     return False
 
 

@@ -2,8 +2,9 @@
 
 Feature maps, gates, norms and shares are a few operations on each number. One by one they would read and write the
 whole text in float32 each time, and keep it for backward. Inductor fuses them between the kernels and the products,
-which stay what they are, and makes again in backward what is cheaper made than kept. All layers of one composition
-share what is compiled. Where nothing trains, the parts run one by one.
+which stay what they are, and makes again in backward what is cheaper made than kept, the kernels' own inputs among it
+(`keeping_little`). All layers of one composition share what is compiled. Where nothing trains, the parts run one by
+one.
 
 ``LINEARIZE_COMPILE=auto|always|never``: where Triton kernels run, `auto` compiles on CUDA devices, `always` around
 Triton's interpreter too (for tests), `never` nowhere.
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +48,23 @@ class _Compiled:
 
         # torch counts compilations by code object: each composition gets one of its own
         own = types.FunctionType(body.__code__.replace(co_name=name), globals(), name)
-        self.call: Callable[..., Tensor] = torch.compile(own, backend=BACKEND, dynamic=False, fullgraph=True)
+        self.call: Callable[..., Tensor] = torch.compile(
+            own, backend=keeping_little, dynamic=False, fullgraph=True
+        )
         self.sizes: set[tuple[Any, ...]] = set()
         self.failed = False
+
+
+def keeping_little(graph: Any, inputs: Any) -> Any:
+    """`BACKEND` as a backend of `torch.compile` that keeps less for backward.
+
+    By itself it keeps whatever a kernel reads in both passes, and something on the way of every long chain: of RWKV-7's
+    mixer, features, rates and decays that are a few operations from the projections (docs/training.md has bytes).
+    """
+    from torch._functorch import config
+
+    with config.patch(ban_recompute_materialized_backward=False, ban_recompute_long_fusible_chains=False):
+        return torch._dynamo.lookup_backend(BACKEND)(graph, inputs)
 
 
 _made: dict[Any, _Compiled] = {}
@@ -117,8 +133,20 @@ def wanted(q: Tensor) -> bool:
     return choice == "always" or (q.is_cuda and dispatch.use_triton(q) and not dispatch.recording())
 
 
+_walked: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], list[tuple[dict[str, Any], str]]]] = (
+    WeakKeyDictionary()
+)
+"""Mixer -> what never changes in it, and where its parameters stand, found at its first call."""
+
+
 def _structure(mixer: nn.Module) -> tuple[Any, ...]:
     """What tells one composition from another: parts, options, sizes, and how the branches are switched."""
-    parts = tuple((name, type(part)) for name, part in mixer.named_modules())
-    sizes = tuple((name, x.shape, x.dtype) for name, x in mixer.named_parameters())
-    return (getattr(mixer, "composition", ""), parts, sizes, getattr(mixer, "branch_off", None))
+    if mixer not in _walked:
+        parts = tuple((name, type(part)) for name, part in mixer.named_modules())
+        held = [(part._parameters, name) for part in mixer.modules() for name in part._parameters]
+        sizes = tuple((name, x.shape) for name, x in mixer.named_parameters())
+        places = [(own, name) for own, name in held if own[name] is not None]
+        _walked[mixer] = (getattr(mixer, "composition", ""), parts, sizes), places
+    fixed, places = _walked[mixer]
+    dtypes = tuple(getattr(own[name], "dtype", None) for own, name in places)
+    return (*fixed, dtypes, getattr(mixer, "branch_off", None))

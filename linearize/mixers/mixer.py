@@ -31,7 +31,7 @@ class Mixer(nn.Module):
     The three forms compute one function. `parallel` is the definition (quadratic, or a loop), `chunked` trains and
     prefills in O(T) memory, `step` takes one token in constant memory. All accept q [B, T, H, K], k [B, T, N, K],
     v [B, T, N, V] in any float dtype and return [B, T, H, V] in float32 (float64 for float64 inputs; in the dtype of v
-    where kernels run on bfloat16, see `narrows`, or one computes the whole composition, see `fused`). `hidden`
+    where kernels run on sixteen bits, see `narrows`, or one computes the whole composition, see `fused`). `hidden`
     [B, T, D], the layer's input, and `plain`, q and k before RoPE, are needed where `uses_hidden` and `needs_plain`
     say so. A row with padding, wherever it stands, is the row without. `sink` [H] is the logit of the teacher's own
     attention sink, in families that have one: its exponential joins the window's sum of weights, and through a shared

@@ -88,3 +88,16 @@ def test_an_unknown_choice_is_refused(monkeypatch):
     monkeypatch.setitem(os.environ, compiled.VARIABLE, "alway")
     with pytest.raises(dispatch.KernelError, match="always"):
         compiled.wanted(torch.zeros(1))
+
+
+def test_a_mixer_is_walked_once_and_a_change_of_dtype_or_branch_is_seen(monkeypatch):
+    mixer, other = build(MIXERS["delta"], SHAPE), build(MIXERS["delta"], SHAPE)
+    key = compiled._structure(mixer)
+    assert key == compiled._structure(other)
+    monkeypatch.setattr(type(mixer), "named_modules", lambda *_: pytest.fail("walked again"))
+    assert compiled._structure(mixer) == key
+    mixer.branch_off = "window"
+    assert compiled._structure(mixer) != key
+    mixer.branch_off = None
+    half = mixer.to(torch.bfloat16)
+    assert compiled._structure(half) != key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from watched import Watched
 
 from linearize.kernels import dispatch
 from linearize.mixers import LayerShape, build
@@ -239,3 +240,46 @@ def test_padding_between_tokens_equals_the_parts(name):
             found[kind] = torch.cat(outputs, 1) * valid[..., None, None], whole * valid[..., None, None]
     for out in (*found["triton"], found["torch"][0]):
         close(out, found["torch"][1], LIMIT)
+
+
+GROWING = {"gated_linear", "taylor_linear"}
+"""Kernels whose answer is a sum over the text."""
+NAMES = ["delta window", "kda", "gdn2", "slots", "liger", "taylor", "linear", "block", "lolcats"]
+
+
+def sixteen_bit_run(mixer, given: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """A prompt and three tokens behind it."""
+    given, tokens = {name: x.to(dtype) for name, x in given.items()}, given["q"].shape[1]
+    with torch.no_grad():
+        state = mixer.initial_state(2, dtype, torch.device(DEVICE))
+        outputs = [mixer.chunked(**{n: x[:, : tokens - 3] for n, x in given.items()}, state=state)]
+        for t in range(tokens - 3, tokens):
+            outputs.append(mixer.step(**{n: x[:, t : t + 1] for n, x in given.items()}, state=state))
+    assert all(x.dtype == dtype for x in outputs)
+    return torch.cat(outputs, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_are_given_float16(name):
+    mixer, given = made(name), inputs(75)
+    given = {key: x.half().float() for key, x in given.items()}
+    with dispatch.kernels("torch"):
+        expected = sixteen_bit_run(mixer, given, torch.float32)
+    with dispatch.kernels("triton"):
+        close(sixteen_bit_run(mixer, given, torch.float16), expected, 6e-3)
+        look = Watched(72, 2 * 72 * 2 * 16)
+        narrow = {key: x[:, :72].half() for key, x in given.items()}
+        with torch.no_grad(), look.mixers():
+            mixer.chunked(**narrow)
+    assert look.kernels and {key.split()[0] for key in look.wide} <= GROWING, dict(look.wide)
+
+
+@pytest.mark.parametrize("name", ["linear", "taylor alone"])
+def test_sums_that_float16_does_not_hold(name):
+    """Of hundreds of tokens with large values, before they are divided."""
+    mixer, given = made(name), inputs(203)
+    given["v"] = 3000 * given["v"].abs()
+    with dispatch.kernels("torch"):
+        expected = sixteen_bit_run(mixer, given, torch.float32)
+    with dispatch.kernels("triton"):
+        close(sixteen_bit_run(mixer, given, torch.float16), expected, 6e-3)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from linearize.kernels import dispatch
-from linearize.mixers.base import LayerShape, Part, Partial
+from linearize.mixers.base import NARROW, LayerShape, Part, Partial
 from linearize.mixers.state import State
 from linearize.registry import Registry, discover
 
@@ -43,14 +43,27 @@ class Stream:
     dtype: torch.dtype = torch.float32
     scale: float | None = None
 
-    def narrow(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """As Triton's kernels take them fastest: in bfloat16 where the model is in it; products add up in float32.
+    def narrow(self, *tensors: Tensor, grows: bool = False) -> tuple[Tensor, ...]:
+        """As Triton's kernels take them fastest: in the model's sixteen bits; products add up in float32.
 
-        Sums over a long text can pass what float16 holds, so a model in it keeps float32 here.
+        Args:
+            grows: the rule answers with a sum over the text, which can pass what float16 holds: that is widened.
         """
-        if self.dtype == torch.bfloat16 and dispatch.use_triton(*tensors):
-            return tuple(x.to(self.dtype) for x in tensors)
-        return tensors
+        if self.dtype not in NARROW or not dispatch.use_triton(*tensors):
+            return tensors
+        dtype = torch.float32 if grows and self.dtype == torch.float16 else self.dtype
+        return tuple(x.to(dtype) for x in tensors)
+
+    def decays(self) -> Tensor | None:
+        """`log_decay` for kernels that read a text: one per feature is as large as the keys, and `narrow` like them.
+
+        bfloat16 rounds a log decay x by 2^-9 of itself, so over any stretch, where x adds up to X < 0, the decay exp(X)
+        by at most 2^-9 |X| exp(X) <= 2^-9 / e: less than it rounds the key by. What float16 rounds slow decays by,
+        2^-25 each, comes to 2^-9 after 65,536 tokens.
+        """
+        if self.log_decay is None or self.log_decay.dim() == 3:
+            return self.log_decay
+        return self.narrow(self.log_decay)[0]
 
 
 WIDEST = 256

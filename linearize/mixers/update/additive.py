@@ -81,7 +81,7 @@ class Additive(Update):
         if dispatch.use_triton(stream.q, stream.k, stream.v) and stream.scale is not None:
             from linearize.kernels.taylor_linear import taylor_linear_chunk
 
-            q, k, v = stream.narrow(stream.q, stream.k, stream.v)
+            q, k, v = stream.narrow(stream.q, stream.k, stream.v, grows=True)
             made = taylor_linear_chunk(
                 q,
                 k,
@@ -94,12 +94,12 @@ class Additive(Update):
             )
             return self._written(state, *made)
         with self.form():
-            q, k, v = stream.narrow(stream.q, self.keys(stream), stream.v)
+            q, k, v = stream.narrow(stream.q, self.keys(stream), stream.v, grows=True)
             made = gated_linear_chunk(
                 q,
                 k,
                 v,
-                stream.log_decay,
+                stream.decays(),
                 stream.docs,
                 before,
                 bonus=self.bonus(k.dtype),
@@ -109,19 +109,21 @@ class Additive(Update):
 
     def step(self, stream: Stream, state: State) -> Partial:
         k = self.keys(stream)
+        # the answer is in the dtype of the values, and float16 may not hold a sum
+        v = stream.v.float() if stream.v.dtype == torch.float16 else stream.v
         sums, norms = self._state(state)
         if dispatch.use_triton(stream.q, k, stream.v) and stream.scale is not None:
             from linearize.kernels.taylor_linear import taylor_linear_step
 
             numerator, denominator = taylor_linear_step(
-                stream.q[:, 0], k[:, 0], stream.v[:, 0], stream.scale, sums, norms, valid=stream.valid[:, 0]
+                stream.q[:, 0], k[:, 0], v[:, 0], stream.scale, sums, norms, valid=stream.valid[:, 0]
             )
             return Partial(numerator[:, None], None if denominator is None else denominator[:, None])
         if k.shape[1] == 1:
             decay = None if stream.log_decay is None else stream.log_decay[:, 0]
             with self.form():
                 numerator, denominator = gated_linear_step(
-                    stream.q[:, 0], k[:, 0], stream.v[:, 0], decay, sums, norms, bonus=self.bonus(k.dtype)
+                    stream.q[:, 0], k[:, 0], v[:, 0], decay, sums, norms, bonus=self.bonus(k.dtype)
                 )
         else:
             # keys of a block, or none, came out of a window

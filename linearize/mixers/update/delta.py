@@ -53,7 +53,7 @@ class Delta(Overwriting):
         q, k, beta = self._terms(stream)
         with self.form():
             q, k, v = stream.narrow(q, k, stream.v)
-            out, sums = delta_chunk(q, k, v, beta, stream.log_decay, stream.docs, state["sums"])
+            out, sums = delta_chunk(q, k, v, beta, stream.decays(), stream.docs, state["sums"])
         state.write({"sums": sums})
         return Partial(out, None)
 

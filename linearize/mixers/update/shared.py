@@ -76,10 +76,12 @@ class Moving(Overwriting):
         return self.defined(stream, self.terms(stream))
 
     def chunked(self, stream: Stream, state: State) -> Partial:
-        q, k, v, a, b, log_decay = self.terms(stream)
+        *terms, _ = self.terms(stream)
+        decays = stream.decays()
+        assert decays is not None
         with self.form():
-            q, k, v, a, b = stream.narrow(q, k, v, a, b)
-            out, sums = generalized_delta_chunk(q, k, v, a, b, log_decay, stream.docs, state["sums"])
+            q, k, v, a, b = stream.narrow(*terms)
+            out, sums = generalized_delta_chunk(q, k, v, a, b, decays, stream.docs, state["sums"])
         state.write({"sums": sums})
         return Partial(out.to(stream.q.dtype), None)
 

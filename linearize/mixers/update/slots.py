@@ -60,11 +60,11 @@ class Slots(Update):
         return Partial(out, None)
 
     def chunked(self, stream: Stream, state: State) -> Partial:
-        assert stream.log_decay is not None
-        before = (state["slot_keys"], state["slot_values"])
+        decays, before = stream.decays(), (state["slot_keys"], state["slot_values"])
+        assert decays is not None
         with self.form():
             q, k, v = stream.narrow(stream.q, stream.k, stream.v)
-            out, after = slots_chunk(q, k, v, None, stream.log_decay, stream.docs, before)
+            out, after = slots_chunk(q, k, v, None, decays, stream.docs, before)
         state.write(dict(zip(("slot_keys", "slot_values"), after, strict=True)))
         return Partial(out.to(stream.q.dtype), None)
 

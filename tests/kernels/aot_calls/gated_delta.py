@@ -28,7 +28,8 @@ def call(
     q = draw(1, 128, heads, dim)
     k, v = draw(1, 128, state_heads, dim), draw(1, 128, state_heads, value_dim or dim)
     beta = draw(1, 128, state_heads, dtype=torch.float32)
-    log_decay = draw(1, 128, state_heads, *[dim] * per_key, dtype=torch.float32) if decay else None
+    kind = dtype if per_key else torch.float32
+    log_decay = draw(1, 128, state_heads, *[dim] * per_key, dtype=kind) if decay else None
     docs = torch.zeros(1, 128, dtype=torch.int64)
     start = torch.zeros(1, state_heads, dim, value_dim or dim)
     out, state = delta_chunk(q, k, v, beta, log_decay, docs, start)

@@ -15,12 +15,12 @@ def call(
 ) -> None:
     """Forward, and backward if `train`, of two chunks with documents."""
 
-    def draw(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+    def draw(*size: int) -> torch.Tensor:
         return torch.zeros(*size, dtype=dtype, requires_grad=train)
 
     size = (1, 128, state_heads, dim)
     q, (k, v, a, b) = draw(1, 128, heads, dim), (draw(*size) for _ in range(4))
-    log_decay = draw(*size, dtype=torch.float32)
+    log_decay = draw(*size)
     docs = torch.zeros(1, 128, dtype=torch.int64)
     start = torch.zeros(1, state_heads, dim, dim)
     out, state = generalized_delta_chunk(q, k, v, a, b, log_decay, docs, start)

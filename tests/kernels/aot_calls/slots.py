@@ -20,7 +20,7 @@ def call(
     batch: int = 8,
     tokens: int = 4096,
     dtype: torch.dtype = torch.bfloat16,
-    decay_dtype: torch.dtype = torch.float32,
+    decay_dtype: torch.dtype = torch.bfloat16,
     own_writes: bool = False,
 ) -> None:
     """Forward and backward."""
@@ -62,7 +62,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "64, 64 slots": partial(call, 64),
     "64, 64 slots, grouped, segments": partial(call, 64, heads=8, state_heads=2, batch=1, own_writes=True),
     "128, 64 slots": partial(call, 128),
-    "64, 128 slots": partial(call, 64, 128, decay_dtype=torch.bfloat16),
+    "64, 128 slots": partial(call, 64, 128, decay_dtype=torch.float32),
     "64, 32 slots": partial(call, 64, 32),
     "values, 64": partial(values, 64, docs=True),
     "values, 256": partial(values, 256),
