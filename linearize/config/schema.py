@@ -87,6 +87,14 @@ class StageConfig:
 
 
 @dataclass
+class CalibrateConfig:
+    """What is set in closed form before any training: decays, strengths, feature maps, shares and sizes."""
+
+    tokens: int = 0
+    """Training tokens that one pass looks at; 0 leaves the mixers at their published start. Shipped recipes: 8192."""
+
+
+@dataclass
 class DataConfig:
     """Training text."""
 
@@ -178,6 +186,7 @@ class Recipe:
     """Part -> {name, options}: feature_map, window, update, combine."""
     stages: dict[str, StageConfig] = field(default_factory=dict)
     """Run in the order written."""
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)

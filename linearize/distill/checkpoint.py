@@ -285,7 +285,9 @@ def could_not_write(path: Path, error: Exception, kept: Path | None = None) -> C
     what = "the disk is full" if full else f"could not be written ({error})"
     intact = f". The previous checkpoint is intact ({kept.name})" if kept is not None else ""
     remedy = "free space" if full else "mend the cause"
-    return CheckpointError(f"{path}: {what}{intact}: {remedy}, then give the command again, a run with --resume")
+    return CheckpointError(
+        f"{path}: {what}{intact}: {remedy}, then give the command again, a run with --resume"
+    )
 
 
 def is_full(error: BaseException) -> bool:

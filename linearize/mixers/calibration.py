@@ -237,7 +237,13 @@ class _Layer:
         for start in range(0, tokens, ROWS):
             rows = slice(start, min(start + ROWS, tokens))
             weights = softmax.parallel(
-                call.q, call.k, None, valid=valid, starts=call.starts, rows=rows, sink=call.context.get("sink")
+                call.q,
+                call.k,
+                None,
+                valid=valid,
+                starts=call.starts,
+                rows=rows,
+                sink=call.context.get("sink"),
             )
             asked = 1.0 if valid is None else valid[:, rows, None, None].to(weights.dtype)
             weights = weights * rest * asked  # [B, R, H, T]
@@ -266,9 +272,9 @@ class _Seen:
 def _shown(mixer: Mixer) -> Iterator[_Seen]:
     """Inside, a call runs part by part, and shows what the branches gave and what reached the output part."""
     seen, fused, combine, output = _Seen(), mixer.fused, mixer.combine, mixer.output
-    mixer.fused = None
-    mixer.combine = _Joint(seen, combine) if combine is not None else None
-    mixer.output = None
+    parts: Any = mixer
+    parts.fused = parts.output = None
+    parts.combine = None if combine is None else _Joint(seen, combine)
     hooks = []
     if combine is None and mixer.recurrent is not None:
 
@@ -282,14 +288,14 @@ def _shown(mixer: Mixer) -> Iterator[_Seen]:
         seen.joined = given(*arguments)
         return seen.joined
 
-    mixer._joined_in = joined  # type: ignore[method-assign]
+    parts._joined_in = joined
     try:
         yield seen
     finally:
-        del mixer._joined_in
+        del parts._joined_in
         for hook in hooks:
             hook.remove()
-        mixer.fused, mixer.combine, mixer.output = fused, combine, output
+        parts.fused, parts.combine, parts.output = fused, combine, output
 
 
 class _Joint(nn.Module):
@@ -306,7 +312,8 @@ class _Joint(nn.Module):
 
 def _parts(mixer: Mixer) -> list[Any]:
     recurrent = mixer.recurrent
-    found = [mixer.window, mixer.combine, mixer.output]
+    found: list[Any] = [mixer.window, mixer.combine, mixer.output]
     if recurrent is not None:
-        found += [recurrent.short_conv, recurrent.feature_map, recurrent.gate, recurrent.update, recurrent.normalizer]
+        found += [recurrent.short_conv, recurrent.feature_map, recurrent.gate, recurrent.update]
+        found.append(recurrent.normalizer)
     return [part for part in found if part is not None]

@@ -142,7 +142,7 @@ def log_normal(q: Tensor, k: Tensor, scaling: float) -> tuple[float, float]:
     width = q.shape[-1]
     q, k = q.double(), k.double()
     variance = scaling**2 * float((torch.cov(q.T, correction=0) @ torch.cov(k.T, correction=0)).trace())
-    variance += scaling**2 * float((q.mean(0) @ torch.cov(k.T, correction=0) @ q.mean(0)))
+    variance += scaling**2 * float(q.mean(0) @ torch.cov(k.T, correction=0) @ q.mean(0))
     variance = min(max(variance, 1e-3), 30.0)
     spread = math.sqrt(math.log1p(width * math.expm1(variance)) / 2)
     return spread / max(float(q.std()), 1e-6), spread / max(float(k.std()), 1e-6)

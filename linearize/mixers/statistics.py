@@ -46,7 +46,9 @@ class Statistics:
             NotFiniteError: one of them is not finite; names it and the head.
         """
         found = self.attention()
-        for name, value in zip(("attention distance", "attention entropy", "attention mass"), found, strict=True):
+        for name, value in zip(
+            ("attention distance", "attention entropy", "attention mass"), found, strict=True
+        ):
             finite(value, f"{self.where}: the teacher's {name}")
         return found
 

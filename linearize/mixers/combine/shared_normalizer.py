@@ -62,7 +62,10 @@ class SharedNormalizer(Combine):
         The output is a quotient, so there is no linear equation to solve. Without ``complement`` g ends below one, and
         a recurrent branch that harms can be made no smaller than it is.
         """
-        best, least = self.window_factor.detach().clone(), torch.full_like(self.window_factor, math.inf).double()
+        best, least = (
+            self.window_factor.detach().clone(),
+            torch.full_like(self.window_factor, math.inf).double(),
+        )
 
         def search(steps: list[float], around: Tensor) -> None:
             nonlocal best, least

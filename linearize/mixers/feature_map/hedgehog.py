@@ -63,7 +63,7 @@ class Hedgehog(PerHeadProjection):
         Prototypes of keys have one length, or the longest would draw all keys. A shared W is made of these.
         """
         assert self.query_weight is not None
-        heads, width, dim = self.query_weight.shape
+        heads, _, dim = self.query_weight.shape
         group, found = heads // statistics.k.shape[1], []
         scaling = statistics.shape.scaling
         centers, unit = [], []
@@ -90,7 +90,9 @@ class Hedgehog(PerHeadProjection):
                 for head in range(heads)
             ]
             eye = self.start(self.query_weight)
-            of_keys = [factors[head * heads // len(self.key_weight)][1] for head in range(len(self.key_weight))]
+            of_keys = [
+                factors[head * heads // len(self.key_weight)][1] for head in range(len(self.key_weight))
+            ]
             found.append(
                 {
                     "query_weight": torch.stack([first * eye for first, _ in factors]),

@@ -62,7 +62,7 @@ class CurveGate(Gate):
         self.logits.start(curve.view(base.shape).to(base))
 
     def calibrate(self, statistics: Statistics) -> None:
-        """Decays around that of the teacher's attention distance, a head's channels from SPREAD times to a part of it."""
+        """Decays around that of the teacher's attention distance, SPREAD times slower to faster along a head."""
         rate = statistics.shared(statistics.rate, self.heads)[:, None]
         base = self.logits.base
         place = torch.linspace(-1, 1, base.shape[1], dtype=rate.dtype, device=rate.device)
