@@ -17,12 +17,12 @@ ROUNDS = 8
 
 def squared_error(y: Tensor, target: Tensor) -> Tensor:
     """Sum over tokens and dims of (y - target)^2: [N, H, V] twice -> [H] float64."""
-    return (y - target).double().square().sum((0, 2))
+    return (y - target).square().sum(2).double().sum(0)
 
 
 def inner(x: Tensor, y: Tensor) -> Tensor:
     """Sum over tokens and dims of x y: [N, H, V] twice -> [H] float64."""
-    return (x.double() * y.double()).sum((0, 2))
+    return (x * y).sum(2).double().sum(0)
 
 
 def scale(y: Tensor, target: Tensor) -> Tensor:

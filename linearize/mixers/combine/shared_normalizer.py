@@ -29,6 +29,8 @@ class SharedNormalizer(Combine):
     needs_normalizer = True
     REACH = 12.0
     """Largest size of a calibrated factor: a share of e^-12 is none."""
+    SEARCHED = 1024
+    """Tokens that the search looks at: it is for one number a head."""
 
     @dataclass
     class Config(Part.Config):
@@ -57,11 +59,13 @@ class SharedNormalizer(Combine):
         hidden: Tensor | None,
         resize: Callable[[Tensor], bool],
     ) -> None:
-        """The factor of each head with the least squared error, by a search over whole steps of it and then fifths.
+        """The factor of each head with the least squared error, by a search over steps of two and then of a third.
 
         The output is a quotient, so there is no linear equation to solve. Without ``complement`` g ends below one, and
         a recurrent branch that harms can be made no smaller than it is.
         """
+        every = -(-len(target) // self.SEARCHED)
+        window, recurrent, target = window.every(every), recurrent.every(every), target[::every]
         best, least = (
             self.window_factor.detach().clone(),
             torch.full_like(self.window_factor, math.inf).double(),
@@ -75,8 +79,10 @@ class SharedNormalizer(Combine):
                 error = fits.squared_error(self(window, recurrent)[0], target)
                 best, least = torch.where(error < least, factor, best), torch.minimum(error, least)
 
-        search([float(step) for step in range(-int(self.REACH), int(self.REACH) + 1)], torch.zeros_like(best))
-        search([step / 5 for step in range(-4, 5)], best.clone())
+        search(
+            [float(step) for step in range(-int(self.REACH), int(self.REACH) + 1, 2)], torch.zeros_like(best)
+        )
+        search([step / 3 for step in range(-5, 6) if step], best.clone())
         put(self.window_factor, best)
 
     def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
