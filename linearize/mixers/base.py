@@ -106,8 +106,10 @@ class Partial:
 
     def every(self, step: int) -> Partial:
         """Each `step`-th token."""
-        rest = (None if x is None else x[:, ::step] for x in (self.denominator, self.stabilizer))
-        return Partial(self.numerator[:, ::step], *rest, self.divided)
+        denominator, stabilizer = (
+            None if x is None else x[:, ::step] for x in (self.denominator, self.stabilizer)
+        )
+        return Partial(self.numerator[:, ::step], denominator, stabilizer, self.divided)
 
     def scaled(self, factor: Tensor) -> Partial:
         """Both sums times a factor [B, T, H]; a named method, since torch.compile cannot trace `*` of a dataclass."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from linearize.errors import NotFiniteError
+from linearize.errors import NotFiniteError, UnsupportedModelError
 from linearize.mixers import fits
 from linearize.mixers.base import Partial, put
 from linearize.mixers.combine import Combine
@@ -47,10 +47,13 @@ class Call(Protocol):
     def student(self) -> Tensor:
         """[B, T, H, V] the mixer's output."""
 
+    def project(self, y: Tensor) -> Tensor:
+        """[B, T, H, V] -> [B, T, D] through the layer's own output projection."""
+
 
 @dataclass
 class Fitted:
-    """Squared error of a layer's output over the squared size of the teacher's, before and after."""
+    """Squared error of a layer's output, projected, over the squared size of the teacher's, before and after."""
 
     before: float
     after: float
@@ -105,7 +108,8 @@ class _Layer:
             finite(self.rows(value).transpose(0, 1), f"{where}: the teacher's {name}")
         self.target = self.rows(call.teacher)
         self.hidden = self.rows(call.hidden_states)
-        self.size = float(fits.inner(self.target, self.target).sum())
+        self.projection = _projection(call, self.target)
+        self.size = float(self._projected(self.target))
         opens = torch.zeros_like(seen) if call.starts is None else call.starts.clone()
         first = seen.to(torch.int64).argmax(1)
         opens[torch.arange(batch, device=seen.device), first] = True
@@ -130,8 +134,13 @@ class _Layer:
 
     def error(self) -> float:
         """Relative squared error of the mixer as it stands; infinite where it overflows."""
-        found = float(fits.squared_error(self.rows(self.call.student()), self.target).sum())
+        found = float(self._projected(self.rows(self.call.student()) - self.target))
         return found / max(self.size, 1e-30) if found == found else float("inf")
+
+    def _projected(self, y: Tensor) -> Tensor:
+        """Squared size of y [N, H, V] behind the output projection, where there is one."""
+        flat = y.flatten(1)
+        return (flat if self.projection is None else flat @ self.projection).square().sum(1).double().sum()
 
     def fit(self) -> None:
         """All parts, in the order of their dependence."""
@@ -142,6 +151,22 @@ class _Layer:
         output = self.mixer.output
         if output is not None:
             output.fit(self._before_output(), self.hidden, self.target)
+        self._together()
+
+    def _together(self) -> None:
+        """The last sizes by what all heads make of each other in the model's own output projection."""
+        mixer, output = self.mixer, self.mixer.output
+        if self.projection is None:
+            return
+        y = self.rows(self.call.student())
+        if output is not None and output.stretch(torch.ones_like(self.target[0])):
+            output.stretch(fits.together(y, self.target, self.projection, dims=True).to(y.dtype))
+            return
+        factor = fits.together(y, self.target, self.projection, dims=False)
+        if mixer.combine is not None:
+            mixer.combine.resize(factor)
+        elif mixer.recurrent is not None:
+            self._resize(factor)
 
     def _start(self) -> None:
         """Give each head the start of the feature map with which its output is nearest."""
@@ -257,6 +282,16 @@ class _Layer:
             count += batch * (rows.stop - rows.start) if valid is None else int(valid[:, rows].sum())
         mass = sums[2].clamp_min(1e-9)
         return sums[0] / mass, sums[1] / mass, sums[2] / max(count, 1)
+
+
+def _projection(call: Call, like: Tensor) -> Tensor | None:
+    """The output projection's matrix [H V, D] without its bias, or None for a layer that has no such module."""
+    units = torch.eye(like[0].numel(), device=like.device).view(1, -1, *like.shape[1:])
+    try:
+        made = call.project(units) - call.project(torch.zeros_like(units))
+    except UnsupportedModelError:
+        return None
+    return made[0].float()
 
 
 @dataclass

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 RIDGE = 0.01
 """Of the mean square of what a ridge multiplies."""
+RIDGE_TOGETHER = 0.001
+"""The same of the system that joins all heads."""
 BLOCK = 1024
 """Tokens whose products are held at once."""
 ROUNDS = 8
 """Of Lloyd's algorithm."""
+SAMPLED, HALVINGS, MOST = 256, 12, 8.0
+"""Tokens that log-normal scales are found by, halvings of their range, and its end in standard deviations."""
 
 
 def squared_error(y: Tensor, target: Tensor) -> Tensor:
@@ -51,6 +53,30 @@ def two_scales(near: Tensor, far: Tensor, target: Tensor) -> tuple[Tensor, Tenso
         torch.where(inside, a, torch.where(near_better, only_a, zero)),
         torch.where(inside, b, torch.where(near_better, zero, only_b)),
     )
+
+
+def together(y: Tensor, target: Tensor, projection: Tensor, *, dims: bool) -> Tensor:
+    """Factors on heads, or on every dim of every head, with which the projected output is nearest the target's.
+
+    Heads meet in the output projection, so their errors can cancel there: one linear system for all of them, with the
+    normal matrix (Y^T Y) * (O O^T), * by element, and a ridge that pulls toward one.
+
+    Args:
+        y, target: [N, H, V].
+        projection: O [H V, D].
+        dims: a factor for each of [H, V] instead of [H].
+    """
+    heads, width = y.shape[1:]
+    source, wanted, weight = y.flatten(1).double(), target.flatten(1).double(), projection.double()
+    metric = weight @ weight.T
+    normal, right = (source.T @ source) * metric, ((source.T @ wanted) * metric).sum(1)
+    if not dims:
+        normal = normal.view(heads, width, heads, width).sum((1, 3))
+        right = right.view(heads, width).sum(1)
+    ridge = RIDGE_TOGETHER * normal.diagonal().mean() + 1e-30
+    normal.diagonal().add_(ridge)
+    factor = torch.linalg.solve(normal, right + ridge)
+    return factor.view(heads, width) if dims else factor
 
 
 def components(x: Tensor, count: int) -> Tensor:
@@ -131,18 +157,23 @@ def prototypes(keys: Tensor, first: Tensor, count: int) -> Tensor:
 def log_normal(q: Tensor, k: Tensor, scaling: float) -> tuple[float, float]:
     """Factors on q and k under which a sum of K exponentials spreads as softmax's weights do.
 
-    Linear Log-Normal attention (Nahshan et al. 2023, arXiv 2311.13541, section 4): log weights of softmax have the
-    variance s^2 of the scores; those of sum_i exp(a q_i + b k_i) have, by Fenton's approximation, log(1 + (exp(2 u^2) -
-    1) / K) with u = a sd(q) = b sd(k). Equal for 2 u^2 = log(1 + K (exp(s^2) - 1)).
+    Linear Log-Normal attention (Nahshan et al. 2023, arXiv 2311.13541, section 4) matches the variance of log weights:
+    that of softmax is the variance of the scores; that of log sum_i exp(a q_i + b k_i), with a sd(q) = b sd(k) = u,
+    grows with u. The paper fits a line to it, here u is found by halving, on tokens spread evenly.
 
     Args:
         q, k: [N, K] of one head.
         scaling: on q.k in the teacher.
     """
-    width = q.shape[-1]
-    q, k = q.double(), k.double()
-    variance = scaling**2 * float((torch.cov(q.T, correction=0) @ torch.cov(k.T, correction=0)).trace())
-    variance += scaling**2 * float(q.mean(0) @ torch.cov(k.T, correction=0) @ q.mean(0))
-    variance = min(max(variance, 1e-3), 30.0)
-    spread = math.sqrt(math.log1p(width * math.expm1(variance)) / 2)
-    return spread / max(float(q.std()), 1e-6), spread / max(float(k.std()), 1e-6)
+    q, k = (x[:: -(-len(x) // SAMPLED)].double() for x in (q, k))
+    of_q, of_k = q.std().clamp_min(1e-6), k.std().clamp_min(1e-6)
+    wanted = float((scaling * q @ k.T).std())
+    q, k = q / of_q, k / of_k
+    low, high = 0.0, MOST
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        top_q, top_k = (middle * q).amax(1, keepdim=True), (middle * k).amax(1, keepdim=True)
+        sums = (middle * q - top_q).exp() @ (middle * k - top_k).exp().T
+        spread = float((sums.clamp_min(1e-300).log() + top_q + top_k.T).std())
+        low, high = (middle, high) if spread < wanted else (low, middle)
+    return float(low / of_q), float(low / of_k)

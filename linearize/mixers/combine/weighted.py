@@ -67,6 +67,14 @@ class FixedWeights(Combine):
             put(self.window_weight, near)
             put(self.recurrent_weight, far)
 
+    def resize(self, factor: Tensor) -> bool:
+        if self.window_weight is None or self.recurrent_weight is None:
+            return False
+        positive = factor.clamp_min(0)
+        put(self.window_weight, self.window_weight * positive)
+        put(self.recurrent_weight, self.recurrent_weight * positive)
+        return True
+
     def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
         numerator = window.numerator
         whole, dtype = numerator[..., 0], accumulator(numerator.dtype)

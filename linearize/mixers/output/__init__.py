@@ -32,6 +32,10 @@ class Output(Part):
             target: [N, H, V] what the teacher gives.
         """
 
+    def stretch(self, factor: Tensor) -> bool:
+        """Multiply what goes out by [H, V]; false, and nothing done, where no parameter says it."""
+        return False
+
     def forward(self, y: Tensor, hidden: Tensor | None) -> Tensor:
         """y [B, T, H, V], hidden [B, T, D] -> [B, T, H, V]."""
         raise NotImplementedError(type(self))  # pragma: no cover - every registered output defines it

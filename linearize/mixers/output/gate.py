@@ -43,7 +43,7 @@ class OutputGate(Output):
         head and dim; the next ones become the leading principal directions of the hidden states. Later channels stay
         as they were, with rows of zero in W2.
         """
-        count = min(self.down.shape[1], self.WIDTH)
+        count = min(self.down.shape[1], self.WIDTH, len(self.down) + 1)
         down = self.down.detach().clone()
         down[:, 0] = 0
         if count > 1:
@@ -58,6 +58,13 @@ class OutputGate(Output):
         up = torch.zeros_like(self.up)
         up[:count] = torch.cat([constant[None], found[1:]]).to(up)
         put(self.up, up)
+
+    def stretch(self, factor: Tensor) -> bool:
+        # factor (1 + f W2), the first feature being one half since `fit`
+        up = self.up * factor
+        up[0] += 2 * (factor - 1)
+        put(self.up, up)
+        return True
 
     def forward(self, y: Tensor, hidden: Tensor | None) -> Tensor:
         assert hidden is not None

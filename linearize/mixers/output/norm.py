@@ -41,6 +41,10 @@ class OutputNorm(Output):
         unit = self(y, None)
         put(self.scale, (unit * target).sum(0) / unit.square().sum(0).clamp_min(1e-30))
 
+    def stretch(self, factor: Tensor) -> bool:
+        put(self.scale, self.scale * factor)
+        return True
+
     def forward(self, y: Tensor, hidden: Tensor | None) -> Tensor:
         y = wide(y)
         return y * (y.square().mean(-1, keepdim=True) + self.EPSILON).rsqrt() * self.scale.to(y.dtype)
