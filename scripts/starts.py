@@ -214,7 +214,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "starts.json")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--recipes", nargs="*", default=[], help="all by default")
-    parser.add_argument("--tokens", type=int, default=8192, help="of the calibration")
+    parser.add_argument("--tokens", type=int, default=16384, help="of the calibration")
     parser.add_argument("--length", type=int, default=512, help="of sequences and windows")
     parser.add_argument("--windows", type=int, default=4, help="of each text")
     parser.add_argument("--texts", nargs="*", default=[], metavar="NAME=FILE", help="beside the demo's")

@@ -91,7 +91,7 @@ class CalibrateConfig:
     """What is set in closed form before any training: decays, strengths, feature maps, shares and sizes."""
 
     tokens: int = 0
-    """Training tokens that one pass looks at; 0 leaves the mixers at their published start. Shipped recipes: 8192."""
+    """Training tokens that one pass looks at; 0 leaves the mixers at their published start. Shipped recipes: 16384."""
 
 
 @dataclass

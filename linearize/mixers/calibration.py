@@ -23,7 +23,7 @@ from linearize.mixers.mixer import Mixer
 from linearize.mixers.spec import build
 from linearize.mixers.statistics import Moments, Statistics, finite
 
-TOKENS = 4096
+TOKENS = 16_384
 """Tokens that enter the equations at most, spread evenly over those that were seen."""
 ROWS = 128
 """Queries whose attention weights are held at once."""
