@@ -56,7 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
     for name in names:
         row = found["rows"].setdefault(name, {})
         if "swapped" not in row:
-            row |= measured.start(name)
+            row["swapped"] = measured.swapped(name)
+            _write(path, found)
+        if "calibrated" not in row:
+            row |= {"calibrated": None, **measured.calibrated(name)}
             _write(path, found)
         for key, on in (("after", True), ("after, published start", False)):
             if options.train and key not in row and compose(name).stages and (on or row["calibrated"]):
@@ -115,20 +118,25 @@ class _Start:
         recipe.run.device = self.options.device
         return recipe
 
-    def start(self, name: str) -> dict[str, Any]:
-        """Swapped and calibrated, without any training."""
+    def swapped(self, name: str) -> dict[str, float]:
+        """Without anything."""
+        return self._measure(self._converted(self._recipe(name)))
+
+    def calibrated(self, name: str) -> dict[str, Any]:
+        """Without training, and what the calibration took and left; {} where a recipe has nothing to set."""
         recipe = self._recipe(name)
+        model = self._converted(recipe)
+        if not calibrate.wanted(recipe, model):
+            return {}
+        began = time.monotonic()
+        layers = calibrate.calibrate(model, calibrate.text(recipe, self.tokenizer), autocast=self.autocast)
+        seconds = round(time.monotonic() - began, 1)
+        errors = [[round(layer["before"], 4), round(layer["after"], 4)] for layer in layers]
+        return {"calibrated": self._measure(model), "seconds": seconds, "layers": errors}
+
+    def _converted(self, recipe: Recipe) -> Any:
         set_seed(recipe.run.seed)
-        model: Any = surgery.convert(self._load()[0], recipe.mixer, recipe.layers).eval()
-        row: dict[str, Any] = {"swapped": self._measure(model), "calibrated": None}
-        if calibrate.wanted(recipe, model):
-            began = time.monotonic()
-            text = calibrate.text(recipe, self.tokenizer)
-            layers = calibrate.calibrate(model, text, autocast=self.autocast)
-            row["seconds"] = round(time.monotonic() - began, 1)
-            row["calibrated"] = self._measure(model)
-            row["layers"] = [[round(layer["before"], 4), round(layer["after"], 4)] for layer in layers]
-        return row
+        return surgery.convert(self._load()[0], recipe.mixer, recipe.layers).eval()
 
     def trained(self, name: str, *, on: bool) -> dict[str, float]:
         """After `--train` tokens in the proportions of the recipe's stages, at its rates."""
