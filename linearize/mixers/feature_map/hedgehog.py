@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linearize.mixers import fits
 from linearize.mixers.base import LayerShape
 from linearize.mixers.feature_map import FEATURE_MAPS
 from linearize.mixers.feature_map.shared import FLOOR, PerHeadProjection, exponential
 from linearize.mixers.options import choice_problems
+from linearize.mixers.statistics import Statistics
 
 
 @FEATURE_MAPS.register("hedgehog")
@@ -49,6 +51,55 @@ class Hedgehog(PerHeadProjection):
         super().__init__(config, shape)
         self.config = config
         self.feature_dim = config.dim * (2 if config.space == "full" else 1)
+
+    SHARPNESS = (1.0, 2.0, 4.0)
+    """Of the keys' assignment to prototypes, in units of the teacher's scaling."""
+
+    def starts(self, statistics: Statistics) -> list[dict[str, Tensor]]:
+        """Maps onto prototypes of the keys, and the identity at log-normal scales (see `fits`).
+
+        With columns p_f of W, the prototypes times the teacher's scaling, phi(q) is the softmax attention of q over the
+        prototypes, and phi(k) says which of them the key stands with, so phi(q).phi(k) approaches the attention itself.
+        Prototypes of keys have one length, or the longest would draw all keys. A shared W is made of these.
+        """
+        assert self.query_weight is not None
+        heads, _, dim = self.query_weight.shape
+        group, found = heads // statistics.k.shape[1], []
+        scaling = statistics.shape.scaling
+        centers, unit = [], []
+        for head in range(statistics.k.shape[1]):
+            keys = statistics.k[:, head]
+            made = fits.prototypes(keys, keys[statistics.opens].mean(0), dim)
+            centers.append(made.T)
+            lengths = made.norm(dim=1, keepdim=True).clamp_min(1e-6)
+            unit.append((made / lengths * keys.norm(dim=1).mean()).T)
+        for sharpness in self.SHARPNESS:
+            assigned = sharpness * scaling * torch.stack(unit)
+            if self.key_weight is None:
+                found.append({"query_weight": assigned.repeat_interleave(group, 0)})
+                continue
+            found.append(
+                {
+                    "query_weight": scaling * torch.stack(centers).repeat_interleave(group, 0),
+                    "key_weight": assigned.repeat_interleave(len(self.key_weight) // len(assigned), 0),
+                }
+            )
+        if self.key_weight is not None:
+            factors = [
+                fits.log_normal(statistics.q[:, head], statistics.k[:, head // group], scaling)
+                for head in range(heads)
+            ]
+            eye = self.start(self.query_weight)
+            of_keys = [
+                factors[head * heads // len(self.key_weight)][1] for head in range(len(self.key_weight))
+            ]
+            found.append(
+                {
+                    "query_weight": torch.stack([first * eye for first, _ in factors]),
+                    "key_weight": torch.stack([second * eye for second in of_keys]),
+                }
+            )
+        return found
 
     def activate(self, u: Tensor) -> Tensor:
         signs = (u, -u) if self.config.space == "full" else (u,)

@@ -13,7 +13,7 @@ from linearize.kernels.generalized_delta import (
     generalized_delta_reference,
     generalized_delta_step,
 )
-from linearize.mixers.base import LayerShape, Part, Partial, fill
+from linearize.mixers.base import LayerShape, Part, Partial, fill, put
 from linearize.mixers.low_rank import LowRank
 from linearize.mixers.options import WIDEST, number
 from linearize.mixers.state import State
@@ -88,6 +88,10 @@ class RWKV7(Update):
         if self.share is not None:
             fill(self.share, self.config.rate_share)
         fill(self.scale, self.config.scale)
+
+    def resize(self, factor: Tensor) -> bool:
+        put(self.scale, self.scale * factor)
+        return True
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         size = (batch, self.heads, self.feature_dim, self.value_dim)

@@ -1,0 +1,121 @@
+"""The stage before all training: every mixer set to its teacher's layer in closed form, in one pass over a few texts.
+
+No learning rate and no random number: what is found depends on the model, the recipe and the text alone. All tokens
+go through the model at once, so that a layer is done when the pass has left it and nothing is kept.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from linearize import data, surgery
+from linearize.config.schema import DataConfig, Recipe
+from linearize.distill import checkpoint
+from linearize.errors import CheckpointError, LinearizeError
+from linearize.mixers import calibration
+from linearize.mixers.offloaded import device_of
+from linearize.models.cache import sha256
+from linearize.progress import Meter
+
+NAME = "calibrate"
+"""Of the folder, stage-0-calibrate."""
+FINAL = "final.safetensors"
+DONE = "done.json"
+LENGTH = 1024
+"""Tokens in a sequence at most: the teacher's attention is looked at whole."""
+
+
+def wanted(recipe: Recipe, model: nn.Module) -> bool:
+    """Whether a recipe asks for it and a converted model has anything to set."""
+    return recipe.calibrate.tokens > 0 and any(
+        calibration.can(layer.mixer) for layer in surgery.converted(model)
+    )
+
+
+def text(recipe: Recipe, tokenizer: Any) -> Any:
+    """The sequences that are looked at: of the recipe's own training text, in the order of `run.seed`.
+
+    Raises:
+        DataError: see `data.packed`.
+    """
+    given = recipe.data
+    short = DataConfig(**{**vars(given), "length": min(given.length, LENGTH)})
+    return data.packed(tokenizer, short, tokens=recipe.calibrate.tokens, seed=recipe.run.seed, split="train")
+
+
+def calibrate(model: nn.Module, dataset: Any, *, autocast: torch.dtype | None) -> list[dict[str, float]]:
+    """Set all mixers, in place.
+
+    Args:
+        model: converted, untrained.
+        dataset: packed sequences, which go through the model together.
+        autocast: compute dtype of the teacher's pass, or None.
+
+    Returns:
+        For each converted layer its number and the squared error of its output over the teacher's squared size, on the
+        teacher's inputs, before and after.
+
+    Raises:
+        NotFiniteError: a statistic or what is found by it is not finite; names layer and statistic.
+    """
+    device = device_of(surgery.converted(model)[0])
+    items = [dataset[index] for index in range(len(dataset))]
+    batch = {
+        key: torch.stack([item[key] for item in items]).to(device) for key in ("input_ids", "position_ids")
+    }
+    found: list[dict[str, float]] = []
+    computing = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
+    whole: Any = model
+    with Meter("calibrate", len(surgery.converted(model)), "layers") as meter:
+
+        def observe(call: Any) -> None:
+            with torch.autocast(device.type, enabled=False):
+                fitted = calibration.calibrate(call)
+            found.append({"layer": call.layer_idx, "before": fitted.before, "after": fitted.after})
+            meter.advance(1, error=fitted.after)
+
+        model.eval()
+        with torch.no_grad(), computing, surgery.observe(model, observe):
+            whole.base_model(**batch, use_cache=False)
+    return found
+
+
+def write(model: nn.Module, folder: Path, found: list[dict[str, float]]) -> None:
+    """Save what was found, as the result of a stage.
+
+    Raises:
+        CheckpointError: the disk is full or refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise checkpoint.could_not_write(folder, error) from error
+    checkpoint.write_tensors_file(folder / FINAL, surgery.mixer_state(model))
+    checkpoint.write_json(folder / DONE, {"stage": NAME, "layers": found, "sha256": sha256(folder / FINAL)})
+
+
+def is_done(folder: Path) -> bool:
+    """Whether an earlier process has written a result."""
+    return (folder / DONE).is_file()
+
+
+def restore(model: nn.Module, folder: Path) -> None:
+    """Put a written result into a converted model.
+
+    Raises:
+        CheckpointError: it is damaged or of another recipe.
+    """
+    remedy = f"Delete {folder} and go on with --resume: the mixers are then calibrated again"
+    said = checkpoint.read_json(folder / DONE, remedy).get("sha256")
+    tensors = checkpoint.read_tensors(folder / FINAL)
+    if said != sha256(folder / FINAL):
+        raise CheckpointError(f"{folder / FINAL}: is not what was written (another checksum). {remedy}")
+    try:
+        surgery.load_mixer_state(model, tensors)
+    except (LinearizeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / FINAL}: {error}. {remedy}") from error
