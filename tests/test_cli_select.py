@@ -12,8 +12,8 @@ import yaml
 from byte_llama import TEXT, byte_tokenizer, tiny_llama
 
 from linearize import cli
-from linearize.cli.inspection import ranges
 from linearize.config import compose
+from linearize.config.words import ranges
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,11 @@ class _Files:
 
     def _find(self, name: str, path: Path, where: str) -> Path:
         shipped, near = _names(RECIPES), _names(self.folder)
+        if self.folder is not None and is_file_name(name):
+            # a neighbor by its path
+            folder, stem = os.path.split(os.path.abspath(self.folder / name))
+            if folder == os.path.abspath(self.folder) and stem in near:
+                return self.folder / f"{stem}.yaml"
         if name in shipped:
             return RECIPES / f"{name}.yaml"
         if name in near and self.folder is not None and self.folder / f"{name}.yaml" != path:

@@ -65,11 +65,12 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         _flush(folder.parent)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise could_not_write(folder, error, kept=latest(folder.parent)) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        # what writes a single file has named that one, in a folder that is gone by now
+        cause = error.__cause__ if isinstance(error, CheckpointError) else error
+        if isinstance(cause, OSError | SafetensorError):
+            raise could_not_write(folder, cause, kept=latest(folder.parent)) from cause
         raise
 
 

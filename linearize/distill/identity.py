@@ -30,7 +30,7 @@ _TOKENIZER = (
 def fingerprint(model: str) -> dict[str, str]:
     """Checksums of a model's three parts: config, weights and tokenizer.
 
-    The weights are read once; after that `content_hash` remembers them by size and time of change.
+    The weights are read once; after that `content_hash` remembers them.
 
     Args:
         model: as `models.resolve` takes it; fetched and converted where need be.

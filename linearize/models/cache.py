@@ -75,9 +75,10 @@ def sha256(file: Path) -> str:
 
 
 def content_hash(file: Path) -> str:
-    """SHA-256 of a file, remembered by its path, size and time of change: gigabytes take seconds to read."""
+    """SHA-256 of a file, remembered by what the system says of it: gigabytes take seconds to read."""
     path, stat = file.resolve(), file.stat()
-    key = [str(path), stat.st_size, stat.st_mtime_ns]
+    # cp -p, rsync -a and tar set st_mtime back; nothing sets st_ctime
+    key = [str(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     memory = cache_dir() / "hashes" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.json"
     try:
         *known, digest = json.loads(memory.read_text(encoding="utf-8"))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from linearize.errors import UnsupportedModelError
 from linearize.models.boundary import boundary
 from linearize.models.gguf_config import ELSEWHERE, complete, read_gguf_config, read_metadata
+from linearize.models.gguf_tensors import check_used, recording
 from linearize.models.rehearsal import check_report
 from linearize.patch import changed
 from linearize.progress import count
@@ -40,7 +41,8 @@ def convert(file: Path, out: Path) -> None:
 
     Raises:
         CheckpointError: the file is not GGUF, it is cut short, or lacks tensors.
-        UnsupportedModelError: transformers cannot read GGUF files of this architecture, or not all that this one says.
+        UnsupportedModelError: transformers cannot read GGUF files of this architecture, or not all that this one says
+            or holds.
         OSError: `out` cannot be written.
     """
     import torch
@@ -70,12 +72,13 @@ def convert(file: Path, out: Path) -> None:
     ):
         log.info("1 of 3: decoding the weights")
         # its bar does not obey transformers' switch for bars
-        with changed(reader, "tqdm", partial(tqdm, disable=True)):
+        with changed(reader, "tqdm", partial(tqdm, disable=True)), recording(reader) as used:
             loaded: Any = AutoModelForCausalLM.from_pretrained(**source, **options)
         log.info("2 of 3: reading the vocabulary")
         tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     model, report = loaded
     check_report(file, report, model)
+    check_used(file, metadata["tensors"], used)
     complete(file, model.config, metadata)
     set_tokenizer(tokenizer, metadata)
     tokenizer.model_max_length = int(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from linearize.errors import CheckpointError, UnsupportedModelError
 from linearize.models.boundary import boundary
 from linearize.models.config import MOST_LAYERS
+from linearize.models.gguf_keys import head_sizes, unplaced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -23,16 +24,6 @@ SPECIAL = {
 LISTS = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "scores", "token_type"))
 SIZES = ("block_count", "embedding_length", "context_length")
 """Without these transformers takes its defaults, which are those of another model."""
-SAME = {
-    "block_count": ("num_hidden_layers", "n_layer"),
-    "embedding_length": ("hidden_size", "n_embd"),
-    "attention.head_count": ("num_attention_heads", "n_head"),
-    "attention.head_count_kv": ("num_key_value_heads",),
-    "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
-    "attn_logit_softcapping": ("attn_logit_softcapping",),
-    "final_logit_softcapping": ("final_logit_softcapping",),
-}
-"""Key of the file -> names that a config may have for it."""
 ELSEWHERE = "give a safetensors checkpoint of the model instead"
 
 
@@ -52,7 +43,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
         metadata = {key: field.contents() for key, field in reader.fields.items() if key not in LISTS}
         tokens = reader.fields.get("tokenizer.ggml.tokens")
         metadata["special"] = {
-            role: tokens.contents(metadata[key])
+            role: _token(file, key, metadata[key], tokens)
             for role, key in SPECIAL.items()
             if tokens is not None and key in metadata
         }
@@ -105,17 +96,9 @@ def complete(file: Path, config: Any, metadata: dict[str, Any]) -> None:
         UnsupportedModelError: names the key and both values.
     """
     said = _said(metadata)
-    for key, names in SAME.items():
-        value = said.get(key)
-        for name in names:
-            if value is None or isinstance(value, list) or not hasattr(config, name):
-                continue
-            found = getattr(config, name)
-            if not (
-                found == value or (isinstance(found, float) and math.isclose(found, value, rel_tol=1e-5))
-            ):
-                raise _other(file, key, value, f"config.{name} would be {found}")
     _check_heads(file, config, said)
+    for key, value, instead in unplaced(config, said):
+        raise _other(file, key, value, instead)
     _set_window(file, config, said)
     scaling = said.get("rope.scaling.type")
     rope = getattr(config, "rope_parameters", None) or {}
@@ -125,6 +108,16 @@ def complete(file: Path, config: Any, metadata: dict[str, Any]) -> None:
         raise _other(
             file, "rope_freqs.weight", "factors of the rotary frequencies", "transformers leaves them out"
         )
+
+
+def _token(file: Path, key: str, number: Any, tokens: Any) -> str:
+    held = len(tokens.data)
+    if not isinstance(number, int) or not 0 <= number < held:
+        raise CheckpointError(
+            f"{file} says {key} {number!r}, and its vocabulary holds the tokens 0 to {held - 1:,}; set it with the "
+            "gguf package's gguf-set-metadata, or take another file of the model"
+        )
+    return str(tokens.contents(number))
 
 
 def _check_sizes(file: Path, metadata: dict[str, Any]) -> None:
@@ -164,13 +157,8 @@ def _said(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_heads(file: Path, config: Any, said: dict[str, Any]) -> None:
-    heads = getattr(config, "num_attention_heads", None)
-    width = getattr(config, "hidden_size", None)
-    named = (getattr(config, name, None) for name in ("head_dim", "global_head_dim", "d_kv"))
-    known = {size for size in named if isinstance(size, int)}
-    if not known and isinstance(heads, int) and isinstance(width, int):
-        known = {width // heads}
-    for key in ("attention.key_length", "attention.value_length"):
+    known = head_sizes(config)
+    for key in (f"attention.{side}_length{kind}" for side in ("key", "value") for kind in ("", "_swa")):
         value = said.get(key)
         if value is not None and known and value not in known:
             raise _other(file, key, value, f"the config's heads would have {sorted(known)[0]}")

@@ -22,11 +22,16 @@ TABLES = 4 * 2**30
 HARMLESS = re.compile(
     r"(^|[._])(inv_freq|position_ids|masked_bias|cos_cached|sin_cached|causal_mask|tril)$"  # computed anew
     r"|(^|\.)attn(ention)?\.bias$"  # GPT-2's causal mask
-    r"|(^|[._])(mtp|nextn|eagle|medusa|draft)"  # heads that guess tokens ahead
     r"|vision|visual|image|audio|speech|video|multi_?modal|(^|[._])mm_|connector|perceiver"  # other senses
     r"|(^|\.)(score|classifier|qa_outputs|pooler|v_head|value_head|reward_head|cls|dropout|summary)\."  # other tasks
 )
 """Names of tensors that a language model may leave out of what a checkpoint holds, and stay the same model."""
+
+AHEAD = re.compile(r"(^|[._])(mtp|nextn|eagle|medusa|draft)")
+"""Names of heads that guess tokens ahead. They stand beside the model's layers or behind the last, and in none."""
+
+GUESSES = re.compile(r"(\.layers\.\d+)\.(eh_proj|enorm|hnorm|shared_head)\.")
+"""What a layer that guesses tokens ahead has and no other: it joins an embedding to the last hidden state."""
 
 
 def rehearse(
@@ -107,7 +112,9 @@ def check_report(folder: str | Path, report: dict[str, Any], model: nn.Module) -
             f"{folder} lacks {len(missing)} of the model's tensors ({_few(missing)}); parameters are missing, so fetch "
             "the checkpoint again or export it again"
         )
-    dropped = sorted(name for name in report["unexpected_keys"] if _matters(name, model))
+    unexpected = sorted(report["unexpected_keys"])
+    guessing = {found[1] for name in unexpected if (found := GUESSES.search(name))}
+    dropped = [name for name in unexpected if _matters(name, model, guessing)]
     if dropped:
         raise CheckpointError(
             f"{folder} holds {len(dropped)} tensors that config.json does not ask for ({_few(dropped)}), and without "
@@ -132,7 +139,7 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _matters(name: str, model: nn.Module) -> bool:
+def _matters(name: str, model: nn.Module, guessing: set[str]) -> bool:
     """Whether leaving the tensor out may change what the model computes.
 
     It may if its place lies inside a repeated layer, or if it is a parameter of a module that is there, or of one that
@@ -140,7 +147,9 @@ def _matters(name: str, model: nn.Module) -> bool:
     """
     from torch import nn
 
-    if HARMLESS.search(name) or _guesses_ahead(name, model):
+    if HARMLESS.search(name) or _guesses_ahead(name, model, guessing):
+        return False
+    if AHEAD.search(name) and not _in_a_layer(name, model):
         return False
     *path, _ = name.split(".")
     module: nn.Module = model
@@ -155,15 +164,38 @@ def _matters(name: str, model: nn.Module) -> bool:
     return True
 
 
-def _guesses_ahead(name: str, model: nn.Module) -> bool:
-    """Whether the tensor is of a layer behind the last one, which guesses tokens ahead (num_nextn_predict_layers)."""
+def _in_a_layer(name: str, model: nn.Module) -> bool:
+    """Whether the tensor's place lies inside a repeated layer that the model has."""
+    from torch import nn
+
+    for start in (model, getattr(model, "base_model", model)):
+        module: nn.Module = start
+        for part in name.split("."):
+            inner = module._modules.get(part)
+            if inner is None:
+                break
+            if isinstance(module, nn.ModuleList):
+                return True
+            module = inner
+    return False
+
+
+def _guesses_ahead(name: str, model: nn.Module, guessing: set[str]) -> bool:
+    """Whether the tensor is of a layer behind the last one, which guesses tokens ahead (num_nextn_predict_layers).
+
+    Args:
+        name: of the tensor.
+        model: what was loaded.
+        guessing: ``.layers.N`` of the layers that hold what such a layer alone has; without it, a layer behind the
+            last is one that num_hidden_layers leaves out.
+    """
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers = getattr(text, "num_hidden_layers", None)
     ahead = [
         getattr(text, key, 0) for key in ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers")
     ]
-    index = re.search(r"\.layers\.(\d+)\.", name)
-    if index is None or not isinstance(layers, int):
+    index = re.search(r"\.layers\.(\d+)(?=\.)", name)
+    if index is None or index[0] not in guessing or not isinstance(layers, int):
         return False
     return layers <= int(index.group(1)) < layers + max(n if isinstance(n, int) else 0 for n in ahead)

@@ -21,7 +21,7 @@ from linearize.registry import closest
 
 log = logging.getLogger(__name__)
 
-CONVERSION = 2
+CONVERSION = 3
 """Goes up when the conversion writes something else, so that a cache's older folders are not taken for it."""
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")

@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 
 from linearize.errors import CheckpointError
 
 
 def check_finite(where: object, model: nn.Module) -> None:
-    """Refuse a model with a parameter or a rotary frequency that is NaN or infinite. Each is read once, without a copy.
+    """Refuse a model with a stored tensor or a rotary frequency that is NaN or infinite; each is read without a copy.
 
     Args:
         where: what the weights were loaded from, for the message.
-        model: loaded; parameters on the meta device (offloaded ones) are left out.
+        model: loaded; tensors on the meta device (offloaded ones) are left out.
 
     Raises:
         CheckpointError: names the first such tensor and how many there are.
     """
-    tables = [(name, table) for name, table in model.named_buffers() if name.endswith("inv_freq")]
+    # buffers that are not stored may be infinite for good reason, as masks are
+    stored = model.state_dict().keys()
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    count = len(tensors)
+    tensors |= {name: table for name, table in model.named_buffers() if name.endswith("inv_freq")}
     unsound = [
         name
-        for name, parameter in [*model.named_parameters(), *tables]
-        if parameter.is_floating_point()
-        and not parameter.is_meta
-        and parameter.numel()
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point()
+        and not tensor.is_meta
+        and tensor.numel()
         # both ends are NaN where any element is
-        and not all(math.isfinite(float(end)) for end in parameter.detach().aminmax())
+        and not all(math.isfinite(float(end)) for end in tensor.detach().aminmax())
     ]
     if unsound:
-        count = len(list(model.parameters()))
         raise CheckpointError(
             f"the weights of {where} hold NaN or infinite values in {len(unsound)} of {count} tensors (first: "
             f"{unsound[0]}); the training that made them has failed, or the file is damaged: take "

@@ -89,7 +89,11 @@ class LinearizedAttention(nn.Module):
                 cache = cache.self_attention_cache
             frame.cache = adopt(cache, self.layer_idx)
             frame.offset = frame.cache.mask_offset(hidden.shape[1])
-        return super().forward(*args, **kwargs, linearize_frame=frame)
+            frame.cache.awaits = True
+        answer = super().forward(*args, **kwargs, linearize_frame=frame)
+        if frame.cache is not None:
+            frame.cache.awaits = False
+        return answer
 
     def teacher(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any

@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 from linearize.errors import LinearizeError, UnsupportedModelError
 from linearize.mixers import Mixer, State
 from linearize.surgery.generated import subclass
+from linearize.surgery.read import Read
 
 
 class LinearizedCacheLayer(CacheLayerMixin):
@@ -33,6 +34,9 @@ class LinearizedCacheLayer(CacheLayerMixin):
         state: None until the first token.
         seen: tokens so far, in layer types that have no counter of their own.
         record_past: keep what is needed to take tokens back (assisted decoding).
+        read: in the model's first converted layer, what masks have said of the tokens so far, or None.
+        plain: no call had a mask so far.
+        awaits: a converted layer is about to hand over its keys and values; nobody else may.
     """
 
     supports_early_init = False
@@ -43,6 +47,9 @@ class LinearizedCacheLayer(CacheLayerMixin):
     mixer: Mixer | None
     record_past: bool
     seen: int
+    read: Read | None = None
+    plain = False
+    awaits = False
     _snapshot: State | None
     _recorded: list[dict[str, Tensor]]
     _home: torch.device
@@ -50,7 +57,16 @@ class LinearizedCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Count the tokens and hand the new keys and values [B, N, T, K] straight to the attention function."""
+        """Count the tokens and hand the new keys and values [B, N, T, K] straight to the attention function.
+
+        Raises:
+            LinearizeError: who calls is no converted layer, and would take the new keys for all there are.
+        """
+        if not self.awaits:
+            raise LinearizeError(
+                "a cache layer was filled by a converted layer, and softmax attention cannot go on with its state; "
+                "start the teacher, or a model that was not converted, with an empty cache of its own"
+            )
         self.is_initialized = True
         layer: Any = self
         if isinstance(self, StaticLayer) and _frozen(layer.cumulative_length):
@@ -87,6 +103,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
         **context: Any,
     ) -> Tensor:
         """Run the mixer on new tokens [B, T, H, K] and keep its state; `context` as in `surgery.context`."""
+        fresh = self.state is None
         if self.state is None:
             self.state = mixer.initial_state(k.shape[0], k.dtype, k.device)
             if isinstance(self, StaticLayer):
@@ -96,6 +113,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
             if isinstance(self, StaticLayer):
                 _keep_address(*self.state.tensors.values())
         if self.mixer is not mixer:
+            self._check_mixer(mixer, fresh)
             self.mixer = mixer
         if self.record_past:
             if self._snapshot is None:
@@ -111,6 +129,21 @@ class LinearizedCacheLayer(CacheLayerMixin):
         if k.shape[1] == 1 and starts is None and not (torch.is_grad_enabled() and q.requires_grad):
             return mixer.step(q, k, v, state=self.state, valid=valid, **context)
         return mixer.chunked(q, k, v, valid=valid, starts=starts, state=self.state, gaps=gaps, **context)
+
+    def _check_mixer(self, mixer: Mixer, fresh: bool) -> None:
+        """Refuse the mixer of another model; that of a copy, as of a copied cache, has the same parts and shapes.
+
+        Raises:
+            LinearizeError: it is one.
+        """
+        if fresh or self.mixer is None:
+            return
+        one, other = self.mixer, mixer
+        if type(one) is not type(other) or one.shape != other.shape or _made_of(one) != _made_of(other):
+            raise LinearizeError(
+                "a cache layer was filled by another converted model, whose states are others; start each model "
+                "with an empty cache"
+            )
 
     def mask_offset(self, tokens: int) -> int | Tensor | None:
         """Column of the first of so many new tokens in the layer's mask; None where they cannot be padding."""
@@ -134,7 +167,8 @@ class LinearizedCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self._beside("reset")
-        self.state = None
+        self.state = self.mixer = self.read = None
+        self.plain = False
         self._drop_record()
         self._count(-int(self.get_seq_length()))
 
@@ -188,6 +222,8 @@ class LinearizedCacheLayer(CacheLayerMixin):
                 f"cannot take back {remove} tokens: a linear-attention state keeps only the {recorded} recorded "
                 "since the last crop; call cache.activate_past_recording() before the tokens that may be taken back"
             )
+        if self.read is not None:
+            self.read = self.read.cut(length - remove)
         self.state = self._snapshot
         keep = recorded - remove
         if keep:
@@ -214,12 +250,16 @@ class LinearizedCacheLayer(CacheLayerMixin):
         self._select(indices)
 
     def _select(self, indices: Tensor) -> None:
+        if self.read is not None:
+            self.read = self.read.select(indices)
         if self.state is not None:
             self.state.select(torch.arange(self.state.batch, device=indices.device)[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""
         self._each_beside(lambda x: x.repeat_interleave(repeats, dim=0))
+        if self.read is not None:
+            self.read = self.read.repeat(repeats)
         if self.state is not None:
             self.state.repeat(repeats)
 
@@ -235,6 +275,12 @@ class LinearizedCacheLayer(CacheLayerMixin):
         self._beside("prefetch")
         if self.state is not None and hasattr(self, "_home"):
             self.state.to(self._home)
+
+
+def _made_of(mixer: Mixer) -> dict[str, Any]:
+    """Names and shapes of a mixer's parts and parameters."""
+    parts: dict[str, Any] = {name: type(part) for name, part in mixer.named_modules()}
+    return {**parts, **{name + ".": x.shape for name, x in mixer.named_parameters()}}
 
 
 def _keep_address(*tensors: Tensor) -> None:
@@ -279,7 +325,7 @@ def adopt(cache: Cache, index: int) -> LinearizedCacheLayer:
     # cache layers are ABCs, whose instances refuse a new __class__; an empty instance takes over their attributes
     made: LinearizedCacheLayer = object.__new__(subclass(type(layer), LinearizedCacheLayer))
     made.__dict__.update(layer.__dict__)
-    made.state, made.mixer, made.seen = None, None, 0
+    made.state, made.mixer, made.read, made.seen = None, None, None, 0
     made.record_past = getattr(layer, "record_past", False)
     made._drop_record()
     cache.layers[index] = made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,38 +13,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from linearize.errors import UnsupportedModelError
+from linearize.surgery.cache import LinearizedCacheLayer
 from linearize.surgery.masks import REMEDY, text_rows
 from linearize.surgery.positions import layers, left_positions
-
-READ = "linearize_read"
-"""Attribute of a cache: what earlier calls have read, see `Read`."""
-
-
-@dataclass(frozen=True)
-class Read:
-    """Which of a cache's tokens are text, in memory that does not grow: rows of text behind padding have two numbers.
-
-    Attributes:
-        padding: [B] tokens before the first that is text.
-        texts: [B] tokens that are text.
-        tokens: in all; those that came later one at a time are not counted.
-    """
-
-    padding: Tensor
-    texts: Tensor
-    tokens: int
-
-    @classmethod
-    def of(cls, rows: Tensor) -> Read:
-        """What [B, S] true-where-text says."""
-        return cls(rows.to(torch.int8).argmax(1), rows.sum(1), rows.shape[1])
-
-    def agrees(self, seen: Tensor) -> Tensor:
-        """[B] whether [B, S] true-where-seen shows just the text; rows with padding elsewhere pass unchecked."""
-        place = torch.arange(self.tokens, device=seen.device)
-        padding, texts = self.padding.to(seen.device), self.texts.to(seen.device)
-        same = (seen[:, : self.tokens] == (place >= padding[:, None])).all(1)
-        return same | (padding + texts != self.tokens)
+from linearize.surgery.read import Read
 
 
 def looking(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,12 +30,13 @@ def looking(forward: Callable[..., Any]) -> Callable[..., Any]:
     def inner(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         mask = given.get("attention_mask")
-        if not isinstance(mask, Tensor):
-            return forward(self, *args, **kwargs)
         caches = (Cache, EncoderDecoderCache)
         cache = next((x for x in given.values() if isinstance(x, caches)), None)
+        if not isinstance(mask, Tensor) and mask is not None:
+            return forward(self, *args, **kwargs)
         inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-        if mask.dim() == 2 and "position_ids" in names and given.get("position_ids") is None:
+        unnumbered = "position_ids" in names and given.get("position_ids") is None
+        if isinstance(mask, Tensor) and mask.dim() == 2 and unnumbered:
             past = 0 if cache is None else cache.get_seq_length()
             places = None if inputs is None else left_positions(self, mask, inputs.shape[1], past)
             at = names.index("position_ids")
@@ -71,39 +44,75 @@ def looking(forward: Callable[..., Any]) -> Callable[..., Any]:
                 args = (*args[:at], places, *args[at + 1 :])
             elif places is not None:
                 kwargs["position_ids"] = places
-        if cache is not None and inputs is not None and not torch.compiler.is_compiling():
-            found = layers(self)
-            if found and found[0].linearize_switch.mode == "student":
-                windows = [layer.mixer.shape.sliding_window for layer in found]
-                _follow(cache, mask, inputs.shape[1], min((w for w in windows if w), default=None))
-        return forward(self, *args, **kwargs)
+        found = layers(self) if isinstance(inputs, Tensor) else []
+        switch = found[0].linearize_switch if found else None
+        if (
+            inputs is None
+            or switch is None
+            or switch.mode != "student"
+            or switch.trusts
+            or torch.compiler.is_compiling()
+        ):
+            return forward(self, *args, **kwargs)
+        windows = [layer.mixer.shape.sliding_window for layer in found]
+        follow = functools.partial(
+            _follow, mask, inputs.shape[1], min((w for w in windows if w), default=None)
+        )
+        held = _held(cache, found[0].layer_idx)
+        begins, read = held is None or held.state is None, None if cache is None else follow(held, cache)
+        answer = forward(self, *args, **kwargs)
+        if cache is None:  # the model may have made one
+            made = answer.values() if isinstance(answer, dict) else answer
+            values = made if isinstance(answer, (dict, tuple)) else ()
+            cache = next((x for x in values if isinstance(x, caches)), None)
+            read = None if cache is None else follow(None, cache)
+        held = _held(cache, found[0].layer_idx)
+        if held is not None:
+            held.read, held.plain = read, (held.plain or begins) and mask is None
+        return answer
 
     return inner
 
 
-def _follow(cache: Any, mask: Tensor, tokens: int, window: int | None) -> None:
-    """Hold a mask [B, 1, Q, S] that the caller made against what earlier calls have read, and remember this one.
+def _held(cache: Any, index: int) -> LinearizedCacheLayer | None:
+    """The converted cache layer of attention layer `index`, if there is one yet."""
+    held = [] if cache is None else getattr(cache, "self_attention_cache", cache).layers
+    layer = held[index] if 0 <= index < len(held) else None
+    return layer if isinstance(layer, LinearizedCacheLayer) else None
+
+
+def _follow(
+    mask: Tensor | None, tokens: int, window: int | None, held: LinearizedCacheLayer | None, cache: Any
+) -> Read | None:
+    """Hold a mask that the caller made, or none, against what earlier calls have read.
 
     A state holds every text token of its document: a mask that hides one of them, or opens one that was padding, asks
     for something else. What a mask says of its own tokens the layers check, but for single ones.
 
     Args:
-        cache: of the model, before the call.
-        mask: as it was given.
+        mask: as it was given, [B, S] or [B, 1, Q, S]; None: all is text.
         tokens: Q.
         window: the shortest of the teacher's own sliding windows, or None.
+        held: the cache layer of the first converted layer, before the call, or None.
+        cache: of the model, before the call.
+
+    Returns:
+        What has been read after the call.
 
     Raises:
         UnsupportedModelError: it does.
     """
-    known = getattr(cache, READ, None)
+    known = None if held is None else held.read
+    if mask is None:
+        return None if known is None else _told(held, known, None, tokens, window)
     if mask.dim() == 2:
-        if known is None or tokens > 1:  # decoding launches nothing for this
-            setattr(cache, READ, Read.of(mask.to(torch.bool)))
-        return
+        known = _told(held, known, mask.to(torch.bool), tokens, window)
+        if known is None or tokens > 1:
+            return Read.of(mask.to(torch.bool))
+        return known
     if mask.dim() != 4 or getattr(cache, "is_compileable", False):
-        return  # generate itself makes the masks of static caches
-    past = int(cache.get_seq_length())
+        return known  # generate itself makes the masks of static caches
+    past = 0 if held is None else int(held.get_seq_length())
     first, last, texts = text_rows(mask, tokens, past)
     if known is None:
         known = Read.of(torch.ones(1, past, dtype=torch.bool, device=first.device)) if past else None
@@ -113,10 +122,49 @@ def _follow(cache: Any, mask: Tensor, tokens: int, window: int | None) -> None:
             fits |= ~first[:, :past].any(1)  # another document begins
         elif window is not None and past >= window:
             fits &= ~first[:, : past + 1 - window].any(1)
-        if not bool(fits.all()):
-            raise UnsupportedModelError(
-                f"an attention mask that hides tokens of earlier calls, or shows padding among them: {REMEDY}"
-            )
+        _refuse_unless(fits)
     read = Read.of(last)
     # rows that had no text in this call are taken at their word from here on
-    setattr(cache, READ, Read(read.padding, torch.where(texts, read.texts, -1), read.tokens))
+    return Read(read.padding, torch.where(texts, read.texts, -1), read.tokens)
+
+
+def _told(
+    held: LinearizedCacheLayer | None,
+    known: Read | None,
+    mask: Tensor | None,
+    tokens: int,
+    window: int | None,
+) -> Read | None:
+    """The same of a mask [B, S] true where text, or of none; what was known stays, if it fits.
+
+    Away from the CPU only the first of the tokens that come one at a time waits for the device.
+    """
+    if held is None or held.state is None or (known is None and not held.plain):
+        return known
+    device = known.padding.device if mask is None and known is not None else getattr(mask, "device", None)
+    if tokens == 1 and known is not None and known.compared and str(device) != "cpu":
+        return known
+    past = int(held.get_seq_length())
+    if not past or (mask is not None and mask.shape[1] < past + tokens):
+        return known
+    if known is None:
+        assert mask is not None
+        known = Read.of(torch.ones(1, past, dtype=torch.bool, device=mask.device))
+    if mask is None:
+        fits = (known.texts == known.tokens) | (known.texts < 0)
+    elif known.padding.shape[0] not in (1, mask.shape[0]):
+        return known
+    else:
+        fits = known.counts(mask[:, :past])
+        if tokens > 1 and window is None:
+            fits |= ~mask[:, :past].any(1)  # another document begins
+    _refuse_unless(fits)
+    return replace(known, compared=tokens == 1)
+
+
+def _refuse_unless(fits: Tensor) -> None:
+    if not bool(fits.all()):
+        raise UnsupportedModelError(
+            "an attention mask (none shows every token) that hides tokens of earlier calls, or shows padding among "
+            f"them: {REMEDY}"
+        )

@@ -100,10 +100,13 @@ def _attention_modules(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
             "(Llama, Qwen, Gemma, GPT-2, ...)"
         )
     for path, module in found:
-        if getattr(module, "is_causal", True) is False:
-            raise UnsupportedModelError(
-                f"{path} ({type(module).__name__}): not causal; only decoders can be converted"
-            )
+        # transformers makes masks by the config's word, whatever the module says; without weights no mask tells
+        config = getattr(module, "config", None)
+        for said in (getattr(module, "is_causal", True), getattr(config, "is_causal", True)):
+            if said is False:
+                raise UnsupportedModelError(
+                    f"{path} ({type(module).__name__}): not causal (is_causal=False); only decoders can be converted"
+                )
     return found
 
 

@@ -98,6 +98,16 @@ def test_recipes_that_start_from_each_other(write):
     assert "without end: mine -> a -> b -> a" in problems_of(write("defaults: [a]\nlayers: all"))
 
 
+def test_neighbors_may_be_given_by_their_path(write, tmp_path):
+    other = write("defaults: [softmax]\nlayers: [0]", "other.yaml")
+    for start in (str(other.absolute()), "./other"):
+        assert compose(str(write(f"defaults: [{start}]"))).layers == [0]
+    write(f"defaults: [{other.with_name('mine.yaml').absolute()}]", "other.yaml")
+    assert "without end: mine -> other -> mine" in problems_of(write(f"defaults: [{other.absolute()}]"))
+    elsewhere = tmp_path / "elsewhere" / "other.yaml"
+    assert "unknown recipe" in problems_of(write(f"defaults: [{elsewhere}]"))
+
+
 def test_a_diamond_of_starts_is_read_once(write):
     """Each level starts from two files of the next: 2^18 paths, 37 files."""
     write("defaults: [softmax]\nlayers: [0]", "x0.yaml")

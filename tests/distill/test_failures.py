@@ -218,6 +218,25 @@ def test_full_disk_keeps_the_previous_checkpoint(
     distill.run(str(teacher_folder), small, out, resume=True)
 
 
+def test_a_full_disk_at_a_single_file_names_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fill(folder: Path) -> None:
+        checkpoint.write_json(folder / "state.json", {})
+
+    checkpoint.write_folder(tmp_path / "checkpoint-1", fill)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(CheckpointError) as stopped:
+            checkpoint.write_folder(tmp_path / "checkpoint-2", fill)
+    said = f"{tmp_path / 'checkpoint-2'}: the disk is full. The previous checkpoint is intact (checkpoint-1)"
+    assert str(stopped.value).startswith(said)
+    assert os.listdir(tmp_path) == ["checkpoint-1"]
+
+
 @pytest.mark.parametrize("file", ["metrics.jsonl", "results.json", "final.safetensors"])
 def test_full_disk_for_any_other_file(
     file: str, teacher_folder: Path, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

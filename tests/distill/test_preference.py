@@ -143,8 +143,14 @@ def test_pairs_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
     config.length = 16
     with pytest.raises(DataError, match=r"no pair fits into 16 tokens .* raise data\.length"):
         pairs(tokenizer(False), config, tokens=10**6, seed=0)
+    (tmp_path / "plain.txt").write_text("No answer is preferred here. " * 9)
     with pytest.raises(DataError, match="plain text holds no pairs"):
-        pairs(tokenizer(False), DataConfig(template="preference"), tokens=100, seed=0)
+        pairs(
+            tokenizer(False),
+            DataConfig(source=str(tmp_path / "plain.txt"), template="preference"),
+            tokens=100,
+            seed=0,
+        )
 
 
 # The stage

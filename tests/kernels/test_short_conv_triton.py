@@ -367,6 +367,7 @@ def test_operators_are_well_formed() -> None:
     one = (
         [x[:, 0] for x in detached[0]],
         *detached[1:],
+        [torch.zeros_like(x[:, 0]) for x in detached[0]],
         torch.ones(2, dtype=torch.bool, device=DEVICE),
         True,
         False,

@@ -187,3 +187,15 @@ def test_nan_is_found_in_any_float_format():
         with pytest.raises(CheckpointError, match=r"weights of here .* in 1 of 2 tensors \(first: bias\)"):
             check_finite("here", model)
     check_finite("here", tiny.model("llama"))
+
+
+def test_nan_is_found_in_a_buffer_that_is_stored():
+    from linearize.models.sound import check_finite
+
+    model = nn.Linear(3, 3)
+    model.register_buffer("mask", torch.full((3,), -torch.inf), persistent=False)
+    model.register_buffer("correction", torch.zeros(3))
+    check_finite("here", model)
+    model.correction[1] = torch.nan
+    with pytest.raises(CheckpointError, match=r"in 1 of 3 tensors \(first: correction\)"):
+        check_finite("here", model)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from linearize.errors import CheckpointError
-from linearize.models.cache import PARTIAL, build_once
+from linearize.models import cache
+from linearize.models.cache import PARTIAL, build_once, content_hash, sha256
 
 SLOW_BUILD = """
 import sys, time
@@ -112,3 +113,20 @@ def test_what_is_built_can_be_read_by_others(tmp_path):
     final = build_once(tmp_path / "model", write)
     assert final.stat().st_mode & 0o055 == 0o055
     assert (final / "whole").stat().st_mode & 0o044 == 0o044
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_file_with_its_time_set_back_is_read_again(tmp_path, monkeypatch, replace):
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
+    file, other = tmp_path / "weights", tmp_path / "other"
+    file.write_text("aaaa")
+    before, stat = content_hash(file), file.stat()
+    time.sleep(0.02)  # longer than a tick of the filesystem's clock
+    (other if replace else file).write_text("bbbb")
+    os.utime(other if replace else file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    if replace:
+        other.replace(file)
+    after = content_hash(file)
+    assert before != after == sha256(file)
+    monkeypatch.setattr(cache, "sha256", lambda file: pytest.fail(f"{file} is read again"))
+    assert content_hash(file) == after

@@ -175,6 +175,7 @@ def test_a_rotation_that_is_no_number(folder):
     [
         "model.layers.0.self_attn.q_proj.bias",  # a parameter of a module that is there
         "model.layers.0.self_attn.q_norm.weight",  # a module of a layer that is there
+        "model.layers.0.self_attn.draft_proj.weight",  # called like a head that guesses ahead
         "model.norm.bias",
         "model.embed_positions.weight",  # beside the embeddings
     ],
@@ -205,6 +206,12 @@ def test_layers_that_guess_ahead_may_be_there(folder):
     assert "model.layers.2.eh_proj.weight" in refusals(folder)[0]
     edit(folder, num_nextn_predict_layers=1)
     load_teacher(str(folder))
+
+
+def test_a_model_without_its_last_layer_does_not_pass_as_one_that_guesses_ahead(folder):
+    edit(folder, num_hidden_layers=1, num_nextn_predict_layers=1)
+    for said in refusals(folder):
+        assert "holds 9 tensors that config.json does not ask for (model.layers.1." in said
 
 
 # What stands where the weights are expected, and where MODEL leads.

@@ -169,6 +169,28 @@ def test_a_cache_of_the_softmax_model_is_refused():
             hybrid()(tiny.tokens(1, 1), past_key_values=cache)
 
 
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_cache_of_the_student_is_refused_by_others(tokens):
+    model, ids = hybrid(), tiny.tokens(1, 14)
+    teacher, other = tiny.model("llama"), surgery.convert(tiny.model("llama"), tiny.LAWCAT)
+    with torch.no_grad():
+        cache = model(ids[:, :10], use_cache=True).past_key_values
+        new = {"input_ids": ids[:, 10 : 10 + tokens], "past_key_values": cache}
+        with pytest.raises(LinearizeError, match="filled by a converted layer"):
+            teacher(**new)
+        with (
+            surgery.mode(model, "teacher"),
+            pytest.raises(LinearizeError, match="filled by a converted layer"),
+        ):
+            model(**new)
+        with pytest.raises(LinearizeError, match="another converted model"):
+            other(**{**new, "past_key_values": copy.deepcopy(cache)})
+        copied = {**new, "past_key_values": copy.deepcopy(cache)}
+        expected = model(ids[:, : 10 + tokens]).logits[:, 10:]
+        for out in (copy.deepcopy(model)(**copied).logits, model(**new).logits):
+            torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_continuous_batching_is_refused():
     model = hybrid()
     with pytest.raises(UnsupportedModelError, match="generate_batch"):

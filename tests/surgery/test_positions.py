@@ -179,3 +179,49 @@ def test_padding_of_earlier_calls_stays_hidden():
         later[0, ..., :PAD] = False
         out = model(ids[:, 10:14], attention_mask=later, position_ids=positions[:, 10:14], **given).logits
         close(out[0], model(ids[:1, PAD:14]).logits[0, -4:])
+
+
+@pytest.mark.parametrize("tokens", [6, 1])
+@pytest.mark.parametrize("before", [True, False], ids=["padded", "text"])
+@pytest.mark.parametrize("later", ["zeros", "ones", "none"])
+def test_a_later_mask_of_padding_is_held_against_the_earlier(before, later, tokens):
+    """What an earlier call had as padding is not in the state, and what it had as text cannot be taken out."""
+    model = surgery.convert(tiny.model("llama", num_hidden_layers=2), tiny.LOLCATS)
+    ids, padded, positions = tiny.left_padded(2, 18, PAD)
+    end = 10 + tokens
+    given = {cache_name(model): DynamicCache(config=model.config)}
+    masks = {"zeros": padded[:, :end], "ones": torch.ones_like(padded)[:, :end], "none": None}
+    with torch.no_grad():
+        model(ids[:, :10], attention_mask=padded[:, :10] if before else None, **given)
+
+        def go_on(mask):
+            return model(
+                ids[:, 10:end], attention_mask=mask, position_ids=positions[:, 10:end], **given
+            ).logits
+
+        fits = before == (later == "zeros")
+        if not fits:
+            with pytest.raises(
+                UnsupportedModelError, match="hides tokens of earlier calls, or shows padding"
+            ):
+                go_on(masks[later])
+        right = go_on(padded[:, :end] if before else masks["ones"])
+        if before:
+            close(right[0], model(ids[:1, PAD:end]).logits[0, -tokens:])
+
+
+def test_rows_of_a_cache_keep_their_padding():
+    """Rows in another order, rows chosen, and a cache begun anew."""
+    model = surgery.convert(tiny.model("llama", num_hidden_layers=2), tiny.LOLCATS)
+    ids, mask, positions = tiny.left_padded(2, 18, PAD)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :10], attention_mask=mask[:, :10], **{cache_name(model): cache})
+        cache.reorder_cache(torch.tensor([1, 0]))
+        flipped = {"attention_mask": mask.flip(0)[:, :12], "position_ids": positions.flip(0)[:, 10:12]}
+        out = model(ids.flip(0)[:, 10:12], **flipped, **{cache_name(model): cache}).logits
+        close(out[1], model(ids[:1, PAD:12]).logits[0, -2:])
+        cache.batch_select_indices(torch.tensor([0]))
+        close(model(ids[1:, 12:14], **{cache_name(model): cache}).logits, model(ids[1:, :14]).logits[:, -2:])
+        cache.reset()
+        close(model(ids, **{cache_name(model): cache}).logits, model(ids).logits)

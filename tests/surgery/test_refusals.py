@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from linearize import surgery
 from linearize.errors import LinearizeError, RecipeError, UnsupportedModelError
+from linearize.surgery import inspection
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -32,6 +33,14 @@ def test_unsupported_attention_names_module_and_reason(name, values, message):
     with pytest.raises(UnsupportedModelError, match=message):
         surgery.convert(model, tiny.LOLCATS)
     assert not surgery.converted(model)
+
+
+def test_a_decoder_whose_config_is_not_causal_is_refused_without_weights_too():
+    model = tiny.model("llama")
+    model.config.is_causal = False
+    for either in (model, inspection.skeleton(model.config)):
+        with pytest.raises(UnsupportedModelError, match=r"self_attn .*: not causal \(is_causal=False\)"):
+            inspection.attention_layers(either)
 
 
 def test_wrong_mixer_reports_everything():
