@@ -1,17 +1,19 @@
 """The stage before all training: every mixer set to its teacher's layer in closed form, in one pass over a few texts.
 
 No learning rate and no random number: what is found depends on the model, the recipe and the text alone. All tokens
-go through the model at once, so that a layer is done when the pass has left it and nothing is kept.
+go through the model at once and twice side by side, as the teacher's stream and as the student's: a layer is set on what
+the layers set before it give, to the teacher's answer in its own stream, so that errors do not add up unseen.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from linearize import data, surgery
 from linearize.config.schema import DataConfig, Recipe
@@ -66,23 +68,50 @@ def calibrate(model: nn.Module, dataset: Any, *, autocast: torch.dtype | None) -
     device = device_of(surgery.converted(model)[0])
     items = [dataset[index] for index in range(len(dataset))]
     batch = {
-        key: torch.stack([item[key] for item in items]).to(device) for key in ("input_ids", "position_ids")
+        key: torch.stack([item[key] for item in items]).to(device).repeat(2, 1)
+        for key in ("input_ids", "position_ids")
     }
     found: list[dict[str, float]] = []
     computing = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
     whole: Any = model
     with Meter("calibrate", len(surgery.converted(model)), "layers") as meter:
 
-        def observe(call: Any) -> None:
+        def observe(call: Any) -> Tensor:
+            teacher, student = _halves(call)
             with torch.autocast(device.type, enabled=False):
-                fitted = calibration.calibrate(call)
-            found.append({"layer": call.layer_idx, "before": fitted.before, "after": fitted.after})
-            meter.advance(1, error=fitted.after)
+                fitted = calibration.calibrate(student, teacher)
+                found.append({"layer": call.layer_idx, "before": fitted.before, "after": fitted.after})
+                meter.advance(1, error=fitted.after)
+                return torch.cat([teacher.teacher, student.student().to(teacher.teacher.dtype)])
 
         model.eval()
         with torch.no_grad(), computing, surgery.observe(model, observe):
             whole.base_model(**batch, use_cache=False)
     return found
+
+
+def _halves(call: Any) -> tuple[Any, Any]:
+    """The call of the teacher's stream, and that of the student's, whose target is the teacher's answer in its own."""
+    batch = len(call.q) // 2
+
+    def half(rows: slice, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(half(rows, part) for part in value)
+        return value[rows] if isinstance(value, Tensor) and len(value) == 2 * batch else value
+
+    names = ("q", "k", "v", "hidden_states", "valid", "starts", "teacher")
+    made = []
+    for rows in (slice(batch), slice(batch, None)):
+        context = {
+            name: value if name == "sink" else half(rows, value) for name, value in call.context.items()
+        }
+        made.append(
+            dataclasses.replace(
+                call, **{name: half(rows, getattr(call, name)) for name in names}, context=context
+            )
+        )
+    made[1].teacher = made[0].teacher
+    return made[0], made[1]
 
 
 def write(model: nn.Module, folder: Path, found: list[dict[str, float]]) -> None:

@@ -2,7 +2,7 @@
 
 Parts know their own closed forms (`Part.calibrate`, `resize`, `FeatureMap.starts`, `Combine.fit`, `Output.fit`); here
 is only the order: what the statistics say, then the feature map's best start, then shares or sizes, then the output.
-Every layer is seen on the teacher's own inputs, as in attention transfer, so layers do not wait for each other.
+Whoever calls decides what a layer is seen on: the teacher's own inputs, or those that calibrated layers before it give.
 """
 
 from __future__ import annotations
@@ -65,16 +65,18 @@ def can(mixer: Mixer) -> bool:
 
 
 @torch.no_grad()
-def calibrate(call: Call) -> Fitted:
+def calibrate(call: Call, origin: Call | None = None) -> Fitted:
     """Set a mixer's parameters to its teacher's layer, in place; a mixer that comes out worse is put back.
 
     Args:
-        call: the layer on a few sequences, in float32 or as the model computes.
+        call: the layer on a few sequences, in float32 or as the model computes; its `teacher` is the target.
+        origin: the same layer on the same sequences as the untouched model has it, whose attention is looked at;
+            by default `call`.
 
     Raises:
         NotFiniteError: q, k, the teacher's output, a statistic or a found parameter is NaN or infinite.
     """
-    layer = _Layer(call)
+    layer = _Layer(call, origin)
     before = layer.error()
     kept = {name: value.clone() for name, value in call.mixer.state_dict().items()}
     layer.fit()
@@ -94,8 +96,8 @@ def calibrate(call: Call) -> Fitted:
 class _Layer:
     """One layer, its tokens in a row."""
 
-    def __init__(self, call: Call) -> None:
-        self.call, self.mixer = call, call.mixer
+    def __init__(self, call: Call, origin: Call | None = None) -> None:
+        self.call, self.mixer, self.origin = call, call.mixer, call if origin is None else origin
         where = f"layer {call.layer_idx}"
         batch, tokens = call.q.shape[:2]
         seen = torch.ones(batch, tokens, dtype=torch.bool, device=call.q.device)
@@ -118,6 +120,7 @@ class _Layer:
             q, k = call.context["plain"]
         # the first tokens of documents are few: all of them, whatever the stride
         chosen = torch.cat([self.places, (opens & seen).flatten().nonzero()[:, 0]]).unique()
+        self.chosen = chosen
         self.statistics = Statistics(
             shape=self.mixer.shape,
             q=q.flatten(0, 1)[chosen].float(),
@@ -250,7 +253,7 @@ class _Layer:
 
     def _attention(self) -> Moments:
         """Moments of the teacher's weights, a block of queries at a time; the first token of a document apart."""
-        call = self.call
+        call = self.origin
         softmax = build({"window": {"name": "full"}}, self.mixer.shape)
         batch, tokens = call.q.shape[:2]
         valid = call.valid
@@ -258,7 +261,7 @@ class _Layer:
         place = order.expand(batch, tokens) if valid is None else valid.cumsum(1)
         rest = ~self.opens[:, None, None, :]
         sums = torch.zeros(3, self.mixer.shape.heads, dtype=torch.float64, device=call.q.device)
-        count = 0
+        sinks, count = [], 0
         for start in range(0, tokens, ROWS):
             rows = slice(start, min(start + ROWS, tokens))
             weights = softmax.parallel(
@@ -271,7 +274,9 @@ class _Layer:
                 sink=call.context.get("sink"),
             )
             asked = 1.0 if valid is None else valid[:, rows, None, None].to(weights.dtype)
+            first = (weights * ~rest).sum(-1)
             weights = weights * rest * asked  # [B, R, H, T]
+            sinks.append((first.clamp_min(1e-9) / weights.amax(-1).clamp_min(1e-9)).log())
             mass = weights.sum(-1)
             age = (place[:, rows, None] - place[:, None]).clamp_min(0)[:, :, None].to(weights.dtype)
             shares = weights / mass[..., None].clamp_min(1e-9)
@@ -281,7 +286,8 @@ class _Layer:
             sums[2] += mass.sum((0, 1)).double()
             count += batch * (rows.stop - rows.start) if valid is None else int(valid[:, rows].sum())
         mass = sums[2].clamp_min(1e-9)
-        return sums[0] / mass, sums[1] / mass, sums[2] / max(count, 1)
+        sink = torch.cat(sinks, 1).flatten(0, 1)[self.chosen].float()
+        return Moments(sums[0] / mass, sums[1] / mass, sums[2] / max(count, 1), sink)
 
 
 def _projection(call: Call, like: Tensor) -> Tensor | None:

@@ -154,6 +154,21 @@ def prototypes(keys: Tensor, first: Tensor, count: int) -> Tensor:
     return centers
 
 
+def linear(x: Tensor, wanted: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Ridge regression without a constant: [K] with x w nearest `wanted`, by a weight on each row.
+
+    Args:
+        x: [N, K].
+        wanted: [N].
+        weight: [N], one each by default.
+    """
+    x = x.double()
+    scaled = x if weight is None else x * weight.double()[:, None]
+    normal = scaled.T @ x
+    normal.diagonal().add_(RIDGE_TOGETHER * normal.diagonal().mean() + 1e-30)
+    return torch.linalg.solve(normal, scaled.T @ wanted.double()).to(wanted.dtype)
+
+
 def log_normal(q: Tensor, k: Tensor, scaling: float) -> tuple[float, float]:
     """Factors on q and k under which a sum of K exponentials spreads as softmax's weights do.
 

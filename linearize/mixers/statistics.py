@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,22 @@ from torch import Tensor
 from linearize.errors import NotFiniteError
 from linearize.mixers.base import LayerShape
 
-Moments = tuple[Tensor, Tensor, Tensor]
-"""Mean distance in tokens, mean entropy in nats, and share of the attention off the first token: [H] each."""
+
+
+class Moments(NamedTuple):
+    """What the teacher's softmax does, a document's first token left out of all but the last.
+
+    Attributes:
+        distance: [H] mean age in tokens.
+        entropy: [H] mean, in nats.
+        mass: [H] share of the attention off the first token.
+        sink: [N, H] log of the first token's weight over the largest other one, for each query.
+    """
+
+    distance: Tensor
+    entropy: Tensor
+    mass: Tensor
+    sink: Tensor
 
 
 @dataclass
@@ -47,7 +62,7 @@ class Statistics:
         """
         found = self.attention()
         for name, value in zip(
-            ("attention distance", "attention entropy", "attention mass"), found, strict=True
+            ("attention distance", "attention entropy", "attention mass"), found[:3], strict=True
         ):
             finite(value, f"{self.where}: the teacher's {name}")
         return found
@@ -59,12 +74,12 @@ class Statistics:
         Weights a^n have the mean age a / (1 - a) = d, so a = d / (1 + d) and -log a = log(1 + 1 / d). The first token
         of a text, where a softmax parks what it has no use for, is left out of d.
         """
-        return torch.log1p(1 / self.moments[0].clamp_min(0.05))
+        return torch.log1p(1 / self.moments.distance.clamp_min(0.05))
 
     @property
     def strength(self) -> Tensor:
         """[H] share of a new value in an average over as many tokens as the teacher's entropy counts: exp(-entropy)."""
-        return (-self.moments[1]).exp().clamp(0.02, 0.98)
+        return (-self.moments.entropy).exp().clamp(0.02, 0.98)
 
     def shared(self, values: Tensor, heads: int) -> Tensor:
         """[H] positive values of the query heads -> [heads], the geometric mean of each group."""
