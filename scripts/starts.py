@@ -136,7 +136,7 @@ class _Start:
 
     def _converted(self, recipe: Recipe) -> Any:
         set_seed(recipe.run.seed)
-        return surgery.convert(self._load()[0], recipe.mixer, recipe.layers).eval()
+        return surgery.convert(self._load()[0], recipe.mixer, recipe.layers, recipe.mixers).eval()
 
     def trained(self, name: str, *, on: bool) -> dict[str, float]:
         """After `--train` tokens in the proportions of the recipe's stages, at its rates."""

@@ -13,9 +13,10 @@ from linearize.kernels.generalized_delta import (
     generalized_delta_reference,
     generalized_delta_step,
 )
-from linearize.mixers.base import LayerShape, Part, Partial, fill, wide
+from linearize.mixers.base import LayerShape, Part, Partial, fill, put, wide
 from linearize.mixers.options import number
 from linearize.mixers.state import State
+from linearize.mixers.statistics import Statistics
 from linearize.mixers.update import UPDATES, Stream, Update
 
 
@@ -65,6 +66,16 @@ class GatedDelta2(Update):
         fill(self.erase_bias, self.config.erase_bias)
         fill(self.write_bias, self.config.write_bias)
         fill(self.scale, self.config.scale)
+
+    def calibrate(self, statistics: Statistics) -> None:
+        """What is erased and written as `delta` has its one strength: from the entropy of the teacher's attention."""
+        logit = statistics.shared(statistics.strength, self.heads).logit()[:, None]
+        put(self.erase_bias, logit.expand_as(self.erase_bias))
+        put(self.write_bias, logit.expand_as(self.write_bias))
+
+    def resize(self, factor: Tensor) -> bool:
+        put(self.scale, self.scale * factor)
+        return True
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         size = (batch, self.heads, self.feature_dim, self.value_dim)
