@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
         "commit": _commit(),
         "settings": {
             name: str(getattr(options, name))
-            for name in ("model", "tokens", "length", "windows", "train", "texts")
+            for name in ("model", "tokens", "length", "windows", "train", "texts", "source")
         },
     }
     names = options.recipes or [name for name, _ in list_recipes()]
+    if options.jobs > 1:
+        return _side_by_side(found, path, names, options, list(arguments or sys.argv[1:]))
     measured = _Start(options)
     if "teacher" not in found:
         found["teacher"] = measured.teacher()
@@ -56,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in names:
         row = found["rows"].setdefault(name, {})
         if "swapped" not in row:
-            row["swapped"] = measured.swapped(name)
+            row |= measured.swapped(name)
             _write(path, found)
         if "calibrated" not in row:
             row |= {"calibrated": None, **measured.calibrated(name)}
@@ -67,6 +70,37 @@ def main(arguments: list[str] | None = None) -> int:
                 _write(path, found)
         print(f"{name:18} {json.dumps({key: row[key] for key in row if key != 'layers'})}", flush=True)
     return 0
+
+
+def _side_by_side(
+    found: dict[str, Any], path: Path, names: list[str], options: argparse.Namespace, arguments: list[str]
+) -> int:
+    """Every recipe in a process of its own with a file of its own, put together as they end."""
+    parts = path.parent / f"{path.stem}-parts"
+    parts.mkdir(parents=True, exist_ok=True)
+
+    def one(name: str) -> tuple[str, int]:
+        own = [*arguments, "--jobs", "1", "--recipes", name, "--out", str(parts / f"{name}.json")]
+        with (parts / f"{name}.log").open("w") as log:
+            return name, subprocess.call(
+                [sys.executable, __file__, *own], stdout=log, stderr=subprocess.STDOUT
+            )
+
+    failed = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for done in as_completed([pool.submit(one, name) for name in names]):
+            name, code = done.result()
+            part = parts / f"{name}.json"
+            made = json.loads(part.read_text()) if part.exists() else {"rows": {}}
+            found["teacher"] = made.get("teacher", found.get("teacher", {}))
+            found["rows"] |= made["rows"]
+            failed += [name] if code else []
+            _write(path, found)
+            short = {key: made["rows"].get(name, {}).get(key) for key in ("swapped", "calibrated", "after")}
+            print(f"{name:22} {code or ''} {json.dumps(short)}", flush=True)
+    if failed:
+        print(f"failed, see {parts}: {', '.join(failed)}")
+    return int(bool(failed))
 
 
 class _Start:
@@ -114,13 +148,19 @@ class _Start:
     def _recipe(self, name: str) -> Recipe:
         recipe = compose(name)
         recipe.calibrate.tokens = self.options.tokens
+        if self.options.source:
+            recipe.data.source, recipe.data.template = list(self.options.source), "rendered"
         recipe.data.length = self.options.length
         recipe.run.device = self.options.device
         return recipe
 
-    def swapped(self, name: str) -> dict[str, float]:
-        """Without anything."""
-        return self._measure(self._converted(self._recipe(name)))
+    def swapped(self, name: str) -> dict[str, Any]:
+        """Without anything, and the bytes of one sequence's state in bfloat16, layers that grow left out."""
+        model = self._converted(self._recipe(name))
+        held = sum(
+            layer.mixer.state_bytes() for layer in surgery.converted(model) if layer.mixer.has_fixed_state
+        )
+        return {"state_bytes": held, "swapped": self._measure(model)}
 
     def calibrated(self, name: str) -> dict[str, Any]:
         """Without training, and what the calibration took and left; {} where a recipe has nothing to set."""
@@ -173,14 +213,17 @@ def table(found: dict[str, Any]) -> str:
             ("after, published start", "trained from the swap"),
             ("after", "trained from the calibrated start"),
         ]
-    titles = ["recipe", *(f"{title}, {text}" for text in texts for _, title in keys), "seconds"]
+    titles = ["recipe", *(f"{title}, {text}" for text in texts for _, title in keys)]
+    titles += ["seconds", "state KiB", "tokens/s"]
+    speeds = _speeds()
     lines = [
         f"# Where every recipe starts: {found['settings']['model']}",
         "",
         f"`{found['command']}`, {found['date']}, commit {found['commit']}. Perplexity on "
         f"{found['settings']['windows']} windows of {found['settings']['length']} tokens of each text; the teacher has "
         + ", ".join(f"{value} ({text})" for text, value in found["teacher"].items())
-        + ". Seconds are those of the calibration.",
+        + ". Seconds are those of the calibration, state is that of one sequence in bfloat16 without softmax layers' caches, "
+        "tokens/s forward and backward of the whole model at 64 x 1,024 ([recipes-h200.json](recipes-h200.json)).",
         "",
         "| " + " | ".join(titles) + " |",
         "|---" + "|---:" * (len(titles) - 1) + "|",
@@ -188,8 +231,17 @@ def table(found: dict[str, Any]) -> str:
     for name, row in sorted(found["rows"].items(), key=lambda pair: _rank(pair[1])):
         if "swapped" in row:
             cells = [_number((row.get(key) or {}).get(text)) for text in texts for key, _ in keys]
-            lines.append(f"| {name} | " + " | ".join([*cells, str(row.get("seconds", ""))]) + " |")
+            kib = f"{row['state_bytes'] / 1024:,.0f}" if row.get("state_bytes") else ""
+            cells += [str(row.get("seconds", "")), kib, speeds.get(name, "")]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _speeds() -> dict[str, str]:
+    path = ROOT / "docs" / "results" / "recipes-h200.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    chosen = [row for row in rows if (row["measured"], row["batch"], row["length"]) == ("train", 64, 1024)]
+    return {row["recipe"]: f"{row['tokens_per_second']:,.0f}" for row in chosen}
 
 
 def _rank(row: dict[str, Any]) -> float:
@@ -226,6 +278,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="of sequences and windows")
     parser.add_argument("--windows", type=int, default=4, help="of each text")
     parser.add_argument("--texts", nargs="*", default=[], metavar="NAME=FILE", help="beside the demo's")
+    parser.add_argument(
+        "--source", nargs="*", default=[], metavar="FILE", help="training text, the demo's by default"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="recipes at once, each in a process of its own")
     parser.add_argument("--train", type=lambda text: int(as_number(text) or 0), default=0, help="tokens, 1M")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/starts"), help="folder of the runs of --train"

@@ -1,8 +1,7 @@
-"""The stage before all training: every mixer set to its teacher's layer in closed form, in one pass over a few texts.
+"""The stage before all training: every mixer set to its teacher's layer in closed form, on a few texts.
 
 No learning rate and no random number: what is found depends on the model, the recipe and the text alone. All tokens
-go through the model at once and twice side by side, as the teacher's stream and as the student's: a layer is set on what
-the layers set before it give, to the teacher's answer in its own stream, so that errors do not add up unseen.
+go through the model at once, so that a layer is done when the pass has left it.
 """
 
 from __future__ import annotations
@@ -53,14 +52,18 @@ def text(recipe: Recipe, tokenizer: Any) -> Any:
 def calibrate(model: nn.Module, dataset: Any, *, autocast: torch.dtype | None) -> list[dict[str, float]]:
     """Set all mixers, in place.
 
+    It is done twice, with layers seen on what the layers set before them give, and on the teacher's own inputs: errors
+    that add up spoil the one, layers that compensate each other's the other, and which of them it is differs from
+    mixer to mixer. What predicts the calibration text best is kept; the start that the mixers came with counts too.
+
     Args:
         model: converted, untrained.
         dataset: packed sequences, which go through the model together.
         autocast: compute dtype of the teacher's pass, or None.
 
     Returns:
-        For each converted layer its number and the squared error of its output over the teacher's squared size, on the
-        teacher's inputs, before and after.
+        For each converted layer its number and the squared error of its output over the teacher's squared size, before
+        and after, on the inputs by which it was set; [] where the start is kept as it was.
 
     Raises:
         NotFiniteError: a statistic or what is found by it is not finite; names layer and statistic.
@@ -68,26 +71,60 @@ def calibrate(model: nn.Module, dataset: Any, *, autocast: torch.dtype | None) -
     device = device_of(surgery.converted(model)[0])
     items = [dataset[index] for index in range(len(dataset))]
     batch = {
-        key: torch.stack([item[key] for item in items]).to(device).repeat(2, 1)
-        for key in ("input_ids", "position_ids")
+        key: torch.stack([item[key] for item in items]).to(device) for key in ("input_ids", "position_ids")
     }
-    found: list[dict[str, float]] = []
     computing = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
-    whole: Any = model
-    with Meter("calibrate", len(surgery.converted(model)), "layers") as meter:
-
-        def observe(call: Any) -> Tensor:
-            teacher, student = _halves(call)
-            with torch.autocast(device.type, enabled=False):
-                fitted = calibration.calibrate(student, teacher)
-                found.append({"layer": call.layer_idx, "before": fitted.before, "after": fitted.after})
-                meter.advance(1, error=fitted.after)
-                return torch.cat([teacher.teacher, student.student().to(teacher.teacher.dtype)])
-
-        model.eval()
-        with torch.no_grad(), computing, surgery.observe(model, observe):
-            whole.base_model(**batch, use_cache=False)
+    start = {name: value.clone() for name, value in surgery.mixer_state(model).items()}
+    model.eval()
+    with torch.no_grad(), Meter("calibrate", 2 * len(surgery.converted(model)), "layers") as meter:
+        with computing:
+            best, least, found = start, _loss(model, batch), []
+        for own_stream in (True, False):
+            surgery.load_mixer_state(model, start)
+            with computing:
+                layers = _pass(model, batch, own_stream, meter)
+                loss = _loss(model, batch)
+            if loss < least:
+                best, least, found = surgery.mixer_state(model), loss, layers
+                best = {name: value.clone() for name, value in best.items()}
+        surgery.load_mixer_state(model, best)
     return found
+
+
+def _pass(
+    model: nn.Module, batch: dict[str, Tensor], own_stream: bool, meter: Meter
+) -> list[dict[str, float]]:
+    """All layers from first to last: the text goes through twice side by side, as the teacher's and as the student's."""
+    found: list[dict[str, float]] = []
+    whole: Any = model
+
+    def observe(call: Any) -> Tensor:
+        teacher, student = _halves(call) if own_stream else (call, call)
+        with torch.autocast(call.q.device.type, enabled=False):
+            fitted = calibration.calibrate(student, teacher)
+            found.append({"layer": call.layer_idx, "before": fitted.before, "after": fitted.after})
+            meter.advance(1, error=fitted.after)
+            if not own_stream:
+                return call.teacher
+            return torch.cat([teacher.teacher, student.student().to(teacher.teacher.dtype)])
+
+    if own_stream:
+        batch = {key: value.repeat(2, 1) for key, value in batch.items()}
+    with surgery.observe(model, observe):
+        whole.base_model(**batch, use_cache=False)
+    return found
+
+
+def _loss(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    """Mean next-token loss of the student, a sequence at a time; infinite where it is not a number."""
+    whole: Any = model
+    total = 0.0
+    for ids, places in zip(batch["input_ids"], batch["position_ids"], strict=True):
+        logits = whole(input_ids=ids[None], position_ids=places[None], use_cache=False).logits[0, :-1]
+        seen = places[1:] > 0
+        total += float(nn.functional.cross_entropy(logits[seen].float(), ids[1:][seen]))
+    loss = total / len(batch["input_ids"])
+    return loss if loss == loss else float("inf")
 
 
 def _halves(call: Any) -> tuple[Any, Any]:

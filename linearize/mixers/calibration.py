@@ -205,12 +205,13 @@ class _Layer:
         with _shown(self.mixer) as seen:
             self.call.student()
         combine = self.mixer.combine
+        if combine is None and self.mixer.recurrent is None:  # a window alone has no size
+            return fits.squared_error(self.rows(self.call.student()), self.target)
         if combine is None:
-            only = seen.recurrent if seen.recurrent is not None else seen.window
-            assert only is not None
-            y = self._partial(only).normalized()[0]
+            assert seen.recurrent is not None
+            y = self._partial(seen.recurrent).normalized()[0]
             factor = fits.scale(y, self.target)
-            if self.mixer.recurrent is not None and self._resize(factor):
+            if self._resize(factor):
                 y = y * factor.to(y.dtype)[:, None]
             return fits.squared_error(y, self.target)
         assert seen.window is not None and seen.recurrent is not None

@@ -17,7 +17,6 @@ from linearize.errors import NotFiniteError
 from linearize.mixers.base import LayerShape
 
 
-
 class Moments(NamedTuple):
     """What the teacher's softmax does, a document's first token left out of all but the last.
 
