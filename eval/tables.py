@@ -108,11 +108,15 @@ class Fitted:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """One table, or several below each other."""
-        columns = [_column(self.rows, name) for name in dict.fromkeys(key for row in self.rows for key in row)]
+        columns = [
+            _column(self.rows, name) for name in dict.fromkeys(key for row in self.rows for key in row)
+        ]
         keys = max(1, len(list(takewhile(lambda column: column.name in KEYS, columns))))
         part, title = columns[:keys], self.title
         for column in columns[keys:]:
-            width = 1 + sum(other.width + 2 for other in [*part, column])  # with what stands between and around
+            width = 1 + sum(
+                other.width + 2 for other in [*part, column]
+            )  # with what stands between and around
             if width > options.max_width and len(part) > keys:
                 yield self._table(part, title)
                 part, title = columns[:keys], None
@@ -134,7 +138,19 @@ class Fitted:
 
 rich_table = Fitted
 
-KEYS = ("model", "task", "metric", "by", "distance", "position", "tokens", "batch", "layer", "kept", "restored")
+KEYS = (
+    "model",
+    "task",
+    "metric",
+    "by",
+    "distance",
+    "position",
+    "tokens",
+    "batch",
+    "layer",
+    "kept",
+    "restored",
+)
 """What first columns say which row it is."""
 WORDS = 18
 """Characters of text that a column is never narrower than, where it has as many."""

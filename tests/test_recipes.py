@@ -20,6 +20,7 @@ from linearize.config.compose import RECIPES as FOLDER
 from linearize.config.schema import Recipe
 from linearize.distill import run, runner
 from linearize.errors import ModelNotFoundError
+from linearize.mixers import has_parameters
 from linearize.models import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +53,7 @@ def one_thread() -> None:
 def short(recipe: Recipe, length: int, batch: int) -> list[str]:
     """Overrides that take the length of a recipe's stages and of its evaluation, and no more."""
     found = [f"data.length={length}", f"eval.length={length}", "eval.max_windows=2", "eval.ablations=false"]
+    found.append(f"calibrate.tokens={4 * length}")
     for name, stage in recipe.stages.items():
         pairs = stage.data is not None and stage.data.template == "preference"
         own = PAIR if pairs else length
@@ -92,7 +94,9 @@ def test_end_to_end(name: str, teacher: Path, tmp_path: Path, monkeypatch: pytes
     summary = run(str(teacher), recipe, tmp_path / "run", recipe_name=name)
 
     rows = {row["name"]: row["perplexity"]["held-out"] for row in summary.rows}
-    assert list(rows) == ["teacher", "swapped, untrained", *(f"after {stage}" for stage in recipe.stages)]
+    begun = ["calibrated"] if has_parameters(recipe.mixer) else []
+    stages = [f"after {stage}" for stage in recipe.stages]
+    assert list(rows) == ["teacher", "swapped, untrained", *begun, *stages]
     assert all(1 < value < float("inf") for value in rows.values())
 
     model = linearize.load(summary.checkpoint)

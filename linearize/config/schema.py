@@ -100,6 +100,14 @@ class StageConfig:
 
 
 @dataclass
+class CalibrateConfig:
+    """What is set in closed form before any training: decays, strengths, feature maps, shares and sizes."""
+
+    tokens: int = 0
+    """Training tokens that one pass looks at; 0 leaves the mixers at their published start. Shipped recipes: 16384."""
+
+
+@dataclass
 class DataConfig:
     """Training text."""
 
@@ -196,6 +204,7 @@ class Recipe:
     """Name -> what a mixer of that name, which `layers` gives to some layers, changes in `mixer`."""
     stages: dict[str, StageConfig] = field(default_factory=dict)
     """Run in the order written."""
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -99,6 +99,8 @@ def _in_todays_words(recipe: dict[str, Any]) -> dict[str, Any]:
             rest = {key: value for key, value in stage.items() if key != "grad_accum"}
             stage = {**rest, "batch_size": batch * parts, "micro_batch": batch}
         stages[name] = stage
+    # a run from before there was a calibration has none
+    recipe = {"calibrate": {"tokens": 0}, **recipe}
     return {**recipe, "stages": stages} if stages else recipe
 
 

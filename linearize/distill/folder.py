@@ -169,7 +169,7 @@ class RunFolder:
             for path in list(self.path.iterdir()):
                 if path.name.startswith((PARTIAL, f".{self.checkpoint.name}-", ADAPTER)):
                     checkpoint.remove(path)
-        for index, name in enumerate(stages, start=1):
+        for index, name in enumerate(["calibrate", *stages]):
             checkpoint.sweep(self.stage(index, name))
 
     @property

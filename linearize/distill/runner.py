@@ -20,7 +20,7 @@ from transformers import set_seed
 from linearize import data, export, models, objectives, surgery
 from linearize.config.course import Course
 from linearize.config.schema import Recipe
-from linearize.distill import batches, memory, preference, stages
+from linearize.distill import batches, calibrate, memory, preference, stages
 from linearize.distill.callbacks import RunStopped
 from linearize.distill.checkpoint import write_json, writing
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
@@ -145,6 +145,7 @@ class _Job:
                 "swapped, untrained",
                 lambda: measurer.measure(model, "swapped", tasks=False, sound=False),
             )
+        self._calibrate(model, tokenizer, measurer, results)
         model = self._train(model, places, datasets, measurer, results)
         if recipe.eval.ablations:
             with self._measuring("the ablations"):
@@ -268,6 +269,22 @@ class _Job:
             with self._measuring(f"the model after stage '{place.name}'"):
                 results.add(row, partial(measurer.measure, model, row))
         return model
+
+    def _calibrate(self, model: nn.Module, tokenizer: Any, measurer: Measurer, results: Results) -> None:
+        """The mixers' start in closed form, or that of an earlier process."""
+        if not calibrate.wanted(self.recipe, model):
+            return
+        folder = self.folder.stage(0, calibrate.NAME)
+        with self._watched("calibrating", [], "fewer calibrate.tokens in a new run folder"):
+            if calibrate.is_done(folder):
+                calibrate.restore(model, folder)
+            else:
+                found = calibrate.calibrate(
+                    model, calibrate.text(self.recipe, tokenizer), autocast=self.autocast
+                )
+                calibrate.write(model, folder, found)
+        with self._measuring("the calibrated model"):
+            results.add("calibrated", lambda: measurer.measure(model, "calibrated", tasks=False, sound=False))
 
     def _original(self) -> nn.Module:
         """A frozen copy of the teacher, for when the model's own base weights are no longer the teacher's."""

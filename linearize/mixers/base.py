@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from linearize.errors import LinearizeError
 from linearize.kernels import dispatch
 from linearize.kernels.window_linear.reference import divide
+
+if TYPE_CHECKING:
+    from linearize.mixers.statistics import Statistics
 
 CHUNK = 64
 """Tokens in a chunk of the chunked forms: the window's usual size, and the tile that GPU kernels like."""
@@ -101,6 +104,13 @@ class Partial:
             self.stabilizer,
         )
 
+    def every(self, step: int) -> Partial:
+        """Each `step`-th token."""
+        denominator, stabilizer = (
+            None if x is None else x[:, ::step] for x in (self.denominator, self.stabilizer)
+        )
+        return Partial(self.numerator[:, ::step], denominator, stabilizer, self.divided)
+
     def scaled(self, factor: Tensor) -> Partial:
         """Both sums times a factor [B, T, H]; a named method, since torch.compile cannot trace `*` of a dataclass."""
         denominator = None if self.denominator is None else self.denominator * factor
@@ -118,6 +128,19 @@ class Part(nn.Module):
 
     def reset_parameters(self) -> None:
         """Put every parameter at its initial value."""
+
+    def calibrate(self, statistics: Statistics) -> None:
+        """Set parameters from what is known of the teacher's layer; a part without a closed form stays as it is."""
+
+    def resize(self, factor: Tensor) -> bool:
+        """Multiply what each query head gives by a factor [H]; false, and nothing done, where no parameter says it."""
+        return False
+
+
+def put(parameter: Tensor, value: Tensor) -> None:
+    """Set a parameter to a calibrated value, broadcast and in its own dtype."""
+    with torch.no_grad():
+        parameter.copy_(value.expand_as(parameter))
 
 
 def fill(parameter: Tensor, value: Tensor | float) -> None:

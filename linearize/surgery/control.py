@@ -41,10 +41,11 @@ def mode(model: nn.Module, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def observe(model: nn.Module, observer: Callable[[LayerCall], None]) -> Iterator[None]:
+def observe(model: nn.Module, observer: Callable[[LayerCall], Tensor | None]) -> Iterator[None]:
     """Attention transfer: inside, each converted layer runs the teacher and shows itself to `observer`.
 
-    The teacher's output is what goes on to the next layer, so no graph spans layers.
+    The teacher's output is what goes on to the next layer, so no graph spans layers; an observer that gives back a
+    tensor of its shape [B, T, H, V] sends that one on.
     """
     switch = _switch(model)
     before = switch.mode, switch.observer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -29,6 +30,23 @@ class Combine(Part):
 
     def __init__(self, config: Any, shape: LayerShape) -> None:
         super().__init__()
+
+    def fit(
+        self,
+        window: Partial,
+        recurrent: Partial,
+        target: Tensor,
+        hidden: Tensor | None,
+        resize: Callable[[Tensor], bool],
+    ) -> None:
+        """Set the shares nearest the teacher's output by least squares; a rule without parameters stays as it is.
+
+        Args:
+            window, recurrent: the branches' partials on [1, N] tokens.
+            target: [N, H, V] what the teacher gives.
+            hidden: [1, N, D], where `uses_hidden`.
+            resize: multiplies what the recurrent branch gives by [H], or says false.
+        """
 
     def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
         """Two partials -> output [B, T, H, V]; `hidden` [B, T, D] for rules with `uses_hidden`."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from linearize.kernels.window_linear.reference import divide
-from linearize.mixers.base import LayerShape, Part, Partial, fill
+from linearize.mixers import fits
+from linearize.mixers.base import LayerShape, Part, Partial, fill, put
 from linearize.mixers.combine import COMBINES, Combine
 from linearize.mixers.options import number
 
@@ -25,6 +27,10 @@ class SharedNormalizer(Combine):
     """
 
     needs_normalizer = True
+    REACH = 12.0
+    """Largest size of a calibrated factor: a share of e^-12 is none."""
+    SEARCHED = 1024
+    """Tokens that the search looks at: it is for one number a head."""
 
     @dataclass
     class Config(Part.Config):
@@ -44,6 +50,40 @@ class SharedNormalizer(Combine):
     def reset_parameters(self) -> None:
         start = self.config.window_weight_init
         fill(self.window_factor, math.log(start / (1 - start)))
+
+    def fit(
+        self,
+        window: Partial,
+        recurrent: Partial,
+        target: Tensor,
+        hidden: Tensor | None,
+        resize: Callable[[Tensor], bool],
+    ) -> None:
+        """The factor of each head with the least squared error, by a search over steps of two and then of a third.
+
+        The output is a quotient, so there is no linear equation to solve. Without ``complement`` g ends below one, and
+        a recurrent branch that harms can be made no smaller than it is.
+        """
+        every = -(-len(target) // self.SEARCHED)
+        window, recurrent, target = window.every(every), recurrent.every(every), target[::every]
+        best, least = (
+            self.window_factor.detach().clone(),
+            torch.full_like(self.window_factor, math.inf).double(),
+        )
+
+        def search(steps: list[float], around: Tensor) -> None:
+            nonlocal best, least
+            for step in steps:
+                factor = (around + step).clamp(-self.REACH, self.REACH)
+                put(self.window_factor, factor)
+                error = fits.squared_error(self(window, recurrent)[0], target)
+                best, least = torch.where(error < least, factor, best), torch.minimum(error, least)
+
+        search(
+            [float(step) for step in range(-int(self.REACH), int(self.REACH) + 1, 2)], torch.zeros_like(best)
+        )
+        search([step / 3 for step in range(-5, 6) if step], best.clone())
+        put(self.window_factor, best)
 
     def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
         assert window.denominator is not None and recurrent.denominator is not None, "see needs_normalizer"

@@ -6,13 +6,15 @@ Or per head and token, from the hidden states (as the branch gates of NSA, Yuan 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
-from linearize.mixers.base import LayerShape, Part, Partial, accumulator, fill, product
+from linearize.mixers import fits
+from linearize.mixers.base import LayerShape, Part, Partial, accumulator, fill, product, put
 from linearize.mixers.combine import COMBINES, Combine, blend
 from linearize.mixers.options import choice_problems, number
 
@@ -28,6 +30,7 @@ class Sigmoid(Combine):
         LinearizeError: ``per: token`` for a layer whose model dim is unknown.
     """
 
+    EDGE = 0.02
     token_weight: nn.Parameter | None
 
     @dataclass
@@ -61,6 +64,28 @@ class Sigmoid(Combine):
         fill(self.window_factor, math.log(start / (1 - start)))
         if self.token_weight is not None:
             fill(self.token_weight, 0.0)
+
+    def fit(
+        self,
+        window: Partial,
+        recurrent: Partial,
+        target: Tensor,
+        hidden: Tensor | None,
+        resize: Callable[[Tensor], bool],
+    ) -> None:
+        """g from the two branches' least-squares factors, what is left of the second one in the branch's own size.
+
+        Where the recurrent branch has no size to set, g alone: <w - r, t - r> / |w - r|^2. g is kept from EDGE to
+        1 - EDGE, so that its sigmoid still has a slope.
+        """
+        near, far = window.normalized()[0], recurrent.normalized()[0]
+        if resize(torch.ones_like(self.window_factor)):
+            ours, theirs = fits.two_scales(near, far, target)
+            share = ours.clamp(self.EDGE, 1 - self.EDGE)
+            resize(theirs / (1 - share))
+        else:
+            share = fits.scale(near - far, target - far).clamp(self.EDGE, 1 - self.EDGE)
+        put(self.window_factor, share.logit())
 
     def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
         logit = self.window_factor.to(accumulator(window.numerator.dtype))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from linearize.mixers import fits
 from linearize.mixers.base import Part, Partial
 from linearize.mixers.combine import COMBINES, Combine
 
@@ -21,6 +23,16 @@ class Sum(Combine):
     @dataclass
     class Config(Part.Config):
         pass
+
+    def fit(
+        self,
+        window: Partial,
+        recurrent: Partial,
+        target: Tensor,
+        hidden: Tensor | None,
+        resize: Callable[[Tensor], bool],
+    ) -> None:
+        resize(fits.scale(recurrent.normalized()[0], target - window.normalized()[0]))
 
     def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
         return window.normalized() + recurrent.normalized()

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linearize.mixers import fits
 from linearize.mixers.base import LayerShape
 from linearize.mixers.feature_map import FEATURE_MAPS
 from linearize.mixers.feature_map.shared import FLOOR, PerHeadProjection
 from linearize.mixers.options import choice_problems
+from linearize.mixers.statistics import Statistics
 
 
 @FEATURE_MAPS.register("t2r")
@@ -47,6 +49,43 @@ class T2R(PerHeadProjection):
         width, dim = weight.shape[1:]
         eye = torch.eye(width, dtype=weight.dtype, device=weight.device)
         return torch.cat([eye, -eye] * -(-dim // (2 * width)), 1)[:, :dim]
+
+    LEVELS = (-1.0, 0.0, 1.0)
+    """Thresholds above the mean of the keys' projections, in standard deviations."""
+
+    def starts(self, statistics: Statistics) -> list[dict[str, Tensor]]:
+        """The start's W, and prototypes of the keys, each with thresholds that let a part of the keys through.
+
+        Only where W has a bias to hold them. A shared W has to serve queries too, which are scaled to the keys' size by
+        nothing: a running sum or a norm cancels the size.
+        """
+        assert self.query_weight is not None
+        if self.query_bias is None:
+            return []
+        dim, plain = self.query_weight.shape[2], self.start(self.query_weight)
+        found: list[dict[str, Tensor]] = []
+        for clustered in (False, True):
+            maps = []
+            for head in range(statistics.k.shape[1]):
+                keys = statistics.k[:, head]
+                made = fits.prototypes(keys, keys[statistics.opens].mean(0), dim) if clustered else plain.T
+                maps.append((made / made.norm(dim=1, keepdim=True).clamp_min(1e-6)).T)
+            shared = torch.stack(maps)
+            keys = torch.einsum("nmk,mkf->nmf", statistics.k, shared)
+            for level in self.LEVELS:
+                bias = -(keys.mean(0) + level * keys.std(0))
+                bias = bias if self.query_bias.shape[1] == dim else bias.mean(1, keepdim=True)
+                values = {"query_weight": shared, "query_bias": bias}
+                if self.key_weight is not None:
+                    values |= {"key_weight": shared, "key_bias": bias}
+                sizes = {name: len(parameter) for name, parameter in self.named_parameters()}
+                found.append(
+                    {
+                        name: value.repeat_interleave(sizes[name] // len(value), 0)
+                        for name, value in values.items()
+                    }
+                )
+        return found
 
     def activate(self, u: Tensor) -> Tensor:
         return u.relu().clamp_min(FLOOR)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -45,6 +46,11 @@ class Gate(Part):
 def log_sigmoid(logits: Tensor, divisor: float) -> Tensor:
     """log of sigmoid(logits) ** (1 / divisor): the larger the divisor, the slower the decay at the same logit."""
     return F.logsigmoid(logits) / divisor
+
+
+def sigmoid_logit(rate: Tensor, divisor: float) -> Tensor:
+    """The logits with `log_sigmoid` = -rate; rates are kept off zero, where the logit would be infinite."""
+    return -torch.expm1((rate * divisor).clamp(1e-6, 80.0)).log()
 
 
 GATES: Registry[Gate] = Registry("gate")

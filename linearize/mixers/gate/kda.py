@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linearize.mixers.base import LayerShape, Part, fill
+from linearize.mixers.base import LayerShape, Part, fill, put
 from linearize.mixers.gate import GATES, Gate
+from linearize.mixers.gate.shared import CurveGate
 from linearize.mixers.low_rank import LowRank
 from linearize.mixers.options import WIDEST, choice_problems, number
+from linearize.mixers.statistics import Statistics
 
 
 @GATES.register("kda")
@@ -68,9 +70,21 @@ class KDAGate(Gate):
         slow, fast = math.log(self.config.slowest), math.log(self.config.fastest)
         place = torch.linspace(0, 1, base.shape[-1], dtype=torch.float64)
         rate = math.log(2) / torch.exp(slow + (fast - slow) * place)
-        start = rate.expm1().log() if not self.config.lowest else (rate / -self.config.lowest).logit()
-        self.logits.start(start.to(base))
+        self.logits.start(self._base(rate).to(base))
         fill(self.a_log, 0.0)
+
+    def _base(self, rate: Tensor) -> Tensor:
+        """The base under which a token forgets at `rate`, a log decay above zero, while a is zero."""
+        if self.config.lowest:
+            return (rate / -self.config.lowest).clamp(1e-6, 0.98).logit()
+        return rate.expm1().log()
+
+    def calibrate(self, statistics: Statistics) -> None:
+        """Per feature from `CurveGate.SPREAD` times slower to faster than the teacher's attention distance asks for."""
+        rate = statistics.shared(statistics.rate, self.heads)
+        base = self.logits.base
+        place = torch.linspace(-1, 1, base.shape[-1], dtype=rate.dtype, device=rate.device)
+        put(base, self._base(rate[:, None] * CurveGate.SPREAD**place))
 
     def forward(self, hidden: Tensor | None, k: Tensor) -> Tensor:
         assert hidden is not None

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Part, fill, wide
-from linearize.mixers.gate import GATES, Gate, log_sigmoid
+from linearize.mixers.base import LayerShape, Part, fill, put, wide
+from linearize.mixers.gate import GATES, Gate, log_sigmoid, sigmoid_logit
 from linearize.mixers.options import WIDEST, number
+from linearize.mixers.statistics import Statistics
 
 
 @GATES.register("low_rank")
@@ -41,6 +42,11 @@ class LowRankGate(Gate):
         nn.init.normal_(self.down, std=0.006)
         nn.init.normal_(self.up, std=0.006)
         fill(self.bias, self.config.bias)
+
+    def calibrate(self, statistics: Statistics) -> None:
+        """The decay of each key-value head, in all its features, from the teacher's attention distance."""
+        rate = statistics.shared(statistics.rate, len(self.bias))
+        put(self.bias, sigmoid_logit(rate, self.config.divisor)[:, None])
 
     def forward(self, hidden: Tensor | None, k: Tensor) -> Tensor:
         assert hidden is not None

@@ -30,3 +30,6 @@ class RWKV6Gate(CurveGate):
 
     def log_decay(self, logits: Tensor) -> Tensor:
         return (-logits.exp()).clamp(min=self.LOWEST)
+
+    def logit(self, rate: Tensor) -> Tensor:
+        return rate.clamp(1e-6, -self.LOWEST).log()

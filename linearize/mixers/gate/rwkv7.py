@@ -29,3 +29,6 @@ class RWKV7Gate(CurveGate):
 
     def log_decay(self, logits: Tensor) -> Tensor:
         return -math.exp(-0.5) * logits.sigmoid()
+
+    def logit(self, rate: Tensor) -> Tensor:
+        return (rate / math.exp(-0.5)).clamp(1e-6, 0.98).logit()

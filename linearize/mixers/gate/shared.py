@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linearize.mixers.base import LayerShape, Part
+from linearize.mixers.base import LayerShape, Part, put
 from linearize.mixers.gate import Gate
 from linearize.mixers.low_rank import LowRank
 from linearize.mixers.options import WIDEST, choice_problems, number
+from linearize.mixers.statistics import Statistics
 
 
 class CurveGate(Gate):
@@ -24,6 +25,7 @@ class CurveGate(Gate):
     RADLADS gains nothing from that with RWKV-7 and little with RWKV-6, and it is left out.
     """
 
+    SPREAD = 4.0
     per_feature = True
 
     @dataclass
@@ -59,10 +61,21 @@ class CurveGate(Gate):
         curve = self.config.slow + (self.config.fast - self.config.slow) * place
         self.logits.start(curve.view(base.shape).to(base))
 
+    def calibrate(self, statistics: Statistics) -> None:
+        """Decays around that of the teacher's attention distance, SPREAD times slower to faster along a head."""
+        rate = statistics.shared(statistics.rate, self.heads)[:, None]
+        base = self.logits.base
+        place = torch.linspace(-1, 1, base.shape[1], dtype=rate.dtype, device=rate.device)
+        put(base, self.logit(rate * self.SPREAD**place))
+
     def forward(self, hidden: Tensor | None, k: Tensor) -> Tensor:
         assert hidden is not None
         return self.log_decay(self.logits(hidden))
 
     def log_decay(self, logits: Tensor) -> Tensor:
         """d -> log decay, both [B, T, M, F]."""
+        raise NotImplementedError(type(self))  # pragma: no cover - every subclass defines it
+
+    def logit(self, rate: Tensor) -> Tensor:
+        """The inverse of `log_decay`: rates = -log decay > 0 -> d, within what the curve reaches."""
         raise NotImplementedError(type(self))  # pragma: no cover - every subclass defines it

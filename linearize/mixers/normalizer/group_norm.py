@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Part, Partial, fill, wide
+from linearize.mixers.base import LayerShape, Part, Partial, fill, put, wide
 from linearize.mixers.normalizer import NORMALIZERS, Normalizer
 from linearize.mixers.options import choice_problems, number
 
@@ -47,6 +47,12 @@ class GroupNorm(Normalizer):
     def reset_parameters(self) -> None:
         if self.scale is not None:
             fill(self.scale, self.start)
+
+    def resize(self, factor: Tensor) -> bool:
+        if self.scale is None:
+            return False
+        put(self.scale, self.scale * factor)
+        return True
 
     def forward(self, partial: Partial) -> Partial:
         y = wide(partial.numerator)

@@ -23,6 +23,19 @@ class Output(Part):
     def __init__(self, config: Any, shape: LayerShape) -> None:
         super().__init__()
 
+    def fit(self, y: Tensor, hidden: Tensor, target: Tensor) -> None:
+        """Set parameters so that the output is nearest the teacher's, by least squares; nothing by default.
+
+        Args:
+            y: [N, H, V] what comes in.
+            hidden: [N, D] the layer's input.
+            target: [N, H, V] what the teacher gives.
+        """
+
+    def stretch(self, factor: Tensor) -> bool:
+        """Multiply what goes out by [H, V]; false, and nothing done, where no parameter says it."""
+        return False
+
     def forward(self, y: Tensor, hidden: Tensor | None) -> Tensor:
         """y [B, T, H, V], hidden [B, T, D] -> [B, T, H, V]."""
         raise NotImplementedError(type(self))  # pragma: no cover - every registered output defines it

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Part, fill, wide
+from linearize.mixers import fits
+from linearize.mixers.base import LayerShape, Part, fill, put, wide
 from linearize.mixers.options import WIDEST, number
 from linearize.mixers.output import OUTPUTS, Output
 
@@ -17,6 +18,8 @@ class OutputGate(Output):
     """y * (1 + sigmoid(x W1) W2), W2 = 0 at the start: what was copied from the teacher goes through unchanged."""
 
     uses_hidden = True
+    WIDTH = 32
+    """Channels that a calibration sets at most: its equations grow with their square."""
 
     @dataclass
     class Config(Part.Config):
@@ -32,6 +35,36 @@ class OutputGate(Output):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.down, std=0.02)
         fill(self.up, 0.0)
+
+    def fit(self, y: Tensor, hidden: Tensor, target: Tensor) -> None:
+        """A gate from the hidden state by ridge regression, in the first WIDTH of the bottleneck's channels.
+
+        The first column of W1 becomes zero, so that its sigmoid, one half whatever comes, can carry a factor on each
+        head and dim; the next ones become the leading principal directions of the hidden states. Later channels stay
+        as they were, with rows of zero in W2.
+        """
+        count = min(self.down.shape[1], self.WIDTH, len(self.down) + 1)
+        down = self.down.detach().clone()
+        down[:, 0] = 0
+        if count > 1:
+            down[:, 1:count] = fits.components(hidden, count - 1).to(down)
+        put(self.down, down)
+        features = (hidden @ down[:, :count].to(hidden.dtype)).sigmoid()
+        centers = features.mean(0)
+        centers[0] = 0
+        found = fits.gate(y, target, features - centers)
+        # the gate is 1 + f W2, what was solved (f - centers) W2, and the constant feature is one half
+        constant = found[0] - 2 * (1 + torch.einsum("r,rhv->hv", centers.double(), found))
+        up = torch.zeros_like(self.up)
+        up[:count] = torch.cat([constant[None], found[1:]]).to(up)
+        put(self.up, up)
+
+    def stretch(self, factor: Tensor) -> bool:
+        # factor (1 + f W2), the first feature being one half since `fit`
+        up = self.up * factor
+        up[0] += 2 * (factor - 1)
+        put(self.up, up)
+        return True
 
     def forward(self, y: Tensor, hidden: Tensor | None) -> Tensor:
         assert hidden is not None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Part, fill, wide
+from linearize.mixers.base import LayerShape, Part, fill, put, wide
 from linearize.mixers.low_rank import LowRank
 from linearize.mixers.options import WIDEST, number
 from linearize.mixers.output import OUTPUTS, Output
@@ -46,6 +46,16 @@ class GatedNorm(Output):
     def reset_parameters(self) -> None:
         self.gate.start(self.config.bias)
         fill(self.scale, self.config.start * (1 + math.exp(-self.config.bias)))
+
+    def fit(self, y: Tensor, hidden: Tensor, target: Tensor) -> None:
+        """The scale of each head and dim by least squares, under the gate as it stands."""
+        put(self.scale, torch.ones_like(self.scale))
+        unit = self(y[None], hidden[None])[0]
+        put(self.scale, (unit * target).sum(0) / unit.square().sum(0).clamp_min(1e-30))
+
+    def stretch(self, factor: Tensor) -> bool:
+        put(self.scale, self.scale * factor)
+        return True
 
     def forward(self, y: Tensor, hidden: Tensor | None) -> Tensor:
         assert hidden is not None

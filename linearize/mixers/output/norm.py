@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Part, fill, wide
+from linearize.mixers.base import LayerShape, Part, fill, put, wide
 from linearize.mixers.options import number
 from linearize.mixers.output import OUTPUTS, Output
 
@@ -34,6 +34,16 @@ class OutputNorm(Output):
 
     def reset_parameters(self) -> None:
         fill(self.scale, self.config.start)
+
+    def fit(self, y: Tensor, hidden: Tensor, target: Tensor) -> None:
+        """The scale of each head and dim by least squares."""
+        put(self.scale, torch.ones_like(self.scale))
+        unit = self(y, None)
+        put(self.scale, (unit * target).sum(0) / unit.square().sum(0).clamp_min(1e-30))
+
+    def stretch(self, factor: Tensor) -> bool:
+        put(self.scale, self.scale * factor)
+        return True
 
     def forward(self, y: Tensor, hidden: Tensor | None) -> Tensor:
         y = wide(y)

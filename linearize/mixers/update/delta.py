@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.kernels.gated_delta import delta_chunk, delta_reference, delta_step
-from linearize.mixers.base import LayerShape, Part, Partial, fill, product
+from linearize.mixers.base import LayerShape, Part, Partial, fill, product, put
 from linearize.mixers.options import number
 from linearize.mixers.state import State
+from linearize.mixers.statistics import Statistics
 from linearize.mixers.update import UPDATES, Stream
 from linearize.mixers.update.shared import Overwriting
 
@@ -43,6 +44,10 @@ class Delta(Overwriting):
         super().reset_parameters()
         fill(self.beta_weight, 0.0)
         fill(self.beta_bias, self.config.beta_bias)
+
+    def calibrate(self, statistics: Statistics) -> None:
+        """The strength of writing from the entropy of the teacher's attention, a mean over the heads that share it."""
+        put(self.beta_bias, statistics.shared(statistics.strength, self.heads).logit())
 
     def parallel(self, stream: Stream) -> Partial:
         q, k, beta = self._terms(stream)

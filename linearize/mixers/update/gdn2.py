@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linearize.mixers.base import LayerShape, Part, Partial, fill, wide
+from linearize.mixers.base import LayerShape, Part, Partial, fill, put, wide
 from linearize.mixers.options import number
+from linearize.mixers.statistics import Statistics
 from linearize.mixers.update import UPDATES, Stream
 from linearize.mixers.update.shared import Moving, Terms
 
@@ -44,6 +45,12 @@ class GatedDelta2(Moving):
         fill(self.write_weight, 0.0)
         fill(self.erase_bias, self.config.erase_bias)
         fill(self.write_bias, self.config.write_bias)
+
+    def calibrate(self, statistics: Statistics) -> None:
+        """What is erased and written as `delta` has its one strength: from the entropy of the teacher's attention."""
+        logit = statistics.shared(statistics.strength, self.heads).logit()[:, None]
+        put(self.erase_bias, logit.expand_as(self.erase_bias))
+        put(self.write_bias, logit.expand_as(self.write_bias))
 
     def weights(self, stream: Stream) -> Partial:
         """As elsewhere where w is one number for all dims of a head; else what is written is their mean."""

@@ -12,7 +12,7 @@ from linearize.kernels.generalized_delta import (
     generalized_delta_reference,
     generalized_delta_step,
 )
-from linearize.mixers.base import LayerShape, Partial, fill
+from linearize.mixers.base import LayerShape, Partial, fill, put
 from linearize.mixers.state import State
 from linearize.mixers.update import Stream, Update
 
@@ -51,6 +51,10 @@ class Overwriting(Update):
 
     def reset_parameters(self) -> None:
         fill(self.scale, self.config.scale)
+
+    def resize(self, factor: Tensor) -> bool:
+        put(self.scale, self.scale * factor)
+        return True
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         size = (batch, self.heads, self.feature_dim, self.value_dim)

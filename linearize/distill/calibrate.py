@@ -1,0 +1,187 @@
+"""The stage before all training: every mixer set to its teacher's layer in closed form, on a few texts.
+
+No learning rate and no random number: what is found depends on the model, the recipe and the text alone. All tokens
+go through the model at once, so that a layer is done when the pass has left it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize import data, surgery
+from linearize.config.schema import DataConfig, Recipe
+from linearize.distill import checkpoint
+from linearize.errors import CheckpointError, LinearizeError
+from linearize.mixers import calibration
+from linearize.mixers.offloaded import device_of
+from linearize.models.cache import sha256
+from linearize.progress import Meter
+
+NAME = "calibrate"
+"""Of the folder, stage-0-calibrate."""
+FINAL = "final.safetensors"
+DONE = "done.json"
+LENGTH = 1024
+"""Tokens in a sequence at most: the teacher's attention is looked at whole."""
+
+
+def wanted(recipe: Recipe, model: nn.Module) -> bool:
+    """Whether a recipe asks for it and a converted model has anything to set."""
+    return recipe.calibrate.tokens > 0 and any(
+        calibration.can(layer.mixer) for layer in surgery.converted(model)
+    )
+
+
+def text(recipe: Recipe, tokenizer: Any) -> Any:
+    """The sequences that are looked at: of the recipe's own training text, in the order of `run.seed`.
+
+    Raises:
+        DataError: see `data.packed`.
+    """
+    given = recipe.data
+    short = DataConfig(**{**vars(given), "length": min(given.length, LENGTH)})
+    return data.packed(tokenizer, short, tokens=recipe.calibrate.tokens, seed=recipe.run.seed, split="train")
+
+
+def calibrate(model: nn.Module, dataset: Any, *, autocast: torch.dtype | None) -> list[dict[str, float]]:
+    """Set all mixers, in place.
+
+    It is done twice, with layers seen on what the layers set before them give, and on the teacher's own inputs: errors
+    that add up spoil the one, layers that compensate each other's the other, and which of them it is differs from
+    mixer to mixer. What predicts the calibration text best is kept; the start that the mixers came with counts too.
+
+    Args:
+        model: converted, untrained.
+        dataset: packed sequences, which go through the model together.
+        autocast: compute dtype of the teacher's pass, or None.
+
+    Returns:
+        For each converted layer its number and the squared error of its output over the teacher's squared size, before
+        and after, on the inputs by which it was set; [] where the start is kept as it was.
+
+    Raises:
+        NotFiniteError: a statistic or what is found by it is not finite; names layer and statistic.
+    """
+    device = device_of(surgery.converted(model)[0])
+    items = [dataset[index] for index in range(len(dataset))]
+    batch = {
+        key: torch.stack([item[key] for item in items]).to(device) for key in ("input_ids", "position_ids")
+    }
+    computing = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
+    start = {name: value.clone() for name, value in surgery.mixer_state(model).items()}
+    model.eval()
+    with torch.no_grad(), Meter("calibrate", 2 * len(surgery.converted(model)), "layers") as meter:
+        with computing:
+            best, least, found = start, _loss(model, batch), []
+        for own_stream in (True, False):
+            surgery.load_mixer_state(model, start)
+            with computing:
+                layers = _pass(model, batch, own_stream, meter)
+                loss = _loss(model, batch)
+            if loss < least:
+                best, least, found = surgery.mixer_state(model), loss, layers
+                best = {name: value.clone() for name, value in best.items()}
+        surgery.load_mixer_state(model, best)
+    return found
+
+
+def _pass(
+    model: nn.Module, batch: dict[str, Tensor], own_stream: bool, meter: Meter
+) -> list[dict[str, float]]:
+    """All layers from first to last: the text goes through twice side by side, as the teacher's and as the student's."""
+    found: list[dict[str, float]] = []
+    whole: Any = model
+
+    def observe(call: Any) -> Tensor:
+        teacher, student = _halves(call) if own_stream else (call, call)
+        with torch.autocast(call.q.device.type, enabled=False):
+            fitted = calibration.calibrate(student, teacher)
+            found.append({"layer": call.layer_idx, "before": fitted.before, "after": fitted.after})
+            meter.advance(1, error=fitted.after)
+            if not own_stream:
+                return call.teacher
+            return torch.cat([teacher.teacher, student.student().to(teacher.teacher.dtype)])
+
+    if own_stream:
+        batch = {key: value.repeat(2, 1) for key, value in batch.items()}
+    with surgery.observe(model, observe):
+        whole.base_model(**batch, use_cache=False)
+    return found
+
+
+def _loss(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    """Mean next-token loss of the student, a sequence at a time; infinite where it is not a number."""
+    whole: Any = model
+    total = 0.0
+    for ids, places in zip(batch["input_ids"], batch["position_ids"], strict=True):
+        logits = whole(input_ids=ids[None], position_ids=places[None], use_cache=False).logits[0, :-1]
+        seen = places[1:] > 0
+        total += float(nn.functional.cross_entropy(logits[seen].float(), ids[1:][seen]))
+    loss = total / len(batch["input_ids"])
+    return loss if loss == loss else float("inf")
+
+
+def _halves(call: Any) -> tuple[Any, Any]:
+    """The call of the teacher's stream, and that of the student's, whose target is the teacher's answer in its own."""
+    batch = len(call.q) // 2
+
+    def half(rows: slice, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(half(rows, part) for part in value)
+        return value[rows] if isinstance(value, Tensor) and len(value) == 2 * batch else value
+
+    names = ("q", "k", "v", "hidden_states", "valid", "starts", "teacher")
+    made = []
+    for rows in (slice(batch), slice(batch, None)):
+        context = {
+            name: value if name == "sink" else half(rows, value) for name, value in call.context.items()
+        }
+        made.append(
+            dataclasses.replace(
+                call, **{name: half(rows, getattr(call, name)) for name in names}, context=context
+            )
+        )
+    made[1].teacher = made[0].teacher
+    return made[0], made[1]
+
+
+def write(model: nn.Module, folder: Path, found: list[dict[str, float]]) -> None:
+    """Save what was found, as the result of a stage.
+
+    Raises:
+        CheckpointError: the disk is full or refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise checkpoint.could_not_write(folder, error) from error
+    checkpoint.write_tensors_file(folder / FINAL, surgery.mixer_state(model))
+    checkpoint.write_json(folder / DONE, {"stage": NAME, "layers": found, "sha256": sha256(folder / FINAL)})
+
+
+def is_done(folder: Path) -> bool:
+    """Whether an earlier process has written a result."""
+    return (folder / DONE).is_file()
+
+
+def restore(model: nn.Module, folder: Path) -> None:
+    """Put a written result into a converted model.
+
+    Raises:
+        CheckpointError: it is damaged or of another recipe.
+    """
+    remedy = f"Delete {folder} and go on with --resume: the mixers are then calibrated again"
+    said = checkpoint.read_json(folder / DONE, remedy).get("sha256")
+    tensors = checkpoint.read_tensors(folder / FINAL)
+    if said != sha256(folder / FINAL):
+        raise CheckpointError(f"{folder / FINAL}: is not what was written (another checksum). {remedy}")
+    try:
+        surgery.load_mixer_state(model, tensors)
+    except (LinearizeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / FINAL}: {error}. {remedy}") from error

@@ -1,0 +1,361 @@
+"""A mixer set to its teacher in closed form: statistics first, then least squares, one layer at a time.
+
+Parts know their own closed forms (`Part.calibrate`, `resize`, `FeatureMap.starts`, `Combine.fit`, `Output.fit`); here
+is only the order: what the statistics say, then the feature map's best start, then shares or sizes, then the output.
+Whoever calls decides what a layer is seen on: the teacher's own inputs, or those that calibrated layers before it give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from linearize.errors import NotFiniteError, UnsupportedModelError
+from linearize.mixers import fits
+from linearize.mixers.base import Partial, put
+from linearize.mixers.combine import Combine
+from linearize.mixers.mixer import Mixer
+from linearize.mixers.spec import build
+from linearize.mixers.statistics import Moments, Statistics, finite
+
+TOKENS = 16_384
+"""Tokens that enter the equations at most, spread evenly over those that were seen."""
+ROWS = 128
+"""Queries whose attention weights are held at once."""
+
+
+class Call(Protocol):
+    """What is read of `surgery.LayerCall`."""
+
+    layer_idx: int
+    q: Tensor
+    k: Tensor
+    hidden_states: Tensor
+    valid: Tensor | None
+    starts: Tensor | None
+    teacher: Tensor
+    context: dict[str, Any]
+
+    @property
+    def mixer(self) -> Mixer: ...
+
+    def student(self) -> Tensor:
+        """[B, T, H, V] the mixer's output."""
+
+    def project(self, y: Tensor) -> Tensor:
+        """[B, T, H, V] -> [B, T, D] through the layer's own output projection."""
+
+
+@dataclass
+class Fitted:
+    """Squared error of a layer's output, projected, over the squared size of the teacher's, before and after."""
+
+    before: float
+    after: float
+
+
+def can(mixer: Mixer) -> bool:
+    """Whether there is anything to set: parameters of any part."""
+    return any(True for _ in mixer.parameters())
+
+
+@torch.no_grad()
+def calibrate(call: Call, origin: Call | None = None) -> Fitted:
+    """Set a mixer's parameters to its teacher's layer, in place; a mixer that comes out worse is put back.
+
+    Args:
+        call: the layer on a few sequences, in float32 or as the model computes; its `teacher` is the target.
+        origin: the same layer on the same sequences as the untouched model has it, whose attention is looked at;
+            by default `call`.
+
+    Raises:
+        NotFiniteError: q, k, the teacher's output, a statistic or a found parameter is NaN or infinite.
+    """
+    layer = _Layer(call, origin)
+    before = layer.error()
+    kept = {name: value.clone() for name, value in call.mixer.state_dict().items()}
+    layer.fit()
+    for name, parameter in call.mixer.named_parameters():
+        if not parameter.isfinite().all():
+            raise NotFiniteError(
+                f"layer {call.layer_idx}: the calibrated {name} is not finite; another calibration text, or "
+                "calibrate.tokens=0 to start from the published values"
+            )
+    after = layer.error()
+    if not after <= before:
+        call.mixer.load_state_dict(kept)
+        after = before
+    return Fitted(before, after)
+
+
+class _Layer:
+    """One layer, its tokens in a row."""
+
+    def __init__(self, call: Call, origin: Call | None = None) -> None:
+        self.call, self.mixer, self.origin = call, call.mixer, call if origin is None else origin
+        where = f"layer {call.layer_idx}"
+        batch, tokens = call.q.shape[:2]
+        seen = torch.ones(batch, tokens, dtype=torch.bool, device=call.q.device)
+        if call.valid is not None:
+            seen = call.valid
+        places = seen.flatten().nonzero()[:, 0]
+        self.all = places
+        self.places = places[:: -(-len(places) // TOKENS)]
+        for name, value in (("queries", call.q), ("keys", call.k), ("attention output", call.teacher)):
+            finite(self.rows(value).transpose(0, 1), f"{where}: the teacher's {name}")
+        self.target = self.rows(call.teacher)
+        self.hidden = self.rows(call.hidden_states)
+        self.projection = _projection(call, self.target)
+        self.size = float(self._projected(self.target))
+        opens = torch.zeros_like(seen) if call.starts is None else call.starts.clone()
+        first = seen.to(torch.int64).argmax(1)
+        opens[torch.arange(batch, device=seen.device), first] = True
+        q, k = call.q, call.k
+        if self.mixer.needs_plain and not self.mixer.position.recurrent_rotated:
+            q, k = call.context["plain"]
+        # the first tokens of documents are few: all of them, whatever the stride
+        chosen = torch.cat([self.places, (opens & seen).flatten().nonzero()[:, 0]]).unique()
+        self.chosen = chosen
+        self.statistics = Statistics(
+            shape=self.mixer.shape,
+            q=q.flatten(0, 1)[chosen].float(),
+            k=k.flatten(0, 1)[chosen].float(),
+            opens=opens.flatten()[chosen],
+            attention=self._attention,
+            where=where,
+        )
+        self.opens = opens
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[B, T, ...] -> [N, ...] in float32, the chosen tokens."""
+        return x.flatten(0, 1)[self.places].float()
+
+    def error(self) -> float:
+        """Relative squared error of the mixer as it stands; infinite where it overflows."""
+        found = float(self._projected(self.rows(self.call.student()) - self.target))
+        return found / max(self.size, 1e-30) if found == found else float("inf")
+
+    def _projected(self, y: Tensor) -> Tensor:
+        """Squared size of y [N, H, V] behind the output projection, where there is one."""
+        flat = y.flatten(1)
+        return (flat if self.projection is None else flat @ self.projection).square().sum(1).double().sum()
+
+    def fit(self) -> None:
+        """All parts, in the order of their dependence."""
+        for part in _parts(self.mixer):
+            part.calibrate(self.statistics)
+        self._start()
+        self._join()
+        output = self.mixer.output
+        if output is not None:
+            output.fit(self._before_output(), self.hidden, self.target)
+        self._together()
+
+    def _together(self) -> None:
+        """The last sizes by what all heads make of each other in the model's own output projection."""
+        mixer, output = self.mixer, self.mixer.output
+        if self.projection is None:
+            return
+        y = self.rows(self.call.student())
+        if output is not None and output.stretch(torch.ones_like(self.target[0])):
+            output.stretch(fits.together(y, self.target, self.projection, dims=True).to(y.dtype))
+            return
+        factor = fits.together(y, self.target, self.projection, dims=False)
+        if mixer.combine is not None:
+            mixer.combine.resize(factor)
+        elif mixer.recurrent is not None:
+            self._resize(factor)
+
+    def _start(self) -> None:
+        """Give each head the start of the feature map with which its output is nearest."""
+        feature_map = self.mixer.feature_map
+        starts = [] if feature_map is None else feature_map.starts(self.statistics)
+        if not starts:
+            return
+        assert feature_map is not None
+        parameters = dict(feature_map.named_parameters())
+        best = {name: value.detach().clone() for name, value in parameters.items()}
+        least: Tensor | None = None
+        for values in [dict(best), *starts]:
+            for name, value in values.items():
+                put(parameters[name], value)
+            error = self._join()
+            if least is None:
+                least = error
+                continue
+            # heads that share a parameter choose together
+            groups = min(len(value) for value in values.values())
+            better = (error.view(groups, -1).sum(1) < least.view(groups, -1).sum(1)).repeat_interleave(
+                len(error) // groups
+            )
+            least = torch.where(better, error, least)
+            for name, value in values.items():
+                own = better[:: len(better) // len(value)].view(-1, *[1] * (value.dim() - 1))
+                best[name] = torch.where(own, value.to(best[name]), best[name])
+        for name, value in best.items():
+            put(parameters[name], value)
+
+    def _join(self) -> Tensor:
+        """Set shares, or sizes, to the teacher's output by least squares; the squared error [H] that is left."""
+        with _shown(self.mixer) as seen:
+            self.call.student()
+        combine = self.mixer.combine
+        if combine is None and self.mixer.recurrent is None:  # a window alone has no size
+            return fits.squared_error(self.rows(self.call.student()), self.target)
+        if combine is None:
+            assert seen.recurrent is not None
+            y = self._partial(seen.recurrent).normalized()[0]
+            factor = fits.scale(y, self.target)
+            if self._resize(factor):
+                y = y * factor.to(y.dtype)[:, None]
+            return fits.squared_error(y, self.target)
+        assert seen.window is not None and seen.recurrent is not None
+        near, far = self._partial(seen.window), self._partial(seen.recurrent)
+        hidden = self.hidden[None] if combine.uses_hidden else None
+        resized = torch.ones(self.mixer.shape.heads, dtype=torch.float64, device=self.target.device)
+
+        def resize(factor: Tensor) -> bool:
+            nonlocal resized
+            done = self._resize(factor)
+            resized = resized * factor if done else resized
+            return done
+
+        combine.fit(near, far, self.target, hidden, resize)
+        far = far.scaled(resized.to(far.numerator.dtype).expand(far.numerator.shape[:-1]))
+        return fits.squared_error(combine(near, far, hidden)[0], self.target)
+
+    def _resize(self, factor: Tensor) -> bool:
+        """In the outermost part of the recurrent branch that has a size: behind a norm nothing else counts."""
+        recurrent = self.mixer.recurrent
+        assert recurrent is not None
+        return recurrent.normalizer.resize(factor) or recurrent.update.resize(factor)
+
+    def _before_output(self) -> Tensor:
+        with _shown(self.mixer) as seen:
+            self.call.student()
+        assert seen.joined is not None
+        return self.rows(seen.joined)
+
+    def _partial(self, partial: Partial) -> Partial:
+        """[B, T, ...] -> [1, N, ...], the chosen tokens."""
+
+        def rows(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.flatten(0, 1)[self.places][None].float()
+
+        whole = partial.sums()
+        numerator = rows(whole.numerator)
+        assert numerator is not None
+        return Partial(numerator, rows(whole.denominator), rows(whole.stabilizer))
+
+    def _attention(self) -> Moments:
+        """Moments of the teacher's weights, a block of queries at a time; the first token of a document apart."""
+        call = self.origin
+        softmax = build({"window": {"name": "full"}}, self.mixer.shape)
+        batch, tokens = call.q.shape[:2]
+        valid = call.valid
+        order = torch.arange(tokens, device=call.q.device)
+        place = order.expand(batch, tokens) if valid is None else valid.cumsum(1)
+        rest = ~self.opens[:, None, None, :]
+        sums = torch.zeros(3, self.mixer.shape.heads, dtype=torch.float64, device=call.q.device)
+        sinks, count = [], 0
+        for start in range(0, tokens, ROWS):
+            rows = slice(start, min(start + ROWS, tokens))
+            weights = softmax.parallel(
+                call.q,
+                call.k,
+                None,
+                valid=valid,
+                starts=call.starts,
+                rows=rows,
+                sink=call.context.get("sink"),
+            )
+            asked = 1.0 if valid is None else valid[:, rows, None, None].to(weights.dtype)
+            first = (weights * ~rest).sum(-1)
+            weights = weights * rest * asked  # [B, R, H, T]
+            sinks.append((first.clamp_min(1e-9) / weights.amax(-1).clamp_min(1e-9)).log())
+            mass = weights.sum(-1)
+            age = (place[:, rows, None] - place[:, None]).clamp_min(0)[:, :, None].to(weights.dtype)
+            shares = weights / mass[..., None].clamp_min(1e-9)
+            entropy = -(shares * shares.clamp_min(1e-12).log()).sum(-1)
+            sums[0] += (weights * age).sum((0, 1, 3)).double()
+            sums[1] += (entropy * mass).sum((0, 1)).double()
+            sums[2] += mass.sum((0, 1)).double()
+            count += batch * (rows.stop - rows.start) if valid is None else int(valid[:, rows].sum())
+        mass = sums[2].clamp_min(1e-9)
+        sink = torch.cat(sinks, 1).flatten(0, 1)[self.chosen].float()
+        return Moments(sums[0] / mass, sums[1] / mass, sums[2] / max(count, 1), sink)
+
+
+def _projection(call: Call, like: Tensor) -> Tensor | None:
+    """The output projection's matrix [H V, D] without its bias, or None for a layer that has no such module."""
+    units = torch.eye(like[0].numel(), device=like.device).view(1, -1, *like.shape[1:])
+    try:
+        made = call.project(units) - call.project(torch.zeros_like(units))
+    except UnsupportedModelError:
+        return None
+    return made[0].float()
+
+
+@dataclass
+class _Seen:
+    """What passed through a mixer's own seams in one call."""
+
+    window: Partial | None = None
+    recurrent: Partial | None = None
+    joined: Tensor | None = None
+
+
+@contextmanager
+def _shown(mixer: Mixer) -> Iterator[_Seen]:
+    """Inside, a call runs part by part, and shows what the branches gave and what reached the output part."""
+    seen, fused, combine, output = _Seen(), mixer.fused, mixer.combine, mixer.output
+    parts: Any = mixer
+    parts.fused = parts.output = None
+    parts.combine = None if combine is None else _Joint(seen, combine)
+    hooks = []
+    if combine is None and mixer.recurrent is not None:
+
+        def keep(module: nn.Module, arguments: Any, made: Partial) -> None:
+            seen.recurrent = made
+
+        hooks.append(mixer.recurrent.normalizer.register_forward_hook(keep))
+    given = mixer._joined_in
+
+    def joined(*arguments: Any) -> Tensor:
+        seen.joined = given(*arguments)
+        return seen.joined
+
+    parts._joined_in = joined
+    try:
+        yield seen
+    finally:
+        del parts._joined_in
+        for hook in hooks:
+            hook.remove()
+        parts.fused, parts.combine, parts.output = fused, combine, output
+
+
+class _Joint(nn.Module):
+    """A mixer's rule of combination that shows what it is given."""
+
+    def __init__(self, seen: _Seen, rule: Combine) -> None:
+        super().__init__()
+        self.seen, self.rule, self.uses_hidden = seen, rule, rule.uses_hidden
+
+    def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
+        self.seen.window, self.seen.recurrent = window, recurrent
+        return self.rule(window, recurrent, hidden)
+
+
+def _parts(mixer: Mixer) -> list[Any]:
+    recurrent = mixer.recurrent
+    found: list[Any] = [mixer.window, mixer.combine, mixer.output]
+    if recurrent is not None:
+        found += [recurrent.short_conv, recurrent.feature_map, recurrent.gate, recurrent.update]
+        found.append(recurrent.normalizer)
+    return [part for part in found if part is not None]

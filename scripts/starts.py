@@ -1,0 +1,294 @@
+"""Where every recipe starts: perplexity of the swapped and of the calibrated model, and after some training with both.
+
+Writes a JSON file row by row, and a table of it beside; what is in the file is not measured again.
+
+    python scripts/starts.py --out docs/results/starts.json
+    python scripts/starts.py --out docs/results/starts-h100.json --train 1M --windows 16 --length 1024
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from linearize import data, distill, models, surgery
+from linearize.config import compose, list_recipes
+from linearize.config.schema import DataConfig, EvalConfig, Recipe
+from linearize.config.values import as_number
+from linearize.distill import calibrate
+from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
+from linearize.eval.perplexity import perplexity, windows
+
+ROOT = Path(__file__).resolve().parent.parent
+STEP = 8
+"""Sequences of a step in `--train`: the published batches are larger than a million tokens."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure what is missing."""
+    options = _options(arguments)
+    path = options.out
+    found = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    found |= {
+        "command": shlex.join(["python", "scripts/starts.py", *(arguments or sys.argv[1:])]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": _commit(),
+        "settings": {
+            name: str(getattr(options, name))
+            for name in ("model", "tokens", "length", "windows", "train", "texts", "source")
+        },
+    }
+    names = options.recipes or [name for name, _ in list_recipes()]
+    if options.jobs > 1:
+        return _side_by_side(found, path, names, options, list(arguments or sys.argv[1:]))
+    measured = _Start(options)
+    if "teacher" not in found:
+        found["teacher"] = measured.teacher()
+        _write(path, found)
+    for name in names:
+        row = found["rows"].setdefault(name, {})
+        if "swapped" not in row:
+            row |= measured.swapped(name)
+            _write(path, found)
+        if "calibrated" not in row:
+            row |= {"calibrated": None, **measured.calibrated(name)}
+            _write(path, found)
+        for key, on in (("after", True), ("after, published start", False)):
+            if options.train and key not in row and compose(name).stages and (on or row["calibrated"]):
+                row[key] = measured.trained(name, on=on)
+                _write(path, found)
+        print(f"{name:18} {json.dumps({key: row[key] for key in row if key != 'layers'})}", flush=True)
+    return 0
+
+
+def _side_by_side(
+    found: dict[str, Any], path: Path, names: list[str], options: argparse.Namespace, arguments: list[str]
+) -> int:
+    """Every recipe in a process of its own with a file of its own, put together as they end."""
+    parts = path.parent / f"{path.stem}-parts"
+    parts.mkdir(parents=True, exist_ok=True)
+
+    def one(name: str) -> tuple[str, int]:
+        own = [*arguments, "--jobs", "1", "--recipes", name, "--out", str(parts / f"{name}.json")]
+        with (parts / f"{name}.log").open("w") as log:
+            return name, subprocess.call(
+                [sys.executable, __file__, *own], stdout=log, stderr=subprocess.STDOUT
+            )
+
+    failed = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for done in as_completed([pool.submit(one, name) for name in names]):
+            name, code = done.result()
+            part = parts / f"{name}.json"
+            made = json.loads(part.read_text()) if part.exists() else {"rows": {}}
+            found["teacher"] = made.get("teacher", found.get("teacher", {}))
+            found["rows"] |= made["rows"]
+            failed += [name] if code else []
+            _write(path, found)
+            short = {key: made["rows"].get(name, {}).get(key) for key in ("swapped", "calibrated", "after")}
+            print(f"{name:22} {code or ''} {json.dumps(short)}", flush=True)
+    if failed:
+        print(f"failed, see {parts}: {', '.join(failed)}")
+    return int(bool(failed))
+
+
+class _Start:
+    """The model, the texts and the ways to measure a recipe on them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        run = compose("lolcats", [f"run.device={options.device}"]).run
+        self.run, self.device = run, resolve_device(run)
+        self.autocast = resolve_precision(run, self.device)
+        model, self.tokenizer = self._load()
+        del model
+        sources = {"demo": "builtin"} | dict(text.split("=", 1) for text in options.texts)
+        self.sources = sources
+        self.texts = {
+            name: windows(
+                self.tokenizer,
+                data.validation_documents(DataConfig(validation=source), self.tokenizer),
+                window=options.length,
+                max_windows=options.windows,
+            )
+            for name, source in sources.items()
+        }
+
+    def _load(self) -> tuple[Any, Any]:
+        return models.load_teacher(
+            self.options.model,
+            dtype=resolve_weights(self.run, self.device),
+            device=str(self.device),
+            for_text=True,
+        )
+
+    def _measure(self, model: Any) -> dict[str, float]:
+        batch = 16 if self.device.type == "cuda" else 2
+        return {
+            name: round(
+                perplexity(model, self.tokenizer, cut, batch_size=batch, autocast=self.autocast).value, 2
+            )
+            for name, cut in self.texts.items()
+        }
+
+    def teacher(self) -> dict[str, float]:
+        return self._measure(self._load()[0].eval())
+
+    def _recipe(self, name: str) -> Recipe:
+        recipe = compose(name)
+        recipe.calibrate.tokens = self.options.tokens
+        if self.options.source:
+            recipe.data.source, recipe.data.template = list(self.options.source), "rendered"
+        recipe.data.length = self.options.length
+        recipe.run.device = self.options.device
+        return recipe
+
+    def swapped(self, name: str) -> dict[str, Any]:
+        """Without anything, and the bytes of one sequence's state in bfloat16, layers that grow left out."""
+        model = self._converted(self._recipe(name))
+        held = sum(
+            layer.mixer.state_bytes() for layer in surgery.converted(model) if layer.mixer.has_fixed_state
+        )
+        return {"state_bytes": held, "swapped": self._measure(model)}
+
+    def calibrated(self, name: str) -> dict[str, Any]:
+        """Without training, and what the calibration took and left; {} where a recipe has nothing to set."""
+        recipe = self._recipe(name)
+        model = self._converted(recipe)
+        if not calibrate.wanted(recipe, model):
+            return {}
+        began = time.monotonic()
+        layers = calibrate.calibrate(model, calibrate.text(recipe, self.tokenizer), autocast=self.autocast)
+        seconds = round(time.monotonic() - began, 1)
+        errors = [[round(layer["before"], 4), round(layer["after"], 4)] for layer in layers]
+        return {"calibrated": self._measure(model), "seconds": seconds, "layers": errors}
+
+    def _converted(self, recipe: Recipe) -> Any:
+        set_seed(recipe.run.seed)
+        return surgery.convert(self._load()[0], recipe.mixer, recipe.layers, recipe.mixers).eval()
+
+    def trained(self, name: str, *, on: bool) -> dict[str, float]:
+        """After `--train` tokens in the proportions of the recipe's stages, at its rates."""
+        recipe = self._recipe(name)
+        recipe.calibrate.tokens = self.options.tokens if on else 0
+        whole = sum(stage.tokens for stage in recipe.stages.values())
+        recipe.stages = {
+            key: dataclasses.replace(
+                stage,
+                data=None,
+                batch_size=STEP,
+                micro_batch="auto",
+                tokens=max(STEP * self.options.length, stage.tokens * self.options.train // whole),
+            )
+            for key, stage in recipe.stages.items()
+        }
+        texts = {text: source for text, source in self.sources.items() if source != "builtin"}
+        recipe.eval = EvalConfig(
+            length=self.options.length, max_windows=self.options.windows, texts=texts, ablations=False
+        )
+        out = self.options.runs / f"{name}-{'calibrated' if on else 'published'}"
+        if not (out / "done.json").is_file():
+            distill.run(self.options.model, recipe, out, resume=out.is_dir(), recipe_name=name)
+        last = json.loads((out / "results.json").read_text())["rows"][-1]["perplexity"]
+        return {("demo" if text == data.HELD_OUT else text): round(value, 2) for text, value in last.items()}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The rows as markdown, worst calibrated start last."""
+    texts = list(found["teacher"])
+    keys = [("swapped", "swapped"), ("calibrated", "calibrated")]
+    if any("after" in row for row in found["rows"].values()):
+        keys += [
+            ("after, published start", "trained from the swap"),
+            ("after", "trained from the calibrated start"),
+        ]
+    titles = ["recipe", *(f"{title}, {text}" for text in texts for _, title in keys)]
+    titles += ["seconds", "state KiB", "tokens/s"]
+    speeds = _speeds()
+    lines = [
+        f"# Where every recipe starts: {found['settings']['model']}",
+        "",
+        f"`{found['command']}`, {found['date']}, commit {found['commit']}. Perplexity on "
+        f"{found['settings']['windows']} windows of {found['settings']['length']} tokens of each text; the teacher has "
+        + ", ".join(f"{value} ({text})" for text, value in found["teacher"].items())
+        + ". Seconds are those of the calibration; state is one sequence's, in bfloat16, without softmax layers' caches; "
+        "tokens/s forward and backward of the whole model at 64 x 1,024 ([recipes-h200.json](recipes-h200.json)).",
+        "",
+        "| " + " | ".join(titles) + " |",
+        "|---" + "|---:" * (len(titles) - 1) + "|",
+    ]
+    for name, row in sorted(found["rows"].items(), key=lambda pair: _rank(pair[1])):
+        if "swapped" in row:
+            cells = [_number((row.get(key) or {}).get(text)) for text in texts for key, _ in keys]
+            kib = f"{row['state_bytes'] / 1024:,.0f}" if row.get("state_bytes") else ""
+            cells += [str(row.get("seconds", "")), kib, speeds.get(name, "")]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _speeds() -> dict[str, str]:
+    path = ROOT / "docs" / "results" / "recipes-h200.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    chosen = [row for row in rows if (row["measured"], row["batch"], row["length"]) == ("train", 64, 1024)]
+    return {row["recipe"]: f"{row['tokens_per_second']:,.0f}" for row in chosen}
+
+
+def _rank(row: dict[str, Any]) -> float:
+    return float(max((row.get("calibrated") or row.get("swapped") or {"": 0.0}).values()))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    path.with_suffix(".md").write_text(table(found), encoding="utf-8")
+
+
+def _commit() -> str:
+    made = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    return made.stdout.strip() or "unknown"
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "starts.json")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--recipes", nargs="*", default=[], help="all by default")
+    parser.add_argument("--tokens", type=int, default=16384, help="of the calibration")
+    parser.add_argument("--length", type=int, default=512, help="of sequences and windows")
+    parser.add_argument("--windows", type=int, default=4, help="of each text")
+    parser.add_argument("--texts", nargs="*", default=[], metavar="NAME=FILE", help="beside the demo's")
+    parser.add_argument(
+        "--source", nargs="*", default=[], metavar="FILE", help="training text, the demo's by default"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="recipes at once, each in a process of its own")
+    parser.add_argument("--train", type=lambda text: int(as_number(text) or 0), default=0, help="tokens, 1M")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/starts"), help="folder of the runs of --train"
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

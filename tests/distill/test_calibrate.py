@@ -1,0 +1,123 @@
+"""The stage of closed forms in a run: reported, written, read back bit by bit, and absent where it is not asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from byte_llama import byte_tokenizer, tiny_llama
+from torch import Tensor
+
+from linearize import config, distill, surgery
+from linearize.config import compose, list_recipes
+from linearize.config.schema import Recipe
+from linearize.distill import calibrate
+from linearize.distill.continuing import changes
+from linearize.errors import CheckpointError, NotFiniteError
+
+
+def perplexities(out: Path) -> dict[str, float]:
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    return {row["name"]: row["perplexity"]["held-out"] for row in rows}
+
+
+def found(recipe: Recipe) -> tuple[Any, list[Any]]:
+    torch.manual_seed(0)
+    model = surgery.convert(tiny_llama(), recipe.mixer, recipe.layers)
+    return model, calibrate.calibrate(model, calibrate.text(recipe, byte_tokenizer()), autocast=None)
+
+
+def state(model: Any) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in surgery.mixer_state(model).items()}
+
+
+def test_every_shipped_recipe_asks_for_it_and_one_option_takes_it_out():
+    for name, _ in list_recipes():
+        assert compose(name).calibrate.tokens > 0
+        assert compose(name, ["calibrate.tokens=0"]).calibrate.tokens == 0
+    assert Recipe().calibrate.tokens == 0
+
+
+def test_a_run_with_it_and_one_without(
+    teacher_folder: Path, make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = make_recipe(tokens=4 * 2 * 64)
+    del recipe.stages["recover"]
+    recipe.eval.ablations = False
+    distill.run(str(teacher_folder), recipe, tmp_path / "without")
+    recipe.calibrate.tokens = 512
+    distill.run(str(teacher_folder), recipe, tmp_path / "with")
+    without, having = perplexities(tmp_path / "without"), perplexities(tmp_path / "with")
+    assert list(without) == ["teacher", "swapped, untrained", "after transfer"]
+    assert list(having) == ["teacher", "swapped, untrained", "calibrated", "after transfer"]
+    assert having["swapped, untrained"] == without["swapped, untrained"]
+    assert having["after transfer"] != without["after transfer"]
+    assert not (tmp_path / "without" / "stage-0-calibrate").exists()
+    said = json.loads((tmp_path / "with" / "stage-0-calibrate" / "done.json").read_text())
+    assert [layer["layer"] for layer in said["layers"]] == [0, 1]
+    assert all(layer["after"] <= layer["before"] for layer in said["layers"])
+    assert "calibrated" in (tmp_path / "with" / "report.md").read_text()
+
+
+def test_a_run_goes_on_behind_it(
+    teacher_folder: Path, make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off between the calibration and the first stage, it ends as the run that was not."""
+    recipe = make_recipe(tokens=4 * 2 * 64)
+    recipe.eval.ablations = False
+    recipe.calibrate.tokens = 512
+    distill.run(str(teacher_folder), recipe, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "linearize.distill.stages.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(distill.RunStopped):
+            distill.run(str(teacher_folder), recipe, tmp_path / "cut")
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_, **__: pytest.fail("calibrated twice"))
+    distill.run(str(teacher_folder), recipe, tmp_path / "cut", resume=True)
+    assert perplexities(tmp_path / "cut") == perplexities(tmp_path / "whole")
+
+
+def test_it_repeats_bit_by_bit_and_reads_back_bit_by_bit(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = make_recipe()
+    recipe.calibrate.tokens = 512
+    model, layers = found(recipe)
+    again, same = found(recipe)
+    assert layers == same
+    first, second = state(model), state(again)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    calibrate.write(model, tmp_path / "stage", layers)
+    assert calibrate.is_done(tmp_path / "stage")
+    fresh = surgery.convert(tiny_llama(), recipe.mixer, recipe.layers)
+    calibrate.restore(fresh, tmp_path / "stage")
+    assert all(torch.equal(value, first[name]) for name, value in state(fresh).items())
+    (tmp_path / "stage" / calibrate.FINAL).write_bytes(
+        (tmp_path / "stage" / calibrate.FINAL).read_bytes()[:-1] + b"\x01"
+    )
+    with pytest.raises(CheckpointError, match=r"stage.*go on with --resume"):
+        calibrate.restore(fresh, tmp_path / "stage")
+
+
+def test_a_teacher_that_overflows_is_refused_by_layer(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe()
+    recipe.calibrate.tokens = 256
+    model = surgery.convert(tiny_llama(), recipe.mixer, recipe.layers)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[0, 0] = float("inf")
+    with pytest.raises(NotFiniteError, match=r"layer 1: the teacher's keys .* calibrate\.tokens=0"):
+        calibrate.calibrate(model, calibrate.text(recipe, byte_tokenizer()), autocast=None)
+
+
+def test_a_run_from_before_has_none(make_recipe: Callable[..., Recipe]) -> None:
+    new = yaml.safe_load(config.to_yaml(make_recipe()))
+    old = {key: value for key, value in new.items() if key != "calibrate"}
+    assert not changes(old, new).accepted and not changes(old, new).refused
+    new["calibrate"]["tokens"] = 512
+    assert changes(old, new).refused == ["calibrate.tokens: 0 -> 512"]

@@ -1,0 +1,226 @@
+"""A mixer set to a teacher whose answer is known, and to real layers of every shipped recipe and several families."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from byte_llama import tiny_llama
+from tiny import model as tiny_model
+from torch import Tensor
+
+from linearize import surgery
+from linearize.config import compose, list_recipes
+from linearize.errors import NotFiniteError, UnsupportedModelError
+from linearize.mixers import build, calibration
+from linearize.mixers.base import LayerShape
+from linearize.mixers.mixer import Mixer
+
+SHAPE = LayerShape(4, 2, 8, 8, 8**-0.5, model_dim=16)
+
+
+@dataclass
+class Call:
+    """One layer, written down by hand."""
+
+    mixer: Mixer
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    hidden_states: Tensor
+    teacher: Tensor | None = None
+    valid: Tensor | None = None
+    starts: Tensor | None = None
+    layer_idx: int = 7
+    context: dict[str, Any] = field(default_factory=dict)
+
+    def student(self) -> Tensor:
+        hidden = self.hidden_states if self.mixer.uses_hidden else None
+        masks = {"valid": self.valid, "starts": self.starts}
+        return self.mixer.chunked(self.q, self.k, self.v, hidden=hidden, **masks, **self.context)
+
+    def project(self, y: Tensor) -> Tensor:
+        raise UnsupportedModelError("a layer written down by hand has no output projection")
+
+
+def call(mixer: dict[str, Any], shape: LayerShape = SHAPE, batch: int = 2, tokens: int = 96) -> Call:
+    torch.manual_seed(0)
+    made = build(mixer, shape)
+    q, k = torch.randn(batch, tokens, shape.heads, 8), torch.randn(batch, tokens, shape.kv_heads, 8)
+    v = torch.randn(batch, tokens, shape.kv_heads, shape.value_dim)
+    return Call(made, q, k, v, torch.randn(batch, tokens, 16))
+
+
+def recalled(made: Call, **values: Tensor) -> Call:
+    """With the mixer's own output as the teacher's, once it has these values; then the start again."""
+    calibrated = {name: value.clone() for name, value in made.mixer.state_dict().items()}
+    made.mixer.load_state_dict({**calibrated, **values})
+    with torch.no_grad():
+        made.teacher = made.student()
+    made.mixer.reset_parameters()
+    return made
+
+
+WINDOW = {"name": "sliding", "size": 16, "overlap": True}
+LINEAR = {"feature_map": {"name": "relu"}, "window": WINDOW}
+
+
+def test_the_decay_is_that_of_the_teachers_own_memory():
+    """Scores that grow by `rate` a token make attention geometric."""
+    for rate in (0.05, 0.3):
+        shape = LayerShape(1, 1, 1, 1, 1.0, model_dim=16)
+        mixer = {"feature_map": "identity", "gate": "mamba2", "normalizer": "none"}
+        made = build({part: {"name": name} for part, name in mixer.items()}, shape)
+        time = torch.arange(400.0).view(1, 400, 1, 1)
+        one = torch.ones(1, 400, 1, 1)
+        seen = Call(made, one, rate * time, torch.randn(1, 400, 1, 1), torch.randn(1, 400, 16))
+        seen.teacher = torch.randn(1, 400, 1, 1)
+        gate = made.recurrent.gate
+        calibration._Layer(seen).fit()
+        found = -float(gate(seen.hidden_states, seen.k)[0, 0, 0])
+        assert found == pytest.approx(rate, rel=0.1)
+
+
+def test_weights_of_two_branches_are_found_exactly():
+    made = call({**LINEAR, "combine": {"name": "weighted", "per": "head"}})
+    wanted = {
+        "combine.window_weight": torch.tensor([0.7, 0.0, 0.4, 1.0]),
+        "combine.recurrent_weight": torch.tensor([0.2, 1.0, 0.0, 0.5]),
+    }
+    fitted = calibration.calibrate(recalled(made, **wanted))
+    for name, value in wanted.items():
+        assert torch.allclose(made.mixer.state_dict()[name], value, atol=1e-4)
+    assert fitted.before > 0.01 and fitted.after < 1e-8
+
+
+def test_a_share_and_a_size_are_found_together():
+    mixer = {
+        "feature_map": {"name": "identity"},
+        "update": {"name": "delta"},
+        "normalizer": {"name": "none"},
+        "window": WINDOW,
+        "combine": {"name": "sigmoid"},
+    }
+    made = call(mixer)
+    made.teacher = torch.randn(2, 96, 4, 8)
+    calibration.calibrate(made)  # the strength of writing, which does not depend on the teacher's output
+    beta = made.mixer.update.beta_bias.detach().clone()
+    wanted = {
+        "combine.window_factor": torch.tensor([0.9, 0.1, 0.5, 0.3]).logit(),
+        "recurrent.update.scale": torch.tensor([0.1, 2.0, 1.0, 3.0]),
+        "recurrent.update.beta_bias": beta,
+    }
+    calibration.calibrate(recalled(made, **wanted))
+    for name, value in wanted.items():
+        assert torch.allclose(made.mixer.state_dict()[name], value, atol=1e-3), name
+
+
+def test_the_share_of_a_quotient_is_found_and_can_vanish():
+    combine = {"name": "shared_normalizer", "complement": True}
+    made = call({**LINEAR, "window": {"name": "sliding", "size": 16}, "combine": combine})
+    wanted = torch.tensor([-3.0, 0.0, 2.0, 12.0])
+    fitted = calibration.calibrate(recalled(made, **{"combine.window_factor": wanted}))
+    assert (made.mixer.combine.window_factor - wanted).abs().max() < 0.7
+    assert fitted.after < 0.01 < fitted.before
+    with torch.no_grad():
+        made.mixer.combine.window_factor.fill_(-5.0)
+    made.teacher = call({"window": {"name": "sliding", "size": 16}}).student().detach()
+    calibration.calibrate(made)
+    assert (made.mixer.combine.window_factor > 8).all(), "the recurrent branch is not wanted"
+
+
+@pytest.mark.parametrize("part", ["normalizer", "output", "gate"])
+def test_sizes_are_found(part):
+    mixer = {"feature_map": {"name": "relu"}, "normalizer": {"name": "none"}}
+    name = {"normalizer": "recurrent.normalizer.scale", "output": "output.scale"}.get(part)
+    if part == "normalizer":
+        mixer["normalizer"] = {"name": "group_norm"}
+    else:
+        mixer["output"] = {"name": "norm" if part == "output" else "gate"}
+    made = call(mixer)
+    if name is None:
+        with torch.no_grad():
+            made.teacher = 0.01 * made.student()
+        assert calibration.calibrate(made).after < 1e-8
+        return
+    wanted = torch.rand(made.mixer.state_dict()[name].shape) + 0.1
+    calibration.calibrate(recalled(made, **{name: wanted}))
+    assert torch.allclose(made.mixer.state_dict()[name], wanted, atol=1e-4)
+
+
+def test_padding_and_documents_do_not_count():
+    mixer = {"feature_map": {"name": "relu"}, "gate": {"name": "scalar"}, "window": WINDOW}
+    mixer["combine"] = {"name": "weighted", "per": "head"}
+    made = call(mixer, tokens=96)
+    made.teacher = torch.randn(2, 96, 4, 8)
+    calibration.calibrate(made)
+    plain = {name: value.clone() for name, value in made.mixer.state_dict().items()}
+    made.mixer.reset_parameters()
+
+    def padded(x: Tensor) -> Tensor:
+        return torch.cat([torch.full_like(x[:, :10], 50.0), x], 1)
+
+    for name in ("q", "k", "v", "hidden_states", "teacher"):
+        setattr(made, name, padded(getattr(made, name)))
+    made.valid = torch.arange(106).expand(2, -1) >= 10
+    calibration.calibrate(made)
+    for name, value in made.mixer.state_dict().items():
+        assert torch.allclose(value, plain[name], rtol=1e-3, atol=1e-4), name
+
+
+def test_what_comes_out_worse_is_put_back(monkeypatch):
+    made = call({**LINEAR, "combine": {"name": "weighted", "per": "head"}})
+    with torch.no_grad():
+        made.teacher = made.student()
+    before = {name: value.clone() for name, value in made.mixer.state_dict().items()}
+    monkeypatch.setattr(
+        calibration._Layer, "fit", lambda self: made.mixer.combine.window_weight.data.fill_(9)
+    )
+    fitted = calibration.calibrate(made)
+    assert fitted.after == fitted.before
+    assert all(torch.equal(value, before[name]) for name, value in made.mixer.state_dict().items())
+
+
+def test_numbers_that_are_not_finite_are_named():
+    made = call({"feature_map": {"name": "relu"}, "normalizer": {"name": "group_norm"}})
+    made.teacher = torch.randn(2, 96, 4, 8)
+    made.k[0, 3, 1, 2] = float("nan")
+    with pytest.raises(NotFiniteError, match=r"layer 7: the teacher's keys is not finite \(head 1\)"):
+        calibration.calibrate(made)
+
+
+RECIPES = [name for name, _ in list_recipes() if name not in ("softmax", "swa_sinks")]
+
+
+def observed(model: Any, recipe: Any) -> tuple[list[Any], dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model = surgery.convert(model, recipe.mixer, "all")
+    ids = torch.randint(3, 90, (2, 80), generator=torch.Generator().manual_seed(1))
+    position = torch.arange(80).expand(2, 80).clone()
+    position[1, 37:] -= 37  # a second document
+    found: list[Any] = []
+    with torch.no_grad(), surgery.observe(model, lambda seen: found.append(calibration.calibrate(seen))):
+        model.base_model(input_ids=ids, position_ids=position, use_cache=False)
+    return found, {name: value.detach().clone() for name, value in surgery.mixer_state(model).items()}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_comes_nearer_and_twice_alike(name):
+    recipe = compose(name)
+    found, state = observed(tiny_llama(), recipe)
+    assert all(fitted.after <= fitted.before for fitted in found)
+    assert sum(fitted.after for fitted in found) < 0.999 * sum(fitted.before for fitted in found)
+    again, same = observed(tiny_llama(), recipe)
+    assert again == found
+    assert all(torch.equal(value, same[key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3", "mistral", "gpt2"])
+@pytest.mark.parametrize("name", ["lolcats", "gated_deltanet"])
+def test_families(family, name):
+    """Soft caps, norms on q and k, the teacher's own windows, fused projections without rotation."""
+    found, state = observed(tiny_model(family), compose(name))
+    assert all(fitted.after <= fitted.before for fitted in found)
+    assert all(value.isfinite().all() for value in state.values())
