@@ -19,8 +19,8 @@ def window_linear(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    query_map: Tensor | None,
-    key_map: Tensor | None,
+    query_map: Tensor,
+    key_map: Tensor,
     *,
     window: int,
     scaling: float,
@@ -54,7 +54,7 @@ def window_linear(
     Args:
         q: [B, T, H, K].
         k, v: [B, P + T, N, K or V], N dividing H; P = `prefix` keys come before the first query (a carried window).
-        query_map, key_map: W, [H, K, f] and [M, K, f], M = H or N. Both None: the window alone.
+        query_map, key_map: W, [H, K, f] and [M, K, f], M = H or N.
         window: tokens that the softmax sees, the own included; 0 for linear attention alone (no `window_weight`).
         scaling: factor on q.k in the window.
         window_weight, linear_weight: b and a, [H]; one by default.
@@ -74,7 +74,6 @@ def window_linear(
             unless Triton was asked for.
     """
     least = window if least is None else least
-    assert (query_map is None) == (key_map is None), "one feature map without the other"
     assert 0 <= prefix <= window and least <= window, "a prefix longer than the window"
     layer = Layer(window, least, scaling, prefix)
     weights = Weights(query_map, key_map, window_weight, linear_weight, sink)
@@ -126,9 +125,6 @@ def _torch(
     visible = (age >= 0) & (code_cut[:, :, None] == owner[..., None])
     near, far = (visible & mask for mask in (age < reach_cut[..., None], age >= reach_cut[..., None]))
     scores = softmax_scores(q_cut, k_cut, layer.scaling, None)
-    if weights.query_map is None or weights.key_map is None:
-        out = divide(*blended(scores, None, near[:, :, None], far[:, :, None], v_cut, weights))
-        return out.flatten(1, 2)[:, :tokens].to(dtype), None
     phi_q, phi_k = hedgehog(q, weights.query_map), hedgehog(k, weights.key_map)
     state_heads = phi_k.shape[2]
     if state is None:

@@ -22,7 +22,14 @@ Some = tuple[Tensor | None, ...]
 
 
 def launch_forward(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, maps: Some, factors: Some, masks: Some, carried: Some
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    maps: tuple[Tensor, Tensor],
+    factors: Some,
+    masks: Some,
+    carried: Some,
 ) -> list[Tensor]:
     """Key states, their carries, outputs; the result is `Plan.outputs`, filled."""
     outputs = plan.outputs(q)
@@ -31,33 +38,31 @@ def launch_forward(
     query_map, key_map = maps
     weight, factor, sink = factors
     codes, reach = masks
-    if plan.has_past:
-        assert key_map is not None
-        start, start_norm = carried
-        totals, total_norms = final, final_norm
-        if plan.segments > 1:
-            totals = torch.empty_like(carries, dtype=torch.float32)
-            total_norms = torch.empty_like(carry_norms)
-        if not plan.chunks:
-            final.copy_(torch.zeros_like(final) if start is None else start)
-            final_norm.copy_(torch.zeros_like(final_norm) if start_norm is None else start_norm)
-        made = config("key_states", plan)
-        launch(
-            key_states_kernel,
-            (plan.scans(made), plan.batch * plan.state_heads * plan.segments * (plan.chunks > 0)),
-            k=k, v=v, weight=key_map, codes=codes, reach=reach, start=start, start_norm=start_norm,
-            states=states, norms=norms, totals=totals, total_norms=total_norms, key_lse=key_lse,
-            key_tokens=plan.key_tokens, tokens=plan.tokens, base=plan.base, chunks=plan.chunks,
-            per_segment=plan.per_segment, limit=plan.key_tokens - plan.window,
-            last_tile=plan.last_tile if plan.return_state else plan.chunks, segments=plan.segments,
-            kv_heads=plan.kv_heads, state_heads=plan.state_heads, BV=made.values, SPLIT=plan.split, **_sizes(plan),
-            HAS_CODES=codes is not None, HAS_REACH=reach is not None, HAS_START=start is not None,
-            HAS_TOTALS=plan.return_state or plan.segments > 1, IS_FINAL=plan.segments == 1, PRECISION=plan.precision,
-            **made.options(),
-        )  # fmt: skip
-        if plan.segments > 1:
-            for total, carry, last in ((totals, carries, final), (total_norms, carry_norms, final_norm)):
-                _carry(plan, total, carry, last if plan.return_state else None, codes, reverse=False)
+    start, start_norm = carried
+    totals, total_norms = final, final_norm
+    if plan.segments > 1:
+        totals = torch.empty_like(carries, dtype=torch.float32)
+        total_norms = torch.empty_like(carry_norms)
+    if not plan.chunks:
+        final.copy_(torch.zeros_like(final) if start is None else start)
+        final_norm.copy_(torch.zeros_like(final_norm) if start_norm is None else start_norm)
+    made = config("key_states", plan)
+    launch(
+        key_states_kernel,
+        (plan.scans(made), plan.batch * plan.state_heads * plan.segments * (plan.chunks > 0)),
+        k=k, v=v, weight=key_map, codes=codes, reach=reach, start=start, start_norm=start_norm,
+        states=states, norms=norms, totals=totals, total_norms=total_norms, key_lse=key_lse,
+        key_tokens=plan.key_tokens, tokens=plan.tokens, base=plan.base, chunks=plan.chunks,
+        per_segment=plan.per_segment, limit=plan.key_tokens - plan.window,
+        last_tile=plan.last_tile if plan.return_state else plan.chunks, segments=plan.segments,
+        kv_heads=plan.kv_heads, state_heads=plan.state_heads, BV=made.values, SPLIT=plan.split, **_sizes(plan),
+        HAS_CODES=codes is not None, HAS_REACH=reach is not None, HAS_START=start is not None,
+        HAS_TOTALS=plan.return_state or plan.segments > 1, IS_FINAL=plan.segments == 1, PRECISION=plan.precision,
+        **made.options(),
+    )  # fmt: skip
+    if plan.segments > 1:
+        for total, carry, last in ((totals, carries, final), (total_norms, carry_norms, final_norm)):
+            _carry(plan, total, carry, last if plan.return_state else None, codes, reverse=False)
     shared = {
         "q": q, "k": k, "v": v, "query_map": query_map, "key_map": key_map, "weight": weight, "factor": factor,
         "sink": sink, "codes": codes, "states": states, "norms": norms, "carries": carries, "carry_norms": carry_norms,
@@ -78,7 +83,7 @@ def launch_forward(
 
 
 def launch_backward(
-    plan: Plan, do: Tensor, q: Tensor, k: Tensor, v: Tensor, maps: Some, factors: Some, masks: Some,
+    plan: Plan, do: Tensor, q: Tensor, k: Tensor, v: Tensor, maps: tuple[Tensor, Tensor], factors: Some, masks: Some,
     saved: list[Tensor], train_maps: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Queries' side, query states and their carries, keys' side, maps."""
@@ -90,15 +95,13 @@ def launch_backward(
     rows = (plan.batch, plan.heads, plan.tokens)
     delta, balance, share_gradient, dsink = (q.new_empty(rows, dtype=torch.float32) for _ in range(4))
     place_of_top = q.new_empty(rows, dtype=torch.int32)
-    trains = train_maps and plan.has_past
-    query_dy = q.new_empty(plan.batch, plan.tokens, plan.heads, plan.map_dim) if trains else None
-    key_dy = q.new_empty(plan.batch, plan.key_tokens, plan.heads, plan.map_dim) if trains else None
+    query_dy = q.new_empty(plan.batch, plan.tokens, plan.heads, plan.map_dim) if train_maps else None
+    key_dy = q.new_empty(plan.batch, plan.key_tokens, plan.heads, plan.map_dim) if train_maps else None
     aligned = plan.whole_chunks and reach is None
-    both = plan.has_past and plan.window > 0
     shared: dict[str, Any] = {
         "q": q, "k": k, "v": v, "do": do, "query_map": query_map, "key_map": key_map, "weight": weight,
         "factor": factor, "codes": codes, "maximum": maximum, "log_inverse": log_inverse, "delta": delta,
-        "balance": balance, "place_of_top": place_of_top, "TRAIN_MAPS": trains,
+        "balance": balance, "place_of_top": place_of_top, "TRAIN_MAPS": train_maps,
     }  # fmt: skip
     if aligned:
         shared |= _aligned(plan, factor, codes) | {"query_lse": query_lse, "key_lse": key_lse}
@@ -111,25 +114,24 @@ def launch_backward(
         share_gradient=share_gradient, dsink=dsink, HAS_SINK=sink is not None, **shared,
         **made.options(),
     )  # fmt: skip
-    if plan.has_past:
-        states, norms = torch.empty_like(states), torch.empty_like(norms)
-        carries, carry_norms = torch.empty_like(carries), torch.empty_like(carry_norms)
-        totals, total_norms = torch.empty_like(carries, dtype=torch.float32), torch.empty_like(carry_norms)
-        made = config("split_query_states" if plan.split else "query_states", plan)
-        launch(
-            query_states_kernel,
-            (plan.scans(made), plan.batch * plan.state_heads * plan.segments * (plan.chunks > 0)),
-            q=q, do=do, log_inverse=log_inverse, delta=delta, weight=query_map, factor=factor, query_lse=query_lse,
-            codes=codes, states=states, norms=norms, totals=totals, total_norms=total_norms,
-            key_tokens=plan.key_tokens, tokens=plan.tokens, prefix=plan.prefix, chunks=plan.chunks,
-            per_segment=plan.per_segment, segments=plan.segments,
-            heads=plan.heads, state_heads=plan.state_heads, BV=made.values, SPLIT=plan.split, **_sizes(plan),
-            HAS_FACTOR=factor is not None, HAS_CODES=codes is not None, HAS_TOTALS=plan.segments > 1,
-            PRECISION=plan.precision, **made.options(),
-        )  # fmt: skip
-        if plan.segments > 1:
-            for total, carry in ((totals, carries), (total_norms, carry_norms)):
-                _carry(plan, total, carry, None, codes, reverse=True)
+    states, norms = torch.empty_like(states), torch.empty_like(norms)
+    carries, carry_norms = torch.empty_like(carries), torch.empty_like(carry_norms)
+    totals, total_norms = torch.empty_like(carries, dtype=torch.float32), torch.empty_like(carry_norms)
+    made = config("split_query_states" if plan.split else "query_states", plan)
+    launch(
+        query_states_kernel,
+        (plan.scans(made), plan.batch * plan.state_heads * plan.segments * (plan.chunks > 0)),
+        q=q, do=do, log_inverse=log_inverse, delta=delta, weight=query_map, factor=factor, query_lse=query_lse,
+        codes=codes, states=states, norms=norms, totals=totals, total_norms=total_norms,
+        key_tokens=plan.key_tokens, tokens=plan.tokens, prefix=plan.prefix, chunks=plan.chunks,
+        per_segment=plan.per_segment, segments=plan.segments,
+        heads=plan.heads, state_heads=plan.state_heads, BV=made.values, SPLIT=plan.split, **_sizes(plan),
+        HAS_FACTOR=factor is not None, HAS_CODES=codes is not None, HAS_TOTALS=plan.segments > 1,
+        PRECISION=plan.precision, **made.options(),
+    )  # fmt: skip
+    if plan.segments > 1:
+        for total, carry in ((totals, carries), (total_norms, carry_norms)):
+            _carry(plan, total, carry, None, codes, reverse=True)
     first = -plan.base // CHUNK
     grid = (plan.chunks + plan.lag - first, plan.batch * plan.kv_heads)
     shared |= {
@@ -140,12 +142,8 @@ def launch_backward(
     if aligned:
         launch(aligned_key_gradient_kernel, grid, dk=dk, dv=dv, **shared, **options)
     else:
-        split = both and plan.value_dim * plan.key_dim > 64 * 64
-        parts = (
-            [(True, False, False), (False, True, True)]
-            if split
-            else [(plan.window > 0, plan.has_past, False)]
-        )
+        split = plan.window > 0 and plan.value_dim * plan.key_dim > 64 * 64
+        parts = [(True, False, False), (False, True, True)] if split else [(plan.window > 0, True, False)]
         for_k, for_v = (torch.empty_like(x, dtype=torch.float32) for x in (dk, dv)) if split else (dk, dv)
         for do_window, do_linear, add in parts:
             launch(
@@ -160,7 +158,7 @@ def launch_backward(
         found[0] = _map_gradient(plan, q, query_dy)
         per_head = _map_gradient(plan, k, key_dy)
         found[1] = per_head.unflatten(0, (plan.state_heads, -1)).sum(1)
-    if both:
+    if plan.window:
         sums = share_gradient.sum((0, 2))
         found[2] = found[2] if weight is None else sums / weight
         found[3] = found[3] if factor is None else -sums / factor
@@ -217,7 +215,6 @@ def _geometry(plan: Plan, factor: Tensor | None, codes: Tensor | None) -> dict[s
         "heads": plan.heads,
         "kv_heads": plan.kv_heads,
         "state_heads": plan.state_heads,
-        "HAS_LINEAR": plan.has_past,
         "HAS_FACTOR": factor is not None,
         "HAS_CODES": codes is not None,
         "HAS_CARRY": plan.segments > 1,

@@ -40,24 +40,22 @@ def window_linear_triton(
     k_extra, v_extra = (_extra(x.shape[-1]) for x in (k, v))
     if k_extra:
         q, k = F.pad(q, (0, k_extra)), F.pad(k, (0, k_extra))
-        if query_map is not None and key_map is not None:
-            query_map, key_map = F.pad(query_map, (0, 0, 0, k_extra)), F.pad(key_map, (0, 0, 0, k_extra))
+        query_map, key_map = F.pad(query_map, (0, 0, 0, k_extra)), F.pad(key_map, (0, 0, 0, k_extra))
     if v_extra:
         v = F.pad(v, (0, v_extra))
         state = None if state is None else (F.pad(state[0], (0, v_extra)), state[1])
     start, start_norm = (None, None) if state is None else (state[0].float(), state[1].float())
     roomy = shared_memory.aligned_fits(q.device, *_sizes(q, v, weights), trains=_trains(q, k, v, weights))
     numbers = [layer.window, layer.least, layer.prefix, return_state, segments, layer.scaling, roomy]
-    has_past = query_map is not None
-    window_weight = weights.window_weight if has_past and layer.window else None
-    if window_weight is None and has_past and layer.window:
+    window_weight = weights.window_weight if layer.window else None
+    if window_weight is None and layer.window:
         window_weight = torch.ones(q.shape[2], device=q.device)
     out, _, _, sums, norms, *_ = forward(
-        q, k, v, query_map, key_map, window_weight, weights.linear_weight if has_past else None,
-        weights.sink, codes, reach, start, start_norm, [float(x) for x in numbers],
+        q, k, v, query_map, key_map, window_weight, weights.linear_weight, weights.sink,
+        codes, reach, start, start_norm, [float(x) for x in numbers],
     )  # fmt: skip
     out = out[..., :value_dim] if v_extra else out
-    if not return_state or not has_past:
+    if not return_state:
         return out, None
     return out, (sums[..., :value_dim] if v_extra else sums, norms)
 
@@ -70,10 +68,9 @@ def covered(
     Raises:
         KernelError: with every rule that is broken.
     """
-    f = 64 if weights.key_map is None else weights.key_map.shape[-1]
+    state_heads, _, f = weights.key_map.shape
     heads, kv_heads = q.shape[2], k.shape[2]
     kinds = (torch.float32, torch.float16, torch.bfloat16)
-    state_heads = heads if weights.key_map is None else weights.key_map.shape[0]
     dispatch.require(
         "window_linear",
         dtype=(
@@ -90,10 +87,6 @@ def covered(
             "a carried state takes no gradient: detach it",
         ),
         shared_memory=room(q, k, v, weights),
-        window=(
-            layer.window > 0 or weights.key_map is not None,
-            "0 without feature maps leaves nothing to see",
-        ),
     )
 
 
@@ -108,7 +101,7 @@ def room(q: Tensor, k: Tensor, v: Tensor, weights: Weights) -> tuple[bool, str]:
 def _sizes(q: Tensor, v: Tensor, weights: Weights) -> tuple[torch.dtype, int, int, int]:
     """dtype, head dims as the kernels see them, columns of the maps."""
     key_dim, value_dim = (x.shape[-1] + _extra(x.shape[-1]) for x in (q, v))
-    return q.dtype, key_dim, value_dim, 0 if weights.key_map is None else weights.key_map.shape[-1]
+    return q.dtype, key_dim, value_dim, weights.key_map.shape[-1]
 
 
 def _trains(q: Tensor, k: Tensor, v: Tensor, weights: Weights) -> bool:
@@ -124,7 +117,7 @@ def _extra(width: int) -> int:
 
 @torch.library.custom_op("linearize::window_linear", mutates_args=())
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, query_map: Tensor | None, key_map: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, query_map: Tensor, key_map: Tensor,
     window_weight: Tensor | None, linear_weight: Tensor | None, sink: Tensor | None,
     codes: Tensor | None, reach: Tensor | None, start: Tensor | None, start_norm: Tensor | None,
     numbers: list[float],
@@ -134,7 +127,7 @@ def forward(
 
     plan = make_plan(q, k, v, query_map, key_map, numbers)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    maps = tuple(None if x is None else x.to(q.dtype).contiguous() for x in (query_map, key_map))
+    maps = query_map.to(q.dtype).contiguous(), key_map.to(q.dtype).contiguous()
     factors = tuple(
         None if x is None else x.float().contiguous() for x in (window_weight, linear_weight, sink)
     )
@@ -153,7 +146,7 @@ def _(
 
 @torch.library.custom_op("linearize::window_linear_backward", mutates_args=())
 def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, query_map: Tensor | None, key_map: Tensor | None,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, query_map: Tensor, key_map: Tensor,
     window_weight: Tensor | None, linear_weight: Tensor | None, sink: Tensor | None,
     codes: Tensor | None, reach: Tensor | None, saved: list[Tensor], train_maps: bool, numbers: list[float],
 ) -> list[Tensor]:  # fmt: skip
@@ -162,7 +155,7 @@ def backward(
 
     plan = make_plan(q, k, v, query_map, key_map, numbers)
     do, q, k, v = (x.contiguous() for x in (do, q, k, v))
-    maps = tuple(None if x is None else x.to(q.dtype).contiguous() for x in (query_map, key_map))
+    maps = query_map.to(q.dtype).contiguous(), key_map.to(q.dtype).contiguous()
     factors = tuple(
         None if x is None else x.float().contiguous() for x in (window_weight, linear_weight, sink)
     )

@@ -46,7 +46,6 @@ class Plan:
         batch, tokens, key_tokens, heads, kv_heads, state_heads, key_dim, value_dim, map_dim: sizes.
         window, least, prefix, scaling: see `Layer`.
         return_state: whether the final state is wanted.
-        has_past: whether there are feature maps.
         chunks: chunks of queries.
         lag: chunks between a query's own tile and the oldest one that it sees key by key.
         linear_tiles: how many of its tiles, the oldest first, can hold keys behind the window.
@@ -71,7 +70,6 @@ class Plan:
     prefix: int
     scaling: float
     return_state: bool
-    has_past: bool
     chunks: int
     lag: int
     linear_tiles: int
@@ -119,11 +117,11 @@ class Plan:
             q.new_empty(rows, dtype=single),
         ]
         size = (self.batch, self.state_heads)
-        final = self.return_state and self.has_past
+        final = self.return_state
         width = 2 * self.map_dim
         made.append(q.new_empty((*size, width, self.value_dim) if final else (0,), dtype=single))
         made.append(q.new_empty((*size, width) if final else (0,), dtype=single))
-        chunks, pieces = self.chunks if self.has_past else 0, self.segments if self._carries else 0
+        chunks, pieces = self.chunks, self.segments if self.segments > 1 else 0
         made.append(
             q.new_empty(*size, chunks, 2, self.value_dim, self.map_dim, dtype=self.state_dtype(q.dtype))
         )
@@ -132,36 +130,30 @@ class Plan:
             q.new_empty(*size, pieces, 2, self.value_dim, self.map_dim, dtype=self.state_dtype(q.dtype))
         )
         made.append(q.new_empty(*size, pieces, width, dtype=single))
-        past = 2 if self.has_past else 0
-        made.append(q.new_empty(self.batch, self.heads, past, self.tokens, dtype=single))
-        made.append(q.new_empty(*size, past, self.key_tokens, dtype=single))
+        made.append(q.new_empty(self.batch, self.heads, 2, self.tokens, dtype=single))
+        made.append(q.new_empty(*size, 2, self.key_tokens, dtype=single))
         return made
-
-    @property
-    def _carries(self) -> bool:
-        return self.has_past and self.segments > 1
 
     def gradients(self, q: Tensor, train_maps: bool) -> list[Tensor]:
         """Empty float32 gradients of maps and factors."""
         size = (self.heads, self.key_dim, self.map_dim)
         key_size = (self.state_heads, self.key_dim, self.map_dim)
-        trains = self.has_past and train_maps
-        made = [q.new_empty(x if trains else (0,), dtype=torch.float32) for x in (size, key_size)]
+        made = [q.new_empty(x if train_maps else (0,), dtype=torch.float32) for x in (size, key_size)]
         return made + [q.new_empty(self.heads, dtype=torch.float32) for _ in range(3)]
 
 
 def make_plan(
-    q: Tensor, k: Tensor, v: Tensor, query_map: Tensor | None, key_map: Tensor | None, numbers: list[float]
+    q: Tensor, k: Tensor, v: Tensor, query_map: Tensor, key_map: Tensor, numbers: list[float]
 ) -> Plan:
     """Work out the tiles; `numbers` as in `operator.Numbers`."""
     window, least, prefix, return_state, segments = (int(x) for x in numbers[:5])
     batch, tokens, heads, key_dim = q.shape
     key_tokens, kv_heads, value_dim = v.shape[1:]
-    state_heads = heads if key_map is None else key_map.shape[0]
+    state_heads = key_map.shape[0]
     chunks = -(-tokens // CHUNK)
     lag = -(-window // CHUNK)
-    has_past, split = query_map is not None, False
-    if not has_past or not chunks:
+    split = False
+    if not chunks:
         segments = 1
     elif segments == 0:
         # states of one segment are whole: their readers have no carry to add, which costs them a tenth of their time
@@ -178,13 +170,12 @@ def make_plan(
         state_heads=state_heads,
         key_dim=key_dim,
         value_dim=value_dim,
-        map_dim=64 if query_map is None else query_map.shape[-1],
+        map_dim=query_map.shape[-1],
         window=window,
         least=least,
         prefix=prefix,
         scaling=numbers[5],
         return_state=bool(return_state),
-        has_past=has_past,
         chunks=chunks,
         lag=lag,
         linear_tiles=lag - least // CHUNK + 1,

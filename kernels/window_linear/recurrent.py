@@ -42,12 +42,12 @@ def window_linear_step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    query_map: Tensor | None,
-    key_map: Tensor | None,
+    query_map: Tensor,
+    key_map: Tensor,
     *,
     scaling: float,
     ring: Ring | None,
-    state: tuple[Tensor, Tensor] | None,
+    state: tuple[Tensor, Tensor],
     window_weight: Tensor | None = None,
     linear_weight: Tensor | None = None,
     window_factor: Tensor | None = None,
@@ -66,10 +66,10 @@ def window_linear_step(
     Args:
         q: [B, H, K].
         k, v: [B, N, K], [B, N, V].
-        query_map, key_map: W, [H, K, f] and [M, K, f], M = H or N, or both None for the window alone.
+        query_map, key_map: W, [H, K, f] and [M, K, f], M = H or N.
         scaling: factor on q.k in the window.
         ring: the window, or None for linear attention alone.
-        state: sums [B, M, 2 f, V] and norms [B, M, 2 f], float32, or None without maps; written in place.
+        state: sums [B, M, 2 f, V] and norms [B, M, 2 f], float32; written in place.
         window_weight, linear_weight: [H], one by default.
         window_factor: [H], logits of `window_weight`, in place of both: with `complement` the linear branch has the
             rest of the weight, else one. Taken by the kernel itself, so that no launch goes before it.
@@ -85,8 +85,6 @@ def window_linear_step(
     Raises:
         KernelError: Triton is to run what it does not cover.
     """
-    assert (query_map is None) == (key_map is None) == (state is None), "maps and sums belong together"
-    assert ring is not None or state is not None, "neither a window nor sums"
     assert window_factor is None or (window_weight is None and linear_weight is None), (
         "weights or their logits"
     )
@@ -94,7 +92,7 @@ def window_linear_step(
     if dispatch.use_triton(q, k, v):
         from linearize.kernels.window_linear import triton_step
 
-        sums, norms = (None, None) if state is None else state
+        sums, norms = state
         held = [None] * 5 if ring is None else [ring.k, ring.v, ring.valid, ring.next, ring.position]
         triton_step.covered(q, k, v, sums, [*held, sums, norms])
         valid = None if valid is None else valid.contiguous()
@@ -119,11 +117,11 @@ def _torch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    query_map: Tensor | None,
-    key_map: Tensor | None,
+    query_map: Tensor,
+    key_map: Tensor,
     scaling: float,
     ring: Ring | None,
-    state: tuple[Tensor, Tensor] | None,
+    state: tuple[Tensor, Tensor],
     window_weight: Tensor | None,
     linear_weight: Tensor | None,
     sink: Tensor | None,
@@ -145,21 +143,20 @@ def _torch(
         keys, values = ring.k.to(wide), ring.v.to(wide)
         near = window_reference(q, keys, values, visible[:, None], scaling=scaling, softcap=softcap)
         numerator, denominator, _ = near if sink is None else add_sink(near, sink)
-    if query_map is not None and key_map is not None and state is not None:
-        if window_weight is not None:
-            share = window_weight.to(wide)
-            numerator, denominator = numerator * share[:, None], denominator * share
-        sums, norms = state
-        phi = hedgehog(arriving[0].to(wide), key_map) * arriving[2][..., None, None].to(wide)
-        values = arriving[1].to(wide).repeat_interleave(sums.shape[1] // v.shape[2], 2)
-        sums.add_(torch.einsum("bsmf,bsmv->bmfv", phi, values))
-        norms.add_(phi.sum(1))
-        reader = hedgehog(q, query_map)
-        if linear_weight is not None:
-            reader = reader * linear_weight.to(wide)[:, None]
-        held = [x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (sums, norms)]
-        numerator = numerator + torch.einsum("bthf,bhfv->bthv", reader, held[0])
-        denominator = denominator + torch.einsum("bthf,bhf->bth", reader, held[1])
+    if window_weight is not None:
+        share = window_weight.to(wide)
+        numerator, denominator = numerator * share[:, None], denominator * share
+    sums, norms = state
+    phi = hedgehog(arriving[0].to(wide), key_map) * arriving[2][..., None, None].to(wide)
+    values = arriving[1].to(wide).repeat_interleave(sums.shape[1] // v.shape[2], 2)
+    sums.add_(torch.einsum("bsmf,bsmv->bmfv", phi, values))
+    norms.add_(phi.sum(1))
+    reader = hedgehog(q, query_map)
+    if linear_weight is not None:
+        reader = reader * linear_weight.to(wide)[:, None]
+    held = [x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (sums, norms)]
+    numerator = numerator + torch.einsum("bthf,bhfv->bthv", reader, held[0])
+    denominator = denominator + torch.einsum("bthf,bhf->bth", reader, held[1])
     return divide(numerator, denominator)[:, 0].to(dtype)
 
 

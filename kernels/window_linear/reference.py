@@ -30,17 +30,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters of a call; None leaves a piece out.
+    """Parameters of a call; None leaves a factor or the sink out.
 
     Attributes:
-        query_map, key_map: [H, K, f] and [M, K, f], M = H or N; both None: the window alone.
+        query_map, key_map: [H, K, f] and [M, K, f], M = H or N.
         window_weight: [H] factor on the window's weights, one where there is only one branch.
         linear_weight: [H] factor on the past's weights.
         sink: [H] logit of a key without a value that every window sees.
     """
 
-    query_map: Tensor | None
-    key_map: Tensor | None
+    query_map: Tensor
+    key_map: Tensor
     window_weight: Tensor | None = None
     linear_weight: Tensor | None = None
     sink: Tensor | None = None
@@ -59,13 +59,13 @@ def document(codes: Tensor) -> Tensor:
 
 
 def blended(
-    scores: Tensor, products: Tensor | None, near: Tensor, far: Tensor, v: Tensor, weights: Weights
+    scores: Tensor, products: Tensor, near: Tensor, far: Tensor, v: Tensor, weights: Weights
 ) -> tuple[Tensor, Tensor]:
     """Unnormalized output and sum of weights of queries over some keys.
 
     Args:
         scores: [..., H, T, S] scaled q.k.
-        products: [..., H, T, S] phi(q).phi(k), or None.
+        products: [..., H, T, S] phi(q).phi(k).
         near, far: bool masks of what the softmax and the past's sums see, broadcastable.
         v: [..., S, N, V].
 
@@ -75,8 +75,6 @@ def blended(
     numerator, denominator, top = weigh(scores, near, v)
     if weights.sink is not None:
         numerator, denominator, _ = add_sink((numerator, denominator, top), weights.sink)
-    if products is None:
-        return numerator, denominator
     if weights.window_weight is not None:
         share = weights.window_weight.to(denominator.dtype)
         numerator, denominator = numerator * share[:, None], denominator * share
@@ -126,8 +124,6 @@ def window_linear_reference(
     near = visible & (age < reach[..., None])
     far = visible & (age >= reach[..., None])
     scores = softmax_scores(q, k, layer.scaling, None)
-    if weights.query_map is None or weights.key_map is None:
-        return divide(*blended(scores, None, near[:, None], far[:, None], v, weights))
     phi_q, phi_k = hedgehog(q, weights.query_map), hedgehog(k, weights.key_map)
     products = torch.einsum("bthf,bshf->bhts", phi_q, phi_k.repeat_interleave(heads // phi_k.shape[2], 2))
     numerator, denominator = blended(scores, products, near[:, None], far[:, None], v, weights)

@@ -23,7 +23,7 @@ def aligned_query_gradient_kernel(
     tokens, key_tokens, prefix, base, chunks, per_segment, segments, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, C: tl.constexpr, LAG: tl.constexpr,
-    HAS_LINEAR: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CODES: tl.constexpr,
+    HAS_FACTOR: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CODES: tl.constexpr,
     HAS_CARRY: tl.constexpr, WIDE: tl.constexpr, TRAIN_MAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, the gradient dy of q's projection, and per row: D, the sum of the window's ds, where its maximum is."""
@@ -60,78 +60,77 @@ def aligned_query_gradient_kernel(
     nothing = scale - scale
     for_q = tl.zeros([C, K], tl.float32)
     past = tl.zeros([C], tl.float32)
-    if HAS_LINEAR:
-        line = batch * state_heads + state_head
-        at = (line * chunks + chunk) * 2
-        held = values[:, None] * F + columns[None, :]
-        dw = tl.dot(incoming, tl.trans(old_values), input_precision=PRECISION) - shift[:, None]
-        seen = causal
-        origin = at
-        reader = tl.full([C], 1.0, tl.float32)
+    line = batch * state_heads + state_head
+    at = (line * chunks + chunk) * 2
+    held = values[:, None] * F + columns[None, :]
+    dw = tl.dot(incoming, tl.trans(old_values), input_precision=PRECISION) - shift[:, None]
+    seen = causal
+    origin = at
+    reader = tl.full([C], 1.0, tl.float32)
+    if HAS_CODES:
+        seen = causal & (old_code[None, :] == owner[:, None])
+        entering = load_code(codes, batch, oldest - 1, key_tokens)
+        reader = tl.where(owner == entering, 1.0, 0.0)
+    if HAS_CARRY:
+        segment = chunk // per_segment
+        origin = (line * segments + segment) * 2
+        alive = segment > 0
         if HAS_CODES:
-            seen = causal & (old_code[None, :] == owner[:, None])
-            entering = load_code(codes, batch, oldest - 1, key_tokens)
-            reader = tl.where(owner == entering, 1.0, 0.0)
-        if HAS_CARRY:
-            segment = chunk // per_segment
-            origin = (line * segments + segment) * 2
-            alive = segment > 0
-            if HAS_CODES:
-                alive = alive & (
-                    load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens) == entering
-                )
-            carried = columns < tl.where(alive, F, 0)
-        far = tl.where(seen, dw, nothing).to(x.dtype)
-        key_projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
-        projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
-        there = oldest + rows
-        exists = (there >= 0) & (there < key_tokens)
-        own_lse = key_lse + line * 2 * key_tokens + there
-        query_line = query_lse + (batch * heads + head) * 2 * tokens + place
-        from_state = incoming.to(tl.float32) if WIDE else incoming
-        alpha = tl.exp2(log_over)
-        if HAS_FACTOR:
-            alpha *= tl.load(factor + head)
-        for_y = tl.zeros([C, F], tl.float32)
-        # softmax(y), then softmax(-y), each from its own projection: a product costs less than holding the first one's
-        # (with carries, both halves' tiles at once would leave room for two programs instead of three)
-        STAGES: tl.constexpr = 2 if HAS_CARRY else 3
-        for half in tl.range(0, 2, num_stages=STAGES):
-            sign = 1.0 - 2.0 * half
-            lse = tl.load(own_lse + half * key_tokens, mask=exists, other=float("inf"))
-            key_logits = tl.dot(old_keys, key_projection, input_precision=PRECISION)
-            phi_k = tl.exp2(key_logits * (sign * LOG2E) - lse[:, None]).to(x.dtype)
-            norm = tl.load(norms + (at + half) * F + columns)
-            sums = tl.load(states + (at + half) * F * V + held)
-            for_phi = tl.dot(from_state, sums, input_precision=PRECISION)
-            if HAS_CARRY:
-                norm += tl.load(carry_norms + (origin + half) * F + columns, mask=carried, other=0.0)
-                sums = tl.load(carries + (origin + half) * F * V + held, mask=carried[None, :], other=0.0)
-                for_phi = tl.dot(from_state, sums, for_phi, input_precision=PRECISION)
-            for_phi -= shift[:, None] * norm[None, :]
-            if HAS_CODES:
-                for_phi *= reader[:, None]
-            for_phi = tl.dot(far, phi_k, for_phi, input_precision=PRECISION)
-            lse = tl.load(query_line + half * tokens, mask=inside, other=float("inf"))
-            logits = tl.dot(x, projection, input_precision=PRECISION)
-            phi = tl.exp2(logits * (sign * LOG2E) - lse[:, None])
-            for_phi *= phi
-            spread = tl.sum(for_phi, 1)
-            past += spread
-            for_y += sign * (for_phi - phi * spread[:, None])
-        past *= alpha
-        for_y *= alpha[:, None]
-        if TRAIN_MAPS:
-            lines = (batch * tokens + place) * heads + head
-            tl.store(
-                dy + lines[:, None] * F + columns[None, :],
-                for_y.to(dy.dtype.element_ty),
-                mask=inside[:, None],
+            alive = alive & (
+                load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens) == entering
             )
-        if LAG > 0:
-            # in units of the scores' gradient, to which the window adds
-            for_y *= LOG2E / scale
-        narrow_y = for_y.to(x.dtype)
+        carried = columns < tl.where(alive, F, 0)
+    far = tl.where(seen, dw, nothing).to(x.dtype)
+    key_projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
+    projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
+    there = oldest + rows
+    exists = (there >= 0) & (there < key_tokens)
+    own_lse = key_lse + line * 2 * key_tokens + there
+    query_line = query_lse + (batch * heads + head) * 2 * tokens + place
+    from_state = incoming.to(tl.float32) if WIDE else incoming
+    alpha = tl.exp2(log_over)
+    if HAS_FACTOR:
+        alpha *= tl.load(factor + head)
+    for_y = tl.zeros([C, F], tl.float32)
+    # softmax(y), then softmax(-y), each from its own projection: a product costs less than holding the first one's
+    # (with carries, both halves' tiles at once would leave room for two programs instead of three)
+    STAGES: tl.constexpr = 2 if HAS_CARRY else 3
+    for half in tl.range(0, 2, num_stages=STAGES):
+        sign = 1.0 - 2.0 * half
+        lse = tl.load(own_lse + half * key_tokens, mask=exists, other=float("inf"))
+        key_logits = tl.dot(old_keys, key_projection, input_precision=PRECISION)
+        phi_k = tl.exp2(key_logits * (sign * LOG2E) - lse[:, None]).to(x.dtype)
+        norm = tl.load(norms + (at + half) * F + columns)
+        sums = tl.load(states + (at + half) * F * V + held)
+        for_phi = tl.dot(from_state, sums, input_precision=PRECISION)
+        if HAS_CARRY:
+            norm += tl.load(carry_norms + (origin + half) * F + columns, mask=carried, other=0.0)
+            sums = tl.load(carries + (origin + half) * F * V + held, mask=carried[None, :], other=0.0)
+            for_phi = tl.dot(from_state, sums, for_phi, input_precision=PRECISION)
+        for_phi -= shift[:, None] * norm[None, :]
+        if HAS_CODES:
+            for_phi *= reader[:, None]
+        for_phi = tl.dot(far, phi_k, for_phi, input_precision=PRECISION)
+        lse = tl.load(query_line + half * tokens, mask=inside, other=float("inf"))
+        logits = tl.dot(x, projection, input_precision=PRECISION)
+        phi = tl.exp2(logits * (sign * LOG2E) - lse[:, None])
+        for_phi *= phi
+        spread = tl.sum(for_phi, 1)
+        past += spread
+        for_y += sign * (for_phi - phi * spread[:, None])
+    past *= alpha
+    for_y *= alpha[:, None]
+    if TRAIN_MAPS:
+        lines = (batch * tokens + place) * heads + head
+        tl.store(
+            dy + lines[:, None] * F + columns[None, :],
+            for_y.to(dy.dtype.element_ty),
+            mask=inside[:, None],
+        )
+    if LAG > 0:
+        # in units of the scores' gradient, to which the window adds
+        for_y *= LOG2E / scale
+    narrow_y = for_y.to(x.dtype)
     if LAG > 0:
         own_keys = load_rows(k, own, rows, kv_heads * K, dims, key_tokens)
         scores = square_of_scores(
@@ -142,9 +141,7 @@ def aligned_query_gradient_kernel(
         best_place = tl.where(causal, own + rows[None, :], oldest + rows[None, :])
         best_place = tl.min(tl.where(scores == best[:, None], best_place, 2147483647), 1)
         top = tl.load(maximum + row, mask=inside, other=0.0)
-        share = 0.0
-        if HAS_LINEAR:
-            share = tl.log2(tl.load(weight + head))
+        share = tl.log2(tl.load(weight + head))
         offset = share + log_over - top
         weights = tl.exp2(scores + offset[:, None])
         near_part = tl.sum(weights, 1)
@@ -186,24 +183,22 @@ def aligned_query_gradient_kernel(
             best_place = tl.where(best > logit, best_place, -1)
             best = tl.maximum(best, logit)
         best_place = tl.where(best == float("-inf"), -1, best_place)
-        if HAS_LINEAR:
-            there = (best_place >= 0) & inside
-            keys = tl.load(
-                k + best_place.to(tl.int64)[:, None] * (kv_heads * K) + dims[None, :],
-                mask=there[:, None],
-                other=0.0,
-            )
-            for_q -= sum_of_ds[:, None] * keys.to(tl.float32)
-            tl.store(balance + row, sum_of_ds, mask=inside)
-            tl.store(place_of_top + row, best_place, mask=inside)
-            for_sink = tl.where(best_place < 0, for_sink - sum_of_ds, for_sink)
-            # two estimates of one number, whose errors come from the rounding of `out` in D and cancel like this
-            tl.store(share_gradient + row, (1.0 - near_part) * sum_of_ds - near_part * past, mask=inside)
+        there = (best_place >= 0) & inside
+        keys = tl.load(
+            k + best_place.to(tl.int64)[:, None] * (kv_heads * K) + dims[None, :],
+            mask=there[:, None],
+            other=0.0,
+        )
+        for_q -= sum_of_ds[:, None] * keys.to(tl.float32)
+        tl.store(balance + row, sum_of_ds, mask=inside)
+        tl.store(place_of_top + row, best_place, mask=inside)
+        for_sink = tl.where(best_place < 0, for_sink - sum_of_ds, for_sink)
+        # two estimates of one number, whose errors come from the rounding of `out` in D and cancel like this
+        tl.store(share_gradient + row, (1.0 - near_part) * sum_of_ds - near_part * past, mask=inside)
         if HAS_SINK:
             tl.store(dsink + row, for_sink, mask=inside)
-    if HAS_LINEAR:
-        # until here in 16 bits: half as many registers as the product
-        for_q = tl.dot(narrow_y, tl.trans(projection), for_q, input_precision=PRECISION)
+    # until here in 16 bits: half as many registers as the product
+    for_q = tl.dot(narrow_y, tl.trans(projection), for_q, input_precision=PRECISION)
     if LAG > 0:
         for_q *= scale / LOG2E
     dq += (batch * tokens * heads + head) * K

@@ -49,7 +49,7 @@ def aligned_output_kernel(
     tokens, key_tokens, prefix, base, chunks, per_segment, segments, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LAG: tl.constexpr,
-    HAS_LINEAR: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CODES: tl.constexpr,
+    HAS_FACTOR: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CODES: tl.constexpr,
     HAS_CARRY: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one query head: out [B, T, H, V]; by [B, H, T] the row maximum (times log2 e) and log2 of
@@ -83,73 +83,70 @@ def aligned_output_kernel(
     result = tl.zeros([C, BV], tl.float32)
     pairs = tl.zeros([C, C], tl.float32)
     total = tl.zeros([C], tl.float32)
-    if HAS_LINEAR:
-        columns = tl.arange(0, F)
-        query_projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
-        projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
-        there = oldest + rows
-        exists = (there >= 0) & (there < key_tokens)
-        line = batch * state_heads + state_head
-        own_lse = key_lse + line * 2 * key_tokens + there
-        query_line = query_lse + (batch * heads + head) * 2 * tokens + place
-        at = (line * chunks + chunk) * 2
-        held = values[:, None] * F + columns[None, :]
-        alpha = 1.0
+    columns = tl.arange(0, F)
+    query_projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
+    projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
+    there = oldest + rows
+    exists = (there >= 0) & (there < key_tokens)
+    line = batch * state_heads + state_head
+    own_lse = key_lse + line * 2 * key_tokens + there
+    query_line = query_lse + (batch * heads + head) * 2 * tokens + place
+    at = (line * chunks + chunk) * 2
+    held = values[:, None] * F + columns[None, :]
+    alpha = 1.0
+    if HAS_FACTOR:
+        alpha = tl.load(factor + head)
+    reader = tl.full([C], 1.0, tl.float32)
+    if HAS_CODES:
+        entering = load_code(codes, batch, oldest - 1, key_tokens)
+        reader = tl.where(owner == entering, 1.0, 0.0)
+    if HAS_CARRY:
+        segment = chunk // per_segment
+        origin = (line * segments + segment) * 2
+        alive = segment > 0
+        if HAS_CODES:
+            alive = alive & (
+                load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens) == entering
+            )
+        carried = columns < tl.where(alive, F, 0)
+    # softmax(y), then softmax(-y), each from its own projection: a product costs less than holding the first one's
+    # (with carries, both halves' tiles at once would leave room for two programs instead of three)
+    STAGES: tl.constexpr = 2 if HAS_CARRY else 3
+    for half in tl.range(0, 2, num_stages=STAGES):
+        sign = LOG2E - 2.0 * LOG2E * half
+        # features of keys that do not exist are exp2(-inf)
+        lse = tl.load(own_lse + half * key_tokens, mask=exists, other=float("inf"))
+        turned = tl.dot(tl.trans(projection), tl.trans(old_keys), input_precision=PRECISION)
+        phi_k = tl.exp2(turned * sign - lse[None, :]).to(x.dtype)
+        phi, lse = row_features(tl.dot(x, query_projection, input_precision=PRECISION) * sign)
+        if tile == 0:
+            tl.store(query_line + half * tokens, lse, mask=inside)
         if HAS_FACTOR:
-            alpha = tl.load(factor + head)
-        reader = tl.full([C], 1.0, tl.float32)
-        if HAS_CODES:
-            entering = load_code(codes, batch, oldest - 1, key_tokens)
-            reader = tl.where(owner == entering, 1.0, 0.0)
+            phi *= alpha
+        norm = tl.load(norms + (at + half) * F + columns)
         if HAS_CARRY:
-            segment = chunk // per_segment
-            origin = (line * segments + segment) * 2
-            alive = segment > 0
-            if HAS_CODES:
-                alive = alive & (
-                    load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens) == entering
-                )
-            carried = columns < tl.where(alive, F, 0)
-        # softmax(y), then softmax(-y), each from its own projection: a product costs less than holding the first one's
-        # (with carries, both halves' tiles at once would leave room for two programs instead of three)
-        STAGES: tl.constexpr = 2 if HAS_CARRY else 3
-        for half in tl.range(0, 2, num_stages=STAGES):
-            sign = LOG2E - 2.0 * LOG2E * half
-            # features of keys that do not exist are exp2(-inf)
-            lse = tl.load(own_lse + half * key_tokens, mask=exists, other=float("inf"))
-            turned = tl.dot(tl.trans(projection), tl.trans(old_keys), input_precision=PRECISION)
-            phi_k = tl.exp2(turned * sign - lse[None, :]).to(x.dtype)
-            phi, lse = row_features(tl.dot(x, query_projection, input_precision=PRECISION) * sign)
-            if tile == 0:
-                tl.store(query_line + half * tokens, lse, mask=inside)
-            if HAS_FACTOR:
-                phi *= alpha
-            norm = tl.load(norms + (at + half) * F + columns)
-            if HAS_CARRY:
-                norm += tl.load(carry_norms + (origin + half) * F + columns, mask=carried, other=0.0)
-            total += tl.sum(phi * norm[None, :], 1) * reader
-            reading = phi
-            if HAS_CODES:
-                reading = phi * reader[:, None]
-            if not WIDE:
-                reading = reading.to(x.dtype)
-            sums = tl.load(states + (at + half) * F * V + held)
-            result = tl.dot(reading, tl.trans(sums), result, input_precision=PRECISION)
-            if HAS_CARRY:
-                sums = tl.load(carries + (origin + half) * F * V + held, mask=carried[None, :], other=0.0)
-                result = tl.dot(reading, tl.trans(sums), result, input_precision=PRECISION)
-            pairs = tl.dot(phi.to(x.dtype), phi_k, pairs, input_precision=PRECISION)
+            norm += tl.load(carry_norms + (origin + half) * F + columns, mask=carried, other=0.0)
+        total += tl.sum(phi * norm[None, :], 1) * reader
+        reading = phi
         if HAS_CODES:
-            code = load_codes(codes, batch, there, key_tokens)
-            pairs = tl.where(code[None, :] == owner[:, None], pairs, 0.0)
+            reading = phi * reader[:, None]
+        if not WIDE:
+            reading = reading.to(x.dtype)
+        sums = tl.load(states + (at + half) * F * V + held)
+        result = tl.dot(reading, tl.trans(sums), result, input_precision=PRECISION)
+        if HAS_CARRY:
+            sums = tl.load(carries + (origin + half) * F * V + held, mask=carried[None, :], other=0.0)
+            result = tl.dot(reading, tl.trans(sums), result, input_precision=PRECISION)
+        pairs = tl.dot(phi.to(x.dtype), phi_k, pairs, input_precision=PRECISION)
+    if HAS_CODES:
+        code = load_codes(codes, batch, there, key_tokens)
+        pairs = tl.where(code[None, :] == owner[:, None], pairs, 0.0)
     old_values = load_rows(v, oldest, rows, kv_heads * V, lanes, key_tokens)
     # of a zero that the compiler knows, selections would be made of sixteen-bit numbers, one by one
     nothing = scale - scale
     if LAG > 0:
         past = result
-        share = 0.0
-        if HAS_LINEAR:
-            share = tl.log2(tl.load(weight + head))
+        share = tl.log2(tl.load(weight + head))
         top = tl.full([C], float("-inf"), tl.float32)
         near_total = tl.zeros([C], tl.float32)
         if HAS_SINK:
@@ -193,7 +190,7 @@ def aligned_output_kernel(
             tl.store(maximum + row, higher, mask=inside)
         weights = tl.exp2(scores + (share - higher)[:, None])
         near = tl.where(causal, weights, nothing)
-        mixed = tl.where(causal, pairs, weights) if HAS_LINEAR else weights - near
+        mixed = tl.where(causal, pairs, weights)
         total += near_total + tl.sum(near + mixed, 1)
         result = tl.dot(near.to(own_values.dtype), own_values, result, input_precision=PRECISION)
     else:

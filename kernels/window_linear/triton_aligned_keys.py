@@ -55,7 +55,7 @@ def aligned_key_gradient_kernel(
     tokens, key_tokens, prefix, base, chunks, per_segment, segments, first, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, C: tl.constexpr, LAG: tl.constexpr,
-    HAS_LINEAR: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_CODES: tl.constexpr, HAS_CARRY: tl.constexpr,
+    HAS_FACTOR: tl.constexpr, HAS_CODES: tl.constexpr, HAS_CARRY: tl.constexpr,
     WIDE: tl.constexpr, TRAIN_MAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one key tile, and the gradient dy of k's projection, from every query head of the group.
@@ -91,101 +91,95 @@ def aligned_key_gradient_kernel(
         row = (batch * heads + head) * tokens
         own_q = q + (batch * tokens * heads + head) * K
         own_do = do + (batch * tokens * heads + head) * V
-        if HAS_LINEAR:
-            line = batch * state_heads + state_head
-            place = i * C + rows
-            there = place < tokens
-            # no query is ahead of the keys behind the last chunk
-            scanned = inside & (position < base + chunks * C)
-            last = tl.minimum(i, chunks - 1)
-            at = (line * chunks + last) * 2
-            origin = at
-            reader = tl.where(scanned, 1.0, 0.0)
-            seen = mine
+        line = batch * state_heads + state_head
+        place = i * C + rows
+        there = place < tokens
+        # no query is ahead of the keys behind the last chunk
+        scanned = inside & (position < base + chunks * C)
+        last = tl.minimum(i, chunks - 1)
+        at = (line * chunks + last) * 2
+        origin = at
+        reader = tl.where(scanned, 1.0, 0.0)
+        seen = mine
+        if HAS_CODES:
+            owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=there, other=0))
+            ahead = load_code(codes, batch, prefix + (i + 1) * C, key_tokens)
+            reader = tl.where((code == ahead) & scanned, 1.0, 0.0)
+            seen = mine & (code[None, :] == owner[:, None])
+        if HAS_CARRY:
+            segment = last // per_segment
+            origin = (line * segments + segment) * 2
+            same = segment < segments - 1
             if HAS_CODES:
-                owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=there, other=0))
-                ahead = load_code(codes, batch, prefix + (i + 1) * C, key_tokens)
-                reader = tl.where((code == ahead) & scanned, 1.0, 0.0)
-                seen = mine & (code[None, :] == owner[:, None])
-            if HAS_CARRY:
-                segment = last // per_segment
-                origin = (line * segments + segment) * 2
-                same = segment < segments - 1
+                behind = load_code(codes, batch, prefix + (segment + 1) * per_segment * C, key_tokens)
+                same = same & (ahead == behind)
+        offset = tl.load(log_inverse + row + place, mask=there, other=float("-inf"))
+        if HAS_FACTOR:
+            offset += tl.log2(tl.load(factor + head))
+        own_lse = key_lse + line * 2 * key_tokens + position
+        query_line = query_lse + row * 2 + place
+        far_q = load_rows(own_q, i * C, rows, heads * K, dims, tokens)
+        far_do = load_rows(own_do, i * C, rows, heads * V, values, tokens)
+        shift = tl.load(delta + row + place, mask=there, other=0.0)
+        dw = tl.dot(far_do, tl.trans(held), input_precision=PRECISION) - shift[:, None]
+        far = tl.where(seen, dw, nothing).to(keys.dtype)
+        projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
+        query_projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
+        pairs = tl.zeros([C, C], tl.float32)
+        for_y = tl.zeros([F, C], tl.float32)
+        place_of_sum = values[:, None] * F + columns[None, :]
+        for half in range(2):
+            sign = LOG2E - 2.0 * LOG2E * half
+            lse = tl.load(own_lse + half * key_tokens, mask=scanned, other=float("inf"))
+            key_logits = tl.dot(tl.trans(projection), tl.trans(keys), input_precision=PRECISION)
+            wide_k = tl.exp2(key_logits * sign - lse[None, :])
+            phi_k = wide_k.to(keys.dtype)
+            lse = offset - tl.load(query_line + half * tokens, mask=there, other=0.0)
+            logits = tl.dot(far_q, query_projection, input_precision=PRECISION)
+            phi = tl.exp2(logits * sign + lse[:, None]).to(keys.dtype)
+            pairs = tl.dot(phi, phi_k, pairs, input_precision=PRECISION)
+            # made again, not turned: queries are the columns here
+            logits = tl.dot(tl.trans(query_projection), tl.trans(far_q), input_precision=PRECISION)
+            phi = tl.exp2(logits * sign + lse[None, :]).to(keys.dtype)
+            for_phi = tl.dot(phi, far, input_precision=PRECISION)
+            if (shared == 1) or (member == 0):
+                read_k, read_v = phi_k, held
                 if HAS_CODES:
-                    behind = load_code(codes, batch, prefix + (segment + 1) * per_segment * C, key_tokens)
-                    same = same & (ahead == behind)
-            offset = tl.load(log_inverse + row + place, mask=there, other=float("-inf"))
-            if HAS_FACTOR:
-                offset += tl.log2(tl.load(factor + head))
-            own_lse = key_lse + line * 2 * key_tokens + position
-            query_line = query_lse + row * 2 + place
-            far_q = load_rows(own_q, i * C, rows, heads * K, dims, tokens)
-            far_do = load_rows(own_do, i * C, rows, heads * V, values, tokens)
-            shift = tl.load(delta + row + place, mask=there, other=0.0)
-            dw = tl.dot(far_do, tl.trans(held), input_precision=PRECISION) - shift[:, None]
-            far = tl.where(seen, dw, nothing).to(keys.dtype)
-            projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
-            query_projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
-            pairs = tl.zeros([C, C], tl.float32)
-            for_y = tl.zeros([F, C], tl.float32)
-            place_of_sum = values[:, None] * F + columns[None, :]
-            for half in range(2):
-                sign = LOG2E - 2.0 * LOG2E * half
-                lse = tl.load(own_lse + half * key_tokens, mask=scanned, other=float("inf"))
-                key_logits = tl.dot(tl.trans(projection), tl.trans(keys), input_precision=PRECISION)
-                wide_k = tl.exp2(key_logits * sign - lse[None, :])
-                phi_k = wide_k.to(keys.dtype)
-                lse = offset - tl.load(query_line + half * tokens, mask=there, other=0.0)
-                logits = tl.dot(far_q, query_projection, input_precision=PRECISION)
-                phi = tl.exp2(logits * sign + lse[:, None]).to(keys.dtype)
-                pairs = tl.dot(phi, phi_k, pairs, input_precision=PRECISION)
-                # made again, not turned: queries are the columns here
-                logits = tl.dot(tl.trans(query_projection), tl.trans(far_q), input_precision=PRECISION)
-                phi = tl.exp2(logits * sign + lse[None, :]).to(keys.dtype)
-                for_phi = tl.dot(phi, far, input_precision=PRECISION)
-                if (shared == 1) or (member == 0):
-                    read_k, read_v = phi_k, held
-                    if HAS_CODES:
-                        read_k = (phi_k.to(tl.float32) * reader[None, :]).to(keys.dtype)
-                        read_v = (held.to(tl.float32) * reader[:, None]).to(keys.dtype)
-                    if WIDE:
-                        read_k, read_v = read_k.to(tl.float32), read_v.to(tl.float32)
-                    norm = tl.load(norms + (at + half) * F + columns)
-                    sums = tl.load(states + (at + half) * F * V + place_of_sum)
-                    if HAS_CARRY:
-                        from_carry = columns < tl.where(same, F, 0)
-                        norm += tl.load(
-                            carry_norms + (origin + half) * F + columns, mask=from_carry, other=0.0
-                        )
-                        carry = carries + (origin + half) * F * V + place_of_sum
-                        sums += tl.load(carry, mask=from_carry[None, :], other=0.0)
-                    for_v = tl.dot(sums, read_k, for_v, input_precision=PRECISION)
-                    for_phi = tl.dot(tl.trans(sums), tl.trans(read_v), for_phi, input_precision=PRECISION)
-                    for_phi += norm[:, None] * reader[None, :]
-                for_phi *= wide_k
-                spread = tl.sum(for_phi, 0)
-                for_y += (1.0 - 2.0 * half) * (for_phi - wide_k * spread[None, :])
-            pairs = tl.where(seen, pairs, nothing)
-            for_v = tl.dot(tl.trans(far_do), pairs.to(keys.dtype), for_v, input_precision=PRECISION)
-            if TRAIN_MAPS:
-                to = ((batch * key_tokens + position) * heads + head)[None, :] * F + columns[:, None]
-                tl.store(dy + to, for_y.to(dy.dtype.element_ty), mask=inside[None, :])
-            if LAG > 0:
-                # in units of the scores' gradient, to which the window adds
-                for_y *= LOG2E / scale
-            for_k = tl.dot(projection, for_y.to(keys.dtype), for_k, input_precision=PRECISION)
+                    read_k = (phi_k.to(tl.float32) * reader[None, :]).to(keys.dtype)
+                    read_v = (held.to(tl.float32) * reader[:, None]).to(keys.dtype)
+                if WIDE:
+                    read_k, read_v = read_k.to(tl.float32), read_v.to(tl.float32)
+                norm = tl.load(norms + (at + half) * F + columns)
+                sums = tl.load(states + (at + half) * F * V + place_of_sum)
+                if HAS_CARRY:
+                    from_carry = columns < tl.where(same, F, 0)
+                    norm += tl.load(carry_norms + (origin + half) * F + columns, mask=from_carry, other=0.0)
+                    carry = carries + (origin + half) * F * V + place_of_sum
+                    sums += tl.load(carry, mask=from_carry[None, :], other=0.0)
+                for_v = tl.dot(sums, read_k, for_v, input_precision=PRECISION)
+                for_phi = tl.dot(tl.trans(sums), tl.trans(read_v), for_phi, input_precision=PRECISION)
+                for_phi += norm[:, None] * reader[None, :]
+            for_phi *= wide_k
+            spread = tl.sum(for_phi, 0)
+            for_y += (1.0 - 2.0 * half) * (for_phi - wide_k * spread[None, :])
+        pairs = tl.where(seen, pairs, nothing)
+        for_v = tl.dot(tl.trans(far_do), pairs.to(keys.dtype), for_v, input_precision=PRECISION)
+        if TRAIN_MAPS:
+            to = ((batch * key_tokens + position) * heads + head)[None, :] * F + columns[:, None]
+            tl.store(dy + to, for_y.to(dy.dtype.element_ty), mask=inside[None, :])
         if LAG > 0:
-            share = 0.0
-            if HAS_LINEAR:
-                share = tl.log2(tl.load(weight + head))
+            # in units of the scores' gradient, to which the window adds
+            for_y *= LOG2E / scale
+        for_k = tl.dot(projection, for_y.to(keys.dtype), for_k, input_precision=PRECISION)
+        if LAG > 0:
+            share = tl.log2(tl.load(weight + head))
             x, y, scores, dw = scores_of_chunk(
                 keys, held, own_q, own_do, i - LAG, rows, dims, values, code, codes, batch, prefix, row,
                 maximum, log_inverse, delta, share, scale, tokens, key_tokens, heads, K, V, C, HAS_CODES, PRECISION,
             )  # fmt: skip
             weights = tl.where(mine, tl.exp2(scores), nothing)
             ds = weights * dw
-            if HAS_LINEAR:
-                ds = without_spare(ds, balance, place_of_top, row, i - LAG, rows, position, tokens, C)
+            ds = without_spare(ds, balance, place_of_top, row, i - LAG, rows, position, tokens, C)
             for_k = tl.dot(tl.trans(x), ds.to(keys.dtype), for_k, input_precision=PRECISION)
             for_v = tl.dot(tl.trans(y), weights.to(keys.dtype), for_v, input_precision=PRECISION)
             if LAG > 1:
@@ -197,8 +191,7 @@ def aligned_key_gradient_kernel(
                     )  # fmt: skip
                     weights = tl.exp2(scores)
                     ds = weights * dw
-                    if HAS_LINEAR:
-                        ds = without_spare(ds, balance, place_of_top, row, chunk, rows, position, tokens, C)
+                    ds = without_spare(ds, balance, place_of_top, row, chunk, rows, position, tokens, C)
                     for_k = tl.dot(tl.trans(x), ds.to(keys.dtype), for_k, input_precision=PRECISION)
                     for_v = tl.dot(tl.trans(y), weights.to(keys.dtype), for_v, input_precision=PRECISION)
             x, y, scores, dw = scores_of_chunk(
@@ -207,8 +200,7 @@ def aligned_key_gradient_kernel(
             )  # fmt: skip
             weights = tl.where(mine, nothing, tl.exp2(scores))
             ds = weights * dw
-            if HAS_LINEAR:
-                ds = without_spare(ds, balance, place_of_top, row, i, rows, position, tokens, C)
+            ds = without_spare(ds, balance, place_of_top, row, i, rows, position, tokens, C)
             for_k = tl.dot(tl.trans(x), ds.to(keys.dtype), for_k, input_precision=PRECISION)
             for_v = tl.dot(tl.trans(y), weights.to(keys.dtype), for_v, input_precision=PRECISION)
     if LAG > 0:

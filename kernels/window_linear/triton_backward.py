@@ -33,7 +33,7 @@ def query_gradient_kernel(
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
     TILES: tl.constexpr, LINEAR_TILES: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_LINEAR: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_SINK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_SINK: tl.constexpr,
     HAS_CODES: tl.constexpr, HAS_REACH: tl.constexpr, HAS_CARRY: tl.constexpr, WIDE: tl.constexpr,
     TRAIN_MAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -71,8 +71,7 @@ def query_gradient_kernel(
     first_tile = tl.maximum(chunk, -base // C)
     share = 1.0
     if HAS_WINDOW:
-        if HAS_LINEAR:
-            share = tl.load(weight + head)
+        share = tl.load(weight + head)
         top = tl.load(maximum + row, mask=inside, other=0.0)
         sum_of_ds = tl.zeros([C], tl.float32)
         near_part = tl.zeros([C], tl.float32)
@@ -98,11 +97,10 @@ def query_gradient_kernel(
                 )
                 seen = seen & (code[None, :] == owner[:, None])
             scores = tl.where(seen, scores * scale, float("-inf"))
-            if HAS_LINEAR:
-                higher = tl.max(scores, 1)
-                where = tl.argmax(scores, 1) + here
-                best_place = tl.where(higher > best, where, best_place)
-                best = tl.maximum(best, higher)
+            higher = tl.max(scores, 1)
+            where = tl.argmax(scores, 1) + here
+            best_place = tl.where(higher > best, where, best_place)
+            best = tl.maximum(best, higher)
             weights = tl.exp2((scores - top[:, None]) * LOG2E) * share
             opposite = load_columns(v, here, rows, kv_heads * V, values, key_tokens)
             ds = weights * (tl.dot(g, opposite, input_precision=PRECISION) - shift[:, None])
@@ -110,89 +108,86 @@ def query_gradient_kernel(
             near_part += tl.sum(weights, 1)
             keys = load_rows(k, here, rows, kv_heads * K, dims, key_tokens)
             for_q = tl.dot(ds.to(x.dtype), keys, for_q, input_precision=PRECISION)
-        if HAS_SINK and not HAS_LINEAR:
-            tl.store(dsink + row, for_sink, mask=inside)
         for_q *= scale
-    if HAS_LINEAR:
-        columns = tl.arange(0, F)
-        key_projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
-        for_up = tl.zeros([C, F], tl.float32)
-        for_down = tl.zeros([C, F], tl.float32)
-        for i in range(first_tile, chunk + LINEAR_TILES):
-            here = base + i * C
-            other = here + rows
-            keys = load_rows(k, here, rows, kv_heads * K, dims, key_tokens)
-            up_k, down_k, _, _ = row_maps(tl.dot(keys, key_projection, input_precision=PRECISION))
-            age = mine[:, None] - other[None, :]
-            seen = (age >= far[:, None]) & (other >= 0)[None, :] & (other < key_tokens)[None, :]
-            if HAS_CODES:
-                code = tl.load(
-                    codes + batch * key_tokens + other, mask=(other >= 0) & (other < key_tokens), other=-1
-                )
-                seen = seen & (code[None, :] == owner[:, None])
-            opposite = load_columns(v, here, rows, kv_heads * V, values, key_tokens)
-            dw = tl.dot(g, opposite, input_precision=PRECISION) - shift[:, None]
-            dw = tl.where(seen, dw, 0.0).to(x.dtype)
-            for_up = tl.dot(dw, up_k.to(x.dtype), for_up, input_precision=PRECISION)
-            for_down = tl.dot(dw, down_k.to(x.dtype), for_down, input_precision=PRECISION)
-        line = batch * state_heads + state_head
-        at = (line * chunks + chunk) * 2
-        up_norm = tl.load(norms + at * F + columns)
-        down_norm = tl.load(norms + (at + 1) * F + columns)
-        held = columns[None, :] + values[:, None] * F
-        up_sum = tl.load(states + at * F * V + held)
-        down_sum = tl.load(states + (at + 1) * F * V + held)
-        reader = tl.full([C], 1.0, tl.float32)
+    columns = tl.arange(0, F)
+    key_projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
+    for_up = tl.zeros([C, F], tl.float32)
+    for_down = tl.zeros([C, F], tl.float32)
+    for i in range(first_tile, chunk + LINEAR_TILES):
+        here = base + i * C
+        other = here + rows
+        keys = load_rows(k, here, rows, kv_heads * K, dims, key_tokens)
+        up_k, down_k, _, _ = row_maps(tl.dot(keys, key_projection, input_precision=PRECISION))
+        age = mine[:, None] - other[None, :]
+        seen = (age >= far[:, None]) & (other >= 0)[None, :] & (other < key_tokens)[None, :]
         if HAS_CODES:
-            entering = load_code(codes, batch, base + chunk * C - 1, key_tokens)
-            reader = tl.where(owner == entering, 1.0, 0.0)
-        from_state = g.to(tl.float32) * reader[:, None]
-        from_state = from_state if WIDE else from_state.to(x.dtype)
-        for_up = tl.dot(from_state, up_sum, for_up, input_precision=PRECISION)
-        for_down = tl.dot(from_state, down_sum, for_down, input_precision=PRECISION)
-        if HAS_CARRY:
-            segment = chunk // per_segment
-            origin = (line * segments + segment) * 2
-            alive = segment > 0
-            if HAS_CODES:
-                start = load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens)
-                alive = alive & (start == entering)
-            if alive:
-                up_norm += tl.load(carry_norms + origin * F + columns)
-                down_norm += tl.load(carry_norms + (origin + 1) * F + columns)
-                up_sum = tl.load(carries + origin * F * V + held)
-                down_sum = tl.load(carries + (origin + 1) * F * V + held)
-                for_up = tl.dot(from_state, up_sum, for_up, input_precision=PRECISION)
-                for_down = tl.dot(from_state, down_sum, for_down, input_precision=PRECISION)
-        lost = (shift * reader)[:, None]
-        for_up -= lost * up_norm[None, :]
-        for_down -= lost * down_norm[None, :]
-        if HAS_FACTOR:
-            for_up *= tl.load(factor + head)
-            for_down *= tl.load(factor + head)
-        projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
-        up, down, _, _ = row_maps(tl.dot(x, projection, input_precision=PRECISION))
-        if HAS_WINDOW:
-            # two estimates of one number, whose errors come from the rounding of `out` in delta and cancel like this
-            past = tl.sum(up * for_up, 1) + tl.sum(down * for_down, 1)
-            near_part *= over
-            tl.store(share_gradient + row, (1.0 - near_part) * sum_of_ds - near_part * past, mask=inside)
-            tl.store(balance + row, sum_of_ds, mask=inside)
-            tl.store(place_of_top + row, best_place, mask=inside)
-            there = (best_place >= 0) & inside
-            keys = tl.load(
-                k + best_place.to(tl.int64)[:, None] * (kv_heads * K) + dims[None, :],
-                mask=there[:, None],
-                other=0.0,
+            code = tl.load(
+                codes + batch * key_tokens + other, mask=(other >= 0) & (other < key_tokens), other=-1
             )
-            for_q -= (scale * sum_of_ds)[:, None] * keys.to(tl.float32)
-            if HAS_SINK:
-                tl.store(dsink + row, tl.where(best_place < 0, for_sink - sum_of_ds, for_sink), mask=inside)
-        for_y = maps_backward(up, down, for_up, for_down).to(x.dtype)
-        if TRAIN_MAPS:
-            tl.store(dy + lines[:, None] * F + columns[None, :], for_y, mask=inside[:, None])
-        projection = tl.load(query_map + head * K * F + dims[None, :] * F + columns[:, None])
-        for_q = tl.dot(for_y, projection, for_q, input_precision=PRECISION)
+            seen = seen & (code[None, :] == owner[:, None])
+        opposite = load_columns(v, here, rows, kv_heads * V, values, key_tokens)
+        dw = tl.dot(g, opposite, input_precision=PRECISION) - shift[:, None]
+        dw = tl.where(seen, dw, 0.0).to(x.dtype)
+        for_up = tl.dot(dw, up_k.to(x.dtype), for_up, input_precision=PRECISION)
+        for_down = tl.dot(dw, down_k.to(x.dtype), for_down, input_precision=PRECISION)
+    line = batch * state_heads + state_head
+    at = (line * chunks + chunk) * 2
+    up_norm = tl.load(norms + at * F + columns)
+    down_norm = tl.load(norms + (at + 1) * F + columns)
+    held = columns[None, :] + values[:, None] * F
+    up_sum = tl.load(states + at * F * V + held)
+    down_sum = tl.load(states + (at + 1) * F * V + held)
+    reader = tl.full([C], 1.0, tl.float32)
+    if HAS_CODES:
+        entering = load_code(codes, batch, base + chunk * C - 1, key_tokens)
+        reader = tl.where(owner == entering, 1.0, 0.0)
+    from_state = g.to(tl.float32) * reader[:, None]
+    from_state = from_state if WIDE else from_state.to(x.dtype)
+    for_up = tl.dot(from_state, up_sum, for_up, input_precision=PRECISION)
+    for_down = tl.dot(from_state, down_sum, for_down, input_precision=PRECISION)
+    if HAS_CARRY:
+        segment = chunk // per_segment
+        origin = (line * segments + segment) * 2
+        alive = segment > 0
+        if HAS_CODES:
+            start = load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens)
+            alive = alive & (start == entering)
+        if alive:
+            up_norm += tl.load(carry_norms + origin * F + columns)
+            down_norm += tl.load(carry_norms + (origin + 1) * F + columns)
+            up_sum = tl.load(carries + origin * F * V + held)
+            down_sum = tl.load(carries + (origin + 1) * F * V + held)
+            for_up = tl.dot(from_state, up_sum, for_up, input_precision=PRECISION)
+            for_down = tl.dot(from_state, down_sum, for_down, input_precision=PRECISION)
+    lost = (shift * reader)[:, None]
+    for_up -= lost * up_norm[None, :]
+    for_down -= lost * down_norm[None, :]
+    if HAS_FACTOR:
+        for_up *= tl.load(factor + head)
+        for_down *= tl.load(factor + head)
+    projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
+    up, down, _, _ = row_maps(tl.dot(x, projection, input_precision=PRECISION))
+    if HAS_WINDOW:
+        # two estimates of one number, whose errors come from the rounding of `out` in delta and cancel like this
+        past = tl.sum(up * for_up, 1) + tl.sum(down * for_down, 1)
+        near_part *= over
+        tl.store(share_gradient + row, (1.0 - near_part) * sum_of_ds - near_part * past, mask=inside)
+        tl.store(balance + row, sum_of_ds, mask=inside)
+        tl.store(place_of_top + row, best_place, mask=inside)
+        there = (best_place >= 0) & inside
+        keys = tl.load(
+            k + best_place.to(tl.int64)[:, None] * (kv_heads * K) + dims[None, :],
+            mask=there[:, None],
+            other=0.0,
+        )
+        for_q -= (scale * sum_of_ds)[:, None] * keys.to(tl.float32)
+        if HAS_SINK:
+            tl.store(dsink + row, tl.where(best_place < 0, for_sink - sum_of_ds, for_sink), mask=inside)
+    for_y = maps_backward(up, down, for_up, for_down).to(x.dtype)
+    if TRAIN_MAPS:
+        tl.store(dy + lines[:, None] * F + columns[None, :], for_y, mask=inside[:, None])
+    projection = tl.load(query_map + head * K * F + dims[None, :] * F + columns[:, None])
+    for_q = tl.dot(for_y, projection, for_q, input_precision=PRECISION)
     tl.store(dq + lines[:, None] * K + dims[None, :], for_q.to(dq.dtype.element_ty), mask=inside[:, None])
 
 
@@ -205,7 +200,7 @@ def key_gradient_kernel(
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
     TILES: tl.constexpr, LINEAR_TILES: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_LINEAR: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_CODES: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_CODES: tl.constexpr,
     HAS_REACH: tl.constexpr, HAS_CARRY: tl.constexpr, WIDE: tl.constexpr, TRAIN_MAPS: tl.constexpr,
     DO_WINDOW: tl.constexpr, DO_LINEAR: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -246,7 +241,7 @@ def key_gradient_kernel(
         own_do = do + (batch * tokens * heads + head) * V
         share = 1.0
         alpha = 1.0
-        if HAS_WINDOW and HAS_LINEAR:
+        if HAS_WINDOW:
             share = tl.load(weight + head)
         if HAS_FACTOR:
             alpha = tl.load(factor + head)
@@ -274,10 +269,9 @@ def key_gradient_kernel(
                 y = load_columns(own_do, chunk * C, rows, heads * V, values, tokens)
                 g = (y.to(tl.float32) * over[None, :]).to(keys.dtype)
                 ds = weights * (tl.dot(held, g, input_precision=PRECISION) - shift[None, :])
-                if HAS_LINEAR:
-                    spare = tl.load(balance + row, mask=there, other=0.0)
-                    where = tl.load(place_of_top + row, mask=there, other=-1)
-                    ds = tl.where(seen & (where[None, :] == mine[:, None]), ds - spare[None, :], ds)
+                spare = tl.load(balance + row, mask=there, other=0.0)
+                where = tl.load(place_of_top + row, mask=there, other=-1)
+                ds = tl.where(seen & (where[None, :] == mine[:, None]), ds - spare[None, :], ds)
                 x = load_rows(own_q, chunk * C, rows, heads * K, dims, tokens)
                 for_k = tl.dot((ds * scale).to(keys.dtype), x, for_k, input_precision=PRECISION)
                 y = load_rows(own_do, chunk * C, rows, heads * V, values, tokens)

@@ -24,7 +24,7 @@ def output_kernel(
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     TILES: tl.constexpr, LINEAR_TILES: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_LINEAR: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_SINK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_SINK: tl.constexpr,
     HAS_CODES: tl.constexpr, HAS_REACH: tl.constexpr, HAS_CARRY: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -90,76 +90,75 @@ def output_kernel(
             result = tl.dot(weights.to(y.dtype), y, result * decay[:, None], input_precision=PRECISION)
             top = higher
     top = tl.where(top == float("-inf"), 0.0, top)
-    if HAS_LINEAR:
-        if HAS_WINDOW:
-            share = tl.load(weight + head)
-            total *= share
-            result *= share
-        columns = tl.arange(0, F)
-        projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
-        up, down, up_lse, down_lse = row_maps(tl.dot(x, projection, input_precision=PRECISION))
-        if tile == 0:
-            line = (batch * heads + head) * 2 * tokens + place
-            tl.store(query_lse + line, up_lse, mask=inside)
-            tl.store(query_lse + line + tokens, down_lse, mask=inside)
-        if HAS_FACTOR:
-            up *= tl.load(factor + head)
-            down *= tl.load(factor + head)
-        projection = tl.load(key_map + state_head * K * F + dims[None, :] * F + columns[:, None])
-        up_q, down_q = up.to(x.dtype), down.to(x.dtype)
-        for i in range(first_tile, chunk + LINEAR_TILES):
-            here = base + i * C
-            other = here + rows
-            keys = load_columns(k, here, rows, kv_heads * K, dims, key_tokens)
-            up_k, down_k = column_maps(tl.dot(projection, keys, input_precision=PRECISION))
-            pairs = tl.dot(up_q, up_k.to(x.dtype), input_precision=PRECISION)
-            pairs = tl.dot(down_q, down_k.to(x.dtype), pairs, input_precision=PRECISION)
-            age = mine[:, None] - other[None, :]
-            seen = (age >= far[:, None]) & (other >= 0)[None, :] & (other < key_tokens)[None, :]
-            if HAS_CODES:
-                code = tl.load(
-                    codes + batch * key_tokens + other, mask=(other >= 0) & (other < key_tokens), other=-1
-                )
-                seen = seen & (code[None, :] == owner[:, None])
-            pairs = tl.where(seen, pairs, 0.0)
-            total += tl.sum(pairs, 1)
-            y = tl.load(
-                v + other[:, None] * (kv_heads * V) + values[None, :],
-                mask=((other >= 0) & (other < key_tokens))[:, None], other=0.0,
-            )  # fmt: skip
-            result = tl.dot(pairs.to(y.dtype), y, result, input_precision=PRECISION)
-        line = batch * state_heads + state_head
-        at = (line * chunks + chunk) * 2
+    if HAS_WINDOW:
+        share = tl.load(weight + head)
+        total *= share
+        result *= share
+    columns = tl.arange(0, F)
+    projection = tl.load(query_map + head * K * F + dims[:, None] * F + columns[None, :])
+    up, down, up_lse, down_lse = row_maps(tl.dot(x, projection, input_precision=PRECISION))
+    if tile == 0:
+        line = (batch * heads + head) * 2 * tokens + place
+        tl.store(query_lse + line, up_lse, mask=inside)
+        tl.store(query_lse + line + tokens, down_lse, mask=inside)
+    if HAS_FACTOR:
+        up *= tl.load(factor + head)
+        down *= tl.load(factor + head)
+    projection = tl.load(key_map + state_head * K * F + dims[None, :] * F + columns[:, None])
+    up_q, down_q = up.to(x.dtype), down.to(x.dtype)
+    for i in range(first_tile, chunk + LINEAR_TILES):
+        here = base + i * C
+        other = here + rows
+        keys = load_columns(k, here, rows, kv_heads * K, dims, key_tokens)
+        up_k, down_k = column_maps(tl.dot(projection, keys, input_precision=PRECISION))
+        pairs = tl.dot(up_q, up_k.to(x.dtype), input_precision=PRECISION)
+        pairs = tl.dot(down_q, down_k.to(x.dtype), pairs, input_precision=PRECISION)
+        age = mine[:, None] - other[None, :]
+        seen = (age >= far[:, None]) & (other >= 0)[None, :] & (other < key_tokens)[None, :]
         if HAS_CODES:
-            entering = load_code(codes, batch, base + chunk * C - 1, key_tokens)
-            up = tl.where((owner == entering)[:, None], up, 0.0)
-            down = tl.where((owner == entering)[:, None], down, 0.0)
-        up_norm = tl.load(norms + at * F + columns)
-        down_norm = tl.load(norms + (at + 1) * F + columns)
-        held = columns[:, None] + values[None, :] * F
-        up_sum = tl.load(states + at * F * V + held)
-        down_sum = tl.load(states + (at + 1) * F * V + held)
-        if WIDE:
-            up_read, down_read = up, down
-        else:
-            up_read, down_read = up.to(x.dtype), down.to(x.dtype)
-        result = tl.dot(up_read, up_sum, result, input_precision=PRECISION)
-        result = tl.dot(down_read, down_sum, result, input_precision=PRECISION)
-        if HAS_CARRY:
-            segment = chunk // per_segment
-            origin = (line * segments + segment) * 2
-            alive = segment > 0
-            if HAS_CODES:
-                start = load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens)
-                alive = alive & (start == entering)
-            if alive:
-                up_norm += tl.load(carry_norms + origin * F + columns)
-                down_norm += tl.load(carry_norms + (origin + 1) * F + columns)
-                up_sum = tl.load(carries + origin * F * V + held)
-                down_sum = tl.load(carries + (origin + 1) * F * V + held)
-                result = tl.dot(up_read, up_sum, result, input_precision=PRECISION)
-                result = tl.dot(down_read, down_sum, result, input_precision=PRECISION)
-        total += tl.sum(up * up_norm[None, :], 1) + tl.sum(down * down_norm[None, :], 1)
+            code = tl.load(
+                codes + batch * key_tokens + other, mask=(other >= 0) & (other < key_tokens), other=-1
+            )
+            seen = seen & (code[None, :] == owner[:, None])
+        pairs = tl.where(seen, pairs, 0.0)
+        total += tl.sum(pairs, 1)
+        y = tl.load(
+            v + other[:, None] * (kv_heads * V) + values[None, :],
+            mask=((other >= 0) & (other < key_tokens))[:, None], other=0.0,
+        )  # fmt: skip
+        result = tl.dot(pairs.to(y.dtype), y, result, input_precision=PRECISION)
+    line = batch * state_heads + state_head
+    at = (line * chunks + chunk) * 2
+    if HAS_CODES:
+        entering = load_code(codes, batch, base + chunk * C - 1, key_tokens)
+        up = tl.where((owner == entering)[:, None], up, 0.0)
+        down = tl.where((owner == entering)[:, None], down, 0.0)
+    up_norm = tl.load(norms + at * F + columns)
+    down_norm = tl.load(norms + (at + 1) * F + columns)
+    held = columns[:, None] + values[None, :] * F
+    up_sum = tl.load(states + at * F * V + held)
+    down_sum = tl.load(states + (at + 1) * F * V + held)
+    if WIDE:
+        up_read, down_read = up, down
+    else:
+        up_read, down_read = up.to(x.dtype), down.to(x.dtype)
+    result = tl.dot(up_read, up_sum, result, input_precision=PRECISION)
+    result = tl.dot(down_read, down_sum, result, input_precision=PRECISION)
+    if HAS_CARRY:
+        segment = chunk // per_segment
+        origin = (line * segments + segment) * 2
+        alive = segment > 0
+        if HAS_CODES:
+            start = load_code(codes, batch, base + segment * per_segment * C - 1, key_tokens)
+            alive = alive & (start == entering)
+        if alive:
+            up_norm += tl.load(carry_norms + origin * F + columns)
+            down_norm += tl.load(carry_norms + (origin + 1) * F + columns)
+            up_sum = tl.load(carries + origin * F * V + held)
+            down_sum = tl.load(carries + (origin + 1) * F * V + held)
+            result = tl.dot(up_read, up_sum, result, input_precision=PRECISION)
+            result = tl.dot(down_read, down_sum, result, input_precision=PRECISION)
+    total += tl.sum(up * up_norm[None, :], 1) + tl.sum(down * down_norm[None, :], 1)
     over = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     lines = (batch * tokens + place) * heads + head
     row = (batch * heads + head) * tokens + place

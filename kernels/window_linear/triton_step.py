@@ -112,7 +112,7 @@ def window_linear_step_kernel(
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, R: tl.constexpr,
     SLOTS: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
     KP: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr, BW: tl.constexpr,
-    HAS_VALID: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_MAPS: tl.constexpr, AT_ONCE: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_WINDOW: tl.constexpr, AT_ONCE: tl.constexpr,
     HAS_WINDOW_WEIGHT: tl.constexpr, HAS_LINEAR_WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
     HAS_SINK: tl.constexpr, HAS_CAP: tl.constexpr, BOTH_MAPS: tl.constexpr,
 ):  # fmt: skip
@@ -145,11 +145,10 @@ def window_linear_step_kernel(
     key = load_rotated(k + (batch * kv_heads + kv_head) * K, cosine, sine, dims, K, R)
     query = load_rotated(q + (batch * heads + first_head) * K, cosine, sine, dims, K, R)
     z = tl.zeros([2 * FP], tl.float32)
-    if HAS_MAPS:
-        # the state's head is the program's
-        sums += (batch * (heads // GROUP) + lane) * 2 * F * V
-        norms += (batch * (heads // GROUP) + lane) * 2 * F
-        key_map += lane * K * F
+    # the state's head is the program's
+    sums += (batch * (heads // GROUP) + lane) * 2 * F * V
+    norms += (batch * (heads // GROUP) + lane) * 2 * F
+    key_map += lane * K * F
     slot, reach, count = 0, 0, 1
     counted = tl.cast(0, tl.int64)
     if HAS_WINDOW:
@@ -173,46 +172,42 @@ def window_linear_step_kernel(
         held = is_feature[:, None] & wide[None, :]
         state = tl.zeros([2 * FP, BV], tl.float32)
         phi_q = tl.zeros([2 * FP], tl.float32)
-        if HAS_MAPS:
-            state = tl.load(sums + square, mask=held, other=0.0)
-            w_k = load_map(key_map, dims, columns, K, F)
-            if BOTH_MAPS:
-                w_q = load_map(query_map + first_head * K * F, dims, columns, K, F)
-            arriving, arriving_value, alive = key, fresh, tl.cast(here, tl.float32)
-            if not AT_ONCE and BLOCK == 0:
-                old = (slot + 1) % SLOTS
-                alive = tl.load(ring_valid + old).to(tl.float32) * here
-                arriving = tl.load(ring_k + old * k_stride + dims, mask=dims < K, other=0.0).to(tl.float32)
-                arriving_value = tl.load(ring_v + old * v_stride + values, mask=wide, other=0.0).to(
-                    tl.float32
-                )
+        state = tl.load(sums + square, mask=held, other=0.0)
+        w_k = load_map(key_map, dims, columns, K, F)
+        if BOTH_MAPS:
+            w_q = load_map(query_map + first_head * K * F, dims, columns, K, F)
+        arriving, arriving_value, alive = key, fresh, tl.cast(here, tl.float32)
+        if not AT_ONCE and BLOCK == 0:
+            old = (slot + 1) % SLOTS
+            alive = tl.load(ring_valid + old).to(tl.float32) * here
+            arriving = tl.load(ring_k + old * k_stride + dims, mask=dims < K, other=0.0).to(tl.float32)
+            arriving_value = tl.load(ring_v + old * v_stride + values, mask=wide, other=0.0).to(tl.float32)
         if HAS_WINDOW:
             rows, kept, inside = ring_tile(
                 ring_k, ring_v, ring_valid, 0, slot, reach, dims, values, key, fresh, here, k_stride, v_stride,
                 K, V, SLOTS, BW,
             )  # fmt: skip
-        if HAS_MAPS:
+        if tile == 0:
+            z = tl.load(norms + feature, mask=is_feature, other=0.0)
+        if AT_ONCE or BLOCK == 0:
+            if BOTH_MAPS:
+                phi_k, phi_q = features_of_two(arriving, w_k, query, w_q, real, 2 * FP)
+            else:
+                phi_k = features(arriving, w_k, real, 2 * FP)
+            phi_k = phi_k * alive
+            state += phi_k[:, None] * arriving_value[None, :]
             if tile == 0:
-                z = tl.load(norms + feature, mask=is_feature, other=0.0)
-            if AT_ONCE or BLOCK == 0:
-                if BOTH_MAPS:
-                    phi_k, phi_q = features_of_two(arriving, w_k, query, w_q, real, 2 * FP)
-                else:
-                    phi_k = features(arriving, w_k, real, 2 * FP)
-                phi_k = phi_k * alive
-                state += phi_k[:, None] * arriving_value[None, :]
+                z += phi_k
+        else:
+            for i in range(0, count):
+                old = (slot + 1 + i) % SLOTS
+                alive = tl.load(ring_valid + old).to(tl.float32)
+                x = tl.load(ring_k + old * k_stride + dims, mask=dims < K, other=0.0).to(tl.float32)
+                y = tl.load(ring_v + old * v_stride + values, mask=wide, other=0.0).to(tl.float32)
+                phi_k = features(x, w_k, real, 2 * FP) * alive
+                state += phi_k[:, None] * y[None, :]
                 if tile == 0:
                     z += phi_k
-            else:
-                for i in range(0, count):
-                    old = (slot + 1 + i) % SLOTS
-                    alive = tl.load(ring_valid + old).to(tl.float32)
-                    x = tl.load(ring_k + old * k_stride + dims, mask=dims < K, other=0.0).to(tl.float32)
-                    y = tl.load(ring_v + old * v_stride + values, mask=wide, other=0.0).to(tl.float32)
-                    phi_k = features(x, w_k, real, 2 * FP) * alive
-                    state += phi_k[:, None] * y[None, :]
-                    if tile == 0:
-                        z += phi_k
         for member in tl.static_range(GROUP):
             head = first_head + member
             line = batch * heads + head
@@ -236,32 +231,29 @@ def window_linear_step_kernel(
                     top, total, numerator = attend(
                         query, more_rows, more_kept, more, top, total, numerator, scaling, cap, HAS_CAP
                     )
-            if HAS_MAPS:
-                far = 1.0
-                if HAS_WINDOW_WEIGHT:
-                    share = tl.load(window_weight + head).to(tl.float32)
-                    if FACTOR > 0:
-                        share = 1.0 / (1.0 + tl.exp2(-share * LOG2E))
-                    if FACTOR == 2:
-                        far = 1.0 - share
-                    numerator, total = numerator * share, total * share
-                if HAS_LINEAR_WEIGHT:
-                    far = tl.load(linear_weight + head).to(tl.float32)
-                if not BOTH_MAPS:
-                    w_q = load_map(query_map + head * K * F, dims, columns, K, F)
-                    phi_q = features(query, w_q, real, 2 * FP)
-                numerator += tl.sum(phi_q[:, None] * state, 0) * far
-                total += tl.sum(phi_q * z, 0) * far
+            far = 1.0
+            if HAS_WINDOW_WEIGHT:
+                share = tl.load(window_weight + head).to(tl.float32)
+                if FACTOR > 0:
+                    share = 1.0 / (1.0 + tl.exp2(-share * LOG2E))
+                if FACTOR == 2:
+                    far = 1.0 - share
+                numerator, total = numerator * share, total * share
+            if HAS_LINEAR_WEIGHT:
+                far = tl.load(linear_weight + head).to(tl.float32)
+            if not BOTH_MAPS:
+                w_q = load_map(query_map + head * K * F, dims, columns, K, F)
+                phi_q = features(query, w_q, real, 2 * FP)
+            numerator += tl.sum(phi_q[:, None] * state, 0) * far
+            total += tl.sum(phi_q * z, 0) * far
             over = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
             tl.store(out + line * V + values, (numerator * over).to(out.dtype.element_ty), mask=wide)
         tl.debug_barrier()  # warps that share an element, or a counter, have read it
-        if HAS_MAPS:
-            tl.store(sums + square, state, mask=held)
+        tl.store(sums + square, state, mask=held)
         if HAS_WINDOW:  # noqa: SIM102 - known when compiling, the other is not
             if leads:
                 tl.store(ring_v + slot * v_stride + values, fresh.to(ring_v.dtype.element_ty), mask=wide)
-    if HAS_MAPS:
-        tl.store(norms + feature, z, mask=is_feature)
+    tl.store(norms + feature, z, mask=is_feature)
     if HAS_WINDOW:
         if leads:
             tl.store(ring_k + slot * k_stride + dims, key.to(ring_k.dtype.element_ty), mask=dims < K)
@@ -308,8 +300,8 @@ def step(
     valid: Tensor | None,
     cosine: Tensor | None,
     sine: Tensor | None,
-    query_map: Tensor | None,
-    key_map: Tensor | None,
+    query_map: Tensor,
+    key_map: Tensor,
     window_weight: Tensor | None,
     linear_weight: Tensor | None,
     sink: Tensor | None,
@@ -318,16 +310,15 @@ def step(
     ring_valid: Tensor | None,
     counter: Tensor | None,
     position: Tensor | None,
-    sums: Tensor | None,
-    norms: Tensor | None,
+    sums: Tensor,
+    norms: Tensor,
     numbers: Numbers,
 ) -> Tensor:
     """The launch; see `recurrent.window_linear_step`. Tensors are contiguous."""
     block, limit, at_once, scaling, cap, factor = numbers
     batch, heads, key_dim = q.shape
     kv_heads, value_dim = v.shape[1:]
-    features = 1 if query_map is None else query_map.shape[2]
-    group = 1 if sums is None else heads // sums.shape[1]
+    features, group = query_map.shape[2], heads // sums.shape[1]
     slots = 1 if ring_k is None else ring_k.shape[1]
     rotation = 0 if cosine is None else cosine.shape[-1]
     key_pad, value_pad, map_pad = (triton.next_power_of_2(x) for x in (key_dim, value_dim, features))
@@ -343,10 +334,10 @@ def step(
         out=out, scaling=scaling, cap=cap or 1.0, heads=heads, kv_heads=kv_heads, GROUP=group,
         K=key_dim, V=value_dim, F=features, R=rotation, SLOTS=slots, BLOCK=int(block), LIMIT=int(limit) or slots - 1,
         KP=key_pad, FP=map_pad,
-        HAS_VALID=valid is not None, HAS_WINDOW=ring_k is not None, HAS_MAPS=query_map is not None,
+        HAS_VALID=valid is not None, HAS_WINDOW=ring_k is not None,
         AT_ONCE=bool(at_once), HAS_WINDOW_WEIGHT=window_weight is not None,
         HAS_LINEAR_WEIGHT=linear_weight is not None, FACTOR=int(factor), HAS_SINK=sink is not None, HAS_CAP=cap > 0,
-        BOTH_MAPS=query_map is not None and bool(one_key) and key_pad * map_pad <= 64 * 128,
+        BOTH_MAPS=bool(one_key) and key_pad * map_pad <= 64 * 128,
         **configuration(key_pad, value_pad, map_pad, slots - 1, programs),
     )  # fmt: skip
     return out
@@ -360,12 +351,10 @@ def _(
     return torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=v.dtype, device=v.device)
 
 
-def covered(q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None, tensors: list[Tensor | None]) -> None:
+def covered(q: Tensor, k: Tensor, v: Tensor, sums: Tensor, tensors: list[Tensor | None]) -> None:
     """Refuse shapes that the kernel does not cover."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    groups = [q.shape[1] % k.shape[1] == 0]
-    if sums is not None:
-        groups.append(sums.shape[1] in (q.shape[1], k.shape[1]))
+    groups = [q.shape[1] % k.shape[1] == 0, sums.shape[1] in (q.shape[1], k.shape[1])]
     dispatch.require(
         "window_linear_step",
         dtype=(

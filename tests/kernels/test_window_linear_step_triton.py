@@ -49,8 +49,6 @@ CASES: dict[str, tuple[dict, dict]] = {
     "terraced, the teacher slides": ({"feature_map": MAPS, "window": terraced(3)}, {"sliding_window": 5}),
     "no window": ({"feature_map": MAPS}, {}),
     "no window, shared": ({"feature_map": PER_KV}, {}),
-    "window alone": ({"window": sliding(3)}, {}),
-    "window alone, terraced, sink": ({"window": terraced(3, sinks="learned")}, {}),
     "head dim 64, two tiles of values": (
         {"feature_map": {"name": "hedgehog", "dim": 128}, "window": sliding(6)},
         {"heads": 2, "kv_heads": 1, "key_dim": 64, "value_dim": 128},
@@ -72,13 +70,14 @@ def make(mixer: dict, shape: dict) -> Mixer:
 def arguments(made: Mixer, state, rotation=None) -> dict:
     """The operator's arguments for a mixer."""
     near, far = made.window, made.recurrent
+    assert far is not None
     both = made.combine
     return {
-        "query_map": None if far is None else far.feature_map.query_weight,
-        "key_map": None if far is None else far.feature_map.key_weight,
+        "query_map": far.feature_map.query_weight,
+        "key_map": far.feature_map.key_weight,
         "scaling": made.shape.scaling,
         "ring": near.ring(state) if near.size else None,
-        "state": None if far is None else (state["sums"], state["norms"]),
+        "state": (state["sums"], state["norms"]),
         "window_factor": None if both is None else both.window_factor,
         "complement": both is not None and both.config.complement,
         "sink": getattr(near, "sink_logit", None),

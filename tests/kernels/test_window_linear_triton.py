@@ -22,7 +22,7 @@ NARROW = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 
 @dataclass(frozen=True)
 class Case:
-    """One shape with its options; `None` in `maps` is the window alone, "shared" one key map per key-value head."""
+    """One shape with its options; with "shared" `maps` one key map per key-value head."""
 
     tokens: int = 130
     heads: int = 2
@@ -32,7 +32,7 @@ class Case:
     map_dim: int = 16
     window: int = 64
     least: int | None = None
-    maps: str | None = "own"
+    maps: str = "own"
     factor: bool = False
     sink: bool = False
     documents: bool = False
@@ -55,7 +55,6 @@ CASES = {
     "wide_window": Case(window=192, tokens=270, heads=1, kv_heads=1),
     "no_window": Case(window=0),
     "no_window_documents": Case(window=0, documents=True, state=True, tokens=140, batch=2),
-    "window_alone": Case(maps=None, tokens=140, documents=True, sink=True, batch=2),
     "factor_and_sink": Case(factor=True, sink=True, tokens=100),
     "documents": Case(kv_heads=1, documents=True, tokens=200, batch=2),
     "carried": Case(prefix=64, state=True, tokens=100, kv_heads=1, batch=2),
@@ -94,12 +93,11 @@ def draw(case: Case) -> dict[str, Tensor | None]:
         "v": normal(case.batch, keys, case.kv_heads, case.value_dim, seed=3),
     }
     found = {name: x.bfloat16().double() for name, x in found.items()}
-    if case.maps:
-        state_heads = heads if case.maps == "own" else case.kv_heads
-        found["query_map"] = 0.5 * normal(heads, case.key_dim, case.map_dim, seed=4)
-        found["key_map"] = 0.5 * normal(state_heads, case.key_dim, case.map_dim, seed=5)
-        if case.window:
-            found["window_weight"] = normal(heads, seed=6).sigmoid()
+    state_heads = heads if case.maps == "own" else case.kv_heads
+    found["query_map"] = 0.5 * normal(heads, case.key_dim, case.map_dim, seed=4)
+    found["key_map"] = 0.5 * normal(state_heads, case.key_dim, case.map_dim, seed=5)
+    if case.window:
+        found["window_weight"] = normal(heads, seed=6).sigmoid()
     if case.factor:
         found["linear_weight"] = normal(heads, seed=7).sigmoid()
     if case.sink:
@@ -160,9 +158,7 @@ def run(
         given = codes if case.documents else None
         far = reach if case.least is not None else None
         with dispatch.kernels("triton"):
-            out, final = window_linear_triton(
-                q, k, v, weights, layer, given, far, state, case.maps is not None, case.segments
-            )
+            out, final = window_linear_triton(q, k, v, weights, layer, given, far, state, True, case.segments)
     else:
         with dispatch.kernels("torch"):
             out, final = window_linear(
@@ -186,7 +182,7 @@ def test_equals_the_definition(name, form):
     """The final state, which the definition does not give, is compared with that of torch in float64."""
     case = CASES[name]
     exact, exact_grads, _ = run(case, torch.float64, "reference")
-    exact_state = None if form == "torch" or case.maps is None else run(case, torch.float64, "torch")[2]
+    exact_state = None if form == "torch" else run(case, torch.float64, "torch")[2]
     narrow = NARROW if DEVICE == "cuda" or name in IN_HALF_ON_CPU else NARROW[:1]
     for dtype in [torch.float64] if form == "torch" else narrow:
         out, grads, state = run(case, dtype, form)

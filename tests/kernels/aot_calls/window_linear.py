@@ -16,7 +16,6 @@ def call(
     window: int = 64,
     heads: int = 4,
     kv_heads: int = 4,
-    maps: bool = True,
     codes: bool = False,
     map_dim: int = 64,
     batch: int = 1,
@@ -29,8 +28,8 @@ def call(
 
     q = draw(batch, tokens, heads, dim)
     k, v = draw(batch, tokens, kv_heads, dim), draw(batch, tokens, kv_heads, dim)
-    weights = [draw(heads, dim, map_dim, dtype=torch.float32) if maps else None for _ in range(2)]
-    weight = draw(heads, dtype=torch.float32) if maps and window else None
+    weights = [draw(heads, dim, map_dim, dtype=torch.float32) for _ in range(2)]
+    weight = draw(heads, dtype=torch.float32) if window else None
     given = torch.zeros(batch, tokens, dtype=torch.int32) if codes else None
     out, _ = window_linear(
         q, k, v, *weights, window=window, scaling=0.125, window_weight=weight, codes=given, return_state=False
@@ -45,5 +44,5 @@ CALLS: dict[str, Callable[[], None]] = {
     ),
     "dim 64, no window": partial(call, 64, window=0),
     "dim 128": partial(call, 128, heads=8, kv_heads=2),
-    "window alone": partial(call, 64, window=128, maps=False),
+    "dim 64, window of two chunks": partial(call, 64, window=128),
 }

@@ -22,22 +22,17 @@ def call(
     map_dim: int = 64,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """One token of `batch` rows; map_dim 0: the window alone."""
+    """One token of `batch` rows."""
     slots = (2 * window if block else window) + 1
     q, k = (torch.zeros(batch, n, dim, dtype=dtype) for n in (heads, kv_heads))
     held = [torch.zeros(batch, slots, kv_heads, dim, dtype=dtype) for _ in range(2)]
     valid, count = torch.zeros(batch, slots, dtype=torch.bool), torch.zeros(batch, heads, dtype=torch.int64)
     ring = Ring(*held, valid, count, count.clone() if block else None, block, slots - 1) if window else None
     state_heads = state_heads or heads
-    state: tuple[torch.Tensor, torch.Tensor] | None = None
-    maps: list[torch.Tensor | None] = [None, None]
-    if map_dim:
-        state = (
-            torch.zeros(batch, state_heads, 2 * map_dim, dim),
-            torch.zeros(batch, state_heads, 2 * map_dim),
-        )
-        maps = [torch.zeros(n, dim, map_dim) for n in (heads, state_heads)]
-    factor = torch.zeros(heads) if window and map_dim else None
+    width = 2 * map_dim
+    state = torch.zeros(batch, state_heads, width, dim), torch.zeros(batch, state_heads, width)
+    maps = [torch.zeros(n, dim, map_dim) for n in (heads, state_heads)]
+    factor = torch.zeros(heads) if window else None
     with torch.no_grad():
         window_linear_step(q, k, k, *maps, scaling=0.125, ring=ring, state=state, window_factor=factor)
 
@@ -49,7 +44,6 @@ CALLS: dict[str, Callable[[], None]] = {
     "terraced": partial(call, block=64),
     "window 512": partial(call, window=512),
     "no window": partial(call, window=0),
-    "window alone": partial(call, map_dim=0),
     "dim 128": partial(call, 128, heads=32, kv_heads=8),
     "dim 128, wide maps": partial(call, 128, heads=32, kv_heads=8, map_dim=128),
     "dim 256": partial(call, 256, heads=8, kv_heads=4),
