@@ -65,7 +65,13 @@ def main(arguments: list[str] | None = None) -> int:
             row |= {"calibrated": None, **measured.calibrated(name)}
             _write(path, found)
         for key, on in (("after", True), ("after, published start", False)):
-            if options.train and key not in row and compose(name).stages and (on or row["calibrated"]):
+            if (
+                options.train
+                and (on or not options.calibrated_only)
+                and key not in row
+                and compose(name).stages
+                and (on or row["calibrated"])
+            ):
                 row[key] = measured.trained(name, on=on)
                 _write(path, found)
         print(f"{name:18} {json.dumps({key: row[key] for key in row if key != 'layers'})}", flush=True)
@@ -222,7 +228,7 @@ def table(found: dict[str, Any]) -> str:
         f"`{found['command']}`, {found['date']}, commit {found['commit']}. Perplexity on "
         f"{found['settings']['windows']} windows of {found['settings']['length']} tokens of each text; the teacher has "
         + ", ".join(f"{value} ({text})" for text, value in found["teacher"].items())
-        + ". Seconds are those of the calibration; state is one sequence's, in bfloat16, without softmax layers' caches; "
+        + ". Seconds are those of the calibration; state is one sequence's, in bfloat16, less softmax layers' caches; "
         "tokens/s forward and backward of the whole model at 64 x 1,024 ([recipes-h200.json](recipes-h200.json)).",
         "",
         "| " + " | ".join(titles) + " |",
@@ -281,6 +287,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--source", nargs="*", default=[], metavar="FILE", help="training text, the demo's by default"
     )
+    parser.add_argument("--calibrated-only", action="store_true", help="no training from the published start")
     parser.add_argument("--jobs", type=int, default=1, help="recipes at once, each in a process of its own")
     parser.add_argument("--train", type=lambda text: int(as_number(text) or 0), default=0, help="tokens, 1M")
     parser.add_argument(

@@ -54,7 +54,8 @@ def calibrate(model: nn.Module, dataset: Any, *, autocast: torch.dtype | None) -
 
     It is done twice, with layers seen on what the layers set before them give, and on the teacher's own inputs: errors
     that add up spoil the one, layers that compensate each other's the other, and which of them it is differs from
-    mixer to mixer. What predicts the calibration text best is kept; the start that the mixers came with counts too.
+    mixer to mixer. What comes nearest the teacher's next-token distributions on the calibration text is kept; the start
+    that the mixers came with counts too.
 
     Args:
         model: converted, untrained.
@@ -78,14 +79,14 @@ def calibrate(model: nn.Module, dataset: Any, *, autocast: torch.dtype | None) -
     model.eval()
     with torch.no_grad(), Meter("calibrate", 2 * len(surgery.converted(model)), "layers") as meter:
         with computing:
-            best, least, found = start, _loss(model, batch), []
+            best, least, found = start, _divergence(model, batch), []
         for own_stream in (True, False):
             surgery.load_mixer_state(model, start)
             with computing:
                 layers = _pass(model, batch, own_stream, meter)
-                loss = _loss(model, batch)
-            if loss < least:
-                best, least, found = surgery.mixer_state(model), loss, layers
+                away = _divergence(model, batch)
+            if away < least:
+                best, least, found = surgery.mixer_state(model), away, layers
                 best = {name: value.clone() for name, value in best.items()}
         surgery.load_mixer_state(model, best)
     return found
@@ -94,7 +95,7 @@ def calibrate(model: nn.Module, dataset: Any, *, autocast: torch.dtype | None) -
 def _pass(
     model: nn.Module, batch: dict[str, Tensor], own_stream: bool, meter: Meter
 ) -> list[dict[str, float]]:
-    """All layers from first to last: the text goes through twice side by side, as the teacher's and as the student's."""
+    """All layers from first to last: the text goes through once, or twice side by side, as teacher and student."""
     found: list[dict[str, float]] = []
     whole: Any = model
 
@@ -115,16 +116,18 @@ def _pass(
     return found
 
 
-def _loss(model: nn.Module, batch: dict[str, Tensor]) -> float:
-    """Mean next-token loss of the student, a sequence at a time; infinite where it is not a number."""
+def _divergence(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    """Mean KL to the teacher's next-token distribution, a sequence at a time; infinite where it is not a number."""
     whole: Any = model
     total = 0.0
     for ids, places in zip(batch["input_ids"], batch["position_ids"], strict=True):
-        logits = whole(input_ids=ids[None], position_ids=places[None], use_cache=False).logits[0, :-1]
-        seen = places[1:] > 0
-        total += float(nn.functional.cross_entropy(logits[seen].float(), ids[1:][seen]))
-    loss = total / len(batch["input_ids"])
-    return loss if loss == loss else float("inf")
+        given = {"input_ids": ids[None], "position_ids": places[None], "use_cache": False}
+        with surgery.mode(model, "teacher"):
+            teacher = whole(**given).logits[0].float().log_softmax(-1)
+        student = whole(**given).logits[0].float().log_softmax(-1)
+        total += float((teacher.exp() * (teacher - student)).sum(-1).mean())
+    mean = total / len(batch["input_ids"])
+    return mean if mean == mean else float("inf")
 
 
 def _halves(call: Any) -> tuple[Any, Any]:
