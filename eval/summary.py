@@ -13,7 +13,7 @@ from linearize.eval.cast import SINKS, UNTRAINED
 from linearize.eval.recall_split import beyond, name
 from linearize.eval.rows import METRICS, STUDENT, TEACHER, Score
 from linearize.eval.suite import Suite
-from linearize.eval.tables import rich_table
+from linearize.eval.tables import Fitted
 
 Row = dict[str, Any]
 
@@ -36,14 +36,14 @@ def tables(suite: Suite, rows: Sequence[Score], roles: Sequence[str]) -> Rendera
     parts: list[RenderableType] = []
     for task, length in dict.fromkeys((row.task, row.length) for row in rows if is_text(row)):
         here = [row for row in rows if (row.task, row.length) == (task, length)]
-        parts.append(rich_table(_text(here, roles), f"{suite.name}: {task}, windows of {length:,} tokens"))
+        parts.append(Fitted(_text(here, roles), f"{suite.name}: {task}, windows of {length:,} tokens"))
         for metric, by, title in (
             ("ppl_hit", "distance", "Perplexity of repeated pairs by the distance to the last occurrence"),
             ("ppl", "position", "Perplexity by position in the window"),
         ):
             found = _by_bucket(here, roles, metric, by)
             if len(found) > 1:
-                parts.append(rich_table(found, title))
+                parts.append(Fitted(found, title))
     for title, lines in (
         ("recall, % right", _recall(rows, roles)),
         ("tasks of lm-eval", _tasks(rows, roles)),
@@ -52,7 +52,7 @@ def tables(suite: Suite, rows: Sequence[Score], roles: Sequence[str]) -> Rendera
         ("from which context on the student is ahead", _crossovers(rows)),
     ):
         if lines:
-            parts.append(rich_table(lines, f"{suite.name}: {title}"))
+            parts.append(Fitted(lines, f"{suite.name}: {title}"))
     words = list(verdicts(rows))
     if words:
         parts.append(Text("\n".join([*words, ""])))

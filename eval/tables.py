@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.markup import escape
 from rich.table import Table
@@ -112,31 +113,26 @@ class Fitted:
             _column(self.rows, name) for name in dict.fromkeys(key for row in self.rows for key in row)
         ]
         keys = max(1, len(list(takewhile(lambda column: column.name in KEYS, columns))))
-        part, title = columns[:keys], self.title
+        part, title, most = columns[:keys], self.title, options.max_width
         for column in columns[keys:]:
-            width = 1 + sum(
-                other.width + 2 for other in [*part, column]
-            )  # with what stands between and around
-            if width > options.max_width and len(part) > keys:
-                yield self._table(part, title)
+            if len(part) > keys and _total(one.least for one in [*part, column]) > most:
+                yield self._table(part, title, most)
                 part, title = columns[:keys], None
             part = [*part, column]
-        yield self._table(part, title)
+        yield self._table(part, title, most)
 
-    def _table(self, columns: Sequence[_Column], title: str | None) -> Table:
+    def _table(self, columns: Sequence[_Column], title: str | None, most: int) -> Table:
         table = Table(
             title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
         )
-        for one in columns:
+        for one, width in zip(columns, _widths(columns, most), strict=True):
             side: Literal["left", "right"] = "right" if one.numeric else "left"
-            table.add_column(one.header, justify=side, min_width=one.least, overflow="fold")
+            table.add_column(one.header, justify=side, width=width, overflow="fold")
         table.padding = (0, 1, 0, 0)
         for row in self.rows:
             table.add_row(*(escape(number(row.get(one.name))) for one in columns))
         return table
 
-
-rich_table = Fitted
 
 KEYS = (
     "model",
@@ -163,15 +159,31 @@ class _Column(NamedTuple):
     least: int
     """Characters that it is never narrower than."""
     width: int
-    """Those that it needs, its header's longest word among them."""
+    """Those that it likes to have."""
 
 
 def _column(rows: Sequence[Row], name: str) -> _Column:
     numeric = is_numeric(rows, name)
     header = name.replace("_", "_\n").replace(" ", "\n", 1) if numeric else name
-    widest = max((len(number(row.get(name))) for row in rows), default=1)
-    least = widest if numeric else min(widest, WORDS)
-    return _Column(name, header, numeric, least, max([least, *map(len, header.split())]))
+    widest = max((cell_len(number(row.get(name))) for row in rows), default=1)
+    least = max(1, widest if numeric else min(widest, WORDS))
+    return _Column(name, header, numeric, least, max([least, widest, *map(cell_len, header.split("\n"))]))
+
+
+def _widths(columns: Sequence[_Column], most: int) -> list[int]:
+    """What each column gets: where there is not room for all, those that can spare most give way first."""
+    widths = [one.width for one in columns]
+    while _total(widths) > most:
+        spare = [width - one.least for width, one in zip(widths, columns, strict=True)]
+        if not any(spare):
+            break
+        widths[spare.index(max(spare))] -= 1
+    return widths
+
+
+def _total(widths: Iterable[int]) -> int:
+    """Characters of a line, with what stands between columns and around them."""
+    return sum(width + 2 for width in widths)
 
 
 def results(rows: Sequence[Row], metrics: Sequence[str] = tuple(METRICS)) -> Group:
@@ -180,7 +192,7 @@ def results(rows: Sequence[Row], metrics: Sequence[str] = tuple(METRICS)) -> Gro
     Args:
         rows, metrics: as for `flatten`.
     """
-    return Group(*(rich_table(part, title) for title, part in sections(rows, metrics).items()))
+    return Group(*(Fitted(part, title) for title, part in sections(rows, metrics).items()))
 
 
 def markdown(rows: Sequence[Row]) -> str:
