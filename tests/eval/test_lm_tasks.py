@@ -112,7 +112,7 @@ def test_published_shots_and_unknown_tasks(tasks):
 
 
 def test_a_folder_of_tasks_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(LinearizeError, match="--include-path: no folder '.*gone'"):
+    with pytest.raises(LinearizeError, match=r"--include-path: no folder '.*gone'"):
         named(tmp_path / "gone", "mine")
     (tmp_path / "mine.yaml").write_text("task: mine\ndoc_to_text: !function utils.text\n")
     with pytest.raises(LinearizeError, match="no task 'other'"):  # a tag of lm-eval's is no damage
