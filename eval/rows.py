@@ -187,19 +187,14 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_number(value: Any) -> bool:
-    # beyond this an int of JSON is no float, and nothing can be drawn or averaged
-    return type(value) is float or (type(value) is int and abs(value) < 2**1000)
-
-
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
 _KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(_FIELDS, _is_text),
-    "value": _is_number,
-    **dict.fromkeys(("low", "high"), lambda value: value is None or _is_number(value)),
+    "value": plain_json.is_number,
+    **dict.fromkeys(("low", "high"), lambda value: value is None or plain_json.is_number(value)),
     "length": lambda value: value is None or _is_count(value),
     **dict.fromkeys(("n", "seed"), _is_count),
 }
