@@ -8,10 +8,11 @@ the given model and the teacher are loaded; a control shares their weights and l
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -70,6 +71,7 @@ def entrants(
         others: further controls, given as checkpoints.
         seed: of the untrained mixers.
     """
+    others = _told_apart(others)
     name, teacher_name = names
     converted = surgery.converted(student)
     base = teacher if teacher is not None else None if converted else student
@@ -109,6 +111,17 @@ def entrants(
             )
         )
     return [*made, *others]
+
+
+def _told_apart(others: Sequence[Entrant]) -> list[Entrant]:
+    """Roles tell rows apart: folders of one name, or of the name of a role, get a number."""
+    taken, made = {STUDENT, TEACHER, *CONTROLS}, []
+    for entrant in others:
+        tries = (f"{entrant.role} ({number})" for number in itertools.count(2))
+        role = next(role for role in itertools.chain([entrant.role], tries) if role not in taken)
+        taken.add(role)
+        made.append(replace(entrant, role=role))
+    return made
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from linearize.eval.generation import cache_bytes
 from linearize.eval.measurement import Call, Setting, score
 from linearize.eval.recall.answering import Cached
 from linearize.eval.rows import STUDENT, TEACHER, Score, key_of
-from linearize.eval.suite import Unit
+from linearize.eval.suite import Takes, Unit
 from linearize.mixers.offloaded import device_of
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,16 @@ class Efficiency:
 
     def __init__(self, task: str) -> None:
         self.task = task
+        self.takes: dict[str, Takes] = {
+            "length": Takes(),
+            "batches": Takes(several=True),
+            "repeats" if task == "prefill" else "steps": Takes(),
+            "cpu_most": Takes(needed=False),
+        }
+
+    def room(self, unit: Unit) -> int:
+        """What is decoded."""
+        return int(unit.settings.get("steps", 0))
 
     def units(self, unit: Unit, setting: Setting) -> Sequence[Unit]:
         """The unit; nothing where the context is too long for a CPU."""

@@ -87,7 +87,8 @@ def check_data(tasks: Sequence[str], data_dir: str | Path, limit: int | None = N
         expected = f"task '{task}' reads {path}, JSON lines with {_described(columns)}"
         if not str(data_dir) or not stat.S_ISDIR(mode_of(folder) or 0):
             raise DataError(
-                f"no folder '{data_dir}' with the evaluation tasks: {expected}. Set eval.task_data to the folder"
+                f"no folder '{data_dir}' with the evaluation tasks: {expected}. Set eval.task_data, or --task-data of "
+                "`linearize eval`, to the folder"
             )
         if not stat.S_ISREG(mode_of(path) or 0):
             raise DataError(f"{path} not found: {expected}")
@@ -275,6 +276,14 @@ def language_model() -> type:
                     "weights are damaged, or too large for its arithmetic: take another checkpoint"
                 )
             return found
+
+        def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **options: Any) -> Any:
+            longest = max((len(answer) for _, _, answer in requests), default=0)
+            if longest > self.max_length:
+                raise DataError(
+                    f"an answer of {longest:,} tokens, and the model holds {self.max_length:,}; leave the task out"
+                )
+            return super()._loglikelihood_tokens(requests, *args, **options)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             return super().loglikelihood_rolling(requests, disable_tqdm=True)

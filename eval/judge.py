@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from linearize.errors import DataError
 from linearize.eval.cast import Entrant
 from linearize.eval.efficiency import crossovers
+from linearize.eval.limits import learned_positions
 from linearize.eval.measurement import Call, Measurement, Setting
 from linearize.eval.rows import STUDENT, TEACHER, Score, Scores, key_of
 from linearize.eval.suite import Suite, Unit
@@ -28,8 +29,6 @@ log = logging.getLogger(__name__)
 
 PROBE = 256
 """Tokens of the pass that measures how fast a model runs here."""
-ROOM = 128
-"""Tokens that may follow a prompt."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,14 @@ def judge(
         Each suite with its rows, old and new, in the order of suite and cast.
     """
     by_role = {entrant.role: entrant for entrant in cast}
-    setting.key_of = lambda role, unit: _key(by_role[role], unit, setting) if role in by_role else ""
+
+    def key(entrant: Entrant, unit: Unit) -> str:
+        beside = [by_role[role].identity for role in _compared(entrant.role) if role in by_role]
+        return _key(entrant, beside, unit, setting)
+
+    setting.key_of = lambda role, unit: key(by_role[role], unit) if role in by_role else ""
     for suite in suites:
-        units = list(_units(suite, setting))
+        units = list(_units(suite, setting, by_role))
         jobs = {entrant.role: _jobs(entrant, units, setting, scores) for entrant in cast}
         with ExitStack() as stack:
             if any(jobs.values()):
@@ -69,19 +73,24 @@ def judge(
             for number, entrant in enumerate(cast, 1):
                 title = f"{suite.name} {number}/{len(cast)} {entrant.role}"
                 _measure(suite, entrant, jobs[entrant.role], setting, scores, command, title)
-        rows = [row for unit in units for entrant in cast for row in scores.of(_key(entrant, unit, setting))]
+        rows = [row for unit in units for entrant in cast for row in scores.of(key(entrant, unit))]
         derived = crossovers(rows)
         scores.add([row for row in derived if not scores.of(row.key)])
         yield suite, [*rows, *derived]
 
 
-def _units(suite: Suite, setting: Setting) -> Iterator[Unit]:
+def _units(suite: Suite, setting: Setting, roles: Container[str]) -> Iterator[Unit]:
     """Those that can be measured; the others with a word."""
     for unit in suite.units:
         most = math.inf if setting.longest is None else setting.longest
-        if unit.length + (0 if unit.task in ("text", "mqar") else ROOM) > most:
+        if unit.length + TASKS[unit.task].room(unit) > most:
             log.info(
                 "%s: no %s at %d tokens: the model has %d positions", suite.name, unit.task, unit.length, most
+            )
+            continue
+        if unit.roles and not any(role in roles for role in unit.roles):
+            log.info(
+                "%s: no %s: none of its roles is here (%s)", suite.name, unit.task, ", ".join(unit.roles)
             )
             continue
         try:
@@ -94,19 +103,24 @@ def _units(suite: Suite, setting: Setting) -> Iterator[Unit]:
         yield from made
 
 
-def _key(entrant: Entrant, unit: Unit, setting: Setting) -> str:
+def _compared(role: str) -> tuple[str, ...]:
+    """Whose scores stand in a role's rows, as KL and differences: with another teacher they are other rows."""
+    return () if role == TEACHER else (TEACHER,) if role == STUDENT else (TEACHER, STUDENT)
+
+
+def _key(entrant: Entrant, beside: Sequence[Any], unit: Unit, setting: Setting) -> str:
     text = unit.settings.get("text")
-    about = None if text is None else [document.text for document in setting.texts[text]]
+    about = None if text is None else setting.digest(text)
     return key_of(
-        entrant.identity, entrant.role, unit.task, unit.length, unit.settings, setting.seed, __version__,
-        str(setting.autocast), about,
+        entrant.identity, beside, entrant.role, unit.task, unit.length, unit.settings, setting.seed,
+        __version__, str(setting.autocast), about,
     )  # fmt: skip
 
 
 def _jobs(entrant: Entrant, units: Sequence[Unit], setting: Setting, scores: Scores) -> list[_Job]:
     made = []
     for unit in units:
-        key = _key(entrant, unit, setting)
+        key = setting.key_of(entrant.role, unit)
         if unit.concerns(entrant.role) and not scores.of(key):
             made.append(_Job(Call(unit, entrant, key), TASKS[unit.task].tokens(unit, setting)))
     return made
@@ -136,7 +150,8 @@ def _announce(
 def speed(model: Any, autocast: torch.dtype | None = None) -> float:
     """Tokens a second of a short pass, after one that warms up and compiles."""
     device = device_of(model)
-    ids = torch.arange(PROBE, device=device)[None] % model.get_input_embeddings().weight.shape[0]
+    tokens = min(PROBE, learned_positions(model) or PROBE)
+    ids = torch.arange(tokens, device=device)[None] % model.get_input_embeddings().weight.shape[0]
     seconds = 0.0
     with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for _ in range(2):
@@ -145,7 +160,7 @@ def speed(model: Any, autocast: torch.dtype | None = None) -> float:
             model(input_ids=ids, use_cache=False)
             _wait(device)
             seconds = time.monotonic() - started
-    return PROBE / max(seconds, 1e-6)
+    return tokens / max(seconds, 1e-6)
 
 
 def _wait(device: torch.device) -> None:

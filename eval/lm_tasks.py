@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from linearize.eval import harness
 from linearize.eval.intervals import DRAWS, bootstrap, wilson
 from linearize.eval.measurement import Call, Setting, score
 from linearize.eval.rows import TEACHER, Score
-from linearize.eval.suite import Suite, Unit
+from linearize.eval.suite import Suite, Takes, Unit
 from linearize.models.boundary import boundary
 from linearize.registry import closest
 from linearize.version import __version__
@@ -57,6 +57,8 @@ def suite(
         DataError: a local file is missing or damaged.
     """
     harness.import_lm_eval()
+    if include is not None:
+        check_folder(include)
     published = yaml.safe_load(Path(__file__).with_name("shots.yaml").read_text(encoding="utf-8"))
     local = harness.task_names() if data is not None else []
     chosen = dict.fromkeys(one for name in names for one in (local if name == "all" else [name]))
@@ -83,6 +85,24 @@ def suite(
     return Suite("tasks", "tasks of lm-eval", tuple(units))
 
 
+def check_folder(include: Path) -> None:
+    """Refuse a folder of tasks that is none, or holds a file that is no YAML: lm-eval passes over both in silence.
+
+    Raises:
+        LinearizeError: naming the file and the line.
+    """
+    if not include.is_dir():
+        raise LinearizeError(f"--include-path: no folder '{include}'; give the one that holds the task YAMLs")
+    for file in sorted(include.rglob("*.yaml")):
+        try:
+            yaml.compose(file.read_text(encoding="utf-8"))  # its tags (!function) are lm-eval's to understand
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            where = f" ({' '.join(str(error).split())[:200]})"
+            raise LinearizeError(
+                f"--include-path: {file} is no YAML{where}; mend it or take it out"
+            ) from error
+
+
 HINT = "`lm_eval ls tasks` lists them; --include-path DIR adds a folder of your own"
 
 
@@ -102,7 +122,13 @@ def known(include: Path | None) -> set[str]:
 
 
 class LmTasks:
-    """One task or group of lm-eval."""
+    """One task or group of lm-eval. Its settings are those of `suite`, which checks them."""
+
+    takes: ClassVar[dict[str, Takes]] = {}
+
+    def room(self, unit: Unit) -> int:
+        """The harness cuts what is too long itself."""
+        return 0
 
     def units(self, unit: Unit, setting: Setting) -> Sequence[Unit]:
         """The unit itself."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from linearize.data import Document
 from linearize.eval.cast import Entrant
-from linearize.eval.rows import Score
-from linearize.eval.suite import Unit
+from linearize.eval.perplexity import windows
+from linearize.eval.rows import Score, key_of
+from linearize.eval.suite import Takes, Unit
 from linearize.eval.token_scores import Predictor
 
 
@@ -41,6 +43,31 @@ class Setting:
     batch_tokens: int = 4096
     teacher: Predictor | None = None
     key_of: Callable[[str, Unit], str] = lambda role, unit: ""
+    _made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    def windows(self, text: str, length: int, most: int | None = None) -> Tensor:
+        """Windows [N, length] of a text, as `perplexity.windows` cuts them; cut once, since every model reads the same.
+
+        Args:
+            text: key of `texts`.
+            length: tokens of a window.
+            most: windows at most; None or 0 takes all.
+
+        Raises:
+            DataError: as `perplexity.windows`.
+        """
+        place = (text, length, most or None)
+        if place not in self._made:
+            cut = windows(self.tokenizer, self.texts[text], window=length, max_windows=most)
+            self._made[place] = cut
+        found: Tensor = self._made[place]
+        return found
+
+    def digest(self, text: str) -> str:
+        """Tells a text from any other."""
+        if (text,) not in self._made:
+            self._made[(text,)] = key_of([document.text for document in self.texts[text]])
+        return str(self._made[(text,)])
 
 
 @dataclass(frozen=True)
@@ -55,6 +82,13 @@ class Call:
 
 class Measurement(Protocol):
     """A task of a suite."""
+
+    @property
+    def takes(self) -> Mapping[str, Takes]:
+        """The settings that a suite can give it."""
+
+    def room(self, unit: Unit) -> int:
+        """Tokens that may follow the unit's context, for models whose positions end somewhere."""
 
     def units(self, unit: Unit, setting: Setting) -> Sequence[Unit]:
         """The unit as it will be measured: once for each text, or not at all where there is nothing to measure.

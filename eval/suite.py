@@ -35,6 +35,36 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Takes:
+    """What a task's setting can be: a whole number, or a list of them.
+
+    Attributes:
+        least: the smallest.
+        several: a list, not one number.
+        needed: whether a suite has to give it.
+    """
+
+    least: int = 1
+    several: bool = False
+    needed: bool = True
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value of a suite's file is one."""
+        numbers = value if self.several else [value]
+        if not isinstance(numbers, list) or not numbers:
+            return False
+        return all(type(number) is int and self.least <= number < MOST for number in numbers)
+
+    def __str__(self) -> str:
+        what = "a list of whole numbers, each" if self.several else "a whole number,"
+        return f"{what} {self.least} or more and below 2^31"
+
+
+MOST = 2**31
+"""No count that anybody means."""
+
+
+@dataclass(frozen=True)
 class Suite:
     """A list of measurements."""
 
@@ -87,6 +117,8 @@ def _read(path: Path) -> Suite:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
         entries, about = list(found["measure"]), str(found["about"])
         units = tuple(unit for entry in entries for unit in _units(dict(entry)))
+        if not units:
+            raise ValueError("it measures nothing")
     except OSError as error:
         raise LinearizeError(f"--suite: cannot read {path}: {error.strerror}") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -99,9 +131,12 @@ def _read(path: Path) -> Suite:
 def _units(settings: dict[str, Any]) -> Iterator[Unit]:
     """One for each task and length of an entry."""
     tasks, lengths = settings.pop("task"), settings.pop("length", 0)
-    roles = tuple(settings.pop("roles", ()))
+    roles = settings.pop("roles", [])
+    roles = [roles] if isinstance(roles, str) else roles
+    if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
+        raise ValueError(f"roles {roles}")
     for task in [tasks] if isinstance(tasks, str) else tasks:
         for length in [lengths] if isinstance(lengths, int) else lengths:
             if not isinstance(task, str) or type(length) is not int or length < 0:
                 raise ValueError(f"task {task}, length {length}")
-            yield Unit(task, length, settings, roles)
+            yield Unit(task, length, settings, tuple(roles))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
+from typing import Any, Literal, NamedTuple
 
 from rich import box
-from rich.console import Group
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.markup import escape
 from rich.table import Table
 
@@ -91,20 +93,97 @@ def sections(rows: Sequence[Row], metrics: Sequence[str] = tuple(METRICS)) -> di
     return {title: flatten(part, metrics) for title, part in parts.items() if part}
 
 
-def rich_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """A table for rich's console: text to the left, numbers to the right; headers are broken to keep columns narrow."""
-    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    for name in names:
-        numeric = is_numeric(rows, name)
-        header = name.replace("_", "_\n").replace(" ", "\n", 1) if numeric else name
-        widest = max((len(number(row.get(name))) for row in rows), default=1)
-        least = widest if numeric else min(widest, 18)
-        table.add_column(header, justify="right" if numeric else "left", min_width=least, overflow="fold")
-    table.padding = (0, 1, 0, 0)
-    for row in rows:
-        table.add_row(*(escape(number(row.get(name))) for name in names))
-    return table
+class Fitted:
+    """Rows for rich's console: text to the left, numbers to the right; headers are broken to keep columns narrow.
+
+    Where the console is narrower than all columns, those that do not fit stand below, behind the same first ones: rich
+    would cut them off.
+
+    Args:
+        rows: of one table.
+        title: above it.
+    """
+
+    def __init__(self, rows: Sequence[Row], title: str | None = None) -> None:
+        self.rows, self.title = rows, title
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """One table, or several below each other."""
+        columns = [
+            _column(self.rows, name) for name in dict.fromkeys(key for row in self.rows for key in row)
+        ]
+        keys = max(1, len(list(takewhile(lambda column: column.name in KEYS, columns))))
+        part, title, most = columns[:keys], self.title, options.max_width
+        for column in columns[keys:]:
+            if len(part) > keys and _total(one.least for one in [*part, column]) > most:
+                yield self._table(part, title, most)
+                part, title = columns[:keys], None
+            part = [*part, column]
+        yield self._table(part, title, most)
+
+    def _table(self, columns: Sequence[_Column], title: str | None, most: int) -> Table:
+        table = Table(
+            title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        )
+        for one, width in zip(columns, _widths(columns, most), strict=True):
+            side: Literal["left", "right"] = "right" if one.numeric else "left"
+            table.add_column(one.header, justify=side, width=width, overflow="fold")
+        table.padding = (0, 1, 0, 0)
+        for row in self.rows:
+            table.add_row(*(escape(number(row.get(one.name))) for one in columns))
+        return table
+
+
+KEYS = (
+    "model",
+    "task",
+    "metric",
+    "by",
+    "distance",
+    "position",
+    "tokens",
+    "batch",
+    "layer",
+    "kept",
+    "restored",
+)
+"""What first columns say which row it is."""
+WORDS = 18
+"""Characters of text that a column is never narrower than, where it has as many."""
+
+
+class _Column(NamedTuple):
+    name: str
+    header: str
+    numeric: bool
+    least: int
+    """Characters that it is never narrower than."""
+    width: int
+    """Those that it likes to have."""
+
+
+def _column(rows: Sequence[Row], name: str) -> _Column:
+    numeric = is_numeric(rows, name)
+    header = name.replace("_", "_\n").replace(" ", "\n", 1) if numeric else name
+    widest = max((cell_len(number(row.get(name))) for row in rows), default=1)
+    least = max(1, widest if numeric else min(widest, WORDS))
+    return _Column(name, header, numeric, least, max([least, widest, *map(cell_len, header.split("\n"))]))
+
+
+def _widths(columns: Sequence[_Column], most: int) -> list[int]:
+    """What each column gets: where there is not room for all, those that can spare most give way first."""
+    widths = [one.width for one in columns]
+    while _total(widths) > most:
+        spare = [width - one.least for width, one in zip(widths, columns, strict=True)]
+        if not any(spare):
+            break
+        widths[spare.index(max(spare))] -= 1
+    return widths
+
+
+def _total(widths: Iterable[int]) -> int:
+    """Characters of a line, with what stands between columns and around them."""
+    return sum(width + 2 for width in widths)
 
 
 def results(rows: Sequence[Row], metrics: Sequence[str] = tuple(METRICS)) -> Group:
@@ -113,7 +192,7 @@ def results(rows: Sequence[Row], metrics: Sequence[str] = tuple(METRICS)) -> Gro
     Args:
         rows, metrics: as for `flatten`.
     """
-    return Group(*(rich_table(part, title) for title, part in sections(rows, metrics).items()))
+    return Group(*(Fitted(part, title) for title, part in sections(rows, metrics).items()))
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -135,6 +214,6 @@ def is_numeric(rows: Sequence[Row], name: str) -> bool:
 def _reads_as_number(value: Any) -> bool:
     try:
         float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return not isinstance(value, bool)

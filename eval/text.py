@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,15 +15,20 @@ from linearize.distill.checkpoint import read_tensors, write_tensors_file
 from linearize.errors import CheckpointError, NotFiniteError
 from linearize.eval.intervals import bootstrap
 from linearize.eval.measurement import Call, Setting, score
-from linearize.eval.perplexity import windows
 from linearize.eval.recall_split import beyond, buckets, distances, name
 from linearize.eval.rows import STUDENT, TEACHER, Score
-from linearize.eval.suite import Unit
+from linearize.eval.suite import Takes, Unit
 from linearize.eval.token_scores import Predictor, TokenScores, score_tokens
 
 
 class Text:
-    """Settings of a unit: `windows`, how many at most; `text`, which of the setting's texts."""
+    """Settings of a unit: `windows`, how many at most, 0 for all; `text`, which of the texts, is added here."""
+
+    takes: ClassVar = {"length": Takes(least=2), "windows": Takes(least=0, needed=False)}
+
+    def room(self, unit: Unit) -> int:
+        """Nothing follows."""
+        return 0
 
     def units(self, unit: Unit, setting: Setting) -> Sequence[Unit]:
         """One for each text."""
@@ -60,10 +65,7 @@ class Text:
         return made
 
     def _cut(self, unit: Unit, setting: Setting) -> Tensor:
-        documents = setting.texts[unit.settings["text"]]
-        return windows(
-            setting.tokenizer, documents, window=unit.length, max_windows=unit.settings.get("windows")
-        )
+        return setting.windows(unit.settings["text"], unit.length, unit.settings.get("windows"))
 
 
 def _scores(found: TokenScores, cut: Tensor, seed: int) -> Iterator[Score]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,10 +13,9 @@ from torch import Tensor
 from linearize.distill.checkpoint import write_json
 from linearize.eval.intervals import bootstrap, wilson
 from linearize.eval.measurement import Call, Setting, score
-from linearize.eval.perplexity import windows
 from linearize.eval.recall.answering import Cached
 from linearize.eval.rows import Score
-from linearize.eval.suite import Unit
+from linearize.eval.suite import Takes, Unit
 from linearize.eval.token_scores import Predictor
 
 STEP = 16
@@ -27,6 +26,12 @@ SAMPLES = "samples"
 
 class Decoding:
     """Step by step over `length` tokens of real text: does the state that it carries predict what prefill does?"""
+
+    takes: ClassVar = {"length": Takes(least=2)}
+
+    def room(self, unit: Unit) -> int:
+        """Nothing follows."""
+        return 0
 
     def units(self, unit: Unit, setting: Setting) -> Sequence[Unit]:
         """On the first text."""
@@ -58,6 +63,12 @@ class Decoding:
 
 class Writing:
     """Greedy continuations. Settings: `items` beginnings of `length` tokens, `new_tokens` behind each."""
+
+    takes: ClassVar = {"length": Takes(), "items": Takes(), "new_tokens": Takes()}
+
+    def room(self, unit: Unit) -> int:
+        """What is written."""
+        return int(unit.settings["new_tokens"])
 
     def units(self, unit: Unit, setting: Setting) -> Sequence[Unit]:
         """On the first text."""
@@ -119,4 +130,4 @@ def _until(row: list[int], end: int | None) -> list[int]:
 
 def _text(unit: Unit, setting: Setting, length: int, count: int) -> Tensor:
     """So many windows [count, length]."""
-    return windows(setting.tokenizer, setting.texts[unit.settings["text"]], window=length, max_windows=count)
+    return setting.windows(unit.settings["text"], length, count)

@@ -206,5 +206,6 @@ def test_what_cannot_be_measured_is_refused_with_a_remedy(teacher, converted, fi
         assert cli.main(["eval", str(converted), *files, *arguments]) == 2
         said = capsys.readouterr().err
         assert expected in said and "Traceback" not in said
-    assert cli.main(["eval", str(converted), *files, "--text", f"short={tmp_path / 'short.txt'}"]) == 0
-    assert "shorter than one window of 48" in capsys.readouterr().err
+    assert cli.main(["eval", str(converted), *files, "--text", f"short={tmp_path / 'short.txt'}"]) == 2
+    said = capsys.readouterr().err
+    assert "shorter than one window of 48" in said and "nothing of small could be measured" in said

@@ -14,6 +14,8 @@ from linearize.eval.rows import STUDENT, TEACHER, Score, Scores
 from linearize.eval.writing import SAMPLES
 
 FILE = "results.json"
+REMEDY = "compare reads what `linearize eval` wrote; measure again with that into another --out"
+"""Where a file is damaged, or is somebody else's."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def _read(path: Path) -> Subject:
             f"compare: '{path}' is no run folder and holds no {FILE}; `linearize eval {path}` measures a model and "
             "says where its scores are"
         )
-    rows = _latest(Scores(file).rows)
+    rows = _latest(Scores(file, REMEDY).rows)
     if run is not None and not rows and not run.metrics and not run.rows:
         raise LinearizeError(
             f"compare: the run in '{folder}' has logged nothing yet; go on with it, or `linearize eval` it"

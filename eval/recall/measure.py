@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from linearize.eval.recall.scoring import scores
 from linearize.eval.recall.variables import variable_tracking
 from linearize.eval.recall_split import buckets, name
 from linearize.eval.rows import Score
-from linearize.eval.suite import Unit
+from linearize.eval.suite import Takes, Unit
 from linearize.eval.token_scores import Predictor
 
 GENERATORS: dict[str, Generator] = {
@@ -39,6 +39,8 @@ GENERATORS: dict[str, Generator] = {
 }
 ITEMS = 20
 """Where a suite does not say how many."""
+ROOM = 128
+"""Tokens that an answer may take; none is as long."""
 STEP = 16
 """Tokens of a prefill that take as long as a step of decoding, roughly."""
 
@@ -50,8 +52,18 @@ class Retrieval:
         task: of `GENERATORS`.
     """
 
+    takes: ClassVar = {
+        "length": Takes(),
+        "items": Takes(needed=False),
+        "depths": Takes(needed=False),
+    }
+
     def __init__(self, task: str) -> None:
         self.task = task
+
+    def room(self, unit: Unit) -> int:
+        """Of an answer."""
+        return ROOM
 
     def units(self, unit: Unit, setting: Setting) -> Sequence[Unit]:
         """The unit itself."""
@@ -86,6 +98,17 @@ class Retrieval:
 
 class Mqar:
     """Zoology's task on the tokenizer's own words. Settings: `items`, and `pairs` or tokens `per_pair` (16)."""
+
+    takes: ClassVar = {
+        "length": Takes(),
+        "items": Takes(needed=False),
+        "pairs": Takes(needed=False),
+        "per_pair": Takes(needed=False),
+    }
+
+    def room(self, unit: Unit) -> int:
+        """Nothing follows."""
+        return 0
 
     def units(self, unit: Unit, setting: Setting) -> Sequence[Unit]:
         """The unit itself."""

@@ -51,10 +51,10 @@ def mqar(
     Raises:
         DataError: the pairs do not fit into the length or the vocabulary.
     """
-    if length % 2 or 4 * pairs > length or pairs >= vocabulary // 2:
+    if length % 2 or pairs < 1 or 4 * pairs > length or pairs >= vocabulary // 2:
         raise DataError(
             f"mqar: {pairs} pairs in {length} tokens of {vocabulary} symbols: the length must be even and hold four "
-            "tokens a pair, and there must be a symbol for each key"
+            "tokens a pair, of at least one, and there must be a symbol for each key"
         )
     random = np.random.default_rng(seed)
     context, half = 2 * pairs, vocabulary // 2

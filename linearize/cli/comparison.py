@@ -19,13 +19,13 @@ def main(options: argparse.Namespace) -> int:
 
     from linearize.eval import page
     from linearize.eval.page.blocks import Table
-    from linearize.eval.tables import rich_table
+    from linearize.eval.tables import Fitted
 
     subjects = page.read(options.paths)
     made = page.compose(subjects)
     for block in made.sections[0].blocks:
         if isinstance(block, Table):
-            console().print(rich_table(block.rows))
+            console().print(Fitted(block.rows))
     sentences = [f"{made.headline.text}.", *(finding.text for finding in made.findings)]
     console().print(Text("\n".join([*sentences, ""])))
     show(made, options.out or Path("runs") / folder_name([subject.name for subject in subjects]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from linearize.cli.console import console, quiet_libraries
 from linearize.errors import LinearizeError
 
 NOTE = "linearize.json"
+
+log = logging.getLogger(__name__)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -57,6 +60,7 @@ def _judge(
     command: str,
 ) -> None:
     """Load, measure, print."""
+    from linearize import surgery
     from linearize.cli import comparison
     from linearize.cli.checkpoint import load
     from linearize.distill.memory import watched
@@ -76,6 +80,12 @@ def _judge(
         if against is not None:
             teacher, other = load(against, options.device)
             _same_tokens(tokenizer, other, options.path, against)
+        elif surgery.converted(student):
+            log.info(
+                "%s does not say what it was converted from: no teacher, KL, untrained swap or swa_sinks; "
+                "--against MODEL adds them",
+                options.path,
+            )
         setting = Setting(tokenizer, texts, out, seed=options.seed, autocast=_autocast(student))
         setting.device = next(student.parameters()).device.type
         limits = [
@@ -92,14 +102,20 @@ def _judge(
             others=[_control(source, options, tokenizer) for source in options.control],
             seed=options.seed,
         )
+        empty = True
         for measured, rows in judge(suites, cast, setting, scores, command=command):
+            empty = empty and not rows
             console().print(summary.tables(measured, rows, [entrant.role for entrant in cast]))
             written = side_by_side.samples(rows, out)
             if written is not None:
                 console().print(written)
+    if empty:
+        raise LinearizeError(
+            f"nothing of {', '.join(one.name for one in suites) or 'it'} could be measured of {options.path}, for the "
+            "reasons above; take another --suite, or a longer --text"
+        )
     console().print(f"scores  {scores.path}", markup=False, soft_wrap=True)
-    if scores.rows:
-        comparison.show(page.compose(page.read([scores.path])), out)
+    comparison.show(page.compose(page.read([scores.path])), out)
 
 
 def _lm_tasks(options: argparse.Namespace) -> Any:
@@ -134,17 +150,20 @@ def _base(folder: str) -> str | None:
     from linearize.errors import CheckpointError, ModelNotFoundError
     from linearize.models import resolve
 
+    note = resolve(folder) / NOTE
     try:
-        base = json.loads((resolve(folder) / NOTE).read_text(encoding="utf-8")).get("base")
-        if base:
-            resolve(base)
-        return base or None
+        base = json.loads(note.read_text(encoding="utf-8")).get("base")
     except (OSError, ValueError, AttributeError):
         return None
+    if not base or not isinstance(base, str):
+        return None
+    try:
+        resolve(base)
     except (CheckpointError, ModelNotFoundError) as error:
         raise LinearizeError(
             f"{folder} was converted from a model that is not here ({error}); name it with --against MODEL"
         ) from error
+    return base
 
 
 def _identity(path: str) -> dict[str, str]:

@@ -18,11 +18,12 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 ALSO_CALLED = {
     "human": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
     "bot": "assistant",
     "model": "assistant",
     "ai": "assistant",
 }
-"""Speakers of other formats, for the message."""
+"""Speakers of other formats: of ShareGPT, which are read as these, and of the rest, for the message."""
 
 DEEPEST = 100
 """Lists within lists that a row may hold; templates walk them by recursion, and no tool call nests so far."""
@@ -32,7 +33,8 @@ def conversation(value: Any, column: str) -> list[Message]:
     """The messages of a row.
 
     Args:
-        value: a list of messages; content is text or a list of parts of the type text, which are joined.
+        value: a list of messages; content is text or a list of parts of the type text, which are joined. ShareGPT's
+            `from` and `value` are read as role and content.
         column: where it stood.
 
     Raises:
@@ -40,6 +42,8 @@ def conversation(value: Any, column: str) -> list[Message]:
             within lists beyond `DEEPEST`.
     """
     _check_depth(value, column)
+    if isinstance(value, list):
+        value = [_renamed(message) for message in value]
     if not isinstance(value, list) or not all(
         isinstance(message, dict) and isinstance(message.get("role"), str) for message in value
     ):
@@ -47,6 +51,17 @@ def conversation(value: Any, column: str) -> list[Message]:
             f"column '{column}' must hold a list of messages, each with role and content, not {str(value)[:60]!r}"
         )
     return [_message(message, number) for number, message in enumerate(value, start=1)]
+
+
+def _renamed(message: Any) -> Any:
+    """A message of ShareGPT's with the keys that all others have."""
+    if not isinstance(message, dict) or message.get("role") is not None:
+        return message
+    speaker = message.get("from")
+    if not isinstance(speaker, str) or "value" not in message:
+        return message
+    others = {key: value for key, value in message.items() if key not in ("from", "value", "role", "content")}
+    return {"role": ALSO_CALLED.get(speaker.lower(), speaker), "content": message["value"], **others}
 
 
 def _message(message: Message, number: int) -> Message:

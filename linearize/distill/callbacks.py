@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from linearize import plain_json, signals
-from linearize.distill.checkpoint import could_not_write, write_file
+from linearize.distill.checkpoint import AGAIN, could_not_write, write_file
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.progress import Meter
 
@@ -149,7 +149,7 @@ def forget_lines(path: Path, stage: str, after: int) -> None:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error}). Move it away and go on with --resume; later steps begin a new one"
+            f"{path}: cannot be read ({error}). Move it away, then {AGAIN}; later steps begin a new one"
         ) from error
     kept, damaged = [], 0
     for number, text in enumerate(lines, start=1):

@@ -34,6 +34,8 @@ PARTIAL = ".partial-"
 MARKER = "complete.json"
 STATE = "trainer_state.json"
 """Where a checkpoint says which step it is of."""
+AGAIN = "give the command again, a run with --resume"
+"""What goes on behind the newest intact checkpoint: `linearize select` trains as well, and has no such option."""
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -149,7 +151,7 @@ def newest_intact(stage_folder: Path) -> Path | None:
         if step is not None and folder.name != f"checkpoint-{step}":
             raise CheckpointError(
                 f"{folder}: holds step {step}, so it was renamed or copied. Give it back the name checkpoint-{step}, "
-                "or move it out of the run folder, and go on with --resume"
+                f"or move it out of the folder, then {AGAIN}"
             )
     for folder in reversed(found):
         name = damaged(folder)
@@ -270,7 +272,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error}). Delete {path.parent}, then go on with --resume"
+            f"{path}: cannot be read ({error}). Delete {path.parent}, then {AGAIN}"
         ) from error
 
 
@@ -286,9 +288,7 @@ def could_not_write(path: Path, error: Exception, kept: Path | None = None) -> C
     what = "the disk is full" if full else f"could not be written ({error})"
     intact = f". The previous checkpoint is intact ({kept.name})" if kept is not None else ""
     remedy = "free space" if full else "mend the cause"
-    return CheckpointError(
-        f"{path}: {what}{intact}: {remedy}, then give the command again, a run with --resume"
-    )
+    return CheckpointError(f"{path}: {what}{intact}: {remedy}, then {AGAIN}")
 
 
 @contextmanager

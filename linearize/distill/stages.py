@@ -60,7 +60,7 @@ def restore(model: nn.Module, stage: StageConfig, place: StagePlace) -> nn.Modul
     """
     model = prepare(model, stage)
     path = place.folder / FINAL
-    remedy = f"Delete {place.folder} and go on with --resume: the stage is then trained again"
+    remedy = f"Delete {place.folder}, then {checkpoint.AGAIN}: the stage is then trained again"
     written = checkpoint.read_json(place.folder / DONE, remedy).get("sha256")
     tensors = checkpoint.read_tensors(path)
     if written is not None and written != sha256(path):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from linearize.distill.checkpoint import read_json
+from linearize.distill.checkpoint import AGAIN, read_json
 from linearize.errors import CheckpointError
 
 
@@ -21,7 +21,7 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is damaged; only a checkpoint without checksums gets this far.
     """
-    remedy = f"Delete {folder} and go on with --resume, from the checkpoint before it"
+    remedy = f"Delete {folder}, then {AGAIN}: it goes on from the checkpoint before"
     saved = read_json(folder / "state.json", remedy)
     if not {"lr", "scheduler", "rng", "window_steps"} <= saved.keys():
         raise CheckpointError(f"{folder / 'state.json'}: lacks what a resume needs. {remedy}")

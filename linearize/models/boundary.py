@@ -15,7 +15,18 @@ from jinja2 import TemplateError
 from linearize.errors import CheckpointError, LinearizeError
 
 LIBRARIES = frozenset(
-    {"accelerate", "gguf", "huggingface_hub", "jinja2", "peft", "safetensors", "tokenizers", "transformers"}
+    {
+        "accelerate",
+        "datasets",
+        "gguf",
+        "huggingface_hub",
+        "jinja2",
+        "lm_eval",
+        "peft",
+        "safetensors",
+        "tokenizers",
+        "transformers",
+    }
 )
 LENGTH = 300
 """Characters of a reason that are shown; some libraries list every class that they know."""

@@ -22,7 +22,7 @@ from linearize.errors import UnsupportedModelError
 from linearize.models.boundary import boundary
 from linearize.models.gguf_config import ELSEWHERE, complete, read_gguf_config, read_metadata
 from linearize.models.gguf_tensors import check_used, recording
-from linearize.models.rehearsal import check_report
+from linearize.models.rehearsal import check_report, quiet
 from linearize.patch import changed
 from linearize.progress import count
 
@@ -61,6 +61,7 @@ def convert(file: Path, out: Path) -> None:
     options: dict[str, Any] = {
         "dtype": torch.float32,
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # `check_report` names them
         "trust_remote_code": False,
     }
     options["quantization_config"] = GgufConfig(gguf_file=file.name, dequantize=True)
@@ -72,12 +73,12 @@ def convert(file: Path, out: Path) -> None:
     ):
         log.info("1 of 3: decoding the weights")
         # its bar does not obey transformers' switch for bars
-        with changed(reader, "tqdm", partial(tqdm, disable=True)), recording(reader) as used:
+        with changed(reader, "tqdm", partial(tqdm, disable=True)), recording(reader) as used, quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(**source, **options)
         log.info("2 of 3: reading the vocabulary")
         tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     model, report = loaded
-    check_report(file, report, model)
+    check_report(file, report, model, "what the file says of its model")
     check_used(file, metadata["tensors"], used)
     complete(file, model.config, metadata)
     set_tokenizer(tokenizer, metadata)

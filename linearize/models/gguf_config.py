@@ -133,6 +133,13 @@ def _check_sizes(file: Path, metadata: dict[str, Any]) -> None:
             )
     if "attention.head_count" not in said:
         raise CheckpointError(f"{file} does not say its {architecture}.attention.head_count; fetch it again")
+    heads, groups = (said.get(f"attention.head_count{kind}") for kind in ("", "_kv"))
+    whole = [number for number in (heads, groups) if isinstance(number, int)]  # else a list, a number a layer
+    if min(whole, default=1) < 1 or (len(whole) == 2 and whole[0] % whole[1]):
+        raise CheckpointError(
+            f"{file} says {architecture}.attention.head_count {heads} and head_count_kv {groups}, and every key-value "
+            "head serves as many of the heads; fetch it again"
+        )
     blocks = {
         int(found.group(1)) for name in metadata["tensors"] if (found := re.match(r"blk\.(\d+)\.", name))
     }

@@ -64,7 +64,7 @@ def rehearse(
     }
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with (
-        _quiet(),
+        quiet(),
         boundary(
             f"the model that {folder / 'config.json'} describes",
             "fetch the checkpoint again, or upgrade transformers if the model is newer than it",
@@ -88,13 +88,16 @@ def rehearse(
     return model
 
 
-def check_report(folder: str | Path, report: dict[str, Any], model: nn.Module) -> None:
+def check_report(
+    folder: str | Path, report: dict[str, Any], model: nn.Module, says: str = "config.json"
+) -> None:
     """Refuse what transformers would fill with random numbers or leave out, and only warn of.
 
     Args:
         folder: of the checkpoint, for messages.
         report: transformers' loading info.
         model: what was loaded.
+        says: what describes the model there.
 
     Raises:
         CheckpointError: names the first tensor of each kind and the remedy.
@@ -103,7 +106,7 @@ def check_report(folder: str | Path, report: dict[str, Any], model: nn.Module) -
     if unfit:
         name, found, wanted = unfit[0]
         raise CheckpointError(
-            f"{folder}: {len(unfit)} tensors do not fit config.json ({name} is {list(found)}, and {list(wanted)} is "
+            f"{folder}: {len(unfit)} tensors do not fit {says} ({name} is {list(found)}, and {list(wanted)} is "
             "asked for); fetch the checkpoint again"
         )
     missing = sorted(report["missing_keys"])
@@ -117,13 +120,13 @@ def check_report(folder: str | Path, report: dict[str, Any], model: nn.Module) -
     dropped = [name for name in unexpected if _matters(name, model, guessing)]
     if dropped:
         raise CheckpointError(
-            f"{folder} holds {len(dropped)} tensors that config.json does not ask for ({_few(dropped)}), and without "
+            f"{folder} holds {len(dropped)} tensors that {says} does not ask for ({_few(dropped)}), and without "
             "them it would be another model; look at num_hidden_layers and the like, or fetch the checkpoint again"
         )
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hide transformers' report of what does not fit: `check_report` says it."""
     from transformers.utils import logging
 

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from linearize.eval.rows import Score
-from linearize.eval.tables import rich_table
+from linearize.eval.tables import Fitted
 from linearize.select.job import GREEDY, UNIFORM, Selection
 from linearize.select.samples import KL, KL_HIT, KL_PASSKEY
 
@@ -23,9 +23,9 @@ UNSURE = 1.0
 def tables(found: Selection) -> RenderableType:
     """All of a selection, KL in nats a token."""
     return Group(
-        rich_table(_layers(found), "KL to the teacher with one layer converted, and with one restored"),
-        rich_table(_steps(found), "Greedy: restored from all converted, on the windows that chose"),
-        rich_table(_unseen(found), f"Placements at equal budget, {TITLES[found.by]}, on other windows"),
+        Fitted(_layers(found), "KL to the teacher with one layer converted, and with one restored"),
+        Fitted(_steps(found), "Greedy: restored from all converted, on the windows that chose"),
+        Fitted(_unseen(found), f"Placements at equal budget, {TITLES[found.by]}, on other windows"),
         Text("\n".join(["", *verdicts(found), ""])),
     )
 

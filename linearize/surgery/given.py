@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from linearize.errors import UnsupportedModelError
+from linearize.errors import LinearizeError, UnsupportedModelError
 from linearize.surgery.cache import LinearizedCacheLayer
 from linearize.surgery.masks import REMEDY, text_rows
 from linearize.surgery.positions import layers, left_positions
@@ -35,6 +35,8 @@ def looking(forward: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(mask, Tensor) and mask is not None:
             return forward(self, *args, **kwargs)
         inputs = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if isinstance(inputs, Tensor) and not torch.compiler.is_compiling():
+            _check_shapes(inputs, mask, cache)
         unnumbered = "position_ids" in names and given.get("position_ids") is None
         if isinstance(mask, Tensor) and mask.dim() == 2 and unnumbered:
             past = 0 if cache is None else cache.get_seq_length()
@@ -59,6 +61,7 @@ def looking(forward: Callable[..., Any]) -> Callable[..., Any]:
             _follow, mask, inputs.shape[1], min((w for w in windows if w), default=None)
         )
         held = _held(cache, found[0].layer_idx)
+        _check_rows(inputs, held)
         begins, read = held is None or held.state is None, None if cache is None else follow(held, cache)
         answer = forward(self, *args, **kwargs)
         if cache is None:  # the model may have made one
@@ -72,6 +75,47 @@ def looking(forward: Callable[..., Any]) -> Callable[..., Any]:
         return answer
 
     return inner
+
+
+def _check_shapes(inputs: Tensor, mask: Tensor | None, cache: Any) -> None:
+    """Refuse what transformers ends on in the middle of a layer, or reads in part and without a word.
+
+    Args:
+        inputs: ids [B, T], or embeddings [B, T, C].
+        mask: as it was given.
+        cache: of the model, before the call.
+
+    Raises:
+        LinearizeError: there is no token.
+        UnsupportedModelError: the mask is of another shape than those that are read.
+    """
+    rows, tokens = inputs.shape[:2]
+    if tokens == 0:
+        past = 0 if cache is None else int(cache.get_seq_length())
+        behind = f" behind the {past:,} that the cache holds" if past else ""
+        raise LinearizeError(
+            f"there is no token to read{behind}: give generate() the whole text that the cache has read and what "
+            "follows it, and forward() at least one new token"
+        )
+    if mask is None or mask.dim() == 4 or (mask.dim() == 2 and mask.shape[0] in (1, rows)):
+        return
+    raise UnsupportedModelError(
+        f"an attention mask of shape {tuple(mask.shape)} for {rows} rows of {tokens} tokens; give [batch, tokens] (1 "
+        "where text is, 0 on padding) or [batch, 1, queries, keys]"
+    )
+
+
+def _check_rows(inputs: Tensor, held: LinearizedCacheLayer | None) -> None:
+    """Refuse a batch of another size than the one that the cache has read.
+
+    Raises:
+        LinearizeError: it is one.
+    """
+    if held is not None and held.state is not None and held.state.batch != inputs.shape[0]:
+        raise LinearizeError(
+            f"the cache holds the states of {held.state.batch} texts, and {inputs.shape[0]} are given; start with an "
+            "empty cache, or choose or repeat its rows (batch_select_indices, batch_repeat_interleave)"
+        )
 
 
 def _held(cache: Any, index: int) -> LinearizedCacheLayer | None:

@@ -117,6 +117,18 @@ def test_rows_without_an_answer_are_passed_over(chats, messages):
     assert trained(document) == ["hello</s>"]
 
 
+def test_messages_as_sharegpt_writes_them(chats):
+    usual = {"messages": [{"role": "system", "content": "s"}, USER, ANSWER]}
+    names = {"user": "human", "assistant": "gpt"}
+    shared = [
+        {"from": names.get(message["role"], message["role"]), "value": message["content"]}
+        for message in usual["messages"]
+    ]
+    of_a_table = [{"role": None, "content": None, **message} for message in shared]
+    first, second, third = chats(usual, {"messages": shared}, {"messages": of_a_table})
+    assert first.parts == second.parts == third.parts and trained(first)
+
+
 def test_prompts_without_a_response_are_passed_over(chats):
     (document,) = chats({"prompt": "hi", "response": None}, {"prompt": "hi", "response": "hello"})
     assert trained(document) == ["hello</s>"]
@@ -134,9 +146,12 @@ def test_prompts_without_a_response_are_passed_over(chats):
             "message 2 has the role 'gpt', .*'assistant'",
         ),
         (
-            {"messages": [{"from": "human", "value": "a"}]},
+            {"messages": [{"speaker": "human", "value": "a"}]},
             "must hold a list of messages, each with role and content",
         ),
+        ({"messages": [{"from": "human"}]}, "must hold a list of messages"),
+        ({"messages": [{"from": "asistant", "value": "a"}]}, "role 'asistant', .*: did you mean 'assistant'"),
+        ({"messages": [{"from": "gpt", "value": 3}]}, "message 1: content must be text .*not int"),
         ({"messages": [USER, None]}, "must hold a list of messages"),
         (
             {"messages": [USER, {"role": "assistant"}]},

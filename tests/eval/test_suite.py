@@ -40,10 +40,36 @@ def test_an_unknown_suite_or_task_offers_the_nearest(tmp_path):
         ("about: x\nmeasure: [{task: text, length: -4}]", "length -4"),
         ("about: [", "is no YAML"),
         ("", "is no suite"),
+        ("about: x\nmeasure: []", "measures nothing"),
+        ("about: x\nmeasure: [{task: text, length: 4, roles: {a: b}}]", "roles"),
     ):
         file.write_text(text)
         with pytest.raises(LinearizeError, match=reason):
             suite.load(str(file))
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ("task: text, length: 48, widnows: 3", r"text has no setting 'widnows'; did you mean 'windows'\?"),
+        ("task: text, length: 48, role: teacher", r"no setting 'role'; did you mean 'roles'\?"),
+        ("task: text, length: 48, windows: -3", "windows must be a whole number, 0 or more .* got -3"),
+        ("task: text, length: 48, windows: many", "windows must be .* got 'many'"),
+        ("task: text, length: 48, windows: true", "windows must be .* got True"),
+        ("task: text", "length must be a whole number, 2 or more .* got 0"),
+        ("task: passkey, length: 400, items: 0", "items must be a whole number, 1 or more .* got 0"),
+        ("task: passkey, length: 400, depths: 0", "depths must be"),
+        ("task: generation, length: 16, items: 2", "generation needs new_tokens"),
+        ("task: prefill, length: 32, batches: 8, repeats: 1", "batches must be a list of whole numbers"),
+        ("task: decode, length: 32, batches: [1], repeats: 1", "decode has no setting 'repeats'"),
+        ("task: lm_eval, length: 0", "named with --tasks A,B"),
+    ],
+)
+def test_a_setting_that_a_task_does_not_take_is_refused(tmp_path, entry, reason):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"about: x\nmeasure: [{{{entry}}}]")
+    with pytest.raises(LinearizeError, match=reason):
+        tasks_known.check(suite.load(str(file)))
 
 
 def test_what_does_not_fit_is_left_out_with_a_word(tmp_path, caplog):
@@ -55,9 +81,9 @@ def test_what_does_not_fit_is_left_out_with_a_word(tmp_path, caplog):
     [mine] = suite.load(str(file))
     setting = Setting(byte_tokenizer(), {"": [Document.plain(TEXT)]}, tmp_path)
     with caplog.at_level(logging.INFO, logger="linearize"):
-        kept = [(unit.task, unit.length) for unit in _units(mine, setting)]
+        kept = [(unit.task, unit.length) for unit in _units(mine, setting, ())]
         setting.longest = 500
-        shorter = [(unit.task, unit.length) for unit in _units(mine, setting)]
+        shorter = [(unit.task, unit.length) for unit in _units(mine, setting, ())]
     assert kept == [("text", 64), ("text", 128), ("passkey", 400)]
     assert shorter == [("text", 64), ("text", 128)]
     assert "no passkey at 10 tokens" in caplog.text and "shorter than one window" in caplog.text

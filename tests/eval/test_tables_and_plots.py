@@ -89,9 +89,26 @@ def test_markdown():
     assert tables.markdown([{"a": "x|y"}]).endswith("| x\\|y |")
 
 
+@pytest.mark.parametrize(("width", "parts"), [(160, 1), (60, 3), (40, 7)])
+def test_no_number_is_cut_off_where_the_console_is_narrow(width, parts):
+    rows = [
+        {"task": f"arc_{n} (0-shot)", "metric": "acc", **{f"model {m}": f"{n}{m}.25 +-4{n}.5" for m in range(6)},
+         "items": 1000 + n}
+        for n in range(2)
+    ]  # fmt: skip
+    console = Console(file=io.StringIO(), width=width)
+    console.print(tables.Fitted(rows, title="Tasks"))
+    said = console.file.getvalue()
+    assert max(map(len, said.splitlines())) <= width and said.count("Tasks") == 1
+    for row in rows:
+        for name, value in row.items():
+            assert name in ("task", "metric") or tables.number(value) in said
+    assert said.count("arc_0") == parts
+
+
 def test_rich_table():
     console = Console(width=90, record=True, file=io.StringIO())
-    console.print(tables.rich_table(tables.flatten(ROWS), title="Results"))
+    console.print(tables.Fitted(tables.flatten(ROWS), title="Results"))
     text = console.export_text()
     assert "Results" in text and "after transfer" in text and "65.7" in text and "1,23" in text
 

@@ -249,6 +249,9 @@ def test_a_config_is_read_without_converting(gguf, cache, monkeypatch):
             {"llama.embedding_length": 4096},
             r"embedding_length 4,096, and its token_embd\.weight is \[32, 262\]",
         ),
+        ({"llama.attention.head_count": 0}, r"head_count 0 and head_count_kv 2"),
+        ({"llama.attention.head_count_kv": 0}, r"head_count 4 and head_count_kv 0"),
+        ({"llama.attention.head_count_kv": 3}, r"head_count 4 and head_count_kv 3"),
     ],
     ids=str,
 )
@@ -257,6 +260,24 @@ def test_sizes_that_are_missing_or_not_the_tensors_own(gguf, tmp_path, changes, 
     for loader in (load_config, resolve):
         with pytest.raises(CheckpointError, match=message):
             loader(str(file))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"llama.feed_forward_length": 48}, r"6 tensors .*mlp.*is \[32, 64\], and \[32, 48\] is asked for"),
+        ({"llama.feed_forward_length": None}, r"6 tensors .*11008"),
+        ({"llama.attention.head_count_kv": 1}, r"4 tensors .*k_proj.*is \[16, 32\], and \[8, 32\] is asked"),
+        ({"llama.vocab_size": 100}, r"embed_tokens.*is \[262, 32\], and \[100, 32\] is asked for"),
+    ],
+    ids=str,
+)
+def test_tensors_of_another_shape_are_named(gguf, tmp_path, capfd, changes, message):
+    file = rewrite(gguf, tmp_path / "other.gguf", changes)
+    with pytest.raises(CheckpointError, match=message) as refused:
+        resolve(str(file))
+    assert "other.gguf: " in str(refused.value) and "do not fit what the file says" in str(refused.value)
+    assert "MISMATCH" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

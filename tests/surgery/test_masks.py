@@ -20,7 +20,7 @@ from transformers.masking_utils import (
 
 from linearize import surgery
 from linearize.config import compose
-from linearize.errors import UnsupportedModelError
+from linearize.errors import LinearizeError, UnsupportedModelError
 from linearize.surgery.masks import read_mask
 
 FAMILIES = ("llama", "gemma3", "gpt2")
@@ -231,6 +231,32 @@ def test_other_masks_are_refused_by_name(mask, message):
     rotation = torch.ones(1, 24, 8), torch.zeros(1, 24, 8)
     with torch.no_grad(), pytest.raises(UnsupportedModelError, match=message):
         layer(torch.randn(2, 24, 32), attention_mask=mask, position_embeddings=rotation)
+
+
+@pytest.mark.parametrize(
+    "shape", [(24,), (3, 24), (2, 24, 24), (2, 1, 1, 24, 24)], ids=lambda shape: f"{len(shape)} dimensions"
+)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_masks_of_a_shape_that_nobody_reads_are_refused_by_the_model(shape, dtype):
+    model = surgery.convert(tiny.model("llama"), tiny.LOLCATS)
+    with torch.no_grad(), pytest.raises(UnsupportedModelError, match="for 2 rows of 24 tokens; give"):
+        model(tiny.tokens(2, 24), attention_mask=torch.ones(shape, dtype=dtype))
+
+
+def test_a_call_that_does_not_fit_its_cache_is_refused():
+    model = surgery.convert(tiny.model("llama"), tiny.LOLCATS)
+    ids, cache = tiny.tokens(2, 12), DynamicCache(config=model.config)
+    with torch.no_grad():
+        with pytest.raises(LinearizeError, match="no token to read: give"):
+            model(ids[:, :0])
+        model(ids, past_key_values=cache)
+        with pytest.raises(LinearizeError, match="no token to read behind the 12 that the cache holds"):
+            model.generate(ids[:, :5], past_key_values=cache, max_new_tokens=3, do_sample=False)
+        with pytest.raises(LinearizeError, match="the states of 2 texts, and 1 are given"):
+            model(ids[:1], past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([1]))
+        rest = model(ids[1:, :4], past_key_values=cache).logits
+        close(rest, model(torch.cat([ids[1:], ids[1:, :4]], 1)).logits[:, 12:])
 
 
 def test_a_mask_wider_than_the_teachers_window_is_refused():
