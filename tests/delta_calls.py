@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import kernel_calls
 import torch
 import torch.nn.functional as F
+from kernel_calls import DEVICE, ON_GPU, USUAL, normal, uniform
 from torch import Tensor
 
 from linearize.kernels import dispatch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ON_GPU = DEVICE == "cuda"
-TOLERANCE = {torch.float32: 1e-4 if ON_GPU else 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-NARROW = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
-USUAL = (torch.bfloat16,) if ON_GPU else (torch.float32, torch.float16)
 DIM, HEADS, STATE_HEADS = (64, 4, 2) if ON_GPU else (16, 1, 1)
 """Alike for most cases on a GPU, where every other shape is compiled anew."""
 single, half = torch.float32, torch.float16
@@ -40,14 +37,6 @@ class Case:
     same_keys: bool = False
     per_key: bool = False
     dtypes: tuple[torch.dtype, ...] = USUAL
-
-
-def normal(*size: int, seed: int) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def uniform(*size: int, seed: int) -> Tensor:
-    return torch.rand(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def draw(case: Case) -> dict[str, Tensor]:
@@ -76,12 +65,8 @@ def draw(case: Case) -> dict[str, Tensor]:
 
 
 def documents(case: Case) -> Tensor:
-    docs = torch.zeros(case.batch, case.tokens, dtype=torch.int64)
-    if case.documents:
-        for row, places in enumerate([(5, 6, 40, 128, 141, 400), (0, 3, 64, 200)][: case.batch]):
-            for place in places:
-                docs[row, place:] += 1
-    return docs.to(DEVICE)
+    places = [(5, 6, 40, 128, 141, 400), (0, 3, 64, 200)] if case.documents else []
+    return kernel_calls.documents(case.batch, case.tokens, *places)
 
 
 def call(form, x: dict[str, Tensor], docs: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,9 +90,3 @@ def run(case: Case, dtype: torch.dtype | None, form) -> dict[str, Tensor]:
     ).sum()
     grads = torch.autograd.grad(loss, list(x.values()))
     return {"out": out.detach(), "final": state.detach()} | dict(zip(x, grads, strict=True))
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    ours, exact = ours.double(), exact.double()
-    assert ours.isfinite().all() and ours.shape == exact.shape
-    return ((ours - exact).norm() / exact.norm().clamp_min(1e-2 * max(1, exact.numel()) ** 0.5)).item()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from kernel_calls import normal
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -34,14 +35,6 @@ class Recurrence:
     step: Callable[[Tensors, Sequence[Tensor]], Sequence[Tensor]]
     neutral: tuple[str, ...]
     shared: Tensors = field(default_factory=dict)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def uniform(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def one_document(tokens: int) -> Tensor:

@@ -107,6 +107,7 @@ def test_what_the_issue_asks_for_is_registered():
         "gated_linear_per_head",
         "gated_delta",
         "generalized_delta",
+        "gdn2",
         "kda",
         "taylor_linear",
         "short_conv",

@@ -87,9 +87,47 @@ def test_overrides_and_files_are_spelled_out(teacher, small, tmp_path, capsys):
     assert len(recipe.layers["keep"]) == 1
 
 
+def test_the_chosen_layers_get_a_mixer_of_the_recipe(teacher, small, tmp_path, capsys):
+    assert select(teacher, "halo", "--give", "nope", "--keep", 2, *small) == 0
+    said = capsys.readouterr()
+    written = tmp_path / "out" / "halo-keep2.yaml"
+    recipe, shipped = compose(written), compose("halo")
+    (name,) = recipe.layers["use"]
+    chosen = recipe.layers["use"][name]
+    assert name == "nope" and set(recipe.layers) == {"use"} and len(chosen) == 2
+    assert f"Layers {chosen[0]}, {chosen[1]} get nope." in said.out
+    assert recipe.mixers == shipped.mixers and recipe.stages == shipped.stages
+    assert cli.main(["inspect", str(teacher), str(written)]) == 0
+    shown = capsys.readouterr().out
+    line = next(line for line in shown.splitlines() if "full softmax, no RoPE" in line)
+    assert f" {ranges(chosen)} " in line and "converted   4 of 4 attention layers" in shown
+
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("defaults: [based_alternating, _self_]\nmixer: {feature_map: {dim: 8}}\n")
+    assert select(teacher, mine, "--give", "window", *small) == 0
+    assert list(compose(tmp_path / "out" / "mine-keep1.yaml").layers["use"]) == ["window"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["halo"], "chooses already.*--give nope to choose who gets that mixer"),
+        (["halo", "--give", "nop"], "--give nop: the recipe has no such mixer; did you mean 'nope'"),
+        (["lolcats", "--give", "nope"], "--give nope: the recipe has no such mixer; mixers: names none"),
+        (
+            [
+                "halo",
+                "--give",
+                "nope",
+                "mixers.near={feature_map: none, window: {name: sliding}}",
+                "layers.use.near=[0]",
+            ],
+            "the recipe gives layers to near too; take that out .~mixers.near ~layers.use.near",
+        ),
+        (
+            ["halo", "--give", "nope", "layers.keep=[0]"],
+            "keeps softmax in some layers.*layers={use: {nope: {every: 4",
+        ),
         (
             ["lolcats", "--keep", "4"],
             "--keep 4: .*tiny has 4 attention layers, of which 1 to 3 can stay softmax",

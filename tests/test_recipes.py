@@ -144,6 +144,9 @@ def test_tables_are_current() -> None:
     for path, text in script.current().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python scripts/recipe_table.py"
         assert all(f"`{name}`" in text for name in RECIPES)
+    assert all(script.differences(name) for name in RECIPES), (
+        "a header says where the recipe leaves its paper"
+    )
 
 
 def test_parts_in_words() -> None:
@@ -154,13 +157,14 @@ def test_parts_in_words() -> None:
         "1 layer in 4: full window (log of the length, base 362), output gate, no RoPE"
     )
     assert composition(outline("based_alternating")).endswith("; 1 layer in 2: sliding window 64")
+    assert composition(outline("transnormer")).endswith("; the first half: block window 64")
     assert composition(outline("xatl")).endswith("; 1 layer in 12 stays softmax")
     assert (
         composition({"mixer": {"window": {"name": "full"}}, "layers": "LSS"})
         == "full window; 2 layers in 3 stay softmax"
     )
-    last = {"mixer": {"window": {"name": "full"}}, "layers": {"keep": {"first": 1, "last": 2}}}
-    assert composition(last) == "full window; the first 1 and the last 2 stay softmax"
+    last = {"mixer": {"window": {"name": "full"}}, "layers": {"keep": {"first": 1, "last": 0.3}}}
+    assert composition(last) == "full window; the first 1 and the last 30 % of the layers stay softmax"
     assert source(outline("lawcat")["paper"]) == ("Liu et al. 2025", "2509.18467")
     assert source("a note of our own") == ("", "")
     assert all(source(outline(name)["paper"]) != ("", "") for name in RECIPES)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from linearize.kernels.gated_linear.launches_key import key_gradients, key_outputs
-from linearize.kernels.gated_linear.launches_states import NAMES, Some, flags, geometry, scan
-from linearize.kernels.gated_linear.plan import CHUNK, Plan, config
+from linearize.kernels.gated_linear.launches_states import flags, geometry, scan
+from linearize.kernels.gated_linear.periods import CHUNK, NAMES, Some
+from linearize.kernels.gated_linear.plan import Plan, config
 from linearize.kernels.gated_linear.triton_head import (
     decay_gradient_kernel,
     head_gradient_kernel,

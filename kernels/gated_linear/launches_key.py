@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.kernels.gated_linear.launches_states import NAMES, flags, geometry
+from linearize.kernels.gated_linear.launches_states import flags, geometry
+from linearize.kernels.gated_linear.periods import NAMES
 from linearize.kernels.gated_linear.plan import BLOCK, Plan, config, key_columns
 from linearize.kernels.gated_linear.triton_key import (
     key_gradient_kernel,

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linearize.kernels.gated_linear.periods import Periods, cut
 from linearize.kernels.launch import processors
 
-CHUNK = 64
-"""Tokens in a tile of every product."""
 BLOCK = {"whole": 64, "halved": 16}
 """Key dimensions with their own decays that enter a product at a time; halved chunks are short of registers."""
 TILES = {0: 2, 1: 2, 2: 1}
@@ -32,68 +31,35 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Periods):
     """Everything that the launches need to know beside the tensors.
 
     Attributes:
-        batch, tokens, heads, state_heads, key_dim, value_dim: sizes.
+        key_dim: width of a state.
         decay: 0 for none, 1 for one of a head, 2 for one of a key dimension.
-        read_before, normalize: see `gated_linear_reference`.
-        tiles, periods: of the sequence.
-        segments, per_segment: pieces of the scan over periods, and periods in each.
-        wide: whether states, and what is multiplied with them, are float32.
+        read_before: see `gated_linear_reference`.
     """
 
-    batch: int
-    tokens: int
-    heads: int
-    state_heads: int
     key_dim: int
-    value_dim: int
     decay: int
     read_before: bool
-    normalize: bool
-    tiles: int
-    periods: int
-    segments: int
-    per_segment: int
-    wide: bool
-    precision: str
+
+    @property
+    def width(self) -> int:
+        return self.key_dim
+
+    @property
+    def span_width(self) -> tuple[int, ...]:
+        return (self.key_dim,) if self.decay == 2 else ()
 
     @property
     def tiles_of_period(self) -> int:
         return TILES[self.decay]
 
-    def states(self, q: Tensor) -> list[Tensor]:
-        """Empty states, norms, carries, carries of norms and spans, in the order in which kernels take them."""
-        dtype = q.dtype if q.dtype == torch.bfloat16 else torch.float32
-        size, pieces = (self.batch, self.state_heads), self.segments if self.segments > 1 else 0
-        width = self.key_dim if self.normalize else 0
-        spans = (*size, self.periods, self.key_dim) if self.decay == 2 else (*size, self.periods)
-        return [
-            q.new_empty(*size, self.periods, self.key_dim, self.value_dim, dtype=dtype),
-            q.new_empty(*size, self.periods, width, dtype=torch.float32),
-            q.new_empty(*size, pieces, self.key_dim, self.value_dim, dtype=dtype),
-            q.new_empty(*size, pieces, width, dtype=torch.float32),
-            q.new_empty(spans, dtype=torch.float32),
-        ]
-
-    def state(self, q: Tensor) -> list[Tensor]:
-        """Empty sums and norms of one state, float32."""
-        size = (self.batch, self.state_heads, self.key_dim)
-        norms = size if self.normalize else (0,)
-        return [
-            q.new_empty(*size, self.value_dim, dtype=torch.float32),
-            q.new_empty(norms, dtype=torch.float32),
-        ]
-
     def outputs(self, q: Tensor) -> list[Tensor]:
-        """Empty tensors for what the forward operator gives."""
-        rows = (self.batch, self.tokens, self.heads)
-        denominator = q.new_empty(rows if self.normalize else (0,), dtype=torch.float32)
+        """As elsewhere, and marks of chunks that were halved."""
         marks = (self.batch, self.state_heads, self.tiles) if self.decay == 2 else (0,)
-        marked = q.new_empty(marks, dtype=torch.int32)
-        return [q.new_empty(*rows, self.value_dim), denominator, *self.state(q), *self.states(q), marked]
+        return [*super().outputs(q), q.new_empty(marks, dtype=torch.int32)]
 
 
 def make_plan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, numbers: list[int]) -> Plan:
@@ -110,15 +76,11 @@ def make_value_plan(q: Tensor, k: Tensor, v: Tensor, numbers: list[int]) -> Plan
 def _plan(q: Tensor, key_dim: int, state_heads: int, value_dim: int, decay: int, numbers: list[int]) -> Plan:
     read_before, normalize, segments = numbers
     batch, tokens, heads = q.shape[:3]
-    span = TILES[decay] * CHUNK
-    tiles, periods = -(-tokens // CHUNK), -(-tokens // span)
-    if not tiles:
-        segments = 1
-    elif segments == 0:
+
+    def room() -> int:
         columns = min(CONFIGS["scan"][_size(max(key_dim, value_dim))].columns, value_dim)
-        programs = max(1, batch * state_heads * (value_dim // columns))
-        segments = max(1, min(processors(q.device) // programs, tokens // 1024))
-    per_segment = max(1, -(-periods // segments))
+        return processors(q.device) // max(1, batch * state_heads * (value_dim // columns))
+
     return Plan(
         batch=batch,
         tokens=tokens,
@@ -129,12 +91,9 @@ def _plan(q: Tensor, key_dim: int, state_heads: int, value_dim: int, decay: int,
         decay=decay,
         read_before=bool(read_before),
         normalize=bool(normalize),
-        tiles=tiles,
-        periods=periods,
-        segments=-(-periods // per_segment) if tiles else 1,
-        per_segment=per_segment,
         wide=q.dtype != torch.bfloat16,
         precision="tf32x3" if q.dtype == torch.float32 else "tf32",
+        **cut(tokens, TILES[decay], segments, room),
     )
 
 

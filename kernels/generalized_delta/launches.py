@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearize.kernels.gated_delta.plan import Config
 from linearize.kernels.gated_delta.triton_states import states_kernel
-from linearize.kernels.generalized_delta.plan import CHUNK, Config, Plan, config, gradients, outputs, shared
+from linearize.kernels.generalized_delta.plan import CHUNK, Plan, config, gradients, outputs, shared
 from linearize.kernels.generalized_delta.triton_backward import change_kernel, reader_kernel
 from linearize.kernels.generalized_delta.triton_forward import output_kernel, transition_kernel
 from linearize.kernels.generalized_delta.triton_gradients import gradient_kernel

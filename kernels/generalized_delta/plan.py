@@ -7,25 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linearize.kernels.gated_delta.plan import Config
+
 CHUNK = 64
 """Tokens in a chunk: one tile of every product."""
 BLOCK = 64
 """Widest tile of key dimensions with their own decays, and of values."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """How one kernel is compiled.
-
-    Attributes:
-        keys, values: columns of keys and of values in one tile.
-        warps, stages: num_warps and num_stages.
-    """
-
-    keys: int
-    values: int
-    warps: int
-    stages: int
 
 
 @dataclass(frozen=True)

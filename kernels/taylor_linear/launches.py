@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.kernels.gated_linear.triton_states import carry_kernel
+from linearize.kernels.gated_linear.launches_states import Pieces, nothing
+from linearize.kernels.gated_linear.periods import NAMES, Some
 from linearize.kernels.launch import launch
-from linearize.kernels.taylor_linear.plan import CHUNK, TILES, Plan, config
+from linearize.kernels.taylor_linear.plan import TILES, Plan, config
 from linearize.kernels.taylor_linear.triton_products import product_kernel
 from linearize.kernels.taylor_linear.triton_states import scan_kernel
 from linearize.kernels.taylor_linear.triton_values import value_kernel
-
-Some = tuple[Tensor | None, Tensor | None]
-NAMES = ("states", "norms", "carries", "carry_norms", "spans")
 
 
 def launch_forward(
@@ -87,17 +85,10 @@ def _sizes(plan: Plan, codes: Tensor | None) -> dict[str, Any]:
 
 
 def _geometry(plan: Plan) -> dict[str, Any]:
-    return {
+    return plan.geometry() | {
         "root": math.sqrt(plan.scale),
-        "tokens": plan.tokens,
-        "tiles": plan.tiles,
-        "periods": plan.periods,
-        "per_segment": plan.per_segment,
-        "segments": plan.segments,
         "D": plan.dim,
-        "V": plan.value_dim,
-        "F": plan.features,
-        "C": CHUNK,
+        "F": plan.width,
         "TILES": TILES,
         "NORMALIZE": plan.normalize,
         "WIDE": plan.wide,
@@ -110,36 +101,16 @@ def _scan(
     final: list[Tensor] | None, *, reverse: bool,
 ) -> None:  # fmt: skip
     """States of the periods, and the state at the end of the scan where `final` is given."""
-    if not plan.tiles or not plan.batch:
-        for given, to in zip(start, final or (), strict=False):
-            to.copy_(torch.zeros_like(to) if given is None else given)
+    if nothing(plan, start, final):
         return
-    states, norms, carries, carry_norms, spans = stored
-    size = (plan.batch, plan.state_heads, plan.segments)
-    total_spans = x.new_empty(size, dtype=torch.float32)
-    totals = final
-    if plan.segments > 1:
-        totals = [torch.empty_like(carries, dtype=torch.float32), torch.empty_like(carry_norms)]
+    pieces = Pieces.of(plan, x, stored, final)
     made = config("scan", plan)
-    blocks = -(-plan.features // made.features) * (plan.value_dim // made.values)
+    blocks = -(-plan.width // made.features) * (plan.value_dim // made.values)
     launch(
         scan_kernel, (blocks, plan.batch * plan.state_heads * plan.segments),
-        x=x, y=y, weight=weight, codes=codes, start=start[0], start_norm=start[1], states=states, norms=norms,
-        spans=spans, totals=None if totals is None else totals[0], total_norms=None if totals is None else totals[1],
-        total_spans=total_spans, x_heads=x.shape[2], y_heads=y.shape[2], state_heads=plan.state_heads,
-        BF=made.features, BV=made.values, **_geometry(plan), REVERSE=reverse, HAS_CODES=codes is not None,
-        HAS_START=start[0] is not None, HAS_TOTALS=totals is not None, num_warps=made.warps, num_stages=made.stages,
+        x=x, y=y, weight=weight, codes=codes, start=start[0], start_norm=start[1], **pieces.arguments(stored),
+        x_heads=x.shape[2], y_heads=y.shape[2], state_heads=plan.state_heads, BF=made.features, BV=made.values,
+        **_geometry(plan), REVERSE=reverse, HAS_CODES=codes is not None, HAS_START=start[0] is not None,
+        num_warps=made.warps, num_stages=made.stages,
     )  # fmt: skip
-    if plan.segments == 1 or totals is None:
-        return
-    for at, (total, carry) in enumerate(zip(totals, (carries, carry_norms), strict=True)):
-        if at and not plan.normalize:
-            continue
-        number = total[0, 0, 0].numel()
-        block = min(1024, 1 << (number - 1).bit_length())
-        launch(
-            carry_kernel, (-(-number // block), plan.batch * plan.state_heads),
-            totals=total, spans=total_spans, carries=carry, final=None if final is None else final[at],
-            segments=plan.segments, size=number, width=number, features=1, REVERSE=reverse,
-            HAS_FINAL=final is not None, BLOCK=block, num_warps=4, num_stages=1,
-        )  # fmt: skip
+    pieces.carry(plan, stored, final, reverse=reverse)

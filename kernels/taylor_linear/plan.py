@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linearize.kernels.gated_linear.periods import Periods, cut
 from linearize.kernels.launch import processors
 
-CHUNK = 64
-"""Tokens in a tile of every product."""
 TILES = 4
 """Tiles in a period, between whose ends states are kept.
 
@@ -42,65 +41,22 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Periods):
     """Everything that the launches need to know beside the tensors.
 
     Attributes:
-        batch, tokens, heads, state_heads, value_heads, dim, value_dim: sizes.
+        value_heads: heads of v.
+        dim: width of q and k.
         scale: factor on q.k.
-        normalize: see `taylor_linear_reference`.
-        tiles, periods: of the sequence.
-        segments, per_segment: pieces of the scan over periods, and periods in each.
-        wide: whether states, and what is multiplied with them, are float32.
     """
 
-    batch: int
-    tokens: int
-    heads: int
-    state_heads: int
     value_heads: int
     dim: int
-    value_dim: int
     scale: float
-    normalize: bool
-    tiles: int
-    periods: int
-    segments: int
-    per_segment: int
-    wide: bool
-    precision: str
 
     @property
-    def features(self) -> int:
+    def width(self) -> int:
         return features(self.dim)
-
-    def states(self, q: Tensor) -> list[Tensor]:
-        """Empty states, norms, carries, carries of norms and spans, in the order in which kernels take them."""
-        dtype = q.dtype if q.dtype == torch.bfloat16 else torch.float32
-        size, pieces = (self.batch, self.state_heads), self.segments if self.segments > 1 else 0
-        width = self.features if self.normalize else 0
-        return [
-            q.new_empty(*size, self.periods, self.features, self.value_dim, dtype=dtype),
-            q.new_empty(*size, self.periods, width, dtype=torch.float32),
-            q.new_empty(*size, pieces, self.features, self.value_dim, dtype=dtype),
-            q.new_empty(*size, pieces, width, dtype=torch.float32),
-            q.new_empty(*size, self.periods, dtype=torch.float32),
-        ]
-
-    def state(self, q: Tensor) -> list[Tensor]:
-        """Empty sums and norms of one state, float32."""
-        size = (self.batch, self.state_heads, self.features)
-        norms = size if self.normalize else (0,)
-        return [
-            q.new_empty(*size, self.value_dim, dtype=torch.float32),
-            q.new_empty(norms, dtype=torch.float32),
-        ]
-
-    def outputs(self, q: Tensor) -> list[Tensor]:
-        """Empty tensors for what the forward operator gives."""
-        rows = (self.batch, self.tokens, self.heads)
-        denominator = q.new_empty(rows if self.normalize else (0,), dtype=torch.float32)
-        return [q.new_empty(*rows, self.value_dim), denominator, *self.state(q), *self.states(q)]
 
 
 def make_plan(q: Tensor, k: Tensor, v: Tensor, scale: float, numbers: list[int]) -> Plan:
@@ -108,16 +64,13 @@ def make_plan(q: Tensor, k: Tensor, v: Tensor, scale: float, numbers: list[int])
     normalize, segments = numbers
     batch, tokens, heads, dim = q.shape
     state_heads, value_dim = k.shape[2], v.shape[3]
-    tiles, periods = -(-tokens // CHUNK), -(-tokens // (TILES * CHUNK))
-    if not tiles:
-        segments = 1
-    elif segments == 0:
+
+    def room() -> int:
         made = CONFIGS["scan"][0]
         blocks = -(-features(dim) // made.features) * -(-value_dim // made.values)
-        programs = max(1, batch * state_heads * blocks)
         # a program of the scan waits for memory most of the time: three of them share a processor
-        segments = max(1, min(3 * processors(q.device) // programs, tokens // 1024))
-    per_segment = max(1, -(-periods // segments))
+        return 3 * processors(q.device) // max(1, batch * state_heads * blocks)
+
     return Plan(
         batch=batch,
         tokens=tokens,
@@ -128,12 +81,9 @@ def make_plan(q: Tensor, k: Tensor, v: Tensor, scale: float, numbers: list[int])
         value_dim=value_dim,
         scale=scale,
         normalize=bool(normalize),
-        tiles=tiles,
-        periods=periods,
-        segments=-(-periods // per_segment) if tiles else 1,
-        per_segment=per_segment,
         wide=q.dtype != torch.bfloat16,
         precision="tf32" if q.dtype == torch.bfloat16 else "tf32x3",
+        **cut(tokens, TILES, segments, room),
     )
 
 

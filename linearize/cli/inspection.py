@@ -21,7 +21,7 @@ def main(options: argparse.Namespace) -> int:
     recipe = composed(options)
 
     from linearize import surgery  # after the recipe is known to be right: importing takes seconds
-    from linearize.distill.trainable import check_ranks, needs
+    from linearize.distill.trainable import check_ranks, check_reach, needs
     from linearize.errors import LinearizeError, collected, raise_together
     from linearize.models import load_config
 
@@ -32,6 +32,8 @@ def main(options: argparse.Namespace) -> int:
     plan = surgery.plan(config, recipe.mixer, recipe.layers, **asked, errors=errors, mixers=recipe.mixers)
     with collected(errors):
         check_ranks(recipe, plan, getattr(config.get_text_config(), "hidden_size", None))
+    with collected(errors):
+        check_reach(recipe, plan)
     raise_together(errors, f"{options.recipe} on {options.model}")
     screen = console()
     screen.print(table(plan))

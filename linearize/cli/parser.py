@@ -232,9 +232,16 @@ def _override_argument(parser: Parser) -> None:
 
 def _select_arguments(parser: Parser) -> None:
     _recipe_arguments(parser)
-    parser.usage = "%(prog)s MODEL RECIPE [key=value ...] [--keep N] [--by kl|recall|passkey] [--out DIR]"
+    parser.usage = (
+        "%(prog)s MODEL RECIPE [key=value ...] [--keep N] [--by kl|recall|passkey] [--give NAME] [--out DIR]"
+    )
     parser.add_argument(
         "--keep", type=given.positive, metavar="N", help="layers that stay softmax (default: a quarter)"
+    )
+    parser.add_argument(
+        "--give",
+        metavar="NAME",
+        help="what those layers become in the recipe that is written: a mixer of its `mixers:`, such as halo's nope",
     )
     parser.add_argument(
         "--by",

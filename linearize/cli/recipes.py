@@ -72,7 +72,12 @@ def _places(layers: Any, name: str) -> str:
     if isinstance(where, list):
         return f"layers {', '.join(map(str, where))}"
     words = {"every": "1 layer in {}", "first": "the first {}", "last": "the last {}"}
-    return " and ".join(words[key].format(n) for key, n in (where or {}).items() if key in words)
+    return " and ".join(words[key].format(_of(n)) for key, n in (where or {}).items() if key in words)
+
+
+def _of(places: float) -> str:
+    """A number of layers, or a share of them, in words."""
+    return str(places) if places >= 1 else "half" if places == 0.5 else f"{100 * places:g} % of the layers"
 
 
 def source(paper: str) -> tuple[str, str]:

@@ -32,6 +32,7 @@ def main(options: argparse.Namespace) -> int:
         windows=options.windows,
         length=options.length,
         draws=options.draws,
+        give=options.give,
     )
     with held(out), writing(out):
         try:
@@ -44,9 +45,8 @@ def main(options: argparse.Namespace) -> int:
         by = "" if options.by == "kl" else f"-{options.by}"
         name = f"{recipe_name(options.recipe)}-keep{len(found.kept)}{by}"
         picture = draw(found, out / f"{name}.png")
-        path = write(
-            out / f"{name}.yaml", options.recipe, recipe, options.overrides, found.kept, options.line
-        )
+        written = (options.recipe, recipe, options.overrides, found.kept, options.line, options.give)
+        path = write(out / f"{name}.yaml", *written)
     screen = console()
     screen.print(tables(found))
     for line in (

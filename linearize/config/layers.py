@@ -12,7 +12,8 @@ The forms, of which the first four are short for one of the last two:
 | `LLLS` | one letter a layer, over and over: L is `mixer`, S stays softmax, another is the first of a mixer's name |
 
 WHERE is a list of layer numbers, or `{every: 4}` (the 4th, 8th, ...), `{first: 2}`, `{last: 1}`, or several of these
-together. `every`, `first`, `last` and patterns count attention layers; numbers are the model's own.
+together. `{first: 0.5}` and `{last: 0.25}` are shares of the layers, rounded down, one layer at least. `every`,
+`first`, `last` and patterns count attention layers; numbers are the model's own.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 from linearize.config import rules
 from linearize.config.names import DEFAULT, SOFTMAX
 from linearize.config.values import shown
+from linearize.config.words import ranges
 from linearize.errors import RecipeError
 from linearize.registry import closest
 
@@ -34,6 +36,8 @@ LETTERS = {"L": DEFAULT, "S": SOFTMAX}
 """Letters of a pattern that no mixer's name gives a meaning to."""
 FORMS = "all, {every: 4}, [0, 2, 5], {keep: [7, 15], use: {NAME: {first: 2}}} or a pattern such as LLLS"
 PLACES = {"every": rules.EVERY, "first": rules.PLACES, "last": rules.PLACES}
+SHARES = ("first", "last")
+"""Keys of `PLACES` that may also be a share of the layers, above 0 and below 1."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +47,20 @@ class Where:
     Attributes:
         numbers: of layers, the model's own.
         every: every n-th; 0: none.
-        first, last: so many at either end.
+        first, last: so many at either end, or below 1 such a share.
     """
 
     numbers: tuple[int, ...] = ()
     every: int = 0
-    first: int = 0
-    last: int = 0
+    first: float = 0
+    last: float = 0
 
     def among(self, indices: Sequence[int]) -> set[int]:
         """The layers that are meant, of those of a model."""
-        found = set(self.numbers) | set(indices[: self.first])
+        first, last = (_count(places, len(indices)) for places in (self.first, self.last))
+        found = set(self.numbers) | set(indices[:first])
         found |= set(indices[self.every - 1 :: self.every]) if self.every else set()
-        return found | (set(indices[-self.last :]) if self.last else set())
+        return found | (set(indices[-last:]) if last else set())
 
     def missing(self, path: str, indices: Sequence[int]) -> Iterator[str]:
         """What the model does not have."""
@@ -65,21 +70,28 @@ class Where:
             yield f"{path}: the model has no attention layer {', '.join(map(str, absent[:5]))}; {found}"
         for name, count in (("first", self.first), ("last", self.last)):
             if count > len(indices):
-                yield f"{path}.{name}: {count}, but the model has {len(indices)} attention layers"
+                yield f"{path}.{name}: {count:g}, but the model has {len(indices)} attention layers"
 
     def meets(self, other: Where) -> str | None:
         """A layer that both name in whatever model has the layers that they name, in words, or None."""
         shared = sorted(set(self.numbers) & set(other.numbers))
         for one, two in ((self, other), (other, self)):
-            # a layer's number is never below its place among the attention layers
-            shared += [number for number in one.numbers if number < two.first]
-            if two.first and 0 < one.every <= two.first:
+            # a layer's number is never below its place among the attention layers, and a share has one layer at least
+            first = 1 if 0 < two.first < 1 else two.first
+            shared += [number for number in one.numbers if number < first]
+            if 0 < one.every <= first:
                 return f"the attention layer at place {one.every}"
         if shared:
             return f"layer {shared[0]}"
         if self.first and other.first:
             return "the first attention layer"
         return "the last attention layer" if self.last and other.last else None
+
+
+def _count(places: float, layers: int) -> int:
+    """How many layers a number or a share means; half of two is one, half of three is one too."""
+    # a product that lacks a rounding error of a whole number is that number
+    return int(places) if places >= 1 or not places else max(1, int(places * layers + 1e-9))
 
 
 @dataclass
@@ -132,10 +144,15 @@ def assign(layers: Any, indices: Sequence[int], names: Collection[str] = ()) -> 
         given, by = dict.fromkeys(indices, said.rest), dict[int, str]()
         for path, name, where in said.rules:
             found += where.missing(path, indices)
-            for index in sorted(where.among(indices) & set(indices)):
-                if index in by:
-                    found.append(f"{path}: names layer {index}, as {by[index]} does; a layer has one mixer")
-                given[index], by[index] = name, path
+            meant = sorted(where.among(indices) & set(indices))
+            for other in dict.fromkeys(by[index] for index in meant if index in by):
+                shared = [index for index in meant if by.get(index) == other]
+                found.append(
+                    f"{path}: names layer{'s' if len(shared) > 1 else ''} {ranges(shared)}, as {other} does; a layer "
+                    "has one mixer"
+                )
+            given |= dict.fromkeys(meant, name)
+            by |= dict.fromkeys(meant, path)
     if not found and set(given.values()) == {SOFTMAX}:
         found.append(f"layers: {shown(layers)} leaves no layer to convert")
     if found:
@@ -159,6 +176,12 @@ def used(layers: Any, names: Collection[str] = ()) -> list[str]:
     said, _ = _read(layers, names)
     given = [*said.pattern] if said.pattern else [said.rest, *(name for _, name, _ in said.rules)]
     return sorted(set(given) - {SOFTMAX}, key=lambda name: (name != DEFAULT, name))
+
+
+def keeps_softmax(layers: Any, names: Collection[str] = ()) -> bool:
+    """Whether some layers stay as they are, in one model or another; of a section without `problems`."""
+    said, _ = _read(layers, names)
+    return SOFTMAX in (said.rest, *said.pattern, *(name for _, name, _ in said.rules))
 
 
 def _read(layers: Any, names: Collection[str]) -> tuple[Layers, list[str]]:
@@ -230,8 +253,11 @@ def _where(path: str, value: Any, found: list[str]) -> Where:
     for key, count in value.items():
         if key not in PLACES:
             found.append(f"{path}.{key}: unknown key; {closest(str(key), PLACES)}")
+        elif key in SHARES and type(count) is float and 0 < count < 1:
+            places[key] = count
         elif type(count) is not int:
-            found.append(f"{path}.{key}: must be a whole number, got {shown(count)}")
+            share = " (or a share of the layers, above 0 and below 1)" if key in SHARES else ""
+            found.append(f"{path}.{key}: must be a whole number{share}, got {shown(count)}")
         elif (problem := PLACES[key].problem(count)) is not None:
             found.append(f"{path}.{key}: {problem}")
         else:
@@ -250,7 +276,7 @@ def _number_problems(path: str, values: Sequence[Any]) -> list[str]:
 
 def _pattern(text: str, names: Collection[str]) -> tuple[list[str], list[str]]:
     """The names that letters stand for, and what is wrong with them."""
-    if not re.fullmatch("[A-Z]+", text) or len(text) > rules.PLACES.high:
+    if not re.fullmatch("[A-Z]+", text) or len(text) > rules.PLACES.high or text == "ALL":
         return [], [f"layers: must be {FORMS}, got {shown(text)}"]
     meant, found = dict[str, str](), list[str]()
     for letter in dict.fromkeys(text):

@@ -29,7 +29,7 @@ from linearize.distill.lock import held
 from linearize.distill.positions import check_lengths
 from linearize.distill.results import Measurer, Results
 from linearize.distill.stages import StagePlace
-from linearize.distill.trainable import check_ranks, needs
+from linearize.distill.trainable import check_ranks, check_reach, needs
 from linearize.errors import LinearizeError, UnsupportedModelError, collected, raise_together
 from linearize.eval import tables
 from linearize.eval.report import write_report
@@ -184,6 +184,8 @@ class _Job:
         plan = surgery.plan(model, recipe.mixer, recipe.layers, **asked, errors=wrong, mixers=recipe.mixers)
         with collected(wrong):
             check_ranks(recipe, plan, getattr(model.config.get_text_config(), "hidden_size", None))
+        with collected(wrong):
+            check_reach(recipe, plan)
         with collected(wrong):
             check_lengths(recipe, model)
         if errors is None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from linearize import objectives, surgery
+from linearize.config.schedule import Over
 from linearize.config.schema import LoraConfig, Recipe, StageConfig
 from linearize.distill import roles
 from linearize.errors import CheckpointError, RecipeError
@@ -94,6 +95,33 @@ def check_ranks(recipe: Recipe, plan: Plan, hidden: int | None) -> None:
         for name, stage in recipe.stages.items()
         if stage.lora is not None and stage.lora.rank > limit
     ]
+    if problems:
+        raise RecipeError(problems)
+
+
+def check_reach(recipe: Recipe, plan: Plan) -> None:
+    """Hold the stages against the mixers that the model's layers get, which may be fewer than the recipe has.
+
+    Raises:
+        RecipeError: a stage trains mixers, or drops windows, and no layer has anything of the kind.
+    """
+    both = [
+        name
+        for name, mixer in plan.mixers.items()
+        if "none" not in (mixer["window"]["name"], mixer["feature_map"]["name"])
+    ]
+    given, problems = f"the model's layers get {', '.join(plan.mixers)}", []
+    for name, stage in recipe.stages.items():
+        if stage.train == ["mixers"] and not plan.parameters:
+            problems.append(
+                f"stages.{name}.train: {given}, without parameters, so train: [mixers] would do nothing; train lora or "
+                f"all, remove the stage (~stages.{name}), or give some layers another mixer"
+            )
+        if Over.of(stage.window_dropout).most and not both:
+            problems.append(
+                f"stages.{name}.window_dropout: {given}, without both branches, and dropping the window needs both; "
+                "remove window_dropout, or give some layers another mixer"
+            )
     if problems:
         raise RecipeError(problems)
 

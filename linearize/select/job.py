@@ -14,7 +14,9 @@ import torch
 from transformers import set_seed
 
 from linearize import models, surgery
+from linearize.config.layers import keeps_softmax
 from linearize.config.schema import Recipe
+from linearize.config.values import shown
 from linearize.distill import memory
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.distill.identity import fingerprint
@@ -23,6 +25,7 @@ from linearize.eval.limits import learned_positions
 from linearize.eval.rows import Score, Scores, key_of
 from linearize.models.sound import check_trainable
 from linearize.progress import Meter, count, duration
+from linearize.registry import closest
 from linearize.select import alignment, samples
 from linearize.select.placement import (
     Kept,
@@ -58,6 +61,8 @@ class Options:
         windows, length: of the text that layers are chosen on, and of the pass keys; as many again, on which nothing
             is chosen, compare placements.
         draws: random placements.
+        give: name of a mixer of the recipe's, which the chosen layers get when it is run; while they are chosen they
+            are softmax. None: they stay it.
     """
 
     keep: int | None = None
@@ -66,6 +71,7 @@ class Options:
     windows: int = 4
     length: int = 512
     draws: int = 3
+    give: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ class Selection:
         differences: placement -> greedy's score minus its, at the last step, on those windows.
         by: metric that greedy restoring lowered.
         teacher: its negative log-likelihood of the pass keys, nats a token; None where they did not fit.
+        give: of `Options`.
     """
 
     layers: Sequence[int]
@@ -95,6 +102,7 @@ class Selection:
     differences: dict[str, Score]
     by: str
     teacher: Score | None = None
+    give: str | None = None
 
     @property
     def kept(self) -> Kept:
@@ -109,22 +117,16 @@ def select(model: str, recipe: Recipe, out: Path, options: Options, *, command: 
 
     Args:
         model: hub id, checkpoint folder, GGUF file or alias.
-        recipe: composed; it converts all layers.
+        recipe: composed; it converts all layers, or gives those that are not to be chosen its own mixer.
         out: folder for scores; what it holds for the same model, recipe and options is not measured again.
         options: see there.
         command: the command line, for rows and messages.
 
     Raises:
-        RecipeError: the recipe chooses layers itself.
+        RecipeError: the recipe chooses layers itself, or has not the mixer that they are to get.
         LinearizeError: `keep` leaves nothing to choose; model or texts are refused, see `distill.run`.
     """
-    if recipe.layers != "all":
-        raise RecipeError(
-            [
-                f"layers: {recipe.layers!r} chooses already, and select would choose among all: take layers=all, or "
-                "`linearize run` for the recipe as it is"
-            ]
-        )
+    _check(recipe, options.give)
     with suppress(UnsupportedModelError):  # some show what they are on loaded weights alone
         rows = surgery.plan(models.load_config(model), recipe.mixer, "all").rows
         how_many(options.keep, len(rows), model)
@@ -204,7 +206,39 @@ def choose(scorer: Scorer, options: Options) -> Selection:
     scorer.meter = None
     keys = _choice(PASSKEYS)
     teacher = scorer.teacher_nll(keys) if keys in scorer.samples else None
-    return Selection(layers, alone, converted, steps, chosen, unseen, placements, differences, by, teacher)
+    return Selection(
+        layers, alone, converted, steps, chosen, unseen, placements, differences, by, teacher, options.give
+    )
+
+
+def _check(recipe: Recipe, give: str | None) -> None:
+    """Refuse a recipe whose layers are not all to be chosen among."""
+    offered = [f"--give {name}" for name in recipe.mixers]
+    if give is None:
+        if recipe.layers == "all":
+            return
+        remedy = f"{' or '.join(offered)} to choose who gets that mixer" if offered else "take layers=all"
+        raise RecipeError(
+            [
+                f"layers: {shown(recipe.layers)} chooses already, and select would choose among all: {remedy}, or "
+                "`linearize run` for the recipe as it is"
+            ]
+        )
+    if give not in recipe.mixers:
+        said = closest(give, recipe.mixers) if recipe.mixers else "mixers: names none"
+        raise RecipeError([f"--give {give}: the recipe has no such mixer; {said}"])
+    if others := [name for name in recipe.mixers if name != give]:
+        out = " ".join(f"~mixers.{name} ~layers.use.{name}" for name in others)
+        raise RecipeError(
+            [f"--give {give}: the recipe gives layers to {', '.join(others)} too; take that out ({out})"]
+        )
+    if keeps_softmax(recipe.layers, recipe.mixers):
+        raise RecipeError(
+            [
+                f"layers: {shown(recipe.layers)} keeps softmax in some layers, and select would choose among all: take "
+                f"layers={{use: {{{give}: {{every: {SHARE}}}}}}}"
+            ]
+        )
 
 
 def named_samples(halves: Mapping[str, Halves]) -> dict[str, Sample]:

@@ -12,7 +12,15 @@ from linearize.distill.checkpoint import write_file
 from linearize.select.placement import Kept
 
 
-def write(path: Path, name: str, recipe: Recipe, overrides: Sequence[str], kept: Kept, command: str) -> Path:
+def write(
+    path: Path,
+    name: str,
+    recipe: Recipe,
+    overrides: Sequence[str],
+    kept: Kept,
+    command: str,
+    give: str | None = None,
+) -> Path:
     """Write the recipe with the chosen layers.
 
     It starts from the shipped recipe by name; what came from a file or was overridden is spelled out whole, since a
@@ -25,12 +33,15 @@ def write(path: Path, name: str, recipe: Recipe, overrides: Sequence[str], kept:
         overrides: of the command line.
         kept: layers that stay softmax.
         command: the command line, for the header.
+        give: name of the mixer that they get instead.
     """
-    listed = ", ".join(map(str, kept))
+    listed = f"[{', '.join(map(str, kept))}]"
+    said = f"{{use: {{{give}: {listed}}}}}" if give else f"{{keep: {listed}}}"
+    layers = {"use": {give: list(kept)}} if give else {"keep": list(kept)}
     header = "".join(f"# {line}\n" for line in ("Layers chosen by", *f"  {command}".splitlines()))
     if overrides or is_file_name(name):
-        body = to_yaml(replace(recipe, layers={"keep": list(kept)}))
+        body = to_yaml(replace(recipe, layers=layers))
     else:
-        body = f"defaults: [{name}, _self_]\n\nlayers: {{keep: [{listed}]}}\n"
+        body = f"defaults: [{name}, _self_]\n\nlayers: {said}\n"
     write_file(path, header + body)
     return path

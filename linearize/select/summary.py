@@ -32,7 +32,8 @@ def tables(found: Selection) -> RenderableType:
 
 def verdicts(found: Selection) -> list[str]:
     """Sentences: the layers, and whether choosing them was worth it."""
-    lines = [f"Softmax stays in {', '.join(map(str, found.kept))}."]
+    listed = ", ".join(map(str, found.kept))
+    lines = [f"Layers {listed} get {found.give}." if found.give else f"Softmax stays in {listed}."]
     for name, row in found.differences.items():
         if found.placements[name][-1] == found.kept:
             lines.append(f"{name.capitalize()} takes the same layers.")

@@ -26,6 +26,10 @@ D, S, W, N = "default", "softmax", "window", "nope"
         ({"keep": [12]}, JAMBA, [D, S, D, D]),
         ({"keep": {"last": 1}}, JAMBA, [D, D, D, S]),
         ({"keep": {"first": 1, "every": 4}}, FOUR, [S, D, D, S]),
+        ({"keep": {"first": 0.5}}, FOUR, [S, S, D, D]),
+        ({"keep": {"first": 0.5, "last": 0.3}}, JAMBA, [S, S, D, S]),
+        ({"keep": {"first": 0.5}}, [0, 1, 2], [S, D, D]),
+        ({"keep": {"last": 0.01}}, FOUR, [D, D, D, S]),
         ("LLLS", FOUR, [D, D, D, S]),
         ("LS", JAMBA, [D, S, D, S]),
     ],
@@ -50,6 +54,12 @@ def test_who_gets_which_mixer(layers, given):
     assert set(given) - {S} <= set(used(layers, NAMES))
 
 
+def test_shares_of_the_layers_are_rounded_down():
+    for layers, share, count in ((30, 0.5, 15), (7, 0.5, 3), (12, 0.25, 3), (10, 0.7, 7), (2, 0.9, 1)):
+        given = assign({"use": {"window": {"first": share}}}, range(layers), ["window"])
+        assert list(given.values()) == count * [W] + (layers - count) * [D], (layers, share)
+
+
 def test_a_pattern_says_which_mixers_are_used():
     assert used("WN", NAMES) == [N, W] and used("SNWL", NAMES) == [D, N, W] and used("all") == [D]
 
@@ -61,6 +71,7 @@ def test_a_pattern_says_which_mixers_are_used():
         ({"keep": {"first": 5}}, "layers.keep.first: 5, but the model has 4 attention layers"),
         ({"keep": {"last": 9}}, "layers.keep.last: 9, but the model has 4"),
         ({"keep": {"first": 4}}, "leaves no layer to convert"),
+        ({"keep": {"first": 0.5, "last": 0.5}}, "leaves no layer to convert"),
         ({"keep": FOUR}, "leaves no layer to convert"),
         ("LLLLS", "the pattern has 5 letters, and the model 4 attention layers"),
     ],
@@ -75,6 +86,19 @@ def test_two_rules_that_meet_in_this_model_alone():
     assert list(assign(layers, [0, 1, 2, 3, 4, 5, 6], NAMES).values()) == [D, S, D, S, N, S, W]
     with pytest.raises(RecipeError, match=r"layers\.use\.window: names layer 5, as layers\.keep does"):
         assign(layers, [0, 1, 2, 3, 4, 5], NAMES)
+
+
+def test_layers_that_two_rules_name_are_told_together():
+    layers = {"keep": {"every": 2}, "use": {"window": {"last": 0.5}, "nope": {"first": 0.75}}}
+    with pytest.raises(RecipeError) as caught:
+        assign(layers, range(12), NAMES)
+    text = str(caught.value)
+    assert "layers.use.window: names layers 7, 9, 11, as layers.keep does; a layer has one mixer" in text
+    assert (
+        "layers.use.nope: names layers 1, 3, 5, 7, as layers.keep does" not in text
+    )  # 7 is the window's by then
+    assert "layers.use.nope: names layers 1, 3, 5, as layers.keep does" in text
+    assert "layers.use.nope: names layers 6-8, as layers.use.window does" in text and "3 problems" in text
 
 
 def test_rules_that_reach_nobody_do_no_harm():
@@ -99,6 +123,11 @@ SLIPS = [
     (["layers.use.window={firs: 1}", VARIANT], "layers.use.window.firs: unknown key; did you mean 'first'?"),
     (["layers.use.window={first: 0}", VARIANT], "layers.use.window.first: must be at least 1"),
     (["layers.use.window={last: 99999}", VARIANT], "layers.use.window.last: must be at least 1 and at most 10"),
+    (["layers.use.window={first: 1.0}", VARIANT], "must be a whole number (or a share of the layers, above 0"),
+    (["layers.use.window={last: 1.5}", VARIANT], "layers.use.window.last: must be a whole number (or a share"),
+    (["layers.use.window={every: 0.5}", VARIANT], "layers.use.window.every: must be a whole number, got 0.5"),
+    (["layers={keep: [0], use: {window: {first: 0.1}}}", VARIANT], "names layer 0, as layers.keep does"),
+    (["layers={keep: {last: 0.1}, use: {window: {last: 2}}}", VARIANT], "names the last attention layer"),
     (["layers.use.window={every: true}", VARIANT], "layers.use.window.every: must be a whole number, got true"),
     (["layers={keep: [0], use: {window: [0, 1]}}", VARIANT], "names layer 0, as layers.keep does"),
     (["layers={keep: [3], use: {window: {first: 4}}}", VARIANT], "names layer 3, as layers.keep does"),
@@ -112,6 +141,7 @@ SLIPS = [
     (["layers=WL", VARIANT, "mixers.wide.window.size=9"], "the letter W could be window or wide; rename one"),
     (["layers=SSS"], "layers: the pattern 'SSS' leaves no layer to convert"),
     (["layers=lls"], "layers: must be all, {every: 4}"),
+    (["layers=ALL"], "layers: must be all, {every: 4}"),
     (["mixers.softmax.window.size=9", "layers.use.x=[1]", "~layers.use.x"], "mixers.softmax: the name is taken"),
     (["mixers.a={}", "layers.use.a=[1]"], "mixers.a: changes nothing in `mixer`"),
     (["mixers.a=3", "layers.use.a=[1]"], "mixers.a: must be a mapping of parts, as `mixer` is, got 3"),

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from linearize import distill, surgery
+from linearize import cli, distill, surgery
 from linearize.config import compose
 from linearize.distill import run
 from linearize.distill.trainable import check_ranks
@@ -34,6 +34,24 @@ def test_the_limit_is_that_of_the_widest_projection(teacher_folder):
         else:
             with pytest.raises(RecipeError):
                 check_ranks(recipe, plan, config.hidden_size)
+
+
+def test_stages_for_mixers_that_no_layer_of_the_model_gets_are_refused_beforehand(
+    teacher_folder, tmp_path, capsys
+):
+    """Two layers, both of which get the window: nothing of the recipe's own mixer is left."""
+    given = ["layers.use.near.first=2", "mixers.near.feature_map=none", "stages.recover.window_dropout=0.5"]
+    given += ["mixer.window.overlap=true", "run.device=cpu"]
+    with pytest.raises(RecipeError) as caught:
+        run(str(teacher_folder), compose("lolcats", given), tmp_path / "run")
+    said = str(caught.value)
+    assert "stages.transfer.train: the model's layers get near, without parameters" in said
+    assert "stages.recover.window_dropout: the model's layers get near, without both branches" in said
+    assert "2 problems" in said and not (tmp_path / "run").exists()
+    assert cli.main(["inspect", str(teacher_folder), "lolcats", *given]) == 2
+    assert "stages.transfer.train: the model's layers get near" in capsys.readouterr().err
+    given[0] = "layers.use.near.first=1"
+    assert cli.main(["inspect", str(teacher_folder), "lolcats", *given]) == 0
 
 
 def test_an_every_that_keeps_nothing_is_said_once_in_a_run(teacher_folder, make_recipe, tmp_path, caplog):

@@ -33,6 +33,7 @@ COMPILED = {
             "taylor_linear:dim 16",
         ],
     ),
+    "90, generalized": (90, ["generalized_delta:dim 64", "generalized_delta:one token, dim 64"]),
     "80, all": (
         80,
         ["window_linear:dim 64", "gated_linear:none, 64", "short_conv:documents", "distill:float32"],

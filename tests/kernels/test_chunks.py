@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recurrences import normal, uniform
+from kernel_calls import normal, uniform
 
 from linearize.kernels.chunks import Decay, decayed_products, decayed_values
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_calls import normal, uniform
 from recurrences import (
     BATCH,
     Recurrence,
@@ -14,10 +15,8 @@ from recurrences import (
     check_padding,
     check_split,
     check_steps,
-    normal,
     one_document,
     some_documents,
-    uniform,
 )
 
 from linearize.kernels.gated_delta import delta_chunk, delta_reference, delta_step

@@ -6,24 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from delta_calls import (
-    DEVICE,
-    DIM,
-    HEADS,
-    NARROW,
-    ON_GPU,
-    TOLERANCE,
-    USUAL,
-    Case,
-    call,
-    documents,
-    draw,
-    error,
-    half,
-    normal,
-    run,
-    single,
-)
+from delta_calls import DIM, HEADS, Case, call, documents, draw, half, run, single
+from kernel_calls import DEVICE, NARROW, ON_GPU, TOLERANCE, USUAL, error, normal
 
 from linearize.kernels import dispatch
 from linearize.kernels.gated_delta import delta_chunk, delta_reference, delta_step

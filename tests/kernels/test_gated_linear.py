@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_calls import normal, uniform
 from recurrences import (
     BATCH,
     Recurrence,
@@ -13,10 +14,8 @@ from recurrences import (
     check_padding,
     check_split,
     check_steps,
-    normal,
     one_document,
     some_documents,
-    uniform,
 )
 
 from linearize.kernels.gated_linear import gated_linear_chunk, gated_linear_reference, gated_linear_step

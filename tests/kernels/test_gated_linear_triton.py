@@ -6,8 +6,10 @@ import functools
 from dataclasses import dataclass, replace
 from functools import cache
 
+import kernel_calls
 import pytest
 import torch
+from kernel_calls import DEVICE, NARROW, TOLERANCE, normal
 from rounded_operands import rounded_operand
 from torch import Tensor
 
@@ -22,11 +24,7 @@ from linearize.kernels.gated_linear.operator import gated_linear_triton
 from linearize.kernels.linear import linear_chunk
 from linearize.kernels.slots import slots_chunk
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-if DEVICE == "cuda":
-    TOLERANCE[torch.float32] = 1e-4
-NARROW = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+error = functools.partial(kernel_calls.error, least=1e-1)
 STRENGTHS = {
     "none": lambda u: 0 * u,
     "weak": lambda u: -0.1 * u,
@@ -104,10 +102,6 @@ PAIRS = {
 }
 
 
-def normal(*size: int, seed: int) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def draw(case: Case) -> dict[str, Tensor]:
     """Random float64 inputs of a call; padding (zero key, zero log decay) in front and in the middle."""
     size = (case.batch, case.tokens, case.state_heads)
@@ -138,10 +132,7 @@ def documents(case: Case) -> Tensor | None:
     """Row 0: the carried document goes on for a while, then ones of many lengths. Row 1: a start at token 0."""
     if not case.documents:
         return None
-    starts = torch.zeros(case.batch, case.tokens, dtype=torch.int64)
-    for row, places in enumerate([(5, 6, 40, 64, 100, 128, 270), (0, 3, 70, 130)][: case.batch]):
-        starts[row, [place for place in places if place < case.tokens]] = 1
-    return starts.cumsum(1).to(DEVICE)
+    return kernel_calls.documents(case.batch, case.tokens, (5, 6, 40, 64, 100, 128, 270), (0, 3, 70, 130))
 
 
 def run(case: Case, dtype: torch.dtype, form: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -178,11 +169,6 @@ def run(case: Case, dtype: torch.dtype, form: str) -> tuple[dict[str, Tensor], d
     )
     grads = torch.autograd.grad(total, list(x.values()))
     return {n: value.detach() for n, value in found.items()}, dict(zip(x, grads, strict=True))
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    ours, exact = ours.double(), exact.double()
-    return ((ours - exact).norm() / exact.norm().clamp_min(1e-1 * max(1, exact.numel()) ** 0.5)).item()
 
 
 @cache

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import kernel_calls
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_calls import DEVICE, NARROW, ON_GPU, TOLERANCE, USUAL, error, normal, uniform
 from rounded_operands import rounded_operand, rounded_pairs
 from torch import Tensor
 
@@ -17,11 +19,6 @@ from linearize.kernels.generalized_delta import (
     generalized_delta_step,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ON_GPU = DEVICE == "cuda"
-TOLERANCE = {torch.float32: 1e-4 if ON_GPU else 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-USUAL = (torch.bfloat16,) if ON_GPU else (torch.float32, torch.float16)
-NARROW = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
 DIM, HEADS, STATE_HEADS = (64, 4, 2) if ON_GPU else (16, 1, 1)
 """Alike for most cases on a GPU, where every other shape is compiled anew."""
 single, half = torch.float32, torch.float16
@@ -44,6 +41,8 @@ class Case:
     same_keys: bool = False
     rate: float | None = None
     """The in-context learning rate; None: uniform in [0, 1]."""
+    erase: bool = False
+    """Gated DeltaNet-2's form: a is what an erase gate lets through of the key, read before the state decays."""
     dtypes: tuple[torch.dtype, ...] = USUAL
 
 
@@ -59,6 +58,8 @@ CASES = {
     "odd_dims": Case(tokens=10, key_dim=20, value_dim=40),
     "whole_rate": Case(tokens=64, rate=1.0, strength=0.1),
     "same_keys": Case(tokens=64, same_keys=True, rate=1.0, strength=0.0, dtypes=USUAL[:1]),
+    "erase": Case(tokens=70, erase=True, heads=2 * STATE_HEADS),
+    "erase_strong": Case(tokens=130, erase=True, strength=20.0, documents=True, padding=True),
     "wide_keys": Case(tokens=65, key_dim=128, dtypes=USUAL[:1]),
     "wide_values": Case(tokens=65, value_dim=128, strength=20.0, dtypes=USUAL[:1]),
 }
@@ -72,21 +73,14 @@ if ON_GPU:
         "wide_documents": Case(tokens=500, key_dim=128, value_dim=128, documents=True, padding=True),
         "wide_strong": Case(tokens=200, key_dim=128, value_dim=128, strength=20.0),
         "dims_64_and_128": Case(tokens=300, value_dim=128),
+        "long_erase": Case(tokens=1000, batch=2, erase=True, strength=3.0, documents=True),
         "dim_256": Case(tokens=200, key_dim=256, value_dim=256),
     }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-def normal(*size: int, seed: int) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def uniform(*size: int, seed: int) -> Tensor:
-    return torch.rand(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def draw(case: Case) -> dict[str, Tensor]:
-    """Random float64 tensors of a call in RWKV-7's form; padding writes nothing, moves nothing, forgets nothing."""
+    """Random float64 tensors of a call in RWKV-7's form, or `erase`; padding writes, moves and forgets nothing."""
     size = (case.batch, case.tokens, case.state_heads)
     kappa = F.normalize(normal(*size, case.key_dim, seed=4), dim=-1)
     kappa = kappa[:, :1].expand_as(kappa) if case.same_keys else kappa
@@ -94,25 +88,25 @@ def draw(case: Case) -> dict[str, Tensor]:
     seen = torch.ones(case.batch, case.tokens, 1, 1, dtype=torch.float64)
     if case.padding:
         seen[:, :3] = seen[:, 80:90] = 0
+    log_decay = -case.strength * uniform(*size, case.key_dim, seed=6) * seen
+    own = {"k": normal(*size, case.key_dim, seed=2) * seen, "a": -kappa, "b": kappa * rate * seen}
+    if case.erase:
+        own = {"k": kappa * seen, "a": kappa * rate * log_decay.exp(), "b": -kappa * seen}
     return {
         # a layout that is not contiguous
         "q": normal(case.batch, case.heads, case.tokens, case.key_dim, seed=1).transpose(1, 2),
-        "k": normal(*size, case.key_dim, seed=2) * seen,
+        "k": own["k"],
         "v": normal(case.value_dim, *size, seed=3).movedim(0, -1),
-        "a": -kappa,
-        "b": kappa * rate * seen,
-        "log_decay": -case.strength * uniform(*size, case.key_dim, seed=6) * seen,
+        "a": own["a"],
+        "b": own["b"],
+        "log_decay": log_decay,
         "state": normal(case.batch, case.state_heads, case.key_dim, case.value_dim, seed=7),
     }
 
 
 def documents(case: Case) -> Tensor:
-    docs = torch.zeros(case.batch, case.tokens, dtype=torch.int64)
-    if case.documents:
-        for row, places in enumerate([(5, 6, 40, 128, 141, 400), (0, 3, 64, 200)][: case.batch]):
-            for place in places:
-                docs[row, place:] += 1
-    return docs.to(DEVICE)
+    places = [(5, 6, 40, 128, 141, 400), (0, 3, 64, 200)] if case.documents else []
+    return kernel_calls.documents(case.batch, case.tokens, *places)
 
 
 def rounded(x: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -134,12 +128,6 @@ def run(x: dict[str, Tensor], docs: Tensor, form) -> dict[str, Tensor]:
     loss = loss + (state * normal(*state.shape, seed=9).to(state)).sum()
     grads = torch.autograd.grad(loss, list(x.values()))
     return {"out": out.detach(), "final": state.detach()} | dict(zip(x, grads, strict=True))
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    ours, exact = ours.double(), exact.double()
-    assert ours.isfinite().all() and ours.shape == exact.shape
-    return ((ours - exact).norm() / exact.norm().clamp_min(1e-2 * max(1, exact.numel()) ** 0.5)).item()
 
 
 @cases
@@ -250,6 +238,7 @@ def test_what_is_not_covered_is_refused_with_a_remedy():
 STEPS = {
     "plain": Case(tokens=3, batch=2, heads=2, state_heads=2),
     "grouped": Case(tokens=3, state_heads=2, heads=6, strength=20.0),
+    "erase": Case(tokens=3, heads=2, state_heads=1, erase=True, strength=3.0),
     "odd_dims": Case(tokens=3, state_heads=1, heads=2, key_dim=20, value_dim=40),
     "wide": Case(tokens=2, heads=1, state_heads=1, key_dim=128, value_dim=64),
 }

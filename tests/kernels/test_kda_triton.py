@@ -4,24 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from delta_calls import (
-    DEVICE,
-    DIM,
-    HEADS,
-    NARROW,
-    ON_GPU,
-    TOLERANCE,
-    USUAL,
-    Case,
-    call,
-    documents,
-    draw,
-    error,
-    half,
-    normal,
-    run,
-    single,
-)
+from delta_calls import DIM, HEADS, Case, call, documents, draw, half, run, single
+from kernel_calls import DEVICE, NARROW, ON_GPU, TOLERANCE, USUAL, error, normal
 from rounded_operands import rounded_operand
 
 from linearize.kernels import dispatch

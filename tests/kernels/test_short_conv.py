@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_calls import normal
 from recurrences import (
     BATCH,
     Recurrence,
@@ -13,7 +14,6 @@ from recurrences import (
     check_no_tokens,
     check_split,
     check_steps,
-    normal,
     one_document,
     some_documents,
 )

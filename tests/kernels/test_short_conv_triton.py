@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from kernel_calls import DEVICE, normal
 from torch import Tensor
 
 from linearize.kernels import dispatch
@@ -20,7 +21,6 @@ from linearize.mixers.base import LayerShape
 from linearize.mixers.short_conv.depthwise import Depthwise
 from linearize.mixers.state import State
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = [
     ("torch", torch.float64),
     ("torch", torch.float32),
@@ -84,10 +84,6 @@ CASES = {
     "wide head": Case(tokens=20, codes=True, sizes=((2, 64), (1, 64), (1, 64))),
 }
 BATCH = 2
-
-
-def normal(*size: int, seed: int) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def draw_codes(tokens: int) -> Tensor:

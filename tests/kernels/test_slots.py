@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_calls import normal, uniform
 from recurrences import (
     BATCH,
     Recurrence,
@@ -13,9 +14,7 @@ from recurrences import (
     check_padding,
     check_split,
     check_steps,
-    normal,
     one_document,
-    uniform,
 )
 
 from linearize.kernels.slots import slots_chunk, slots_reference, slots_step

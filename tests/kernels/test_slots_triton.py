@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
+import kernel_calls
 import pytest
 import torch
+from kernel_calls import DEVICE, NARROW, normal
 from torch import Tensor
 
 from linearize.kernels import dispatch
@@ -16,11 +18,10 @@ from linearize.kernels.gated_linear.operator_values import gated_values_triton
 from linearize.kernels.slots import slots_chunk, slots_reference, slots_step
 from linearize.kernels.slots.operator import slots_triton
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-if DEVICE == "cuda":
-    TOLERANCE[torch.float32] = 1e-4
-NARROW = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+TOLERANCE = {
+    dtype: most if dtype == torch.float32 else 2 * most for dtype, most in kernel_calls.TOLERANCE.items()
+}
+error = partial(kernel_calls.error, least=1e-1)
 STRENGTHS = {
     "weak": lambda u: -0.1 * u,
     "mild": lambda u: -u,
@@ -73,10 +74,6 @@ PAIRS = {
 }
 
 
-def normal(*size: int, seed: int) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def draw(case: Case) -> dict[str, Tensor]:
     """Random float64 inputs of a call; padding (zero key, writes and log decay) in front and in the middle."""
     size = (case.batch, case.tokens, case.state_heads)
@@ -102,11 +99,8 @@ def draw(case: Case) -> dict[str, Tensor]:
 
 def documents(case: Case) -> Tensor:
     """Row 0: the carried document goes on for a while, then ones of many lengths. Row 1: a start at token 0."""
-    starts = torch.zeros(case.batch, case.tokens, dtype=torch.int64)
-    if case.documents:
-        for row, places in enumerate([(5, 6, 40, 64, 100, 128, 270), (0, 3, 70, 130)][: case.batch]):
-            starts[row, [place for place in places if place < case.tokens]] = 1
-    return starts.cumsum(1).to(DEVICE)
+    places = [(5, 6, 40, 64, 100, 128, 270), (0, 3, 70, 130)] if case.documents else []
+    return kernel_calls.documents(case.batch, case.tokens, *places)
 
 
 def run(case: Case, dtype: torch.dtype, form: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -146,11 +140,6 @@ def run(case: Case, dtype: torch.dtype, form: str) -> tuple[dict[str, Tensor], d
     )
     grads = torch.autograd.grad(total, list(x.values()))
     return {n: value.detach() for n, value in found.items()}, dict(zip(x, grads, strict=True))
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    ours, exact = ours.double(), exact.double()
-    return ((ours - exact).norm() / exact.norm().clamp_min(1e-1 * max(1, exact.numel()) ** 0.5)).item()
 
 
 @cache

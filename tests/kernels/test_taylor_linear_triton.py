@@ -6,8 +6,10 @@ import functools
 from dataclasses import dataclass
 from functools import cache
 
+import kernel_calls
 import pytest
 import torch
+from kernel_calls import DEVICE, NARROW, TOLERANCE, normal
 from torch import Tensor
 
 from linearize.kernels import dispatch
@@ -20,11 +22,7 @@ from linearize.kernels.taylor_linear import (
 from linearize.kernels.taylor_linear.operator import taylor_linear_triton
 from linearize.kernels.taylor_linear.plan import features
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-if DEVICE == "cuda":
-    TOLERANCE[torch.float32] = 1e-4
-NARROW = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+error = functools.partial(kernel_calls.error, least=1e-1)
 
 
 @dataclass(frozen=True)
@@ -73,10 +71,6 @@ PAIRS = {
 }
 
 
-def normal(*size: int, seed: int) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def draw(case: Case) -> dict[str, Tensor]:
     """Random float64 inputs of a call; what stands on padding is as large as the rest, and must not be seen."""
     rows = (case.batch, case.tokens)
@@ -97,10 +91,8 @@ def masks(case: Case) -> tuple[Tensor | None, Tensor | None]:
     """Documents, of which the carried one goes on for a while in row 0, and padding in front and in the middle."""
     docs = valid = None
     if case.documents:
-        starts = torch.zeros(case.batch, case.tokens, dtype=torch.int64)
-        for row, places in enumerate([(5, 6, 40, 64, 100, 256, 270, 400), (0, 3, 70, 130)][: case.batch]):
-            starts[row, [place for place in places if place < case.tokens]] = 1
-        docs = starts.cumsum(1).to(DEVICE)
+        places = (5, 6, 40, 64, 100, 256, 270, 400), (0, 3, 70, 130)
+        docs = kernel_calls.documents(case.batch, case.tokens, *places)
     if case.padding:
         valid = torch.ones(case.batch, case.tokens, dtype=torch.bool)
         valid[0, :3] = valid[0, -1] = valid[-1, case.tokens // 2] = False
@@ -142,11 +134,6 @@ def run(case: Case, dtype: torch.dtype, form: str) -> tuple[dict[str, Tensor], d
     )
     grads = torch.autograd.grad(total, list(x.values()))
     return {n: value.detach() for n, value in found.items()}, dict(zip(x, grads, strict=True))
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    ours, exact = ours.double(), exact.double()
-    return ((ours - exact).norm() / exact.norm().clamp_min(1e-1 * max(1, exact.numel()) ** 0.5)).item()
 
 
 @cache

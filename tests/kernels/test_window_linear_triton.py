@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import kernel_calls
 import pytest
 import torch
+from kernel_calls import DEVICE, NARROW, error, normal
 from torch import Tensor
 
 from linearize.kernels import dispatch
 from linearize.kernels.window_linear import Layer, Weights, plan, window_linear, window_linear_reference
 from linearize.kernels.window_linear.operator import window_linear_triton
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-if DEVICE == "cuda":
-    TOLERANCE[torch.float32] = 1e-4
+TOLERANCE = {torch.float64: 1e-10, **kernel_calls.TOLERANCE}
 SCANS = plan.Plan.scans
-NARROW = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 
 
 @dataclass(frozen=True)
@@ -75,10 +73,6 @@ CASES = {
 IN_HALF_ON_CPU = {"grouped", "small_window", "no_window_documents"}
 """The interpreter takes seconds a case, so only these run there in float16; on CUDA all do, and in bfloat16 too."""
 cases = pytest.mark.parametrize("name", CASES)
-
-
-def normal(*size: int, seed: int) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def draw(case: Case) -> dict[str, Tensor | None]:
@@ -173,11 +167,6 @@ def run(
     assert out.isfinite().all()
     grads = torch.autograd.grad((out * normal(*out.shape, seed=11).to(out)).sum(), list(tensors.values()))
     return out.detach(), dict(zip(tensors, grads, strict=True)), final
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    ours, exact = ours.double(), exact.double()
-    return ((ours - exact).norm() / exact.norm().clamp_min(1e-2 * max(1, exact.numel()) ** 0.5)).item()
 
 
 @cases

@@ -115,6 +115,24 @@ def test_left_padding_changes_nothing(mixer, shape):
 
 
 @mixers
+@pytest.mark.parametrize("gaps", [None, False])
+def test_a_call_of_padding_alone_leaves_the_state_empty(mixer, gaps):
+    """A long prompt beside a short one, in pieces: the short one's first piece is padding, and has no gap in it."""
+    made = make(mixer, SHAPES["grouped"], torch.float64)
+    x, state = (
+        Draw.of(SHAPES["grouped"], 40, torch.float64),
+        made.initial_state(2, torch.float64, torch.device("cpu")),
+    )
+    valid = torch.ones(2, 40, dtype=torch.bool)
+    valid[0, :7] = False
+    with torch.no_grad():
+        parts = [x[:6].run(made.chunked, valid=valid[:, :6], state=state, gaps=gaps)]
+        parts.append(x[6:20].run(made.chunked, valid=valid[:, 6:20], state=state))
+        parts += [x[t : t + 1].run(made.step, state=state) for t in range(20, 40)]
+    close(torch.cat(parts, 1)[valid], x.run(made.parallel, valid=valid)[valid])
+
+
+@mixers
 @shapes
 def test_packed_documents_do_not_see_each_other(mixer, shape):
     made = make(mixer, shape, torch.float64)

@@ -12,11 +12,12 @@ from linearize.kernels.gated_delta import delta_chunk, delta_reference, delta_st
 from linearize.mixers.base import LayerShape, Part, Partial, fill, product
 from linearize.mixers.options import number
 from linearize.mixers.state import State
-from linearize.mixers.update import UPDATES, Stream, Update
+from linearize.mixers.update import UPDATES, Stream
+from linearize.mixers.update.shared import Overwriting
 
 
 @UPDATES.register("delta")
-class Delta(Update):
+class Delta(Overwriting):
     """S_t = (I - beta_t k_t k_t^T) diag(a_t) S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t.
 
     Keys and queries are brought to length one. beta = sigmoid(x W + b) per head of the state. Without a gate a = 1
@@ -26,8 +27,6 @@ class Delta(Update):
     """
 
     decays = ("none", "head", "feature")
-    sums_weights = False
-    uses_hidden = True
 
     @dataclass
     class Config(Part.Config):
@@ -36,30 +35,14 @@ class Delta(Update):
         scale: float = number(1.0, above=0)
         """Scale of the output at the start."""
 
-    def __init__(
-        self,
-        config: Config,
-        heads: int,
-        feature_dim: int,
-        value_dim: int,
-        shape: LayerShape,
-        running_sum: bool = True,
-    ) -> None:
-        super().__init__(config, heads, feature_dim, value_dim, shape, running_sum)
-        self.config = config
-        self.beta_weight = nn.Parameter(torch.empty(shape.hidden_dim(), heads))
-        self.beta_bias = nn.Parameter(torch.empty(heads))
-        self.scale = nn.Parameter(torch.empty(shape.heads))
-        self.reset_parameters()
+    def make(self, shape: LayerShape) -> None:
+        self.beta_weight = nn.Parameter(torch.empty(shape.hidden_dim(), self.heads))
+        self.beta_bias = nn.Parameter(torch.empty(self.heads))
 
     def reset_parameters(self) -> None:
+        super().reset_parameters()
         fill(self.beta_weight, 0.0)
         fill(self.beta_bias, self.config.beta_bias)
-        fill(self.scale, self.config.scale)
-
-    def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        size = (batch, self.heads, self.feature_dim, self.value_dim)
-        return {"sums": torch.zeros(size, dtype=dtype, device=device)}
 
     def parallel(self, stream: Stream) -> Partial:
         q, k, beta = self._terms(stream)

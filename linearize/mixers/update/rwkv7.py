@@ -8,23 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linearize.kernels.generalized_delta import (
-    generalized_delta_chunk,
-    generalized_delta_reference,
-    generalized_delta_step,
-)
-from linearize.mixers.base import LayerShape, Part, Partial, fill
+from linearize.mixers.base import LayerShape, Part, fill
 from linearize.mixers.low_rank import LowRank
 from linearize.mixers.options import WIDEST, number
-from linearize.mixers.state import State
-from linearize.mixers.update import UPDATES, Stream, Update
-
-Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""q [B, T, H, F], k [B, T, M, F], v [B, T, M, V], and a, b, log decay [B, T, M, F], as the kernel names them."""
+from linearize.mixers.update import UPDATES, Stream
+from linearize.mixers.update.shared import Moving, Terms
 
 
 @UPDATES.register("rwkv7")
-class RWKV7(Update):
+class RWKV7(Moving):
     """S_t = (diag(w_t) - (a_t * kappa_t) kappa_t^T) S_{t-1} + k~_t v_t^T, o_t = scale S_t^T q_t.
 
     (The papers write the transpose.) What the state holds under kappa, of length one, is taken out at the in-context
@@ -40,10 +32,6 @@ class RWKV7(Update):
     Limitations: published layers mix their values with the first layer's (value residual), which a layer on its own
     cannot do; the bonus r_k, zero at the start of conversions, and token shift are left out.
     """
-
-    decays = ("feature",)
-    sums_weights = False
-    uses_hidden = True
 
     @dataclass
     class Config(Part.Config):
@@ -63,54 +51,21 @@ class RWKV7(Update):
     removal: Tensor | None
     share: Tensor | None
 
-    def __init__(
-        self,
-        config: Config,
-        heads: int,
-        feature_dim: int,
-        value_dim: int,
-        shape: LayerShape,
-        running_sum: bool = True,
-    ) -> None:
-        super().__init__(config, heads, feature_dim, value_dim, shape, running_sum)
-        self.config = config
-        self.rate = LowRank(shape.hidden_dim(), config.rank, heads, feature_dim, tanh=False)
+    def make(self, shape: LayerShape) -> None:
+        self.rate = LowRank(shape.hidden_dim(), self.config.rank, self.heads, self.feature_dim, tanh=False)
         for name in ("removal", "share"):
-            weight = None if config.balanced else nn.Parameter(torch.empty(heads, feature_dim))
+            weight = None if self.config.balanced else nn.Parameter(torch.empty(self.heads, self.feature_dim))
             self.register_parameter(name, weight)
-        self.scale = nn.Parameter(torch.empty(shape.heads))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        super().reset_parameters()
         self.rate.start(self.config.rate_base)
         if self.removal is not None:
             fill(self.removal, self.config.removal_scale)
         if self.share is not None:
             fill(self.share, self.config.rate_share)
-        fill(self.scale, self.config.scale)
 
-    def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        size = (batch, self.heads, self.feature_dim, self.value_dim)
-        return {"sums": torch.zeros(size, dtype=dtype, device=device)}
-
-    def parallel(self, stream: Stream) -> Partial:
-        empty = stream.k.new_zeros(stream.k.shape[0], self.heads, self.feature_dim, stream.v.shape[-1])
-        return Partial(generalized_delta_reference(*self._terms(stream), stream.docs, empty)[0], None)
-
-    def chunked(self, stream: Stream, state: State) -> Partial:
-        q, k, v, a, b, log_decay = self._terms(stream)
-        with self.form():
-            q, k, v, a, b = stream.narrow(q, k, v, a, b)
-            out, sums = generalized_delta_chunk(q, k, v, a, b, log_decay, stream.docs, state["sums"])
-        state.write({"sums": sums})
-        return Partial(out.to(stream.q.dtype), None)
-
-    def step(self, stream: Stream, state: State) -> Partial:
-        q, k, v, a, b, log_decay = (x[:, 0] for x in self._terms(stream))
-        with self.form():
-            return Partial(generalized_delta_step(q, k, v, a, b, log_decay, state["sums"])[:, None], None)
-
-    def _terms(self, stream: Stream) -> Terms:
+    def terms(self, stream: Stream) -> Terms:
         assert stream.hidden is not None and stream.log_decay is not None
         k, dtype = stream.k, stream.k.dtype
         rate = self.rate(stream.hidden).sigmoid()

@@ -299,6 +299,7 @@ class RingWindow(Window):
             rows = torch.arange(k.shape[0], device=k.device)[:, None]
             there = index < total
             index = index.clamp(max=total - 1)
+            there = there & line.valid[rows, index]  # of padding alone nothing is pinned
             k = torch.cat([line.k[rows, index], k], 1)
             v = torch.cat([line.v[rows, index], v], 1)
             valid = torch.cat([there, valid], 1)

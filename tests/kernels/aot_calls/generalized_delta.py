@@ -1,4 +1,4 @@
-"""Calls of generalized_delta whose launches are compiled ahead of time."""
+"""Calls of generalized_delta, which RWKV-7's rule and Gated DeltaNet-2's make, compiled ahead of time."""
 
 from __future__ import annotations
 
