@@ -157,7 +157,7 @@ def windows(
     if count == 0:
         raise DataError(
             f"text of {len(ids)} tokens is shorter than one window of {window}: "
-            f"give more text or a window of at most {len(ids) + len(prefix)} (eval.length)"
+            f"give more text or a window of at most {len(ids) + len(prefix)} (in a recipe: eval.length)"
             if len(ids) + len(prefix) >= 2
             else f"text of {len(ids)} tokens: perplexity needs at least one window of {window} tokens"
         )

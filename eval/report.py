@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from matplotlib import rc_context
 
-from linearize import markdown
+from linearize import markdown, plain_json
 from linearize.config.words import ranges
 from linearize.errors import RunFolderError
 from linearize.eval import plots, tables
@@ -321,7 +321,7 @@ def _is_line(line: Any) -> bool:
         return False
     numbers = [line[name] for name in ("step", "tokens", "tokens_per_second", "loss") if name in line]
     layers = line.get("layers") or []
-    return isinstance(layers, list) and all(isinstance(number, int | float) for number in [*numbers, *layers])
+    return isinstance(layers, list) and all(plain_json.is_number(number) for number in [*numbers, *layers])
 
 
 def _mapping(value: Any) -> dict[str, Any]:

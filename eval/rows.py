@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -174,11 +175,34 @@ def _rows(found: Iterable[Any]) -> Iterable[Score]:
             raise ValueError(f"row {number} is no score")
         # JSON has no words for numbers that are not finite, see plain_json
         row = row | {name: plain_json.restored(row[name]) for name in ("value", "low", "high")}
-        texts = all(
-            isinstance(row.get(name, ""), str) for name in ("model", "role", "suite", "task", "metric")
-        )
-        numbers = [row["value"], row["n"], *(row[end] for end in ("low", "high") if row[end] is not None)]
-        if not texts or not all(type(value) in (int, float) for value in numbers):
-            raise ValueError(f"row {number} is no score")
         # rows of a later version may say more
-        yield Score(**{name: value for name, value in row.items() if name in _FIELDS})
+        row = {name: value for name, value in row.items() if name in _FIELDS}
+        wrong = [name for name, value in row.items() if not _KINDS[name](value)]
+        if wrong or not _fits(row.get("by", ""), row.get("bucket", "")):
+            raise ValueError(f"row {number} is no score ({wrong[0] if wrong else 'bucket'})")
+        yield Score(**row)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(_FIELDS, _is_text),
+    "value": plain_json.is_number,
+    **dict.fromkeys(("low", "high"), lambda value: value is None or plain_json.is_number(value)),
+    "length": lambda value: value is None or _is_count(value),
+    **dict.fromkeys(("n", "seed"), _is_count),
+}
+"""Field -> whether a value is one of it: a file that was edited, or is another program's, ends in a message."""
+
+
+def _fits(by: str, bucket: str) -> bool:
+    """Whether a bucket is one of what it divides; other divisions than ours may have any."""
+    forms = {"position": r"\d{1,18}-\d{1,18}", "depth": r"\d{1,18}(\.\d+)?", "batch": r"\d{1,18}"}
+    form = forms.get("position" if by == "distance" else by)
+    return form is None or re.fullmatch(form, bucket, re.ASCII) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from linearize.eval.cast import SINKS, UNTRAINED
 from linearize.eval.recall_split import beyond, name
 from linearize.eval.rows import METRICS, STUDENT, TEACHER, Score
 from linearize.eval.suite import Suite
-from linearize.eval.tables import Fitted
+from linearize.eval.tables import Fitted, number
 
 Row = dict[str, Any]
 
@@ -76,7 +77,7 @@ def verdicts(rows: Sequence[Score]) -> Iterator[str]:
         if row.metric == "nll_difference" and row.role == SINKS and (not row.by or is_beyond(row)):
             yield _compared(row)
     failed = [
-        f"{row.task} at {row.length:,} ({100 * row.value:.0f} %)"
+        f"{row.task} at {number(row.length)} ({100 * row.value:.0f} %)"
         for row in rows
         if row.role == TEACHER and row.metric == _shown(rows, row.task) and not row.by and row.value < FAILS
     ]
@@ -102,7 +103,7 @@ def _compared(row: Score) -> str:
         verdict = f"is better than {row.role}" if row.low > 0 else f"is WORSE than {row.role}"
     ends = "" if row.low is None or row.high is None else f", 95 %: {row.low:+.3f} to {row.high:+.3f}"
     where = "at recalling what lies 64 tokens back or more" if row.by else "over all tokens"
-    return f"{row.model} {verdict} {where} ({row.task}, {row.length:,}: {row.value:+.3f} nats a token{ends})."
+    return f"{row.model} {verdict} {where} ({row.task}, {number(row.length)}: {row.value:+.3f} nats a token{ends})."
 
 
 def _text(rows: Sequence[Score], roles: Sequence[str]) -> list[Row]:
@@ -227,7 +228,8 @@ def plain(row: Score) -> Any:
     metric = METRICS.get(row.metric)
     if row.metric.endswith("_bytes"):
         return f"{row.value / 2**20:,.1f} MiB"
-    return round(100 * row.value) if metric is not None and metric.share else row.value
+    whole = metric is not None and metric.share and math.isfinite(row.value)
+    return round(100 * row.value) if whole else row.value
 
 
 def _interval(row: Score) -> Any:

@@ -214,6 +214,6 @@ def is_numeric(rows: Sequence[Row], name: str) -> bool:
 def _reads_as_number(value: Any) -> bool:
     try:
         float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return not isinstance(value, bool)

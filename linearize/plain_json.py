@@ -24,6 +24,11 @@ def restored(value: Any) -> Any:
     return _WORDS.get(value, value) if isinstance(value, str) else value
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that can be drawn and averaged: an int of JSON may be too large for a float."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**1000)
+
+
 def _written(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _written(inner) for key, inner in value.items()}

@@ -255,3 +255,21 @@ def raising(error: Exception):
         raise error
 
     return raises
+
+
+def test_a_checkpoint_under_another_name_gets_a_remedy_that_select_has(teacher, small, tmp_path, capsys):
+    """The alignment is a stage as a run's, whose remedies name --resume; select goes on with the same command."""
+    from linearize.distill import checkpoint
+
+    assert select(teacher, "lolcats", *small) == 0
+    [stage] = (tmp_path / "out" / "alignment").iterdir()
+    (stage / "done.json").unlink()
+
+    def fill(folder):
+        (folder / checkpoint.STATE).write_text(json.dumps({"global_step": 2}))
+
+    checkpoint.write_folder(stage / "checkpoint-7", fill)
+    capsys.readouterr()
+    assert select(teacher, "lolcats", *small) == 2
+    said = capsys.readouterr().err
+    assert "holds step 2" in said and "give the command again, a run with --resume" in said

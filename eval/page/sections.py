@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -84,9 +85,8 @@ def _summary(cast: Sequence[Contestant]) -> Iterator[Block]:
         line["recalled ppl"] = far[0].value if far else None
         found = written(one.rows)
         if recall and all(place in found for place in recall):
-            line["recall written right, %"] = round(
-                100 * sum(found[place].value for place in recall) / len(recall)
-            )
+            mean = 100 * sum(found[place].value for place in recall) / len(recall)
+            line["recall written right, %"] = round(mean) if math.isfinite(mean) else mean
         rows.append(line)
     if rows:
         yield Table(_even(rows))

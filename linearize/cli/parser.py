@@ -49,7 +49,8 @@ class Parser(argparse.ArgumentParser):
         if wrong is not None:
             what, given, valid = wrong.groups()
             names = re.findall(r"[\w-]+", valid)
-            message = f"unknown {what.lower().strip('-')} '{given}'; {closest(given, names)}"
+            kind = what if what.startswith("-") else what.lower()
+            message = f"unknown {kind} '{given}'; {closest(given, names)}"
         raise UsageError(f"{self.prog}: {message}\nsee {self.prog} --help")
 
 

@@ -109,3 +109,21 @@ def test_published_shots_and_unknown_tasks(tasks):
         named(tasks, "all")
     with pytest.raises(DataError, match=r"piqa.jsonl not found"):
         named(tasks, "piqa", data=tasks)
+
+
+def test_a_folder_of_tasks_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(LinearizeError, match=r"--include-path: no folder '.*gone'"):
+        named(tmp_path / "gone", "mine")
+    (tmp_path / "mine.yaml").write_text("task: mine\ndoc_to_text: !function utils.text\n")
+    with pytest.raises(LinearizeError, match="no task 'other'"):  # a tag of lm-eval's is no damage
+        named(tmp_path, "other")
+    (tmp_path / "cut.yaml").write_text("task: [mine\n")
+    with pytest.raises(LinearizeError, match=r"cut\.yaml is no YAML .*line 2"):
+        named(tmp_path, "mine")
+
+
+def test_an_answer_that_is_longer_than_the_model_holds_is_named(model, tokenizer, tasks, tmp_path):
+    items = [{"query": "the cat", "choices": ["cat " * 400, "dog"], "gold": 1}]
+    (tasks / "items.jsonl").write_text(json.dumps(items[0]))
+    with pytest.raises(DataError, match=r"an answer of [\d,]+ tokens, and the model holds [\d,]+"):
+        evaluate(model, Setting(tokenizer, {}, tmp_path), named(tasks, "mine_a"))

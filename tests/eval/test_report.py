@@ -108,7 +108,9 @@ def test_an_unfinished_run_gets_a_report_too(run, missing, how):
 def test_odd_contents_do_not_break_it(run):
     (run / "plan.json").write_text("[1, 2]", encoding="utf-8")
     (run / "results.json").write_text('{"rows": [3, {"name": "x", "perplexity": {"a": NaN}}, {"name": "y"}]}')
-    (run / "metrics.jsonl").write_text('{"loss": NaN, "tokens": null}\n7\n{"layers": [0.0, NaN]}\n')
+    (run / "metrics.jsonl").write_text(
+        f'{{"loss": NaN, "tokens": null}}\n7\n{{"loss": {10**400}}}\n{{"layers": [0.0, NaN]}}\n'
+    )
     assert "nan" in write_report(run).read_text(encoding="utf-8")
 
 

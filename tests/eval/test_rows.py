@@ -61,6 +61,32 @@ def test_what_a_row_holds(tmp_path):
         {"format": 1, "rows": [{"model": "demo"}]},
         {"format": 1, "rows": [{**ROW.to_dict(), "value": "high"}]},
         {"format": 1, "rows": [{**ROW.to_dict(), "task": 3}]},
+        *(
+            {"format": 1, "rows": [{**ROW.to_dict(), name: value}]}
+            for name, value in (
+                ("key", []),
+                ("version", None),
+                ("command", 10**400),
+                ("against", {}),
+                ("length", "512"),
+                ("length", -1),
+                ("n", 1.5),
+                ("n", True),
+                ("seed", []),
+                ("value", 10**400),
+                ("low", "x"),
+            )
+        ),
+        *(
+            {"format": 1, "rows": [{**ROW.to_dict(), "by": by, "bucket": bucket}]}
+            for by, bucket in (
+                ("position", ""),
+                ("distance", "64-"),
+                ("depth", "deep"),
+                ("batch", "²"),
+                ("", 3),
+            )
+        ),
     ],
 )
 def test_other_files_are_refused(tmp_path, document):

@@ -15,6 +15,10 @@ import linearize
 from linearize import surgery
 from linearize.errors import CheckpointError
 from linearize.export import verify
+from linearize.export.verify import (
+    in_new_process as REAL_PROCESS,
+)  # the tests' conftest puts another in its place
+from linearize.kernels import dispatch
 
 SAVING = importlib.import_module("linearize.export.save")
 CHANGED = "model.layers.1.self_attn.q_proj.weight"
@@ -154,3 +158,28 @@ def test_what_the_teachers_makers_would_sample_with_does_not_stand_in_the_way(tm
     folder = linearize.save(model, tmp_path / "out", check=True)
     assert model.generation_config is kept
     assert json.loads((folder / "generation_config.json").read_text())["stop_strings"] == ["a"]
+
+
+def test_kernels_are_left_out_on_both_sides(monkeypatch, tmp_path):
+    """The file is held against the model, not one form of an operator against another."""
+    forms, told = [], []
+    checking = importlib.import_module("linearize.export.verify")
+    answers = checking.reloading.answers
+
+    def asked(model, ids):
+        forms.append(dispatch.use_triton(torch.zeros(1)))
+        return answers(model, ids)
+
+    def run(command, **options):
+        told.append(options["env"]["LINEARIZE_KERNELS"])
+        raise OSError("no process")
+
+    monkeypatch.setattr(checking.reloading, "answers", asked)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = trained()
+    with dispatch.kernels("triton"):
+        checking._expected(model, checking._text(model))
+    monkeypatch.setattr(checking.subprocess, "run", run)
+    with pytest.raises(CheckpointError, match="cannot be started"):
+        REAL_PROCESS({"result": str(tmp_path / "result.json")}, tmp_path)
+    assert forms == [False] and told == ["torch"]

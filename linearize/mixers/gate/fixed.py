@@ -19,7 +19,8 @@ class FixedGate(Gate):
 
     Not learned and without parameters. Decays differ between query heads, so the state is kept per query head.
 
-    Limitations: RetNet's slopes are closer to one (0.969 and up), ALiBi's reach back some 256 tokens at most.
+    Limitations: RetNet's slopes are closer to one (0.969 and up), ALiBi's reach back some 256 tokens at most. Where H
+    is no power of two, ALiBi's code interleaves the slopes of two that are; here they are the formula's.
     """
 
     uses_hidden = False
