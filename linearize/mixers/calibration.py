@@ -163,7 +163,13 @@ class _Layer:
             return
         y = self.rows(self.call.student())
         if output is not None and output.stretch(torch.ones_like(self.target[0])):
-            output.stretch(fits.together(y, self.target, self.projection, dims=True).to(y.dtype))
+            factor = fits.together(y, self.target, self.projection, dims=True)
+            if output.scales:
+                # a gate says one plus something: near one it keeps its precision in sixteen bits
+                mean = factor.mean(1)
+                if bool((mean > 0).all()) and self._whole(mean):
+                    factor = factor / mean[:, None]
+            output.stretch(factor.to(y.dtype))
             return
         factor = fits.together(y, self.target, self.projection, dims=False)
         if mixer.combine is not None:
@@ -234,6 +240,13 @@ class _Layer:
         recurrent = self.mixer.recurrent
         assert recurrent is not None
         return recurrent.normalizer.resize(factor) or recurrent.update.resize(factor)
+
+    def _whole(self, factor: Tensor) -> bool:
+        """All that reaches the output part times [H], where some part in front of it can say that."""
+        combine = self.mixer.combine
+        if combine is not None:
+            return combine.resize(factor)
+        return self.mixer.recurrent is not None and self._resize(factor)
 
     def _before_output(self) -> Tensor:
         with _shown(self.mixer) as seen:

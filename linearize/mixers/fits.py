@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RIDGE = 0.01
+RIDGE = 0.1
 """Of the mean square of what a ridge multiplies."""
 RIDGE_TOGETHER = 0.001
 """The same of the system that joins all heads."""

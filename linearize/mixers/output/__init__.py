@@ -16,9 +16,11 @@ class Output(Part):
 
     Attributes:
         uses_hidden: whether it reads the layer's input.
+        scales: whether what comes in n times as large goes out n times as large.
     """
 
     uses_hidden: ClassVar[bool] = False
+    scales: ClassVar[bool] = False
 
     def __init__(self, config: Any, shape: LayerShape) -> None:
         super().__init__()

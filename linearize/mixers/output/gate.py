@@ -18,7 +18,8 @@ class OutputGate(Output):
     """y * (1 + sigmoid(x W1) W2), W2 = 0 at the start: what was copied from the teacher goes through unchanged."""
 
     uses_hidden = True
-    WIDTH = 32
+    scales = True
+    WIDTH = 8
     """Channels that a calibration sets at most: its equations grow with their square."""
 
     @dataclass
