@@ -124,7 +124,11 @@ SMALL = [case for case in tiny() if "128,256" not in case.size]
 """All but the largest vocabulary, whose head alone is a gigabyte."""
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.operator}-{case.size}")
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow) if "256,000" in case.size else case for case in SMALL],
+    ids=lambda case: f"{case.operator}-{case.size}",
+)
 def test_ours_runs_both_ways_and_is_right(case):
     """The torch forms here; on a GPU the same calls launch the kernels."""
     with dispatch.kernels("torch"):

@@ -30,6 +30,7 @@ def hurried(monkeypatch):
     monkeypatch.setattr(decode_recipes, "Stopwatch", lambda device, **_: own(device, spend=0.0, most=1))
 
 
+@pytest.mark.slow
 def test_rows_of_prefill_and_decoding_stand_beside_those_of_training(tmp_path, capsys):
     out = ["--out", str(tmp_path)]
     train = ["bench", "recipes", "--device", "cpu", "--shape", "tiny", "--length", "16", "--batch", "1"]

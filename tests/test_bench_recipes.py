@@ -79,6 +79,7 @@ def test_every_subject_trains(tmp_path):
         assert model.get_input_embeddings().weight.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_halved_and_what_fails_is_a_row(monkeypatch, tmp_path):
     def measured(self, batch, length):
         if batch > 2:

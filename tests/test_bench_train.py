@@ -130,3 +130,12 @@ def test_passes_of_a_converted_model():
 def test_without_a_gpu_the_command_says_what_is_needed(capsys):
     assert cli.main(["bench", "train"]) == 2
     assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_a_model_that_no_batch_makes_fit_is_not_tried():
+    shape, gib = "llama-3-8b", 2**30
+    assert "weights, gradients and AdamW take 135 GiB, the device has 80" in train.too_large(
+        "all", shape, 80 * gib
+    )
+    assert train.too_large("all_kl", shape, 160 * gib) is None
+    assert train.too_large("lora_kl", shape, gib) is None

@@ -121,12 +121,38 @@ def measured(
     row |= {"batch": batch, "length": length}
     if budget.spent:
         return row | whole.empty("not run: the budget is spent") | {"mfu": None}
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    why = None if memory is None else too_large(stage, shape, memory)
+    if why is not None:
+        return row | whole.empty(why) | {"mfu": None}
     found: Row = {}
     with reported() as notes:
         found = step(name, stage, shape, batch, length, options, device)
     whole.release()  # the frames of a failure are gone only now
     budget.leave_out(found)
     return row | (whole.empty(notes[0]) | {"mfu": None} if notes else found)
+
+
+def too_large(stage: str, shape: str, memory: int) -> str | None:
+    """Why a stage that trains all weights cannot fit, whatever the batch; None where it may, or trains less.
+
+    Weights, gradients and AdamW's two moments take 16 bytes a parameter in float32, what products read of the weights 2
+    more, and activations at least a twentieth of any device. To find that out by running takes half a minute at 8B, a
+    try for each size of a micro-batch.
+
+    Args:
+        stage, shape: names.
+        memory: of the device, in bytes.
+    """
+    if "all" not in STAGES[stage]["train"]:
+        return None
+    needed = 18 * sum(weight.numel() for weight in random_model("meta", torch.float32, shape).parameters())
+    if needed <= 0.95 * memory:
+        return None
+    return (
+        f"out of memory: weights, gradients and AdamW take {needed / 2**30:.0f} GiB, "
+        f"the device has {memory / 2**30:.0f}"
+    )
 
 
 def way(options: argparse.Namespace) -> str:

@@ -18,6 +18,8 @@ from linearize.kernels import dispatch
 SIZES = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 2}
 RECIPES = ("lolcats", "gated_delta_window", "lawcat", "radlads_rwkv7", "liger_gsa")
 """Between them every operator that makes a token in place."""
+QUICK = ("lolcats", "gated_delta_window")
+"""Of them, what is compiled at every change; the others take a minute together."""
 
 
 def writing() -> dict[str, torch._ops.OpOverload]:
@@ -41,7 +43,10 @@ def test_torch_compiles_every_operator_that_writes_in_place():
 
 
 @pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES],
+)
 def test_a_compiled_token_equals_one_that_is_not(recipe):
     model = convert(random_model("cpu", torch.float32, "tiny", **SIZES), recipe)
     ids, mask, _ = tiny.left_padded(length=9)

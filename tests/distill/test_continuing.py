@@ -321,7 +321,8 @@ def test_a_stage_whose_result_changed_is_not_taken(
     path = out / "stage-1-transfer" / "final.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(
-        CheckpointError, match=r"is not what was written.*Delete \S+stage-1-transfer and go on"
+        CheckpointError,
+        match=r"is not what was written.*Delete \S+stage-1-transfer, then give the command again",
     ):
         distill.run(str(teacher_folder), plain, out, resume=True)
     shutil.rmtree(path.parent)
