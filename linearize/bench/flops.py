@@ -9,6 +9,8 @@ S = 2 (T + 1) x heads x head dim for the scores and values of each softmax layer
 | transfer | 2 N | | S | 6 P | |
 | lora | 4 N | 4 V D | | 4 P | 6 A |
 | lora_kl | 6 N | 6 V D | S | 4 P | 6 A |
+| mixers | 4 N | 4 V D | | 6 P | |
+| mixers_kl | 6 N | 6 V D | S | 6 P | |
 | all | 6 N | 6 V D | | 6 P | |
 | all_kl | 8 N | 8 V D | S | 6 P | |
 
@@ -55,6 +57,8 @@ PASSES = {
     "transfer": Passes(body=1, teacher=1, mixers=3),
     "lora": Passes(body=2, head=2, student=3, mixers=2, adapters=3),
     "lora_kl": Passes(body=3, head=3, teacher=1, student=3, mixers=2, adapters=3),
+    "mixers": Passes(body=2, head=2, student=3, mixers=3),
+    "mixers_kl": Passes(body=3, head=3, teacher=1, student=3, mixers=3),
     "all": Passes(body=3, head=3, student=3, mixers=3),
     "all_kl": Passes(body=4, head=4, teacher=1, student=3, mixers=3),
 }

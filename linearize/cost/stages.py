@@ -1,0 +1,208 @@
+"""The plan of a recipe: each stage's parameters, memory, FLOPs, speed, hours and money, counted on a model without weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from linearize import objectives, surgery
+from linearize.bench import flops
+from linearize.config.course import Course
+from linearize.config.schema import Recipe, StageConfig
+from linearize.cost import speed
+from linearize.cost.cards import Card
+from linearize.cost.memory import Sizes, mixer_bytes
+from linearize.cost.strategy import Fit, fit
+from linearize.distill.finetune import needs_teacher
+from linearize.distill.trainable import prepare, trained, unwrapped
+from linearize.distill.tying import untied
+from linearize.errors import LinearizeError
+from linearize.surgery.inspection import skeleton
+
+PRICE = 3.0
+"""US dollars a card and hour where none is given: a round number near what clouds ask for an H100 on demand."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage.
+
+    Attributes:
+        kind: key of `flops.PASSES`.
+        fit: how it runs.
+        flops: of a token.
+        rate: tokens a second over all cards; None where nothing fits.
+        mfu: of one card.
+        basis: the measurements that the speed rests on.
+        today: hours on one card, which is what this package runs; None where one does not hold it.
+    """
+
+    name: str
+    kind: str
+    sizes: Sizes
+    tokens: int
+    batch: int
+    length: int
+    fit: Fit
+    flops: float
+    rate: float | None
+    mfu: float | None
+    hours: float | None
+    money: float | None
+    basis: str
+    today: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe on a model.
+
+    Attributes:
+        teacher, converted: parameters of the model and of what becomes of it, without adapters.
+    """
+
+    model: str
+    recipe: str
+    count: int
+    card: Card
+    price: float
+    teacher: int
+    converted: int
+    stages: list[StagePlan] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers; bytes, seconds and FLOPs as they are."""
+        found = asdict(self)
+        for row, stage in zip(found["stages"], self.stages, strict=True):
+            row["fit"]["peak"] = stage.fit.peak
+        return found
+
+
+def kind_of(stage: StageConfig) -> str:
+    """Which of `flops.PASSES` a stage is: by what trains and whether it looks at a teacher."""
+    level = objectives.level_of(stage.objective)
+    if level == "layer":
+        return "transfer"
+    base = "all" if "all" in stage.train else "lora" if "lora" in stage.train else "mixers"
+    return base + ("_kl" if level == "pair" or needs_teacher(stage.objective) else "")
+
+
+def plan(
+    config: Any, recipe: Recipe, count: int, card: Card, *, model: str, name: str, price: float = PRICE
+) -> Plan:
+    """What each stage of a recipe costs.
+
+    Args:
+        config: of the teacher.
+        recipe: composed and checked.
+        count, card: what there is.
+        model, name: of teacher and recipe, as the user writes them.
+        price: US dollars a card and hour.
+
+    Raises:
+        LinearizeError: a mixture of experts, whose share of active weights is not in the formulas.
+        UnsupportedModelError, RecipeError: as `surgery.plan`.
+    """
+    text = config.get_text_config()
+    if any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise LinearizeError(
+            f"{model}: a mixture of experts; plan has formulas for dense models alone so far"
+        )
+    base: Any = skeleton(config)
+    teacher = _count(base)
+    with torch.device("meta"):
+        student: Any = surgery.convert(base, recipe.mixer, recipe.layers, recipe.mixers).eval()
+    found = Plan(model, name, count, card, price, teacher, _count(student))
+    changed = False
+    for key, stage in recipe.stages.items():
+        with torch.device("meta"):
+            student = prepare(student, stage)
+            changed = changed or "all" in stage.train
+            with untied(student, stage.untie):
+                found.stages.append(_stage(student, stage, key, recipe, found, changed))
+    return found
+
+
+def _stage(model: Any, stage: StageConfig, key: str, recipe: Recipe, of: Plan, changed: bool) -> StagePlan:
+    kind, course = kind_of(stage), Course.of(stage, recipe.data.of(stage).length)
+    batch, length = max(course.shapes, key=lambda shape: shape[0] * shape[1])
+    sizes = sizes_of(model, kind, of.recipe, of.teacher, apart=changed and kind.endswith("_kl"))
+    needed = flops.per_token(model, kind, length)
+    micro = None if stage.micro_batch == "auto" else int(stage.micro_batch)
+
+    def on(count: int) -> Fit:
+        asked = stage.gradient_checkpointing
+        return fit(sizes, kind, batch, length, count, of.card, checkpointing=asked, micro=micro)
+
+    def seconds(way: Fit) -> float:
+        tokens, again = way.micro * length, way.checkpointing
+        return speed.seconds(sizes, kind, needed, tokens, of.card, checkpointing=again)
+
+    way, alone = on(of.count), on(1)
+    rate = mfu = hours = None
+    if way.way != "none":
+        rate = way.cards * (speed.SCALING if way.cards > 1 else 1.0) / seconds(way)
+        mfu, hours = needed / seconds(way) / of.card.peak, course.tokens / rate / 3600
+    return StagePlan(
+        name=key,
+        kind=kind,
+        sizes=sizes,
+        tokens=course.tokens,
+        batch=batch,
+        length=length,
+        fit=way,
+        flops=needed,
+        rate=rate,
+        mfu=mfu,
+        hours=hours,
+        money=None if hours is None else hours * way.cards * of.price,
+        basis=speed.rows(sizes, kind, of.card),
+        today=None if alone.way == "none" else course.tokens * seconds(alone) / 3600,
+    )
+
+
+def sizes_of(model: nn.Module, kind: str, recipe: str | None, teacher: int, *, apart: bool) -> Sizes:
+    """A prepared model in numbers.
+
+    Args:
+        model: of `trainable.prepare`, on the meta device or loaded.
+        kind: of the stage.
+        recipe: name; None for the softmax model itself.
+        teacher: parameters of the original.
+        apart: whether the teacher is a copy of its own.
+    """
+    base = unwrapped(model)
+    text = base.config.get_text_config()
+    heads = text.num_attention_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    layers, changed = text.num_hidden_layers, len(surgery.converted(base))
+    own = {id(p) for layer in surgery.converted(base) for p in layer.mixer.parameters()}
+    tables = {id(part.weight) for part in base.modules() if isinstance(part, nn.Embedding)}
+    head = base.get_output_embeddings().weight
+    tables.add(id(head))
+    trains = trained(model).values()
+    body = [p for p in trains if p.dim() > 1 and id(p) not in own and id(p) not in tables]
+    kept = changed * mixer_bytes(recipe, heads * dim) + (layers - changed) * mixer_bytes(None, heads * dim)
+    return Sizes(
+        total=_count(model),
+        teacher=teacher,
+        trained=sum(p.numel() for p in trains),
+        body=sum(p.numel() for p in body),
+        head=head.numel(),
+        head_trained=head.requires_grad,
+        base_trained=kind.startswith("all"),
+        apart=apart,
+        layers=layers,
+        hidden=text.hidden_size,
+        inner=text.intermediate_size,
+        query=heads * dim,
+        key=(getattr(text, "num_key_value_heads", None) or heads) * dim,
+        mixer=kept / layers,
+    )
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
