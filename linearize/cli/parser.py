@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from linearize.cli import bench_options, given
+from linearize.cli import bench_options, given, plan_options
 from linearize.config.overrides import FORM
 from linearize.errors import LinearizeError
 from linearize.registry import closest
@@ -29,6 +29,7 @@ examples:
   linearize run ./my-llama lolcats stages.transfer.tokens=2M mixer.window.size=32 --out runs/small
   linearize run ./my-llama my_recipe.yaml --resume           go on after an interruption
   linearize inspect smollm2-135m hedgehog                    what would change; loads no weights
+  linearize plan llama-3-70b lolcats --gpus 8xH100           what each stage would need and cost
   linearize select smollm2-135m lolcats --keep 7             which layers stay softmax; writes a recipe
   linearize eval runs/small --suite quick                    beside its teacher and the controls
   linearize compare runs/small runs/large                    on one page, offline
@@ -125,6 +126,15 @@ def build_parser() -> Parser:
         help="also compare the memory at this context length",
     )
 
+    plan_options.plan(
+        _add(
+            commands,
+            "plan",
+            "memory, time and money of each stage; loads no weights",
+            "linearize.cli.planning",
+        ),
+        _recipe_arguments,
+    )
     _select_arguments(
         _add(commands, "select", "choose the layers that stay softmax", "linearize.cli.selection")
     )

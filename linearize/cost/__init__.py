@@ -1,1 +1,1 @@
-"""What a recipe will cost before anything is loaded: memory, FLOPs, time and money of each stage, from a config alone."""
+"""What a recipe will cost: memory, FLOPs, time and money of each stage, from a config alone."""

@@ -11,7 +11,7 @@ from linearize.registry import closest
 
 GIB = 2.0**30
 USABLE = 0.92
-"""Share of a card's memory that a step can have; the rest is CUDA's context and gaps of the allocator. An assumption."""
+"""Share of a card's memory that a step can have; the rest is CUDA's context and the allocator's gaps (assumed)."""
 
 
 @dataclass(frozen=True)

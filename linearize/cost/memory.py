@@ -91,8 +91,8 @@ def transfer_bytes(sizes: Sizes) -> float:
 def parts(sizes: Sizes, kind: str, tokens: int, *, checkpointing: bool = False) -> dict[str, float]:
     """Bytes by part of a step.
 
-    Weights: 2 a parameter that does not train. What trains: 4 of master, 4 of gradient, 8 of AdamW's moments, and 2 of the
-    bfloat16 copies that products keep. A teacher of its own, 2 a parameter, where base weights have changed (`Sizes.apart`).
+    Weights: 2 a parameter that does not train. What trains: 4 of master, 4 of gradient, 8 of AdamW's moments, and 2 of
+    the bfloat16 copies that products keep. A teacher of its own, 2 a parameter, where base weights have changed.
     Losses: slices of logits, two for each model (`kernels.distill`), and the trained head's gradient in float32 and
     once more in bfloat16. With checkpointing, a layer's input and one whole layer.
 

@@ -1,6 +1,6 @@
 """Tokens a second of a stage: products at a share of the peak, and memory traffic in multiples of what is kept.
 
-Time a token = FLOPs / (PRODUCTS x peak) + TRAFFIC[kind] x kept bytes / bandwidth + LAUNCH x kernels / tokens of a micro-step.
+A token takes FLOPs / (PRODUCTS x peak) + TRAFFIC x kept bytes / bandwidth + LAUNCH x kernels / tokens of a micro-step.
 MFU is what comes out of it, FLOPs / (time x peak) (Chowdhery et al. 2022, arXiv 2204.02311, appendix B). All constants
 are fitted to docs/results/train-h200.json; LAUNCH is the time of a kernel however small. One card of another kind, or a
 model larger than 8B, is extrapolation, and the plan says so.

@@ -1,4 +1,4 @@
-"""The plan of a recipe: each stage's parameters, memory, FLOPs, speed, hours and money, counted on a model without weights."""
+"""The plan of a recipe, stage by stage, counted on a model without weights."""
 
 from __future__ import annotations
 

@@ -1,0 +1,161 @@
+"""`linearize plan MODEL RECIPE`: what each stage needs and costs on given cards, before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from linearize.cli.console import console, quiet_libraries
+from linearize.cli.run import composed, recipe_name
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from linearize.cost.stages import Plan, StagePlan
+
+PARTS = (
+    "frozen",
+    "masters",
+    "gradients",
+    "adamw",
+    "teacher",
+    "activations",
+    "logits",
+    "gathered",
+    "workspace",
+)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print two tables, memory and time, and a sentence on each stage; with --json the numbers alone."""
+    from linearize.cost.cards import cards
+
+    count, card = cards(options.gpus)
+    if options.batch is not None:
+        options.overrides = [*options.overrides, f"stages.*.batch_size={options.batch}"]
+    recipe = composed(options)
+
+    from linearize.cost.shapes import (
+        config_of,
+    )  # after the recipe is known to be right: importing takes seconds
+    from linearize.cost.stages import PRICE, plan
+
+    quiet_libraries()
+    name = recipe_name(options.recipe)
+    price = PRICE if options.price is None else options.price
+    found = plan(config_of(options.model), recipe, count, card, model=options.model, name=name, price=price)
+    if options.json:
+        sys.stdout.write(json.dumps(found.to_dict(), indent=1) + "\n")
+        return 0
+    screen = console()
+    for line in heading(found):
+        screen.print(line, markup=False, soft_wrap=True)
+    if found.stages:
+        screen.print(memory(found))
+        screen.print(time(found))
+    for line in sentences(found):
+        screen.print(line, markup=False, soft_wrap=True)
+    return 0
+
+
+def heading(plan: Plan) -> list[str]:
+    """Parameters and cards."""
+    return [
+        f"teacher     {plan.teacher:,} parameters",
+        f"converted   {plan.converted:,} parameters, {plan.converted - plan.teacher:,} of them in mixers",
+        f"cards       {plan.count} x {plan.card.name}, {plan.card.usable / 2**30:.0f} GiB of each to be had; "
+        f"${plan.price:g} a card and hour",
+    ]
+
+
+def memory(plan: Plan) -> Table:
+    """GiB of one card by part, a line a stage."""
+    from rich.table import Table
+
+    grid = Table(header_style="bold", title="GiB on a card", title_justify="left")
+    grid.add_column("stage")
+    for title in ("trains", "frozen", "mas-\nters", "grads", "AdamW", "teach-\ner", "activ-\nations", "logits",
+                  "gath-\nered", "other", "peak"):  # fmt: skip
+        grid.add_column(title, justify="right", no_wrap=True)
+    for stage in plan.stages:
+        parts = [_gib(stage.fit.bytes[part]) for part in PARTS]
+        trains = f"{stage.sizes.trained / 1e6:,.1f}M"
+        grid.add_row(stage.name, trains, *parts, _gib(stage.fit.peak))
+    return grid
+
+
+def time(plan: Plan) -> Table:
+    """Work, speed, hours and money, a line a stage."""
+    from rich.table import Table
+
+    grid = Table(header_style="bold", title="time", title_justify="left")
+    grid.add_column("stage")
+    grid.add_column("runs")
+    for title in ("step", "at\nonce", "tokens", "GFLOPs /\ntoken", "EFLOPs", "MFU", "tokens/s", "hours", "$"):
+        grid.add_column(title, justify="right", no_wrap=True)
+    for stage in plan.stages:
+        grid.add_row(
+            stage.name,
+            way(stage),
+            f"{stage.batch} x {stage.length:,}",
+            str(stage.fit.micro),
+            f"{stage.tokens / 1e6:,.1f}M",
+            f"{stage.flops / 1e9:,.2f}",
+            f"{stage.flops * stage.tokens / 1e18:,.2f}",
+            "" if stage.mfu is None else f"{100 * stage.mfu:.0f} %",
+            "" if stage.rate is None else f"{stage.rate:,.0f}",
+            "" if stage.hours is None else f"{stage.hours:,.2f}",
+            "" if stage.money is None else f"{stage.money:,.2f}",
+        )
+    return grid
+
+
+def way(stage: StagePlan) -> str:
+    """How a stage runs, in a word or two."""
+    again = ", checkpointing" if stage.fit.checkpointing and stage.fit.way != "none" else ""
+    if stage.fit.way == "none":
+        return "does not fit"
+    return (stage.fit.way if stage.fit.cards == 1 else f"{stage.fit.way} on {stage.fit.cards}") + again
+
+
+def sentences(plan: Plan) -> list[str]:
+    """Why each stage runs like that, what of it this package does today, and what the speed rests on."""
+    lines = []
+    for stage in plan.stages:
+        lines += [f"{stage.name}: {why(stage, plan)}", f"    speed: {stage.basis}"]
+    hours = [stage.hours for stage in plan.stages]
+    money = [stage.money for stage in plan.stages]
+    if hours and None not in hours:
+        lines.append(f"in all {sum(h or 0 for h in hours):,.2f} hours, ${sum(m or 0 for m in money):,.2f}; "
+                     "evaluation, calibration and compiling are not in it")  # fmt: skip
+    return lines
+
+
+def why(stage: StagePlan, plan: Plan) -> str:
+    """Of one stage."""
+    fit, room = stage.fit, f"{plan.card.usable / 2**30:.0f} GiB"
+    again = "" if not fit.checkpointing else (
+        f"; without stages.{stage.name}.gradient_checkpointing=true it would not"
+    )  # fmt: skip
+    alone = "one card does not hold it" if stage.today is None else f"one card takes {stage.today:,.2f} hours"
+    if fit.way == "one card":
+        return f"fits on one card{again}"
+    if fit.way == "ddp":
+        return f"a copy fits on each card{again}: data-parallel. Not yet built: a run is one process, and {alone}"
+    if fit.way == "sharded":
+        return (
+            f"does not fit on one card ({room}): needs sharding over {fit.cards} (FSDP2){again}. Not yet built, so "
+            "that this package cannot run it today"
+        )
+    least = f"from {fit.cards} cards on" if fit.cards else "on no number of cards that was tried"
+    return (
+        f"does not fit on {plan.count} x {plan.card.name} ({room} each): with sharding and checkpointing it would fit "
+        f"{least}, with a step of a sequence for each ({_gib(fit.peak)} GiB on a card). Sharding is not yet built"
+    )
+
+
+def _gib(size: float) -> str:
+    size /= 2**30
+    return "" if size == 0 else f"{size:,.2f}" if size < 100 else f"{size:,.0f}"
