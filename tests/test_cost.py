@@ -1,0 +1,85 @@
+"""The plan's formulas beside what was measured: memory within 15 %, time within 25 %, on every row of the file."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from linearize.bench.subjects import SHAPES, TEACHER, convert, random_model
+from linearize.bench.train import STAGES
+from linearize.config.schema import StageConfig
+from linearize.cost import memory, speed
+from linearize.cost.cards import CARDS, cards
+from linearize.cost.stages import sizes_of
+from linearize.cost.strategy import fit
+from linearize.distill.trainable import prepare
+from linearize.errors import LinearizeError
+from linearize.kernels.distill.slices import ELEMENTS
+
+ROWS = json.loads((Path(__file__).parents[1] / "docs/results/train-h200.json").read_text(encoding="utf-8"))
+SUPERSEDED = {
+    ("b7e25fd", "lolcats", "transfer", 32_768): "recorded with a mask [B, 1, T, T], as steps of that size no longer are",
+    ("a54b486", "gated_delta_window", "transfer", 1024): "before what stands around the attention was compiled",
+}  # fmt: skip
+"""Rows that the formulas miss, and why; later rows of the same stage are held."""
+HELD = [
+    row for row in ROWS
+    if row["tokens_per_second"]
+    and (row["commit"], row["recipe"], row["stage"], row["length"]) not in SUPERSEDED
+]  # fmt: skip
+_known = {}
+
+
+def sizes(shape, recipe, stage):
+    key = shape, recipe, stage
+    if key not in _known:
+        with torch.device("meta"):
+            model = random_model("meta", torch.bfloat16, shape)
+            count = sum(p.numel() for p in model.parameters())
+            model = prepare(convert(model, recipe), StageConfig(**STAGES[stage]))
+        name = None if recipe == TEACHER else recipe
+        _known[key] = sizes_of(model, stage, name, count, apart=stage == "all_kl")
+    return _known[key]
+
+
+@pytest.mark.parametrize(
+    "row", HELD, ids=lambda row: f"{row['shape']}-{row['recipe']}-{row['stage']}-{row['commit']}"
+)
+def test_measured_rows(row):
+    found = sizes(row["shape"], row["recipe"], row["stage"])
+    tokens = row["batch"] * row["length"]
+    peak = sum(memory.parts(found, row["stage"], tokens).values()) / 2**30
+    assert peak == pytest.approx(row["peak_gib"], rel=0.15)
+    h200 = CARDS["h200"]
+    flops = row.get("mflops_per_token", 0) * 1e6 or row["mfu"] * h200.peak / row["tokens_per_second"]
+    seconds = speed.seconds(found, row["stage"], flops, tokens, h200)
+    assert seconds == pytest.approx(1 / row["tokens_per_second"], rel=0.25)
+
+
+def test_superseded_rows_are_there():
+    there = {(row["commit"], row["recipe"], row["stage"], row["length"]) for row in ROWS}
+    assert set(SUPERSEDED) <= there and len(HELD) > 20
+
+
+def test_strategies():
+    found = sizes("llama-3-8b", "lolcats", "all_kl")
+    ways = [fit(found, "all_kl", 8, 2048, count, CARDS["h100"], checkpointing=False).way for count in (1, 8)]
+    assert ways == ["none", "sharded"]
+    found = sizes("llama-3-8b", "lolcats", "lora_kl")
+    ways = [fit(found, "lora_kl", 8, 2048, count, CARDS["h100"], checkpointing=False).way for count in (1, 8)]
+    assert ways == ["one card", "ddp"]
+
+
+def test_cards():
+    assert cards("8xH100") == (8, CARDS["h100"])
+    for wrong in ("8xH10", "0xh100", "h100x8x"):
+        with pytest.raises(LinearizeError, match="--gpus"):
+            cards(wrong)
+
+
+def test_constants_of_others():
+    assert memory.SLICE == ELEMENTS["cuda"]
+    assert (
+        memory.KEPT_AT == SHAPES["smollm2-135m"]["num_attention_heads"] * SHAPES["smollm2-135m"]["head_dim"]
+    )
