@@ -19,7 +19,7 @@ from linearize.kernels.distill.slices import ELEMENTS
 
 ROWS = json.loads((Path(__file__).parents[1] / "docs/results/train-h200.json").read_text(encoding="utf-8"))
 SUPERSEDED = {
-    ("b7e25fd", "lolcats", "transfer", 32_768): "recorded with a mask [B, 1, T, T], as steps of that size no longer are",
+    ("b7e25fd", "lolcats", "transfer", 32_768): "recorded with a mask [B, 1, T, T]; steps of that size no longer are",
     ("a54b486", "gated_delta_window", "transfer", 1024): "before what stands around the attention was compiled",
 }  # fmt: skip
 """Rows that the formulas miss, and why; later rows of the same stage are held."""
@@ -79,7 +79,7 @@ def test_cards():
 
 
 def test_constants_of_others():
-    assert memory.SLICE == ELEMENTS["cuda"]
+    assert ELEMENTS["cuda"] == memory.SLICE
     assert (
-        memory.KEPT_AT == SHAPES["smollm2-135m"]["num_attention_heads"] * SHAPES["smollm2-135m"]["head_dim"]
+        SHAPES["smollm2-135m"]["num_attention_heads"] * SHAPES["smollm2-135m"]["head_dim"] == memory.KEPT_AT
     )
