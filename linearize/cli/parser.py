@@ -126,15 +126,8 @@ def build_parser() -> Parser:
         help="also compare the memory at this context length",
     )
 
-    plan_options.plan(
-        _add(
-            commands,
-            "plan",
-            "memory, time and money of each stage; loads no weights",
-            "linearize.cli.planning",
-        ),
-        _recipe_arguments,
-    )
+    planning = _add(commands, "plan", "what each stage would need and cost", "linearize.cli.planning")
+    plan_options.plan(planning, _recipe_arguments)
     _select_arguments(
         _add(commands, "select", "choose the layers that stay softmax", "linearize.cli.selection")
     )
@@ -174,7 +167,6 @@ def build_parser() -> Parser:
     bench_options.decode(
         _add(what, "decode", "tokens/s of a converted model and its teacher", "linearize.cli.bench", "decode")
     )
-
     bench_options.recipes(
         _add(
             what,
