@@ -36,7 +36,7 @@ def main() -> int:
                         "MFU": "" if stage.mfu is None else f"{100 * stage.mfu:.0f} %",
                         "tokens/s": "" if stage.rate is None else f"{stage.rate:,.0f}",
                         "hours": "" if stage.hours is None else f"{stage.hours:.2f}",
-                        "$": "" if stage.money is None else f"{stage.money:.2f}",
+                        "dollars": "" if stage.money is None else f"{stage.money:.2f}",
                     }
                 )
     print(tables.markdown(rows))
