@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from linearize.config import compose, list_recipes
 from linearize.config.schema import Recipe
 from linearize.distill import calibrate
 from linearize.distill.continuing import changes
-from linearize.errors import CheckpointError, NotFiniteError
+from linearize.errors import CheckpointError, DataError, NotFiniteError
 
 
 def perplexities(out: Path) -> dict[str, float]:
@@ -113,6 +114,44 @@ def test_a_teacher_that_overflows_is_refused_by_layer(make_recipe: Callable[...,
         model.model.layers[1].self_attn.k_proj.weight[0, 0] = float("inf")
     with pytest.raises(NotFiniteError, match=r"layer 1: the teacher's keys .* calibrate\.tokens=0"):
         calibrate.calibrate(model, calibrate.text(recipe, byte_tokenizer()), autocast=None)
+
+
+def test_a_student_that_overflows_leaves_the_teachers_inputs(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe()
+    recipe.calibrate.tokens = 256
+    halves = calibrate._halves
+
+    def overflowing(call: Any) -> tuple[Any, Any]:
+        teacher, student = halves(call)
+        return teacher, dataclasses.replace(student, k=student.k * float("inf"))
+
+    monkeypatch.setattr(calibrate, "_halves", overflowing)
+    model, layers = found(recipe)
+    assert layers and all(layer["after"] < layer["before"] for layer in layers)
+    assert all(value.isfinite().all() for value in state(model).values())
+
+
+def test_its_text_is_read_before_anything_is_written(
+    teacher_folder: Path, make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no stage reads it; a mixer without parameters asks for none."""
+    recipe = make_recipe()
+    recipe.stages.clear()
+    recipe.calibrate.tokens = 256
+    recipe.data.source = str(tmp_path / "gone.txt")
+
+    def loaded(*_: object, **__: object) -> None:
+        raise CheckpointError("weights are loaded")
+
+    monkeypatch.setattr("linearize.models.load_teacher", loaded)
+    with pytest.raises(DataError, match=r"gone\.txt"):
+        distill.run(str(teacher_folder), recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    recipe.mixer = {"window": {"name": "sliding", "size": 8}}
+    with pytest.raises(CheckpointError, match="weights are loaded"):
+        distill.run(str(teacher_folder), recipe, tmp_path / "run")
 
 
 def test_a_run_from_before_has_none(make_recipe: Callable[..., Recipe]) -> None:
