@@ -12,9 +12,10 @@ import pytest
 import torch
 import yaml
 from byte_llama import byte_tokenizer, tiny_llama
+from safetensors.torch import load_file
 from torch import Tensor
 
-from linearize import config, distill, surgery
+from linearize import config, distill, load, surgery
 from linearize.config import compose, list_recipes
 from linearize.config.schema import Recipe
 from linearize.distill import calibrate
@@ -63,6 +64,20 @@ def test_a_run_with_it_and_one_without(
     assert [layer["layer"] for layer in said["layers"]] == [0, 1]
     assert all(layer["after"] <= layer["before"] for layer in said["layers"])
     assert "calibrated" in (tmp_path / "with" / "report.md").read_text()
+
+
+def test_it_may_be_all_that_a_run_does(
+    teacher_folder: Path, make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    assert compose("lolcats", ["~stages"]).stages == {}
+    recipe = make_recipe(tokens=4 * 2 * 64)
+    recipe.stages, recipe.calibrate.tokens = {}, 512
+    done = distill.run(str(teacher_folder), recipe, tmp_path / "run")
+    rows = perplexities(tmp_path / "run")
+    assert list(rows)[:3] == ["teacher", "swapped, untrained", "calibrated"]
+    loaded = surgery.mixer_state(load(done.checkpoint))
+    kept = load_file(tmp_path / "run" / "stage-0-calibrate" / "final.safetensors")
+    assert loaded and all(torch.equal(loaded[name], kept[name].to(value)) for name, value in loaded.items())
 
 
 def test_a_run_goes_on_behind_it(
