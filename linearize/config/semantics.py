@@ -80,12 +80,13 @@ def _trained(recipe: Recipe, broken: Collection[str]) -> list[str]:
         return []
     given = variants.given(recipe.mixer, recipe.mixers, recipe.layers)
     if not recipe.stages:
-        if not any(mixers.needs_training(mixer) for mixer in given):
+        calibrated = recipe.calibrate.tokens > 0 or any(key.split(".")[0] == "calibrate" for key in broken)
+        if calibrated or not any(mixers.needs_training(mixer) for mixer in given):
             return []
         return [
-            "stages: empty, but this mixer computes nothing useful before it has been trained; keep a stage, or name "
-            "one (stages.transfer.objective=attention_output). Every run measures its untrained mixers too, as "
-            "'swapped, untrained'"
+            "stages: empty, but this mixer computes nothing useful before it has been trained or calibrated; keep a "
+            "stage, or name one (stages.transfer.objective=attention_output), or set calibrate.tokens=16384. Every run "
+            "measures its untrained mixers too, as 'swapped, untrained'"
         ]
     if any(mixers.has_parameters(mixer) for mixer in given):
         return []

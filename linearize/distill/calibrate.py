@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from linearize import data, surgery
 from linearize.config.schema import DataConfig, Recipe
 from linearize.distill import checkpoint
-from linearize.errors import CheckpointError, LinearizeError
+from linearize.errors import CheckpointError, LinearizeError, NotFiniteError
 from linearize.mixers import calibration
 from linearize.mixers.offloaded import device_of
 from linearize.models.cache import sha256
@@ -29,6 +29,8 @@ FINAL = "final.safetensors"
 DONE = "done.json"
 LENGTH = 1024
 """Tokens in a sequence at most: the teacher's attention is looked at whole."""
+ROWS = 128
+"""Tokens whose distributions over the vocabulary are held at once."""
 
 
 def wanted(recipe: Recipe, model: nn.Module) -> bool:
@@ -82,9 +84,14 @@ def calibrate(model: nn.Module, dataset: Any, *, autocast: torch.dtype | None) -
             best, least, found = start, _divergence(model, batch), []
         for own_stream in (True, False):
             surgery.load_mixer_state(model, start)
-            with computing:
-                layers = _pass(model, batch, own_stream, meter)
-                away = _divergence(model, batch)
+            try:
+                with computing:
+                    layers = _pass(model, batch, own_stream, meter)
+                    away = _divergence(model, batch)
+            except NotFiniteError:
+                if not own_stream:
+                    raise
+                continue  # sixteen bits may overflow behind poor layers; what is the teacher's own fault comes again
             if away < least:
                 best, least, found = surgery.mixer_state(model), away, layers
                 best = {name: value.clone() for name, value in best.items()}
@@ -123,9 +130,11 @@ def _divergence(model: nn.Module, batch: dict[str, Tensor]) -> float:
     for ids, places in zip(batch["input_ids"], batch["position_ids"], strict=True):
         given = {"input_ids": ids[None], "position_ids": places[None], "use_cache": False}
         with surgery.mode(model, "teacher"):
-            teacher = whole(**given).logits[0].float().log_softmax(-1)
-        student = whole(**given).logits[0].float().log_softmax(-1)
-        total += float((teacher.exp() * (teacher - student)).sum(-1).mean())
+            teacher = whole(**given).logits[0]
+        student = whole(**given).logits[0]
+        for rows in zip(teacher.split(ROWS), student.split(ROWS), strict=True):
+            wanted, had = (logits.float().log_softmax(-1) for logits in rows)
+            total += float((wanted.exp() * (wanted - had)).sum()) / len(teacher)
     mean = total / len(batch["input_ids"])
     return mean if mean == mean else float("inf")
 

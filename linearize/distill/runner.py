@@ -121,7 +121,7 @@ class _Job:
             torch.set_float32_matmul_precision("high")
         recipe, folder = self.recipe, self.folder
         places = self._places()
-        measurer, datasets = self._beforehand(places)
+        measurer, datasets, seen = self._beforehand(places)
         model: Any
         with self._watched(f"loading {self.source}", [], _SMALLER_MODEL):
             model, tokenizer = models.load_teacher(
@@ -145,7 +145,7 @@ class _Job:
                 "swapped, untrained",
                 lambda: measurer.measure(model, "swapped", tasks=False, sound=False),
             )
-        self._calibrate(model, tokenizer, measurer, results)
+        self._calibrate(model, seen, measurer, results)
         model = self._train(model, places, datasets, measurer, results)
         if recipe.eval.ablations:
             with self._measuring("the ablations"):
@@ -156,8 +156,10 @@ class _Job:
         write_json(folder.done, {"checkpoint": checkpoint.name})
         return RunSummary(folder.path, checkpoint, report, results.rows, time.monotonic() - started)
 
-    def _beforehand(self, places: list[StagePlace]) -> tuple[Measurer, dict[str, Any]]:
-        """Texts, read and cut, of evaluation and of the stages that are not done; no weight is loaded.
+    def _beforehand(self, places: list[StagePlace]) -> tuple[Measurer, dict[str, Any], Any]:
+        """Texts, read and cut, of evaluation, of the stages and of the calibration, where these are not done.
+
+        No weight is loaded. The last is None where there is nothing to calibrate.
 
         Raises:
             LinearizeError: all that is wrong with recipe, model and texts together.
@@ -165,18 +167,22 @@ class _Job:
         errors: list[LinearizeError] = []
         config = models.load_config(self.source)
         tokenizer = models.load_tokenizer(models.resolve(self.source))
+        settable = True
         with suppress(UnsupportedModelError):  # some show what they are on loaded weights alone
-            self._plan(skeleton(config), errors)
+            settable = self._plan(skeleton(config), errors).parameters > 0
         where = "a smaller token budget (stages.*.tokens) in a new run folder"
-        datasets = {}
+        datasets, seen = {}, None
         with self._watched("reading the texts", [], where):
             measurer = Measurer(self.recipe, tokenizer, self.autocast, errors)
             for place in places:
                 if not place.done:
                     with collected(errors):
                         datasets[place.name] = self._dataset(tokenizer, place)
+            if settable and self.recipe.calibrate.tokens > 0 and not calibrate.is_done(self._calibration):
+                with collected(errors):
+                    seen = calibrate.text(self.recipe, tokenizer)
         raise_together(errors, f"{self.recipe_name} on {self.source}")
-        return measurer, datasets
+        return measurer, datasets, seen
 
     def _plan(self, model: Any, errors: list[LinearizeError] | None) -> surgery.Plan:
         """The plan of a model, loaded or not, with adapters and lengths held against it; `errors` as `surgery.plan`."""
@@ -270,18 +276,20 @@ class _Job:
                 results.add(row, partial(measurer.measure, model, row))
         return model
 
-    def _calibrate(self, model: nn.Module, tokenizer: Any, measurer: Measurer, results: Results) -> None:
+    @property
+    def _calibration(self) -> Path:
+        return self.folder.stage(0, calibrate.NAME)
+
+    def _calibrate(self, model: nn.Module, dataset: Any, measurer: Measurer, results: Results) -> None:
         """The mixers' start in closed form, or that of an earlier process."""
         if not calibrate.wanted(self.recipe, model):
             return
-        folder = self.folder.stage(0, calibrate.NAME)
+        folder = self._calibration
         with self._watched("calibrating", [], "fewer calibrate.tokens in a new run folder"):
             if calibrate.is_done(folder):
                 calibrate.restore(model, folder)
             else:
-                found = calibrate.calibrate(
-                    model, calibrate.text(self.recipe, tokenizer), autocast=self.autocast
-                )
+                found = calibrate.calibrate(model, dataset, autocast=self.autocast)
                 calibrate.write(model, folder, found)
         with self._measuring("the calibrated model"):
             results.add("calibrated", lambda: measurer.measure(model, "calibrated", tasks=False, sound=False))

@@ -165,8 +165,16 @@ def test_a_file_with_a_byte_order_mark(write):
             ["stages.transfer.tokens=8k"],
             "stages.transfer: this recipe has no such stage; valid: finetune",
         ),
-        ("lolcats", ["stages={}"], "stages: empty, but this mixer computes nothing useful"),
-        ("lolcats", ["~stages"], "stages: empty, but this mixer computes nothing useful"),
+        (
+            "lolcats",
+            ["stages={}", "calibrate.tokens=0"],
+            "stages: empty, but this mixer computes nothing useful",
+        ),
+        (
+            "lolcats",
+            ["~stages", "calibrate.tokens=0"],
+            "stages: empty, but this mixer computes nothing useful",
+        ),
         ("lolcats", ["stages=null"], "stages: must be a mapping"),
         (
             "lolcats",

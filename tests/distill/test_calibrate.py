@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +12,15 @@ import pytest
 import torch
 import yaml
 from byte_llama import byte_tokenizer, tiny_llama
+from safetensors.torch import load_file
 from torch import Tensor
 
-from linearize import config, distill, surgery
+from linearize import config, distill, load, surgery
 from linearize.config import compose, list_recipes
 from linearize.config.schema import Recipe
 from linearize.distill import calibrate
 from linearize.distill.continuing import changes
-from linearize.errors import CheckpointError, NotFiniteError
+from linearize.errors import CheckpointError, DataError, NotFiniteError
 
 
 def perplexities(out: Path) -> dict[str, float]:
@@ -62,6 +64,20 @@ def test_a_run_with_it_and_one_without(
     assert [layer["layer"] for layer in said["layers"]] == [0, 1]
     assert all(layer["after"] <= layer["before"] for layer in said["layers"])
     assert "calibrated" in (tmp_path / "with" / "report.md").read_text()
+
+
+def test_it_may_be_all_that_a_run_does(
+    teacher_folder: Path, make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    assert compose("lolcats", ["~stages"]).stages == {}
+    recipe = make_recipe(tokens=4 * 2 * 64)
+    recipe.stages, recipe.calibrate.tokens = {}, 512
+    done = distill.run(str(teacher_folder), recipe, tmp_path / "run")
+    rows = perplexities(tmp_path / "run")
+    assert list(rows)[:3] == ["teacher", "swapped, untrained", "calibrated"]
+    loaded = surgery.mixer_state(load(done.checkpoint))
+    kept = load_file(tmp_path / "run" / "stage-0-calibrate" / "final.safetensors")
+    assert loaded and all(torch.equal(loaded[name], kept[name].to(value)) for name, value in loaded.items())
 
 
 def test_a_run_goes_on_behind_it(
@@ -113,6 +129,44 @@ def test_a_teacher_that_overflows_is_refused_by_layer(make_recipe: Callable[...,
         model.model.layers[1].self_attn.k_proj.weight[0, 0] = float("inf")
     with pytest.raises(NotFiniteError, match=r"layer 1: the teacher's keys .* calibrate\.tokens=0"):
         calibrate.calibrate(model, calibrate.text(recipe, byte_tokenizer()), autocast=None)
+
+
+def test_a_student_that_overflows_leaves_the_teachers_inputs(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe()
+    recipe.calibrate.tokens = 256
+    halves = calibrate._halves
+
+    def overflowing(call: Any) -> tuple[Any, Any]:
+        teacher, student = halves(call)
+        return teacher, dataclasses.replace(student, k=student.k * float("inf"))
+
+    monkeypatch.setattr(calibrate, "_halves", overflowing)
+    model, layers = found(recipe)
+    assert layers and all(layer["after"] < layer["before"] for layer in layers)
+    assert all(value.isfinite().all() for value in state(model).values())
+
+
+def test_its_text_is_read_before_anything_is_written(
+    teacher_folder: Path, make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no stage reads it; a mixer without parameters asks for none."""
+    recipe = make_recipe()
+    recipe.stages.clear()
+    recipe.calibrate.tokens = 256
+    recipe.data.source = str(tmp_path / "gone.txt")
+
+    def loaded(*_: object, **__: object) -> None:
+        raise CheckpointError("weights are loaded")
+
+    monkeypatch.setattr("linearize.models.load_teacher", loaded)
+    with pytest.raises(DataError, match=r"gone\.txt"):
+        distill.run(str(teacher_folder), recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    recipe.mixer = {"window": {"name": "sliding", "size": 8}}
+    with pytest.raises(CheckpointError, match="weights are loaded"):
+        distill.run(str(teacher_folder), recipe, tmp_path / "run")
 
 
 def test_a_run_from_before_has_none(make_recipe: Callable[..., Recipe]) -> None:
