@@ -71,7 +71,7 @@ RULES: dict[type, dict[str, Range]] = {
         "max_windows": at_least(0, MOST),
         "task_limit": at_least(0, MOST),
     },
-    schema.CalibrateConfig: {"tokens": Range(0, 131_072)},  # in one pass
+    schema.CalibrateConfig: {"tokens": Range(0, 131_072)},  # all at once
     schema.RunConfig: {"seed": SEEDS},
 }
 """Class -> field -> its range; of a mapping's values where the field is one. A test finds numbers that have none."""
