@@ -11,10 +11,11 @@ from linearize.bench.train import STAGES
 from linearize.config.schema import StageConfig
 from linearize.cost import memory, speed
 from linearize.cost.cards import CARDS, cards
+from linearize.cost.shapes import config_of
 from linearize.cost.stages import sizes_of
 from linearize.cost.strategy import fit
 from linearize.distill.trainable import prepare
-from linearize.errors import LinearizeError
+from linearize.errors import CheckpointError, LinearizeError
 from linearize.kernels.distill.slices import ELEMENTS
 
 ROWS = json.loads((Path(__file__).parents[1] / "docs/results/train-h200.json").read_text(encoding="utf-8"))
@@ -83,3 +84,13 @@ def test_constants_of_others():
     assert (
         SHAPES["smollm2-135m"]["num_attention_heads"] * SHAPES["smollm2-135m"]["head_dim"] == memory.KEPT_AT
     )
+
+
+def test_a_misspelt_shape_is_told_its_neighbour(monkeypatch):
+    def unknown(model):
+        raise CheckpointError(f"no model '{model}'")
+
+    monkeypatch.setattr("linearize.models.load_config", unknown)
+    assert config_of("Llama-3-8B").num_hidden_layers == 32
+    with pytest.raises(CheckpointError, match="no model 'llama-3-9b'.*did you mean 'llama-3-8b'"):
+        config_of("llama-3-9b")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from linearize.bench.subjects import SHAPES
+from linearize.errors import LinearizeError
+from linearize.registry import closest
 
 LARGE: dict[str, dict[str, Any]] = {
     "llama-3-70b": {
@@ -44,5 +46,9 @@ def config_of(model: str) -> Any:
     if found is None:
         from linearize.models import load_config
 
-        return load_config(model)
+        try:
+            return load_config(model)
+        except LinearizeError as error:
+            # a shape's name that is misspelt looks like a model of the hub
+            raise type(error)(f"{error}. As a shape's name: {closest(model.lower(), known())}") from error
     return AutoConfig.for_model(**{"model_type": "llama", **found})
