@@ -92,5 +92,5 @@ def test_a_misspelt_shape_is_told_its_neighbour(monkeypatch):
 
     monkeypatch.setattr("linearize.models.load_config", unknown)
     assert config_of("Llama-3-8B").num_hidden_layers == 32
-    with pytest.raises(CheckpointError, match="no model 'llama-3-9b'.*did you mean 'llama-3-8b'"):
+    with pytest.raises(CheckpointError, match=r"no model 'llama-3-9b'.*did you mean 'llama-3-8b'"):
         config_of("llama-3-9b")
