@@ -104,7 +104,7 @@ class CalibrateConfig:
     """What is set in closed form before any training: decays, strengths, feature maps, shares and sizes."""
 
     tokens: int = 0
-    """Training tokens that are looked at, all at once; 0 leaves the mixers at their published start. Shipped recipes: 16384."""
+    """Training tokens that are looked at; 0 leaves the mixers at their published start. Shipped recipes: 16384."""
 
 
 @dataclass
