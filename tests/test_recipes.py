@@ -53,7 +53,7 @@ def one_thread() -> None:
 def short(recipe: Recipe, length: int, batch: int) -> list[str]:
     """Overrides that take the length of a recipe's stages and of its evaluation, and no more."""
     found = [f"data.length={length}", f"eval.length={length}", "eval.max_windows=2", "eval.ablations=false"]
-    found.append(f"calibrate.tokens={4 * length}")
+    found.append(f"calibrate.tokens={length}")
     for name, stage in recipe.stages.items():
         pairs = stage.data is not None and stage.data.template == "preference"
         own = PAIR if pairs else length
