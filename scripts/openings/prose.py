@@ -1,0 +1,138 @@
+"""Openings of running text: encyclopedias, news, fiction, letters, science and so on; `{x}` is filled from `words`."""
+
+from __future__ import annotations
+
+PROSE: dict[str, list[str]] = {
+    "encyclopedia": [
+        "{Subject}", "{Subject} is", "The history of {subject}", "# {Subject}\n\n", "== {Subject} ==\n",
+        "{Subject}, in its widest sense,", "Early ideas about {subject}", "The term for {subject}",
+        "{Subject} (disambiguation)", "List of topics in {subject}", "{First} {Last} (born 19{two} in {place})",
+        "{First} {Last} was a {work}", "{Place} is a", "{Place}, known locally as", "The population of {place}",
+        "The geography of {place}", "Transport in {place}", "The siege of {place}", "The University of {place}",
+        "Criticism of {subject}", "Types of {subject}", "{Subject} in popular culture", "{Subject}: an overview",
+        "The Treaty of {place}, signed in 18{two},", "The {Last} family of {place}", "{Last} Island",
+    ],
+    "news": [
+        "{PLACE} -", "{PLACE}, March {day} -", "Officials in {place} said on Tuesday", "BREAKING:",
+        "A new report on {subject}", "Prices rose by {day} percent", "Residents of {place} woke to",
+        "{First} {Last}, a {work} from {place}, has", "The council voted {day} to 12", "After weeks of talks,",
+        "Hundreds gathered outside", "Researchers warn that {subject}", "{Place} mayor {First} {Last}",
+        "Police are appealing for", "The government announced", "Shares in the company fell", "Letters to the editor:",
+        "Weather: {Place} can expect", "In a surprise decision,", "Opinion: What we get wrong about {subject}",
+        "Obituary: {First} {Last}, {work}", "Ten years after the flood in {place},", "Correction:",
+        "Strike closes {place} port", "Local {work} wins", "Why {subject} matters again",
+    ],
+    "howto": [
+        "How to {skill}", "How do I {skill}?", "To {skill}, you will need", "{Skill} in {day} easy steps",
+        "A beginner's guide: {skill}", "Before you {skill},", "Tips for people who want to {skill}\n\n1.",
+        "Common mistakes when you {skill}", "I wanted to {skill}, so I", "Step 1:",
+        "You do not have to be a {work} to {skill}.",
+    ],
+    "recipe": [
+        "{Dish}\n\nIngredients:\n-", "Recipe: {dish}", "My grandmother's {dish}", "For the {dish}:\n",
+        "{Dish} (serves {small})\n", "This {dish} takes", "The secret of good {dish}", "Preheat the oven to",
+        "What to serve with {dish}", "Can I freeze {dish}?", "Vegan {dish}:", "{Dish} is a dish from {place}",
+    ],
+    "letter": [
+        "Dear {First},\n\n", "Dear Mr {Last},\n\n", "Dear Dr {Last},\n\nThank you for", "My dearest {First},\n",
+        "{Place}, the {day}th of May 18{two}\n\nDear {First},", "To whom it may concern,\n\n", "Dear Editor,\n\n",
+        "Dear neighbours,\n\n", "Dear {First},\n\nI was so sorry to hear", "Dear Ms {Last},\n\nI am writing about",
+        "Postcard from {place}:", "P.S. {First} says",
+    ],
+    "email": [
+        "Subject: {Subject}\n\n", "Subject: Re: meeting on Thursday\n\nHi {First},\n", "From: {First} {Last}\nTo:",
+        "Hi all,\n\n", "Hi {First},\n\nJust a quick note", "Hello {First},\n\nFollowing up on", "Subject: Invoice {four}",
+        "Subject: Your order from {place}\n\nDear {First},", "Hi team,\n\nHere is the weekly update:\n\n-",
+        "Subject: Out of office\n\n", "Good morning {First},\n\nAttached", "Subject: Question about {subject}\n\n",
+    ],
+    "fiction": [
+        "{First} had never been to {place} before,", "The {work} opened the door and", "It was raining in {place}",
+        "Chapter {small}\n\n", "Chapter I\n\nIn which {First}", "\"You're late,\" said {First}.", "Once upon a time",
+        "When {First} {Last} was {day} years old,", "Nobody in {place} remembered", "The letter arrived on a Monday.",
+        "They buried the {work} on", "\"I don't believe you,\" {First}", "The ship had been {day} days out of {place}",
+        "There was something wrong with the {Last} house.", "{First} counted the money twice.", "Far below,",
+        "My brother {First} and I", "On the night of the storm,", "The old woman who lived", "In the year 2{two}7,",
+        "The dragon", "The detective looked at", "{First} woke to the sound of", "Years later,", "\"Run!\"",
+        "Snow had fallen on {place}", "The first thing that {First} stole", "At the edge of the forest stood",
+    ],
+    "review": [
+        "I bought {product} last", "Review: {product}", "5 stars\n\n", "1 star. ", "After three months with {product},",
+        "Pros:\n-", "Verdict on {product}:", "I wanted to like {product},", "{Product}: is it worth it?",
+        "Don't buy {product} before", "We stayed for {small} nights", "My {work} friend recommended {product}.",
+        "Rating: {small}/10\n\n", "The {small} best things about {product}",
+    ],
+    "question": [
+        "Q: What is {subject}?\nA:", "Question: Why do people study {subject}?\nAnswer:", "What causes {subject}?",
+        "Who invented {subject}?", "ELI5: {subject}", "Is {subject} the same as {other}?", "FAQ: {Subject}\n\n",
+        "Q. How long does it take to {skill}?\n\nA.", "When was {place} founded?", "What is the best way to {skill}?",
+        "True or false:", "Which is older, {subject} or {other}?", "Quiz: {subject}\n\n1.", "Can you explain {subject}",
+        "What should I see in {place}?", "Has anyone here tried to {skill}?", "Multiple choice: {subject}\n\nA)",
+    ],
+    "science": [
+        "Abstract\n\n", "Abstract. We study {subject}", "1 Introduction\n\n{Subject}", "In this paper, we",
+        "Figure {small}:", "Recent work on {subject}", "Theorem {small}.", "Let x be", "We propose a method for",
+        "Materials and methods\n\nSamples were", "The results suggest that {subject}", "Background: {Subject}",
+        "Lemma {small}. Suppose that", "Consider a system of", "Conclusion\n\n", "Keywords: {subject}, {other}",
+        "The relation between {subject} and {other}", "Proof.", "Exercise {day}.", "Patients with",
+        "A sample of {four} adults", "Lecture {small}: {Subject}\n\n",
+    ],
+    "law": [
+        "The law on {law}", "Article {day}\n\n", "Section {small}({small}):", "The appellant, {First} {Last},",
+        "{Last} v. {Other}", "WHEREAS", "This agreement is made between", "The court held that", "Your rights: {law}",
+        "Terms and conditions\n\n1.", "A question about {law}:", "In matters of {law},", "The defendant argued",
+        "Privacy policy\n\n", "Clause {day}. The tenant shall", "Judgment of the Court in {place}",
+    ],
+    "sports": [
+        "{Place} beat {OtherPlace} {small}-1", "{First} {Last} won", "In {sport}, the", "The rules of {sport}",
+        "Match report:", "Half-time:", "The {sport} season", "Coach {First} {Last}", "How {place} became a home of {sport}",
+        "At the {sport} championships in {place},", "Training plan for {sport}\n\nMonday:", "Transfer news:",
+        "With two minutes left,", "The history of {sport}", "Player ratings: {First} {Last}",
+    ],
+    "essay": [
+        "Why I", "On {subject}", "There are two kinds of", "The trouble with {subject}", "It is often said that",
+        "What {subject} taught me about {other}", "Against {subject}", "In defence of {subject}", "A {work}'s day",
+        "My first week as a {work}", "Thoughts on moving to {place}", "If I could {skill},", "We need to talk about",
+        "Five books about {subject}", "Some people think {subject}", "Looking back on", "A note on {subject}",
+        "Imagine a world without {subject}.", "What nobody tells you about {subject}",
+    ],
+    "school": [
+        "{Subject} for children\n\n", "Lesson plan: {subject}\n\nAim:", "Write a paragraph about {subject}.\n\n",
+        "Homework: {First} has {day} apples", "Problem: A train leaves {place} at", "Glossary\n\n", "Study notes: {subject}",
+        "Key terms in {subject}:\n\n", "Summary of chapter {small}:", "{First} and {OtherFirst} share {day} sweets.",
+        "Solve for x:", "Essay question: Discuss {subject}.", "Timeline of {subject}\n\n", "Today we will learn",
+        "Word problem {day}:", "Spelling list {small}:", "Book report: ", "Solution:",
+    ],
+    "health": [
+        "Symptoms of", "{Subject} and your health", "Talk to your doctor", "What to eat when", "Exercise of the week:",
+        "Side effects may include", "First aid:", "Dr {First} {Last} answers:", "A guide to {subject} for parents",
+        "Sleeping better:", "Dose:", "In children under {small},", "The patient, a {work} aged {two},",
+    ],
+    "travel": [
+        "{Day} hours in {place}", "Getting to {place}:", "We arrived in {place}", "Where to eat in {place}",
+        "The train from {place} to {OtherPlace}", "Day {small}: {Place}\n\n", "{Place} on a budget", "Travel advice: {place}",
+        "Hidden corners of {place}", "The old town of {place}", "A walk through {place}", "Is {place} safe?",
+        "In {place}, breakfast", "Packing list for {place}\n\n-",
+    ],
+    "speech": [
+        "Ladies and gentlemen,", "Good evening, {place}!", "Thank you, {First}.", "Mr President,", "My fellow citizens,",
+        "Transcript\n\nHOST:", "INTERVIEWER: {First} {Last}, you", "[applause]", "Dear graduates,", "Welcome back to the show.",
+        "{FIRST}: I thought you were", "Narrator: {Place},", "Sermon on", "A toast to {First} and {OtherFirst}:",
+        "SCENE {small}. {Place}.", "{FIRST}\n(entering)\n", "Minutes of the meeting of",
+    ],
+    "verse": [
+        "O {subject},", "{Subject}\n\nby {First} {Last}\n\n", "Roses are", "Verse 1\n", "[Chorus]\n", "In {place} did",
+        "Haiku: {subject}\n\n", "There once was a {work} from {place}", "Lullaby for {First}\n\n", "The ballad of {First} {Last}\n\n",
+        "I wandered", "A riddle:",
+    ],
+    "advert": [
+        "For sale: {product}", "Job: {work} in {place}\n\n", "We are looking for a {work}", "Introducing {product}:",
+        "About us\n\n", "Room to let in {place}", "Lost:", "Event: {Subject} night\n", "Join us in {place}", "Sale!",
+        "{First}'s shop in {place}", "Volunteers wanted:", "Press release\n\n{PLACE} -", "New in our range:",
+    ],
+    "business": [
+        "Executive summary\n\n", "Quarterly report:", "Market outlook for {subject}", "Agenda\n\n1.", "Case study: {subject}",
+        "{Last} & Sons", "The company was founded in {place}", "Risks:\n-", "Meeting notes, {First} {Last}:", "Proposal:",
+        "Revenue grew by {day} %", "Strategy for {subject}", "Frequently asked questions about {subject}\n\n",
+        "Release notes, version {small}.{day}\n\n-", "Lessons learned:",
+    ],
+}  # fmt: skip
