@@ -74,8 +74,10 @@ def filled(template: str, rng: random.Random) -> str:
             return text.upper()
         return text[:1].upper() + text[1:] if name[0].isupper() else text
 
-    return re.sub(r"\{(\w+)\}", word, template.replace("{{", "\0").replace("}}", "\1")).replace("\0", "{").replace(
-        "\1", "}"
+    return (
+        re.sub(r"\{(\w+)\}", word, template.replace("{{", "\0").replace("}}", "\1"))
+        .replace("\0", "{")
+        .replace("\1", "}")
     )
 
 

@@ -57,7 +57,9 @@ def step_kernel(
             size = tl.exp2(tl.abs(score / cap) * (-2.0 * LOG2E))
             score = tl.where(score < 0, -1.0, 1.0) * cap * (1.0 - size) / (1.0 + size)
         score = tl.where(stood[None, :], score * LOG2E, float("-inf"))
-        higher = tl.maximum(top, tl.max(score, 1))  # the newest key is always seen: finite from the first tile
+        higher = tl.maximum(
+            top, tl.max(score, 1)
+        )  # the newest key is always seen: finite from the first tile
         weight = tl.exp2(score - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(weight, 1)

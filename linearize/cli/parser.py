@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from linearize.cli import bench_options, given
+from linearize.cli import bench_options, given, sample_options
 from linearize.config.overrides import FORM
 from linearize.errors import LinearizeError
 from linearize.registry import closest
@@ -152,6 +152,9 @@ def build_parser() -> Parser:
         help="where page.html and page.md go (default: runs/compare-A-B)",
     )
     _generate_arguments(_add(commands, "generate", "continue a prompt", "linearize.cli.generation"))
+    sample = _add(commands, "sample", "let a model write training text", "linearize.cli.sampling")
+    sample_options.add(sample, MODEL_HELP)
+    _device_argument(sample)
 
     bench = _add(commands, "bench", "measure speed on this machine's GPU", "linearize.cli.bench")
     bench.set_defaults(command=_show_help)

@@ -20,7 +20,7 @@ from transformers import set_seed
 from linearize import data, export, models, objectives, surgery
 from linearize.config.course import Course
 from linearize.config.schema import Recipe
-from linearize.distill import batches, calibrate, memory, preference, stages
+from linearize.distill import calibrate, memory, preference, stages, texts
 from linearize.distill.callbacks import RunStopped
 from linearize.distill.checkpoint import write_json, writing
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
@@ -102,6 +102,8 @@ class _Job:
     def __init__(self, model: str, recipe: Recipe, folder: RunFolder, recipe_name: str) -> None:
         self.source = model
         self.recipe = recipe
+        self.texts = recipe
+        """The recipe with files for what the teacher is to write."""
         self.folder = folder
         self.recipe_name = recipe_name
         self.device = resolve_device(recipe.run)
@@ -171,12 +173,42 @@ class _Job:
         datasets = {}
         with self._watched("reading the texts", [], where):
             measurer = Measurer(self.recipe, tokenizer, self.autocast, errors)
-            for place in places:
-                if not place.done:
-                    with collected(errors):
-                        datasets[place.name] = self._dataset(tokenizer, place)
+            waiting = [place for place in places if not place.done and self._of_teacher(place)]
+            for place in waiting:
+                data_of = self.recipe.data.of(self.recipe.stages[place.name])
+                texts.look(self.recipe, data_of, tokenizer, errors)
+            self._datasets(
+                [p for p in places if not p.done and p not in waiting], tokenizer, datasets, errors
+            )
         raise_together(errors, f"{self.recipe_name} on {self.source}")
+        tokens = texts.most(self.recipe)
+        if tokens and not (places and all(place.done for place in places)):
+            self._write_text(tokenizer, tokens)
+            with self._watched("reading the texts", [], where):
+                self._datasets(waiting, tokenizer, datasets, errors)
+            raise_together(errors, f"{self.recipe_name} on {self.source}")
         return measurer, datasets
+
+    def _of_teacher(self, place: StagePlace) -> bool:
+        return texts.of_teacher(self.recipe.data.of(self.recipe.stages[place.name]))
+
+    def _datasets(
+        self,
+        places: list[StagePlace],
+        tokenizer: Any,
+        datasets: dict[str, Any],
+        errors: list[LinearizeError],
+    ) -> None:
+        for place in places:
+            with collected(errors):
+                datasets[place.name] = self._dataset(tokenizer, place)
+
+    def _write_text(self, tokenizer: Any, tokens: int) -> None:
+        """The teacher's own text; what of it is written stays in the cache, wherever the run ends."""
+        otherwise = "a smaller data.teacher.batch or data.teacher.length in a new run folder"
+        with self._watched("while the teacher wrote text", [], otherwise):
+            where = {"device": self.device, "weights": self.weights}
+            self.texts = texts.write(self.recipe, self.source, tokenizer, tokens=tokens, **where)
 
     def _plan(self, model: Any, errors: list[LinearizeError] | None) -> surgery.Plan:
         """The plan of a model, loaded or not, with adapters and lengths held against it; `errors` as `surgery.plan`."""
@@ -231,12 +263,11 @@ class _Job:
 
     def _dataset(self, tokenizer: Any, place: StagePlace) -> Any:
         stage = self.recipe.stages[place.name]
-        text = self.recipe.data.of(stage)
-        course = Course.of(stage, text.length)
+        text = self.texts.data.of(self.texts.stages[place.name])
         seed = self.recipe.run.seed + place.index
         if objectives.level_of(stage.objective) == "pair":
-            return preference.pairs(tokenizer, text, tokens=course.tokens, seed=seed)
-        tokens = batches.firsts(course)[-1] * text.length
+            return preference.pairs(tokenizer, text, tokens=Course.of(stage, text.length).tokens, seed=seed)
+        tokens = texts.packed_tokens(text, stage)
         return data.packed(tokenizer, text, tokens=tokens, seed=seed, split="train")
 
     def _train(
@@ -280,7 +311,7 @@ class _Job:
                 calibrate.restore(model, folder)
             else:
                 found = calibrate.calibrate(
-                    model, calibrate.text(self.recipe, tokenizer), autocast=self.autocast
+                    model, calibrate.text(self.texts, tokenizer), autocast=self.autocast
                 )
                 calibrate.write(model, folder, found)
         with self._measuring("the calibrated model"):
