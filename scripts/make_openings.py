@@ -54,7 +54,8 @@ def filled(template: str, rng: random.Random) -> str:
     """A template with its words, capitalized as their names in it are."""
     lists = {
         "subject": words.SUBJECTS, "other": words.SUBJECTS, "place": words.PLACES, "otherplace": words.PLACES,
-        "first": words.FIRST, "otherfirst": words.FIRST, "last": words.LAST, "work": words.WORK, "otherwork": words.WORK,
+        "first": words.FIRST, "otherfirst": words.FIRST, "last": words.LAST, "work": words.WORK,
+        "otherwork": words.WORK,
         "dish": words.DISHES, "skill": words.SKILLS, "product": words.PRODUCTS, "function": words.FUNCTIONS,
         "thing": words.THINGS, "sport": words.SPORTS, "law": words.LAWS,
     }  # fmt: skip

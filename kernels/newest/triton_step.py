@@ -1,4 +1,4 @@
-"""A program owns a key head of a row, with all query heads that share it: a key is read once, and none that is not seen.
+"""A program owns a key head of a row and all query heads that share it: a key is read once, and none that is not seen.
 
 Reading keys is what costs: 2 x K x 2 bytes a key head and token, so the loop ends where the row's document begins.
 """

@@ -100,7 +100,7 @@ def replaced(path: str, count: Any, batch: Any) -> list[str]:
 
 
 def without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Null takes out an inherited stage, objective, mixer part, option or source of a mix; names are short for {name: it}."""
+    """Null takes out an inherited stage, objective, part, option or source of a mix; a name is short for {name: it}."""
     tidy = dict(raw)
     if isinstance(tidy.get("mixer"), Mapping):
         tidy["mixer"] = {

@@ -1,4 +1,4 @@
-"""`data.source` and `data.mix`: what a source of text is called, alone or mixed by weight, and what is wrong with that."""
+"""`data.source` and `data.mix`: how sources of text are called, alone or mixed by weight, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def source_problem(path: str, value: Any) -> str | None:
     """What is wrong with a text source, or None; whether the text is there shows when it is read."""
     texts = value if isinstance(value, (list, tuple)) else [value]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        return f"{path}: must be builtin, teacher, a file, a folder, a hub dataset, or a list of these, got {shown(value)}"
+        rule = "must be builtin, teacher, a file, a folder, a hub dataset, or a list of these"
+        return f"{path}: {rule}, got {shown(value)}"
     if names.TEACHER in texts and isinstance(value, (list, tuple)):
         others = ", ".join(f"{text}: 1" for text in texts)
         return (
@@ -48,8 +49,8 @@ def mix_problems(path: str, mix: Any, source: Any, default: Any) -> list[str]:
     found = []
     if source not in (default, names.BUILTIN):
         found.append(
-            f"{path}.mix: {path}.source={shown(source)} stands beside it, and a mix takes the place of a source; take one "
-            f"of them out (~{path}.source or ~{path}.mix)"
+            f"{path}.mix: {path}.source={shown(source)} stands beside it, and a mix takes the place of a source; take "
+            f"one of them out (~{path}.source or ~{path}.mix)"
         )
     for name, entry in mix.items():
         where = f"{path}.mix.{name}"
@@ -114,7 +115,7 @@ def parts(data: DataConfig) -> list[tuple[str, float, DataConfig]]:
     found = []
     for name, entry in data.mix.items():
         own = entry if isinstance(entry, Mapping) else {}
-        kept = {key: own[key] for key in OWN if key in own}
+        kept: dict[str, Any] = {key: own[key] for key in OWN if key in own}
         if name == names.BUILTIN:
             kept = {
                 "template": DataConfig.template,

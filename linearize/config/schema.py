@@ -138,8 +138,8 @@ class DataConfig:
     """builtin, a file or folder (parquet, JSONL, txt), a glob, a hub dataset name, a list of these, or teacher (the
     model itself writes the text)."""
     mix: dict[str, Any] = field(default_factory=dict)
-    """In place of `source`: source -> weight, or {weight, template, text_field, split} where one is read in another way.
-    Weights are shares of the tokens."""
+    """In place of `source`: source -> weight, or {weight, template, text_field, split} for one that is read in another
+    way. Weights are shares of the tokens."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """How the source `teacher` is written."""
     validation: Any = "builtin"

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from linearize.config import layers, rules, variants
-from linearize.config.schema import DataConfig, Recipe
 from linearize.config.mix import mix_problems, only_plain, source_problem, sources
 from linearize.config.names import TEACHER
+from linearize.config.schema import DataConfig, Recipe
 from linearize.config.stages import auto_or_count, ignored, stage_problems
 from linearize.config.values import as_number, shown
 from linearize.registry import closest

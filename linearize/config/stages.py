@@ -250,8 +250,8 @@ def ignored(path: str, given: object, default: DataConfig, fields: Collection[st
         fields: of the section.
     """
     return [
-        f"{path}.{field}: the text of builtin and of teacher takes no {field}, so {shown(value)} would be ignored; name a {path}.source, "
-        f"or remove {field}"
+        f"{path}.{field}: the text of builtin and of teacher takes no {field}, so {shown(value)} would be ignored; name "
+        f"a {path}.source, or remove {field}"
         for field in fields
         if (value := getattr(given, field)) not in (None, getattr(default, field), "preference")
     ]

@@ -33,8 +33,8 @@ def local_files(name: str) -> list[Path] | None:
     """
     if name == TEACHER:
         raise DataError(
-            "the text of 'teacher' is written for training, by `linearize run` and `linearize sample`; name a file here, "
-            "or ./teacher for one of that name"
+            "the text of 'teacher' is written for training, by `linearize run` and `linearize sample`; name a file "
+            "here, or ./teacher for one of that name"
         )
     path = expanded(name)
     mode = mode_of(path)

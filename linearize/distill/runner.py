@@ -170,7 +170,7 @@ class _Job:
         with suppress(UnsupportedModelError):  # some show what they are on loaded weights alone
             self._plan(skeleton(config), errors)
         where = "a smaller token budget (stages.*.tokens) in a new run folder"
-        datasets = {}
+        datasets: dict[str, Any] = {}
         with self._watched("reading the texts", [], where):
             measurer = Measurer(self.recipe, tokenizer, self.autocast, errors)
             waiting = [place for place in places if not place.done and self._of_teacher(place)]
@@ -207,8 +207,9 @@ class _Job:
         """The teacher's own text; what of it is written stays in the cache, wherever the run ends."""
         otherwise = "a smaller data.teacher.batch or data.teacher.length in a new run folder"
         with self._watched("while the teacher wrote text", [], otherwise):
-            where = {"device": self.device, "weights": self.weights}
-            self.texts = texts.write(self.recipe, self.source, tokenizer, tokens=tokens, **where)
+            self.texts = texts.write(
+                self.recipe, self.source, tokenizer, device=self.device, weights=self.weights, tokens=tokens
+            )
 
     def _plan(self, model: Any, errors: list[LinearizeError] | None) -> surgery.Plan:
         """The plan of a model, loaded or not, with adapters and lengths held against it; `errors` as `surgery.plan`."""

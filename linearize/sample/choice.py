@@ -14,8 +14,8 @@ from linearize.decode import Sampling
 class Narrow(Sampling):
     """`Sampling` with the same meaning of temperature, top k and top p, in this order, and draws of its own.
 
-    transformers sorts the whole vocabulary for top p, and draws noise for all of it: 50 M numbers sorted a step at 1,024
-    rows of 49,152. Here top k comes first, by selection, and the rest happens among k numbers a row.
+    transformers sorts the whole vocabulary for top p, and draws noise for all of it: 50 M numbers sorted a step at
+    1,024 rows of 49,152. Here top k comes first, by selection, and the rest happens among k numbers a row.
     """
 
     def choose(self, logits: Tensor) -> Tensor:

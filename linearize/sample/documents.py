@@ -1,4 +1,4 @@
-"""What a round wrote, as documents, and which of them are no text to learn from: too short, looping, or known already."""
+"""What a round wrote, as documents, and which of them are no text to learn from: short, looping, or known already."""
 
 from __future__ import annotations
 

@@ -259,8 +259,8 @@ def _check(model: Any, settings: TeacherConfig) -> None:
         )
     if problems:
         raise UnsupportedModelError(
-            f"text cannot be sampled from this model: {'; '.join(problems)}; sample with another tool, and give the text "
-            "as a file (data.source=FILE)"
+            f"text cannot be sampled from this model: {'; '.join(problems)}; sample with another tool, and give the "
+            "text as a file (data.source=FILE)"
         )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and settings.length > longest:

@@ -173,8 +173,8 @@ class Store:
     def _unwritable(self, error: OSError) -> CheckpointError:
         reason = getattr(error, "strerror", None) or error
         return CheckpointError(
-            f"cannot write sampled text into {self.folder}: {reason}; free some space or set LINEARIZE_CACHE to a folder "
-            "on another disk, and give the command again: finished parts are kept"
+            f"cannot write sampled text into {self.folder}: {reason}; free some space or set LINEARIZE_CACHE to a "
+            "folder on another disk, and give the command again: finished parts are kept"
         )
 
 

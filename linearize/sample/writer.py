@@ -84,7 +84,8 @@ class Writer(Decoder):
         """A round: what every row writes in `steps` tokens, a function of openings and seed alone.
 
         Args:
-            order: [B, Q] numbers of openings, as many a row as `prepare_order` has made room for; begun again at its end.
+            order: [B, Q] numbers of openings, as many a row as `prepare_order` has made room for; after the last comes
+                the first.
             seed: of the draws.
             on_steps: told how many steps more are done, now and then.
 

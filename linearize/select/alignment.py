@@ -60,8 +60,10 @@ def dataset(recipe: Recipe, name: str, stage: StageConfig, tokenizer: Any, sourc
     if training.of_teacher(recipe.data.of(stage)):
         device = resolve_device(recipe.run)
         own = replace(recipe, stages={name: stage}, calibrate=CalibrateConfig())
-        where = {"device": device, "weights": resolve_weights(recipe.run, device)}
-        recipe = training.write(own, source, tokenizer, tokens=training.most(own), **where)
+        weights = resolve_weights(recipe.run, device)
+        recipe = training.write(
+            own, source, tokenizer, device=device, weights=weights, tokens=training.most(own)
+        )
         stage = recipe.stages[name]
     text = recipe.data.of(stage)
     return data.packed(tokenizer, text, tokens=Course.of(stage, text.length).tokens, seed=recipe.run.seed + 1)
