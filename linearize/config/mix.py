@@ -1,4 +1,4 @@
-"""`data.source` and `data.mix`: how sources of text are called, alone or mixed by weight, and what is wrong with them."""
+"""`data.source` and `data.mix`: what sources of text are called, alone or by weight, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -135,7 +135,11 @@ def written(data: DataConfig, files: list[str]) -> DataConfig:
         files: parquet files that hold the text.
     """
     # which control tokens it spells is the teacher's doing: they count
-    plain = {"template": "rendered", "text_field": DataConfig.text_field, "split": DataConfig.split}
+    plain: dict[str, Any] = {
+        "template": "rendered",
+        "text_field": DataConfig.text_field,
+        "split": DataConfig.split,
+    }
     if not data.mix:
         return replace(data, source=files, **plain) if data.source == names.TEACHER else data
     mix = dict(data.mix)

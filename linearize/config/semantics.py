@@ -10,7 +10,7 @@ from linearize.config import layers, rules, variants
 from linearize.config.mix import mix_problems, only_plain, source_problem, sources
 from linearize.config.names import TEACHER
 from linearize.config.schema import DataConfig, Recipe
-from linearize.config.stages import auto_or_count, ignored, stage_problems
+from linearize.config.stages import auto_or_count, ignored, plain_words, stage_problems
 from linearize.config.values import as_number, shown
 from linearize.registry import closest
 
@@ -127,7 +127,7 @@ def _data(recipe: Recipe, broken: Collection[str]) -> list[str]:
         return found  # said where the stage is judged
     alone = only_plain(DataConfig(source=data.validation)) and only_plain(data)
     alone = alone and all(only_plain(data.of(stage)) for stage in recipe.stages.values())
-    return ignored("data", data, DataConfig(), ("split", "text_field", "template")) if alone else []
+    return ignored("data", data, DataConfig(), plain_words(sources(data))) if alone else []
 
 
 def _teacher(data: DataConfig, broken: Collection[str]) -> list[str]:

@@ -237,22 +237,27 @@ def _data(path: str, stage: StageConfig, data: DataConfig) -> list[str]:
         return found
     if not only_plain(data.of(stage)):
         return []
-    return ignored(f"{path}.data", stage.data, DataConfig(), ("split", "text_field", "template"))
+    return ignored(f"{path}.data", stage.data, DataConfig(), plain_words(sources(data.of(stage))))
 
 
-def ignored(path: str, given: object, default: DataConfig, fields: Collection[str]) -> list[str]:
+def plain_words(found: Collection[str]) -> str:
+    """Whose text it is that takes no options: "builtin" or "teacher's"."""
+    return "teacher's" if TEACHER in found else "builtin"
+
+
+def ignored(path: str, given: object, default: DataConfig, what: str) -> list[str]:
     """Options that the package's own text and the teacher's have no use for: it is plain text of one split.
 
     Args:
         path: dotted key of the section.
         given: the section.
         default: what means nothing.
-        fields: of the section.
+        what: whose text it is.
     """
     return [
-        f"{path}.{field}: the text of builtin and of teacher takes no {field}, so {shown(value)} would be ignored; name "
-        f"a {path}.source, or remove {field}"
-        for field in fields
+        f"{path}.{field}: the {what} text takes no {field}, so {shown(value)} would be ignored; name a "
+        f"{path}.source, or remove {field}"
+        for field in ("split", "text_field", "template")
         if (value := getattr(given, field)) not in (None, getattr(default, field), "preference")
     ]
 
