@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,12 @@ def main(options: argparse.Namespace) -> int:
         raise LinearizeError(f"{out} exists; choose another file with --out, or delete it")
     if not options.tokens:
         raise LinearizeError("--tokens 0: there is nothing to write; give a number above 0")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # now, and not when the text has been written
+        raise LinearizeError(
+            f"{out} cannot be written ({error.strerror or error}); choose another file with --out"
+        ) from error
 
     from linearize import models  # after the options are known to be right: importing takes seconds
     from linearize.distill import memory
@@ -114,7 +121,6 @@ def _copy(parts: list[Path], out: Path) -> None:
 
     partial = out.with_name(f".partial-{out.name}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         columns = ["text", "source", "tokens"]
         if out.suffix == ".parquet":
             first = pq.read_table(parts[0], columns=columns).schema.remove_metadata()
@@ -135,7 +141,8 @@ def _copy(parts: list[Path], out: Path) -> None:
             "in the cache, and the same command goes on from there"
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _name(device: Any) -> str:

@@ -125,7 +125,7 @@ class TeacherConfig:
     """Share of the documents that answer a first turn in the tokenizer's chat template: auto (0.3 where there is one,
     else 0), or a number from 0 to 1."""
     batch: Any = "auto"
-    """Documents written at once: auto (up to 1024, by the device's memory; 8 on the CPU), or a number."""
+    """Documents written at once: auto (up to 2048, by the device's memory; 8 on the CPU), or a number."""
     seed: int = 0
     """Of openings and draws. Not `run.seed`: a run with another seed reads the same text in another order."""
 

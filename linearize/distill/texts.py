@@ -75,7 +75,14 @@ def write(
     def load() -> Any:
         return models.load_teacher(source, dtype=weights, device=str(device), for_text=True)[0]
 
-    read, found = with_text(recipe, tokens, teacher=fingerprint(source), tokenizer=tokenizer, load=load)
+    read, found = with_text(
+        recipe,
+        tokens,
+        teacher=fingerprint(source),
+        tokenizer=tokenizer,
+        load=load,
+        compile=recipe.run.compile == "always",
+    )
     gc.collect()  # the writer's captured graph holds its model
     if device.type == "cuda":
         torch.cuda.empty_cache()

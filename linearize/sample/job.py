@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 
 Loaded = tuple[Any, Any]
 """Model and tokenizer."""
-MOST_ROWS = 1024
+MOST_ROWS = 2048
 ROWS_ON_CPU = 8
-SHARE = 0.5
+SHARE = 0.7
 """Of a device's memory, for keys and scores; of all of it and not of what is free, so that a card has one batch."""
 SCORE_BYTES = 16
 """Of a row and vocabulary entry: logits, and what selecting among them takes."""
@@ -98,7 +98,8 @@ def sample(
         teacher: fingerprint of the model's files.
         tokenizer: of the teacher.
         load: gives the teacher, on its device, in evaluation mode; called only where something is missing.
-        compile: the step, before it is captured.
+        compile: the step, before it is captured: a minute at first, faster from then on, and other roundings, so that
+            it is another text.
         title: of the progress bar.
 
     Raises:
@@ -108,7 +109,7 @@ def sample(
     """
     chat = chat_share(settings, tokenizer)
     prompts = openings(tokenizer, chat=chat > 0, longest=settings.length // 2)
-    store = Store(key_of(teacher, {**asdict(settings), "chat": chat}))
+    store = Store(key_of(teacher, {**asdict(settings), "chat": chat, "compile": compile}))
     with store.held():
         have = _Have(store, tokens)
         have.look()

@@ -28,13 +28,14 @@ def with_text(
     teacher: dict[str, str],
     tokenizer: Any,
     load: Callable[[], Any],
+    compile: bool = False,  # noqa: A002 - torch's name
 ) -> tuple[Recipe, Sampled]:
     """The recipe with files of the teacher's text in place of its name, wherever it stands.
 
     Args:
         recipe: composed.
         tokens: that are wanted, by `wanted`; the same for the same recipe, since it decides which parts are read.
-        teacher, tokenizer, load: see `sample`.
+        teacher, tokenizer, load, compile: see `sample`.
 
     Raises:
         UnsupportedModelError, DataError, CheckpointError: see `sample`.
@@ -45,6 +46,7 @@ def with_text(
         teacher=teacher,
         tokenizer=tokenizer,
         load=load,
+        compile=compile,
         title="text from the teacher",
     )
     files = [str(path) for path in found.files]

@@ -124,7 +124,8 @@ class Writer(Decoder):
 
         def mask(kind: str) -> Tensor:
             near = seen.clamp(max=self.config.sliding_window) if kind == "sliding_attention" else seen
-            return torch.stack([self.clock.tokens.expand_as(near), near], -1)[:, None]
+            # the rows' numbers lie side by side: no layer has to copy them
+            return torch.stack([self.clock.tokens.expand_as(near), near]).permute(1, 2, 0)[:, None]
 
         kinds = self.kinds
         return mask(kinds) if isinstance(kinds, str) else {kind: mask(kind) for kind in kinds}

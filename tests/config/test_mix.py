@@ -26,8 +26,8 @@ def test_a_mix_from_the_command_line():
 
 def test_all_is_said_at_once():
     found = problems(
-        "data.mix={teacher: 0, books.parquet: -1, a.jsonl: much, b.jsonl: {weigth: 1}, c.jsonl: {weight: 1, template: chta}, "
-        "builtin: {weight: 1, template: chat}}",
+        "data.mix={teacher: 0, books.parquet: -1, a.jsonl: much, b.jsonl: {weigth: 1}, "
+        "c.jsonl: {weight: 1, template: chta}, builtin: {weight: 1, template: chat}}",
         "data.source=corpus.txt",
         "data.teacher.temperature=-1",
         "data.teacher.chat=2",

@@ -39,12 +39,15 @@ def test_the_file_is_what_the_script_writes(tmp_path, monkeypatch):
 
 def test_turns_go_through_the_chat_template():
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<bos>{{ m['content'] }}<eos>{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<bos>{{ m['content'] }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
+    )
     found = openings.openings(tokenizer, chat=True, longest=200)
     turn = found.ids[found.kinds.index(CHAT)]
     assert turn[0] == tokenizer.bos_token_id and tokenizer.decode(turn[-2:]) == "A:"
     assert CHAT not in openings.openings(tokenizer, chat=False, longest=200).kinds
-    with pytest.raises(DataError, match="data.teacher.length"):
+    with pytest.raises(DataError, match=r"data\.teacher\.length"):
         openings.openings(tokenizer, chat=True, longest=5)
 
 
