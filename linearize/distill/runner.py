@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shlex
-import shutil
 import time
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Group
 from torch import nn
 from transformers import set_seed
 
 from linearize import data, export, models, objectives, surgery
+from linearize.config.budget import Budget
+from linearize.config.budget import check as check_budget
 from linearize.config.course import Course
 from linearize.config.schema import Recipe
-from linearize.distill import calibrate, memory, preference, stages, texts
+from linearize.distill import budgeting, calibrate, memory, preference, rates, stages, texts
 from linearize.distill.callbacks import RunStopped
 from linearize.distill.checkpoint import write_json, writing
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
@@ -29,37 +29,30 @@ from linearize.distill.lock import held
 from linearize.distill.positions import check_lengths
 from linearize.distill.results import Measurer, Results
 from linearize.distill.stages import StagePlace
+from linearize.distill.summary import RunSummary
 from linearize.distill.trainable import check_ranks, check_reach, needs
 from linearize.errors import LinearizeError, UnsupportedModelError, collected, raise_together
-from linearize.eval import tables
 from linearize.eval.report import write_report
 from linearize.export import rounding
+from linearize.export.adapter import save_adapter
 from linearize.models.sound import check_trainable
 from linearize.signals import exit_code
 from linearize.surgery.inspection import skeleton
 
+log = logging.getLogger(__name__)
+
+_FEWER_TOKENS = "a smaller token budget (stages.*.tokens) in a new run folder"
 _SMALLER_MODEL = "a smaller model, or run.device=cpu where the machine has more memory than the device"
 
 
-@dataclass(frozen=True)
-class RunSummary:
-    """What a run left behind."""
-
-    folder: Path
-    checkpoint: Path
-    report: Path
-    rows: list[dict[str, Any]]
-    """The rows of results.json."""
-    seconds: float
-    """Wall time of this process's share of the run."""
-
-    def table(self) -> Group:
-        """The rows for the terminal: perplexities, and the tasks' accuracies where there are any."""
-        return tables.results(self.rows, metrics=["acc"])
-
-
 def run(
-    model: str, recipe: Recipe, out: str | Path, *, resume: bool = False, recipe_name: str = ""
+    model: str,
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    recipe_name: str = "",
+    budget: Budget | None = None,
 ) -> RunSummary:
     """Convert a model by a recipe: train, measure, export and report.
 
@@ -70,8 +63,11 @@ def run(
         resume: go on with the run in `out`, from its newest intact checkpoint; starts one when there is none. The
             recipe may differ in what does not change the result; `distill.continuing` lists that.
         recipe_name: what the user called the recipe, for the report.
+        budget: what the training of all stages may take, in time or tokens: the recipe is scaled to it, and the folder
+            holds the scaled one. A time is measured first, and not again where a run goes on.
 
     Raises:
+        RecipeError: the budget is too small.
         RunFolderError: `out` is in use by another process, or holds another run.
         ModelNotFoundError, UnsupportedModelError, DataError: before anything is written.
         RunStopped: stopped on request; the message holds the command that goes on.
@@ -79,12 +75,14 @@ def run(
         NonFiniteLossError, CheckpointError: training or writing failed; what was saved before is intact.
         OutOfMemoryError: the message holds the command that goes on with less.
     """
+    if budget is not None:
+        check_budget(recipe, budget)
     folder = RunFolder(Path(out))
     job = _Job(model, recipe, folder, recipe_name or recipe.description)
     folder.look()
     with held(folder.path), writing(folder.path):
         try:
-            return job.run(resume=resume)
+            return job.run(resume=resume, budget=budget)
         except KeyboardInterrupt as stop:
             if not folder.recipe.is_file():
                 raise
@@ -113,14 +111,18 @@ class _Job:
         # The folder's own recipe: overrides need not be repeated.
         self.resume_command = f"linearize run {shlex.quote(model)} {out}/recipe.yaml --out {out} --resume"
 
-    def run(self, *, resume: bool) -> RunSummary:
+    def run(self, *, resume: bool, budget: Budget | None) -> RunSummary:
         started = time.monotonic()
         with self._watched(f"reading {self.source}", [], _SMALLER_MODEL):
+            if budget is not None and resume and self.folder.recipe.is_file():
+                self._take(budgeting.again(self.recipe, budget, self.folder.path))
             found = self.folder.check(self.source, self.recipe, resume=resume)
         self.folder.sweep(list(self.recipe.stages))
         if self.autocast is not None and self.device.type == "cuda":
             # mixers compute in float32 on bfloat16 inputs, which TF32 products take without loss
             torch.set_float32_matmul_precision("high")
+        if budget is not None and not self.folder.recipe.is_file():
+            found |= {budgeting.FACT: self._fit(budget)}
         recipe, folder = self.recipe, self.folder
         places = self._places()
         measurer, datasets = self._beforehand(places)
@@ -158,20 +160,53 @@ class _Job:
         write_json(folder.done, {"checkpoint": checkpoint.name})
         return RunSummary(folder.path, checkpoint, report, results.rows, time.monotonic() - started)
 
+    def _take(self, recipe: Recipe) -> None:
+        self.recipe = self.texts = recipe
+
+    def _fit(self, budget: Budget) -> dict[str, Any]:
+        """Scale the recipe to a budget; gives what environment.json says of it."""
+        asked = self.recipe
+        if budget.seconds is not None:
+            self._take(budgeting.smallest(asked))
+            self._look(self._places())  # what is wrong is told before minutes of timing
+            log.info("timing some steps of every stage")
+        measure = partial(
+            rates.measured,
+            self.source,
+            device=self.device,
+            autocast=self.autocast,
+            weights=self.weights,
+            folder=self.folder.path,
+        )
+        recipe, facts = budgeting.fitted(asked, budget, cuda=self.device.type == "cuda", measure=measure)
+        self._take(recipe)
+        return facts
+
     def _beforehand(self, places: list[StagePlace]) -> tuple[Measurer, dict[str, Any]]:
-        """Texts, read and cut, of evaluation and of the stages that are not done; no weight is loaded.
+        """Texts, read and cut, of evaluation and of the stages that are not done; weights are for writing text alone.
 
         Raises:
             LinearizeError: all that is wrong with recipe, model and texts together.
         """
+        measurer, datasets, tokenizer, waiting = self._look(places)
+        tokens = texts.most(self.recipe)
+        if tokens and not (places and all(place.done for place in places)):
+            errors: list[LinearizeError] = []
+            self._write_text(tokenizer, tokens)
+            with self._watched("reading the texts", [], _FEWER_TOKENS):
+                self._datasets(waiting, tokenizer, datasets, errors)
+            raise_together(errors, f"{self.recipe_name} on {self.source}")
+        return measurer, datasets
+
+    def _look(self, places: list[StagePlace]) -> tuple[Measurer, dict[str, Any], Any, list[StagePlace]]:
+        """What `_beforehand` does without any weight; and the tokenizer, and stages that wait for a teacher's text."""
         errors: list[LinearizeError] = []
         config = models.load_config(self.source)
         tokenizer = models.load_tokenizer(models.resolve(self.source))
         with suppress(UnsupportedModelError):  # some show what they are on loaded weights alone
             self._plan(skeleton(config), errors)
-        where = "a smaller token budget (stages.*.tokens) in a new run folder"
         datasets: dict[str, Any] = {}
-        with self._watched("reading the texts", [], where):
+        with self._watched("reading the texts", [], _FEWER_TOKENS):
             measurer = Measurer(self.recipe, tokenizer, self.autocast, errors)
             waiting = [place for place in places if not place.done and self._of_teacher(place)]
             for place in waiting:
@@ -181,13 +216,7 @@ class _Job:
                 [p for p in places if not p.done and p not in waiting], tokenizer, datasets, errors
             )
         raise_together(errors, f"{self.recipe_name} on {self.source}")
-        tokens = texts.most(self.recipe)
-        if tokens and not (places and all(place.done for place in places)):
-            self._write_text(tokenizer, tokens)
-            with self._watched("reading the texts", [], where):
-                self._datasets(waiting, tokenizer, datasets, errors)
-            raise_together(errors, f"{self.recipe_name} on {self.source}")
-        return measurer, datasets
+        return measurer, datasets, tokenizer, waiting
 
     def _of_teacher(self, place: StagePlace) -> bool:
         return texts.of_teacher(self.recipe.data.of(self.recipe.stages[place.name]))
@@ -332,7 +361,7 @@ class _Job:
                 model = rounding.merged(model, dtype)
             else:
                 apart = self.folder.path / ADAPTER
-                _save_adapter(model, apart, self.folder.checkpoint)
+                save_adapter(model, apart, base=self.folder.checkpoint)
                 model = model.unload()
         path = export.save(
             rounding.in_dtype(model, dtype),
@@ -358,16 +387,6 @@ class _Job:
             else "float32",
             "seed": self.recipe.run.seed,
         }
-
-
-def _save_adapter(model: Any, path: Path, base: Path) -> None:
-    """Write a PeftModel's adapter; `PeftModel.from_pretrained(linearize.load(base), base / "adapter")` loads it."""
-    shutil.rmtree(path, ignore_errors=True)
-    for config in model.peft_config.values():
-        # not the teacher, over which the adapter would mean nothing
-        config.base_model_name_or_path = str(base)
-    # "auto" would ask the hub whether the vocabulary has grown.
-    model.save_pretrained(path, save_embedding_layers=False)
 
 
 def plan_json(plan: Any) -> dict[str, Any]:
