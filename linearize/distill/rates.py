@@ -18,6 +18,7 @@ from transformers import TrainerCallback, set_seed
 
 from linearize import models, objectives, surgery
 from linearize.config.course import Course
+from linearize.config.schedule import Over
 from linearize.config.schema import Recipe, StageConfig
 from linearize.distill import memory, stages
 from linearize.distill.checkpoint import PARTIAL
@@ -184,7 +185,7 @@ def _timed(
             with memory.watched(f"timing stage '{name}'", lambda: _ADVICE):
                 trainer.train()
     model.requires_grad_(False)
-    step_tokens = stage.batch_size * length
+    step_tokens = Over.of(stage.batch_size).most * length
     timing = Timing(clock.step / step_tokens, max(0.0, clock.first - clock.warm * clock.step), clock.save)
     return timing, model.eval()
 
@@ -194,7 +195,7 @@ _ADVICE = "Take a shorter data.length, or gradient_checkpointing=true of the sta
 
 def _text(model: Any, stage: StageConfig, recipe: Recipe, length: int) -> Dataset[dict[str, Tensor]]:
     vocabulary = unwrapped(model).get_input_embeddings().weight.shape[0]
-    count = 4 * int(stage.batch_size)
+    count = 4 * Over.of(stage.batch_size).most
     if objectives.level_of(stage.objective) != "pair":
         return RandomText(vocabulary, length, count, DOCUMENT if recipe.data.boundaries else None)
     ids = torch.randint(vocabulary, (length // 4,), generator=torch.Generator().manual_seed(0)).tolist()
