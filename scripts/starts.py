@@ -150,6 +150,7 @@ class _Start:
     def _recipe(self, name: str) -> Recipe:
         recipe = compose(name)
         recipe.calibrate.tokens = self.options.tokens
+        recipe.data.mix = {}  # one text for all recipes
         if self.options.source:
             recipe.data.source, recipe.data.template = list(self.options.source), "rendered"
         recipe.data.length = self.options.length

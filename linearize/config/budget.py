@@ -10,7 +10,8 @@ With r the new tokens of all stages over the recipe's own:
   sequence.
 - rates: AdamW's grow with the square root of the batch (Malladi et al. 2022, arXiv 2205.10287), which is r^(1/4) here,
   and fall as a power of the length of the training (Bjorck et al. 2024, arXiv 2409.19913). That the two cancel is our
-  choice: a rate stays the recipe's, but times sqrt(batch / (sqrt(r) recipe's batch)) where a bound holds the batch.
+  choice: a rate stays the recipe's, but times sqrt(batch / (sqrt(r) recipe's batch)) where a bound holds the batch
+  down. It is never raised: a rate that is too high breaks a model, one that is too low only takes longer.
 - warm-up: its share of the steps, but `WARM_STEPS` steps where that is more, and a tenth of the stage at most; none
   where the recipe has none.
 - places given as steps ([[0, 8], [200, 32]]): in proportion to the stage's steps.
@@ -182,7 +183,7 @@ def _stage(recipe: Recipe, stage: StageConfig, share: float) -> StageConfig:
     wanted = before * math.sqrt(share)
     few, most = min(before, -(-FEW_TOKENS // length)), max(before, MOST_TOKENS // length)
     batch = max(1, min(max(round(wanted), few), most, tokens // (LEAST_STEPS * length)))
-    factor = math.sqrt(batch / wanted) if batch != round(wanted) else 1.0
+    factor = math.sqrt(min(1.0, batch / wanted)) if batch != round(wanted) else 1.0
     made = dataclasses.replace(
         stage,
         tokens=tokens,

@@ -100,7 +100,7 @@ def measured(
         Each stage's timing; nothing of the model is left in memory.
     """
 
-    def load() -> nn.Module:
+    def load() -> Any:
         model, _ = models.load_teacher(source, dtype=weights, device=str(device))
         return model.requires_grad_(False).eval()
 

@@ -72,6 +72,8 @@ def test_where_the_batch_is_bounded_the_rate_goes_with_its_root() -> None:
     made = one(2**18).stages["transfer"]  # 4 by the root, 2 for a hundred steps
     assert made.batch_size == 2 and made.lr == pytest.approx(1e-3 * math.sqrt(2 / 4), rel=1e-2)
     made = one(10**12).stages["transfer"]
+    tiny = one(2**12).stages["transfer"]  # one sequence is more than the root, and the rate is not raised
+    assert (tiny.batch_size, tiny.lr) == (1, 1e-3)
     wanted = 64 * math.sqrt(10**12 / (64 * 2**20))
     assert made.batch_size == 1024 and made.lr == pytest.approx(1e-3 * math.sqrt(1024 / wanted), rel=1e-2)
 

@@ -110,3 +110,13 @@ def test_files_in_place_of_the_teacher():
     alone = written(DataConfig(source="teacher"), ["p0"])
     assert alone.source == ["p0"] and alone.template == "rendered"
     assert written(DataConfig(source="a.txt"), ["p0"]).source == "a.txt"
+
+
+def test_a_text_on_the_command_line_takes_the_place_of_the_recipes_mix() -> None:
+    assert compose("best_constant").data.mix
+    made = compose("best_constant", ["data.source=mine.txt"])
+    assert (made.data.source, made.data.mix) == ("mine.txt", {})
+    made = compose("lolcats", ["data.mix={mine.txt: 1.0, builtin: 1.0}"])
+    assert (made.data.source, list(made.data.mix)) == ("builtin", ["mine.txt", "builtin"])
+    with pytest.raises(RecipeError, match="stands beside it"):
+        compose("lolcats", ["data.source=mine.txt", "data.mix={builtin: 1.0}"])
