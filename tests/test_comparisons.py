@@ -58,7 +58,7 @@ def test_a_leaderboard_of_one_recipe_and_the_window(
 ) -> None:
     import leaderboard
 
-    given = ["--recipes", f"{place / 'tiny.yaml'}", "--minutes", "0.03", "--runs", str(place / "runs")]
+    given = ["--recipes", f"{place / 'tiny.yaml'}", "--minutes", "0.1", "--runs", str(place / "runs")]
     assert leaderboard.main([*given, *shared(place)]) == 0
     found = json.loads((place / "out" / "sheet.json").read_text())
     row = found["rows"]["tiny"]

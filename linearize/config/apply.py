@@ -27,7 +27,7 @@ def apply(tree: dict[str, Any], changes: Sequence[Override]) -> list[str]:
         One sentence for each change that could not be made.
     """
     problems = []
-    _text_anew(tree, {change.key for change in changes if not change.remove})
+    _text_anew(tree, {change.key for change in changes})
     for change in changes:
         try:
             for keys in _expanded(tree, change.key.split(".")):
