@@ -27,7 +27,7 @@ def apply(tree: dict[str, Any], changes: Sequence[Override]) -> list[str]:
         One sentence for each change that could not be made.
     """
     problems = []
-    _text_anew(tree, {change.key for change in changes})
+    _text_anew(tree, changes)
     for change in changes:
         try:
             for keys in _expanded(tree, change.key.split(".")):
@@ -41,11 +41,13 @@ def apply(tree: dict[str, Any], changes: Sequence[Override]) -> list[str]:
     return problems
 
 
-def _text_anew(tree: dict[str, Any], given: set[str]) -> None:
+def _text_anew(tree: dict[str, Any], changes: Sequence[Override]) -> None:
     """Take out the recipe's `source` where changes name a `mix`, and its `mix` where they name a `source`."""
+    named = {change.key for change in changes}
+    given = {change.key for change in changes if not change.remove}
     for one, other in (("source", "mix"), ("mix", "source")):
         section = tree.get("data")
-        if f"data.{one}" in given and f"data.{other}" not in given and isinstance(section, dict):
+        if f"data.{one}" in given and f"data.{other}" not in named and isinstance(section, dict):
             section.pop(other, None)
 
 
