@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help venv dev demo bench aot test slow recipes lint format typecheck build clean
+.PHONY: help venv dev demo bench leaderboard aot test slow recipes lint format typecheck build clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -24,6 +24,9 @@ demo: venv  ## Convert the real teacher at a small budget, evaluate, export, rel
 bench: venv  ## Time every kernel beside fla's and softmax (needs a CUDA device)
 	-$(BIN)/python -m pip install --quiet fla-core==0.6.0
 	$(BIN)/linearize bench kernels $(ARGS)
+
+leaderboard: venv  ## Every recipe at the same minutes of training, judged alike (needs a CUDA device; hours)
+	$(BIN)/python scripts/leaderboard.py $(ARGS)
 
 aot: dev  ## Compile every kernel for sm_80 and sm_90 without a GPU (a quarter of an hour)
 	$(BIN)/python scripts/kernels/aot.py --jobs $(JOBS) $(ARGS)

@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shlex
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sheet import ROOT, Sheet, number
 from transformers import set_seed
 
 from linearize import data, distill, models, surgery
@@ -30,7 +29,6 @@ from linearize.distill import calibrate
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.eval.perplexity import perplexity, windows
 
-ROOT = Path(__file__).resolve().parent.parent
 STEP = 8
 """Sequences of a step in `--train`: the published batches are larger than a million tokens."""
 
@@ -38,32 +36,31 @@ STEP = 8
 def main(arguments: list[str] | None = None) -> int:
     """Measure what is missing."""
     options = _options(arguments)
-    path = options.out
-    found = json.loads(path.read_text()) if path.exists() else {"rows": {}}
-    found |= {
-        "command": shlex.join(["python", "scripts/starts.py", *(arguments or sys.argv[1:])]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": _commit(),
-        "settings": {
-            name: str(getattr(options, name))
+    sheet = Sheet(options.out, table)
+    found = sheet.found
+    sheet.about(
+        "starts.py",
+        list(arguments or sys.argv[1:]),
+        {
+            name: getattr(options, name)
             for name in ("model", "tokens", "length", "windows", "train", "texts", "source")
         },
-    }
+    )
     names = options.recipes or [name for name, _ in list_recipes()]
     if options.jobs > 1:
-        return _side_by_side(found, path, names, options, list(arguments or sys.argv[1:]))
+        return _side_by_side(sheet, names, options, list(arguments or sys.argv[1:]))
     measured = _Start(options)
     if "teacher" not in found:
         found["teacher"] = measured.teacher()
-        _write(path, found)
+        sheet.write()
     for name in names:
         row = found["rows"].setdefault(name, {})
         if "swapped" not in row:
             row |= measured.swapped(name)
-            _write(path, found)
+            sheet.write()
         if "calibrated" not in row:
             row |= {"calibrated": None, **measured.calibrated(name)}
-            _write(path, found)
+            sheet.write()
         for key, on in (("after", True), ("after, published start", False)):
             if (
                 options.train
@@ -73,15 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
                 and (on or row["calibrated"])
             ):
                 row[key] = measured.trained(name, on=on)
-                _write(path, found)
+                sheet.write()
         print(f"{name:18} {json.dumps({key: row[key] for key in row if key != 'layers'})}", flush=True)
     return 0
 
 
-def _side_by_side(
-    found: dict[str, Any], path: Path, names: list[str], options: argparse.Namespace, arguments: list[str]
-) -> int:
+def _side_by_side(sheet: Sheet, names: list[str], options: argparse.Namespace, arguments: list[str]) -> int:
     """Every recipe in a process of its own with a file of its own, put together as they end."""
+    found, path = sheet.found, sheet.path
     parts = path.parent / f"{path.stem}-parts"
     parts.mkdir(parents=True, exist_ok=True)
 
@@ -101,7 +97,7 @@ def _side_by_side(
             found["teacher"] = made.get("teacher", found.get("teacher", {}))
             found["rows"] |= made["rows"]
             failed += [name] if code else []
-            _write(path, found)
+            sheet.write()
             short = {key: made["rows"].get(name, {}).get(key) for key in ("swapped", "calibrated", "after")}
             print(f"{name:22} {code or ''} {json.dumps(short)}", flush=True)
     if failed:
@@ -154,6 +150,7 @@ class _Start:
     def _recipe(self, name: str) -> Recipe:
         recipe = compose(name)
         recipe.calibrate.tokens = self.options.tokens
+        recipe.data.mix = {}  # one text for all recipes
         if self.options.source:
             recipe.data.source, recipe.data.template = list(self.options.source), "rendered"
         recipe.data.length = self.options.length
@@ -236,7 +233,7 @@ def table(found: dict[str, Any]) -> str:
     ]
     for name, row in sorted(found["rows"].items(), key=lambda pair: _rank(pair[1])):
         if "swapped" in row:
-            cells = [_number((row.get(key) or {}).get(text)) for text in texts for key, _ in keys]
+            cells = [number((row.get(key) or {}).get(text)) for text in texts for key, _ in keys]
             kib = f"{row['state_bytes'] / 1024:,.0f}" if row.get("state_bytes") else ""
             cells += [str(row.get("seconds", "")), kib, speeds.get(name, "")]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -252,25 +249,6 @@ def _speeds() -> dict[str, str]:
 
 def _rank(row: dict[str, Any]) -> float:
     return float(max((row.get("calibrated") or row.get("swapped") or {"": 0.0}).values()))
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
-    path.with_suffix(".md").write_text(table(found), encoding="utf-8")
-
-
-def _commit() -> str:
-    made = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    return made.stdout.strip() or "unknown"
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

@@ -7,8 +7,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 WARM = 4
@@ -19,29 +17,6 @@ BUSY = 0.85
 """Share of a step below which the device waits for launches rather than for its own work."""
 PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "cublas", "aten::mm", "aten::addmm", "aten::bmm")
 """What kernels of matrix products have in their names."""
-
-
-class RandomText(Dataset[dict[str, Tensor]]):
-    """Sequences of random tokens, as a packed data set of one document a sequence gives them.
-
-    Args:
-        vocabulary: token ids are below it.
-        length: tokens of a sequence.
-        count: sequences.
-    """
-
-    def __init__(self, vocabulary: int, length: int, count: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(vocabulary, (count, length), generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = self.ids[index]
-        labels = ids.clone()
-        labels[0] = -100
-        return {"input_ids": ids, "position_ids": torch.arange(len(ids)), "labels": labels}
 
 
 class Clocked(TrainerCallback):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from linearize.cli import bench_options, given, plan_options
+from linearize.cli import bench_options, given, plan_options, run_options, sample_options
 from linearize.config.overrides import FORM
 from linearize.errors import LinearizeError
 from linearize.registry import closest
@@ -27,6 +27,7 @@ EXAMPLES = """\
 examples:
   linearize run smollm2-135m lolcats                         convert, train, evaluate, export
   linearize run ./my-llama lolcats stages.transfer.tokens=2M mixer.window.size=32 --out runs/small
+  linearize run ./my-llama lolcats --budget 10m              as much training as ten minutes hold
   linearize run ./my-llama my_recipe.yaml --resume           go on after an interruption
   linearize inspect smollm2-135m hedgehog                    what would change; loads no weights
   linearize plan llama-3-70b lolcats --gpus 8xH100           what each stage would need and cost
@@ -108,11 +109,7 @@ def build_parser() -> Parser:
 
     run = _add(commands, "run", "convert a model by a recipe: train, evaluate, export", "linearize.cli.run")
     _recipe_arguments(run)
-    run.usage = "%(prog)s MODEL RECIPE [key=value ...] [--out DIR] [--resume]"
-    run.add_argument(
-        "--out", type=given.folder, metavar="DIR", help="run folder (default: runs/<model>-<recipe>)"
-    )
-    run.add_argument("--resume", action="store_true", help="go on with the run that this folder holds")
+    run_options.add(run)
 
     inspect = _add(
         commands, "inspect", "show what a recipe would replace; loads no weights", "linearize.cli.inspection"
@@ -155,6 +152,9 @@ def build_parser() -> Parser:
         help="where page.html and page.md go (default: runs/compare-A-B)",
     )
     _generate_arguments(_add(commands, "generate", "continue a prompt", "linearize.cli.generation"))
+    sample = _add(commands, "sample", "let a model write training text", "linearize.cli.sampling")
+    sample_options.add(sample, MODEL_HELP)
+    _device_argument(sample)
 
     bench = _add(commands, "bench", "measure speed on this machine's GPU", "linearize.cli.bench")
     bench.set_defaults(command=_show_help)

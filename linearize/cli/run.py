@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from linearize.cli.console import console, quiet_libraries
 from linearize.config import compose, list_recipes
+from linearize.config.budget import check
 from linearize.config.compose import is_file_name
 from linearize.errors import RecipeError
 
@@ -20,13 +21,19 @@ if TYPE_CHECKING:
 def main(options: argparse.Namespace) -> int:
     """Compose and check the recipe, run it, and show what came out."""
     recipe = composed(options)
+    if options.budget is not None:
+        check(recipe, options.budget)
     out = options.out or default_folder(options.model, options.recipe)
 
     from linearize import distill  # after the recipe is known to be right: importing takes seconds
 
     quiet_libraries()
     name = recipe_name(options.recipe)
-    _show(distill.run(options.model, recipe, out, resume=options.resume, recipe_name=name))
+    _show(
+        distill.run(
+            options.model, recipe, out, resume=options.resume, recipe_name=name, budget=options.budget
+        )
+    )
     return 0
 
 

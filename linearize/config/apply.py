@@ -20,12 +20,14 @@ def apply(tree: dict[str, Any], changes: Sequence[Override]) -> list[str]:
     Args:
         tree: plain nested values.
         changes: a value replaces what stands at its key; sections on the way are made. Naming another choice of a
-            mixer part drops the options of the one that it replaces.
+            mixer part drops the options of the one that it replaces, and naming a text drops the recipe's mix of
+            texts, or the other way round.
 
     Returns:
         One sentence for each change that could not be made.
     """
     problems = []
+    _text_anew(tree, changes)
     for change in changes:
         try:
             for keys in _expanded(tree, change.key.split(".")):
@@ -37,6 +39,16 @@ def apply(tree: dict[str, Any], changes: Sequence[Override]) -> list[str]:
             verb = "removed" if change.remove else "set there"
             problems.append(f"{change.key}: cannot be {verb}: {error}")
     return problems
+
+
+def _text_anew(tree: dict[str, Any], changes: Sequence[Override]) -> None:
+    """Take out the recipe's `source` where changes name a `mix`, and its `mix` where they name a `source`."""
+    named = {change.key for change in changes}
+    given = {change.key for change in changes if not change.remove}
+    for one, other in (("source", "mix"), ("mix", "source")):
+        section = tree.get("data")
+        if f"data.{one}" in given and f"data.{other}" not in named and isinstance(section, dict):
+            section.pop(other, None)
 
 
 def name_part(mixer: dict[str, Any], part: str, options: dict[str, Any]) -> None:

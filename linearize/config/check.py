@@ -100,7 +100,7 @@ def replaced(path: str, count: Any, batch: Any) -> list[str]:
 
 
 def without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Null takes out an inherited stage, objective, mixer part or option; a name is short for {name: it}."""
+    """Null takes out an inherited stage, objective, part, option or source of a mix; a name is short for {name: it}."""
     tidy = dict(raw)
     if isinstance(tidy.get("mixer"), Mapping):
         tidy["mixer"] = {
@@ -123,6 +123,9 @@ def without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(stage, Mapping) and "objective" in stage:
                 stages[name] = {**stage, "objective": _tidy_objective(stage["objective"])}
         tidy["stages"] = stages
+    if isinstance(tidy.get("data"), Mapping) and isinstance(tidy["data"].get("mix"), Mapping):
+        mix = {name: weight for name, weight in tidy["data"]["mix"].items() if weight is not None}
+        tidy["data"] = {**tidy["data"], "mix": mix}
     return tidy
 
 

@@ -65,6 +65,13 @@ RULES: dict[type, dict[str, Range]] = {
         "save_every": at_least(1, MOST),
     },
     schema.DataConfig: {"length": at_least(2, LONGEST)},
+    schema.TeacherConfig: {
+        "temperature": at_least(0, 100),
+        "top_k": at_least(0, 10**7),
+        "top_p": above(0, 1),
+        "length": at_least(64, LONGEST),
+        "seed": SEEDS,
+    },
     schema.StageDataConfig: {"length": at_least(2, LONGEST)},
     schema.EvalConfig: {
         "length": at_least(2, LONGEST),
@@ -94,6 +101,8 @@ PLACES = Range(1, 10_000)
 """n of `first: n` and `last: n`, and letters of a pattern."""
 SEQUENCES = at_least(1, WIDEST)
 """At once on a device."""
+CHAT = share(whole=True)
+"""Of a teacher's documents, in its chat template."""
 WORKERS = at_least(0, 256)
 """Processes of a data loader."""
 STAGES = 100

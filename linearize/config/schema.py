@@ -36,6 +36,8 @@ class StageDataConfig:
     """What one stage changes in the recipe's `data`: a key that is absent or null keeps the recipe's value."""
 
     source: Any = None
+    mix: dict[str, Any] | None = None
+    """Takes the place of the recipe's source or mix, as `source` does."""
     split: str | None = None
     text_field: str | None = None
     template: str | None = None
@@ -108,11 +110,38 @@ class CalibrateConfig:
 
 
 @dataclass
+class TeacherConfig:
+    """How the teacher writes text, where `data.source` or `data.mix` names it."""
+
+    temperature: float = 0.9
+    """Scores are divided by it; 0 takes the likeliest token."""
+    top_k: int = 512
+    """Only so many likeliest tokens are drawn from; 0 for all, which is slow."""
+    top_p: float = 0.95
+    """And of these only the fewest that hold this share of the mass."""
+    length: int = 1024
+    """Tokens of a document at most, opening included."""
+    chat: Any = "auto"
+    """Share of the documents that answer a first turn in the tokenizer's chat template: auto (0.3 where there is one,
+    else 0), or a number from 0 to 1."""
+    batch: Any = "auto"
+    """Documents written at once: auto (up to 2048, by the device's memory; 8 on the CPU), or a number."""
+    seed: int = 0
+    """Of openings and draws. Not `run.seed`: a run with another seed reads the same text in another order."""
+
+
+@dataclass
 class DataConfig:
     """Training text."""
 
     source: Any = "builtin"
-    """builtin, a file or folder (parquet, JSONL, txt), a glob, a hub dataset name, or a list of these."""
+    """builtin, a file or folder (parquet, JSONL, txt), a glob, a hub dataset name, a list of these, or teacher (the
+    model itself writes the text)."""
+    mix: dict[str, Any] = field(default_factory=dict)
+    """In place of `source`: source -> weight, or {weight, template, text_field, split} for one that is read in another
+    way. Weights are shares of the tokens."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """How the source `teacher` is written."""
     validation: Any = "builtin"
     """Held-out text for perplexity, in the same forms."""
     split: str = "train"
@@ -131,6 +160,10 @@ class DataConfig:
         """What a stage trains on: this, with what the stage changes; of several lengths the longest."""
         changed = {} if stage.data is None else vars(stage.data)
         changed = {key: value for key, value in changed.items() if value is not None}
+        if "source" in changed:
+            changed = {"mix": {}, **changed}
+        elif "mix" in changed:
+            changed["source"] = DataConfig.source
         if "length" in changed:
             changed["length"] = Over.of(changed["length"]).most
         return replace(self, **changed)

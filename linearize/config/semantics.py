@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from linearize.config import layers, rules, variants
+from linearize.config.mix import mix_problems, only_plain, source_problem, sources
+from linearize.config.names import TEACHER
 from linearize.config.schema import DataConfig, Recipe
-from linearize.config.stages import auto_or_count, ignored, only_builtin, source_problem, stage_problems
-from linearize.config.values import shown
+from linearize.config.stages import auto_or_count, ignored, plain_words, stage_problems
+from linearize.config.values import as_number, shown
 from linearize.registry import closest
 
 
@@ -110,11 +112,35 @@ def _data(recipe: Recipe, broken: Collection[str]) -> list[str]:
     found += [
         f"eval.texts.{name}: names no file" for name, file in recipe.eval.texts.items() if not file.strip()
     ]
-    if found or {"data.source", "data.validation", "data"} & set(broken):
+    if TEACHER in sources(DataConfig(source=data.validation)):
+        found.append(
+            "data.validation: the teacher's own text is no measure of it: it is what it expects; give text that "
+            "somebody else wrote"
+        )
+    found += _teacher(data, broken)
+    if "data.mix" not in broken:
+        found += mix_problems("data", data.mix, data.source, DataConfig.source)
+    if found or {"data.source", "data.mix", "data.validation", "data"} & set(broken):
         return found
-    alone = all(only_builtin(value) for value in (data.source, data.validation))
-    alone = alone and all(only_builtin(data.of(stage).source) for stage in recipe.stages.values())
-    return ignored("data", data, DataConfig(), ("split", "text_field", "template")) if alone else []
+    if any(
+        mix_problems(name, stage.data.mix, None, None) for name, stage in recipe.stages.items() if stage.data
+    ):
+        return found  # said where the stage is judged
+    alone = only_plain(DataConfig(source=data.validation)) and only_plain(data)
+    alone = alone and all(only_plain(data.of(stage)) for stage in recipe.stages.values())
+    return ignored("data", data, DataConfig(), plain_words(sources(data))) if alone else []
+
+
+def _teacher(data: DataConfig, broken: Collection[str]) -> list[str]:
+    """What may be left to the teacher's tokenizer and the machine."""
+    found = []
+    if "data.teacher.batch" not in broken:
+        found += auto_or_count("data.teacher.batch", data.teacher.batch)
+    if data.teacher.chat != "auto" and "data.teacher.chat" not in broken:
+        number = as_number(data.teacher.chat)
+        if number is None or rules.CHAT.problem(number):
+            found.append(f"data.teacher.chat: {rules.CHAT.text}, or auto, got {shown(data.teacher.chat)}")
+    return found
 
 
 def _tasks(recipe: Recipe, broken: Collection[str]) -> list[str]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.config import layers, rules, variants
 from linearize.config.changing import part_problems
+from linearize.config.mix import mix_problems, only_plain, source_problem, sources
+from linearize.config.names import TEACHER
 from linearize.config.ranges import Range
 from linearize.config.schedule import Over
 from linearize.config.schema import DataConfig, Recipe, StageConfig
@@ -177,6 +179,9 @@ def _pairs(path: str, stage: StageConfig, recipe: Recipe) -> list[str]:
     data = recipe.data.of(stage)
     if wanted and stage.data is not None and isinstance(stage.data.length, list):
         return [f"{path}.data.length: pairs have one length; give a number"]
+    if wanted and (data.mix or TEACHER in sources(data)):
+        what = "a mix" if data.mix else "the teacher's text"
+        return [f"{path}.data: {what} holds no pairs; set {path}.data.source to a file of them"]
     if (data.template == "preference") == bool(wanted):
         return []
     if wanted:
@@ -227,37 +232,32 @@ def _data(path: str, stage: StageConfig, data: DataConfig) -> list[str]:
         problem := source_problem(f"{path}.data.source", stage.data.source)
     ):
         return [problem]
-    if not only_builtin(data.of(stage).source):
+    found = mix_problems(f"{path}.data", stage.data.mix, stage.data.source, None)
+    if found or mix_problems("data", data.mix, data.source, DataConfig.source):
+        return found
+    if not only_plain(data.of(stage)):
         return []
-    return ignored(f"{path}.data", stage.data, DataConfig(), ("split", "text_field", "template"))
+    return ignored(f"{path}.data", stage.data, DataConfig(), plain_words(sources(data.of(stage))))
 
 
-def source_problem(path: str, value: Any) -> str | None:
-    """What is wrong with a text source, or None; whether the text is there shows when it is read."""
-    texts = value if isinstance(value, (list, tuple)) else [value]
-    if texts and all(isinstance(text, str) and text.strip() for text in texts):
-        return None
-    return f"{path}: must be builtin, a file, a folder, a hub dataset, or a list of these, got {shown(value)}"
+def plain_words(found: Collection[str]) -> str:
+    """Whose text it is that takes no options: "builtin" or "teacher's"."""
+    return "teacher's" if TEACHER in found else "builtin"
 
 
-def only_builtin(source: Any) -> bool:
-    """Whether a text source is nothing but the text that the package carries."""
-    return all(text == "builtin" for text in (source if isinstance(source, (list, tuple)) else [source]))
-
-
-def ignored(path: str, given: object, default: DataConfig, fields: Collection[str]) -> list[str]:
-    """Options that the package's own text has no use for: it is plain text of one split.
+def ignored(path: str, given: object, default: DataConfig, what: str) -> list[str]:
+    """Options that the package's own text and the teacher's have no use for: it is plain text of one split.
 
     Args:
         path: dotted key of the section.
         given: the section.
         default: what means nothing.
-        fields: of the section.
+        what: whose text it is.
     """
     return [
-        f"{path}.{field}: the builtin text takes no {field}, so {shown(value)} would be ignored; name a {path}.source, "
-        f"or remove {field}"
-        for field in fields
+        f"{path}.{field}: the {what} text takes no {field}, so {shown(value)} would be ignored; name a "
+        f"{path}.source, or remove {field}"
+        for field in ("split", "text_field", "template")
         if (value := getattr(given, field)) not in (None, getattr(default, field), "preference")
     ]
 

@@ -11,6 +11,7 @@ from linearize.data.text import load_texts
 
 if TYPE_CHECKING:
     from linearize.config.schema import DataConfig
+    from linearize.data.mixing import MixedDataset
     from linearize.data.packing import PackedDataset
 
 __all__ = ["Document", "load_texts", "packed", "validation_documents", "validation_texts"]
@@ -23,10 +24,13 @@ MAX_VALIDATION = 2000
 
 def packed(
     tokenizer: Any, config: DataConfig, *, tokens: int, seed: int, split: str = "train"
-) -> PackedDataset:
-    """The packed sequences of a token budget; see `linearize.data.packing.packed`."""
-    from linearize.data.packing import packed as pack  # imports torch
+) -> PackedDataset | MixedDataset:
+    """The packed sequences of a token budget; see `linearize.data.packing.packed`, and `mixing.mixed` for a mix."""
+    from linearize.data.mixing import mixed  # imports torch
+    from linearize.data.packing import packed as pack
 
+    if config.mix and split == "train":
+        return mixed(tokenizer, config, tokens=tokens, seed=seed)
     return pack(tokenizer, config, tokens=tokens, seed=seed, split=split)
 
 

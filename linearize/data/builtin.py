@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from linearize.config.names import BUILTIN
 from linearize.errors import DataError
 from linearize.registry import closest
 
-NAME = "builtin"
+NAME = BUILTIN
 FOLDER = Path(__file__).parent / "sample"
 SPLITS = ("train", "validation")
 

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from linearize.config.names import TEACHER
 from linearize.data import builtin, readers
 from linearize.errors import DataError
 
@@ -30,6 +31,11 @@ def local_files(name: str) -> list[Path] | None:
     Raises:
         DataError: nothing is there, or something that cannot be read as a file or folder.
     """
+    if name == TEACHER:
+        raise DataError(
+            "the text of 'teacher' is written for training, by `linearize run` and `linearize sample`; name a file "
+            "here, or ./teacher for one of that name"
+        )
     path = expanded(name)
     mode = mode_of(path)
     if mode is not None:
@@ -50,8 +56,9 @@ def local_files(name: str) -> list[Path] | None:
         raise missing
     if "/" in name and "did you mean" in str(missing):  # a misspelt file, though it could be a hub name
         raise missing
-    if difflib.get_close_matches(name, [builtin.NAME], cutoff=0.6):
-        raise DataError(f"unknown data source '{name}': did you mean '{builtin.NAME}'?")
+    near = difflib.get_close_matches(name, [builtin.NAME, TEACHER], n=1, cutoff=0.6)
+    if near:
+        raise DataError(f"unknown data source '{name}': did you mean '{near[0]}'?")
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from linearize.distill.callbacks import RunStopped
-from linearize.distill.runner import RunSummary, run
+from linearize.distill.runner import run
+from linearize.distill.summary import RunSummary
 
 __all__ = ["RunStopped", "RunSummary", "run"]

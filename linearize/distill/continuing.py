@@ -21,10 +21,10 @@ Everything else changes the result and is refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from linearize.config.schema import RunConfig
+from linearize.config.schema import RunConfig, TeacherConfig
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.errors import LinearizeError
 
@@ -101,6 +101,8 @@ def _in_todays_words(recipe: dict[str, Any]) -> dict[str, Any]:
         stages[name] = stage
     # a run from before there was a calibration has none
     recipe = {"calibrate": {"tokens": 0}, **recipe}
+    # and one from before a teacher wrote text reads what it read
+    recipe["data"] = {"mix": {}, "teacher": asdict(TeacherConfig()), **_mapping(recipe.get("data"))}
     return {**recipe, "stages": stages} if stages else recipe
 
 

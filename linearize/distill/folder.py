@@ -259,3 +259,9 @@ def environment() -> dict[str, Any]:
 def _program() -> str:
     name = Path(sys.argv[0]).name
     return "linearize" if name == "__main__.py" else name  # python -m linearize
+
+
+def plan_json(plan: Any) -> dict[str, Any]:
+    """A plan of surgery for plan.json: one row a layer, and the totals."""
+    totals = plan.to_dict()
+    return {"rows": totals.pop("layers"), **totals}

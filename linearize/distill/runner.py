@@ -3,63 +3,56 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shlex
-import shutil
 import time
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Group
 from torch import nn
 from transformers import set_seed
 
 from linearize import data, export, models, objectives, surgery
+from linearize.config.budget import Budget
+from linearize.config.budget import check as check_budget
 from linearize.config.course import Course
 from linearize.config.schema import Recipe
-from linearize.distill import batches, calibrate, memory, preference, stages
+from linearize.distill import budgeting, calibrate, memory, preference, rates, stages, texts
 from linearize.distill.callbacks import RunStopped
 from linearize.distill.checkpoint import write_json, writing
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
-from linearize.distill.folder import ADAPTER, RunFolder
+from linearize.distill.folder import ADAPTER, RunFolder, plan_json
 from linearize.distill.lock import held
 from linearize.distill.positions import check_lengths
 from linearize.distill.results import Measurer, Results
 from linearize.distill.stages import StagePlace
+from linearize.distill.summary import RunSummary
 from linearize.distill.trainable import check_ranks, check_reach, needs
 from linearize.errors import LinearizeError, UnsupportedModelError, collected, raise_together
-from linearize.eval import tables
 from linearize.eval.report import write_report
 from linearize.export import rounding
+from linearize.export.adapter import save_adapter
 from linearize.models.sound import check_trainable
 from linearize.signals import exit_code
 from linearize.surgery.inspection import skeleton
 
+log = logging.getLogger(__name__)
+
+_FEWER_TOKENS = "a smaller token budget (stages.*.tokens) in a new run folder"
 _SMALLER_MODEL = "a smaller model, or run.device=cpu where the machine has more memory than the device"
 
 
-@dataclass(frozen=True)
-class RunSummary:
-    """What a run left behind."""
-
-    folder: Path
-    checkpoint: Path
-    report: Path
-    rows: list[dict[str, Any]]
-    """The rows of results.json."""
-    seconds: float
-    """Wall time of this process's share of the run."""
-
-    def table(self) -> Group:
-        """The rows for the terminal: perplexities, and the tasks' accuracies where there are any."""
-        return tables.results(self.rows, metrics=["acc"])
-
-
 def run(
-    model: str, recipe: Recipe, out: str | Path, *, resume: bool = False, recipe_name: str = ""
+    model: str,
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    recipe_name: str = "",
+    budget: Budget | None = None,
 ) -> RunSummary:
     """Convert a model by a recipe: train, measure, export and report.
 
@@ -70,8 +63,11 @@ def run(
         resume: go on with the run in `out`, from its newest intact checkpoint; starts one when there is none. The
             recipe may differ in what does not change the result; `distill.continuing` lists that.
         recipe_name: what the user called the recipe, for the report.
+        budget: what the training of all stages may take, in time or tokens: the recipe is scaled to it, and the folder
+            holds the scaled one. A time is measured first, and not again where a run goes on.
 
     Raises:
+        RecipeError: the budget is too small.
         RunFolderError: `out` is in use by another process, or holds another run.
         ModelNotFoundError, UnsupportedModelError, DataError: before anything is written.
         RunStopped: stopped on request; the message holds the command that goes on.
@@ -79,12 +75,14 @@ def run(
         NonFiniteLossError, CheckpointError: training or writing failed; what was saved before is intact.
         OutOfMemoryError: the message holds the command that goes on with less.
     """
+    if budget is not None:
+        check_budget(recipe, budget)
     folder = RunFolder(Path(out))
     job = _Job(model, recipe, folder, recipe_name or recipe.description)
     folder.look()
     with held(folder.path), writing(folder.path):
         try:
-            return job.run(resume=resume)
+            return job.run(resume=resume, budget=budget)
         except KeyboardInterrupt as stop:
             if not folder.recipe.is_file():
                 raise
@@ -102,6 +100,8 @@ class _Job:
     def __init__(self, model: str, recipe: Recipe, folder: RunFolder, recipe_name: str) -> None:
         self.source = model
         self.recipe = recipe
+        self.texts = recipe
+        """The recipe with files for what the teacher is to write."""
         self.folder = folder
         self.recipe_name = recipe_name
         self.device = resolve_device(recipe.run)
@@ -111,14 +111,18 @@ class _Job:
         # The folder's own recipe: overrides need not be repeated.
         self.resume_command = f"linearize run {shlex.quote(model)} {out}/recipe.yaml --out {out} --resume"
 
-    def run(self, *, resume: bool) -> RunSummary:
+    def run(self, *, resume: bool, budget: Budget | None) -> RunSummary:
         started = time.monotonic()
         with self._watched(f"reading {self.source}", [], _SMALLER_MODEL):
+            if budget is not None and resume and self.folder.recipe.is_file():
+                self._take(budgeting.again(self.recipe, budget, self.folder.path))
             found = self.folder.check(self.source, self.recipe, resume=resume)
         self.folder.sweep(list(self.recipe.stages))
         if self.autocast is not None and self.device.type == "cuda":
             # mixers compute in float32 on bfloat16 inputs, which TF32 products take without loss
             torch.set_float32_matmul_precision("high")
+        if budget is not None and not self.folder.recipe.is_file():
+            found |= {budgeting.FACT: self._fit(budget)}
         recipe, folder = self.recipe, self.folder
         places = self._places()
         measurer, datasets, seen = self._beforehand(places)
@@ -156,33 +160,91 @@ class _Job:
         write_json(folder.done, {"checkpoint": checkpoint.name})
         return RunSummary(folder.path, checkpoint, report, results.rows, time.monotonic() - started)
 
+    def _take(self, recipe: Recipe) -> None:
+        self.recipe = self.texts = recipe
+
+    def _fit(self, budget: Budget) -> dict[str, Any]:
+        """Scale the recipe to a budget; gives what environment.json says of it."""
+        asked = self.recipe
+        if budget.seconds is not None:
+            self._take(budgeting.smallest(asked))
+            self._look(self._places())  # what is wrong is told before minutes of timing
+            log.info("timing some steps of every stage")
+        measure = partial(
+            rates.measured,
+            self.source,
+            device=self.device,
+            autocast=self.autocast,
+            weights=self.weights,
+            folder=self.folder.path,
+        )
+        recipe, facts = budgeting.fitted(asked, budget, cuda=self.device.type == "cuda", measure=measure)
+        self._take(recipe)
+        return facts
+
     def _beforehand(self, places: list[StagePlace]) -> tuple[Measurer, dict[str, Any], Any]:
         """Texts, read and cut, of evaluation, of the stages and of the calibration, where these are not done.
 
-        No weight is loaded. The last is None where there is nothing to calibrate.
+        Weights are loaded for writing text alone. The last is None where there is nothing to calibrate.
 
         Raises:
             LinearizeError: all that is wrong with recipe, model and texts together.
         """
+        ahead = self._look(places)
+        tokens = texts.most(self.recipe)
+        if tokens and not (places and all(place.done for place in places)):
+            errors: list[LinearizeError] = []
+            self._write_text(ahead.tokenizer, tokens)
+            with self._watched("reading the texts", [], _FEWER_TOKENS):
+                self._datasets(ahead.waiting, ahead, errors)
+                if ahead.calibrates and texts.of_teacher(self.recipe.data):
+                    self._calibration_text(ahead, errors)
+            raise_together(errors, f"{self.recipe_name} on {self.source}")
+        return ahead.measurer, ahead.datasets, ahead.calibration
+
+    def _look(self, places: list[StagePlace]) -> texts.Ahead:
+        """What `_beforehand` does without any weight and without the teacher's text."""
         errors: list[LinearizeError] = []
         config = models.load_config(self.source)
         tokenizer = models.load_tokenizer(models.resolve(self.source))
         settable = True
         with suppress(UnsupportedModelError):  # some show what they are on loaded weights alone
             settable = self._plan(skeleton(config), errors).parameters > 0
-        where = "a smaller token budget (stages.*.tokens) in a new run folder"
-        datasets, seen = {}, None
-        with self._watched("reading the texts", [], where):
-            measurer = Measurer(self.recipe, tokenizer, self.autocast, errors)
-            for place in places:
-                if not place.done:
-                    with collected(errors):
-                        datasets[place.name] = self._dataset(tokenizer, place)
-            if settable and self.recipe.calibrate.tokens > 0 and not calibrate.is_done(self._calibration):
-                with collected(errors):
-                    seen = calibrate.text(self.recipe, tokenizer)
+        with self._watched("reading the texts", [], _FEWER_TOKENS):
+            ahead = texts.Ahead(Measurer(self.recipe, tokenizer, self.autocast, errors), tokenizer)
+            undone = [place for place in places if not place.done]
+            ahead.waiting = [place for place in undone if self._of_teacher(place)]
+            ahead.calibrates = (
+                settable and self.recipe.calibrate.tokens > 0 and not calibrate.is_done(self._calibration)
+            )
+            for place in ahead.waiting:
+                data_of = self.recipe.data.of(self.recipe.stages[place.name])
+                texts.look(self.recipe, data_of, tokenizer, errors)
+            self._datasets([place for place in undone if place not in ahead.waiting], ahead, errors)
+            if ahead.calibrates and not texts.of_teacher(self.recipe.data):
+                self._calibration_text(ahead, errors)
         raise_together(errors, f"{self.recipe_name} on {self.source}")
-        return measurer, datasets, seen
+        return ahead
+
+    def _calibration_text(self, ahead: texts.Ahead, errors: list[LinearizeError]) -> None:
+        with collected(errors):
+            ahead.calibration = calibrate.text(self.texts, ahead.tokenizer)
+
+    def _of_teacher(self, place: StagePlace) -> bool:
+        return texts.of_teacher(self.recipe.data.of(self.recipe.stages[place.name]))
+
+    def _datasets(self, places: list[StagePlace], ahead: texts.Ahead, errors: list[LinearizeError]) -> None:
+        for place in places:
+            with collected(errors):
+                ahead.datasets[place.name] = self._dataset(ahead.tokenizer, place)
+
+    def _write_text(self, tokenizer: Any, tokens: int) -> None:
+        """The teacher's own text; what of it is written stays in the cache, wherever the run ends."""
+        otherwise = "a smaller data.teacher.batch or data.teacher.length in a new run folder"
+        with self._watched("while the teacher wrote text", [], otherwise):
+            self.texts = texts.write(
+                self.recipe, self.source, tokenizer, device=self.device, weights=self.weights, tokens=tokens
+            )
 
     def _plan(self, model: Any, errors: list[LinearizeError] | None) -> surgery.Plan:
         """The plan of a model, loaded or not, with adapters and lengths held against it; `errors` as `surgery.plan`."""
@@ -237,12 +299,11 @@ class _Job:
 
     def _dataset(self, tokenizer: Any, place: StagePlace) -> Any:
         stage = self.recipe.stages[place.name]
-        text = self.recipe.data.of(stage)
-        course = Course.of(stage, text.length)
+        text = self.texts.data.of(self.texts.stages[place.name])
         seed = self.recipe.run.seed + place.index
         if objectives.level_of(stage.objective) == "pair":
-            return preference.pairs(tokenizer, text, tokens=course.tokens, seed=seed)
-        tokens = batches.firsts(course)[-1] * text.length
+            return preference.pairs(tokenizer, text, tokens=Course.of(stage, text.length).tokens, seed=seed)
+        tokens = texts.packed_tokens(text, stage)
         return data.packed(tokenizer, text, tokens=tokens, seed=seed, split="train")
 
     def _train(
@@ -308,7 +369,7 @@ class _Job:
                 model = rounding.merged(model, dtype)
             else:
                 apart = self.folder.path / ADAPTER
-                _save_adapter(model, apart, self.folder.checkpoint)
+                save_adapter(model, apart, base=self.folder.checkpoint)
                 model = model.unload()
         path = export.save(
             rounding.in_dtype(model, dtype),
@@ -334,19 +395,3 @@ class _Job:
             else "float32",
             "seed": self.recipe.run.seed,
         }
-
-
-def _save_adapter(model: Any, path: Path, base: Path) -> None:
-    """Write a PeftModel's adapter; `PeftModel.from_pretrained(linearize.load(base), base / "adapter")` loads it."""
-    shutil.rmtree(path, ignore_errors=True)
-    for config in model.peft_config.values():
-        # not the teacher, over which the adapter would mean nothing
-        config.base_model_name_or_path = str(base)
-    # "auto" would ask the hub whether the vocabulary has grown.
-    model.save_pretrained(path, save_embedding_layers=False)
-
-
-def plan_json(plan: Any) -> dict[str, Any]:
-    """The plan for plan.json: one row a layer, and the totals."""
-    totals = plan.to_dict()
-    return {"rows": totals.pop("layers"), **totals}

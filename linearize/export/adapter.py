@@ -1,7 +1,8 @@
-"""Load a low-rank adapter onto a converted model, once it has been seen to be one of that model."""
+"""A low-rank adapter beside a converted model: written, and loaded once it has been seen to be one of that model."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,3 +74,18 @@ def _check(folder: Path, wanted: dict[str, tuple[int, ...]], found: dict[str, tu
         else:
             continue
         raise CheckpointError(f"{folder}: this adapter was made for another model: {said}; {remedy}")
+
+
+def save_adapter(model: PeftModel, path: Path, *, base: Path) -> None:
+    """Write an adapter; `PeftModel.from_pretrained(linearize.load(base), path)` loads it.
+
+    Args:
+        model: with the adapter on it.
+        path: a folder, replaced where it exists.
+        base: checkpoint of the model under the adapter, which is not the teacher.
+    """
+    shutil.rmtree(path, ignore_errors=True)
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(base)
+    # "auto" would ask the hub whether the vocabulary has grown.
+    model.save_pretrained(str(path), save_embedding_layers=False)

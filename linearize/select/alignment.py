@@ -12,9 +12,11 @@ import torch
 
 from linearize import data, objectives, surgery
 from linearize.config.course import Course
-from linearize.config.schema import Recipe, StageConfig, StageDataConfig
+from linearize.config.schema import CalibrateConfig, Recipe, StageConfig, StageDataConfig
 from linearize.distill import stages
+from linearize.distill import texts as training
 from linearize.distill.checkpoint import remove
+from linearize.distill.device import resolve_device, resolve_weights
 from linearize.distill.stages import StagePlace
 from linearize.errors import CheckpointError
 
@@ -43,12 +45,26 @@ def stage_of(recipe: Recipe, tokens: int, length: int) -> tuple[str, StageConfig
     return None
 
 
-def dataset(recipe: Recipe, stage: StageConfig, tokenizer: Any) -> Any:
-    """The packed text of the alignment.
+def dataset(recipe: Recipe, name: str, stage: StageConfig, tokenizer: Any, source: str) -> Any:
+    """The packed text of the alignment, written by the teacher where the recipe says so.
+
+    Args:
+        recipe: composed.
+        name, stage: see `stage_of`.
+        tokenizer: of the model.
+        source: the MODEL argument.
 
     Raises:
-        DataError: as `data.packed`.
+        DataError: as `data.packed`; and see `distill.texts.write`.
     """
+    if training.of_teacher(recipe.data.of(stage)):
+        device = resolve_device(recipe.run)
+        own = replace(recipe, stages={name: stage}, calibrate=CalibrateConfig())
+        weights = resolve_weights(recipe.run, device)
+        recipe = training.write(
+            own, source, tokenizer, device=device, weights=weights, tokens=training.most(own)
+        )
+        stage = recipe.stages[name]
     text = recipe.data.of(stage)
     return data.packed(tokenizer, text, tokens=Course.of(stage, text.length).tokens, seed=recipe.run.seed + 1)
 

@@ -133,7 +133,7 @@ def select(model: str, recipe: Recipe, out: Path, options: Options, *, command: 
     tokenizer = models.load_tokenizer(models.resolve(model))
     halves = _halves(tokenizer, recipe, options)
     found = alignment.stage_of(recipe, options.tokens, options.length)
-    packed = None if found is None else alignment.dataset(recipe, found[1], tokenizer)
+    packed = None if found is None else alignment.dataset(recipe, *found, tokenizer, model)
     device = resolve_device(recipe.run)
     autocast = resolve_precision(recipe.run, device)
     if autocast is not None and device.type == "cuda":

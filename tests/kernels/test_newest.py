@@ -1,0 +1,98 @@
+"""One token over the newest keys of a ring: against float64 loops, in torch and (interpreted) in Triton."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from linearize.kernels import dispatch
+from linearize.kernels.newest import newest_step
+
+CASES = {
+    "grouped": (3, 9, 3, 7, 64, 64),
+    "one head each": (2, 4, 4, 150, 16, 16),
+    "one key head, odd widths": (4, 5, 1, 65, 24, 40),
+    "one slot": (2, 2, 1, 1, 8, 8),
+}
+"""B, H, N, S, K, V."""
+
+
+def drawn(case, dtype):
+    batch, heads, held, slots, key_dim, value_dim = CASES[case]
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    newest = torch.randint(slots, (batch,), generator=generator)
+    seen = torch.randint(1, slots + 1, (batch,), generator=generator)
+    seen[0] = slots
+    return (
+        normal(batch, heads, key_dim),
+        normal(batch, held, slots, key_dim),
+        normal(batch, held, slots, value_dim),
+        newest,
+        seen,
+    )
+
+
+def loops(q, keys, values, newest, seen, scaling, softcap):
+    out = torch.zeros(*q.shape[:2], values.shape[-1], dtype=torch.float64)
+    group = q.shape[1] // keys.shape[1]
+    for row in range(q.shape[0]):
+        for head in range(q.shape[1]):
+            scores, found = [], []
+            for age in range(int(seen[row])):
+                slot = (int(newest[row]) - age) % keys.shape[2]
+                score = scaling * float(q[row, head].double() @ keys[row, head // group, slot].double())
+                scores.append(score if softcap is None else softcap * math.tanh(score / softcap))
+                found.append(values[row, head // group, slot].double())
+            weights = torch.tensor(scores, dtype=torch.float64).softmax(0)
+            out[row, head] = weights @ torch.stack(found)
+    return out
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("case", CASES)
+def test_torch(case, softcap):
+    given = drawn(case, torch.float64)
+    got = newest_step(*given, scaling=0.3, softcap=softcap)
+    torch.testing.assert_close(got, loops(*given, 0.3, softcap), atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 2e-6), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("case", CASES)
+def test_triton(case, softcap, dtype, close):
+    given = drawn(case, dtype)
+    with dispatch.kernels("triton"):
+        got = newest_step(*given, scaling=0.3, softcap=softcap)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), loops(*given, 0.3, softcap), atol=close, rtol=close)
+
+
+def test_what_is_not_seen_is_not_read():
+    """Slots of an earlier document may hold anything, NaN too, in the Triton form."""
+    q, keys, values, newest, seen = drawn("one head each", torch.float32)
+    seen[:] = 3
+    if not dispatch.interpreted():
+        pytest.skip("needs TRITON_INTERPRET=1")
+    with dispatch.kernels("triton"):
+        one = newest_step(q, keys, values, newest, seen, scaling=0.3)
+        for row in range(len(q)):
+            old = [(int(newest[row]) - age) % keys.shape[2] for age in range(3, keys.shape[2])]
+            keys[row, :, old], values[row, :, old] = torch.nan, torch.nan
+        other = newest_step(q, keys, values, newest, seen, scaling=0.3)
+    assert torch.equal(one, other)
+
+
+def test_refusal_names_the_rule():
+    q, keys, values, *_ = drawn("one slot", torch.float32)
+    pytest.importorskip("triton")
+    from linearize.kernels.newest.triton_step import covered
+
+    with pytest.raises(dispatch.KernelError, match="differ"):
+        covered(q.half(), keys, values)

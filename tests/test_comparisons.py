@@ -1,0 +1,127 @@
+"""The leaderboard and the ablations on a tiny model: rows as they come, judged alike, not made twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from byte_llama import TEXT, byte_tokenizer, tiny_llama
+
+from linearize.config import compose
+from linearize.config.budget import check, parse
+
+ROOT = Path(__file__).resolve().parent.parent
+SUITE = """about: tiny
+measure:
+  - {task: text, length: 64, windows: 2, roles: [teacher, student, swa_sinks, linear branch off]}
+  - {task: decode, length: 32, batches: [1], steps: 2, cpu_most: 64, roles: [teacher, student]}
+"""
+RECIPE = """defaults: [lolcats, _self_]
+description: tiny
+mixer: {feature_map: {name: hedgehog, dim: 8}, window: {name: sliding, size: 8, first: 1}}
+calibrate: {tokens: 0}
+eval: {length: 64}
+"""
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny teacher, a text, a suite and a recipe."""
+    folder = tmp_path_factory.mktemp("comparison")
+    tiny_llama().save_pretrained(folder / "teacher")
+    byte_tokenizer().save_pretrained(folder / "teacher")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "suite.yaml").write_text(SUITE, encoding="utf-8")
+    (folder / "tiny.yaml").write_text(RECIPE, encoding="utf-8")
+    return folder
+
+
+def shared(place: Path) -> list[str]:
+    return [
+        "--model", str(place / "teacher"), "--suite", str(place / "suite.yaml"),
+        "--text", f"river={place / 'text.txt'}", "--out", str(place / "out" / "sheet.json"),
+        f"data.source={place / 'text.txt'}", f"data.validation={place / 'text.txt'}",
+        "data.length=64", "run.device=cpu",
+    ]  # fmt: skip
+
+
+@pytest.mark.job
+def test_a_leaderboard_of_one_recipe_and_the_window(
+    scripts: None, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import leaderboard
+
+    given = ["--recipes", f"{place / 'tiny.yaml'}", "--minutes", "0.1", "--runs", str(place / "runs")]
+    assert leaderboard.main([*given, *shared(place)]) == 0
+    found = json.loads((place / "out" / "sheet.json").read_text())
+    row = found["rows"]["tiny"]
+    assert row["training"]["seconds"] > 0 and row["training"]["tokens"] >= 2 * 64
+    assert {"ppl river 64", "kl river 64", "decode bytes 32 x1"} <= set(row["student"])
+    assert row["teacher"]["ppl river 64"] > 1 and row["swa_sinks"] and row["linear_off"]
+    page = (place / "out" / "sheet.md").read_text()
+    assert "**teacher**" in page and "x teacher's, river 64" in page
+    assert (place / "out" / "sheet.png").stat().st_size > 1000
+    monkeypatch.setattr("subprocess.call", lambda *_, **__: pytest.fail("made again"))
+    assert leaderboard.main([*given, *shared(place)]) == 0
+
+
+def test_the_committed_ablations_can_all_be_run(scripts: None) -> None:
+    import ablate
+
+    plan = ablate.read(ROOT / "scripts" / "ablations.yaml")
+    assert (ROOT / plan["suite"]).is_file() and not ablate.variants(plan)["base"][1]
+    for name, (recipe, overrides) in ablate.variants(plan).items():
+        made = compose(recipe, [*plan["overrides"], *overrides])
+        check(made, parse(plan["budget"]))
+        assert name == "base" or made != compose(plan["recipe"], plan["overrides"]), name
+
+
+def test_ablations_go_on_and_say_what_failed(
+    scripts: None, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ablate
+    import conversions
+
+    plan = place / "plan.yaml"
+    plan.write_text(
+        f"recipe: {place / 'tiny.yaml'}\nbudget: 640-tokens\nvariants:\n  base: []\n"
+        "  other: [mixer.window.size=4]\n  broken: [run.seed=1]\n"
+    )
+    begun: list[str] = []
+
+    def call(self: conversions.Conversion, command: list[str], environment: dict[str, str]) -> int:
+        begun.append(f"{command[0]} {self.name}")
+        self.log.write_text("one\n\nthe disk is full\n")
+        return int(self.name == "broken")
+
+    def row(folder: Path) -> conversions.Row:
+        value = 4.0 if folder.name == "base" else 3.0
+        return {
+            "training": {"tokens": 640, "seconds": 1.0, "device": "cpu"},
+            "student": {"ppl river 64": value, "kl river 64": 0.1},
+            "teacher": {"ppl river 64": 2.0},
+            "swa_sinks": {"ppl river 64": 8.0},
+        }
+
+    monkeypatch.setattr(conversions.Conversion, "_call", call)
+    monkeypatch.setattr(conversions, "row", row)
+    given = [str(plan), "--runs", str(place / "ablations"), *shared(place)]
+    given[given.index("--out") + 1] = str(place / "ablations.json")
+    assert ablate.main(given) == 1
+    assert sorted(begun) == ["eval base", "eval other", "run base", "run broken", "run other"]
+    page = (place / "ablations.md").read_text()
+    assert page.index("| other | -25.0 |") < page.index("| base | +0.0 |")
+    assert "- broken: one the disk is full" in page and "`mixer.window.size=4`" in page
+    begun.clear()
+    assert ablate.main(given) == 1 and begun == ["run broken"]
+    assert ablate.main([*given, "--budget", "1280-tokens"]) == 2
+    assert ablate.main([*given, "--only", "othr"]) == 2
+    said = capsys.readouterr().err
+    assert "another budget" in said and "did you mean 'other'" in said
