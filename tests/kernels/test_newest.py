@@ -10,6 +10,11 @@ import torch
 from linearize.kernels import dispatch
 from linearize.kernels.newest import newest_step
 
+RUNS = dispatch.interpreted() or torch.cuda.is_available()
+DEVICE = "cpu" if dispatch.interpreted() or not torch.cuda.is_available() else "cuda"
+DTYPES = [(torch.float32, 2e-6), (torch.float16, 3e-3)]
+if DEVICE == "cuda":
+    DTYPES = [(torch.float32, 1e-5), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)]
 CASES = {
     "grouped": (3, 9, 3, 7, 64, 64),
     "one head each": (2, 4, 4, 150, 16, 16),
@@ -62,24 +67,24 @@ def test_torch(case, softcap):
     torch.testing.assert_close(got, loops(*given, 0.3, softcap), atol=1e-12, rtol=1e-10)
 
 
-@pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize("dtype, close", [(torch.float32, 2e-6), (torch.float16, 3e-3)])
+@pytest.mark.skipif(not RUNS, reason="needs TRITON_INTERPRET=1 or a CUDA device")
+@pytest.mark.parametrize("dtype, close", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("case", CASES)
 def test_triton(case, softcap, dtype, close):
     given = drawn(case, dtype)
     with dispatch.kernels("triton"):
-        got = newest_step(*given, scaling=0.3, softcap=softcap)
+        got = newest_step(*(x.to(DEVICE) for x in given), scaling=0.3, softcap=softcap)
     assert got.dtype == dtype
-    torch.testing.assert_close(got.double(), loops(*given, 0.3, softcap), atol=close, rtol=close)
+    torch.testing.assert_close(got.double().cpu(), loops(*given, 0.3, softcap), atol=close, rtol=close)
 
 
 def test_what_is_not_seen_is_not_read():
     """Slots of an earlier document may hold anything, NaN too, in the Triton form."""
-    q, keys, values, newest, seen = drawn("one head each", torch.float32)
+    if not RUNS:
+        pytest.skip("needs TRITON_INTERPRET=1 or a CUDA device")
+    q, keys, values, newest, seen = (x.to(DEVICE) for x in drawn("one head each", torch.float32))
     seen[:] = 3
-    if not dispatch.interpreted():
-        pytest.skip("needs TRITON_INTERPRET=1")
     with dispatch.kernels("triton"):
         one = newest_step(q, keys, values, newest, seen, scaling=0.3)
         for row in range(len(q)):
