@@ -8,16 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from linearize.sample.loops import loops
 from linearize.sample.writer import ENDED, START, TOKEN
 
 FEWEST = 16
 """Tokens that a model must have added to an opening."""
-GRAM = 4
-"""Tokens that are looked at together where loops are sought."""
-STRETCH = 64
-"""Places of such groups; one stretch that mostly repeats is a loop, wherever in the document it is."""
-REPEATED = 0.7
-"""Share of a stretch whose groups stood in the document before, from which on it loops. Text has 0.1, tables 0.5."""
 BEGINNING = 64
 """Tokens of which two documents must not have the same."""
 
@@ -77,23 +72,6 @@ class Filter:
             return "duplicate"
         self._known.add(mark)
         return None
-
-
-def loops(ids: np.ndarray) -> bool:
-    """Whether some stretch of a document says again what stood in it before."""
-    if len(ids) < 2 * GRAM:
-        return False
-    grams = np.lib.stride_tricks.sliding_window_view(ids.astype(np.uint64), GRAM)
-    # a polynomial modulo 2^64: two different groups in one document meet once in 10^13 documents
-    marks = np.zeros(len(grams), np.uint64)
-    for column in grams.T:
-        marks = marks * np.uint64(6364136223846793005) + column + np.uint64(1)
-    order = np.argsort(marks, kind="stable")
-    again = np.zeros(len(marks), np.int64)
-    again[order[1:]] = marks[order[1:]] == marks[order[:-1]]
-    width = min(STRETCH, len(again))
-    sums = np.concatenate([[0], again.cumsum()])
-    return bool((sums[width:] - sums[:-width]).max() > REPEATED * width)
 
 
 def beginning(ids: np.ndarray) -> int:

@@ -41,6 +41,8 @@ ROUND = {"cuda": 2, "cpu": 1}
 """Lengths of a document that a round goes on for; the documents at its end are cut."""
 PER_LENGTH = 32
 """Openings a row and length; begun again where documents are shorter still."""
+LIKELY = 0.5
+"""Share that is kept of what is written, until the first round has shown it."""
 FRUITLESS = 8
 """Rounds one after the other that keep less than a hundredth."""
 
@@ -202,7 +204,7 @@ def _go_on(
                 if likely < have.tokens:
                     seed = _seed(settings.seed, number)
                     order = prompts.order(rows, many, chat, seed)
-                    written = writer.write(order, seed, lambda n: meter.advance(n * rows))
+                    written = writer.write(order, seed, lambda n: meter.advance(int(n * rows * _kept(have))))
                     number += 1
                 if waiting is not None:
                     done, waiting = waiting, None
@@ -310,14 +312,18 @@ def _seed(seed: int, number: int) -> int:
 
 def _expected(have: _Have, tokens: int) -> int:
     """Tokens that a round will have kept, by what the ones before have."""
+    return int(tokens * _kept(have)) if have.counts.tokens["kept"] else tokens
+
+
+def _kept(have: _Have) -> float:
+    """Share of what was written."""
     seen = sum(have.counts.tokens.values())
-    return int(tokens * have.counts.tokens["kept"] / seen) if seen else tokens
+    return have.counts.tokens["kept"] / seen if seen else LIKELY
 
 
 def _show(meter: Meter, have: _Have, pending: int) -> None:
     """The bar at what is kept, and what is likely to be of the round that is not looked at yet."""
-    kept = have.counts.tokens["kept"]
-    share = kept / max(1, sum(have.counts.tokens.values()))
+    kept, share = have.counts.tokens["kept"], _kept(have)
     meter.advance(int(kept + pending * share) - meter.done, kept=share)
 
 

@@ -26,7 +26,7 @@ from linearize.sample.openings import FILE
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Goes up with any change of what the same settings write."""
 ABOUT = "about.json"
 REASONS = ("short", "loop", "duplicate")

@@ -1,6 +1,7 @@
 """A model that writes one document after another in every row, in one captured step that no row leaves.
 
-A row that ends a document begins the next one in the same step, so that every step makes a token of text for each row.
+A row that ends a document, or has begun to loop in it, begins the next one in the same step, so that every step makes a
+token of text for each row.
 An opening is put in the place of what was chosen, token by token: nothing is prefilled, nothing padded. Keys lie in a
 ring; a document sees as many of the newest as it has tokens, so what was written before it needs no clearing. Which
 opening comes, where a document stands and what was written are tensors on the device: the host looks once a round.
@@ -18,6 +19,7 @@ from torch import Tensor
 from linearize.decode import Decoder, Sampling
 from linearize.decode.masks import Masks, patterns
 from linearize.sample.attention import attending
+from linearize.sample.loops import Watch
 
 START, ENDED = 1 << 30, 1 << 29
 """Bits of a written token: first of a document; the document before it had come to its end, and was not cut."""
@@ -68,6 +70,7 @@ class Writer(Decoder):
         self.order = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self.opening = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.documents = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.watch = Watch(batch, length, self.device)
         self.written = torch.zeros(batch, steps, dtype=torch.int32, device=self.device)
         self.kinds = patterns(self.config)
 
@@ -117,6 +120,7 @@ class Writer(Decoder):
         self.written.zero_()
         self.written[:, 0] = (self.tokens[:, 0] + START).int()
         self.column.fill_(1)
+        self.watch.begin(self.tokens[:, 0])
 
     def _masks(self) -> Masks:
         """Newest slot and slots seen, for each kind of layer."""
@@ -142,12 +146,14 @@ class Writer(Decoder):
         inside = place < self.sizes[self.opening]
         given = self.table[self.opening, place.clamp(max=self.table.shape[1] - 1)]
         ended = self.is_end[chosen] & ~inside
-        over = ended | (place >= self.length)
+        over = ended | (place >= self.length) | self.watch.looping
         self.documents.add_(over)
         self.opening.copy_(self.order.gather(1, (self.documents % self.order.shape[1])[:, None])[:, 0])
         token = torch.where(over, self.table[self.opening, 0], torch.where(inside, given, chosen))
         self.tokens.copy_(token[:, None])
-        self.positions.copy_(torch.where(over, 0, place)[:, None])
+        place = torch.where(over, 0, place)
+        self.positions.copy_(place[:, None])
+        self.watch.take(token, place)
         marked = token + over * START + ended * ENDED
         self.written.index_copy_(1, self.column, marked.int()[:, None])
         self.column.copy_((self.column + 1) % self.round)

@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from linearize.data import builtin
-from linearize.sample.documents import BEGINNING, FEWEST, Filter, Written, documents, loops
+from linearize.sample.documents import BEGINNING, FEWEST, Filter, Written, documents
+from linearize.sample.loops import loops
 from linearize.sample.writer import ENDED, START
 
 
