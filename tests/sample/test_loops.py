@@ -14,7 +14,7 @@ from linearize.sample.writer import Writer
 
 
 def first_loop(ids: np.ndarray) -> int | None:
-    """Place of the token with which some stretch of groups has come to repeat more than MOST of them; by plain loops."""
+    """Place of the token with which some stretch has come to repeat more than MOST groups; by plain loops."""
     groups: list[tuple[int, ...]] = []
     again: list[bool] = []
     for place in range(GRAM - 1, len(ids)):
