@@ -126,6 +126,29 @@ VARIANTS: list[dict] = [
         "normalizer": {"name": "none"},
         "output": {"name": "gated_norm", "rank": 3},
     },
+    {"feature_map": HEDGEHOG, "window": SLIDING, "update": {"name": "additive", "start": True}},
+    {
+        "feature_map": HEDGEHOG,
+        "gate": {"name": "low_rank", "rank": 3},
+        "update": {"name": "additive", "start": True},
+    },
+    {
+        "feature_map": HEDGEHOG,
+        "gate": {"name": "fixed"},
+        "update": {"name": "rwkv6", "bonus": True, "start": True},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "mamba2"},
+        "update": {"name": "delta", "start": True},
+        "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "kda", "rank": 3},
+        "update": {"name": "delta", "start": True},
+        "normalizer": {"name": "none"},
+    },
 ]
 """Options that change shapes or paths."""
 

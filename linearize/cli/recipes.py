@@ -103,7 +103,8 @@ def parts(mixer: Mapping[str, Mapping[str, Any]]) -> list[str]:
         gate = named["gate"]
         found.append(f"{gate['name']} gate" + (f" ({gate['slopes']})" if "slopes" in gate else ""))
     if recurrent:
-        found.append(mixer.get("update", {}).get("name", "additive"))
+        update = mixer.get("update", {})
+        found.append(update.get("name", "additive") + (" (learned start)" if update.get("start") else ""))
         normalizer = mixer.get("normalizer", {}).get("name", "running_sum")
         found += [] if normalizer == "none" else [normalizer]
     if "window" in named:

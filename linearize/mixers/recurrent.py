@@ -69,6 +69,8 @@ class Recurrent(nn.Module):
         self.shape, self.delayed = shape, delayed
         self.feature_map, self.update, self.normalizer = feature_map, update, normalizer
         self.short_conv, self.gate = short_conv, gate
+        if gate is not None:
+            update.decay = "feature" if gate.per_feature else "head"
         self.by_products = False
         """Whether Triton's chunked and one-token forms make the features themselves; `fused.by_products` says so."""
 

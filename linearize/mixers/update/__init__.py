@@ -13,6 +13,7 @@ from torch import Tensor
 from linearize.kernels import dispatch
 from linearize.mixers.base import NARROW, LayerShape, Part, Partial
 from linearize.mixers.state import State
+from linearize.mixers.update.start import LearnedStart
 from linearize.registry import Registry, discover
 
 
@@ -29,6 +30,7 @@ class Stream:
         log_decay: None, per head [B, T, M], or per feature [B, T, M, F].
         hidden: [B, T, D], the layer's input, for rules that read it.
         dtype: of the model's own q, k and v, from which these were widened.
+        weights: v holds identity values, which show the weights of the keys.
         scale: None, or q and k are no features but [B, T, H, D] and [B, T, M, D] of weights 1 + z + z^2 / 2, z = scale
             q.k; then keys that nobody may see are told by `valid` alone, and the heads of v divide M.
     """
@@ -42,6 +44,7 @@ class Stream:
     hidden: Tensor | None = None
     dtype: torch.dtype = torch.float32
     scale: float | None = None
+    weights: bool = False
 
     def narrow(self, *tensors: Tensor, grows: bool = False) -> tuple[Tensor, ...]:
         """As Triton's kernels take them fastest: in the model's sixteen bits; products add up in float32.
@@ -89,6 +92,8 @@ class Update(Part):
         uses_keys: whether it reads the features of the key.
         uses_hidden: whether it reads the layer's input.
         takes_products: whether without a gate it takes q and k as a map `projected` them; see `Stream.scale`.
+        decay: the kind of gate that it runs under, one of `decays`; set by whoever wires the branch.
+        learned: the state that every text begins with, or None for an empty one.
     """
 
     decays: ClassVar[tuple[str, ...]] = ("none",)
@@ -110,6 +115,8 @@ class Update(Part):
         super().__init__()
         self.heads, self.feature_dim, self.value_dim = heads, feature_dim, value_dim
         self.running_sum = running_sum
+        self.decay = "none"
+        self.learned: LearnedStart | None = None
 
     @classmethod
     def gate_dim(cls, config: Any, feature_dim: int) -> int:
@@ -120,6 +127,19 @@ class Update(Part):
         """Around a kernel's call: heads too wide for Triton run in torch, in linear memory too, unless forced."""
         wide = max(self.feature_dim, self.value_dim) > WIDEST
         return dispatch.kernels("torch") if wide and dispatch.automatic() else nullcontext()
+
+    def learn_start(self, weight: float = 1.0) -> None:
+        """For rules that are linear in their state; `weight` as `LearnedStart` has it."""
+        size = (self.heads, self.feature_dim, self.value_dim)
+        sums = self.running_sum and self.sums_weights
+        self.learned = LearnedStart(*size, running_sum=sums, weight=weight)
+
+    def decayed(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """What a learned start needs of the state: the log decays since the document began."""
+        if self.learned is None or self.decay == "none":
+            return {}
+        size = (batch, self.heads, *((self.feature_dim,) if self.decay == "feature" else ()))
+        return {"since": torch.zeros(size, dtype=dtype, device=device)}
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Empty tensors of the state, each [B, ...]; `dtype` is float32 or wider."""
@@ -146,7 +166,8 @@ class Update(Part):
         show them."""
         batch, tokens = stream.k.shape[:2]
         eye = torch.eye(tokens, dtype=stream.q.dtype, device=stream.q.device)
-        return self.parallel(replace(stream, v=eye[None, :, None].expand(batch, -1, self.heads, -1)))
+        values = eye[None, :, None].expand(batch, -1, self.heads, -1)
+        return self.parallel(replace(stream, v=values, weights=True))
 
 
 UPDATES: Registry[Update] = Registry("update rule")

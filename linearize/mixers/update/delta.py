@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from linearize.mixers.state import State
 from linearize.mixers.statistics import Statistics
 from linearize.mixers.update import UPDATES, Stream
 from linearize.mixers.update.shared import Overwriting
+from linearize.mixers.update.start import kept_since, since
 
 
 @UPDATES.register("delta")
@@ -35,13 +36,19 @@ class Delta(Overwriting):
         """b at the start: 0 writes with a strength of one half."""
         scale: float = number(1.0, above=0)
         """Scale of the output at the start."""
+        start: bool = False
+        """Every text begins with a learned state, zero at the start."""
 
     def make(self, shape: LayerShape) -> None:
+        if self.config.start:
+            self.learn_start()
         self.beta_weight = nn.Parameter(torch.empty(shape.hidden_dim(), self.heads))
         self.beta_bias = nn.Parameter(torch.empty(self.heads))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
+        if self.learned is not None:
+            self.learned.start()
         fill(self.beta_weight, 0.0)
         fill(self.beta_bias, self.config.beta_bias)
 
@@ -49,24 +56,51 @@ class Delta(Overwriting):
         """The strength of writing from the entropy of the teacher's attention, a mean over the heads that share it."""
         put(self.beta_bias, statistics.shared(statistics.strength, self.heads).logit())
 
+    def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        return super().initial(batch, dtype, device) | self.decayed(batch, dtype, device)
+
     def parallel(self, stream: Stream) -> Partial:
         q, k, beta = self._terms(stream)
+        left = (
+            None if stream.log_decay is None or self.learned is None else since(stream.log_decay, stream.docs)
+        )
+        stream = self._below(stream, k, left)
         empty = k.new_zeros(k.shape[0], self.heads, self.feature_dim, stream.v.shape[-1])
-        return Partial(delta_reference(q, k, stream.v, beta, stream.log_decay, stream.docs, empty)[0], None)
+        made = Partial(delta_reference(q, k, stream.v, beta, stream.log_decay, stream.docs, empty)[0], None)
+        return self._above(made, stream, q, left)
 
     def chunked(self, stream: Stream, state: State) -> Partial:
         q, k, beta = self._terms(stream)
+        left = None if self.learned is None else kept_since(stream.log_decay, stream.docs, state)
+        stream = self._below(stream, k, left)
         with self.form():
-            q, k, v = stream.narrow(q, k, stream.v)
-            out, sums = delta_chunk(q, k, v, beta, stream.decays(), stream.docs, state["sums"])
+            narrow_q, narrow_k, v = stream.narrow(q, k, stream.v)
+            out, sums = delta_chunk(narrow_q, narrow_k, v, beta, stream.decays(), stream.docs, state["sums"])
         state.write({"sums": sums})
-        return Partial(out, None)
+        return self._above(Partial(out, None), stream, q, left)
 
     def step(self, stream: Stream, state: State) -> Partial:
-        q, k, beta = (x[:, 0] for x in self._terms(stream))
+        terms = self._terms(stream)
+        left = None if self.learned is None else kept_since(stream.log_decay, stream.docs, state)
+        stream = self._below(stream, terms[1], left)
+        q, k, beta = (x[:, 0] for x in terms)
         decay = None if stream.log_decay is None else stream.log_decay[:, 0]
         with self.form():
-            return Partial(delta_step(q, k, stream.v[:, 0], beta, decay, state["sums"])[:, None], None)
+            out = delta_step(q, k, stream.v[:, 0], beta, decay, state["sums"])[:, None]
+        return self._above(Partial(out, None), stream, terms[0], left)
+
+    def _below(self, stream: Stream, k: Tensor, left: Tensor | None) -> Stream:
+        """With values less what a learned start holds under their keys; see `start.LearnedStart`."""
+        if self.learned is None or stream.weights:
+            return stream
+        (low,) = stream.narrow(k)
+        return replace(stream, v=stream.v - self.learned.read(low, left).numerator)
+
+    def _above(self, made: Partial, stream: Stream, q: Tensor, left: Tensor | None) -> Partial:
+        if self.learned is None:
+            return made
+        (low,) = stream.narrow(q)
+        return self.learned.added(made, low, left, weights=stream.weights)
 
     def _terms(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
         assert stream.hidden is not None
