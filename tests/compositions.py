@@ -149,6 +149,12 @@ VARIANTS: list[dict] = [
         "update": {"name": "delta", "start": True},
         "normalizer": {"name": "none"},
     },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "kda", "rank": 3},
+        "update": {"name": "delta_product", "rank": 3, "steps": 3, "reflects": True, "start": True},
+        "normalizer": {"name": "none"},
+    },
 ]
 """Options that change shapes or paths."""
 

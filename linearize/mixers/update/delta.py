@@ -29,6 +29,8 @@ class Delta(Overwriting):
     """
 
     decays = ("none", "head", "feature")
+    steps: int = 1
+    """Of the rule for each token."""
 
     @dataclass
     class Config(Part.Config):
@@ -60,34 +62,34 @@ class Delta(Overwriting):
         return super().initial(batch, dtype, device) | self.decayed(batch, dtype, device)
 
     def parallel(self, stream: Stream) -> Partial:
-        q, k, beta = self._terms(stream)
+        stream, q, k, beta = self._terms(stream)
         left = (
             None if stream.log_decay is None or self.learned is None else since(stream.log_decay, stream.docs)
         )
         stream = self._below(stream, k, left)
         empty = k.new_zeros(k.shape[0], self.heads, self.feature_dim, stream.v.shape[-1])
-        made = Partial(delta_reference(q, k, stream.v, beta, stream.log_decay, stream.docs, empty)[0], None)
-        return self._above(made, stream, q, left)
+        out, _ = delta_reference(q, k, stream.v, beta, stream.log_decay, stream.docs, empty)
+        return self._above(out, stream, q, left)
 
     def chunked(self, stream: Stream, state: State) -> Partial:
-        q, k, beta = self._terms(stream)
+        stream, q, k, beta = self._terms(stream)
         left = None if self.learned is None else kept_since(stream.log_decay, stream.docs, state)
         stream = self._below(stream, k, left)
         with self.form():
             narrow_q, narrow_k, v = stream.narrow(q, k, stream.v)
             out, sums = delta_chunk(narrow_q, narrow_k, v, beta, stream.decays(), stream.docs, state["sums"])
         state.write({"sums": sums})
-        return self._above(Partial(out, None), stream, q, left)
+        return self._above(out, stream, q, left)
 
     def step(self, stream: Stream, state: State) -> Partial:
-        terms = self._terms(stream)
+        stream, q, k, beta = self._terms(stream)
         left = None if self.learned is None else kept_since(stream.log_decay, stream.docs, state)
-        stream = self._below(stream, terms[1], left)
-        q, k, beta = (x[:, 0] for x in terms)
-        decay = None if stream.log_decay is None else stream.log_decay[:, 0]
+        stream = self._below(stream, k, left)
         with self.form():
-            out = delta_step(q, k, stream.v[:, 0], beta, decay, state["sums"])[:, None]
-        return self._above(Partial(out, None), stream, terms[0], left)
+            for i in range(self.steps):
+                decay = None if stream.log_decay is None else stream.log_decay[:, i]
+                out = delta_step(q[:, i], k[:, i], stream.v[:, i], beta[:, i], decay, state["sums"])
+        return self._above(out[:, None], stream, q, left)
 
     def _below(self, stream: Stream, k: Tensor, left: Tensor | None) -> Stream:
         """With values less what a learned start holds under their keys; see `start.LearnedStart`."""
@@ -96,16 +98,25 @@ class Delta(Overwriting):
         (low,) = stream.narrow(k)
         return replace(stream, v=stream.v - self.learned.read(low, left).numerator)
 
-    def _above(self, made: Partial, stream: Stream, q: Tensor, left: Tensor | None) -> Partial:
+    def _above(self, out: Tensor, stream: Stream, q: Tensor, left: Tensor | None) -> Partial:
+        """After the last step of each token, with what a learned start answers."""
+
+        def last(x: Tensor) -> Tensor:
+            return x if x.shape[1] == 1 else x[:, self.steps - 1 :: self.steps]
+
+        made = Partial(last(out), None)
         if self.learned is None:
             return made
-        (low,) = stream.narrow(q)
-        return self.learned.added(made, low, left, weights=stream.weights)
+        (low,) = stream.narrow(last(q))
+        return self.learned.added(made, low, None if left is None else last(left), weights=stream.weights)
 
-    def _terms(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+    def _terms(self, stream: Stream) -> tuple[Stream, Tensor, Tensor, Tensor]:
+        """The stream, q, k and beta as the kernel takes them: `steps` in the place of each token."""
         assert stream.hidden is not None
         dtype = stream.k.dtype
         logits = product(stream.hidden, self.beta_weight) + self.beta_bias.to(dtype)
         beta = logits.sigmoid() * stream.valid[..., None].to(dtype)
-        q = F.normalize(stream.q, dim=-1) * self.scale.to(dtype)[:, None]
-        return q, F.normalize(stream.k, dim=-1), beta
+        return stream, self._query(stream), F.normalize(stream.k, dim=-1), beta
+
+    def _query(self, stream: Stream) -> Tensor:
+        return F.normalize(stream.q, dim=-1) * self.scale.to(stream.k.dtype)[:, None]
