@@ -1,4 +1,4 @@
-"""Several steps of the delta rule for each token, plain or gated (DeltaProduct, Siems et al. 2025, arXiv 2502.10297)."""
+"""Several steps of the delta rule a token, plain or gated (DeltaProduct, Siems et al. 2025, arXiv 2502.10297)."""
 
 from __future__ import annotations
 
