@@ -155,6 +155,15 @@ VARIANTS: list[dict] = [
         "update": {"name": "delta_product", "rank": 3, "steps": 3, "reflects": True, "start": True},
         "normalizer": {"name": "none"},
     },
+    {
+        "feature_map": HEDGEHOG,
+        "window": {**SLIDING, "overlap": True},
+        "position": {"name": "selective_rope", "rank": 3, "width": 4, "recurrent": False},
+    },
+    {
+        "feature_map": {"name": "taylor", "dim": 8, "per": "kv_head"},
+        "position": {"name": "selective_rope", "rank": 3},
+    },
 ]
 """Options that change shapes or paths."""
 

@@ -143,6 +143,8 @@ def _position(options: Mapping[str, Any], *, recurrent: bool, window: bool) -> l
         for branch, there in (("recurrent", recurrent), ("window", window))
         if there and not options.get(branch, True)
     ]
+    own = options.get("name", "rope")
+    found = [] if own == "rope" or not recurrent else [own]
     if not off:
-        return []
-    return ["no RoPE" if len(off) == recurrent + window else f"no RoPE but in the {_OTHER[off[0]]}"]
+        return found
+    return [*found, "no RoPE" if len(off) == recurrent + window else f"no RoPE but in the {_OTHER[off[0]]}"]

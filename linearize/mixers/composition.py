@@ -9,6 +9,7 @@ from linearize.mixers.feature_map import FEATURE_MAPS
 from linearize.mixers.feature_map.shared import PerHeadProjection
 from linearize.mixers.gate import GATES
 from linearize.mixers.normalizer import NORMALIZERS
+from linearize.mixers.position import POSITIONS
 from linearize.mixers.update import UPDATES
 
 
@@ -46,6 +47,11 @@ def _without_recurrence(names: dict[str, str]) -> list[str]:
             problems.append(
                 f"mixer.{part}: '{names[part]}' belongs to the recurrent branch, which needs a feature map"
             )
+    if POSITIONS.get(names["position"]).turns:
+        problems.append(
+            f"mixer.position: '{names['position']}' turns the recurrent branch alone, which needs a feature map; "
+            "use rope"
+        )
     return problems
 
 
@@ -76,6 +82,8 @@ def _arrival(mixer: dict[str, Any], names: dict[str, str]) -> list[str]:
         problems.append(f"mixer.update: '{names['update']}' needs keys at their own time; {remedy}")
     if not mixer["position"].get("recurrent", True):
         problems.append(f"mixer.position.recurrent: false needs keys at their own time; {remedy}")
+    if POSITIONS.get(names["position"]).turns:
+        problems.append(f"mixer.position: '{names['position']}' needs keys at their own time; {remedy}")
     return problems
 
 

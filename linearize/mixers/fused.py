@@ -45,6 +45,8 @@ def find(
     """The parts as one kernel, if it computes the branches and how they are joined."""
     if recurrent is None or max(shape.key_dim, shape.value_dim) > HEAD_DIM or not _is_hedgehog(recurrent):
         return None
+    if position.turns:
+        return None
     ring = None
     if window.size:
         short = window.shape.sliding_window is not None

@@ -19,11 +19,11 @@ from linearize.kernels.gated_linear import (
     gated_linear_step,
 )
 from linearize.kernels.linear import linear_read, linear_reference
-from linearize.mixers.base import Part, Partial
+from linearize.mixers.base import Part, Partial, running
 from linearize.mixers.options import number
 from linearize.mixers.state import State
 from linearize.mixers.update import UPDATES, Stream, Update
-from linearize.mixers.update.start import kept_since, since
+from linearize.mixers.update.start import kept_since
 
 
 @UPDATES.register("additive")
@@ -94,7 +94,7 @@ class Additive(Update):
             normalize=self.running_sum,
         )
         made = Partial(numerator, denominator)
-        left = since(stream.log_decay, stream.docs) if self.learned is not None else None
+        left = running(stream.log_decay, stream.docs) if self.learned is not None else None
         return self._begun(made, stream, left)
 
     def chunked(self, stream: Stream, state: State) -> Partial:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.kernels.gated_delta import delta_chunk, delta_reference, delta_step
-from linearize.mixers.base import LayerShape, Part, Partial, fill, product, put
+from linearize.mixers.base import LayerShape, Part, Partial, fill, product, put, running
 from linearize.mixers.options import number
 from linearize.mixers.state import State
 from linearize.mixers.statistics import Statistics
 from linearize.mixers.update import UPDATES, Stream
 from linearize.mixers.update.shared import Overwriting
-from linearize.mixers.update.start import kept_since, since
+from linearize.mixers.update.start import kept_since
 
 
 @UPDATES.register("delta")
@@ -64,7 +64,9 @@ class Delta(Overwriting):
     def parallel(self, stream: Stream) -> Partial:
         stream, q, k, beta = self._terms(stream)
         left = (
-            None if stream.log_decay is None or self.learned is None else since(stream.log_decay, stream.docs)
+            None
+            if stream.log_decay is None or self.learned is None
+            else running(stream.log_decay, stream.docs)
         )
         stream = self._below(stream, k, left)
         empty = k.new_zeros(k.shape[0], self.heads, self.feature_dim, stream.v.shape[-1])

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import Partial, fill, wide
+from linearize.mixers.base import Partial, fill, running, wide
 from linearize.mixers.state import State
 
 
@@ -54,7 +54,7 @@ class LearnedStart(nn.Module):
         """What D_t S_0 and D_t n_0 hold under q [B, T, H, F], M dividing H.
 
         Args:
-            since: `since` of each token, [B, T, M] or [B, T, M, F]; None where nothing decays.
+            since: log decays since each token's document began, [B, T, M] or [B, T, M, F]; None where nothing decays.
         """
         grouped = q.unflatten(2, (self.sums.shape[0], -1))
         left = None if since is None else since.exp()
@@ -78,32 +78,10 @@ class LearnedStart(nn.Module):
         return Partial(partial.numerator if weights else partial.numerator + own.numerator, total)
 
 
-def since(log_decay: Tensor, docs: Tensor, carried: Tensor | None = None) -> Tensor:
-    """The sum of the log decays of a token's own document up to and with the token's.
-
-    Args:
-        log_decay: [B, T, M] or [B, T, M, F], at most zero; zero on padding.
-        docs: [B, T] document numbers, non-decreasing; what is carried belongs to document 0.
-        carried: [B, M] or [B, M, F], of the tokens before, or None for none.
-
-    Returns:
-        as `log_decay`, float32 or wider.
-    """
-    log_decay = wide(log_decay)
-    total = log_decay.cumsum(1)
-    before = torch.cat([torch.zeros_like(docs[:, :1]), docs[:, :-1]], 1)
-    place = torch.arange(docs.shape[1], device=docs.device).expand_as(docs)
-    opened = torch.where(docs != before, place, 0).cummax(1).values
-    own = (docs != 0).view(*docs.shape, *[1] * (log_decay.dim() - 2))
-    index = opened.view(own.shape).expand_as(total)
-    total = total - torch.where(own, (total - log_decay).gather(1, index), 0.0)
-    return total if carried is None else total + torch.where(own, 0.0, carried[:, None].to(total.dtype))
-
-
 def kept_since(log_decay: Tensor | None, docs: Tensor, state: State) -> Tensor | None:
-    """`since` of a call's tokens behind those of a state, which then has the last one's."""
+    """The log decays since each token's document began, behind those of a state, which then has the last one's."""
     if log_decay is None:
         return None
-    found = since(log_decay, docs, state["since"])
+    found = running(log_decay, docs, state["since"])
     state.write({"since": found[:, -1].to(state["since"].dtype)})
     return found
