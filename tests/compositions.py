@@ -157,6 +157,25 @@ VARIANTS: list[dict] = [
     },
     {
         "feature_map": HEDGEHOG,
+        "gate": {"name": "low_rank", "rank": 3},
+        "update": {"name": "log_linear", "levels": 3, "block": 4},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "mamba2"},
+        "update": {"name": "log_linear", "levels": 2},
+        "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "kda", "rank": 3},
+        "update": {"name": "log_linear_delta", "levels": 4, "block": 2},
+        "normalizer": {"name": "none"},
+        "window": {**SLIDING, "overlap": True},
+        "combine": {"name": "sum"},
+    },
+    {
+        "feature_map": HEDGEHOG,
         "window": {**SLIDING, "overlap": True},
         "position": {"name": "selective_rope", "rank": 3, "width": 4, "recurrent": False},
     },

@@ -278,7 +278,7 @@ class Mixer(nn.Module):
             )
             far = None
             if self.recurrent is not None and handed is not None:
-                far = self.recurrent.chunked(inputs, handed, state)
+                far = self.recurrent.chunked(inputs, handed, state, fresh=fresh)
             return self._joined_in(v, near, far, inputs.hidden)
 
     @with_weights

@@ -105,9 +105,14 @@ class Recurrent(nn.Module):
             partial = Partial(partial.numerator[:, rows], seen)
         return partial if weights else self.normalizer(partial)
 
-    def chunked(self, inputs: Inputs, handed: Handed, state: State) -> Partial:
-        """O(T)-memory form over the keys that leave the window at each token; writes the state."""
+    def chunked(self, inputs: Inputs, handed: Handed, state: State, *, fresh: bool = False) -> Partial:
+        """O(T)-memory form over the keys that leave the window at each token; writes the state.
+
+        Args:
+            fresh: the state is empty and nobody looks at it afterwards.
+        """
         stream = self._arriving(inputs, handed, self._advance(inputs, state), state, projected=True)
+        stream = replace(stream, fresh=fresh)
         order = handed.order
         if order is None:
             return self.normalizer(self.update.chunked(stream, state))

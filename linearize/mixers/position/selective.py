@@ -20,8 +20,8 @@ class SelectiveRope(Rope):
     """In the recurrent branch every token turns what follows by angles of its own, on top of the teacher's rotation.
 
     q_t and k_t are turned by phi_t, the sum of w_s over the tokens of the document so far, w = base + x W1 W2 for each
-    key-value head and each plane of two dims, the teacher's planes (i, i + K / 2): a key is seen under the angles of the
-    tokens between it and the query.
+    key-value head and each plane of two dims, the teacher's planes (i, i + K / 2): a key is seen under the angles of
+    the tokens between it and the query.
     base = W1 = 0 at the start, where it is the teacher's rotation, or none where `recurrent` is false.
 
     Limitations: the paper has a short convolution, a temperature and optionally a gate on the angles. Where the teacher

@@ -30,6 +30,7 @@ class Stream:
         log_decay: None, per head [B, T, M], or per feature [B, T, M, F].
         hidden: [B, T, D], the layer's input, for rules that read it.
         dtype: of the model's own q, k and v, from which these were widened.
+        fresh: the state is empty and nobody looks at it afterwards.
         weights: v holds identity values, which show the weights of the keys.
         scale: None, or q and k are no features but [B, T, H, D] and [B, T, M, D] of weights 1 + z + z^2 / 2, z = scale
             q.k; then keys that nobody may see are told by `valid` alone, and the heads of v divide M.
@@ -45,6 +46,7 @@ class Stream:
     dtype: torch.dtype = torch.float32
     scale: float | None = None
     weights: bool = False
+    fresh: bool = False
 
     def narrow(self, *tensors: Tensor, grows: bool = False) -> tuple[Tensor, ...]:
         """As Triton's kernels take them fastest: in the model's sixteen bits; products add up in float32.
