@@ -162,6 +162,14 @@ VARIANTS: list[dict] = [
     },
     {
         "feature_map": {"name": "identity"},
+        "gate": {"name": "scalar", "per": "kv_head"},
+        "update": {"name": "mlstm", "start": True},
+        "normalizer": {"name": "bounded"},
+        "window": {**SLIDING, "overlap": True},
+        "combine": {"name": "sigmoid"},
+    },
+    {
+        "feature_map": {"name": "identity"},
         "gate": {"name": "mamba2"},
         "update": {"name": "log_linear", "levels": 2},
         "normalizer": {"name": "none"},

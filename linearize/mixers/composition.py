@@ -110,10 +110,11 @@ def _gate(names: dict[str, str]) -> list[str]:
 def _normalizer(names: dict[str, str]) -> list[str]:
     problems = []
     sums = names["normalizer"] != "none" and NORMALIZERS.get(names["normalizer"]).running_sum
-    if sums and not FEATURE_MAPS.get(names["feature_map"]).non_negative:
+    signed = sums and NORMALIZERS.get(names["normalizer"]).signed
+    if sums and not signed and not FEATURE_MAPS.get(names["feature_map"]).non_negative:
         problems.append(
             f"mixer.feature_map: '{names['feature_map']}' has signed features, which a running-sum normalizer cannot "
-            "divide by; use normalizer: {name: none} or {name: group_norm}"
+            "divide by; use normalizer: {name: none}, {name: group_norm} or {name: bounded}"
         )
     if sums and not UPDATES.get(names["update"]).sums_weights:
         problems.append(
@@ -121,7 +122,7 @@ def _normalizer(names: dict[str, str]) -> list[str]:
             "normalizer: {name: none} or {name: group_norm}"
         )
     joined = names["window"] != "none" and names["combine"] != "none"
-    if joined and not sums and COMBINES.get(names["combine"]).needs_normalizer:
+    if joined and (signed or not sums) and COMBINES.get(names["combine"]).needs_normalizer:
         problems.append(
             f"mixer.combine: '{names['combine']}' shares the running sum, which normalizer '{names['normalizer']}' "
             "does not keep; use weighted, sigmoid or sum"

@@ -103,7 +103,7 @@ class Recurrent(nn.Module):
             partial = self.update.weights(stream) if weights else self.update.parallel(stream)
             seen = None if partial.denominator is None else partial.denominator[:, rows]
             partial = Partial(partial.numerator[:, rows], seen)
-        return partial if weights else self.normalizer(partial)
+        return partial if weights and not self.normalizer.signed else self.normalizer(partial)
 
     def chunked(self, inputs: Inputs, handed: Handed, state: State, *, fresh: bool = False) -> Partial:
         """O(T)-memory form over the keys that leave the window at each token; writes the state.
