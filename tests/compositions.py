@@ -161,6 +161,18 @@ VARIANTS: list[dict] = [
         "update": {"name": "log_linear", "levels": 3, "block": 4},
     },
     {
+        "feature_map": {"name": "exp"},
+        "update": {"name": "latte"},
+        "normalizer": {"name": "none"},
+        "window": {**SLIDING, "overlap": True},
+        "combine": {"name": "sum"},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "update": {"name": "inline", "averaged": False},
+        "normalizer": {"name": "none"},
+    },
+    {
         "feature_map": {"name": "identity"},
         "gate": {"name": "scalar", "per": "kv_head"},
         "update": {"name": "mlstm", "start": True},

@@ -116,9 +116,14 @@ def _normalizer(names: dict[str, str]) -> list[str]:
             f"mixer.feature_map: '{names['feature_map']}' has signed features, which a running-sum normalizer cannot "
             "divide by; use normalizer: {name: none}, {name: group_norm} or {name: bounded}"
         )
+    if UPDATES.get(names["update"]).positive and not FEATURE_MAPS.get(names["feature_map"]).non_negative:
+        problems.append(
+            f"mixer.feature_map: '{names['feature_map']}' has signed features, by whose sums update "
+            f"'{names['update']}' cannot divide; use exp, elu or softmax_dim"
+        )
     if sums and not UPDATES.get(names["update"]).sums_weights:
         problems.append(
-            f"mixer.normalizer: update '{names['update']}' has no weights of one sign to sum; use "
+            f"mixer.normalizer: update '{names['update']}' leaves no sum of its weights to divide by; use "
             "normalizer: {name: none} or {name: group_norm}"
         )
     joined = names["window"] != "none" and names["combine"] != "none"

@@ -91,6 +91,7 @@ class Update(Part):
         dense: whether the ungated rule can be computed under an arbitrary visibility mask, as keys that arrive late
             out of a window need it.
         sums_weights: whether the rule has weights that a running sum can add up.
+        positive: whether it divides by sums of the features itself, so that none may be negative.
         uses_keys: whether it reads the features of the key.
         uses_hidden: whether it reads the layer's input.
         takes_products: whether without a gate it takes q and k as a map `projected` them; see `Stream.scale`.
@@ -101,6 +102,7 @@ class Update(Part):
     decays: ClassVar[tuple[str, ...]] = ("none",)
     dense: ClassVar[bool] = False
     sums_weights: ClassVar[bool] = True
+    positive: ClassVar[bool] = False
     uses_keys: ClassVar[bool] = True
     uses_hidden: ClassVar[bool] = False
     takes_products: ClassVar[bool] = False
