@@ -161,6 +161,13 @@ VARIANTS: list[dict] = [
         "update": {"name": "log_linear", "levels": 3, "block": 4},
     },
     {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "rwkv7", "rank": 3, "shift": True},
+        "update": {"name": "rwkv7", "rank": 3, "shift": True},
+        "normalizer": {"name": "none"},
+        "short_conv": {"name": "depthwise", "taps": 2},
+    },
+    {
         "feature_map": {"name": "exp"},
         "update": {"name": "latte"},
         "normalizer": {"name": "none"},

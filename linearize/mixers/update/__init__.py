@@ -97,6 +97,7 @@ class Update(Part):
         takes_products: whether without a gate it takes q and k as a map `projected` them; see `Stream.scale`.
         decay: the kind of gate that it runs under, one of `decays`; set by whoever wires the branch.
         learned: the state that every text begins with, or None for an empty one.
+        mix: [D], how much of the token before it reads in place of a token, or None for nothing (token shift).
     """
 
     decays: ClassVar[tuple[str, ...]] = ("none",)
@@ -106,6 +107,8 @@ class Update(Part):
     uses_keys: ClassVar[bool] = True
     uses_hidden: ClassVar[bool] = False
     takes_products: ClassVar[bool] = False
+
+    mix: Tensor | None
 
     def __init__(
         self,
@@ -120,6 +123,7 @@ class Update(Part):
         self.heads, self.feature_dim, self.value_dim = heads, feature_dim, value_dim
         self.running_sum = running_sum
         self.decay = "none"
+        self.register_parameter("mix", None)
         self.learned: LearnedStart | None = None
 
     @classmethod
