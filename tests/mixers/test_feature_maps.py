@@ -17,7 +17,7 @@ from linearize.mixers.feature_map import FEATURE_MAPS
 
 SHAPE = LayerShape(heads=4, kv_heads=2, key_dim=8, value_dim=8, scaling=0.3)
 POSITION = torch.tensor([[0, 1, 2, 3, 4], [3, 4, 5, 0, 1]])
-SHARED = ["cosformer", "elu", "exp", "focused", "identity", "performer", "relu", "softmax_dim"]
+SHARED = ["codes", "cosformer", "elu", "exp", "focused", "identity", "performer", "relu", "softmax_dim"]
 LEARNED = ["hedgehog", "t2r", "taylor"]
 
 

@@ -46,7 +46,8 @@ def test_every_recipe(name, monkeypatch):
         # a level more for twice the text, not a loop over tokens
         assert long.operations - short.operations == longer[0].operations - long.operations > 0
     else:
-        assert short.operations == long.operations
+        # a text shorter than a window of blocks has some more
+        assert short.operations >= long.operations
     assert short.kernels and not short.wide, dict(short.wide)
 
 

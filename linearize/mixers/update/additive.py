@@ -150,9 +150,9 @@ class Additive(Update):
                 )
         else:
             # keys of a block, or none, came out of a window
-            sums.add_(torch.einsum("btmf,btmv->bmfv", k, stream.v))
-            running = sums.new_zeros(sums.shape[:-1]) if norms is None else norms.add_(k.sum(1))
-            numerator, denominator = linear_read(stream.q[:, 0], sums, running)
+            sums.add_(torch.einsum("btmf,btmv->bmfv", k, stream.v.to(k.dtype)))
+            total = sums.new_zeros(sums.shape[:-1]) if norms is None else norms.add_(k.sum(1))
+            numerator, denominator = linear_read(stream.q[:, 0], sums, total)
         seen = None if norms is None or denominator is None else denominator[:, None]
         left = kept_since(stream.log_decay, stream.docs, state) if self.learned is not None else None
         return self._begun(Partial(numerator[:, None], seen), stream, left)
