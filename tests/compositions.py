@@ -126,6 +126,90 @@ VARIANTS: list[dict] = [
         "normalizer": {"name": "none"},
         "output": {"name": "gated_norm", "rank": 3},
     },
+    {"feature_map": HEDGEHOG, "window": SLIDING, "update": {"name": "additive", "start": True}},
+    {
+        "feature_map": HEDGEHOG,
+        "gate": {"name": "low_rank", "rank": 3},
+        "update": {"name": "additive", "start": True},
+    },
+    {
+        "feature_map": HEDGEHOG,
+        "gate": {"name": "fixed"},
+        "update": {"name": "rwkv6", "bonus": True, "start": True},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "mamba2"},
+        "update": {"name": "delta", "start": True},
+        "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "kda", "rank": 3},
+        "update": {"name": "delta", "start": True},
+        "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "kda", "rank": 3},
+        "update": {"name": "delta_product", "rank": 3, "steps": 3, "reflects": True, "start": True},
+        "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": HEDGEHOG,
+        "gate": {"name": "low_rank", "rank": 3},
+        "update": {"name": "log_linear", "levels": 3, "block": 4},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "rwkv7", "rank": 3, "shift": True},
+        "update": {"name": "rwkv7", "rank": 3, "shift": True},
+        "normalizer": {"name": "none"},
+        "short_conv": {"name": "depthwise", "taps": 2},
+    },
+    {
+        "feature_map": {"name": "exp"},
+        "update": {"name": "latte"},
+        "normalizer": {"name": "none"},
+        "window": {**SLIDING, "overlap": True},
+        "combine": {"name": "sum"},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "update": {"name": "inline", "averaged": False},
+        "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "scalar", "per": "kv_head"},
+        "update": {"name": "mlstm", "start": True},
+        "normalizer": {"name": "bounded"},
+        "window": {**SLIDING, "overlap": True},
+        "combine": {"name": "sigmoid"},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "mamba2"},
+        "update": {"name": "log_linear", "levels": 2},
+        "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "kda", "rank": 3},
+        "update": {"name": "log_linear_delta", "levels": 4, "block": 2},
+        "normalizer": {"name": "none"},
+        "window": {**SLIDING, "overlap": True},
+        "combine": {"name": "sum"},
+    },
+    {
+        "feature_map": HEDGEHOG,
+        "window": {**SLIDING, "overlap": True},
+        "position": {"name": "selective_rope", "rank": 3, "width": 4, "recurrent": False},
+    },
+    {
+        "feature_map": {"name": "taylor", "dim": 8, "per": "kv_head"},
+        "position": {"name": "selective_rope", "rank": 3},
+    },
 ]
 """Options that change shapes or paths."""
 

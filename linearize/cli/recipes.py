@@ -103,7 +103,8 @@ def parts(mixer: Mapping[str, Mapping[str, Any]]) -> list[str]:
         gate = named["gate"]
         found.append(f"{gate['name']} gate" + (f" ({gate['slopes']})" if "slopes" in gate else ""))
     if recurrent:
-        found.append(mixer.get("update", {}).get("name", "additive"))
+        update = mixer.get("update", {})
+        found.append(update.get("name", "additive") + (" (learned start)" if update.get("start") else ""))
         normalizer = mixer.get("normalizer", {}).get("name", "running_sum")
         found += [] if normalizer == "none" else [normalizer]
     if "window" in named:
@@ -142,6 +143,8 @@ def _position(options: Mapping[str, Any], *, recurrent: bool, window: bool) -> l
         for branch, there in (("recurrent", recurrent), ("window", window))
         if there and not options.get(branch, True)
     ]
+    own = options.get("name", "rope")
+    found = [] if own == "rope" or not recurrent else [own]
     if not off:
-        return []
-    return ["no RoPE" if len(off) == recurrent + window else f"no RoPE but in the {_OTHER[off[0]]}"]
+        return found
+    return [*found, "no RoPE" if len(off) == recurrent + window else f"no RoPE but in the {_OTHER[off[0]]}"]

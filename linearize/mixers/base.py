@@ -193,6 +193,29 @@ def positions(valid: Tensor, docs: Tensor, carried: Tensor) -> tuple[Tensor, Ten
     return position, position[:, -1] + 1
 
 
+def running(values: Tensor, docs: Tensor, carried: Tensor | None = None) -> Tensor:
+    """The sum of a token's own document up to and with the token's.
+
+    Args:
+        values: [B, T, ...], zero on padding.
+        docs: [B, T] document numbers, non-decreasing; what is carried belongs to document 0.
+        carried: [B, ...], the sum of the tokens before, or None for none.
+
+    Returns:
+        as `values`, float32 or wider.
+    """
+    values = wide(values)
+    total = values.cumsum(1)
+    own = (docs != 0).view(*docs.shape, *[1] * (values.dim() - 2))
+    if docs.shape[1] > 1:
+        before = torch.cat([torch.zeros_like(docs[:, :1]), docs[:, :-1]], 1)
+        place = torch.arange(docs.shape[1], device=docs.device).expand_as(docs)
+        opened = torch.where(docs != before, place, 0).cummax(1).values
+        index = opened.view(own.shape).expand_as(total)
+        total = total - torch.where(own, (total - values).gather(1, index), 0.0)
+    return total if carried is None else total + torch.where(own, 0.0, carried[:, None].to(total.dtype))
+
+
 NARROW = (torch.bfloat16, torch.float16)
 
 

@@ -9,6 +9,7 @@ from linearize.mixers.feature_map import FEATURE_MAPS
 from linearize.mixers.feature_map.shared import PerHeadProjection
 from linearize.mixers.gate import GATES
 from linearize.mixers.normalizer import NORMALIZERS
+from linearize.mixers.position import POSITIONS
 from linearize.mixers.update import UPDATES
 
 
@@ -46,6 +47,11 @@ def _without_recurrence(names: dict[str, str]) -> list[str]:
             problems.append(
                 f"mixer.{part}: '{names[part]}' belongs to the recurrent branch, which needs a feature map"
             )
+    if POSITIONS.get(names["position"]).turns:
+        problems.append(
+            f"mixer.position: '{names['position']}' turns the recurrent branch alone, which needs a feature map; "
+            "use rope"
+        )
     return problems
 
 
@@ -76,6 +82,8 @@ def _arrival(mixer: dict[str, Any], names: dict[str, str]) -> list[str]:
         problems.append(f"mixer.update: '{names['update']}' needs keys at their own time; {remedy}")
     if not mixer["position"].get("recurrent", True):
         problems.append(f"mixer.position.recurrent: false needs keys at their own time; {remedy}")
+    if POSITIONS.get(names["position"]).turns:
+        problems.append(f"mixer.position: '{names['position']}' needs keys at their own time; {remedy}")
     return problems
 
 
@@ -102,18 +110,24 @@ def _gate(names: dict[str, str]) -> list[str]:
 def _normalizer(names: dict[str, str]) -> list[str]:
     problems = []
     sums = names["normalizer"] != "none" and NORMALIZERS.get(names["normalizer"]).running_sum
-    if sums and not FEATURE_MAPS.get(names["feature_map"]).non_negative:
+    signed = sums and NORMALIZERS.get(names["normalizer"]).signed
+    if sums and not signed and not FEATURE_MAPS.get(names["feature_map"]).non_negative:
         problems.append(
             f"mixer.feature_map: '{names['feature_map']}' has signed features, which a running-sum normalizer cannot "
-            "divide by; use normalizer: {name: none} or {name: group_norm}"
+            "divide by; use normalizer: {name: none}, {name: group_norm} or {name: bounded}"
+        )
+    if UPDATES.get(names["update"]).positive and not FEATURE_MAPS.get(names["feature_map"]).non_negative:
+        problems.append(
+            f"mixer.feature_map: '{names['feature_map']}' has signed features, by whose sums update "
+            f"'{names['update']}' cannot divide; use exp, elu or softmax_dim"
         )
     if sums and not UPDATES.get(names["update"]).sums_weights:
         problems.append(
-            f"mixer.normalizer: update '{names['update']}' has no weights of one sign to sum; use "
+            f"mixer.normalizer: update '{names['update']}' leaves no sum of its weights to divide by; use "
             "normalizer: {name: none} or {name: group_norm}"
         )
     joined = names["window"] != "none" and names["combine"] != "none"
-    if joined and not sums and COMBINES.get(names["combine"]).needs_normalizer:
+    if joined and (signed or not sums) and COMBINES.get(names["combine"]).needs_normalizer:
         problems.append(
             f"mixer.combine: '{names['combine']}' shares the running sum, which normalizer '{names['normalizer']}' "
             "does not keep; use weighted, sigmoid or sum"

@@ -45,6 +45,8 @@ def find(
     """The parts as one kernel, if it computes the branches and how they are joined."""
     if recurrent is None or max(shape.key_dim, shape.value_dim) > HEAD_DIM or not _is_hedgehog(recurrent):
         return None
+    if position.turns:
+        return None
     ring = None
     if window.size:
         short = window.shape.sliding_window is not None
@@ -66,7 +68,11 @@ def by_products(recurrent: Recurrent) -> bool:
 
     The states are those of the map's own features. The window and the joining rule stay kernels of their own.
     """
-    if recurrent.gate is not None or not recurrent.update.takes_products:
+    if (
+        recurrent.gate is not None
+        or not recurrent.update.takes_products
+        or recurrent.update.learned is not None
+    ):
         return False
     made = recurrent.feature_map.products
     return made is not None and made.dim in PRODUCT_DIMS and recurrent.update.value_dim <= HEAD_DIM
@@ -80,6 +86,7 @@ def _is_hedgehog(recurrent: Recurrent) -> bool:
         and made.config.space == "full"
         and made.config.dim in MAP_DIMS
         and type(recurrent.update) is Additive
+        and recurrent.update.learned is None
         and recurrent.normalizer.running_sum
         and recurrent.gate is None
         and recurrent.short_conv is None

@@ -97,7 +97,7 @@ class Mixer(nn.Module):
     def uses_hidden(self) -> bool:
         """Whether the forms need `hidden`."""
         asking = (self.recurrent, self.combine, self.output)
-        return any(part is not None and part.uses_hidden for part in asking)
+        return self.position.turns or any(part is not None and part.uses_hidden for part in asking)
 
     @property
     def needs_plain(self) -> bool:
@@ -120,6 +120,7 @@ class Mixer(nn.Module):
         tensors = self.window.initial(batch, dtype, device)
         if self.recurrent is not None:
             tensors |= self.recurrent.initial(batch, dtype, device)
+            tensors |= self.position.initial(batch, accumulator(dtype), device)
         return State(tensors)
 
     def reset_parameters(self) -> None:
@@ -262,7 +263,7 @@ class Mixer(nn.Module):
             fresh = state is None
             if state is None:
                 state = self.initial_state(k.shape[0], k.dtype, k.device)
-            near_inputs, inputs = self._inputs(q, k, v, valid, docs, hidden, plain, front)
+            near_inputs, inputs = self._inputs(q, k, v, valid, docs, hidden, plain, front, state)
             near, handed = self.window.chunked(
                 near_inputs.q,
                 near_inputs.k,
@@ -277,7 +278,7 @@ class Mixer(nn.Module):
             )
             far = None
             if self.recurrent is not None and handed is not None:
-                far = self.recurrent.chunked(inputs, handed, state)
+                far = self.recurrent.chunked(inputs, handed, state, fresh=fresh)
             return self._joined_in(v, near, far, inputs.hidden)
 
     @with_weights
@@ -299,7 +300,7 @@ class Mixer(nn.Module):
                 assert self.fused is not None
                 made = self.fused.step(*self._fused_pair(q, k, plain), v, valid, state, sink)
                 return self._finish(made, hidden)
-            near_inputs, inputs = self._inputs(q, k, v, valid, None, hidden, plain)
+            near_inputs, inputs = self._inputs(q, k, v, valid, None, hidden, plain, state=state)
             near, handed = self.window.step(
                 near_inputs.q, near_inputs.k, near_inputs.v, inputs.valid, state, sink
             )
@@ -318,6 +319,7 @@ class Mixer(nn.Module):
         hidden: Tensor | None,
         plain: Plain | None,
         front: Tensor | None = None,
+        state: State | None = None,
     ) -> tuple[Inputs, Inputs]:
         """What the window and what the recurrent branch see: in the accumulator's dtype, or as kernels take them."""
         batch, tokens = k.shape[:2]
@@ -344,8 +346,16 @@ class Mixer(nn.Module):
             )
 
         near = inputs(self.position.window_rotated)
-        same = self.recurrent is None or self.position.window_rotated == self.position.recurrent_rotated
-        return near, near if same else inputs(self.position.recurrent_rotated)
+        if self.recurrent is None or not self.position.turns:
+            same = self.recurrent is None or self.position.window_rotated == self.position.recurrent_rotated
+            return near, near if same else inputs(self.position.recurrent_rotated)
+        far = inputs(self.position.recurrent_rotated)
+        assert taken is not None
+        carried = None if state is None else state["phase"]
+        far.q, far.k, last = self.position.turned(far.q, far.k, taken, valid, own_docs, carried)
+        if state is not None:
+            state.write({"phase": last.to(state["phase"].dtype)})
+        return near, far
 
     def _fused_pair(self, q: Tensor, k: Tensor, plain: Plain | None) -> Plain:
         """q and k as the kernel's branches see them, in the dtype that comes in."""

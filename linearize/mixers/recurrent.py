@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from linearize.mixers.feature_map import FeatureMap
 from linearize.mixers.gate import Gate
 from linearize.mixers.normalizer import Normalizer
 from linearize.mixers.short_conv import ShortConv
+from linearize.mixers.short_conv.depthwise import convolved
 from linearize.mixers.state import State
 from linearize.mixers.update import Stream, Update
 from linearize.mixers.window import Handed
@@ -69,6 +71,8 @@ class Recurrent(nn.Module):
         self.shape, self.delayed = shape, delayed
         self.feature_map, self.update, self.normalizer = feature_map, update, normalizer
         self.short_conv, self.gate = short_conv, gate
+        if gate is not None:
+            update.decay = "feature" if gate.per_feature else "head"
         self.by_products = False
         """Whether Triton's chunked and one-token forms make the features themselves; `fused.by_products` says so."""
 
@@ -82,6 +86,8 @@ class Recurrent(nn.Module):
         tensors = self.update.initial(batch, accumulator(dtype), device)
         if self.short_conv is not None:
             tensors |= self.short_conv.initial(batch, dtype, device)
+        for name, mix in self._mixes():
+            tensors[name] = torch.zeros(batch, 1, 1, len(mix), dtype=dtype, device=device)
         if self.feature_map.uses_position:
             tensors["position"] = torch.zeros(batch, dtype=torch.int64, device=device)
         return tensors
@@ -101,11 +107,16 @@ class Recurrent(nn.Module):
             partial = self.update.weights(stream) if weights else self.update.parallel(stream)
             seen = None if partial.denominator is None else partial.denominator[:, rows]
             partial = Partial(partial.numerator[:, rows], seen)
-        return partial if weights else self.normalizer(partial)
+        return partial if weights and not self.normalizer.signed else self.normalizer(partial)
 
-    def chunked(self, inputs: Inputs, handed: Handed, state: State) -> Partial:
-        """O(T)-memory form over the keys that leave the window at each token; writes the state."""
+    def chunked(self, inputs: Inputs, handed: Handed, state: State, *, fresh: bool = False) -> Partial:
+        """O(T)-memory form over the keys that leave the window at each token; writes the state.
+
+        Args:
+            fresh: the state is empty and nobody looks at it afterwards.
+        """
         stream = self._arriving(inputs, handed, self._advance(inputs, state), state, projected=True)
+        stream = replace(stream, fresh=fresh)
         order = handed.order
         if order is None:
             return self.normalizer(self.update.chunked(stream, state))
@@ -158,10 +169,11 @@ class Recurrent(nn.Module):
         projected: bool = False,
     ) -> Stream:
         q, k, v = inputs.q, inputs.k, inputs.v
+        docs = inputs.docs if inputs.bordered else None
+        masks = {"valid": inputs.valid, "docs": docs, "front": inputs.front}
         if self.short_conv is not None:
-            docs = inputs.docs if inputs.bordered else None
-            masks = {"valid": inputs.valid, "docs": docs, "front": inputs.front}
             q, k, v = self.short_conv(q, k, v, **masks, state=state)
+        mixed = self._mixed(inputs.hidden, masks, state)
         if dispatch.use_triton(q, k, v) and self.by_products and projected:
             return self._products(inputs, q, k, v)
         seen = inputs.valid[..., None]
@@ -170,7 +182,7 @@ class Recurrent(nn.Module):
         log_decay = None
         if self.gate is not None:
             # the gate reads the key as it came: Liger's makes it from the projection itself
-            log_decay = self.gate(inputs.hidden, inputs.k)
+            log_decay = self.gate(mixed.get("shift_gate", inputs.hidden), inputs.k)
             log_decay = repeat_heads(log_decay, heads // log_decay.shape[2]) * (
                 seen[..., None] if log_decay.dim() == 4 else seen
             ).to(log_decay.dtype)
@@ -181,9 +193,24 @@ class Recurrent(nn.Module):
             docs=inputs.docs,
             valid=inputs.valid,
             log_decay=log_decay,
-            hidden=inputs.hidden,
+            hidden=mixed.get("shift_update", inputs.hidden),
             dtype=inputs.dtype,
         )
+
+    def _mixes(self) -> list[tuple[str, Tensor]]:
+        """Name in the state and mix of every part that reads tokens mixed with those before them."""
+        parts = (("shift_gate", self.gate), ("shift_update", self.update))
+        return [(name, part.mix) for name, part in parts if part is not None and part.mix is not None]
+
+    def _mixed(self, hidden: Tensor | None, masks: dict[str, Any], state: State | None) -> dict[str, Tensor]:
+        """Each part's own mixture [B, T, D]: a filter of two taps, mix and 1 - mix."""
+        found = self._mixes()
+        if hidden is None or not found:
+            return {}
+        filters = {name: torch.stack([mix, 1 - mix], -1)[None] for name, mix in found}
+        given = {name: (hidden[:, :, None], weight) for name, weight in filters.items()}
+        outputs = convolved(given, **masks, state=state)
+        return {name: x[:, :, 0] for name, x in zip(filters, outputs, strict=True)}
 
     def _products(self, inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Stream:
         """q and k before features are made of them; see `Stream.scale`."""

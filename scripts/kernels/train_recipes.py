@@ -8,7 +8,8 @@ With ``LINEARIZE_KERNELS=triton``, so that what no kernel covers raises, a recip
 - two steps of a run's own trainer, all weights under bfloat16 autocast, have finite losses and gradients, and the
   mixers compile;
 - a prompt and some tokens behind it leave finite states;
-- one pass forward and backward is as many operations at twice the length: nothing loops over tokens;
+- one pass forward and backward is as many operations at twice the length, or as many more at each doubling where a
+  rule has levels that double: nothing loops over tokens;
 - no torch form of an operator runs in it;
 - no kernel and no matrix product in a mixer is given a tensor as large as all keys in float32, where the model computes
   in bfloat16. Casts that are only followed by what is done number by number are listed: a compiler fuses those.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -217,8 +219,11 @@ def watched(model: Any, row: dict[str, Any]) -> None:
     os.environ["LINEARIZE_COMPILE"] = "never"
     model.train().requires_grad_(True)
     half = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if device == "cuda" else nullcontext()
+    lengths = LENGTHS[device]
+    if any(hasattr(getattr(module, "update", None), "levels") for module in model.modules()):
+        lengths = (*lengths, 2 * lengths[-1])
     with torch_forms() as forms:
-        for length in (LENGTHS[device][0], *LENGTHS[device]):  # the first pass of all does more
+        for length in (lengths[0], *lengths):  # the first pass of all does more
             ids = torch.randint(config.vocab_size, (batch, length), device=device)
             look = tests.Watched(length, batch * length * config.num_key_value_heads * config.head_dim)
             with look.mixers():
@@ -229,13 +234,12 @@ def watched(model: Any, row: dict[str, Any]) -> None:
             found.append(look)
     os.environ.pop("LINEARIZE_COMPILE")
     os.environ |= {} if before is None else {"LINEARIZE_COMPILE": before}
-    short, long = found[1:]
-    row |= {"operations": [short.operations, long.operations], "kernels": dict(long.kernels)}
+    long, counts = found[-1], [look.operations for look in found[1:]]
+    row |= {"operations": counts, "kernels": dict(long.kernels)}
     row |= {"casts": dict(long.casts), "wide": dict(long.wide)}
-    if short.operations != long.operations:
-        row["failures"].append(
-            f"{short.operations} operations at {LENGTHS[device][0]} tokens, {long.operations} at twice as many"
-        )
+    grown = [after - before for before, after in itertools.pairwise(counts)]
+    if grown[-1] > (grown[0] if len(grown) > 1 else 0):
+        row["failures"].append(f"{counts} operations at {list(lengths)} tokens")
     row["failures"] += [f"a torch form runs: {name}" for name in forms]
     if device == "cuda":  # elsewhere everything is in float32
         row["failures"] += [f"in float32: {name}" for name in long.wide]

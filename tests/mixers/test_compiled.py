@@ -27,6 +27,19 @@ MIXERS = {
         "feature_map": {"name": "softmax_dim"}, "gate": {"name": "key_pool"}, "normalizer": {"name": "none"},
         "window": WINDOW, "combine": {"name": "weighted"},
     },
+    "levels": {
+        "feature_map": {"name": "identity"}, "gate": {"name": "mamba2"}, "normalizer": {"name": "none"},
+        "update": {"name": "log_linear_delta", "levels": 1, "block": 16},
+    },
+    "start and angles": {
+        "feature_map": {"name": "identity"}, "gate": {"name": "mamba2"}, "normalizer": {"name": "none"},
+        "update": {"name": "delta_product", "rank": 3, "start": True},
+        "position": {"name": "selective_rope", "rank": 3},
+    },
+    "mlstm": {
+        "feature_map": {"name": "identity"}, "gate": {"name": "scalar"}, "normalizer": {"name": "bounded"},
+        "update": {"name": "mlstm", "start": True},
+    },
     "softmax": {"window": {"name": "full", "log_base": 5.0}, "output": {"name": "norm"}},
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from linearize.mixers.feature_map import FEATURE_MAPS
 
 SHAPE = LayerShape(heads=4, kv_heads=2, key_dim=8, value_dim=8, scaling=0.3)
 POSITION = torch.tensor([[0, 1, 2, 3, 4], [3, 4, 5, 0, 1]])
-SHARED = ["cosformer", "elu", "exp", "identity", "performer", "relu", "softmax_dim"]
+SHARED = ["codes", "cosformer", "elu", "exp", "focused", "identity", "performer", "relu", "softmax_dim"]
 LEARNED = ["hedgehog", "t2r", "taylor"]
 
 
@@ -316,3 +316,16 @@ def test_cosformer_forms_agree_past_its_length(window):
 )
 def test_impossible_options_are_refused(options, message):
     assert message in "\n".join(check({"feature_map": options}))
+
+
+@pytest.mark.parametrize("power", [1.0, 3.0, 8.0])
+def test_focused_is_its_formula(power):
+    """FLatten's equation 5: the direction of the powers at the length of the ReLU."""
+    feature_map, q = made("focused", power=power), heads(4)
+    found = feature_map.query(q)
+    for row, head, token in ((0, 0, 0), (1, 3, 4)):
+        u = q[row, token, head].clamp_min(0)
+        close(found[row, token, head], (u.norm() * u**power / (u**power).norm()).clamp_min(1e-12))
+    empty = torch.full((1, 1, 4, 8), -1.0, dtype=torch.float64, requires_grad=True)
+    feature_map.query(empty).sum().backward()
+    assert empty.grad.isfinite().all()

@@ -28,15 +28,18 @@ class Gate(Part):
         per_feature: whether the decay has a feature dimension.
         uses_hidden: whether the gate reads the layer's input.
         heads: M of the decay.
+        mix: [D], how much of the token before it reads in place of a token, or None for nothing (token shift).
     """
 
     per_feature: ClassVar[bool] = False
     uses_hidden: ClassVar[bool] = True
     heads: int
+    mix: Tensor | None
 
     def __init__(self, config: Any, shape: LayerShape, feature_dim: int) -> None:
         super().__init__()
         self.heads = shape.kv_heads
+        self.register_parameter("mix", None)
 
     def forward(self, hidden: Tensor | None, k: Tensor) -> Tensor:
         """hidden [B, T, D], k [B, T, N, K] before its feature map -> log decay [B, T, M] or [B, T, M, F]."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Part, put
+from linearize.mixers.base import LayerShape, Part, fill, put
 from linearize.mixers.gate import Gate
 from linearize.mixers.low_rank import LowRank
 from linearize.mixers.options import WIDEST, choice_problems, number
@@ -21,8 +21,8 @@ class CurveGate(Gate):
     the first head remembers longest, the last one least. W1 = 0, so every token starts on that curve.
 
     Limitations: the published exponents grow with depth; here one `exponent`, by default that of the middle layer,
-    serves every layer. Published models mix each token with the one before it on the way into W1 (token shift);
-    RADLADS gains nothing from that with RWKV-7 and little with RWKV-6, and it is left out.
+    serves every layer. Published models mix each token with the one before it on the way into W1; RADLADS gains nothing
+    from that with RWKV-7 and little with RWKV-6, and it is off unless `shift` asks for it.
     """
 
     SPREAD = 4.0
@@ -40,6 +40,8 @@ class CurveGate(Gate):
         """Width between W1 [D, rank] and W2 [rank, M F]."""
         per: str = "kv_head"
         """Decays per kv_head, whose query heads then share one state, or per query_head as published."""
+        shift: bool = False
+        """Token shift: x + mix (x_before - x) into W1, mix learned for each dim of x and zero at the start."""
 
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
@@ -53,9 +55,14 @@ class CurveGate(Gate):
         self.config = config
         self.heads = shape.heads if config.per == "query_head" else shape.kv_heads
         self.logits = LowRank(shape.hidden_dim(), config.rank, self.heads, feature_dim, tanh=True)
+        self.register_parameter(
+            "mix", nn.Parameter(torch.empty(shape.hidden_dim())) if config.shift else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        if self.mix is not None:
+            fill(self.mix, 0.0)
         base = self.logits.base
         place = torch.linspace(0, 1, base.numel(), dtype=torch.float64) ** self.config.exponent
         curve = self.config.slow + (self.config.fast - self.config.slow) * place

@@ -14,9 +14,11 @@ class Normalizer(Part):
 
     Attributes:
         running_sum: whether the update rule has to keep a sum of its weights beside the sum of values.
+        signed: whether that sum may have any sign, and so is none that branches could share.
     """
 
     running_sum: ClassVar[bool] = False
+    signed: ClassVar[bool] = False
 
     def __init__(self, config: Any, shape: LayerShape) -> None:
         super().__init__()

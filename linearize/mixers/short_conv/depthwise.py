@@ -80,32 +80,52 @@ class Depthwise(ShortConv):
         front: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         streams = {"q": q, "k": k, "v": v}
-        alone = q.shape[1] == 1 and docs is None and not torch.is_grad_enabled()
-        docs = torch.zeros_like(valid, dtype=torch.int64) if docs is None else docs
         # values of no width ask for the mixer's weights: what filters the values is no part of them
         roles = [role for role in self.filters if streams[role].shape[-1]]
-        inputs, weights = [streams[role] for role in roles], [self.filters[role] for role in roles]
+        given = {f"conv_{role}": (streams[role], self.filters[role]) for role in roles}
         silu = self.config.activation == "silu"
-        if state is None:
-            outputs = [_defined(x, w, valid, docs, silu) for x, w in zip(inputs, weights, strict=True)]
-        else:
-            past = [state[f"conv_{role}"] for role in roles]
-            if alone:
-                tokens = [x[:, 0] for x in inputs]
-                made = short_conv_step_streams(tokens, weights, past, valid=valid[:, 0], silu=silu)
-                outputs = [y[:, None] for y in made]
-            else:
-                if front is not None:
-                    inputs, past, valid, docs = _shifted(inputs, past, valid, docs, front)
-                codes = torch.where(valid, docs, -1 - docs)
-                outputs, last = short_conv_streams(
-                    inputs, weights, codes=codes, states=past, silu=silu, return_state=True
-                )
-                assert last is not None
-                kept = {f"conv_{role}": x for role, x in zip(roles, last, strict=True)}
-                state.write({name: x.to(state[name].dtype) for name, x in kept.items()})
+        outputs = convolved(given, valid=valid, docs=docs, state=state, front=front, silu=silu)
         streams |= dict(zip(roles, outputs, strict=True))
         return streams["q"], streams["k"], streams["v"]
+
+
+def convolved(
+    given: dict[str, tuple[Tensor, Tensor]],
+    *,
+    valid: Tensor,
+    docs: Tensor | None,
+    state: State | None,
+    front: Tensor | None,
+    silu: bool = False,
+) -> list[Tensor]:
+    """Several streams under filters of as many taps, in every form.
+
+    Args:
+        given: name in the state -> x [B, T, heads, width] and its filters [heads, width, taps].
+        valid, docs, state, front: see `ShortConv.forward`.
+        silu: an activation behind the filter.
+    """
+    inputs, weights = [x for x, _ in given.values()], [weight for _, weight in given.values()]
+    if not given:
+        return []
+    alone = inputs[0].shape[1] == 1 and docs is None and not torch.is_grad_enabled()
+    docs = torch.zeros_like(valid, dtype=torch.int64) if docs is None else docs
+    if state is None:
+        return [_defined(x, w, valid, docs, silu) for x, w in zip(inputs, weights, strict=True)]
+    past = [state[name] for name in given]
+    if alone:
+        tokens = [x[:, 0] for x in inputs]
+        made = short_conv_step_streams(tokens, weights, past, valid=valid[:, 0], silu=silu)
+        return [y[:, None] for y in made]
+    if front is not None:
+        inputs, past, valid, docs = _shifted(inputs, past, valid, docs, front)
+    codes = torch.where(valid, docs, -1 - docs)
+    outputs, last = short_conv_streams(
+        inputs, weights, codes=codes, states=past, silu=silu, return_state=True
+    )
+    assert last is not None
+    state.write({name: x.to(state[name].dtype) for name, x in zip(given, last, strict=True)})
+    return list(outputs)
 
 
 def _shifted(

@@ -13,6 +13,7 @@ from torch import Tensor
 from linearize.kernels import dispatch
 from linearize.mixers.base import NARROW, LayerShape, Part, Partial
 from linearize.mixers.state import State
+from linearize.mixers.update.start import LearnedStart
 from linearize.registry import Registry, discover
 
 
@@ -29,6 +30,8 @@ class Stream:
         log_decay: None, per head [B, T, M], or per feature [B, T, M, F].
         hidden: [B, T, D], the layer's input, for rules that read it.
         dtype: of the model's own q, k and v, from which these were widened.
+        fresh: the state is empty and nobody looks at it afterwards.
+        weights: v holds identity values, which show the weights of the keys.
         scale: None, or q and k are no features but [B, T, H, D] and [B, T, M, D] of weights 1 + z + z^2 / 2, z = scale
             q.k; then keys that nobody may see are told by `valid` alone, and the heads of v divide M.
     """
@@ -42,6 +45,8 @@ class Stream:
     hidden: Tensor | None = None
     dtype: torch.dtype = torch.float32
     scale: float | None = None
+    weights: bool = False
+    fresh: bool = False
 
     def narrow(self, *tensors: Tensor, grows: bool = False) -> tuple[Tensor, ...]:
         """As Triton's kernels take them fastest: in the model's sixteen bits; products add up in float32.
@@ -86,17 +91,24 @@ class Update(Part):
         dense: whether the ungated rule can be computed under an arbitrary visibility mask, as keys that arrive late
             out of a window need it.
         sums_weights: whether the rule has weights that a running sum can add up.
+        positive: whether it divides by sums of the features itself, so that none may be negative.
         uses_keys: whether it reads the features of the key.
         uses_hidden: whether it reads the layer's input.
         takes_products: whether without a gate it takes q and k as a map `projected` them; see `Stream.scale`.
+        decay: the kind of gate that it runs under, one of `decays`; set by whoever wires the branch.
+        learned: the state that every text begins with, or None for an empty one.
+        mix: [D], how much of the token before it reads in place of a token, or None for nothing (token shift).
     """
 
     decays: ClassVar[tuple[str, ...]] = ("none",)
     dense: ClassVar[bool] = False
     sums_weights: ClassVar[bool] = True
+    positive: ClassVar[bool] = False
     uses_keys: ClassVar[bool] = True
     uses_hidden: ClassVar[bool] = False
     takes_products: ClassVar[bool] = False
+
+    mix: Tensor | None
 
     def __init__(
         self,
@@ -110,6 +122,9 @@ class Update(Part):
         super().__init__()
         self.heads, self.feature_dim, self.value_dim = heads, feature_dim, value_dim
         self.running_sum = running_sum
+        self.decay = "none"
+        self.register_parameter("mix", None)
+        self.learned: LearnedStart | None = None
 
     @classmethod
     def gate_dim(cls, config: Any, feature_dim: int) -> int:
@@ -120,6 +135,19 @@ class Update(Part):
         """Around a kernel's call: heads too wide for Triton run in torch, in linear memory too, unless forced."""
         wide = max(self.feature_dim, self.value_dim) > WIDEST
         return dispatch.kernels("torch") if wide and dispatch.automatic() else nullcontext()
+
+    def learn_start(self, weight: float = 1.0) -> None:
+        """For rules that are linear in their state; `weight` as `LearnedStart` has it."""
+        size = (self.heads, self.feature_dim, self.value_dim)
+        sums = self.running_sum and self.sums_weights
+        self.learned = LearnedStart(*size, running_sum=sums, weight=weight)
+
+    def decayed(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """What a learned start needs of the state: the log decays since the document began."""
+        if self.learned is None or self.decay == "none":
+            return {}
+        size = (batch, self.heads, *((self.feature_dim,) if self.decay == "feature" else ()))
+        return {"since": torch.zeros(size, dtype=dtype, device=device)}
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Empty tensors of the state, each [B, ...]; `dtype` is float32 or wider."""
@@ -146,7 +174,8 @@ class Update(Part):
         show them."""
         batch, tokens = stream.k.shape[:2]
         eye = torch.eye(tokens, dtype=stream.q.dtype, device=stream.q.device)
-        return self.parallel(replace(stream, v=eye[None, :, None].expand(batch, -1, self.heads, -1)))
+        values = eye[None, :, None].expand(batch, -1, self.heads, -1)
+        return self.parallel(replace(stream, v=values, weights=True))
 
 
 UPDATES: Registry[Update] = Registry("update rule")

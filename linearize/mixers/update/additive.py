@@ -6,7 +6,7 @@ With a decay per head it is RetNet's, Mamba-2's and Lizard's recurrence, per fea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,14 +19,20 @@ from linearize.kernels.gated_linear import (
     gated_linear_step,
 )
 from linearize.kernels.linear import linear_read, linear_reference
-from linearize.mixers.base import Part, Partial
+from linearize.mixers.base import Part, Partial, running
+from linearize.mixers.options import number
 from linearize.mixers.state import State
 from linearize.mixers.update import UPDATES, Stream, Update
+from linearize.mixers.update.start import kept_since
 
 
 @UPDATES.register("additive")
 class Additive(Update):
-    """Sums of outer products [B, M, F, V] and of features [B, M, F], both float32 or wider; both decay alike."""
+    """Sums of outer products [B, M, F, V] and of features [B, M, F], both float32 or wider; both decay alike.
+
+    With a learned start (`start.LearnedStart`) the kernel that computes window and features at once, and the one that
+    makes Taylor features itself, are left for those of the parts.
+    """
 
     decays: ClassVar[tuple[str, ...]] = ("none", "head", "feature")
     dense = True
@@ -34,14 +40,26 @@ class Additive(Update):
 
     @dataclass
     class Config(Part.Config):
-        pass
+        start: bool = False
+        """Every text begins with a learned state, zero at the start."""
+        start_weight: float = number(0.001, above=0, most=1e6)
+        """What that state adds to a running sum at the start, times the sum of the query's features."""
+
+    def __init__(self, config: Any, *arguments: Any, **settings: Any) -> None:
+        super().__init__(config, *arguments, **settings)
+        if config.start:
+            self.learn_start(config.start_weight)
+
+    def reset_parameters(self) -> None:
+        if self.learned is not None:
+            self.learned.start()
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         shape = (batch, self.heads, self.feature_dim)
         state = {"sums": torch.zeros(*shape, self.value_dim, dtype=dtype, device=device)}
         if self.running_sum:
             state["norms"] = torch.zeros(shape, dtype=dtype, device=device)
-        return state
+        return state if self.learned is None else state | self.decayed(batch, dtype, device)
 
     def keys(self, stream: Stream) -> Tensor:
         """What is written: the features of the key."""
@@ -53,7 +71,8 @@ class Additive(Update):
 
     def masked(self, q: Tensor, k: Tensor, v: Tensor | None, visible: Tensor) -> Partial:
         numerator, denominator = linear_reference(q, k, v, visible)
-        return Partial(numerator, denominator if self.running_sum else None)
+        made = Partial(numerator, denominator if self.running_sum else None)
+        return made if self.learned is None else self.learned.added(made, q, None, weights=v is None)
 
     def parallel(self, stream: Stream) -> Partial:
         k = self.keys(stream)
@@ -74,7 +93,9 @@ class Additive(Update):
             bonus=self.bonus(k.dtype),
             normalize=self.running_sum,
         )
-        return Partial(numerator, denominator)
+        made = Partial(numerator, denominator)
+        left = running(stream.log_decay, stream.docs) if self.learned is not None else None
+        return self._begun(made, stream, left)
 
     def chunked(self, stream: Stream, state: State) -> Partial:
         before = self._state(state)
@@ -105,7 +126,9 @@ class Additive(Update):
                 bonus=self.bonus(k.dtype),
                 normalize=self.running_sum,
             )
-        return self._written(state, *made)
+        partial = self._written(state, *made)
+        left = kept_since(stream.log_decay, stream.docs, state) if self.learned is not None else None
+        return self._begun(partial, stream, left)
 
     def step(self, stream: Stream, state: State) -> Partial:
         k = self.keys(stream)
@@ -127,11 +150,21 @@ class Additive(Update):
                 )
         else:
             # keys of a block, or none, came out of a window
-            sums.add_(torch.einsum("btmf,btmv->bmfv", k, stream.v))
-            running = sums.new_zeros(sums.shape[:-1]) if norms is None else norms.add_(k.sum(1))
-            numerator, denominator = linear_read(stream.q[:, 0], sums, running)
+            sums.add_(torch.einsum("btmf,btmv->bmfv", k, stream.v.to(k.dtype)))
+            total = sums.new_zeros(sums.shape[:-1]) if norms is None else norms.add_(k.sum(1))
+            numerator, denominator = linear_read(stream.q[:, 0], sums, total)
         seen = None if norms is None or denominator is None else denominator[:, None]
-        return Partial(numerator[:, None], seen)
+        left = kept_since(stream.log_decay, stream.docs, state) if self.learned is not None else None
+        return self._begun(Partial(numerator[:, None], seen), stream, left)
+
+    def _begun(self, made: Partial, stream: Stream, left: Tensor | None) -> Partial:
+        """With what a learned start adds; `left` [B, T, ...] are the log decays since its document began."""
+        if self.learned is None:
+            return made
+        if left is not None and stream.log_decay is not None and self.bonus(stream.k.dtype) is not None:
+            left = left - stream.log_decay.to(left.dtype)
+        (q,) = stream.narrow(stream.q, grows=True)
+        return self.learned.added(made, q, left, weights=stream.weights)
 
     def _written(
         self, state: State, numerator: Tensor, denominator: Tensor | None, after: GatedState

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.kernels.gated_delta import delta_chunk, delta_reference, delta_step
-from linearize.mixers.base import LayerShape, Part, Partial, fill, product, put
+from linearize.mixers.base import LayerShape, Part, Partial, fill, product, put, running
 from linearize.mixers.options import number
 from linearize.mixers.state import State
 from linearize.mixers.statistics import Statistics
 from linearize.mixers.update import UPDATES, Stream
 from linearize.mixers.update.shared import Overwriting
+from linearize.mixers.update.start import kept_since
 
 
 @UPDATES.register("delta")
@@ -28,6 +29,8 @@ class Delta(Overwriting):
     """
 
     decays = ("none", "head", "feature")
+    steps: int = 1
+    """Of the rule for each token."""
 
     @dataclass
     class Config(Part.Config):
@@ -35,13 +38,19 @@ class Delta(Overwriting):
         """b at the start: 0 writes with a strength of one half."""
         scale: float = number(1.0, above=0)
         """Scale of the output at the start."""
+        start: bool = False
+        """Every text begins with a learned state, zero at the start."""
 
     def make(self, shape: LayerShape) -> None:
+        if self.config.start:
+            self.learn_start()
         self.beta_weight = nn.Parameter(torch.empty(shape.hidden_dim(), self.heads))
         self.beta_bias = nn.Parameter(torch.empty(self.heads))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
+        if self.learned is not None:
+            self.learned.start()
         fill(self.beta_weight, 0.0)
         fill(self.beta_bias, self.config.beta_bias)
 
@@ -49,29 +58,67 @@ class Delta(Overwriting):
         """The strength of writing from the entropy of the teacher's attention, a mean over the heads that share it."""
         put(self.beta_bias, statistics.shared(statistics.strength, self.heads).logit())
 
+    def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        return super().initial(batch, dtype, device) | self.decayed(batch, dtype, device)
+
     def parallel(self, stream: Stream) -> Partial:
-        q, k, beta = self._terms(stream)
+        stream, q, k, beta = self._terms(stream)
+        left = (
+            None
+            if stream.log_decay is None or self.learned is None
+            else running(stream.log_decay, stream.docs)
+        )
+        stream = self._below(stream, k, left)
         empty = k.new_zeros(k.shape[0], self.heads, self.feature_dim, stream.v.shape[-1])
-        return Partial(delta_reference(q, k, stream.v, beta, stream.log_decay, stream.docs, empty)[0], None)
+        out, _ = delta_reference(q, k, stream.v, beta, stream.log_decay, stream.docs, empty)
+        return self._above(out, stream, q, left)
 
     def chunked(self, stream: Stream, state: State) -> Partial:
-        q, k, beta = self._terms(stream)
+        stream, q, k, beta = self._terms(stream)
+        left = None if self.learned is None else kept_since(stream.log_decay, stream.docs, state)
+        stream = self._below(stream, k, left)
         with self.form():
-            q, k, v = stream.narrow(q, k, stream.v)
-            out, sums = delta_chunk(q, k, v, beta, stream.decays(), stream.docs, state["sums"])
+            narrow_q, narrow_k, v = stream.narrow(q, k, stream.v)
+            out, sums = delta_chunk(narrow_q, narrow_k, v, beta, stream.decays(), stream.docs, state["sums"])
         state.write({"sums": sums})
-        return Partial(out, None)
+        return self._above(out, stream, q, left)
 
     def step(self, stream: Stream, state: State) -> Partial:
-        q, k, beta = (x[:, 0] for x in self._terms(stream))
-        decay = None if stream.log_decay is None else stream.log_decay[:, 0]
+        stream, q, k, beta = self._terms(stream)
+        left = None if self.learned is None else kept_since(stream.log_decay, stream.docs, state)
+        stream = self._below(stream, k, left)
         with self.form():
-            return Partial(delta_step(q, k, stream.v[:, 0], beta, decay, state["sums"])[:, None], None)
+            for i in range(self.steps):
+                decay = None if stream.log_decay is None else stream.log_decay[:, i]
+                out = delta_step(q[:, i], k[:, i], stream.v[:, i], beta[:, i], decay, state["sums"])
+        return self._above(out[:, None], stream, q, left)
 
-    def _terms(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+    def _below(self, stream: Stream, k: Tensor, left: Tensor | None) -> Stream:
+        """With values less what a learned start holds under their keys; see `start.LearnedStart`."""
+        if self.learned is None or stream.weights:
+            return stream
+        (low,) = stream.narrow(k)
+        return replace(stream, v=stream.v - self.learned.read(low, left).numerator)
+
+    def _above(self, out: Tensor, stream: Stream, q: Tensor, left: Tensor | None) -> Partial:
+        """After the last step of each token, with what a learned start answers."""
+
+        def last(x: Tensor) -> Tensor:
+            return x if x.shape[1] == 1 else x[:, self.steps - 1 :: self.steps]
+
+        made = Partial(last(out), None)
+        if self.learned is None:
+            return made
+        (low,) = stream.narrow(last(q))
+        return self.learned.added(made, low, None if left is None else last(left), weights=stream.weights)
+
+    def _terms(self, stream: Stream) -> tuple[Stream, Tensor, Tensor, Tensor]:
+        """The stream, q, k and beta as the kernel takes them: `steps` in the place of each token."""
         assert stream.hidden is not None
         dtype = stream.k.dtype
         logits = product(stream.hidden, self.beta_weight) + self.beta_bias.to(dtype)
         beta = logits.sigmoid() * stream.valid[..., None].to(dtype)
-        q = F.normalize(stream.q, dim=-1) * self.scale.to(dtype)[:, None]
-        return q, F.normalize(stream.k, dim=-1), beta
+        return stream, self._query(stream), F.normalize(stream.k, dim=-1), beta
+
+    def _query(self, stream: Stream) -> Tensor:
+        return F.normalize(stream.q, dim=-1) * self.scale.to(stream.k.dtype)[:, None]

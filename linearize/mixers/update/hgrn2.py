@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from linearize.mixers.base import Part
 from linearize.mixers.update import UPDATES, Stream
 from linearize.mixers.update.additive import Additive
 
@@ -26,7 +25,7 @@ class HGRN2(Additive):
     uses_keys = False
 
     @dataclass
-    class Config(Part.Config):
+    class Config(Additive.Config):
         pass
 
     def keys(self, stream: Stream) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import Part, fill
+from linearize.mixers.base import fill
 from linearize.mixers.update import UPDATES, Stream
 from linearize.mixers.update.additive import Additive
 
@@ -30,7 +30,7 @@ class RWKV6(Additive):
     takes_products = False
 
     @dataclass
-    class Config(Part.Config):
+    class Config(Additive.Config):
         balanced: bool = True
         """Keys times 1 - w."""
         bonus: bool = False
@@ -46,6 +46,7 @@ class RWKV6(Additive):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        super().reset_parameters()
         if self.bonus_weight is not None:
             fill(self.bonus_weight, 1.0)
 

@@ -30,7 +30,9 @@ class RWKV7(Moving):
     some 25 times too large, at 0.03 of the right size, and they end nearer the teacher after as many steps.
 
     Limitations: published layers mix their values with the first layer's (value residual), which a layer on its own
-    cannot do; the bonus r_k, zero at the start of conversions, and token shift are left out.
+    cannot do; the bonus r_k, zero at the start of conversions, is left out. Token shift is that of decays and rates
+    (`shift` here and of the gate): queries, keys and values come from the teacher's projections, and a short
+    convolution of two taps is theirs.
     """
 
     @dataclass
@@ -47,12 +49,17 @@ class RWKV7(Moving):
         """k_a at the start, where not balanced: 0 writes the whole key, 1 writes a of it."""
         scale: float = number(0.03, above=0)
         """Scale of the output at the start; 1 as published."""
+        shift: bool = False
+        """Token shift: x + mix (x_before - x) into W1, mix learned for each dim of x and zero at the start."""
 
     removal: Tensor | None
     share: Tensor | None
 
     def make(self, shape: LayerShape) -> None:
         self.rate = LowRank(shape.hidden_dim(), self.config.rank, self.heads, self.feature_dim, tanh=False)
+        self.register_parameter(
+            "mix", nn.Parameter(torch.empty(shape.hidden_dim())) if self.config.shift else None
+        )
         for name in ("removal", "share"):
             weight = None if self.config.balanced else nn.Parameter(torch.empty(self.heads, self.feature_dim))
             self.register_parameter(name, weight)
@@ -60,6 +67,8 @@ class RWKV7(Moving):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self.rate.start(self.config.rate_base)
+        if self.mix is not None:
+            fill(self.mix, 0.0)
         if self.removal is not None:
             fill(self.removal, self.config.removal_scale)
         if self.share is not None:

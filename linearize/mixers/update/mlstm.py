@@ -1,0 +1,61 @@
+"""mLSTM's rule: additive with an exponential input gate (xLSTM, Beck et al. 2024, arXiv 2405.04517, eq. 19-27)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from linearize.mixers.base import LayerShape, fill, product
+from linearize.mixers.options import number
+from linearize.mixers.update import UPDATES, Stream
+from linearize.mixers.update.additive import Additive
+
+
+@UPDATES.register("mlstm")
+class MLSTM(Additive):
+    """S_t = f_t S_{t-1} + i_t k_t v_t^T, n_t likewise of i_t k_t, i = exp(cap(x W + b)) for each head of the state.
+
+    cap(z) = c tanh(z / c) bounds the exponent, as in xLSTM 7B (arXiv 2503.13427), so that sums stay within float32
+    without the running maximum that the first paper takes off. W = b = 0 at the start, where it is the additive rule. f
+    is the gate's decay; with the normalizer `bounded` signed features of queries and keys are mLSTM's own.
+    """
+
+    decays: ClassVar[tuple[str, ...]] = ("head", "feature")
+    dense = False
+    takes_products: ClassVar[bool] = False
+    uses_hidden = True
+
+    @dataclass
+    class Config(Additive.Config):
+        cap: float = number(15.0, above=0, most=30)
+        """c."""
+
+    def __init__(
+        self,
+        config: Any,
+        heads: int,
+        feature_dim: int,
+        value_dim: int,
+        shape: LayerShape,
+        running_sum: bool = True,
+    ) -> None:
+        super().__init__(config, heads, feature_dim, value_dim, shape, running_sum)
+        self.cap = config.cap
+        self.input_weight = nn.Parameter(torch.empty(shape.hidden_dim(), heads))
+        self.input_bias = nn.Parameter(torch.empty(heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        fill(self.input_weight, 0.0)
+        fill(self.input_bias, 0.0)
+
+    def keys(self, stream: Stream) -> Tensor:
+        assert stream.hidden is not None
+        logits = product(stream.hidden, self.input_weight)
+        logits = logits + self.input_bias.to(logits.dtype)
+        # the key of a token that nobody may see is zero
+        return stream.k * (self.cap * (logits / self.cap).tanh()).exp()[..., None].to(stream.k.dtype)

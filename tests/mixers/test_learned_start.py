@@ -1,0 +1,129 @@
+"""A learned state that every text begins with, against loops that begin with it, and where it may not reach."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compositions import SHAPES, Draw, make
+from torch.nn import functional as F
+
+from linearize.kernels import dispatch
+from linearize.mixers import build
+
+SHAPE = SHAPES["grouped"]
+DELTA = {"feature_map": {"name": "identity"}, "normalizer": {"name": "none"}}
+RULES = {
+    "delta": {**DELTA, "update": {"name": "delta", "start": True}},
+    "delta mamba2": {**DELTA, "gate": {"name": "mamba2"}, "update": {"name": "delta", "start": True}},
+    "delta kda": {**DELTA, "gate": {"name": "kda", "rank": 3}, "update": {"name": "delta", "start": True}},
+    "additive": {"feature_map": {"name": "elu"}, "update": {"name": "additive", "start": True}},
+    "additive scalar": {
+        "feature_map": {"name": "elu"},
+        "gate": {"name": "scalar"},
+        "update": {"name": "additive", "start": True},
+    },
+    "additive per feature": {
+        "feature_map": {"name": "elu"},
+        "gate": {"name": "low_rank", "rank": 3},
+        "update": {"name": "additive", "start": True},
+    },
+}
+rules = pytest.mark.parametrize("name", RULES)
+
+
+def loop(made, x, row, tokens):
+    """Some tokens of one row, a document of their own, a head and a token at a time."""
+    branch, update = made.recurrent, made.update
+    q, k, v = x.q[row, tokens], x.k[row, tokens], x.v[row, tokens]
+    hidden, shape = x.hidden[row, tokens], made.shape
+    decay = None
+    if branch.gate is not None:
+        decay = branch.gate(x.hidden, x.k)[row, tokens].exp()
+    out = torch.zeros(len(q), shape.heads, shape.value_dim, dtype=torch.float64)
+    heads = update.heads
+    for head in range(shape.heads):
+        m, key_head = head // (shape.heads // heads), head // shape.group
+        state = update.learned.sums[m].clone()
+        norm = None if update.learned.log_norms is None else update.learned.log_norms[m].exp()
+        for t in range(len(q)):
+            keep = 1.0
+            if decay is not None:
+                keep = decay[t, m // (heads // decay.shape[1])]
+            state = (keep[:, None] if isinstance(keep, torch.Tensor) and keep.dim() else keep) * state
+            if update.name == "delta":
+                key = F.normalize(k[t, key_head], dim=0)
+                beta = torch.sigmoid(hidden[t] @ update.beta_weight[:, m] + update.beta_bias[m])
+                state = state + beta * torch.outer(key, v[t, key_head] - key @ state)
+                query = F.normalize(q[t, head], dim=0) * update.scale[head]
+                out[t, head] = query @ state
+                continue
+            key, query = (
+                feature(y, None)[0, 0]
+                for feature, y in (
+                    (branch.feature_map.key, k[None, None, t]),
+                    (branch.feature_map.query, q[None, None, t]),
+                )
+            )
+            key, query = key[key_head], query[head]
+            state, norm = state + torch.outer(key, v[t, key_head]), keep * norm + key
+            out[t, head] = (query @ state) / (query @ norm)
+    return out
+
+
+@rules
+def test_every_document_begins_with_it(name):
+    made, x = make(RULES[name], SHAPE, torch.float64), Draw.of(SHAPE, 75, torch.float64)
+    starts = torch.zeros(2, 75, dtype=torch.bool)
+    starts[0, [5, 40]] = True
+    valid = torch.ones(2, 75, dtype=torch.bool)
+    valid[1, :9] = False
+    with torch.no_grad():
+        out = x.run(made.chunked, starts=starts, valid=valid)
+        for row, first, last in ((0, 0, 5), (0, 5, 40), (0, 40, 75), (1, 9, 75)):
+            expected = loop(made, x, row, slice(first, last))
+            torch.testing.assert_close(out[row, first:last], expected, atol=1e-10, rtol=1e-8)
+
+
+@rules
+def test_it_starts_as_the_rule_without_it(name):
+    with_start, without = RULES[name], {**RULES[name], "update": {"name": RULES[name]["update"]["name"]}}
+    with_start = {**with_start, "update": {**with_start["update"]}}
+    if with_start["update"]["name"] == "additive":
+        with_start["update"]["start_weight"] = 1e-12
+    outs = []
+    for mixer in (with_start, without):
+        torch.manual_seed(0)
+        outs.append(Draw.of(SHAPE, 40, torch.float64).run(build(mixer, SHAPE).double().chunked))
+    torch.testing.assert_close(*outs, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["delta mamba2", "delta kda", "additive per feature"])
+def test_kernels_give_what_the_parts_do(name):
+    """Outputs, the carried state and gradients, in Triton's interpreter where there is no GPU."""
+    shape = SHAPES["grouped"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {}
+    for kind in ("torch", "triton"):
+        made = make(RULES[name], shape, torch.float32).to(device)
+        x = Draw.of(shape, 70, torch.float32).apply(lambda y: y.to(device))
+        starts = torch.zeros(2, 70, dtype=torch.bool, device=device)
+        starts[0, [3, 41]] = True
+        with dispatch.kernels(kind):
+            out = x.run(made.chunked, starts=starts)
+            grads = torch.autograd.grad(out.square().sum(), list(made.parameters()), allow_unused=True)
+            state = made.initial_state(2, torch.float32, torch.device(device))
+            with torch.no_grad():
+                x.run(made.chunked, starts=starts, state=state)
+                step = Draw.of(shape, 1, torch.float32, seed=3).apply(lambda y: y.to(device))
+                after = step.run(made.step, state=state)
+        found[kind] = [out, after, state["since"], *grads]
+    for one, two in zip(*found.values(), strict=True):
+        scale = max(1.0, two.abs().max().item())
+        torch.testing.assert_close(one, two, atol=2e-5 * scale, rtol=0)
+
+
+def test_what_it_adds_no_fused_kernel_computes():
+    plain = {"feature_map": {"name": "hedgehog", "dim": 16}, "window": {"name": "sliding", "size": 16}}
+    shape = SHAPES["grouped"]
+    assert build(plain, shape).fused is not None
+    assert build({**plain, "update": {"name": "additive", "start": True}}, shape).fused is None

@@ -1,0 +1,116 @@
+"""Latte, InLine and MALA against sums over pairs of tokens, written from their papers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compositions import SHAPES, Draw, make
+
+from linearize.kernels import dispatch
+from linearize.mixers import build, check
+
+SHAPE = SHAPES["grouped"]
+LATTE = {"feature_map": {"name": "exp"}, "update": {"name": "latte"}, "normalizer": {"name": "none"}}
+INLINE = {"feature_map": {"name": "identity"}, "update": {"name": "inline"}, "normalizer": {"name": "none"}}
+MALA = {"feature_map": {"name": "elu"}, "update": {"name": "mala"}, "normalizer": {"name": "none"}}
+MIXERS = {
+    "latte": LATTE,
+    "inline": INLINE,
+    "inline as published": {**INLINE, "update": {"name": "inline", "averaged": False}},
+    "mala": MALA,
+}
+mixers = pytest.mark.parametrize("name", MIXERS)
+
+
+def weights_of(name, made, x, row, head, t):
+    """Of a query on the t + 1 keys that it sees."""
+    n, q, k = head // made.shape.group, x.q[row, t, head], x.k[row, : t + 1, head // made.shape.group]
+    if name == "latte":
+        chosen, spread = q.softmax(-1), k.softmax(0)
+        return spread @ chosen
+    if name == "mala":
+        q, k = (torch.nn.functional.elu(y) + 1 for y in (q, k))
+    else:
+        q = q * made.shape.scaling
+    scores, count = k @ q, t + 1
+    scale = made.update.scale[head]
+    scale = scale / count if made.update.config.averaged else scale
+    assert n < made.shape.kv_heads
+    base = scores / scores.sum() if name == "mala" else torch.full_like(scores, 1 / count)
+    return base + scale * (scores - scores.mean())
+
+
+@mixers
+def test_weights_are_the_papers(name):
+    made, x = make(MIXERS[name], SHAPE, torch.float64), Draw.of(SHAPE, 40, torch.float64)
+    with torch.no_grad():
+        out, shown = x.run(made.chunked), made.parallel(x.q, x.k, None, hidden=x.hidden, plain=x.plain)
+        for row, head, t in ((0, 0, 0), (0, 3, 17), (1, 1, 39)):
+            wanted = weights_of(name, made, x, row, head, t)
+            torch.testing.assert_close(wanted.sum(), torch.ones((), dtype=torch.float64))
+            torch.testing.assert_close(shown[row, t, head, : t + 1], wanted, atol=1e-11, rtol=1e-9)
+            expected = wanted @ x.v[row, : t + 1, head // SHAPE.group]
+            torch.testing.assert_close(out[row, t, head], expected, atol=1e-10, rtol=1e-9)
+
+
+def test_inline_is_softmax_to_first_order():
+    made, x = build(INLINE, SHAPE).double(), Draw.of(SHAPE, 30, torch.float64)
+    softmax = build({"window": {"name": "full"}}, SHAPE).double()
+    errors = []
+    with torch.no_grad():
+        for size in (1e-2, 1e-3):
+            q = x.q * size
+            first = made.chunked(q, x.k, x.v, hidden=x.hidden, plain=x.plain)
+            errors.append((first - softmax.chunked(q, x.k, x.v, hidden=x.hidden, plain=x.plain)).abs().max())
+    assert 50 < errors[0] / errors[1] < 200
+
+
+def test_latte_stays_finite_where_keys_are_far_apart():
+    made = build(LATTE, SHAPE)
+    x = Draw.of(SHAPE, 50, torch.float32).apply(lambda y: 80 * y)
+    out = x.run(made.chunked)
+    assert out.isfinite().all() and out.abs().max() <= x.v.abs().max() * 1.001
+
+
+@mixers
+def test_kernels_give_what_the_parts_do(name):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {}
+    for kind in ("torch", "triton"):
+        made = make(MIXERS[name], SHAPE, torch.float32).to(device)
+        x = Draw.of(SHAPE, 70, torch.float32).apply(lambda y: y.to(device).requires_grad_())
+        starts = torch.zeros(2, 70, dtype=torch.bool, device=device)
+        starts[0, [3, 41]] = True
+        with dispatch.kernels(kind):
+            out = x.run(made.chunked, starts=starts)
+            wanted = [x.q, x.k, x.v, *made.parameters()]
+            found[kind] = [out, *torch.autograd.grad(out.square().sum(), wanted)]
+    for one, two in zip(*found.values(), strict=True):
+        scale = max(1.0, two.abs().max().item())
+        torch.testing.assert_close(one, two, atol=1e-4 * scale, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "problem"),
+    [
+        (
+            {**LATTE, "feature_map": {"name": "identity"}},
+            "mixer.feature_map: 'identity' has signed features, by whose sums update 'latte' cannot divide",
+        ),
+        (
+            {**MALA, "normalizer": {"name": "running_sum"}},
+            "mixer.normalizer: update 'mala' leaves no sum of its weights to divide by",
+        ),
+        (
+            {**LATTE, "gate": {"name": "mamba2"}},
+            "mixer.gate: update 'latte' takes no gate, not a gate per head",
+        ),
+        (
+            {**INLINE, "update": {"name": "inline", "start": True}},
+            "mixer.update.start: a learned start is no token of the mean; leave it out",
+        ),
+    ],
+)
+def test_what_makes_no_sense(mixer, problem):
+    found = check(mixer)
+    assert any(one.replace(" ()", "").startswith(problem) for one in found), found
