@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from linearize import launched
 from linearize.cli.console import console, quiet_libraries
 from linearize.config import compose, list_recipes
 from linearize.config.compose import is_file_name
@@ -26,7 +27,9 @@ def main(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     name = recipe_name(options.recipe)
-    _show(distill.run(options.model, recipe, out, resume=options.resume, recipe_name=name))
+    summary = distill.run(options.model, recipe, out, resume=options.resume, recipe_name=name)
+    if launched.first():
+        _show(summary)
     return 0
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 import shutil
 import time
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,16 +17,17 @@ from rich.console import Group
 from torch import nn
 from transformers import set_seed
 
-from linearize import data, export, models, objectives, surgery
+from linearize import data, export, launched, models, objectives, surgery
 from linearize.config.course import Course
 from linearize.config.schema import Recipe
-from linearize.distill import batches, calibrate, memory, preference, stages
+from linearize.distill import batches, calibrate, memory, preference, processes, stages
 from linearize.distill.callbacks import RunStopped
 from linearize.distill.checkpoint import write_json, writing
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.distill.folder import ADAPTER, RunFolder
 from linearize.distill.lock import held
 from linearize.distill.positions import check_lengths
+from linearize.distill.processes import ProcessLost, alone
 from linearize.distill.results import Measurer, Results
 from linearize.distill.stages import StagePlace
 from linearize.distill.trainable import check_ranks, check_reach, needs
@@ -81,9 +82,14 @@ def run(
     """
     folder = RunFolder(Path(out))
     job = _Job(model, recipe, folder, recipe_name or recipe.description)
-    folder.look()
-    with held(folder.path), writing(folder.path):
+    with ExitStack() as stack:
         try:
+            stack.enter_context(processes.joined(job.device))
+            processes.alone(folder.look)
+            processes.alone(lambda: stack.enter_context(held(folder.path)))
+            stack.enter_context(writing(folder.path))
+            if launched.first():
+                stack.callback(lambda: folder.sweep(list(recipe.stages)))
             return job.run(resume=resume)
         except KeyboardInterrupt as stop:
             if not folder.recipe.is_file():
@@ -92,8 +98,10 @@ def run(
                 f"aborted; what was saved before is intact. Go on with:\n  {job.resume_command}",
                 exit_code(stop),
             ) from None
-        finally:
-            folder.sweep(list(recipe.stages))
+        except ProcessLost as lost:
+            raise ProcessLost(
+                f"{lost}. What was saved before is intact. Go on with:\n  {job.resume_command}"
+            ) from lost
 
 
 class _Job:
@@ -109,19 +117,21 @@ class _Job:
         self.weights = resolve_weights(recipe.run, self.device)
         out = shlex.quote(str(folder.path))
         # The folder's own recipe: overrides need not be repeated.
-        self.resume_command = f"linearize run {shlex.quote(model)} {out}/recipe.yaml --out {out} --resume"
+        self.resume_command = (
+            f"{launched.command()} run {shlex.quote(model)} {out}/recipe.yaml --out {out} --resume"
+        )
 
     def run(self, *, resume: bool) -> RunSummary:
         started = time.monotonic()
         with self._watched(f"reading {self.source}", [], _SMALLER_MODEL):
-            found = self.folder.check(self.source, self.recipe, resume=resume)
-        self.folder.sweep(list(self.recipe.stages))
+            found = alone(lambda: self.folder.check(self.source, self.recipe, resume=resume))
+        alone(lambda: self.folder.sweep(list(self.recipe.stages)))
         if self.autocast is not None and self.device.type == "cuda":
             # mixers compute in float32 on bfloat16 inputs, which TF32 products take without loss
             torch.set_float32_matmul_precision("high")
         recipe, folder = self.recipe, self.folder
         places = self._places()
-        measurer, datasets, seen = self._beforehand(places)
+        measurer, datasets, seen = processes.first(lambda: self._beforehand(places))
         model: Any
         with self._watched(f"loading {self.source}", [], _SMALLER_MODEL):
             model, tokenizer = models.load_teacher(
@@ -132,29 +142,32 @@ class _Job:
         check_trainable(self.source, model)
         plan = self._plan(model, None)
         # From here on everything that the user can get wrong has been looked at, and the folder is written.
-        folder.create(recipe, plan_json(plan), {**self._facts(), **found})
-        results = Results(folder.results)
+        alone(lambda: folder.create(recipe, plan_json(plan), {**self._facts(), **found}))
+        results = processes.first(lambda: Results(folder.results))
         with self._measuring("the teacher"):
-            results.add("teacher", lambda: measurer.measure(model, "teacher"))
+            alone(lambda: results.add("teacher", lambda: measurer.measure(model, "teacher")))
         set_seed(recipe.run.seed)
         with self._watched("converting the model", [], _SMALLER_MODEL):
             model = surgery.convert(model, recipe.mixer, recipe.layers, recipe.mixers)
         model.eval()
         with self._measuring("the untrained model"):
-            results.add(
-                "swapped, untrained",
-                lambda: measurer.measure(model, "swapped", tasks=False, sound=False),
+            alone(
+                lambda: results.add(
+                    "swapped, untrained",
+                    lambda: measurer.measure(model, "swapped", tasks=False, sound=False),
+                )
             )
         self._calibrate(model, seen, measurer, results)
         model = self._train(model, places, datasets, measurer, results)
         if recipe.eval.ablations:
             with self._measuring("the ablations"):
-                measurer.ablations(model, results)
+                alone(lambda: measurer.ablations(model, results))
         with self._watched("exporting", [], "free memory; only the export is left"):
-            checkpoint = self._export(model, tokenizer, results, dtype)
-        report = write_report(folder.path)
-        write_json(folder.done, {"checkpoint": checkpoint.name})
-        return RunSummary(folder.path, checkpoint, report, results.rows, time.monotonic() - started)
+            checkpoint = alone(lambda: self._export(model, tokenizer, results, dtype))
+        report = alone(lambda: write_report(folder.path))
+        alone(lambda: write_json(folder.done, {"checkpoint": checkpoint.name}))
+        rows = alone(lambda: results.rows)
+        return RunSummary(folder.path, checkpoint, report, rows, time.monotonic() - started)
 
     def _beforehand(self, places: list[StagePlace]) -> tuple[Measurer, dict[str, Any], Any]:
         """Texts, read and cut, of evaluation, of the stages and of the calibration, where these are not done.
@@ -181,6 +194,8 @@ class _Job:
             if settable and self.recipe.calibrate.tokens > 0 and not calibrate.is_done(self._calibration):
                 with collected(errors):
                     seen = calibrate.text(self.recipe, tokenizer)
+        with collected(errors):
+            batches.check_parts(self.recipe.stages, launched.count())
         raise_together(errors, f"{self.recipe_name} on {self.source}")
         return measurer, datasets, seen
 
@@ -273,7 +288,7 @@ class _Job:
                     )
             row = f"after {place.name}"
             with self._measuring(f"the model after stage '{place.name}'"):
-                results.add(row, partial(measurer.measure, model, row))
+                alone(partial(results.add, row, partial(measurer.measure, model, row)))
         return model
 
     @property
@@ -286,13 +301,16 @@ class _Job:
             return
         folder = self._calibration
         with self._watched("calibrating", [], "fewer calibrate.tokens in a new run folder"):
-            if calibrate.is_done(folder):
-                calibrate.restore(model, folder)
-            else:
-                found = calibrate.calibrate(model, dataset, autocast=self.autocast)
-                calibrate.write(model, folder, found)
+            if not alone(lambda: calibrate.is_done(folder)):
+                alone(lambda: self._settle(model, dataset))
+            calibrate.restore(model, folder)
         with self._measuring("the calibrated model"):
-            results.add("calibrated", lambda: measurer.measure(model, "calibrated", tasks=False, sound=False))
+            measure = partial(measurer.measure, model, "calibrated", tasks=False, sound=False)
+            alone(lambda: results.add("calibrated", measure))
+
+    def _settle(self, model: nn.Module, dataset: Any) -> None:
+        found = calibrate.calibrate(model, dataset, autocast=self.autocast)
+        calibrate.write(model, self._calibration, found)
 
     def _original(self) -> nn.Module:
         """A frozen copy of the teacher, for when the model's own base weights are no longer the teacher's."""
@@ -333,6 +351,7 @@ class _Job:
             if self.autocast
             else "float32",
             "seed": self.recipe.run.seed,
+            "processes": processes.count(),
         }
 
 
