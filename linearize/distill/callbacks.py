@@ -141,6 +141,8 @@ class StageCallback(TrainerCallback):
             self.meter.advance(tokens, loss=numbers["loss"])
         else:
             self.meter.advance(tokens)
+        if processes.several() and not args.report_to:
+            control.should_log = False  # Trainer would gather a loss that all have already
         if state.global_step >= state.max_steps:
             control.should_save = False  # the stage's result is written right after this
         elif self.interrupt.obeyed:

@@ -55,6 +55,8 @@ class _Groups:
 
 
 _joined: list[_Groups] = []
+_losses: list[BaseException] = []
+"""What was lost, of other processes."""
 
 
 def several() -> bool:
@@ -107,7 +109,8 @@ def _first_to_tell(store: Any) -> bool:
     try:
         return bool(store.add("told", 1) == 1)
     except RuntimeError:
-        return True  # who kept the store is gone, so that nobody else may have said it
+        # the first process keeps the store where no launcher does; it is gone, and has said its own errors
+        return bool(_losses)
 
 
 def alone(job: Callable[[], Made]) -> Made:
@@ -210,7 +213,7 @@ def same(tensors: Iterable[Tensor]) -> None:
         return
     for tensor in tensors:
         with _lost():
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor.detach(), src=0)
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -241,5 +244,6 @@ def _lost(what: str = "has ended, or does not answer") -> Iterator[None]:
     except (RuntimeError, ValueError) as error:  # gloo's and the store's are plain RuntimeErrors
         if isinstance(error, torch.OutOfMemoryError):
             raise
+        _losses.append(error)
         said = " ".join(str(error).split())[:200]
         raise ProcessLost(f"another process of this run {what} ({said})") from error

@@ -347,6 +347,7 @@ def _arguments(
         remove_unused_columns=False,
         average_tokens_across_devices=False,
         disable_tqdm=True,
+        log_level_replica="passive",  # as the first process
         report_to=os.environ.get("LINEARIZE_REPORT_TO", "none").split(","),
     )
     # One process drives one device: else Trainer would spread the batch over all GPUs with DataParallel.
