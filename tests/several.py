@@ -18,7 +18,7 @@ from typing import Any
 from linearize import distill, launched
 from linearize.errors import LinearizeError
 
-PATIENCE = 200
+PATIENCE = 120
 """Seconds after which processes that still run count as hanging."""
 
 server = multiprocessing.get_context("forkserver")
@@ -43,6 +43,9 @@ def start(size: int, job: Callable[..., Any], *given: Any, folder: Path) -> Ende
         folder: for what they say.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # the server imports these once; it looks at the environment alone for where they are
+    tests = Path(__file__).parent
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (tests, tests.parent)))
     server.set_forkserver_preload(["several", "several_jobs"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -97,7 +100,6 @@ def _one(environment: dict[str, str], path: Path, job: Callable[..., Any], given
         except BaseException:
             traceback.print_exc()
             code = 1
-    print(f"CPU {time.process_time():.1f}", file=open(path.with_suffix(".cpu"), "w"))
     os._exit(code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,18 @@ from linearize.distill import checkpoint
 from linearize.distill.lock import held
 
 STEPS = 4
+DEVICE = os.environ.get("LINEARIZE_TEST_DEVICE", "cpu")
+"""`cuda` has every test with no more processes than there are cards run over NCCL."""
+SLACK = 1 if DEVICE == "cpu" else 20
+
+
+@pytest.fixture(autouse=True)
+def as_many_cards(request: pytest.FixtureRequest) -> None:
+    """Skip what needs more cards than there are."""
+    needed, given = request.node.get_closest_marker("processes"), getattr(request.node, "callspec", None)
+    size = needed.args[0] if needed else given.params.get("size", 2) if given else 2
+    if DEVICE == "cuda" and torch.cuda.device_count() < size:
+        pytest.skip(f"{size} processes need a card each")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +91,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         },
         data=DataConfig(source=text, validation=text, length=64),
         eval=EvalConfig(length=64, max_windows=2, ablations=False),
-        run=RunConfig(device="cpu"),
+        run=RunConfig(device=DEVICE, precision="fp32"),
     )
 
 
@@ -105,14 +118,16 @@ def assert_equal(out: Path, reference: Path) -> None:
         (x["stage"], x["step"], x["tokens"]) for x in expected
     ]
     for key in ("loss", "lr", "grad_norm"):
-        assert [x[key] for x in found] == pytest.approx([x[key] for x in expected], rel=2e-4, abs=1e-7), key
+        assert [x[key] for x in found] == pytest.approx(
+            [x[key] for x in expected], rel=2e-4 * SLACK, abs=1e-7
+        ), key
     assert {x["stage"] for x in found if "layers" in x} == {"transfer"}
     one, other = finals(reference), finals(out)
     assert list(one) == list(other)
     for stage, tensors in one.items():
         for name, tensor in tensors.items():
             torch.testing.assert_close(
-                other[stage][name], tensor, rtol=1e-3, atol=2e-5, msg=f"{stage} {name}"
+                other[stage][name], tensor, rtol=1e-3 * SLACK, atol=2e-5 * SLACK, msg=f"{stage} {name}"
             )
 
 
@@ -139,6 +154,7 @@ def test_every_kind_of_stage(
     assert (out / "checkpoint" / "model.safetensors").is_file() and (out / "report.md").is_file()
 
 
+@pytest.mark.processes(3)
 def test_stopped_and_resumed_on_other_numbers(
     teacher_folder: Path, recipe: Recipe, reference: Path, tmp_path: Path
 ) -> None:
@@ -217,6 +233,7 @@ def test_the_first_process_fails_alone(teacher_folder: Path, transfer: Recipe, t
     once(ended, "the text is upside down")
 
 
+@pytest.mark.processes(3)
 def test_refusals_are_said_once(teacher_folder: Path, transfer: Recipe, tmp_path: Path) -> None:
     small = StageConfig(**{**vars(transfer.stages["transfer"]), "batch_size": 2})
     few = Recipe(**{**vars(transfer), "stages": {"transfer": small}})
