@@ -63,7 +63,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("docs/results/scale.json"))
-    parser.add_argument("--shapes", nargs="+", default=["smollm2-135m", "llama-1b"])
+    parser.add_argument("--shapes", nargs="+", default=["smollm2-135m", "llama-3.2-1b"])
     parser.add_argument("--stages", nargs="+", default=list(MEASURED), choices=list(STAGES))
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--processes", type=int, default=0, help="beside one; default: all cards")
@@ -135,7 +135,7 @@ def _measured(shape: str, stage: str, options: argparse.Namespace) -> dict[str, 
         )
         found = {"batch": batch, "length": options.length, "tokens_per_second": None, "peak_gib": None}
         with opened as trainer:
-            clock = Together(device, spend=options.seconds)
+            clock = Together(device, spend=options.seconds, profile=False)
             trainer.add_callback(clock)
             try:
                 trainer.train()
