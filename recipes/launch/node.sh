@@ -4,4 +4,5 @@
 set -eu
 processes=${PROCESSES:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
 [ "$processes" -gt 0 ] || processes=1
-exec torchrun --standalone --nproc-per-node "$processes" --shutdown-timeout 300 -m linearize run "$@"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300
+exec torchrun --standalone --nproc-per-node "$processes" -m linearize run "$@"
