@@ -13,6 +13,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from linearize import launched
+
 INTERVAL = 10.0
 """Seconds between two plain lines."""
 SMOOTHING = 30.0
@@ -50,7 +52,7 @@ class Meter:
         self.total = total
         self.unit = unit
         self.done = done
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(stderr=True, quiet=not launched.first())
         self._numbers: dict[str, float] = {}
         self._started = self._last_line = time.monotonic()
         self._history: deque[tuple[float, int]] = deque([(self._started, done)])
@@ -61,7 +63,7 @@ class Meter:
     def __enter__(self) -> Meter:
         self._started = self._last_line = time.monotonic()
         self._history = deque([(self._started, self.done)])
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),

@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from linearize import signals
+from linearize import launched, signals
 from linearize.cli.console import error_console, messages
 from linearize.cli.parser import build_parser, parse
 from linearize.errors import LinearizeError
@@ -44,6 +44,11 @@ def _answered(arguments: list[str]) -> int:
     try:
         options = parse(build_parser(), arguments)
         options.line = shlex.join(["linearize", *arguments])
+        if launched.several() and arguments[:1] != ["run"]:
+            raise LinearizeError(
+                f"{launched.count()} processes were started, and `linearize run` alone uses more than one: start "
+                f"`linearize {' '.join(arguments[:1])}` without a launcher"
+            )
         with messages():
             code: int = options.command(options)
         sys.stdout.flush()  # a reader that went away shows here and not at exit
@@ -71,10 +76,12 @@ def _interrupted(arguments: list[str], stop: KeyboardInterrupt) -> str:
     if arguments[:1] != ["run"]:
         return what
     again = arguments if "--resume" in arguments else [*arguments, "--resume"]
-    return f"{what}; resume with: {shlex.join(['linearize', *again])}"
+    return f"{what}; resume with: {launched.command()} {shlex.join(again)}"
 
 
 def _fail(message: str, code: int) -> int:
+    if not launched.shows_errors():
+        return code
     style = "red" if code == 2 else ""
     error_console().print(message, style=style, markup=False, highlight=False, soft_wrap=True)
     return code

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from linearize import launched
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -45,7 +47,8 @@ class _Lines(logging.Handler):
 @contextmanager
 def messages() -> Iterator[None]:
     """Inside, what the package reports (a download, a conversion, a text that is read twice) goes to standard error."""
-    log, lines = logging.getLogger("linearize"), _Lines(logging.INFO)
+    # of several processes the first one speaks for all
+    log, lines = logging.getLogger("linearize"), _Lines(logging.INFO if launched.first() else logging.ERROR)
     level = log.level
     log.addHandler(lines)
     log.setLevel(min(level or logging.INFO, logging.INFO))

@@ -143,7 +143,8 @@ def why(stage: StagePlan, plan: Plan) -> str:
     if fit.way == "one card":
         return f"fits on one card{again}"
     if fit.way == "ddp":
-        return f"a copy fits on each card{again}: data-parallel. Not yet built: a run is one process, and {alone}"
+        launch = f"torchrun --nproc-per-node {fit.cards} -m linearize run"
+        return f"a copy fits on each card{again}: data-parallel, by `{launch}`; {alone}"
     if fit.way == "sharded":
         return (
             f"does not fit on one card ({room}): needs sharding over {fit.cards} (FSDP2){again}. Not yet built, so "

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from linearize import launched
 from linearize.cli.console import console, quiet_libraries
 from linearize.config import compose, list_recipes
 from linearize.config.budget import check
@@ -29,11 +30,11 @@ def main(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     name = recipe_name(options.recipe)
-    _show(
-        distill.run(
-            options.model, recipe, out, resume=options.resume, recipe_name=name, budget=options.budget
-        )
+    summary = distill.run(
+        options.model, recipe, out, resume=options.resume, recipe_name=name, budget=options.budget
     )
+    if launched.first():
+        _show(summary)
     return 0
 
 

@@ -37,7 +37,7 @@ class StagePlan:
         rate: tokens a second over all cards; None where nothing fits.
         mfu: of one card.
         basis: the measurements that the speed rests on.
-        today: hours on one card, which is what this package runs; None where one does not hold it.
+        today: hours on one card; None where one does not hold it.
     """
 
     name: str

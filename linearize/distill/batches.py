@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from linearize.config.course import Course
+from linearize.config.schedule import Over
+from linearize.config.schema import StageConfig
 from linearize.data.packing import IGNORED
+from linearize.errors import RecipeError
 
 
 class Batches(Dataset):
@@ -22,25 +26,29 @@ class Batches(Dataset):
         dataset: sequences, each a dictionary of tensors [T] or scalars; those that are cut are packed ones.
         course: the stage's steps.
         seed: of the further passes.
+        shares: processes that take a part of each step; item `step * shares + rank` is that of one of them.
     """
 
-    def __init__(self, dataset: Any, course: Course, seed: int) -> None:
+    def __init__(self, dataset: Any, course: Course, seed: int, shares: int = 1) -> None:
         self.dataset = dataset
+        self.shares = shares
         self.course = course
         self.seed = seed
         self._orders: dict[int, list[int]] = {}
         self._firsts = firsts(course)
 
     def __len__(self) -> int:
-        return self.course.steps
+        return self.course.steps * self.shares
 
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        """Tensors [B, T] of the step's batch."""
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Tensors [B, T] of a step's batch, or of a process's part of it."""
+        step, rank = divmod(index, self.shares)
         phase = self.course.phase(step)
         first = self._firsts[self.course.phases.index(phase)]
         pieces = self.course.longest // phase.length
         items = []
-        for number in range((step - phase.first) * phase.batch, (step - phase.first + 1) * phase.batch):
+        for place in part(phase.batch, rank, self.shares):
+            number = (step - phase.first) * phase.batch + place
             item = self._sequence(first + number // pieces)
             items.append(item if pieces == 1 else cut(item, number % pieces * phase.length, phase.length))
         return {key: torch.stack([torch.as_tensor(item[key]) for item in items]) for key in items[0]}
@@ -53,6 +61,28 @@ class Batches(Dataset):
             generator = torch.Generator().manual_seed(self.seed + turn)
             self._orders = {turn: torch.randperm(len(self.dataset), generator=generator).tolist()}
         return self.dataset[self._orders[turn][place]]
+
+
+def part(batch: int, rank: int, shares: int) -> range:
+    """Which of a step's sequences are a process's own: one after the other, as many for each as can be."""
+    return range(batch * rank // shares, batch * (rank + 1) // shares)
+
+
+def check_parts(stages: Mapping[str, StageConfig], shares: int) -> None:
+    """Refuse more processes than a step has sequences.
+
+    Raises:
+        RecipeError: names the stages.
+    """
+    least = {name: min(Over.of(stage.batch_size).values) for name, stage in stages.items()}
+    problems = [
+        f"stages.{name}.batch_size: a step of {batch} sequences cannot be shared by {shares} processes: start at most "
+        f"{batch}, or make it larger"
+        for name, batch in least.items()
+        if batch < shares
+    ]
+    if problems:
+        raise RecipeError(problems)
 
 
 def firsts(course: Course) -> list[int]:

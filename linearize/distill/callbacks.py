@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from linearize import plain_json, signals
+from linearize import launched, plain_json, signals
+from linearize.distill import processes
 from linearize.distill.checkpoint import AGAIN, could_not_write, write_file
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.progress import Meter
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+
+ECHO = 5.0
+"""Seconds in which a second signal is the first one again, where a launcher hands it on."""
 
 
 class RunStopped(LinearizeError):
@@ -47,6 +51,23 @@ class Interrupt:
     def __init__(self) -> None:
         self.requested = False
         self.exit_code = signals.INTERRUPTED
+        self._agreed = False
+        self._since = 0.0
+
+    @property
+    def wish(self) -> int:
+        """The exit code of what this process was asked for; 0 for nothing."""
+        return self.exit_code if self.requested else 0
+
+    def agree(self, wish: int) -> None:
+        """Take what any of several processes was asked for, at a point where all of them do."""
+        if wish:
+            self.requested, self.exit_code, self._agreed = True, wish, True
+
+    @property
+    def obeyed(self) -> bool:
+        """Whether to stop now; of several processes all stop at once, with what they agreed on last."""
+        return self._agreed if processes.several() else self.requested
 
     @contextmanager
     def watch(self, meter: Meter) -> Iterator[Interrupt]:
@@ -60,12 +81,15 @@ class Interrupt:
         def on_signal(number: int, frame: FrameType | None) -> None:
             if os.getpid() != owner:
                 return  # a data loader's process: it ends with this one
-            self.requested = True
+            if self.requested and time.monotonic() - self._since < (ECHO if processes.several() else 0):
+                return  # a launcher hands on what the terminal has sent already
+            if self.requested:
+                signals.abort(number, frame)
+            self.requested, self._since = True, time.monotonic()
             self.exit_code = signals.code_of(number)
-            for stopping in signals.STOPPING:
-                signal.signal(stopping, signals.abort)
             again = "press Ctrl-C again" if number == signal.SIGINT else "send SIGTERM again"
-            meter.note(f"stopping after this step; {again} to abort at once")
+            if launched.first():
+                meter.note(f"stopping after this step; {again} to abort at once")
 
         for number in before:
             signal.signal(number, on_signal)
@@ -112,13 +136,16 @@ class StageCallback(TrainerCallback):
                 **numbers,
             }
             self._since, self._tokens = now, 0
-            append_line(self.metrics, line)
+            if launched.first():
+                append_line(self.metrics, line)
             self.meter.advance(tokens, loss=numbers["loss"])
         else:
             self.meter.advance(tokens)
+        if processes.several() and not args.report_to:
+            control.should_log = False  # Trainer would gather a loss that all have already
         if state.global_step >= state.max_steps:
             control.should_save = False  # the stage's result is written right after this
-        elif self.interrupt.requested:
+        elif self.interrupt.obeyed:
             control.should_save = control.should_training_stop = True
 
 

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from linearize import launched
 from linearize.config.schema import RunConfig
 from linearize.errors import LinearizeError
 
 
 def resolve_device(run_config: RunConfig) -> torch.device:
-    """The device that `run.device` means here.
+    """The device that `run.device` means here; of several processes each has a card of its own.
 
     Raises:
-        LinearizeError: cuda was asked for and is not there, or several processes were started.
+        LinearizeError: cuda was asked for and is not there, or there are more processes than cards.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LinearizeError(
-            f"{os.environ['WORLD_SIZE']} processes were started (torchrun?), but a run uses one process and one "
-            "device: start it without a launcher"
-        )
     if run_config.device == "cuda" and not torch.cuda.is_available():
         raise LinearizeError(
             "run.device: cuda was asked for, but torch sees no CUDA device: use run.device=cpu"
         )
-    if run_config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(run_config.device)
+    kind = run_config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return _own_card() if kind == "cuda" and launched.several() else torch.device(kind)
+
+
+def _own_card() -> torch.device:
+    cards = torch.cuda.device_count()
+    if launched.local() >= cards:
+        raise LinearizeError(
+            f"process {launched.local()} of this machine has no card of its own, torch sees {cards}: start at most "
+            f"{cards} (torchrun --nproc-per-node {cards}), or use run.device=cpu"
+        )
+    device = torch.device("cuda", launched.local())
+    torch.cuda.set_device(device)
+    return device
 
 
 def resolve_precision(run_config: RunConfig, device: torch.device) -> torch.dtype | None:

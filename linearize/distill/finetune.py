@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize import objectives, surgery
-from linearize.distill import window_dropout
+from linearize.distill import processes, window_dropout
 from linearize.distill.blocks import repeated
 from linearize.distill.headless import predict_final, recognize
 from linearize.distill.stage import StageTrainer
@@ -43,11 +43,13 @@ class FinetuneTrainer(StageTrainer):
         self._heads: tuple[Head, Head] | tuple[None, None] | None = None
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """Labeled tokens of the whole optimizer step, so that accumulation equals one large batch."""
+        """Labeled tokens of the whole optimizer step, in all processes, so that accumulation equals one large batch."""
         targets = [
             objectives.next_targets(batch["labels"], batch.get("position_ids")) for batch in batch_samples
         ]
-        return torch.stack([(target != -100).sum() for target in targets]).sum().clamp_min(1).to(device)
+        labeled = torch.stack([(target != -100).sum() for target in targets]).sum().to(device)
+        processes.add_up([labeled])
+        return labeled.clamp_min(1)
 
     def compiled_parts(self) -> list[nn.Module]:
         if self.drops_windows:

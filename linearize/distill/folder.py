@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 
-from linearize import config
+from linearize import config, launched
 from linearize.config.schema import Recipe
 from linearize.distill import checkpoint
 from linearize.distill.checkpoint import PARTIAL, read_json, write_file, write_json
@@ -247,7 +247,7 @@ def environment() -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([_program(), *sys.argv[1:]]),
+        "command": f"{_program()} {shlex.join(sys.argv[1:])}",
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
@@ -258,7 +258,7 @@ def environment() -> dict[str, Any]:
 
 def _program() -> str:
     name = Path(sys.argv[0]).name
-    return "linearize" if name == "__main__.py" else name  # python -m linearize
+    return launched.command() if name in ("__main__.py", "linearize") else name  # python -m linearize
 
 
 def plan_json(plan: Any) -> dict[str, Any]:

@@ -29,13 +29,14 @@ class MicroBatch:
     Args:
         stage: its `batch_size` and `micro_batch`.
         name: of the stage, for what is said.
-        shapes: batches that will come, as sequences and tokens of each.
+        shapes: batches that will come to this process, as sequences and tokens of each.
         device: where it trains.
 
     Attributes:
         sizes: how many, of each shape; always a divisor of the batch.
         size: that of the newest batch.
         found: whether memory, not the recipe, decides.
+        halved: whether it was too many in the newest step.
     """
 
     def __init__(
@@ -47,9 +48,10 @@ class MicroBatch:
         self.sizes: dict[tuple[int, int], int] = {}
         for batch, length in shapes:
             most = memory.TOKENS // length if device.type == "cuda" else CAREFUL
-            at_once = divisor(batch, min(batch, most)) if self.found else int(stage.micro_batch)
+            at_once = divisor(batch, min(batch, most if self.found else int(stage.micro_batch)))
             self.sizes[batch, length] = at_once
         self.size = self.sizes[shapes[0]]
+        self.halved = False
 
     def run(
         self, batch: dict[str, Tensor], part: Callable[[dict[str, Tensor]], Tensor], undo: Callable[[], Any]
@@ -70,6 +72,7 @@ class MicroBatch:
         """
         shape: tuple[int, int] = tuple(batch["input_ids"].shape)  # type: ignore[assignment]
         rng = state.rng_tensors() if self.found else {}
+        self.halved = False
         while True:
             self.size = self.sizes[shape]
             try:
@@ -81,7 +84,8 @@ class MicroBatch:
             undo()
             memory.release(self.device)
             state.restore_torch(rng)
-            self._no_more_than(divisor(shape[0], self.size // 2), shape)
+            self.no_more_than(self.size // 2, shape)
+            self.halved = True
             log.warning(
                 "stage '%s': %d sequences at once do not fit into memory; going on with %d, and the same batch_size %d",
                 self.name,
@@ -98,8 +102,9 @@ class MicroBatch:
         assert total is not None
         return total
 
-    def _no_more_than(self, size: int, shape: tuple[int, int]) -> None:
-        """As many of this shape, and of no other one more tokens."""
+    def no_more_than(self, size: int, shape: tuple[int, int]) -> None:
+        """At most as many of this shape, and of no other one more tokens."""
+        size = divisor(shape[0], min(self.sizes[shape], size))
         tokens = size * shape[1]
         for (batch, length), before in self.sizes.items():
             if before * length > tokens or (batch, length) == shape:

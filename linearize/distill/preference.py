@@ -24,8 +24,8 @@ class PreferenceTrainer(FinetuneTrainer):
     """A stage whose objectives are of the level "pair"; see `FinetuneTrainer`."""
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """Pairs of the whole optimizer step."""
-        return torch.tensor(sum(len(batch["labels"]) for batch in batch_samples), device=device)
+        """Pairs of the whole optimizer step, in all processes."""
+        return torch.tensor(self.course.phase(self.state.global_step).batch, device=device)
 
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
         assert count is not None

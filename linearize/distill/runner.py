@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shlex
 import time
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,36 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from linearize import data, export, models, objectives, surgery
+from linearize import data, launched, models, objectives, surgery
 from linearize.config.budget import Budget
 from linearize.config.budget import check as check_budget
 from linearize.config.course import Course
 from linearize.config.schema import Recipe
-from linearize.distill import budgeting, calibrate, memory, preference, rates, stages, texts
+from linearize.distill import (
+    batches,
+    budgeting,
+    calibrate,
+    exporting,
+    memory,
+    preference,
+    processes,
+    rates,
+    stages,
+    texts,
+)
 from linearize.distill.callbacks import RunStopped
 from linearize.distill.checkpoint import write_json, writing
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
-from linearize.distill.folder import ADAPTER, RunFolder, plan_json
+from linearize.distill.folder import RunFolder, plan_json
 from linearize.distill.lock import held
 from linearize.distill.positions import check_lengths
+from linearize.distill.processes import ProcessLost, alone
 from linearize.distill.results import Measurer, Results
 from linearize.distill.stages import StagePlace
 from linearize.distill.summary import RunSummary
 from linearize.distill.trainable import check_ranks, check_reach, needs
-from linearize.errors import LinearizeError, UnsupportedModelError, collected, raise_together
+from linearize.errors import LinearizeError, RecipeError, UnsupportedModelError, collected, raise_together
 from linearize.eval.report import write_report
-from linearize.export import rounding
-from linearize.export.adapter import save_adapter
 from linearize.models.sound import check_trainable
 from linearize.signals import exit_code
 from linearize.surgery.inspection import skeleton
@@ -77,11 +86,22 @@ def run(
     """
     if budget is not None:
         check_budget(recipe, budget)
+        if budget.seconds is not None and launched.several():
+            raise RecipeError(
+                [
+                    f"--budget {budget.text}: a time is measured for one process; for several give tokens (100M-tokens)"
+                ]
+            )
     folder = RunFolder(Path(out))
     job = _Job(model, recipe, folder, recipe_name or recipe.description)
-    folder.look()
-    with held(folder.path), writing(folder.path):
+    with ExitStack() as stack:
         try:
+            stack.enter_context(processes.joined(job.device))
+            processes.alone(folder.look)
+            processes.alone(lambda: stack.enter_context(held(folder.path)))
+            stack.enter_context(writing(folder.path))
+            if launched.first():
+                stack.callback(lambda: folder.sweep(list(recipe.stages)))
             return job.run(resume=resume, budget=budget)
         except KeyboardInterrupt as stop:
             if not folder.recipe.is_file():
@@ -90,8 +110,10 @@ def run(
                 f"aborted; what was saved before is intact. Go on with:\n  {job.resume_command}",
                 exit_code(stop),
             ) from None
-        finally:
-            folder.sweep(list(recipe.stages))
+        except ProcessLost as lost:
+            raise ProcessLost(
+                f"{lost}. What was saved before is intact. Go on with:\n  {job.resume_command}"
+            ) from lost
 
 
 class _Job:
@@ -109,15 +131,17 @@ class _Job:
         self.weights = resolve_weights(recipe.run, self.device)
         out = shlex.quote(str(folder.path))
         # The folder's own recipe: overrides need not be repeated.
-        self.resume_command = f"linearize run {shlex.quote(model)} {out}/recipe.yaml --out {out} --resume"
+        self.resume_command = (
+            f"{launched.command()} run {shlex.quote(model)} {out}/recipe.yaml --out {out} --resume"
+        )
 
     def run(self, *, resume: bool, budget: Budget | None) -> RunSummary:
         started = time.monotonic()
         with self._watched(f"reading {self.source}", [], _SMALLER_MODEL):
             if budget is not None and resume and self.folder.recipe.is_file():
                 self._take(budgeting.again(self.recipe, budget, self.folder.path))
-            found = self.folder.check(self.source, self.recipe, resume=resume)
-        self.folder.sweep(list(self.recipe.stages))
+            found = alone(lambda: self.folder.check(self.source, self.recipe, resume=resume))
+        alone(lambda: self.folder.sweep(list(self.recipe.stages)))
         if self.autocast is not None and self.device.type == "cuda":
             # mixers compute in float32 on bfloat16 inputs, which TF32 products take without loss
             torch.set_float32_matmul_precision("high")
@@ -125,7 +149,7 @@ class _Job:
             found |= {budgeting.FACT: self._fit(budget)}
         recipe, folder = self.recipe, self.folder
         places = self._places()
-        measurer, datasets, seen = self._beforehand(places)
+        measurer, datasets, seen = processes.first(lambda: self._beforehand(places))
         model: Any
         with self._watched(f"loading {self.source}", [], _SMALLER_MODEL):
             model, tokenizer = models.load_teacher(
@@ -136,29 +160,36 @@ class _Job:
         check_trainable(self.source, model)
         plan = self._plan(model, None)
         # From here on everything that the user can get wrong has been looked at, and the folder is written.
-        folder.create(recipe, plan_json(plan), {**self._facts(), **found})
-        results = Results(folder.results)
+        alone(lambda: folder.create(recipe, plan_json(plan), {**self._facts(), **found}))
+        results = processes.first(lambda: Results(folder.results))
         with self._measuring("the teacher"):
-            results.add("teacher", lambda: measurer.measure(model, "teacher"))
+            alone(lambda: results.add("teacher", lambda: measurer.measure(model, "teacher")))
         set_seed(recipe.run.seed)
         with self._watched("converting the model", [], _SMALLER_MODEL):
             model = surgery.convert(model, recipe.mixer, recipe.layers, recipe.mixers)
         model.eval()
         with self._measuring("the untrained model"):
-            results.add(
-                "swapped, untrained",
-                lambda: measurer.measure(model, "swapped", tasks=False, sound=False),
+            alone(
+                lambda: results.add(
+                    "swapped, untrained",
+                    lambda: measurer.measure(model, "swapped", tasks=False, sound=False),
+                )
             )
         self._calibrate(model, seen, measurer, results)
         model = self._train(model, places, datasets, measurer, results)
         if recipe.eval.ablations:
             with self._measuring("the ablations"):
-                measurer.ablations(model, results)
+                alone(lambda: measurer.ablations(model, results))
         with self._watched("exporting", [], "free memory; only the export is left"):
-            checkpoint = self._export(model, tokenizer, results, dtype)
-        report = write_report(folder.path)
-        write_json(folder.done, {"checkpoint": checkpoint.name})
-        return RunSummary(folder.path, checkpoint, report, results.rows, time.monotonic() - started)
+            checkpoint = alone(
+                lambda: exporting.checkpoint(
+                    model, tokenizer, recipe, folder, rows=results.rows, dtype=dtype, base=self.source
+                )
+            )
+        report = alone(lambda: write_report(folder.path))
+        alone(lambda: write_json(folder.done, {"checkpoint": checkpoint.name}))
+        rows = alone(lambda: results.rows)
+        return RunSummary(folder.path, checkpoint, report, rows, time.monotonic() - started)
 
     def _take(self, recipe: Recipe) -> None:
         self.recipe = self.texts = recipe
@@ -223,6 +254,8 @@ class _Job:
             self._datasets([place for place in undone if place not in ahead.waiting], ahead, errors)
             if ahead.calibrates and not texts.of_teacher(self.recipe.data):
                 self._calibration_text(ahead, errors)
+        with collected(errors):
+            batches.check_parts(self.recipe.stages, launched.count())
         raise_together(errors, f"{self.recipe_name} on {self.source}")
         return ahead
 
@@ -334,7 +367,7 @@ class _Job:
                     )
             row = f"after {place.name}"
             with self._measuring(f"the model after stage '{place.name}'"):
-                results.add(row, partial(measurer.measure, model, row))
+                alone(partial(results.add, row, partial(measurer.measure, model, row)))
         return model
 
     @property
@@ -347,42 +380,21 @@ class _Job:
             return
         folder = self._calibration
         with self._watched("calibrating", [], "fewer calibrate.tokens in a new run folder"):
-            if calibrate.is_done(folder):
-                calibrate.restore(model, folder)
-            else:
-                found = calibrate.calibrate(model, dataset, autocast=self.autocast)
-                calibrate.write(model, folder, found)
+            if not alone(lambda: calibrate.is_done(folder)):
+                alone(lambda: self._settle(model, dataset))
+            calibrate.restore(model, folder)
         with self._measuring("the calibrated model"):
-            results.add("calibrated", lambda: measurer.measure(model, "calibrated", tasks=False, sound=False))
+            measure = partial(measurer.measure, model, "calibrated", tasks=False, sound=False)
+            alone(lambda: results.add("calibrated", measure))
+
+    def _settle(self, model: nn.Module, dataset: Any) -> None:
+        found = calibrate.calibrate(model, dataset, autocast=self.autocast)
+        calibrate.write(model, self._calibration, found)
 
     def _original(self) -> nn.Module:
         """A frozen copy of the teacher, for when the model's own base weights are no longer the teacher's."""
         original, _ = models.load_teacher(self.source, dtype=self.weights, device=str(self.device))
         return original.requires_grad_(False).eval()
-
-    def _export(self, model: Any, tokenizer: Any, results: Results, dtype: torch.dtype) -> Path:
-        """The checkpoint folder: adapters merged, or beside it in `adapter` when a stage says `merge: false`."""
-        apart = None
-        if hasattr(model, "merge_and_unload"):
-            lora = [stage.lora for stage in self.recipe.stages.values() if stage.lora is not None]
-            if all(adapters.merge for adapters in lora):
-                model = rounding.merged(model, dtype)
-            else:
-                apart = self.folder.path / ADAPTER
-                save_adapter(model, apart, base=self.folder.checkpoint)
-                model = model.unload()
-        path = export.save(
-            rounding.in_dtype(model, dtype),
-            self.folder.checkpoint,
-            tokenizer=tokenizer,
-            recipe=dataclasses.asdict(self.recipe),
-            metrics={"rows": results.rows},
-            base=self.source,
-            check=True,
-        )
-        if apart is not None:
-            apart.rename(path / "adapter")
-        return path
 
     def _facts(self) -> dict[str, Any]:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
@@ -394,4 +406,5 @@ class _Job:
             if self.autocast
             else "float32",
             "seed": self.recipe.run.seed,
+            "processes": processes.count(),
         }

@@ -21,13 +21,14 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from linearize import surgery
+from linearize import launched, surgery
 from linearize.config.changing import changing
 from linearize.config.course import Course
 from linearize.config.schedule import Over
 from linearize.config.schema import RunConfig, StageConfig
-from linearize.distill import checkpoint, non_finite, state, window_dropout
-from linearize.distill.batches import Batches
+from linearize.distill import checkpoint, non_finite, processes, state, together, window_dropout
+from linearize.distill.batches import Batches, part
+from linearize.distill.callbacks import Interrupt
 from linearize.distill.micro import MicroBatch
 from linearize.distill.optimizer import build_optimizer, build_scheduler
 from linearize.distill.passes import Passes
@@ -55,6 +56,7 @@ class StageTrainer(Trainer):
 
     Attributes:
         course: the stage's steps.
+        interrupt: what this process is asked for meanwhile.
         off: whether each converted layer's window is off in the step, in all parts of its batch alike; [] is none.
     """
 
@@ -90,7 +92,10 @@ class StageTrainer(Trainer):
         self._changing: dict[str, Any] = {}
         self._step_norm: Tensor | float = 0.0
         self.stage_folder = folder
-        self.micro = MicroBatch(stage, name, self.course.shapes, device)
+        self.interrupt = Interrupt()
+        shares, rank = processes.count(), processes.rank()
+        own = [(len(part(batch, rank, shares)), length) for batch, length in self.course.shapes]
+        self.micro = MicroBatch(stage, name, own, device)
         self.passes = Passes(
             model,
             name,
@@ -109,10 +114,13 @@ class StageTrainer(Trainer):
             model=model,
             args=_arguments(stage, run, folder, self.course, seed, device),
             data_collator=_only,
-            train_dataset=Batches(dataset, self.course, seed),
+            train_dataset=Batches(dataset, self.course, seed, shares),
             optimizers=(self.adamw, self.schedule),
         )
         self.remove_callback(PrinterCallback)
+        # placed, but not wrapped: see `together`
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        processes.same(self.parameters.values())
 
     def now(self, value: Any) -> Any:
         """What a field that may change within a stage (`schedule`) is at this step."""
@@ -160,6 +168,7 @@ class StageTrainer(Trainer):
     ) -> Tensor:
         batch, step = self._prepare_inputs(inputs), partial(self.micro_step, model)
         self.off = self._draw_windows()
+        processes.random_apart(self.seed, self.state.global_step)
         drawn = any(self.off) if not any(self.off) or self.off == self.droppable else None
         with self.around_step():
             self._step_values = self.micro.run(
@@ -167,6 +176,8 @@ class StageTrainer(Trainer):
                 lambda part: self.passes(step, part, num_items_in_batch, windows_off=drawn),
                 undo=self._begin_again,
             )
+        rows = tuple(batch["input_ids"].shape)
+        together.join(self.parameters.values(), self._step_values, self.micro, rows, self.interrupt)
         return self._step_values.mean().to(self._tr_loss.dtype)
 
     def _begin_again(self) -> None:
@@ -250,6 +261,8 @@ class StageTrainer(Trainer):
     # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        if not launched.first():
+            return
         folder = self.stage_folder / f"checkpoint-{self.state.global_step}"
         checkpoint.write_folder(folder, self._write_state)
         checkpoint.prune(self.stage_folder, KEPT_CHECKPOINTS)
@@ -334,6 +347,7 @@ def _arguments(
         remove_unused_columns=False,
         average_tokens_across_devices=False,
         disable_tqdm=True,
+        log_level_replica="passive",  # as the first process
         report_to=os.environ.get("LINEARIZE_REPORT_TO", "none").split(","),
     )
     # One process drives one device: else Trainer would spread the batch over all GPUs with DataParallel.

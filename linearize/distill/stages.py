@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from linearize import objectives
+from linearize import launched, objectives
 from linearize.config.schema import RunConfig, StageConfig
-from linearize.distill import checkpoint, memory
-from linearize.distill.callbacks import Interrupt, RunStopped, StageCallback, forget_lines
+from linearize.distill import checkpoint, memory, processes
+from linearize.distill.callbacks import RunStopped, StageCallback, forget_lines
 from linearize.distill.finetune import FinetuneTrainer, needs_teacher
 from linearize.distill.positions import counted_from_zero
 from linearize.distill.preference import PreferenceTrainer
@@ -66,7 +66,8 @@ def restore(model: nn.Module, stage: StageConfig, place: StagePlace) -> nn.Modul
     if written is not None and written != sha256(path):
         raise CheckpointError(f"{path}: is not what was written (another checksum). {remedy}")
     load_trained(model, tensors, path)
-    checkpoint.prune(place.folder, keep=0)  # an earlier process may have been cut off in doing so
+    if launched.first():
+        checkpoint.prune(place.folder, keep=0)  # an earlier process may have been cut off in doing so
     return model
 
 
@@ -102,7 +103,7 @@ def train(
         CheckpointError: a checkpoint could not be written or read.
         OutOfMemoryError: with the step.
     """
-    start = checkpoint.newest_intact(place.folder)
+    start = processes.alone(lambda: checkpoint.newest_intact(place.folder))
     opened = training(
         model,
         stage,
@@ -117,8 +118,18 @@ def train(
     )
     with opened as trainer:
         model = trainer.trained_model
-        interrupt = _fit(trainer, place, start)
-    checkpoint.write_tensors_file(place.folder / FINAL, trained(model))
+        _fit(trainer, place, start)
+    processes.alone(lambda: _write(trained(model), trainer, place))
+    [wish] = processes.most([trainer.interrupt.wish])
+    if wish:
+        raise RunStopped(f"stopped after stage '{place.name}'. Go on with:\n  {place.resume_command}", wish)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _write(tensors: dict[str, nn.Parameter], trainer: StageTrainer, place: StagePlace) -> None:
+    """The stage's result."""
+    checkpoint.write_tensors_file(place.folder / FINAL, tensors)
     checkpoint.write_json(
         place.folder / DONE,
         {
@@ -130,12 +141,6 @@ def train(
         },
     )
     checkpoint.prune(place.folder, keep=0)
-    if interrupt.requested:
-        raise RunStopped(
-            f"stopped after stage '{place.name}'. Go on with:\n  {place.resume_command}", interrupt.exit_code
-        )
-    model.requires_grad_(False)
-    return model.eval()
 
 
 @contextmanager
@@ -188,11 +193,11 @@ def training(
             model.zero_grad(set_to_none=True)
 
 
-def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> Interrupt:
-    """Run the trainer under the progress bar; gives what was asked for meanwhile, a stop at the very last step."""
+def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> None:
+    """Run the trainer under the progress bar."""
     steps_before = int(start.name.rpartition("-")[2]) if start else 0
-    forget_lines(place.metrics, place.name, after=steps_before)
-    interrupt = Interrupt()
+    processes.alone(lambda: forget_lines(place.metrics, place.name, after=steps_before))
+    interrupt = trainer.interrupt
     meter = Meter(
         f"stage {place.index}/{place.count} {place.name}",
         trainer.course.tokens,
@@ -215,7 +220,6 @@ def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> Interr
             f"everything up to it is saved. Go on with:\n  {place.resume_command}",
             interrupt.exit_code,
         )
-    return interrupt
 
 
 def _checkpointing(model: Any, on: bool) -> AbstractContextManager[None]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import linearize
+from linearize import launched
 from linearize.errors import CheckpointError
 from linearize.export import reloading
 from linearize.kernels import dispatch
@@ -95,7 +96,7 @@ def in_new_process(settings: dict[str, Any], work: Path) -> str | None:
     # -P: the folder of the program holds modules whose names are not for everybody
     command = [sys.executable, "-P", reloading.__file__, str(asked)]
     environment = {
-        **os.environ,
+        **launched.without(os.environ),
         dispatch.VARIABLE: "torch",
         "HF_MODULES_CACHE": str(work / "modules"),
         "HF_HUB_OFFLINE": "1",

@@ -1,0 +1,274 @@
+"""Several processes train what one trains: the same losses, the same weights, stopped and resumed on any number."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import several_jobs as jobs
+import torch
+from byte_llama import MIXER
+from interrupted import finals
+from several import Ended, lines, run, start, whole
+
+from linearize.config.schema import (
+    CalibrateConfig,
+    DataConfig,
+    EvalConfig,
+    LoraConfig,
+    Recipe,
+    RunConfig,
+    StageConfig,
+    StageDataConfig,
+)
+from linearize.distill import checkpoint
+from linearize.distill.lock import held
+
+STEPS = 4
+DEVICE = os.environ.get("LINEARIZE_TEST_DEVICE", "cpu")
+"""`cuda` has every test with no more processes than there are cards run over NCCL."""
+SLACK = 1 if DEVICE == "cpu" else 20
+
+
+@pytest.fixture(autouse=True)
+def as_many_cards(request: pytest.FixtureRequest) -> None:
+    """Skip what needs more cards than there are."""
+    needed, given = request.node.get_closest_marker("processes"), getattr(request.node, "callspec", None)
+    size = needed.args[0] if needed else given.params.get("size", 2) if given else 2
+    if DEVICE == "cuda" and torch.cuda.device_count() < size:
+        pytest.skip(f"{size} processes need a card each")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Every kind of stage, four sequences a step, one at once; texts of unequal length, so that labels are too."""
+    folder = tmp_path_factory.mktemp("text")
+    documents = [
+        {"text": f"In {year} the river rose {year % 37} feet. " * (1 + year % 5)}
+        for year in range(1500, 1900)
+    ]
+    pairs = [
+        {"prompt": f"house {n}?", "chosen": f"corn {n}", "rejected": "no" * (n % 7 + 1)} for n in range(40)
+    ]
+    for name, rows in (("text", documents), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = str(folder / "text.jsonl")
+    common: dict[str, Any] = {
+        "tokens": STEPS * 4 * 64,
+        "batch_size": 4,
+        "micro_batch": 1,
+        "log_every": 1,
+        "save_every": 2,
+    }
+    return Recipe(
+        description="every kind of stage",
+        mixer=MIXER,
+        calibrate=CalibrateConfig(tokens=256),
+        stages={
+            "transfer": StageConfig(objective={"attention_output": 10.0}, lr=1e-2, **common),
+            "recover": StageConfig(
+                objective={"next_token": 1.0, "logits_kl": 0.5},
+                lr=1e-3,
+                train=["lora"],
+                lora=LoraConfig(rank=2, alpha=4),
+                **common,
+            ),
+            "whole": StageConfig(
+                objective={"logits_kl": 1.0}, lr=1e-3, train=["all"], window_dropout=0.0, **common
+            ),
+            "prefer": StageConfig(
+                objective={"dpo": 1.0},
+                lr=1e-3,
+                train=["all"],
+                data=StageDataConfig(source=str(folder / "pairs.jsonl"), template="preference"),
+                **common,
+            ),
+        },
+        data=DataConfig(source=text, validation=text, length=64),
+        eval=EvalConfig(length=64, max_windows=2, ablations=False),
+        run=RunConfig(device=DEVICE, precision="fp32"),
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(teacher_folder: Path, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes of it."""
+    folder = tmp_path_factory.mktemp("reference")
+    ended = start(1, run, str(teacher_folder), recipe, folder / "run", folder=folder)
+    assert ended.codes == [0], ended.said
+    return folder / "run"
+
+
+@pytest.fixture
+def transfer(recipe: Recipe) -> Recipe:
+    """The first stage alone."""
+    stages = {"transfer": recipe.stages["transfer"]}
+    return Recipe(**{**vars(recipe), "stages": stages, "calibrate": CalibrateConfig(tokens=0)})
+
+
+def assert_equal(out: Path, reference: Path) -> None:
+    """To rounding: sums of four sequences in another order."""
+    found, expected = lines(out), lines(reference)
+    assert [(x["stage"], x["step"], x["tokens"]) for x in found] == [
+        (x["stage"], x["step"], x["tokens"]) for x in expected
+    ]
+    for key in ("loss", "lr", "grad_norm"):
+        assert [x[key] for x in found] == pytest.approx(
+            [x[key] for x in expected], rel=2e-4 * SLACK, abs=1e-7
+        ), key
+    assert {x["stage"] for x in found if "layers" in x} == {"transfer"}
+    one, other = finals(reference), finals(out)
+    assert list(one) == list(other)
+    for stage, tensors in one.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(
+                other[stage][name], tensor, rtol=1e-3 * SLACK, atol=2e-5 * SLACK, msg=f"{stage} {name}"
+            )
+
+
+def once(ended: Ended, words: str) -> None:
+    """One process has said it, and nobody shows a traceback."""
+    assert ended.said.count(words) == 1, ended.said
+    assert "Traceback" not in ended.said, ended.said
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_kind_of_stage(
+    size: int, teacher_folder: Path, recipe: Recipe, reference: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    ended = start(size, whole, str(teacher_folder), recipe, out, folder=tmp_path)
+    assert ended.codes == [0] * size, ended.said
+    assert_equal(out, reference)
+    rows = [json.loads((folder / "results.json").read_text())["rows"] for folder in (out, reference)]
+    assert [row["name"] for row in rows[0]] == [row["name"] for row in rows[1]]
+    for mine, theirs in zip(*rows, strict=True):
+        assert mine["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-3)
+    assert json.loads((out / "environment.json").read_text())["processes"] == size
+    assert ended.said.count("stage 1/4 transfer 100%") == 1
+    assert (out / "checkpoint" / "model.safetensors").is_file() and (out / "report.md").is_file()
+
+
+@pytest.mark.processes(3)
+def test_stopped_and_resumed_on_other_numbers(
+    teacher_folder: Path, recipe: Recipe, reference: Path, tmp_path: Path
+) -> None:
+    """SIGTERM to one of two, Ctrl-C in one of three (of which one has two sequences of four), then one to the end."""
+    out, model = tmp_path / "run", str(teacher_folder)
+    given = (model, recipe, out, signal.SIGTERM, 1, ("transfer", 2), False)
+    ended = start(2, jobs.signalled, *given, folder=tmp_path / "a")
+    assert ended.codes == [143, 143], ended.said
+    once(ended, "stopped in stage 'transfer' after step 3 of 4")
+    assert (
+        f"torchrun --nproc-per-node 2 -m linearize run {model} {out}/recipe.yaml --out {out} --resume"
+        in ended.said
+    )
+    given = (model, recipe, out, signal.SIGINT, 0, ("recover", 2), True)
+    ended = start(3, jobs.signalled, *given, folder=tmp_path / "b")
+    assert ended.codes == [130] * 3, ended.said
+    once(ended, "stopped in stage 'recover' after step 3 of 4")
+    assert checkpoint.latest(out / "stage-2-recover").name == "checkpoint-3"
+    ended = start(1, run, model, recipe, out, True, folder=tmp_path / "c")
+    assert ended.codes == [0], ended.said
+    assert_equal(out, reference)
+
+
+def test_ctrl_c_that_a_launcher_hands_on(teacher_folder: Path, transfer: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    ended = start(2, jobs.pressed_twice, str(teacher_folder), transfer, out, folder=tmp_path)
+    assert ended.codes == [130, 130], ended.said
+    once(ended, "stopped in stage 'transfer' after step 3 of 4")
+    assert not (out / ".lock").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process(
+    rank: int, teacher_folder: Path, transfer: Recipe, reference: Path, tmp_path: Path
+) -> None:
+    """The other one ends at once with the command that goes on, which does."""
+    out, model = tmp_path / "run", str(teacher_folder)
+    given = (model, transfer, out, signal.SIGKILL, rank, ("transfer", 3), False)
+    ended = start(2, jobs.signalled, *given, folder=tmp_path)
+    assert ended.codes[rank] == -signal.SIGKILL and ended.codes[1 - rank] == 2, ended.said
+    once(ended, "another process of this run has ended, or does not answer")
+    once(ended, "Go on with:\n  torchrun --nproc-per-node 2 -m linearize run")
+    assert checkpoint.latest(out / "stage-1-transfer").name == "checkpoint-2"
+    ended = start(2, run, model, transfer, out, True, folder=tmp_path)
+    assert ended.codes == [0, 0], ended.said
+    assert [x["step"] for x in lines(out)] == list(range(1, STEPS + 1))
+
+
+def test_not_finite_in_one_process(teacher_folder: Path, recipe: Recipe, tmp_path: Path) -> None:
+    """Nobody applies the step."""
+    stages = {"recover": recipe.stages["recover"]}
+    few = Recipe(**{**vars(recipe), "stages": stages, "calibrate": CalibrateConfig(tokens=0)})
+    ended = start(2, jobs.not_finite, str(teacher_folder), few, tmp_path / "run", folder=tmp_path)
+    assert ended.codes == [2, 2], ended.said
+    once(ended, "stage 'recover', step 3: the gradient of")
+    once(ended, "The step was not applied")
+
+
+def test_out_of_memory_in_one_process(teacher_folder: Path, transfer: Recipe, tmp_path: Path) -> None:
+    """All go on with what fits there, and the losses stay what they are."""
+    transfer.stages = {
+        "transfer": StageConfig(**{**vars(transfer.stages["transfer"]), "micro_batch": "auto"})
+    }
+    sound, out = tmp_path / "sound", tmp_path / "run"
+    assert start(2, run, str(teacher_folder), transfer, sound, folder=tmp_path).codes == [0, 0]
+    ended = start(2, jobs.out_of_memory, str(teacher_folder), transfer, out, folder=tmp_path)
+    assert ended.codes == [0, 0], ended.said
+    assert [(tmp_path / f"sizes-{rank}.txt").read_text() for rank in (0, 1)] == ["1", "1"]
+    losses = [[x["loss"] for x in lines(folder)] for folder in (sound, out)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_the_first_process_fails_alone(teacher_folder: Path, transfer: Recipe, tmp_path: Path) -> None:
+    ended = start(2, jobs.failing_first, str(teacher_folder), transfer, tmp_path / "run", folder=tmp_path)
+    assert ended.codes == [2, 2]
+    once(ended, "the text is upside down")
+
+
+@pytest.mark.processes(3)
+def test_refusals_are_said_once(teacher_folder: Path, transfer: Recipe, tmp_path: Path) -> None:
+    small = StageConfig(**{**vars(transfer.stages["transfer"]), "batch_size": 2})
+    few = Recipe(**{**vars(transfer), "stages": {"transfer": small}})
+    ended = start(3, run, str(teacher_folder), few, tmp_path / "few", folder=tmp_path)
+    assert ended.codes == [2] * 3
+    once(
+        ended,
+        "stages.transfer.batch_size: a step of 2 sequences cannot be shared by 3 processes: start at most 2",
+    )
+    assert not (tmp_path / "few").exists()
+    with held(tmp_path / "held"):
+        ended = start(2, run, str(teacher_folder), transfer, tmp_path / "held", folder=tmp_path)
+    assert ended.codes == [2, 2]
+    once(ended, "is in use by process")
+
+
+def test_gradients_of_some_processes_alone(tmp_path: Path) -> None:
+    ended = start(2, jobs.experts, tmp_path, folder=tmp_path)
+    assert ended.codes == [0, 0], ended.said
+    drawn = [(tmp_path / f"drawn-{rank}.txt").read_text().split() for rank in (0, 1)]
+    assert len({*drawn[0], *drawn[1]}) == 4
+
+
+def test_a_step_is_read_once(make_recipe: Callable[..., Recipe]) -> None:
+    """Shares of any number of processes, one after the other, are the batch of one."""
+    from linearize.config.course import Course
+    from linearize.distill.batches import Batches
+
+    stage = StageConfig(objective={"next_token": 1.0}, tokens=16 * 40, batch_size=[4, 7])
+    data = [{"input_ids": torch.tensor([n])} for n in range(9)]
+    course = Course.of(stage, 16)
+    whole = Batches(data, course, 3)
+    for shares in (2, 3, 4):
+        parts = Batches(data, course, 3, shares)
+        assert len(parts) == shares * len(whole)
+        for step in range(len(whole)):
+            seen = torch.cat([parts[step * shares + rank]["input_ids"] for rank in range(shares)])
+            assert torch.equal(seen, whole[step]["input_ids"])

@@ -1,0 +1,127 @@
+"""What processes of a test do; in a module of its own, so that the server of `several` can import it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from several import run
+from torch import nn
+
+from linearize import launched
+from linearize.config.schema import StageConfig
+from linearize.distill import processes, runner, together
+from linearize.distill.callbacks import Interrupt, StageCallback
+from linearize.distill.finetune import FinetuneTrainer
+from linearize.distill.micro import MicroBatch
+from linearize.distill.stage import StageTrainer
+from linearize.distill.transfer import TransferTrainer
+from linearize.errors import DataError
+
+
+def signalled(
+    model: str, recipe: Any, out: Path, number: int, rank: int, place: tuple[str, int], resume: bool
+) -> None:
+    """A signal to one process at the end of a step of a stage."""
+    original = StageCallback.on_step_end
+
+    def on_step_end(self: StageCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (self.trainer.stage_name, state.global_step) == place and launched.rank() == rank:
+            os.kill(os.getpid(), number)
+        original(self, args, state, control, **kwargs)
+
+    StageCallback.on_step_end = on_step_end  # type: ignore[method-assign]
+    run(model, recipe, out, resume)
+
+
+def pressed_twice(model: str, recipe: Any, out: Path) -> None:
+    """Ctrl-C of a terminal, which a launcher hands on once more to all processes."""
+    original = StageCallback.on_step_end
+
+    def on_step_end(self: StageCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        original(self, args, state, control, **kwargs)
+
+    StageCallback.on_step_end = on_step_end  # type: ignore[method-assign]
+    run(model, recipe, out)
+
+
+def not_finite(model: str, recipe: Any, out: Path) -> None:
+    """In step 3 of the second stage the second process has a gradient that is not finite."""
+    original = FinetuneTrainer.micro_step
+
+    def micro_step(self: FinetuneTrainer, *given: Any) -> torch.Tensor:
+        found = original(self, *given)
+        if launched.rank() == 1 and self.state.global_step == 2:
+            next(iter(self.parameters.values())).grad.fill_(float("nan"))
+        return found
+
+    FinetuneTrainer.micro_step = micro_step  # type: ignore[method-assign]
+    run(model, recipe, out)
+
+
+def out_of_memory(model: str, recipe: Any, out: Path) -> None:
+    """The second process never holds more than one sequence at once."""
+    original = TransferTrainer.micro_step
+
+    def micro_step(
+        self: TransferTrainer, module: nn.Module, batch: dict[str, Any], count: Any
+    ) -> torch.Tensor:
+        if launched.rank() == 1 and len(batch["input_ids"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return original(self, module, batch, count)
+
+    save = StageTrainer._save_checkpoint
+
+    def note(self: StageTrainer, *given: Any) -> None:
+        (out.parent / f"sizes-{launched.rank()}.txt").write_text(str(self.micro.size))
+        save(self, *given)
+
+    TransferTrainer.micro_step = micro_step  # type: ignore[method-assign]
+    StageTrainer._save_checkpoint = note  # type: ignore[method-assign]
+    run(model, recipe, out)
+
+
+def failing_first(model: str, recipe: Any, out: Path) -> None:
+    """What the first process does alone fails."""
+
+    def measure(*_: Any, **__: Any) -> dict[str, Any]:
+        raise DataError("the text is upside down")
+
+    runner.Measurer.measure = measure  # type: ignore[method-assign]
+    run(model, recipe, out)
+
+
+def experts(out: Path) -> None:
+    """Parameters that get gradients in one process, in none, and in all; an odd layout among them."""
+    with processes.joined(torch.device("cpu")):
+        rank = processes.rank()
+        sizes = [(3,), (2, 2), (5,), (4, 3)]
+        parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
+        parameters[0].grad = torch.full((3,), 1.0 + rank)
+        parameters[1].grad = torch.ones(2, 2) if rank == 1 else None
+        parameters[3].grad = torch.arange(12.0).view(3, 4).t() * (1 + rank)
+        values = torch.tensor([0.25, 0.5]) * (1 + rank)
+        stage = StageConfig(batch_size=4, micro_batch="auto")
+        micro = MicroBatch(stage, "experts", [(4, 8)], torch.device("cpu"))
+        micro.size, micro.halved = 1, rank == 1
+        interrupt = Interrupt()
+        interrupt.requested = rank == 1
+        processes.BUCKET = 14
+        together.join(parameters, values, micro, (4, 8), interrupt)
+        assert values.tolist() == [0.75, 1.5]
+        assert parameters[0].grad.tolist() == [3.0] * 3
+        assert parameters[1].grad.tolist() == [[1.0] * 2] * 2
+        assert parameters[2].grad is None
+        assert torch.equal(parameters[3].grad, torch.arange(12.0).view(3, 4).t() * 3)
+        assert micro.sizes == {(4, 8): 1} and interrupt.obeyed and interrupt.wish == 130
+        drawn = []
+        for step in (0, 1):
+            processes.random_apart(7, step)
+            drawn.append(float(torch.rand(())))
+        (out / f"drawn-{rank}.txt").write_text(" ".join(map(str, drawn)))
