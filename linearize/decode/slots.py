@@ -214,16 +214,13 @@ class Slots:
 
     def _one(self) -> Cache:
         """An empty cache of one row for a prompt."""
-        places = Places(0, self._whole(1), self._whole(1))
-        layers = range(self.config.num_hidden_layers)
-        return Cache(
-            layers=[(RowState if i in self._converted else RowKeys)(places, self._length) for i in layers]
-        )
+        self._reading = places = Places(0, self._whole(1), self._whole(1))
+        kinds = (RowState if i in self._converted else RowKeys for i in range(self.config.num_hidden_layers))
+        return Cache(layers=[kind(places, self._length) for kind in kinds])
 
     def _piece(self, ids: Tensor) -> Tensor:
         first, end = self._read, self._read + len(ids)
-        for layer in self._prompt.layers:
-            layer.clock.first = first
+        self._reading.first = first
         positions = torch.arange(first, end, device=self.device)[None]
         masks: Masks = self._no_masks
         if self._keeps:
