@@ -25,7 +25,9 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 def byte_model(layers: Any = "all", seed: int = 0) -> Any:
     """A converted Llama over bytes, some of its layers softmax unless `layers` is all; it writes ASCII alone."""
-    model = surgery.convert(tiny_llama(layers=3, seed=seed), MIXER, layers) if layers else tiny_llama(layers=3)
+    model = (
+        surgery.convert(tiny_llama(layers=3, seed=seed), MIXER, layers) if layers else tiny_llama(layers=3)
+    )
     tiny.randomize(layer.mixer for layer in surgery.converted(model))
     with torch.no_grad():
         words = torch.tensor(byte_tokenizer()(string.ascii_letters + " .,")["input_ids"])

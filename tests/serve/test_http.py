@@ -32,7 +32,9 @@ def client(model):
 
 def prompts(count: int, seed: int = 0) -> list[str]:
     dice = random.Random(seed)
-    return [WORDS[start : start + dice.randint(1, 60)] for start in (dice.randrange(15) for _ in range(count))]
+    return [
+        WORDS[start : start + dice.randint(1, 60)] for start in (dice.randrange(15) for _ in range(count))
+    ]
 
 
 def at_once(calls) -> list:
@@ -76,7 +78,9 @@ def test_chat_is_the_template_and_generate(client, model):
     assert client.ask(CHAT, body)[2]["choices"] == found["choices"]
 
 
-@pytest.mark.parametrize("fields", [{}, {"seed": 4, "temperature": 1.2, "top_p": 0.9}, {"stop": ["e", "1"]}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"seed": 4, "temperature": 1.2, "top_p": 0.9}, {"stop": ["e", "1"]}], ids=str
+)
 def test_streams_are_the_whole_answers(client, fields):
     body = {"prompt": WORDS[:30], "max_tokens": 40, "temperature": 0, **fields}
     whole = client.ask(COMPLETIONS, body)[2]
@@ -84,7 +88,9 @@ def test_streams_are_the_whole_answers(client, fields):
     assert events[-1]["usage"] == whole["usage"] and events[-1]["choices"] == []
     choices = [event["choices"][0] for event in events[:-1]]
     assert "".join(choice["text"] for choice in choices) == whole["choices"][0]["text"]
-    assert [c["finish_reason"] for c in choices if c["finish_reason"]] == [whole["choices"][0]["finish_reason"]]
+    assert [c["finish_reason"] for c in choices if c["finish_reason"]] == [
+        whole["choices"][0]["finish_reason"]
+    ]
     assert len(choices) > 3 or whole["choices"][0]["finish_reason"] == "stop"
     chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 20, "temperature": 0}
     deltas = [event["choices"][0]["delta"] for event in client.events(CHAT, chat)]
@@ -144,7 +150,12 @@ def test_scores_are_the_models(client, model):
     assert torch.allclose(torch.tensor(scores["token_logprobs"]), logits.amax(-1), atol=1e-4)
     assert "".join(scores["tokens"]) == found["text"] and scores["text_offset"] == [0, 1, 2, 3]
     assert all(len(top) == 2 for top in scores["top_logprobs"])
-    chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3, "logprobs": True, "top_logprobs": 1}
+    chat = {
+        "messages": [{"role": "user", "content": "a"}],
+        "max_tokens": 3,
+        "logprobs": True,
+        "top_logprobs": 1,
+    }
     whole = client.ask(CHAT, {**chat, "temperature": 0})[2]["choices"][0]["logprobs"]["content"]
     streamed = [e["choices"][0]["logprobs"] for e in client.events(CHAT, {**chat, "temperature": 0})]
     assert [token for part in streamed if part for token in part["content"]] == whole and len(whole) == 3
@@ -197,7 +208,8 @@ def test_who_goes_away_before_an_answer_that_is_no_stream(model):
         with socket.create_connection(("127.0.0.1", client.port)) as connection:
             body = b'{"prompt": "a", "max_tokens": 1000, "ignore_eos": true}'
             connection.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
+                % (len(body), body)
             )
             until(lambda: client.served.scheduler.open == 1)
         until(lambda: client.served.scheduler.open == 0, 5)

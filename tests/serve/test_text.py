@@ -11,7 +11,14 @@ from transformers import PreTrainedTokenizerFast
 
 from linearize.serve.text import BROKEN, Text
 
-LINES = ["naïve – 日本語, Ελλάδα", "👩‍👩‍👧 and 🏳️‍🌈!", "plain", " a  b\n\n\tc ", "é" * 40, "\ufffd is a sign too"]
+LINES = [
+    "naïve – 日本語, Ελλάδα",
+    "👩‍👩‍👧 and 🏳️‍🌈!",
+    "plain",
+    " a  b\n\n\tc ",
+    "é" * 40,
+    "\ufffd is a sign too",
+]
 
 
 def pieces(tokenizer, ids, stops=(), before=(), step=1) -> list[str]:
