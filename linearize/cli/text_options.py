@@ -122,10 +122,9 @@ def serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--piece",
         type=given.positive,
-        default=512,
         metavar="TOKENS",
         help="of prompts that are read between two steps of the texts in slots: more reads long prompts sooner, less "
-        "lets the others wait for a shorter time (default: 512)",
+        "lets the others wait for a shorter time (default: 512, on a GPU 2048)",
     )
     parser.add_argument(
         "--no-graph", action="store_true", help="run steps one by one also where CUDA graphs could hold them"

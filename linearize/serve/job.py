@@ -46,7 +46,8 @@ class Job:
                 seed = None if asked.seed is None else asked.seed + turn
                 wish = Wish(asked.sampling, seed, asked.scores)
                 # behind a raw prompt a first word keeps the space that parts it from the prompt
-                self._texts.append(Text(tokenizer, asked.stops, () if asked.chat else ids))
+                before = () if asked.chat else ids
+                self._texts.append(Text(tokenizer, asked.stops, before, whole=not asked.stream))
                 self._tickets.append(self._ticket(ids, wish))
         scheduler.submit(self._tickets)
 

@@ -46,7 +46,7 @@ class Settings:
         slots: texts at once.
         queue: texts that wait beyond those.
         prompt, new: most tokens of a prompt and after it.
-        piece: tokens of prompts that are read between two steps of the others.
+        piece: tokens of prompts that are read between two steps of the others; None: 512, on a GPU 2048.
         body: bytes of a request.
         seconds: that a request may take.
         grace: seconds that running texts have once the server is asked to stop.
@@ -61,7 +61,7 @@ class Settings:
     queue: int = 256
     prompt: int = 4096
     new: int = 1024
-    piece: int = 512
+    piece: int | None = None
     body: int = 2**20
     seconds: float = 300.0
     grace: float = 10.0
@@ -91,13 +91,14 @@ class Served:
         rows = model.get_input_embeddings().weight.shape[0]
         reader = Reader(tokenizer, rows, settings.name, limits)
         metrics = Metrics(settings.slots, self.slots.bytes)
+        on_gpu = self.slots.device.type == "cuda"
         self._loop: asyncio.AbstractEventLoop | None = None
         self.scheduler = Scheduler(
             self.slots,
             eos=_ends(model, tokenizer),
             queue=settings.queue,
-            piece=settings.piece,
-            every=STREAM_EVERY if self.slots.device.type == "cuda" else 1,
+            piece=settings.piece or (2048 if on_gpu else 512),
+            every=STREAM_EVERY if on_gpu else 1,
             metrics=metrics,
             post=self._post,
         )

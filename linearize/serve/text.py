@@ -22,28 +22,29 @@ class Text:
         tokenizer: of transformers.
         stops: strings that end the text and are no part of it.
         before: tokens that precede the text, or none where it stands for itself.
+        whole: nobody looks before the end, so that without stop strings everything is decoded at once then.
 
     Attributes:
         stopped: a stop string has been found.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), before: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stops: Sequence[str] = (), before: Sequence[int] = (), *, whole: bool = False
+    ) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
         self._ids = list(before)[-CONTEXT:]
         self._from, self._to = 0, len(self._ids)
         self._shown = len(self._decode())
         self._held = ""
+        self._lazy = whole and not stops
         self.stopped = False
 
     def push(self, ids: Sequence[int]) -> str:
         """The new text that more tokens bring."""
-        made = []
-        for token in ids:
-            if self.stopped:
-                break
-            self._ids.append(token)
-            made.append(self._cut(self._fresh(last=False), last=False))
-        return "".join(made)
+        if self.stopped or not ids:
+            return ""
+        self._ids += ids
+        return "" if self._lazy else self._cut(self._fresh(last=False), last=False)
 
     def end(self) -> str:
         """What is left when no more tokens come."""

@@ -62,6 +62,8 @@ def test_random_bytes_end_as_the_tokenizer_ends_them():
     for _ in range(50):
         ids = [dice.randrange(256) for _ in range(dice.randint(1, 200))]
         assert "".join(pieces(tokenizer, ids, step=dice.randint(1, 5))) == tokenizer.decode(ids)
+        text = Text(tokenizer, whole=True)
+        assert text.push(ids) == "" and text.end() == tokenizer.decode(ids)
 
 
 def test_control_tokens_are_no_text():
@@ -87,6 +89,8 @@ def test_stop_strings(stops, kept, step):
     ids = tokenizer("abcdefabcdefabcx")["input_ids"]
     made = pieces(tokenizer, ids, stops, step=step)
     assert "".join(made) == kept
+    text = Text(tokenizer, stops, whole=True)
+    assert text.push(ids) + text.end() == kept
 
 
 def test_nothing_behind_a_stop_and_nothing_that_may_become_one_is_handed_out():
