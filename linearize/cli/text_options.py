@@ -76,7 +76,7 @@ def serve(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--slots",
-        type=given.positive,
+        type=given.slots,
         default=16,
         metavar="N",
         help="texts that are made at once (default: 16)",

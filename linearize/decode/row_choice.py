@@ -94,12 +94,15 @@ class Wish:
     seed: int | None = None
     scores: int | None = None
 
-    def __post_init__(self) -> None:
-        self._random = random.Random(self.seed)
+    _random: random.Random | None = None
 
     def draws(self, count: int) -> list[float]:
         """The next numbers of the row's own."""
-        return [self._random.random() for _ in range(count)] if self.sampling.sample else [0.0] * count
+        if not self.sampling.sample:
+            return [0.0] * count
+        if self._random is None:
+            self._random = random.Random(self.seed)
+        return [self._random.random() for _ in range(count)]
 
 
 class Wishes:

@@ -24,6 +24,7 @@ from linearize.decode.masks import Masks, token_masks
 from linearize.decode.row_cache import Places, RowCache, RowKeys, RowState
 from linearize.decode.row_choice import Scores, Wish, Wishes, likelihoods
 from linearize.errors import LinearizeError
+from linearize.models.boundary import MEMORY
 from linearize.recording import record
 from linearize.surgery import converted
 
@@ -90,7 +91,7 @@ class Slots:
         seen = torch.ones(1, 1, dtype=torch.bool, device=self.device)
         # masks are read by kept softmax layers alone
         self._no_masks = token_masks(self.config, seen, self._whole(), self.dtype)
-        self._seen = torch.ones(1, self._length, dtype=torch.bool, device=self.device)
+        self._seen = seen.expand(1, self._length)
         self._tokens, self._places, self._alive = self._whole(rows), self._whole(rows), self._whole(rows)
         self._wishes = Wishes(rows, self.device)
         self._ends: list[int] = []
@@ -127,11 +128,13 @@ class Slots:
                 self._check()
                 for rows in self._sizes() if self._captures else ():
                     self._capture(rows)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
             self._held = None
+            if not isinstance(error, torch.OutOfMemoryError) and not MEMORY.search(str(error)):
+                raise
             raise LinearizeError(
-                f"{self.rows} slots need more memory than there is; take fewer, or shorter texts where softmax layers "
-                "hold them"
+                f"{self.rows:,} slots need more memory than there is; take fewer, or shorter texts where softmax "
+                "layers hold them"
             ) from error
         self._places.zero_()
 

@@ -92,12 +92,15 @@ class Served:
         reader = Reader(tokenizer, rows, settings.name, limits)
         metrics = Metrics(settings.slots, self.slots.bytes)
         on_gpu = self.slots.device.type == "cuda"
+        self.piece = settings.piece or (2048 if on_gpu else 512)
+        if on_gpu:
+            self._warm(self.piece)
         self._loop: asyncio.AbstractEventLoop | None = None
         self.scheduler = Scheduler(
             self.slots,
             eos=_ends(model, tokenizer),
             queue=settings.queue,
-            piece=settings.piece or (2048 if on_gpu else 512),
+            piece=self.piece,
             every=STREAM_EVERY if on_gpu else 1,
             metrics=metrics,
             post=self._post,
@@ -131,6 +134,13 @@ class Served:
         )
         self._server = _Server(config, lambda: self.scheduler.close(self.settings.grace))
         asyncio.run(self._serve(listening, ready))
+
+    def _warm(self, piece: int) -> None:
+        """Read prompts of nothing, so that the first client does not wait for kernels to be compiled."""
+        longest = min(piece, self.settings.prompt)
+        for tokens in sorted({1, min(17, longest), longest}):
+            self.slots.begin()
+            self.slots.read([0] * tokens)
 
     def stop(self) -> None:
         """As a signal does, from any thread."""

@@ -208,3 +208,9 @@ def test_a_state_that_moves_is_refused(monkeypatch):
     monkeypatch.setattr(mixer, "step", moving)
     with pytest.raises(LinearizeError, match=r"not written in place.*0\.sums"):
         Slots(model, 1, 0).prepare()
+
+
+def test_more_slots_than_there_is_memory_for():
+    model = hybrid("llama", [1], num_hidden_layers=2)
+    with pytest.raises(LinearizeError, match=r"3 slots need more memory.*take fewer"):
+        Slots(model, 3, 10**12).prepare()
