@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml scripts/venv.sh
 	scripts/venv.sh $(VENV) page && touch $@
 
 $(VENV)/.installed-dev: pyproject.toml scripts/venv.sh
-	scripts/venv.sh $(VENV) dev,eval,page && touch $@ $(VENV)/.installed
+	scripts/venv.sh $(VENV) dev,eval,page,serve && touch $@ $(VENV)/.installed
 
 demo: venv  ## Convert the real teacher at a small budget, evaluate, export, reload, generate, judge
 	LINEARIZE=$(BIN)/linearize scripts/demo.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Create or complete a virtual environment with this package in editable form.
 #
-#   scripts/venv.sh FOLDER [EXTRAS]        scripts/venv.sh .venv dev,eval,page
+#   scripts/venv.sh FOLDER [EXTRAS]        scripts/venv.sh .venv dev,eval,page,serve
 #
 # Torch: a machine with an NVIDIA GPU, or a Mac, gets the ordinary build; any other gets the CPU build, because the
 # ordinary one brings gigabytes of CUDA along. A torch that is in the environment already stays.

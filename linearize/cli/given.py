@@ -30,7 +30,19 @@ count = _number(int, lambda value: 0 <= value < _MOST, "a whole number, 0 or mor
 positive = _number(int, lambda value: 1 <= value < _MOST, "a whole number above 0 and below 2^31")
 window = _number(int, lambda value: 2 <= value < _MOST, "a whole number of at least 2")
 not_negative = _number(float, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
+seconds = _number(float, lambda value: 0 < value <= 86_400, "a number of seconds above 0, at most a day")
+port = _number(int, lambda value: 0 <= value < 2**16, "a port from 0 to 65535")
+slots = _number(int, lambda value: 1 <= value <= 65_536, "a whole number from 1 to 65536")
 share = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+
+PATH_HELP = "exported checkpoint or run folder; also any MODEL"
+
+
+def device(parser: argparse.ArgumentParser) -> None:
+    """The option `--device`."""
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one"
+    )
 
 
 def tokens(text: str) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from linearize.cli import bench_options, given, plan_options, run_options, sample_options
+from linearize.cli import bench_options, given, plan_options, run_options, sample_options, text_options
 from linearize.config.overrides import FORM
 from linearize.errors import LinearizeError
 from linearize.registry import closest
@@ -17,7 +17,6 @@ from linearize.version import __version__
 
 MODEL_HELP = "hub id, checkpoint folder, GGUF file, or the alias smollm2-135m"
 RECIPE_HELP = "name of a shipped recipe (see `linearize recipes`) or a YAML file"
-PATH_HELP = "exported checkpoint or run folder; also any MODEL"
 OVERRIDE_HELP = (
     "change any field of the recipe, such as stages.transfer.lr=5e-3 or layers=[0,2]; 'stages.*.tokens=2M' changes "
     "it in every stage"
@@ -35,6 +34,7 @@ examples:
   linearize eval runs/small --suite quick                    beside its teacher and the controls
   linearize compare runs/small runs/large                    on one page, offline
   linearize generate runs/small --prompt "The sea was" --temperature 0.8
+  linearize serve runs/small --port 8000                     for any client of OpenAI's API
   linearize recipes show lolcats layers.every=4              the composed YAML
 """
 
@@ -151,7 +151,8 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="where page.html and page.md go (default: runs/compare-A-B)",
     )
-    _generate_arguments(_add(commands, "generate", "continue a prompt", "linearize.cli.generation"))
+    text_options.generate(_add(commands, "generate", "continue a prompt", "linearize.cli.generation"))
+    text_options.serve(_add(commands, "serve", "answer as OpenAI's API does", "linearize.cli.serving"))
     sample = _add(commands, "sample", "let a model write training text", "linearize.cli.sampling")
     sample_options.add(sample, MODEL_HELP)
     _device_argument(sample)
@@ -282,7 +283,7 @@ def _select_arguments(parser: Parser) -> None:
 
 
 def _eval_arguments(parser: Parser) -> None:
-    parser.add_argument("path", metavar="PATH", help=PATH_HELP)
+    parser.add_argument("path", metavar="PATH", help=given.PATH_HELP)
     parser.add_argument(
         "--suite",
         default="quick",
@@ -351,46 +352,4 @@ def _eval_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--seed", type=given.count, default=0, metavar="N", help="of the items and the intervals (default: 0)"
     )
-    _device_argument(parser)
-
-
-def _generate_arguments(parser: Parser) -> None:
-    parser.add_argument("path", metavar="PATH", help=PATH_HELP)
-    parser.add_argument(
-        "--prompt", required=True, metavar="TEXT", help="text to continue, control tokens included"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=given.positive, default=128, metavar="N", help="default: 128"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=given.not_negative,
-        default=0.0,
-        metavar="X",
-        help="0 is greedy (default); above 0 samples",
-    )
-    parser.add_argument(
-        "--top-p", type=given.share, default=1.0, metavar="X", help="sample from this share of the mass"
-    )
-    parser.add_argument(
-        "--num-beams", type=given.positive, default=1, metavar="N", help="beam search (default: 1, none)"
-    )
-    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    parser.add_argument(
-        "--no-graph",
-        action="store_true",
-        help="through transformers' generate, also where one CUDA graph could hold the decoding",
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the graph's step first: worth it for long texts"
-    )
-    parser.add_argument(
-        "--seed", type=given.count, default=0, metavar="N", help="of the sampling (default: 0)"
-    )
-    _device_argument(parser)
-
-
-def _device_argument(parser: Parser) -> None:
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one"
-    )
+    given.device(parser)

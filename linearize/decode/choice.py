@@ -78,12 +78,18 @@ def _same(value: Any, other: Any) -> bool:
 
 def obstacles(model: Any) -> list[str]:
     """What in the model keeps its steps from being one CUDA graph, each a phrase."""
+    problems = []
+    device = next(model.parameters()).device if isinstance(model, PreTrainedModel) else None
+    if device is not None and device.type != DEVICE:
+        problems.append(f"the model is on {device}, and CUDA graphs need a CUDA device")
+    return problems + unknown_steps(model)
+
+
+def unknown_steps(model: Any) -> list[str]:
+    """What in the model keeps its steps from running on states of fixed size, on any device, each a phrase."""
     if not isinstance(model, PreTrainedModel):
         return [f"a {type(model).__name__} is not a model of transformers itself"]
     problems = []
-    device = next(model.parameters()).device
-    if device.type != DEVICE:
-        problems.append(f"the model is on {device}, and CUDA graphs need a CUDA device")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         problems.append("the model is spread over several devices")
     config = model.config.get_text_config()

@@ -1,4 +1,4 @@
-"""The masks of kept softmax layers for one token, from positions on the device; transformers' own read the host."""
+"""The masks of kept softmax layers, from positions on the device; transformers' own read the host."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ def patterns(config: Any) -> list[str] | str:
 
 
 def token_masks(config: Any, seen: Tensor, now: Tensor, dtype: torch.dtype) -> Masks:
-    """What a token that comes may see, in the form that the model takes.
+    """What tokens that come may see, in the form that the model takes.
 
     Args:
         config: the model's text config.
         seen: [B, S] bool, false on the prompt's padding.
-        now: [] int64, place of the token.
+        now: int64, places of the tokens: [B or 1, Q], or [] where all rows have one token at the same place.
         dtype: of the model.
 
     Returns:
-        [B, 1, 1, S], or a dict of them by kind of layer: bool, or with the eager attention function 0 and the lowest
+        [B, 1, Q, S], or a dict of them by kind of layer: bool, or with the eager attention function 0 and the lowest
         number.
     """
-    age = now - torch.arange(seen.shape[1], device=seen.device)
-    visible = seen & (age >= 0)
+    now = now if now.dim() else now[None, None]
+    age = now[..., None] - torch.arange(seen.shape[1], device=seen.device)
+    visible = seen[:, None] & (age >= 0)
 
     def mask(kind: str) -> Tensor:
         near = visible & (age < config.sliding_window) if kind == "sliding_attention" else visible
-        near = near[:, None, None]
+        near = near[:, None]
         if config._attn_implementation != "eager":
             return near
         return torch.zeros_like(near, dtype=dtype).masked_fill(~near, torch.finfo(dtype).min)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from decoding import HEDGEHOG, MIXERS, devices, hybrid
 
 from linearize import surgery
 from linearize.decode import Decoder, Sampling
@@ -13,35 +14,6 @@ from linearize.decode.engine import BLOCK
 from linearize.errors import LinearizeError
 
 NEW = 14
-ON_BOTH = [
-    pytest.param("cpu"),
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
-]
-devices = pytest.mark.parametrize("device", ON_BOTH)
-# as wide as the Triton kernels take at least
-HEDGEHOG = {"feature_map": {"name": "hedgehog", "dim": 16}}
-LOLCATS = {**HEDGEHOG, "window": {"name": "sliding", "size": 6}}
-MIXERS = {
-    "lolcats": LOLCATS,
-    "linear": HEDGEHOG,
-    "lawcat": tiny.LAWCAT,
-    "terraced": {**HEDGEHOG, "window": {"name": "terraced", "size": 4}},
-    "pinned": {"window": {"name": "sliding", "size": 5, "first": 2}},
-    "softmax": tiny.SOFTMAX,
-    "nope": {"window": {"name": "full", "log_base": 3}, "position": {"name": "rope", "window": False}},
-}
-
-
-def hybrid(family: str = "llama", layers="all", mixer=LOLCATS, device: str = "cpu", **changes):
-    model = surgery.convert(tiny.model(family, **changes), mixer, layers)
-    tiny.randomize(layer.mixer for layer in surgery.converted(model))
-    return model.to(device)
 
 
 def prompts(device: str, length: int = 20):

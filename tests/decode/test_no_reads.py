@@ -15,8 +15,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize.bench.subjects import TEACHER, convert, random_model, subjects
-from linearize.decode import Decoder
+from linearize.decode import Decoder, Sampling
 from linearize.decode.cache import tensors
+from linearize.decode.row_choice import Wish, Wishes, likelihoods
+from linearize.decode.slots import Slots
 from linearize.kernels import dispatch
 
 META = torch.device("meta")
@@ -84,6 +86,32 @@ def test_of_every_recipe(name, monkeypatch):
         assert after.keys() == held.keys() and all(after[key] is held[key] for key in held), (
             "written in place"
         )
+
+
+@pytest.mark.parametrize("name", [*subjects(), TEACHER])
+def test_of_rows_that_come_and_go(name, monkeypatch):
+    """A step over slots and the choice of their tokens; keys of softmax layers go to a place of each row's own."""
+    model = convert(random_model("cpu", torch.bfloat16, "tiny", **SIZES), name)
+    to_meta(model)
+    slots = Slots(model, 3, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "use_triton", lambda *x: False)
+        slots.prepare()
+    wishes = Wishes(3, META)
+    wishes[1] = Wish(Sampling(True, 0.5, 3, 0.9))
+    held = {name: (id(x), x.shape) for name, x in slots._held.held.items()}
+    for triton in (False, True):
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(dispatch, "use_triton", lambda *x, triton=triton: triton)
+            with OnDevice() as mode:
+                logits = slots._forward(2)
+            assert logits.shape == (2, 97)
+            draws = torch.zeros(2, device=META)
+            with OnDevice():
+                wishes.choose(logits, draws)
+                likelihoods(logits, wishes.choose(logits, None), 2)
+        assert triton == ("linearize" in mode.seen) or name in WITHOUT_KERNEL
+    assert {name: (id(x), x.shape) for name, x in slots._held.held.items()} == held
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,300 @@
+"""Decoding of texts that come and go: each has a slot, a row of every state, and all slots take a token in one step.
+
+A prompt is read piece by piece beside the rows, in a cache of its own, and copied into the first free row when it is
+whole: states have constant size, so that is a copy of some megabytes whatever the prompt's length (softmax layers copy
+the prompt's keys). Live rows always are the first ones; one that ends is replaced by the last. On a GPU the step over
+the first 1, 2, 4, ... rows is a CUDA graph each; elsewhere it runs over exactly those that live.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from linearize.decode.bounded import holds_tokens
+from linearize.decode.choice import unknown_steps
+from linearize.decode.masks import Masks, token_masks
+from linearize.decode.row_cache import Places, RowCache, RowKeys, RowState
+from linearize.decode.row_choice import Scores, Wish, Wishes, likelihoods
+from linearize.errors import LinearizeError
+from linearize.models.boundary import MEMORY
+from linearize.recording import record
+from linearize.surgery import converted
+
+WIDTH = 64
+"""Without graphs, softmax layers look at the longest row's tokens, rounded up to this."""
+WARM_UP = 2
+"""Steps before a capture: kernels compile, libraries allocate."""
+ENDLESS = 2**31
+"""Length where nothing depends on it."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a call of `run` has made, on the host.
+
+    Attributes:
+        tokens: [B, n], of the rows that lived; `NO_NUMBER` where logits were none.
+        scores: one for each of the n, or None where nobody wanted any.
+    """
+
+    tokens: Tensor
+    scores: list[Scores] | None
+
+
+class Slots:
+    """A model with rows for texts.
+
+    One thread uses it. A text goes through `begin`, `read` (as often as its prompt has pieces), `admit`, which gives
+    its row and its first token, `run`, and `drop`.
+
+    Args:
+        model: a causal language model of transformers in evaluation mode, on one device; converted layers, kept softmax
+            layers and none converted at all are alike.
+        rows: texts at once.
+        length: tokens of a text, prompt included, that softmax layers hold; without such layers it is not read.
+        most: places beyond which a text cannot go, such as those of a table of learned positions.
+        capture: capture CUDA graphs where there is CUDA.
+
+    Attributes:
+        live: rows in use.
+
+    Raises:
+        LinearizeError: the model cannot be decoded so; says why.
+    """
+
+    def __init__(
+        self, model: Any, rows: int, length: int, *, most: int | None = None, capture: bool = True
+    ) -> None:
+        problems = unknown_steps(model)
+        if problems:
+            raise LinearizeError(f"this model cannot decode rows that come and go: {'; '.join(problems)}")
+        self.model, self.rows, self.config = model, rows, model.config.get_text_config()
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self._converted = {layer.layer_idx for layer in converted(model)}
+        self._keeps = len(self._converted) < self.config.num_hidden_layers
+        self._length = length if holds_tokens(model) else 0
+        self.length = min(self._length or ENDLESS, most or ENDLESS)
+        names = inspect.signature(model.forward).parameters
+        # the second name is that of transformers before 5.24
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
+        self._optional = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
+        self._captures = capture and self.device.type == "cuda"
+        seen = torch.ones(1, 1, dtype=torch.bool, device=self.device)
+        # masks are read by kept softmax layers alone
+        self._no_masks = token_masks(self.config, seen, self._whole(), self.dtype)
+        self._seen = seen.expand(1, self._length)
+        self._tokens, self._places, self._alive = self._whole(rows), self._whole(rows), self._whole(rows)
+        self._wishes = Wishes(rows, self.device)
+        self._ends: list[int] = []
+        self._read = 0
+        self._prompt: Cache = self._one()
+        self._held: RowCache | None = None
+        self._cache: tuple[tuple[int, int], Cache] | None = None
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    @property
+    def live(self) -> int:
+        """Rows in use."""
+        return len(self._ends)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all rows' states."""
+        return self._held.bytes if self._held is not None else 0
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Make the states, and capture the steps where they are captured; done by the first `begin` otherwise.
+
+        Raises:
+            LinearizeError: a state is not written in place, or there is too little memory.
+        """
+        if self._held is not None:
+            return
+        try:
+            self._piece(torch.zeros(2, dtype=torch.int64, device=self.device))
+            self._held = RowCache(self._prompt, self.rows, self._length)
+            with self._decoding():
+                self._forward(self.rows)
+                self._check()
+                for rows in self._sizes() if self._captures else ():
+                    self._capture(rows)
+        except RuntimeError as error:
+            self._held = None
+            if not isinstance(error, torch.OutOfMemoryError) and not MEMORY.search(str(error)):
+                raise
+            raise LinearizeError(
+                f"{self.rows:,} slots need more memory than there is; take fewer, or shorter texts where softmax "
+                "layers hold them"
+            ) from error
+        self._places.zero_()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """A prompt comes; what was read of another is forgotten."""
+        self.prepare()
+        for layer in self._prompt.layers:
+            if isinstance(layer, RowState):
+                layer.reset()
+        self._read = 0
+
+    @torch.no_grad()
+    def read(self, ids: Sequence[int]) -> Tensor:
+        """The next piece of the prompt, at least one token; logits [1, V] of what follows it."""
+        if self._read + len(ids) > self.length:
+            raise LinearizeError(f"a prompt of more than {self.length:,} tokens, which is what a slot holds")
+        return self._piece(torch.tensor(ids, dtype=torch.int64, device=self.device))
+
+    @torch.no_grad()
+    def admit(self, logits: Tensor, wish: Wish) -> tuple[int, Made]:
+        """Give the prompt that has been read a row, the first behind the live ones, and choose its first token."""
+        assert self._held is not None and self.live < self.rows
+        row = self.live
+        self._held.fill(row, self._prompt, self._read)
+        self._ends.append(self._read)
+        self._wishes[row] = wish
+        draws = torch.tensor(wish.draws(1), device=self.device) if wish.sampling.sample else None
+        chosen = self._wishes.choose(logits, draws, row)
+        self._places[row], self._alive[row] = self._read, 1
+        self._tokens[row] = chosen[0].clamp_min(0)
+        scores = None if wish.scores is None else [likelihoods(logits, chosen, wish.scores).cpu()]
+        return row, Made(chosen[:, None].cpu(), scores)
+
+    @torch.no_grad()
+    def run(self, steps: int) -> Made:
+        """So many tokens more for every live row; those beyond a row's last place mean nothing."""
+        live = self.live
+        assert self._held is not None and live
+        wanted, draws = self._wishes.scores(live), self._wishes.draws(live, steps)
+        made, scores = [], []
+        with self._decoding() if not self._captures else nullcontext():
+            for step in range(steps):
+                logits = self._step()[:live]
+                chosen = self._wishes.choose(logits, None if draws is None else draws[step])
+                self._tokens[:live] = chosen.clamp_min(0)
+                made.append(chosen)
+                if wanted is not None:
+                    scores.append(likelihoods(logits, chosen, wanted))
+                self._ends = [end + 1 for end in self._ends]
+        tokens = torch.stack(made, 1).cpu()
+        return Made(tokens, None if wanted is None else [each.cpu() for each in scores])
+
+    @torch.no_grad()
+    def drop(self, row: int, *, broken: bool = False) -> None:
+        """Free a row; the last live one takes its place.
+
+        Args:
+            row: one that lives.
+            broken: its numbers are none, and must not lie where another text will.
+        """
+        assert self._held is not None
+        last = self.live - 1
+        if broken:
+            self._held.zero(row)
+        if row != last:
+            self._held.move(last, row, min(self._ends[last], self.length))
+            self._tokens[row], self._places[row] = self._tokens[last], self._places[last]
+            self._ends[row], self._wishes[row] = self._ends[last], self._wishes[last]
+        # a row that is not alive writes its key at place 0, where every text has one of its own
+        self._places[last], self._alive[last] = 0, 0
+        self._wishes[last] = Wish()
+        self._ends.pop()
+
+    def clear(self) -> None:
+        """Drop everything, as after an error whose reach is not known."""
+        while self.live:
+            self.drop(self.live - 1, broken=True)
+        self._prompt = self._one()
+
+    def _one(self) -> Cache:
+        """An empty cache of one row for a prompt."""
+        self._reading = places = Places(0, self._whole(1), self._whole(1))
+        kinds = (RowState if i in self._converted else RowKeys for i in range(self.config.num_hidden_layers))
+        return Cache(layers=[kind(places, self._length) for kind in kinds])
+
+    def _piece(self, ids: Tensor) -> Tensor:
+        first, end = self._read, self._read + len(ids)
+        self._reading.first = first
+        positions = torch.arange(first, end, device=self.device)[None]
+        masks: Masks = self._no_masks
+        if self._keeps:
+            masks = token_masks(self.config, self._seen[:, :end], positions, self.dtype)
+        logits = self._call(ids[None], positions, self._prompt, masks)
+        self._read = end
+        return logits
+
+    def _call(self, ids: Tensor, positions: Tensor, cache: Cache, masks: Masks) -> Tensor:
+        """Logits [B, V] of the last column."""
+        given = {self._cache_name: cache, "use_cache": True, "attention_mask": masks, **self._optional}
+        return self.model(input_ids=ids, position_ids=positions, **given).logits[:, -1]
+
+    def _step(self) -> Tensor:
+        """One token for all live rows, logits [B, V] of at least those."""
+        if not self._captures:
+            return self._forward(self.live)
+        graph, logits = self._graphs[next(size for size in self._sizes() if size >= self.live)]
+        graph.replay()
+        return logits
+
+    def _forward(self, rows: int) -> Tensor:
+        cache, width = self._view(rows)
+        places = self._places[:rows]
+        masks: Masks = self._no_masks
+        if self._keeps:
+            masks = token_masks(self.config, self._seen[:, :width], places[:, None], self.dtype)
+        logits = self._call(self._tokens[:rows, None], places[:, None], cache, masks)
+        places.add_(self._alive[:rows]).clamp_max_(self.length - 1)
+        return logits
+
+    def _view(self, rows: int) -> tuple[Cache, int]:
+        """The first rows' cache, and how wide its softmax layers are."""
+        assert self._held is not None
+        width = self._length
+        if self._length and not self._captures:
+            longest = max(self._ends, default=0) + 1
+            width = min(-(-longest // WIDTH) * WIDTH, self._length)
+        if self._cache is None or self._cache[0] != (rows, width):
+            self._cache = (rows, width), self._held.first(rows, width, self._places[:rows])
+        return self._cache[1], width
+
+    def _sizes(self) -> list[int]:
+        """Rows of the captured steps."""
+        powers = [2**i for i in range(self.rows.bit_length())]
+        return sorted({*(size for size in powers if size < self.rows), self.rows})
+
+    def _capture(self, rows: int) -> None:
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    self._forward(rows)
+            torch.cuda.current_stream().wait_stream(side)
+            self._check()
+            self._graphs[rows] = record(lambda: self._forward(rows))
+
+    def _check(self) -> None:
+        """A state that a step puts elsewhere would be lost with the cache that the step was given."""
+        assert self._held is not None and self._cache is not None
+        moved = self._held.moved(self._cache[1])
+        if moved:
+            raise LinearizeError(
+                f"states that are not written in place cannot be shared: {', '.join(moved[:3])}"
+            )
+
+    def _decoding(self) -> AbstractContextManager[Any]:
+        """How transformers runs one-token steps: experts of a mixture in the form that is quicker there."""
+        switch = getattr(self.model, "_optimize_model_for_decode", None)
+        return nullcontext() if switch is None else switch()
+
+    def _whole(self, *size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.int64, device=self.device)

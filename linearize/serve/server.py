@@ -1,0 +1,234 @@
+"""A model on a port: slots, scheduler and endpoints put together, run until asked to stop, and taken down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from linearize.decode.slots import Slots
+from linearize.errors import LinearizeError
+from linearize.eval.limits import learned_positions
+from linearize.serve.app import Service, build
+from linearize.serve.asked import Limits, Reader
+from linearize.serve.metrics import Metrics
+from linearize.serve.scheduler import Scheduler
+from linearize.signals import STOPPING
+
+log = logging.getLogger(__name__)
+
+STREAM_EVERY = 4
+"""Tokens between two looks of the host on a GPU, where a look stalls the device."""
+BACKLOG = 2048
+"""Connections that wait to be taken on."""
+LAST_WORDS = 5.0
+"""Seconds that answers have to be sent once every text has ended."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is served.
+
+    Attributes:
+        name: what clients call the model.
+        host, port: where; port 0 takes a free one.
+        token: that clients give, or None.
+        slots: texts at once.
+        queue: texts that wait beyond those.
+        prompt, new: most tokens of a prompt and after it.
+        piece: tokens of prompts that are read between two steps of the others; None: 512, on a GPU 2048.
+        body: bytes of a request.
+        seconds: that a request may take.
+        grace: seconds that running texts have once the server is asked to stop.
+        graph: capture CUDA graphs where there is CUDA.
+    """
+
+    name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = None
+    slots: int = 16
+    queue: int = 256
+    prompt: int = 4096
+    new: int = 1024
+    piece: int | None = None
+    body: int = 2**20
+    seconds: float = 300.0
+    grace: float = 10.0
+    graph: bool = True
+
+
+class Served:
+    """A model that is ready to be asked.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: its tokenizer.
+        settings: how.
+
+    Raises:
+        LinearizeError: the model cannot decode rows that come and go, or its states do not fit.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
+        self.settings = settings
+        room = learned_positions(model)
+        both = settings.prompt + settings.new
+        both = both if room is None else min(both, room)
+        limits = Limits(settings.prompt, settings.new, both, settings.body, settings.seconds)
+        self.slots = Slots(model, settings.slots, both, most=room, capture=settings.graph)
+        self.slots.prepare()
+        rows = model.get_input_embeddings().weight.shape[0]
+        reader = Reader(tokenizer, rows, settings.name, limits)
+        metrics = Metrics(settings.slots, self.slots.bytes)
+        on_gpu = self.slots.device.type == "cuda"
+        self.piece = settings.piece or (2048 if on_gpu else 512)
+        if on_gpu:
+            self._warm(self.piece)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.scheduler = Scheduler(
+            self.slots,
+            eos=_ends(model, tokenizer),
+            queue=settings.queue,
+            piece=self.piece,
+            every=STREAM_EVERY if on_gpu else 1,
+            metrics=metrics,
+            post=self._post,
+        )
+        self.app = build(Service(reader, self.scheduler, metrics), settings.token)
+        self._server: _Server | None = None
+
+    def run(self, listening: socket.socket, ready: Callable[[], None] | None = None) -> None:
+        """Answer until asked to stop, by Ctrl-C, SIGTERM or `stop`.
+
+        Args:
+            listening: a bound socket, of `bound`.
+            ready: called once requests are taken.
+
+        Raises:
+            LinearizeError: another has taken the port meanwhile.
+        """
+        try:
+            listening.listen(BACKLOG)
+        except OSError as error:
+            raise _taken(self.settings, error) from None
+        config = uvicorn.Config(
+            self.app,
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_graceful_shutdown=round(self.settings.grace + LAST_WORDS),
+        )
+        self._server = _Server(config, lambda: self.scheduler.close(self.settings.grace))
+        asyncio.run(self._serve(listening, ready))
+
+    def _warm(self, piece: int) -> None:
+        """Read prompts of nothing, so that the first client does not wait for kernels to be compiled."""
+        longest = min(piece, self.settings.prompt)
+        for tokens in sorted({1, min(17, longest), longest}):
+            self.slots.begin()
+            self.slots.read([0] * tokens)
+
+    def stop(self) -> None:
+        """As a signal does, from any thread."""
+        assert self._server is not None
+        self._server.handle_exit(signal.SIGTERM, None)
+
+    async def _serve(self, listening: socket.socket, ready: Callable[[], None] | None) -> None:
+        self._loop = asyncio.get_running_loop()
+        assert self._server is not None
+        self.scheduler.start()
+        if ready is not None:
+            self._loop.call_soon(ready)
+        try:
+            await self._server.serve(sockets=[listening])
+        finally:
+            self.scheduler.close(0)
+            await asyncio.to_thread(self.scheduler.join, LAST_WORDS)
+
+    def _post(self, call: Callable[[], None]) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(call)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which tells the scheduler when it is asked to stop, and then ends as what is done does."""
+
+    def __init__(self, config: uvicorn.Config, closing: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._closing = closing
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in STOPPING}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, self.handle_exit)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self._closing()
+
+
+def bound(settings: Settings) -> socket.socket:
+    """A socket at the host and port, which nobody can reach before `Served.run`.
+
+    Raises:
+        LinearizeError: the host is not this machine's alone and there is no token; the port is taken or forbidden.
+    """
+    if settings.token is None and not _is_loopback(settings.host):
+        raise LinearizeError(
+            f"--host {settings.host}: others could reach the server, and it has no token; set LINEARIZE_TOKEN (or "
+            "--token), or leave --host at 127.0.0.1"
+        )
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((settings.host, settings.port))
+    except OSError as error:
+        made.close()
+        raise _taken(settings, error) from None
+    return made
+
+
+def _taken(settings: Settings, error: OSError) -> LinearizeError:
+    return LinearizeError(
+        f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}; take another --port (0 takes a "
+        "free one) or --host"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a text."""
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return set() if ends is None else set(ends) if isinstance(ends, list | tuple) else {int(ends)}

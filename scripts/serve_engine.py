@@ -1,0 +1,191 @@
+"""The engine of `linearize serve` without HTTP, beside the teacher in transformers' continuous batching.
+
+So many texts of one length are read, then all of them decode together; tokens/s is that of the time in which all rows
+decode, and "all" is the whole job, reading included. A way that does not fit, or fails, is a row that says so.
+
+    python scripts/serve_engine.py runs/demo --against smollm2-135m --slots 1 64 512 --context 8192 \
+        --out docs/results/serve-h100.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from linearize.cli.checkpoint import load
+from linearize.decode.row_choice import Wish
+from linearize.decode.slots import Slots
+from linearize.errors import LinearizeError
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 16
+"""Steps between two looks of the host."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and write, row by row."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", metavar="PATH", help="a conversion")
+    parser.add_argument("--against", metavar="MODEL", help="its teacher")
+    parser.add_argument("--slots", type=int, nargs="+", default=[1, 64, 512], metavar="N")
+    parser.add_argument("--context", type=int, default=8192, metavar="TOKENS")
+    parser.add_argument("--tokens", type=int, default=128, metavar="N", help="new ones of each text")
+    parser.add_argument(
+        "--piece", type=int, default=8192, metavar="TOKENS", help="of a prompt that are read at once"
+    )
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    options = parser.parse_args(arguments)
+    found: dict[str, Any] = {
+        "command": shlex.join(["python", "scripts/serve_engine.py", *(arguments or sys.argv[1:])]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip(),
+        "rows": [],
+    }
+    ways: list[tuple[str, str, Callable[..., dict[str, Any]]]] = [("conversion, slots", options.path, _slots)]
+    if options.against:
+        ways.append(("teacher, slots", options.against, _slots))
+        ways.append(("teacher, transformers' continuous batching", options.against, _continuous))
+    for name, path, way in ways:
+        model, _ = load(path, options.device)
+        model = model.to(getattr(torch, options.dtype))
+        found["machine"] = (
+            torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
+        ) + f", torch {torch.__version__}"
+        for slots in options.slots:
+            _empty()
+            row = {"way": name, "slots": slots}
+            try:
+                row |= way(model, slots, options)
+            except (LinearizeError, RuntimeError, MemoryError) as error:
+                row["refused"] = " ".join(str(error).split())[:200]
+            if model.device.type == "cuda":
+                row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            print(json.dumps(row), flush=True)
+            found["rows"].append(row)
+            options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            options.out.with_suffix(".md").write_text(_table(found, options), encoding="utf-8")
+        del model
+    return 0
+
+
+def _prompts(model: Any, slots: int, context: int) -> list[list[int]]:
+    dice = torch.Generator().manual_seed(0)
+    words = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(3, words, (slots, context), generator=dice).tolist()
+
+
+@torch.no_grad()
+def _slots(model: Any, rows: int, options: argparse.Namespace) -> dict[str, Any]:
+    slots = Slots(model, rows, options.context + options.tokens)
+    slots.prepare()
+    prompts = _prompts(model, rows, options.context)
+    _read(slots, prompts[0], options.piece)  # kernels compile
+    began = _now(model)
+    for ids in prompts:
+        slots.admit(_read(slots, ids, options.piece), Wish())
+    read = _now(model)
+    made = 1
+    while made < options.tokens:
+        made += slots.run(min(STEPS, options.tokens - made)).tokens.shape[1]
+    ended = _now(model)
+    return _numbers(rows, options, began, read, ended) | {"slot_mib": round(slots.bytes / rows / 2**20, 2)}
+
+
+def _read(slots: Slots, ids: list[int], piece: int) -> torch.Tensor:
+    slots.begin()
+    for first in range(0, len(ids), piece):
+        logits = slots.read(ids[first : first + piece])
+    return logits
+
+
+def _continuous(model: Any, rows: int, options: argparse.Namespace) -> dict[str, Any]:
+    config = GenerationConfig(max_new_tokens=options.tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    prompts = _prompts(model, rows, options.context)
+    model.generate_batch(prompts[:1], generation_config=config)
+    made = model.generate_batch(prompts, generation_config=config, record_timestamps=True)
+    texts = list(made.values())
+    short = [len(text.generated_tokens) for text in texts if len(text.generated_tokens) != options.tokens]
+    if len(texts) != rows or short:
+        raise RuntimeError(f"{rows - len(texts)} texts are missing and {len(short)} are short")
+    # without what the manager does before the first text and behind the last
+    began, ended = min(text.lifespan[0] for text in texts), max(text.timestamps[-1] for text in texts)
+    # from when the last text has its first token, every row decodes, until the first one ends
+    all_run, one_ends = max(text.timestamps[0] for text in texts), min(text.timestamps[-1] for text in texts)
+    inside = sum(all_run < at <= one_ends for text in texts for at in text.timestamps)
+    numbers = {
+        "all_seconds": round(ended - began, 3),
+        "all_tokens_per_second": round(rows * options.tokens / (ended - began), 1),
+    }
+    if inside >= rows:
+        numbers["tokens_per_second"] = round(inside / (one_ends - all_run), 1)
+    return numbers
+
+
+def _numbers(
+    rows: int, options: argparse.Namespace, began: float, read: float, ended: float
+) -> dict[str, Any]:
+    return {
+        "all_seconds": round(ended - began, 3),
+        "all_tokens_per_second": round(rows * options.tokens / (ended - began), 1),
+        "tokens_per_second": round(rows * (options.tokens - 1) / (ended - read), 1),
+        "prompt_tokens_per_second": round(rows * options.context / (read - began)),
+    }
+
+
+def _now(model: Any) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _empty() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _table(found: dict[str, Any], options: argparse.Namespace) -> str:
+    lines = [
+        "# The engine of `linearize serve`",
+        "",
+        f"`{found['command']}`, {found['date']}, commit {found['commit']}, {found['machine']}, {options.dtype}. "
+        f"{options.context:,} tokens of prompt and {options.tokens} new ones for every text; tokens/s while all "
+        "rows decode, and of the whole job, reading included. An empty cell: not told, or not all rows ever decoded "
+        "at once.",
+        "",
+        "| way | texts at once | tokens/s, decoding | tokens/s, whole job | prompt tokens/s | slot, MiB | peak, GiB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in found["rows"]:
+        if "refused" in row:
+            lines.append(f"| {row['way']} | {row['slots']} | {row['refused']} | | | | |")
+            continue
+        names = (
+            "tokens_per_second", "all_tokens_per_second", "prompt_tokens_per_second", "slot_mib", "peak_gib",
+        )  # fmt: skip
+        cells = (f"{row[name]:,}" if name in row else "" for name in names)
+        lines.append(f"| {row['way']} | {row['slots']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Small converted models for the tests of decoding, on the CPU and, where there is one, on CUDA."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from linearize import surgery
+
+ON_BOTH = [
+    pytest.param("cpu"),
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
+    ),
+]
+devices = pytest.mark.parametrize("device", ON_BOTH)
+# as wide as the Triton kernels take at least
+HEDGEHOG = {"feature_map": {"name": "hedgehog", "dim": 16}}
+LOLCATS = {**HEDGEHOG, "window": {"name": "sliding", "size": 6}}
+MIXERS = {
+    "lolcats": LOLCATS,
+    "linear": HEDGEHOG,
+    "lawcat": tiny.LAWCAT,
+    "terraced": {**HEDGEHOG, "window": {"name": "terraced", "size": 4}},
+    "pinned": {"window": {"name": "sliding", "size": 5, "first": 2}},
+    "softmax": tiny.SOFTMAX,
+    "nope": {"window": {"name": "full", "log_base": 3}, "position": {"name": "rope", "window": False}},
+}
+
+
+def hybrid(family: str = "llama", layers="all", mixer=LOLCATS, device: str = "cpu", **changes):
+    model = surgery.convert(tiny.model(family, **changes), mixer, layers)
+    tiny.randomize(layer.mixer for layer in surgery.converted(model))
+    return model.to(device)

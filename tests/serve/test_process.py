@@ -1,0 +1,116 @@
+"""`linearize serve` as a process: it says where it is, stops when asked to, and exits with 0."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("uvicorn")
+pytest.importorskip("starlette")
+pytest.importorskip("prometheus_client")
+
+from serving import COMPLETIONS, Client, byte_model, chatting
+
+from linearize import cli, export
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    export.save(byte_model("all"), folder, tokenizer=chatting())
+    return folder
+
+
+class Process:
+    """The command in a process of its own, started as from a terminal."""
+
+    def __init__(self, *arguments: object) -> None:
+        restore = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        code = f"{restore}; import sys; from linearize import cli; sys.exit(cli.main())"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, "serve", *map(str, arguments)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        assert self.process.stderr is not None
+        self.said = self.process.stderr.readline()
+        found = re.search(r"http://127\.0\.0\.1:(\d+)/v1", self.said)
+        assert found, self.said + self.process.stderr.read()
+        self.client = Client(int(found[1]))
+
+    def stop(self, number: int) -> tuple[int, str, float]:
+        """Exit code, what was said after the first line, and how long it took."""
+        began = time.monotonic()
+        self.process.send_signal(number)
+        _, said = self.process.communicate(timeout=60)
+        return self.process.returncode, said, time.monotonic() - began
+
+
+def test_running_texts_end_and_then_it_stops(checkpoint):
+    served = Process(checkpoint, "--port", 0, "--slots", 2, "--grace", 20)
+    assert "serving 'tiny'" in served.said and "2 slots of" in served.said
+    answers: list = []
+    body = {"prompt": "abc", "max_tokens": 150, "ignore_eos": True}
+    thread = threading.Thread(target=lambda: answers.append(served.client.ask(COMPLETIONS, body)))
+    thread.start()
+    while not served.client.number("linearize_texts_running"):
+        time.sleep(0.01)
+    code, said, _ = served.stop(signal.SIGTERM)
+    thread.join(20)
+    assert (code, said.strip()) == (0, "stopped")
+    status, _, found = answers[0]
+    assert status == 200 and found["usage"]["completion_tokens"] == 150
+
+
+def test_what_runs_beyond_the_grace_is_told(checkpoint):
+    served = Process(checkpoint, "--port", 0, "--grace", 0.2, "--max-new-tokens", 1_000_000)
+    answers: list = []
+    body = {"prompt": "abc", "max_tokens": 1_000_000, "ignore_eos": True}
+    thread = threading.Thread(target=lambda: answers.append(served.client.ask(COMPLETIONS, body)))
+    stream = threading.Thread(target=lambda: answers.append(served.client.events(COMPLETIONS, body)))
+    thread.start(), stream.start()
+    while served.client.number("linearize_texts_running") < 2:
+        time.sleep(0.01)
+    code, said, took = served.stop(signal.SIGINT)
+    thread.join(20), stream.join(20)
+    assert (code, said.strip()) == (0, "stopped") and took < 10
+    whole = next(each for each in answers if isinstance(each, tuple))
+    events = next(each for each in answers if isinstance(each, list))
+    assert whole[0] == 503 and "shutting down" in whole[2]["error"]["message"]
+    assert len(events) > 2 and "shutting down" in events[-1]["error"]["message"]
+
+
+def test_what_is_wrong_before_the_model_is_loaded(checkpoint, capsys, monkeypatch):
+    def refused(*arguments: object) -> str:
+        assert cli.main(["serve", str(checkpoint), *map(str, arguments)]) == 2
+        return capsys.readouterr().err
+
+    assert "it has no token" in refused("--host", "0.0.0.0")
+    assert "must be ASCII" in refused("--token", "é")
+    assert "a port from 0 to 65535" in refused("--port", 70000)
+    assert "unknown option '--slot'" in refused("--slot", 3)
+    monkeypatch.setenv("LINEARIZE_TOKEN", " ")
+    assert "LINEARIZE_TOKEN" in refused()
+
+
+def test_without_the_libraries_the_remedy_is_named(checkpoint, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("linearize.serve")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.setitem(sys.modules, "starlette", None)
+    assert cli.main(["serve", str(checkpoint)]) == 2
+    said = capsys.readouterr().err
+    assert "pip install 'linearize[serve]'" in said and "Traceback" not in said

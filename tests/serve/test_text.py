@@ -1,0 +1,117 @@
+"""Tokens to text as they come: never half a character, and in the end the text that the tokenizer gives at once."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from byte_llama import byte_tokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from linearize.serve.text import BROKEN, Text
+
+LINES = [
+    "naïve – 日本語, Ελλάδα",
+    "👩‍👩‍👧 and 🏳️‍🌈!",
+    "plain",
+    " a  b\n\n\tc ",
+    "é" * 40,
+    "\ufffd is a sign too",
+]
+
+
+def pieces(tokenizer, ids, stops=(), before=(), step=1) -> list[str]:
+    text = Text(tokenizer, stops, before)
+    made = [text.push(ids[first : first + step]) for first in range(0, len(ids), step)]
+    return [*made, text.end()]
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """As Llama 2's: words begin with a sign, and what is no piece is bytes."""
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁a", "▁b", "b"]
+    core = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, [], byte_fallback=True))
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("line", LINES)
+def test_the_pieces_are_the_text(line, step):
+    tokenizer = byte_tokenizer()
+    made = pieces(tokenizer, tokenizer(line)["input_ids"], step=step)
+    assert "".join(made) == line
+    if BROKEN not in line:
+        assert not any(BROKEN in piece for piece in made)
+
+
+def test_bytes_of_words_with_a_sign_in_front():
+    """The space in front of a word belongs to the text where something stands before it, and to nothing where not."""
+    tokenizer = byte_fallback()
+    word, other, tail = tokenizer.convert_tokens_to_ids(["▁a", "▁b", "b"])
+    sign = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "日".encode()]
+    ids = [word, *sign, tail, other, *sign, *sign, tail]
+    assert pieces(tokenizer, ids) == ["a", "", "", "日", "b", " b", "", "", "日", "", "", "日", "b", ""]
+    assert "".join(pieces(tokenizer, ids, before=[1, tail])) == " a日b b日日b"
+
+
+def test_random_bytes_end_as_the_tokenizer_ends_them():
+    tokenizer, dice = byte_tokenizer(), random.Random(0)
+    for _ in range(50):
+        ids = [dice.randrange(256) for _ in range(dice.randint(1, 200))]
+        assert "".join(pieces(tokenizer, ids, step=dice.randint(1, 5))) == tokenizer.decode(ids)
+        text = Text(tokenizer, whole=True)
+        assert text.push(ids) == "" and text.end() == tokenizer.decode(ids)
+
+
+def test_control_tokens_are_no_text():
+    tokenizer = byte_tokenizer()
+    ids = [256, *tokenizer("ab")["input_ids"], 256, *tokenizer("c")["input_ids"], 257]
+    assert pieces(tokenizer, ids) == ["", "a", "b", "", "c", "", ""]
+
+
+@pytest.mark.parametrize("step", [1, 2, 100])
+@pytest.mark.parametrize(
+    "stops, kept",
+    [
+        (["cd"], "ab"),
+        (["x", "cde", "cd"], "ab"),
+        (["abx"], "abcdefabcdefabcx"),
+        (["abcx"], "abcdefabcdef"),
+        (["fab", "efa"], "abcd"),
+        (["日"], "abcdefabcdefabcx"),
+    ],
+)
+def test_stop_strings(stops, kept, step):
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("abcdefabcdefabcx")["input_ids"]
+    made = pieces(tokenizer, ids, stops, step=step)
+    assert "".join(made) == kept
+    text = Text(tokenizer, stops, whole=True)
+    assert text.push(ids) + text.end() == kept
+
+
+def test_nothing_behind_a_stop_and_nothing_that_may_become_one_is_handed_out():
+    tokenizer = byte_tokenizer()
+    text = Text(tokenizer, ["END"])
+    assert text.push(tokenizer("a E")["input_ids"]) == "a "
+    assert text.push(tokenizer("N")["input_ids"]) == "" and not text.stopped
+    assert text.push(tokenizer("x EN")["input_ids"]) == "ENx "
+    assert text.push(tokenizer("D more")["input_ids"]) == "" and text.stopped
+    assert text.push(tokenizer("more")["input_ids"]) == "" and text.end() == ""
+
+
+def test_a_long_text_takes_constant_time_a_token(monkeypatch):
+    tokenizer, longest = byte_tokenizer(), []
+    decode = tokenizer.decode
+
+    def counted(ids, **options):
+        longest.append(len(ids))
+        return decode(ids, **options)
+
+    monkeypatch.setattr(tokenizer, "decode", counted)
+    ids = tokenizer("word " * 400)["input_ids"]
+    assert "".join(pieces(tokenizer, ids)) == "word " * 400
+    assert max(longest) < 10
