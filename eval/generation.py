@@ -57,7 +57,7 @@ def generate(
         graph: False decodes through transformers always, True insists on the graph.
         compile: `torch.compile` the graph's step first: about a minute at the first call, then faster tokens.
         state: of a text that all prompts go on from (`linearize.read_state`, `load_state`). The prompts are split by
-            themselves and without the tokenizer's special tokens, and have as many tokens each; greedy or plain sampling.
+            themselves and without the tokenizer's special tokens, and have as many tokens each.
         **options: passed to `generate`: do_sample, temperature, top_p, num_beams, ...
 
     Returns:

@@ -1,4 +1,4 @@
-"""Decoding: a cache of fixed size, one captured step that every token replays, states kept of texts, transformers' part."""
+"""Decoding: a cache of fixed size, one captured step that every token replays, and states kept of texts."""
 
 from linearize.decode.engine import Decoder
 from linearize.decode.prefix import Prefix, read_ids, state_of
