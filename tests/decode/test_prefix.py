@@ -126,7 +126,7 @@ def test_both_decodings_go_on_from_it(name):
 @pytest.mark.parametrize("name", ["hybrid", "gemma2", "terraced"])
 def test_the_engine_holds_what_reading_would_have_left(name):
     model = made(name)
-    first, more = ids_of("odd")
+    first, _ = ids_of("odd")
     decoder = Decoder(model, 1, length=64)
     decoder.generate(first, None, 1)
     read = {key: x.clone() for key, x in tensors(decoder.cache).items()}
