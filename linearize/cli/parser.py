@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from linearize.cli import bench_options, given, plan_options
+from linearize.cli import bench_options, generate_options, given, plan_options
 from linearize.config.overrides import FORM
 from linearize.errors import LinearizeError
 from linearize.registry import closest
@@ -154,7 +154,10 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="where page.html and page.md go (default: runs/compare-A-B)",
     )
-    _generate_arguments(_add(commands, "generate", "continue a prompt", "linearize.cli.generation"))
+    generate = _add(commands, "generate", "continue a prompt", "linearize.cli.generation")
+    generate.add_argument("path", metavar="PATH", help=PATH_HELP)
+    generate_options.generate(generate)
+    _device_argument(generate)
 
     bench = _add(commands, "bench", "measure speed on this machine's GPU", "linearize.cli.bench")
     bench.set_defaults(command=_show_help)
@@ -350,42 +353,6 @@ def _eval_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--seed", type=given.count, default=0, metavar="N", help="of the items and the intervals (default: 0)"
-    )
-    _device_argument(parser)
-
-
-def _generate_arguments(parser: Parser) -> None:
-    parser.add_argument("path", metavar="PATH", help=PATH_HELP)
-    parser.add_argument(
-        "--prompt", required=True, metavar="TEXT", help="text to continue, control tokens included"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=given.positive, default=128, metavar="N", help="default: 128"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=given.not_negative,
-        default=0.0,
-        metavar="X",
-        help="0 is greedy (default); above 0 samples",
-    )
-    parser.add_argument(
-        "--top-p", type=given.share, default=1.0, metavar="X", help="sample from this share of the mass"
-    )
-    parser.add_argument(
-        "--num-beams", type=given.positive, default=1, metavar="N", help="beam search (default: 1, none)"
-    )
-    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    parser.add_argument(
-        "--no-graph",
-        action="store_true",
-        help="through transformers' generate, also where one CUDA graph could hold the decoding",
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the graph's step first: worth it for long texts"
-    )
-    parser.add_argument(
-        "--seed", type=given.count, default=0, metavar="N", help="of the sampling (default: 0)"
     )
     _device_argument(parser)
 
