@@ -32,7 +32,7 @@ def main(options: argparse.Namespace) -> int:
         check_target(options.save_state)
     model, tokenizer = load(options.path, options.device)
     if state is not None:
-        state.check(model, tokenizer)
+        state.check(model, tokenizer)  # before anything is printed
     if options.save_state is not None:
         return _save(options, model, tokenizer, prompt, state)
     set_seed(options.seed)

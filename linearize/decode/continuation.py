@@ -43,7 +43,7 @@ def check_continuation(
 
 
 def behind(model: Any, prefix: Prefix, ids: Tensor) -> dict[str, Any]:
-    """Arguments of `model.generate` for prompts [B, T] behind a prefix.
+    """Arguments of `model.generate` for prompts [B, T] behind a prefix that `check_continuation` has let through.
 
     transformers wants the ids of the whole text, counts them and passes over those that the cache has read. So the last
     token stands for each of them: nothing that `check_continuation` lets through looks at them.
@@ -53,5 +53,5 @@ def behind(model: Any, prefix: Prefix, ids: Tensor) -> dict[str, Any]:
     return {
         "input_ids": whole,
         "attention_mask": torch.ones_like(whole),
-        cache_name(model): prefix.cache(model, ids.shape[0]),
+        cache_name(model): prefix.checked_cache(model, ids.shape[0]),
     }

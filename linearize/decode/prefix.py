@@ -14,26 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
-)
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 
 from linearize.decode.arguments import cache_name, evaluating, forward_names
+from linearize.decode.held import GROWING, KEYS, REMEDY, check_layout, split, taken
 from linearize.decode.identity import check_identity, identity
 from linearize.decode.reach import check_reach
-from linearize.errors import LinearizeError, UnsupportedModelError
+from linearize.errors import LinearizeError
 from linearize.mixers import State
 from linearize.mixers.offloaded import device_of
 from linearize.surgery import converted
-from linearize.surgery.cache import LinearizedCacheLayer, adopt
-
-KEYS = ("keys", "values")
-"""What a softmax layer holds, each [1, N, S, K]."""
-
+from linearize.surgery.cache import adopt
 
 @dataclass(frozen=True)
 class Prefix:
@@ -61,18 +52,17 @@ class Prefix:
     @property
     def grown(self) -> int:
         """Those of them that grow with the text: keys and values of layers that attend to all of it."""
-        names = (*KEYS, "window_k", "window_v", "window_valid")
-        grown = [x for name, x in self.tensors.items() if _split(name)[1] in names and self._grows(name)]
+        grown = [x for name, x in self.tensors.items() if split(name)[1] in GROWING and self._grows(name)]
         return sum(tensor.numel() * tensor.element_size() for tensor in grown)
 
     def _grows(self, name: str) -> bool:
-        index, held = _split(name)
+        index, held = split(name)
         # a ring has a counter beside its keys, and its size is fixed
         return held in KEYS or f"{index}.window_next" not in self.tensors
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """What layer `index` holds, by name."""
-        return {held: x for name, x in self.tensors.items() for at, held in [_split(name)] if at == index}
+        return {held: x for name, x in self.tensors.items() for at, held in [split(name)] if at == index}
 
     def begins(self, ids: Sequence[int] | Tensor) -> bool:
         """Whether a text, as ids, begins with the one that was read."""
@@ -80,12 +70,15 @@ class Prefix:
         return len(first) == self.tokens and _digest(first) == self.digest
 
     def check(self, model: Any, tokenizer: Any = None) -> None:
-        """Refuse another model than the one that read the text; its weights are summed up for that.
+        """Refuse another model than the one that read the text; its weights are summed up and a token is read for that.
 
         Raises:
             LinearizeError: names what differs.
         """
         check_identity(self.identity, identity(model, tokenizer))
+        if self.last >= model.get_input_embeddings().weight.shape[0]:
+            raise LinearizeError(f"the state's last token is {self.last:,}, which the model does not have; {REMEDY}")
+        check_layout(model, self.tensors, self.tokens)
 
     def cache(self, model: Any, rows: int = 1) -> Cache:
         """A new cache of transformers in which each of so many rows has read the text.
@@ -100,9 +93,10 @@ class Prefix:
             LinearizeError: another model.
         """
         self.check(model)
-        return self._cache(model, rows)
+        return self.checked_cache(model, rows)
 
-    def _cache(self, model: Any, rows: int) -> Cache:
+    def checked_cache(self, model: Any, rows: int) -> Cache:
+        """`cache` for a model that `check` has let through."""
         config = model.config.get_text_config(decoder=True)
         cache, device = DynamicCache(config=config), device_of(model)
         students = {layer.layer_idx for layer in converted(model)}
@@ -145,13 +139,13 @@ def read_ids(
     if after is not None:
         after.check(model, tokenizer)
     config = model.config.get_text_config(decoder=True)
-    cache = DynamicCache(config=config) if after is None else after._cache(model, 1)
+    cache = DynamicCache(config=config) if after is None else after.checked_cache(model, 1)
     given: dict[str, Any] = {cache_name(model): cache, "use_cache": True}
     if "logits_to_keep" in forward_names(model):
         given["logits_to_keep"] = 1
     with torch.no_grad(), evaluating(model):
         model(input_ids=torch.tensor([row], device=device_of(model)), **given)
-    tensors = _taken(cache, before + len(row))
+    tensors = taken(cache)
     digest = _digest(row, "" if after is None else after.digest)
     return Prefix(tensors, before + len(row), row[-1], digest, identity(model, tokenizer))
 
@@ -177,46 +171,12 @@ def state_of(model: Any, cache: Cache, ids: Sequence[int] | Tensor, *, tokenizer
         )
     check_reach(model, held)
     _check_students(model)
-    return Prefix(_taken(cache, held), held, row[-1], _digest(row), identity(model, tokenizer))
+    return Prefix(taken(cache), held, row[-1], _digest(row), identity(model, tokenizer))
 
 
 def repeated(tensor: Tensor, rows: int) -> Tensor:
     """One row [1, ...] so many times, in memory of its own."""
     return tensor.expand(rows, *tensor.shape[1:]).clone(memory_format=torch.contiguous_format)
-
-
-def _taken(cache: Cache, tokens: int) -> dict[str, Tensor]:
-    """Copies of what the layers of a cache of one text hold, by layer and name."""
-    found: dict[str, Tensor] = {}
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, LinearizedCacheLayer):
-            if isinstance(layer, LinearAttentionCacheLayerMixin) or not isinstance(layer, DynamicLayer):
-                raise _other(index, layer)
-            held = {} if layer.state is None else layer.state.tensors
-            read = layer.read
-            if read is not None and bool(((read.padding != 0) | (read.texts != read.tokens)).any()):
-                raise LinearizeError(
-                    "the cache has read padding; a state holds one text without it: read it alone"
-                )
-        elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            held = {name: getattr(layer, name) for name in KEYS} if layer.is_initialized else {}
-        else:
-            raise _other(index, layer)
-        for name, tensor in held.items():
-            if tensor.shape[0] != 1:
-                raise LinearizeError(
-                    f"the cache holds {tensor.shape[0]} texts, and a state holds one; choose a row with "
-                    "cache.batch_select_indices, or read each text alone"
-                )
-            found[f"{index}.{name}"] = tensor.detach().clone(memory_format=torch.contiguous_format)
-    return found
-
-
-def _other(index: int, layer: Any) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"layer {index} holds its past in a {type(layer).__name__}, which cannot be kept in a state; that can be done "
-        "of converted layers, and of softmax layers in the cache that generate() makes by default (DynamicCache)"
-    )
 
 
 def _check_students(model: Any) -> None:
@@ -225,11 +185,6 @@ def _check_students(model: Any) -> None:
         raise LinearizeError(
             "the converted layers run as their teacher, whose past is no state; leave that mode"
         )
-
-
-def _split(name: str) -> tuple[int, str]:
-    index, _, held = name.partition(".")
-    return int(index), held
 
 
 def _row(ids: Sequence[int] | Tensor) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from linearize.models.files import instead_of_file
 KIND = "linearize state"
 FORMAT = 1
 """Of the file; a newer one is refused."""
+MOST = 2**31 - 1
+"""Tokens of a text, and the largest id."""
 FACTS = {"tokens": int, "last": int, "digest": str, "identity": dict}
 """What a prefix says of itself, and of which type."""
 
@@ -86,6 +89,9 @@ def load_state(path: str | Path, model: Any = None, tokenizer: Any = None) -> Pr
     metadata = _metadata(path)
     facts = _facts(path, metadata)
     tensors = _tensors(path)
+    wrong = [name for name in tensors if re.fullmatch(r"[0-9]{1,6}\.\w+", name, re.ASCII) is None]
+    if wrong:
+        raise _damaged(path, f"a tensor is called {wrong[0][:80]!r}, and should be LAYER.NAME")
     if checksum(tensors, facts) != metadata.get("checksum"):
         raise _damaged(path, "its bytes are not those that were written")
     prefix = Prefix(tensors, **facts)
@@ -132,6 +138,13 @@ def _facts(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     fits = isinstance(facts, dict) and set(facts) == set(FACTS)
     if not fits or not all(type(facts[name]) is kind for name, kind in FACTS.items()):
         raise _damaged(path, "its description lacks something")
+    for name, least in (("tokens", 1), ("last", 0)):
+        if not least <= facts[name] <= MOST:
+            raise _damaged(path, f"its {name} are {facts[name]}, and can be {least} to {MOST}")
+    if re.fullmatch("[0-9a-f]{64}", facts["digest"]) is None:
+        raise _damaged(path, "its digest of the text is none")
+    if not all(isinstance(value, str) for value in facts["identity"].values()):
+        raise _damaged(path, "its description of the model is none")
     return facts
 
 

@@ -24,6 +24,8 @@ LENGTHS = {"odd": (21, 8), "short": (2, 9), "one": (13, 1)}
 """Tokens of the text and of what follows: odd numbers, fewer than windows and convolutions hold, a single one."""
 TOLERANCE = 2e-4
 """Of logits read in two pieces beside one, as a share of the largest: the order of sums is another."""
+FEW = 6
+"""Compositions that CI looks at, beside those of other families; the rest are slow."""
 MIXERS = {str(n): mixer for n, mixer in enumerate(compositions.registered())}
 OTHERS = {
     "softmax": ("llama", None, {}),
@@ -83,10 +85,20 @@ def go_on(folder: str) -> None:
     save_file(found, Path(folder) / "logits.safetensors")
 
 
-def test_a_state_from_a_file_is_the_text_read_again(tmp_path):
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param([*OTHERS, *list(MIXERS)[:FEW]], id="few"),
+        *(
+            pytest.param(list(MIXERS)[first : first + 16], id=f"from {first}", marks=pytest.mark.slow)
+            for first in range(FEW, len(MIXERS), 16)
+        ),
+    ],
+)
+def test_a_state_from_a_file_is_the_text_read_again(tmp_path, names):
     """Bit for bit where the pieces are the same, and to rounding where the text is read at once."""
     expected = {}
-    for name in [*MIXERS, *OTHERS]:
+    for name in names:
         model = made(name)
         for length in LENGTHS:
             first, more = ids_of(length)
