@@ -26,6 +26,7 @@ from linearize.mixers.offloaded import device_of
 from linearize.surgery import converted
 from linearize.surgery.cache import adopt
 
+
 @dataclass(frozen=True)
 class Prefix:
     """What a model holds of one text; `read_ids` makes it, `save_state` and `load_state` keep it in a file.
@@ -77,7 +78,9 @@ class Prefix:
         """
         check_identity(self.identity, identity(model, tokenizer))
         if self.last >= model.get_input_embeddings().weight.shape[0]:
-            raise LinearizeError(f"the state's last token is {self.last:,}, which the model does not have; {REMEDY}")
+            raise LinearizeError(
+                f"the state's last token is {self.last:,}, which the model does not have; {REMEDY}"
+            )
         check_layout(model, self.tensors, self.tokens)
 
     def cache(self, model: Any, rows: int = 1) -> Cache:

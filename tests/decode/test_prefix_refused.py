@@ -99,7 +99,7 @@ def test_facts_that_only_the_model_can_judge(model, path):
 
 
 def test_names_that_are_none(path):
-    with pytest.raises(CheckpointError, match="a tensor is called 'sums', and should be LAYER.NAME"):
+    with pytest.raises(CheckpointError, match=r"a tensor is called 'sums', and should be LAYER\.NAME"):
         load_state(forged(path, lambda held: {**held, "sums": torch.zeros(1)}))
 
 
