@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from linearize.cli import bench_options, generate_options, given, plan_options
+from linearize.cli import bench_options, export_options, generate_options, given, plan_options
 from linearize.config.overrides import FORM
 from linearize.errors import LinearizeError
 from linearize.registry import closest
@@ -34,6 +34,7 @@ examples:
   linearize eval runs/small --suite quick                    beside its teacher and the controls
   linearize compare runs/small runs/large                    on one page, offline
   linearize generate runs/small --prompt "The sea was" --temperature 0.8
+  linearize export runs/small --quantize int8                a smaller checkpoint of it
   linearize recipes show lolcats layers.every=4              the composed YAML
 """
 
@@ -158,6 +159,10 @@ def build_parser() -> Parser:
     generate.add_argument("path", metavar="PATH", help=PATH_HELP)
     generate_options.generate(generate)
     _device_argument(generate)
+
+    export = _add(commands, "export", "quantize an exported checkpoint", "linearize.cli.exporting")
+    export_options.export(export)
+    _device_argument(export)
 
     bench = _add(commands, "bench", "measure speed on this machine's GPU", "linearize.cli.bench")
     bench.set_defaults(command=_show_help)

@@ -189,8 +189,9 @@ class Decoder:
         if padded and before:
             raise LinearizeError(UNEQUAL)
         if prefix is not None:
+            layer: Any  # a FixedState or a FixedKeys
             for index, layer in enumerate(self.cache.layers):
-                layer.hold(prefix.layer(index), before)  # type: ignore[attr-defined]  # both kinds have it
+                layer.hold(prefix.layer(index), before)
             self.clock.before = before
         mask = mask.to(self.device).long() if padded and mask is not None else torch.ones_like(ids)
         positions = (mask.cumsum(1) - 1).clamp_min(0) + before

@@ -35,6 +35,7 @@ def taken(cache: Cache) -> dict[str, Tensor]:
         UnsupportedModelError: a layer holds something else than a mixer's state or keys and values.
     """
     found: dict[str, Tensor] = {}
+    layer: Any
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, LinearizedCacheLayer):
             if isinstance(layer, LinearAttentionCacheLayerMixin) or not isinstance(layer, DynamicLayer):
