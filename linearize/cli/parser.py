@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from linearize.cli import bench_options, export_options, generate_options, given, plan_options
+from linearize.cli import bench_options, export_options, generate_options, given, plan_options, push_options
 from linearize.config.overrides import FORM
 from linearize.errors import LinearizeError
 from linearize.registry import closest
@@ -35,6 +35,7 @@ examples:
   linearize compare runs/small runs/large                    on one page, offline
   linearize generate runs/small --prompt "The sea was" --temperature 0.8
   linearize export runs/small --quantize int8                a smaller checkpoint of it
+  linearize push runs/small me/small --dry-run               what would go to the hub, and its card
   linearize recipes show lolcats layers.every=4              the composed YAML
 """
 
@@ -163,6 +164,11 @@ def build_parser() -> Parser:
     export = _add(commands, "export", "quantize an exported checkpoint", "linearize.cli.exporting")
     export_options.export(export)
     _device_argument(export)
+
+    push = _add(
+        commands, "push", "put an exported checkpoint on the Hugging Face hub", "linearize.cli.pushing"
+    )
+    push_options.push(push)
 
     bench = _add(commands, "bench", "measure speed on this machine's GPU", "linearize.cli.bench")
     bench.set_defaults(command=_show_help)
