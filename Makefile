@@ -3,11 +3,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help venv dev demo bench leaderboard aot test slow recipes lint format typecheck build clean
+.PHONY: help venv dev demo bench leaderboard aot test test-quantize slow recipes lint format typecheck build clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 venv: $(VENV)/.installed  ## Virtual environment with the package (CPU torch where there is no GPU)
 dev: $(VENV)/.installed-dev  ## The same with what tests, linting and building need
@@ -36,6 +36,10 @@ test: dev  ## All tests but the slow ones
 
 slow: dev  ## The slow tests: every family of transformers, every kill point, thousands of damaged inputs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
+
+test-quantize: dev  ## Quantized exports, with torchao in a folder of its own: it slows every process that imports transformers
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/quantize 'torchao>=0.18'
+	PYTHONPATH=$(VENV)/quantize OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/export/test_quantize.py $(ARGS)
 
 recipes: dev  ## Every recipe for two steps a stage on the real teacher
 	LINEARIZE_ALL_RECIPES=1 $(BIN)/python -m pytest tests/test_recipes.py -k real_teacher $(ARGS)

@@ -11,7 +11,10 @@ from transformers import LogitsProcessorList, TextStreamer
 
 from linearize.data.chat import Chat
 from linearize.data.tokens import Tokens
-from linearize.decode.generate import evaluating, generate_ids
+from linearize.decode.arguments import evaluating
+from linearize.decode.continuation import behind, check_continuation
+from linearize.decode.generate import generate_ids
+from linearize.decode.prefix import Prefix, read_ids
 from linearize.errors import LinearizeError
 from linearize.eval.limits import check_numbers, check_room
 from linearize.mixers.offloaded import device_of
@@ -32,6 +35,7 @@ def generate(
     on_text: Callable[[str], None] | None = None,
     graph: bool | None = None,
     compile: bool = False,  # noqa: A002 - torch's name
+    state: Prefix | None = None,
     **options: Any,
 ) -> list[str]:
     """Continue one or more prompts; a batch is padded on the left.
@@ -52,6 +56,8 @@ def generate(
         on_text: called with each new piece of text as soon as whole words are there (one prompt, no beams).
         graph: False decodes through transformers always, True insists on the graph.
         compile: `torch.compile` the graph's step first: about a minute at the first call, then faster tokens.
+        state: of a text that all prompts go on from (`linearize.read_state`, `load_state`). The prompts are split by
+            themselves and without the tokenizer's special tokens, and have as many tokens each.
         **options: passed to `generate`: do_sample, temperature, top_p, num_beams, ...
 
     Returns:
@@ -61,22 +67,27 @@ def generate(
         LinearizeError: no prompt, an empty one, a chat template asked for that the tokenizer lacks or that refuses the
             message, or streaming of several prompts or of beams, `graph=True` or `compile` where there can be no graph;
             options, or a generation config, that transformers cannot follow or that lie beyond `limits`; more tokens
-            than a table of learned positions has rows; logits that are NaN.
+            than a table of learned positions has rows; logits that are NaN; a state of another model, or with
+            options or prompts that it cannot serve.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not texts or not all(texts):
-        raise LinearizeError("an empty prompt: give at least one character to continue")
+    _check_text(texts)
     if on_text is not None and (len(texts) > 1 or options.get("num_beams", 1) > 1):
         raise LinearizeError("streaming shows one sequence: give one prompt and no beams")
-    if any("\ud800" <= sign <= "\udfff" for text in texts for sign in text):
-        raise LinearizeError("the prompt holds bytes that are no UTF-8 text; give it in UTF-8")
     check_numbers({"max_new_tokens": max_new_tokens, **options})
     check_numbers(_unasked(model, options), "the checkpoint's generation_config.json: ")
-    rows = _chat(tokenizer, texts, system) if chat else tokenizer(texts)["input_ids"]
+    if state is not None and chat:
+        raise LinearizeError(
+            "a chat template behind a state: it would begin another chat; write the template's control tokens into the "
+            "prompt, which is split as it stands"
+        )
+    special = {} if state is None else {"add_special_tokens": False}
+    rows = _chat(tokenizer, texts, system) if chat else tokenizer(texts, **special)["input_ids"]
     embedding = model.get_input_embeddings().weight.shape[0]
     for text, row in zip(texts, rows, strict=True):
         check_ids(row, embedding, tokenizer, f"the prompt {text[:40]!r}")
-    check_room(model, max(map(len, rows)), max_new_tokens)
+    read = 0 if state is None else state.tokens
+    check_room(model, read + max(map(len, rows)), max_new_tokens)
     batch = {name: tensor.to(device_of(model)) for name, tensor in _padded(tokenizer, rows).items()}
     options.setdefault("do_sample", False)
     if not options["do_sample"]:
@@ -86,6 +97,8 @@ def generate(
     options |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
     stream = None if on_text is None else _Callback(tokenizer, on_text)
     ids, mask = batch["input_ids"], batch["attention_mask"]
+    if state is not None:
+        check_continuation(model, tokenizer, state, mask, options)
     made = generate_ids(
         model,
         ids,
@@ -95,8 +108,11 @@ def generate(
         compile=compile,
         on_tokens=None if stream is None else stream.put_block,
         every=16 if stream is None else 4,
+        prefix=state,
     )
     if made is None:
+        if state is not None:
+            batch = behind(model, state, ids)
         streaming = {} if stream is None else {"streamer": stream}
         plain: dict[str, Any] = {"return_dict_in_generate": False}
         if options.get("stop_strings") or getattr(model.generation_config, "stop_strings", None):
@@ -105,10 +121,32 @@ def generate(
         plain["logits_processor"] = LogitsProcessorList(processors)
         with evaluating(model), boundary("the text", REMEDY, verb="cannot be generated", kind=LinearizeError):
             made = model.generate(**batch, **plain | options, **streaming)
-        made = made[:, ids.shape[1] :]
+        made = made[:, read + ids.shape[1] :]
     elif stream is not None:
         stream.end()
     return tokenizer.batch_decode(made, skip_special_tokens=True)
+
+
+def read_state(model: Any, tokenizer: Any, text: str, *, after: Prefix | None = None) -> Prefix:
+    """Read a text once, so that `generate` goes on from it as often as is wanted (`state=`).
+
+    Args:
+        model: a causal language model of transformers, converted or not.
+        tokenizer: its tokenizer.
+        text: split as `generate` splits a prompt: a control token that it spells is that token.
+        after: what has been read before; the text goes on from there, without special tokens.
+
+    Raises:
+        LinearizeError: an empty text, or one longer than the model's positions reach; `after` is another model's.
+        UnsupportedModelError: a layer holds something else than a mixer's state or keys and values.
+    """
+    _check_text([text], "the text")
+    special = {} if after is None else {"add_special_tokens": False}
+    row = tokenizer(text, **special)["input_ids"]
+    check_ids(row, model.get_input_embeddings().weight.shape[0], tokenizer, f"the text {text[:40]!r}")
+    if not row:
+        raise LinearizeError("an empty text: the tokenizer made no token of it")
+    return read_ids(model, row, tokenizer=tokenizer, after=after)
 
 
 def cache_bytes(past_key_values: Any) -> int:
@@ -157,6 +195,13 @@ class _Callback(TextStreamer):
         self.next_tokens_are_prompt = False
         for token in tokens[0].split(1):
             self.put(token)
+
+
+def _check_text(texts: list[str], what: str = "the prompt") -> None:
+    if not texts or not all(texts):
+        raise LinearizeError("an empty prompt: give at least one character to continue")
+    if any("\ud800" <= sign <= "\udfff" for text in texts for sign in text):
+        raise LinearizeError(f"{what} holds bytes that are no UTF-8 text; give it in UTF-8")
 
 
 def _unasked(model: Any, options: dict[str, Any]) -> dict[str, Any]:

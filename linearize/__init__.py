@@ -12,12 +12,13 @@ from linearize.late import after_import
 from linearize.version import __version__
 
 if TYPE_CHECKING:
-    from linearize.eval.generation import generate
+    from linearize.decode import load_state, save_state
+    from linearize.eval.generation import generate, read_state
     from linearize.export.load import load
     from linearize.export.save import save
     from linearize.surgery.convert import convert
 
-__all__ = ["__version__", "convert", "generate", "load", "save"]
+__all__ = ["__version__", "convert", "generate", "load", "load_state", "read_state", "save", "save_state"]
 
 # Importing this mapping takes seconds and brings torch along, which `linearize --help` has no use for.
 after_import("transformers.models.auto.configuration_auto", install)
@@ -33,8 +34,12 @@ def __getattr__(name: str) -> Any:
         from linearize.surgery import convert
 
         return convert
-    if name == "generate":
-        from linearize.eval.generation import generate
+    if name in ("generate", "read_state"):
+        from linearize.eval import generation
 
-        return generate
+        return getattr(generation, name)
+    if name in ("load_state", "save_state"):
+        from linearize import decode
+
+        return getattr(decode, name)
     raise AttributeError(f"module 'linearize' has no attribute '{name}'")

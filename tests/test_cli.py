@@ -92,7 +92,7 @@ def test_recipes_lists_and_shows(capsys, tmp_path):
         (["eval", "x", "--suite", "no/such.yaml"], "cannot read no/such.yaml"),
         (["eval", "x", "--text", "books"], "must be NAME=FILE"),
         (["eval", "x", "--device", "gpu"], "unknown --device 'gpu'; did you mean 'cpu'?"),
-        (["generate", "x"], "required: --prompt"),
+        (["generate", "x"], "one of the arguments --prompt --prompt-file is required"),
         (["generate", "x", "--prompt", "a", "--temperature", "-1"], "must be a number, 0 or more"),
         (["generate", "x", "--prompt", "a", "--seed", str(2**40)], "0 or more and below 2^31, got"),
         (["eval", "x", "--seed", str(2**70)], "0 or more and below 2^31, got"),

@@ -18,7 +18,7 @@ from linearize.cli.recipes import composition, parts, source
 from linearize.config import compose, list_recipes, outline
 from linearize.config.compose import RECIPES as FOLDER
 from linearize.config.schema import Recipe
-from linearize.distill import run, runner
+from linearize.distill import exporting, run
 from linearize.errors import ModelNotFoundError
 from linearize.mixers import has_parameters
 from linearize.models import resolve
@@ -82,9 +82,9 @@ def small(recipe: Recipe) -> list[str]:
 @pytest.mark.parametrize("name", RECIPES)
 def test_end_to_end(name: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exported: list[Any] = []
-    save = runner.export.save
+    save = exporting.export.save
     monkeypatch.setattr(
-        runner.export,
+        exporting.export,
         "save",
         lambda model, *rest, **more: exported.append(model) or save(model, *rest, **more),
     )

@@ -67,14 +67,14 @@ def quiet_libraries() -> None:
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
+    for name in ("accelerate", "huggingface_hub", "peft", "torch.utils._pytree", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     hub_bars = sys.stderr.isatty() and not are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()  # the hub's as well
     if hub_bars:
         enable_progress_bars()
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         transformers_logging.set_verbosity_error()
-    for name in ("accelerate", "huggingface_hub", "peft"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:
         for category in (FutureWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category)

@@ -1,9 +1,11 @@
-"""`linearize generate PATH --prompt TEXT`: continue a prompt."""
+"""`linearize generate PATH --prompt TEXT`: continue a prompt, or read one and keep its state."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -15,38 +17,39 @@ def main(options: argparse.Namespace) -> int:
     from transformers import set_seed
 
     from linearize.cli.checkpoint import load
+    from linearize.decode.prefix_file import check_target, load_state
     from linearize.errors import LinearizeError
     from linearize.eval.generation import generate
     from linearize.eval.limits import check_numbers
 
-    sampling: dict[str, Any] = {}
-    if options.temperature > 0:
-        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
-    elif options.top_p < 1:
-        raise LinearizeError(
-            f"--top-p {options.top_p:g}: nothing is sampled at temperature 0; give --temperature too"
-        )
-    if options.compile and options.no_graph:
-        raise LinearizeError(
-            "--compile: it is the graph that is compiled, so leave out --no-graph or --compile"
-        )
+    sampling = _sampling(options)
+    _check_states(options)
     counts = {"max_new_tokens": options.max_new_tokens, "num_beams": options.num_beams}
     check_numbers({**counts, **sampling})  # before the seconds that the model takes
+    prompt = options.prompt if options.prompt_file is None else _text(Path(options.prompt_file))
+    state = None if options.state is None else load_state(options.state)
+    if options.save_state is not None:
+        check_target(options.save_state)
     model, tokenizer = load(options.path, options.device)
+    if state is not None:
+        state.check(model, tokenizer)  # before anything is printed
+    if options.save_state is not None:
+        return _save(options, model, tokenizer, prompt, state)
     set_seed(options.seed)
     stream = options.num_beams == 1
     if not options.chat:
-        _write(options.prompt)
+        _write(prompt)
     try:
         texts = generate(
             model,
             tokenizer,
-            options.prompt,
+            prompt,
             **counts,
             chat=options.chat,
             on_text=_write if stream else None,
             graph=False if options.no_graph else None,
             compile=options.compile,
+            state=state,
             **sampling,
         )
     except LinearizeError:
@@ -54,6 +57,84 @@ def main(options: argparse.Namespace) -> int:
         raise
     _write("\n" if stream else texts[0] + "\n")
     return 0
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `generate` that sample; none is greedy."""
+    from linearize.errors import LinearizeError
+
+    if options.compile and options.no_graph:
+        raise LinearizeError(
+            "--compile: it is the graph that is compiled, so leave out --no-graph or --compile"
+        )
+    if options.temperature > 0:
+        return {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+    if options.top_p < 1:
+        raise LinearizeError(
+            f"--top-p {options.top_p:g}: nothing is sampled at temperature 0; give --temperature too"
+        )
+    return {}
+
+
+def _check_states(options: argparse.Namespace) -> None:
+    """Refuse options that mean nothing beside --state and --save-state."""
+    from linearize.errors import LinearizeError
+
+    flag = "--save-state" if options.save_state is not None else "--state"
+    if options.save_state is None and options.state is None:
+        return
+    if options.chat:
+        raise LinearizeError(
+            f"--chat with {flag}: a template closes the message that is to go on; write its control tokens into the "
+            "prompt, which is read as it stands"
+        )
+    if options.num_beams > 1:
+        raise LinearizeError(
+            f"--num-beams with {flag}: one text goes on from a state; leave out one of the two"
+        )
+    if options.save_state is not None and (options.temperature > 0 or options.compile):
+        name = "--temperature" if options.temperature > 0 else "--compile"
+        raise LinearizeError(
+            f"{name} with --save-state: no text is made, the prompt is read and kept; give {name} with --state"
+        )
+
+
+def _save(options: argparse.Namespace, model: Any, tokenizer: Any, prompt: str, after: Any) -> int:
+    """Read the prompt and keep its state."""
+    from linearize.decode.prefix_file import save_state
+    from linearize.eval.generation import read_state
+
+    state = read_state(model, tokenizer, prompt, after=after)
+    path = save_state(state, options.save_state)
+    size = f"{state.bytes / 2**20:.1f} MiB"
+    grown = f"{size}, {state.grown / 2**20:.1f} of them keys and values of softmax layers, which grow with the text"
+    _write(f"{path}: {state.tokens:,} tokens read; {grown if state.grown else size + ' at any length'}\n")
+    _write(
+        f"go on      linearize generate {shlex.quote(options.path)} --state {shlex.quote(str(path))} --prompt ...\n"
+    )
+    return 0
+
+
+def _text(path: Path) -> str:
+    """A prompt from a file.
+
+    Raises:
+        DataError: there is no such file, or it is no text in UTF-8.
+    """
+    from linearize.errors import DataError
+    from linearize.models.files import instead_of_file
+
+    other = instead_of_file(path)
+    if other is not None:
+        raise DataError(f"--prompt-file {path} is {other}; give a text file")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"--prompt-file {path} is no text in UTF-8 (byte {error.start:,}); convert it first"
+        ) from error
+    except OSError as error:
+        raise DataError(f"--prompt-file {path} cannot be read ({error.strerror or error})") from error
 
 
 def _write(text: str) -> None:

@@ -9,7 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from linearize.cli import bench_options, given, plan_options, run_options, sample_options, text_options
+from linearize.cli import (
+    bench_options,
+    export_options,
+    given,
+    plan_options,
+    push_options,
+    run_options,
+    sample_options,
+    text_options,
+)
 from linearize.config.overrides import FORM
 from linearize.errors import LinearizeError
 from linearize.registry import closest
@@ -35,6 +44,8 @@ examples:
   linearize compare runs/small runs/large                    on one page, offline
   linearize generate runs/small --prompt "The sea was" --temperature 0.8
   linearize serve runs/small --port 8000                     for any client of OpenAI's API
+  linearize export runs/small --quantize int8                a smaller checkpoint of it
+  linearize push runs/small me/small --dry-run               what would go to the hub, and its card
   linearize recipes show lolcats layers.every=4              the composed YAML
 """
 
@@ -155,7 +166,16 @@ def build_parser() -> Parser:
     text_options.serve(_add(commands, "serve", "answer as OpenAI's API does", "linearize.cli.serving"))
     sample = _add(commands, "sample", "let a model write training text", "linearize.cli.sampling")
     sample_options.add(sample, MODEL_HELP)
-    _device_argument(sample)
+    given.device(sample)
+
+    export = _add(commands, "export", "quantize an exported checkpoint", "linearize.cli.exporting")
+    export_options.export(export)
+    given.device(export)
+
+    push = _add(
+        commands, "push", "put an exported checkpoint on the Hugging Face hub", "linearize.cli.pushing"
+    )
+    push_options.push(push)
 
     bench = _add(commands, "bench", "measure speed on this machine's GPU", "linearize.cli.bench")
     bench.set_defaults(command=_show_help)

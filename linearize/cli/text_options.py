@@ -10,8 +10,18 @@ from linearize.cli import given
 def generate(parser: argparse.ArgumentParser) -> None:
     """Of `generate`."""
     parser.add_argument("path", metavar="PATH", help=given.PATH_HELP)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue, control tokens included")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a file in UTF-8, as it stands")
     parser.add_argument(
-        "--prompt", required=True, metavar="TEXT", help="text to continue, control tokens included"
+        "--save-state",
+        metavar="FILE",
+        help="read the prompt, write what decoding needs behind it, and make no text",
+    )
+    parser.add_argument(
+        "--state",
+        metavar="FILE",
+        help="go on from a text that --save-state has read, in place of reading it again",
     )
     parser.add_argument(
         "--max-new-tokens", type=given.positive, default=128, metavar="N", help="default: 128"

@@ -112,7 +112,7 @@ def key_of(
         DataError: a file is not there.
     """
     names = source if isinstance(source, (list, tuple)) else [source]
-    parts: list[Any] = [FORMAT, _tokenizer(tokenizer), *(_source(str(name), split) for name in names)]
+    parts: list[Any] = [FORMAT, tokenizer_digest(tokenizer), *(_source(str(name), split) for name in names)]
     if any(part is None for part in parts):
         return None
     parts += [split, config.text_field, config.template, config.length, config.boundaries, wanted, seed]
@@ -133,7 +133,7 @@ def _source(name: str, split: str) -> Any:
         return None  # the reader says what is wrong with it
 
 
-def _tokenizer(tokenizer: Any) -> str | None:
+def tokenizer_digest(tokenizer: Any) -> str | None:
     """All that decides a fast tokenizer's ids; None for a slow one, whose files are not known here."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from linearize.mixers import Mixer
+import torch
+from torch import Tensor
+
+from linearize.mixers import Mixer, State
 from linearize.mixers.window.full import FullWindow
 from linearize.mixers.window.sliding import SlidingWindow
 from linearize.surgery import converted
@@ -23,6 +26,20 @@ def bounded(mixer: Mixer, length: int) -> Mixer:
     ring = SlidingWindow(SlidingWindow.Config(size=length), window.shape)
     ring.log_base = window.log_base
     return Mixer(mixer.shape, mixer.position, ring, mixer.recurrent, mixer.combine, mixer.output)
+
+
+def hold_window(mixer: Mixer, state: State, tensors: dict[str, Tensor]) -> None:
+    """Put what a `full` window holds, [1, S, ...] by name, into the ring of the `bounded` mixer, for every row."""
+    ring = mixer.window
+    assert isinstance(ring, SlidingWindow)
+    held = {}
+    for name in ("window_k", "window_v", "window_valid"):
+        last = tensors[name][:, -ring.span :]
+        empty = last.new_zeros(1, ring.span - last.shape[1], *last.shape[2:])
+        held[name] = torch.cat([empty, last], 1).expand(state.batch, ring.span, *last.shape[2:])
+    ring.refill(state, held["window_k"], held["window_v"], held["window_valid"])
+    for name in set(state) - {*held, "window_next"}:
+        state[name].copy_(tensors[name].expand_as(state[name]))
 
 
 def holds_tokens(model: Any) -> bool:

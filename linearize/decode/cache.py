@@ -12,27 +12,28 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from linearize.decode.bounded import bounded
+from linearize.decode.bounded import bounded, hold_window
 from linearize.mixers import Mixer, State
 from linearize.surgery.cache import LinearizedCacheLayer
 
 
 class Clock:
-    """Tokens that a cache holds: none while the prompt is read, then a number on the device.
+    """Tokens that a cache holds: those of a prefix while the prompt is read, then a number on the device.
 
     Attributes:
         tokens: [] int64 on the device; whoever runs a step advances it.
+        before: tokens of the prefix that the prompt goes on from.
         running: the prompt has been read, and tokens come one by one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
-        self.running = False
+        self.running, self.before = False, 0
 
     @property
     def length(self) -> int | Tensor:
         """Tokens before those of the current call."""
-        return self.tokens if self.running else 0
+        return self.tokens if self.running else self.before
 
     def start(self, tokens: int) -> None:
         """A prompt of so many tokens has been read."""
@@ -70,13 +71,13 @@ class FixedState(LinearizedCacheLayer):
 
     def mask_offset(self, tokens: int) -> int | None:
         """Prompts are padded, what is made is not: rows that have ended go on with tokens that nobody reads."""
-        return None if self.clock.running else 0
+        return None if self.clock.running else self.clock.before
 
     def get_seq_length(self) -> int:
         return self.clock.length  # type: ignore[return-value]  # a tensor as in transformers' static layers
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (self.max_cache_len if self.clock.running else query_length), 0
+        return (self.max_cache_len if self.clock.running else self.clock.before + query_length), 0
 
     def get_max_length(self) -> int:
         return -1
@@ -84,7 +85,20 @@ class FixedState(LinearizedCacheLayer):
     def activate_past_recording(self) -> None:
         raise NotImplementedError("a cache of fixed size takes no tokens back")
 
+    def hold(self, tensors: dict[str, Tensor], tokens: int) -> None:
+        """Take over what a text of so many tokens has left, [1, ...] by name, for every row and in place."""
+        assert self.state is not None and self._bounded is not None, "the state is made with the first token"
+        batch, (mixer, ring) = self.state.batch, self._bounded
+        if ring is not mixer:
+            hold_window(
+                ring, self.state, {name: x.to(self.clock.tokens.device) for name, x in tensors.items()}
+            )
+            return
+        for name, held in self.state.tensors.items():
+            held.copy_(tensors[name].expand(batch, *held.shape[1:]))
+
     def reset(self) -> None:
+        self.read, self.plain = None, False
         if self.state is not None:
             self.state.zero()
 
@@ -118,10 +132,12 @@ class FixedKeys(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         if not self.clock.running:
-            tokens = key_states.shape[-2]
-            self.keys[:, :, :tokens].copy_(key_states)
-            self.values[:, :, :tokens].copy_(value_states)
-            return key_states, value_states
+            before, tokens = self.clock.before, key_states.shape[-2]
+            self.keys[:, :, before : before + tokens].copy_(key_states)
+            self.values[:, :, before : before + tokens].copy_(value_states)
+            if not before:
+                return key_states, value_states
+            return self.keys[:, :, : before + tokens], self.values[:, :, : before + tokens]
         place = self.clock.tokens[None]
         self.keys.index_copy_(2, place, key_states)
         self.values.index_copy_(2, place, value_states)
@@ -131,10 +147,17 @@ class FixedKeys(CacheLayerMixin):
         return self.clock.length  # type: ignore[return-value]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (self.max_cache_len if self.clock.running else query_length), 0
+        return (self.max_cache_len if self.clock.running else self.clock.before + query_length), 0
 
     def get_max_length(self) -> int:
         return self.max_cache_len
+
+    def hold(self, tensors: dict[str, Tensor], tokens: int) -> None:
+        """Take over the keys and values [1, N, S, K] of a text of so many tokens, S of them its last, for every row."""
+        assert self.keys is not None and self.values is not None, "buffers are made with the first token"
+        for name in ("keys", "values"):
+            held = tensors[name]
+            getattr(self, name)[:, :, tokens - held.shape[2] : tokens].copy_(held)
 
     def reset(self) -> None:
         # stale keys are masked, but a value that is no number would pass through a weight of zero

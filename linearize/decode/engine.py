@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearize.decode.arguments import cache_name, forward_names
 from linearize.decode.bounded import holds_tokens
 from linearize.decode.cache import fixed_cache, tensors
 from linearize.decode.masks import Masks, token_masks
+from linearize.decode.prefix import Prefix
 from linearize.decode.sampling import Sampling
 from linearize.errors import LinearizeError
 from linearize.kernels.dispatch import KernelError
@@ -24,6 +25,10 @@ log = logging.getLogger(__name__)
 
 BLOCK = 64
 """Tokens of each row that stay on the device until the host fetches them."""
+UNEQUAL = (
+    "prompts of unequal length behind a state: padding would stand between it and the shorter ones; give prompts of as "
+    "many tokens each, or one after the other"
+)
 WARM_UP = 3
 """Steps before the capture: kernels compile, libraries allocate."""
 
@@ -74,10 +79,8 @@ class Decoder:
         self.cache, self.clock = fixed_cache(config.num_hidden_layers, layers, self.length, self.device)
         self.steps = 0
         self.obstacle: str | None = None
-        names = inspect.signature(model.forward).parameters
-        # the second name is that of transformers before 5.24
-        self._cache_name = "cache" if "cache" in names else "past_key_values"
-        self._optional = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
+        self._cache_name = cache_name(model)
+        self._optional = {"logits_to_keep": 1} if "logits_to_keep" in forward_names(model) else {}
 
         def whole(*size: int, fill: Any = 0, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.full(size, fill, dtype=dtype, device=self.device)
@@ -106,8 +109,9 @@ class Decoder:
         *,
         on_tokens: Callable[[Tensor], None] | None = None,
         every: int = 16,
+        prefix: Prefix | None = None,
     ) -> Tensor:
-        """Continue prompts, each from an empty state.
+        """Continue prompts, each from an empty state or from that of one text.
 
         Args:
             ids: [B, T] int64, padded on the left.
@@ -116,19 +120,20 @@ class Decoder:
             on_tokens: called with each block [B, n] on the CPU, as soon as it has been fetched.
             every: tokens between two looks of the host at what has been made: up to `every - 1` steps behind the end of
                 the last row are made in vain, and cut off. At most BLOCK.
+            prefix: what every row has read before its prompt; prompts have no padding then.
 
         Returns:
             New tokens [B, n] on the device, n where the last row ended or `tokens`; ended rows go on with `pad`.
         """
         if ids.shape[0] != self.batch:
             raise LinearizeError(f"{ids.shape[0]} prompts for a decoder of {self.batch} rows")
-        if self.holds_tokens and ids.shape[1] + tokens > self.length:
-            total = ids.shape[1] + tokens
+        total = ids.shape[1] + tokens + (0 if prefix is None else prefix.tokens)
+        if self.holds_tokens and total > self.length:
             raise LinearizeError(f"{total} tokens for a decoder whose softmax layers hold {self.length}")
         self.prepare()
         if tokens < 1:
             return ids[:, :0]
-        self.read(ids, mask)
+        self.read(ids, mask, prefix)
         ended, ends = torch.zeros(self.batch, 1, dtype=torch.bool), self.eos.cpu()
         blocks: list[Tensor] = []
         fresh, made = 1, 1
@@ -168,20 +173,37 @@ class Decoder:
         self._ready = True
 
     @torch.no_grad()
-    def read(self, ids: Tensor, mask: Tensor | None) -> None:
-        """Forget everything, read the prompts [B, T] in chunked form, and choose each row's first new token."""
+    def read(self, ids: Tensor, mask: Tensor | None, prefix: Prefix | None = None) -> None:
+        """Forget everything, read the prompts [B, T] in chunked form, and choose each row's first new token.
+
+        Args:
+            ids, mask, prefix: see `generate`.
+
+        Raises:
+            LinearizeError: padding behind a prefix.
+        """
         self._reset()
         ids = ids.to(self.device)
+        before = 0 if prefix is None else prefix.tokens
         padded = mask is not None and not bool(mask.all())
+        if padded and before:
+            raise LinearizeError(UNEQUAL)
+        if prefix is not None:
+            layer: Any  # a FixedState or a FixedKeys
+            for index, layer in enumerate(self.cache.layers):
+                layer.hold(prefix.layer(index), before)
+            self.clock.before = before
         mask = mask.to(self.device).long() if padded and mask is not None else torch.ones_like(ids)
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        positions = (mask.cumsum(1) - 1).clamp_min(0) + before
+        total = before + ids.shape[1]
         if self.length:
-            self.seen[:, : ids.shape[1]] = mask.bool()
-            self.seen[:, ids.shape[1] :] = True
+            self.seen[:, before:total] = mask.bool()
+            self.seen[:, :before] = True
+            self.seen[:, total:] = True
         given = {"attention_mask": mask} if padded else {}
         logits = self._forward(ids, positions, **given)
-        self.clock.start(ids.shape[1])
-        self.positions.copy_(mask.sum(1, keepdim=True))
+        self.clock.start(total)
+        self.positions.copy_(before + mask.sum(1, keepdim=True))
         self._take(logits)
 
     @torch.no_grad()
@@ -229,7 +251,7 @@ class Decoder:
 
     def _reset(self) -> None:
         self.cache.reset()
-        self.clock.running = False
+        self.clock.running, self.clock.before = False, 0
         self.finished.zero_()
         self.column.zero_()
 

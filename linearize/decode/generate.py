@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from linearize.decode.arguments import evaluating
 from linearize.decode.choice import obstacles, request
+from linearize.decode.prefix import Prefix
 from linearize.decode.reuse import decoder, forget
 from linearize.errors import LinearizeError
 from linearize.surgery import converted
@@ -25,6 +26,7 @@ def generate_ids(
     compile: bool = False,  # noqa: A002 - torch's name
     on_tokens: Callable[[Tensor], None] | None = None,
     every: int = 16,
+    prefix: Prefix | None = None,
 ) -> Tensor | None:
     """The new tokens of `model.generate(ids, attention_mask=mask, **options)`, from one graph that all tokens replay.
 
@@ -34,7 +36,7 @@ def generate_ids(
         options: further arguments of `generate`.
         graph: True insists, None takes it for converted models where nothing stands in the way, False never does.
         compile: `torch.compile` the step before it is captured: about a minute once, then faster tokens.
-        on_tokens, every: see `Decoder.generate`.
+        on_tokens, every, prefix: see `Decoder.generate`.
 
     Returns:
         [B, n], or None: transformers is to do it.
@@ -44,17 +46,18 @@ def generate_ids(
     """
     if graph is False or (graph is None and not converted(model)):
         return None
+    before = 0 if prefix is None else prefix.tokens
     problems = obstacles(model)
     asked = None
     if not problems:
-        asked, problems = request(model, ids.shape[1], options)
+        asked, problems = request(model, before + ids.shape[1], options)
     if asked is None:
         if graph:
             name = "compile" if compile else "graph"
             raise LinearizeError(f"{name}=True: {'; '.join(problems)}; without it transformers decodes")
         return None
     with evaluating(model):
-        made = decoder(model, ids.shape[0], ids.shape[1], asked, compile={} if compile else None)
+        made = decoder(model, ids.shape[0], before + ids.shape[1], asked, compile={} if compile else None)
         try:
             made.prepare()
         except (RuntimeError, LinearizeError) as error:
@@ -64,15 +67,4 @@ def generate_ids(
             what = str(error).strip().splitlines()[0]
             warnings.warn(f"no CUDA graph of this model's step, going on without: {what}", stacklevel=2)
             return None
-        return made.generate(ids, mask, asked.tokens, on_tokens=on_tokens, every=every)
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Inside, the model is in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+        return made.generate(ids, mask, asked.tokens, on_tokens=on_tokens, every=every, prefix=prefix)

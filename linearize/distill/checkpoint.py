@@ -238,14 +238,15 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return value
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Save tensors as safetensors, from whatever device they are on."""
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"}
-    )
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Save tensors as safetensors, from whatever device they are on, with plain text beside them."""
+    metadata = {"format": "pt"} if metadata is None else metadata
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
-def write_tensors_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors_file(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Replace a safetensors file at once.
 
     Raises:
@@ -253,7 +254,7 @@ def write_tensors_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     partial = path.with_name(f"{PARTIAL}{path.name}")
     try:
-        write_tensors(partial, tensors)
+        write_tensors(partial, tensors, metadata)
         _flush(partial)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:

@@ -11,7 +11,9 @@ from linearize.markdown import row, text
 from linearize.surgery import converted
 
 
-def model_card(model: PreTrainedModel, *, base: str, recipe: dict[str, Any], metrics: dict[str, Any]) -> str:
+def model_card(
+    model: PreTrainedModel, *, base: str, recipe: dict[str, Any], metrics: dict[str, Any], about: str = ""
+) -> str:
     """Markdown with the hub's front matter.
 
     Args:
@@ -19,6 +21,7 @@ def model_card(model: PreTrainedModel, *, base: str, recipe: dict[str, Any], met
         base: what was converted.
         recipe: the composed recipe.
         metrics: ``{"rows": [{"name", "perplexity": {text: value}, "tasks": {...}}]}``.
+        about: a further paragraph.
     """
     layers = converted(model)
     growing = sum(not layer.mixer.has_fixed_state for layer in layers)
@@ -40,6 +43,7 @@ def model_card(model: PreTrainedModel, *, base: str, recipe: dict[str, Any], met
     if recipe.get("description"):
         paper = f" ({text(recipe['paper'])})" if recipe.get("paper") else ""
         lines += [f"Recipe: {text(recipe['description'])}{paper}", ""]
+    lines += [about, ""] if about else []
     lines += [
         "## Load",
         "",

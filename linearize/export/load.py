@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from linearize import auto
 from linearize.errors import CheckpointError, ModelNotFoundError
 from linearize.export.provenance import check_layers, check_recipe, check_rotation
+from linearize.export.quantized import check_readable
 from linearize.models.boundary import boundary
 from linearize.models.check import check_checkpoint
 from linearize.models.config import causal_class, read_config
@@ -49,7 +50,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         folder = _fetched(str(path), kwargs.pop("revision", None))
     source: Any = AutoModelForCausalLM
     if folder is not None:
-        source, config = _checked(folder, judge=not FROM_THE_FILES & set(kwargs))
+        source, config = check_folder(folder, judge=not FROM_THE_FILES & set(kwargs))
         kwargs.setdefault("config", config)
     with boundary(f"{path}", REMEDY):
         loaded: Any = source.from_pretrained(
@@ -70,8 +71,16 @@ def _fetched(name: str, revision: str | None) -> Path:
         raise CheckpointError(str(error)) from error
 
 
-def _checked(folder: Path, *, judge: bool) -> tuple[type[PreTrainedModel], Any]:
-    """Class and config of a checkpoint folder, all of whose files have been looked at."""
+def check_folder(folder: Path, *, judge: bool = True) -> tuple[type[PreTrainedModel], Any]:
+    """Class and config of a checkpoint folder, all of whose files have been looked at.
+
+    Args:
+        folder: of the checkpoint.
+        judge: also hold the tensors, if they are plain, and the plan against the config.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: see `load`.
+    """
     try:
         tensors = check_checkpoint(folder)
     except ModelNotFoundError as error:
@@ -83,6 +92,7 @@ def _checked(folder: Path, *, judge: bool) -> tuple[type[PreTrainedModel], Any]:
             f"models that follow none; put '{auto.TYPE_PREFIX}{config.model_type}' back, or {REMEDY}"
         )
     cls, config = causal_class(folder, config)
+    check_readable(folder, config)
     quantized = getattr(config, "quantization_config", None)
     if judge and not quantized:
         rehearse(folder, cls, config, tensors)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """An integer of each width, as which a tensor's bits are summed."""
@@ -26,7 +27,13 @@ NEW_TOKENS = 8
 
 
 def fingerprint(tensor: Tensor) -> list[Any]:
-    """Dtype, shape, and the sum of the bits as integers: the same on every device, and in every order."""
+    """Dtype, shape, and the sum of the bits as integers: the same on every device, and in every order.
+
+    Of a quantized tensor it is the sums of its codes and scales.
+    """
+    if is_traceable_wrapper_subclass(tensor):
+        parts = [fingerprint(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
+        return [str(tensor.dtype), list(tensor.shape), parts]
     bits = tensor.detach().contiguous().view(INTEGERS[tensor.element_size()])
     return [str(tensor.dtype), list(tensor.shape), int(bits.sum(dtype=torch.int64))]
 

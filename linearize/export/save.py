@@ -30,6 +30,7 @@ def save(
     metrics: dict[str, Any] | None = None,
     base: str = "",
     remote_code: bool = True,
+    about: str = "",
     max_shard_size: str = "5GB",
     check: bool = False,
 ) -> Path:
@@ -46,6 +47,7 @@ def save(
         base: what was converted (the MODEL argument), for the card.
         remote_code: also write `modeling_linearized.py`, so that the folder loads without this package through
             `trust_remote_code=True`.
+        about: a further paragraph of the card.
         max_shard_size: largest weight file.
         check: load the folder in a fresh process and compare it with the model, see `verify`, before it is put in its
             place; for converted models.
@@ -73,7 +75,7 @@ def save(
         provenance = {"base": base, "recipe": recipe or {}, "metrics": metrics or {}}
         (scratch / "linearize.json").write_text(plain_json.dumps(provenance, indent=2, default=str) + "\n")
         (scratch / "README.md").write_text(
-            model_card(model, base=base, recipe=recipe or {}, metrics=metrics or {})
+            model_card(model, base=base, recipe=recipe or {}, metrics=metrics or {}, about=about)
         )
         scratch.chmod(0o755)
         if check and converted(model):

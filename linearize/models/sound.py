@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from linearize.errors import CheckpointError
 
@@ -32,7 +35,7 @@ def check_finite(where: object, model: nn.Module) -> None:
         and not tensor.is_meta
         and tensor.numel()
         # both ends are NaN where any element is
-        and not all(math.isfinite(float(end)) for end in tensor.detach().aminmax())
+        and not all(math.isfinite(float(end)) for part in plain(tensor) for end in part.aminmax())
     ]
     if unsound:
         raise CheckpointError(
@@ -40,6 +43,16 @@ def check_finite(where: object, model: nn.Module) -> None:
             f"{unsound[0]}); the training that made them has failed, or the file is damaged: take "
             "another checkpoint, or fetch it again"
         )
+
+
+def plain(tensor: Tensor) -> Iterator[Tensor]:
+    """The floating tensors that a tensor is made of: itself, or codes and scales where it is quantized."""
+    tensor = tensor.detach()
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from plain(getattr(tensor, name))
+    elif tensor.is_floating_point() and tensor.numel():
+        yield tensor if tensor.element_size() > 1 else tensor.to(torch.float32)  # no operator reads float8
 
 
 LARGEST = 1.8e19

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import linearize
 from linearize import config, distill, surgery
 from linearize.config.schema import Recipe, StageConfig
-from linearize.distill import runner, stages
+from linearize.distill import exporting, stages
 from linearize.distill.finetune import predict_teacher
 from linearize.distill.trainable import prepare
 from linearize.eval.perplexity import perplexity
@@ -111,9 +111,9 @@ def test_reloaded_export_gives_equal_logits(
     recipe.eval.ablations = False
     exported = []
     monkeypatch.setattr(
-        runner.export,
+        exporting.export,
         "save",
-        lambda model, *args, _save=runner.export.save, **kw: (
+        lambda model, *args, _save=exporting.export.save, **kw: (
             exported.append(model) or _save(model, *args, **kw)
         ),
     )

@@ -1,0 +1,40 @@
+"""`linearize export PATH --quantize FORM`: a further checkpoint of one that is there."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from linearize.cli.console import console, quiet_libraries, size
+
+
+def main(options: argparse.Namespace) -> int:
+    """Quantize, check in a fresh process, and say what it has saved."""
+    from linearize.cli.checkpoint import export_of, pick_device
+    from linearize.errors import CheckpointError
+
+    quiet_libraries()
+    from linearize.export.quantize import quantize, sizes
+    from linearize.models import resolve
+
+    folder = resolve(export_of(options.path))
+    out = options.out or default(options.path, options.quantize)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} is there already; give another folder with --out, or remove it")
+    quantize(folder, options.quantize, out, device=pick_device(options.device))
+    before, after = sizes(folder, out)
+    for line in (
+        f"checkpoint  {out}  {size(after)} of weights, {size(before)} before",
+        f"judge it    linearize eval {shlex.quote(str(out))}",
+    ):
+        console().print(line, markup=False, soft_wrap=True)
+    return 0
+
+
+def default(path: str, form: str) -> Path:
+    """Beside the run, or beside the checkpoint where there is no run."""
+    folder = Path(path).resolve()
+    if folder.name == "checkpoint" and (folder.parent / "recipe.yaml").is_file():
+        folder = folder.parent
+    return folder.with_name(f"{folder.name}-{form}") if folder.is_dir() else Path(f"{folder.name}-{form}")

@@ -1,0 +1,45 @@
+"""How far a model's positions reach behind a state: tables have an end, and some rotations change with the length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from linearize.errors import LinearizeError
+from linearize.eval.limits import learned_positions
+
+CHANGING = ("dynamic", "longrope")
+"""Kinds of RoPE that rotate all tokens otherwise once the text is longer than the original positions."""
+
+
+def check_reach(model: Any, tokens: int) -> None:
+    """Refuse a text of so many tokens, state included, for which what has been read would no longer be right.
+
+    Raises:
+        LinearizeError: names the kind of positions, their number and the remedy.
+    """
+    table = learned_positions(model)
+    if table is not None and tokens > table:
+        raise LinearizeError(
+            f"{tokens:,} tokens are more than the model's {table:,} learned positions; read a shorter text, or make "
+            "fewer tokens"
+        )
+    config = model.config.get_text_config(decoder=True)
+    for rope in _ropes(getattr(config, "rope_parameters", None)):
+        if rope.get("rope_type") not in CHANGING:
+            continue
+        own = (rope.get("original_max_position_embeddings"), getattr(config, "max_position_embeddings", None))
+        least = min((number for number in own if number), default=0)
+        if tokens > least:
+            raise LinearizeError(
+                f"{tokens:,} tokens with the RoPE '{rope['rope_type']}', which rotates all of them otherwise beyond "
+                f"{least:,}: keys in a state stay as they were rotated, so that would be another text; stay within "
+                f"{least:,} tokens, state and new ones together, or generate without a state"
+            )
+
+
+def _ropes(parameters: Any) -> list[dict[str, Any]]:
+    """The rotations of a model: one, or one for each kind of layer."""
+    if not isinstance(parameters, dict):
+        return []
+    inner = [value for value in parameters.values() if isinstance(value, dict)]
+    return [parameters] if "rope_type" in parameters else inner

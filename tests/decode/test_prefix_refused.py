@@ -1,0 +1,119 @@
+"""A state's file that is whole and not what this model would hold: refused by name, whatever its checksum says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from linearize import surgery
+from linearize.decode import load_state, read_ids, save_state
+from linearize.decode.identity import checksum
+from linearize.decode.prefix import Prefix
+from linearize.decode.prefix_file import _metadata
+from linearize.errors import CheckpointError, LinearizeError
+
+HYBRID = ([1, 2], tiny.LOLCATS)
+
+
+def hybrid():
+    """gemma2: softmax over all, softmax in a window, and converted layers."""
+    return surgery.convert(tiny.model("gemma2"), HYBRID[1], HYBRID[0])
+
+
+def forged(path, tensors=None, **facts):
+    """A state's file with other tensors or facts, and the checksum that they ought to have."""
+    metadata, old = _metadata(path), load_file(path)
+    tensors = old if tensors is None else tensors(old)
+    facts = {**json.loads(metadata["facts"]), **facts}
+    summed = checksum(tensors, facts)
+    save_file(tensors, path, {**metadata, "facts": json.dumps(facts, sort_keys=True), "checksum": summed})
+    return path
+
+
+@pytest.fixture(scope="module")
+def model():
+    return hybrid()
+
+
+@pytest.fixture
+def path(model, tmp_path):
+    return save_state(read_ids(model, tiny.tokens(1, 21)), tmp_path / "a.state")
+
+
+def changed(part, change):
+    def all_of(tensors):
+        name = next(name for name in sorted(tensors) if name.endswith(part))
+        return {**tensors, name: change(tensors[name]).contiguous()}
+
+    return all_of
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        (changed("1.sums", lambda x: x[..., :-1]), r"the state's '1\.sums' is torch.float32 \[1, .*this model holds"),
+        (changed("1.sums", lambda x: x.half()), r"'1\.sums' is torch.float16"),
+        (changed("1.sums", lambda x: x[0]), r"'1\.sums' is torch.float32 \["),
+        (changed(".window_next", lambda x: x.float()), r"\.window_next' is torch.float32"),
+        (changed("0.keys", lambda x: x[:, :, :-1]), r"'0\.keys' is torch.float32 \[1, .*after 21 tokens"),
+        (changed("0.values", lambda x: x.expand(3, -1, -1, -1)), r"'0\.values' is torch.float32 \[3,"),
+        (lambda held: {k: x for k, x in held.items() if k != "0.keys"}, r"lacks '0\.keys'"),
+        (lambda held: {**held, "0.more": torch.zeros(1)}, r"holds '0\.more', which none"),
+        (lambda held: {**held, "99.keys": torch.zeros(1)}, r"holds '99\.keys', which none"),
+    ],
+)  # fmt: skip
+def test_wrong_tensors_under_a_right_checksum(model, path, tensors, said):
+    forged(path, tensors)
+    state = load_state(path)
+    for use in (lambda: load_state(path, model), lambda: state.cache(model)):
+        with pytest.raises(LinearizeError, match=said) as error:
+            use()
+        assert "--save-state" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"tokens": 0}, "its tokens are 0"),
+        ({"tokens": 10**15}, "its tokens are 1000000000000000"),
+        ({"last": -1}, "its last are -1"),
+        ({"digest": "zz"}, "its digest of the text is none"),
+        ({"identity": {"config": 3}}, "its description of the model is none"),
+        ({"tokens": True}, "its description lacks something"),
+    ],
+)
+def test_wrong_facts_under_a_right_checksum(path, facts, said):
+    with pytest.raises(CheckpointError, match=said):
+        load_state(forged(path, **facts))
+
+
+def test_facts_that_only_the_model_can_judge(model, path):
+    with pytest.raises(LinearizeError, match="last token is 99,999, which the model does not have"):
+        load_state(forged(path, last=99_999), model)
+    with pytest.raises(LinearizeError, match=r"after 22 tokens"):
+        load_state(forged(path, last=1, tokens=22), model)
+
+
+def test_names_that_are_none(path):
+    with pytest.raises(CheckpointError, match=r"a tensor is called 'sums', and should be LAYER\.NAME"):
+        load_state(forged(path, lambda held: {**held, "sums": torch.zeros(1)}))
+
+
+def test_as_written_it_is_taken(model, path):
+    assert load_state(forged(path), model).tokens == 21
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 21])
+def test_lengths_about_a_sliding_window_are_taken(tokens):
+    """Softmax in a window, by transformers and by a mixer: what is kept of it depends on the length."""
+    for made in (
+        tiny.model("mistral", sliding_window=3),
+        surgery.convert(tiny.model("mistral", sliding_window=3), tiny.SOFTMAX),
+    ):
+        state = read_ids(made, tiny.tokens(1, tokens))
+        assert isinstance(state, Prefix)
+        state.check(made)
