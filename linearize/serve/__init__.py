@@ -1,0 +1,1 @@
+"""Serving a converted checkpoint: in vLLM, and over HTTP."""
