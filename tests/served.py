@@ -1,8 +1,9 @@
-"""Checkpoints for vLLM to serve, and what `generate()` makes of some prompts."""
+"""Checkpoints for vLLM to serve, what `generate()` makes of some prompts, and what vLLM does."""
 
 from __future__ import annotations
 
 import importlib.util
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,3 +58,44 @@ def lolcats(layers="all", family: str = "llama", **changes):
     model = surgery.convert(tiny.model(family, **WIDE, **changes), tiny.LOLCATS, layers)
     tiny.randomize(layer.mixer for layer in surgery.converted(model))
     return model
+
+
+def greedy(tokens: int = NEW):
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+
+
+def answers(llm, prompts: list[list[int]], tokens: int = NEW) -> list[list[int]]:
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return [list(made.outputs[0].token_ids) for made in llm.generate(asked, greedy(tokens), use_tqdm=False)]
+
+
+def count(llm, name: str) -> float:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+
+def churn(llm, checkpoint: Checkpoint, texts: int, seed: int) -> tuple[int, int]:
+    """Random arrivals, lengths and aborts; every answer that ends is checked. How many ended, and how many not."""
+    engine, dice = llm.llm_engine, random.Random(seed)
+    asked: dict[str, tuple[int, int]] = {}
+    made = ended = aborted = 0
+    while made < texts or asked:
+        while made < texts and dice.random() < 0.5:
+            which, tokens = dice.randrange(len(checkpoint.prompts)), dice.choice([1, 2, NEW, NEW])
+            name = f"{seed}-{made}"
+            engine.add_request(name, {"prompt_token_ids": checkpoint.prompts[which]}, greedy(tokens))
+            asked[name], made = (which, tokens), made + 1
+        if asked and dice.random() < 0.15:
+            name = dice.choice(list(asked))
+            engine.abort_request([name])
+            del asked[name]
+            aborted += 1
+        for output in engine.step():
+            if output.finished and output.request_id in asked:
+                which, tokens = asked.pop(output.request_id)
+                assert list(output.outputs[0].token_ids) == checkpoint.answers[which][:tokens], (
+                    output.request_id
+                )
+                ended += 1
+    return ended, aborted

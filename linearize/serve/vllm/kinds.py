@@ -58,6 +58,9 @@ def as_exported(config: Any) -> Any:
     """A copy of a config as the checkpoint has it, for the family's own code."""
     made = copy.deepcopy(config)
     if hasattr(made, OWN):
-        made.layer_types = getattr(made, OWN)
+        own = getattr(made, OWN)
         delattr(made, OWN)
+        del made.layer_types
+        if own is not None:
+            made.layer_types = own
     return made

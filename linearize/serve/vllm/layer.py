@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -15,6 +16,18 @@ from linearize.mixers import Mixer
 from linearize.serve.vllm import rows
 from linearize.serve.vllm.metadata import RowsBackend
 from linearize.serve.vllm.pages import Layout
+
+
+def widths(mixer: Mixer) -> dict[str, tuple[int, ...]]:
+    """What the mixer reads of each token -> its shape there, by the names of `rows.run`."""
+    shape = mixer.shape
+    query, key = (shape.heads, shape.key_dim), (shape.kv_heads, shape.key_dim)
+    found: dict[str, tuple[int, ...]] = {"q": query, "k": key, "v": (shape.kv_heads, shape.value_dim)}
+    if mixer.uses_hidden:
+        found["hidden"] = (shape.hidden_dim(),)
+    if mixer.needs_plain:
+        found |= {"plain_q": query, "plain_k": key}
+    return found
 
 
 class MixerLayer(MambaBase):
@@ -35,6 +48,7 @@ class MixerLayer(MambaBase):
         self.mixer, self.prefix, self.page = mixer, prefix, page
         self.layout = Layout.of(mixer, vllm_config.model_config.dtype)
         self.views: dict[str, Tensor] = {}
+        self.widths = widths(mixer)
         context = vllm_config.compilation_config.static_forward_context
         if prefix in context:
             raise ValueError(f"two layers of one model are called {prefix}")
@@ -66,16 +80,14 @@ class MixerLayer(MambaBase):
         shape = self.mixer.shape
         v = inputs["v"]
         # one tensor, as the operator takes it: what it writes is all that a compiled graph around it has to know
-        packed = torch.cat([x.flatten(1).to(v.dtype) for x in inputs.values()], 1)
-        self.widths = {name: x.shape[1:] for name, x in inputs.items()}
+        packed = torch.cat([inputs[name].flatten(1).to(v.dtype) for name in self.widths], 1)
         out = v.new_zeros(v.shape[0], shape.heads * shape.value_dim)
         torch.ops.vllm.linear_attention(packed, out, v.new_empty(0), self.prefix)
         return out.unflatten(1, (shape.heads, shape.value_dim))
 
     def _forward(self, hidden_states: Tensor, output: Tensor, positions: Tensor) -> None:
         """What the operator runs: `attend` on the packed inputs, into `output` [T, H * V]."""
-        sizes = [width.numel() for width in self.widths.values()]
-        parts = hidden_states.split(sizes, 1)
+        parts = hidden_states.split([prod(width) for width in self.widths.values()], 1)
         inputs = {
             name: part.unflatten(1, width)
             for (name, width), part in zip(self.widths.items(), parts, strict=True)

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
@@ -15,7 +16,9 @@ from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR
 from vllm.model_executor.models.transformers.fusers import AttentionFuser
 from vllm.model_executor.models.utils import maybe_prefix
 
+from linearize.auto import TYPE_PREFIX
 from linearize.errors import UnsupportedModelError
+from linearize.export.registration import register
 from linearize.mixers.base import wide
 from linearize.mixers.window.full import FullWindow
 from linearize.mixers.window.length import log_scaled
@@ -119,16 +122,25 @@ class LinearizedForCausalLM(TransformersForCausalLM, HasInnerState, IsHybrid):
     @property
     def _from_config_kwargs(self) -> dict[str, Any]:
         given = dict(super()._from_config_kwargs)
+        # the config may have come from another process, where its class was made
+        register(given["config"].model_type.removeprefix(TYPE_PREFIX))
         return {**given, "config": as_exported(given["config"])}
 
     def _decorate_for_torch_compile(self) -> None:
-        """Nothing: layers run as they are."""
+        if not self.model_config.enforce_eager:
+            super()._decorate_for_torch_compile()
 
     def recursive_replace(self) -> None:
         """As the backend does it, but for the mixers, whose parts stay this package's own."""
         self.converted = {
             name: module for name, module in self.named_modules() if isinstance(module, LinearizedAttention)
         }
+        strange = next((name for name, module in self.named_modules() if isinstance(module, Conv1D)), None)
+        if strange is not None:
+            raise UnsupportedModelError(
+                f"{strange} is a Conv1D, whose weight lies the other way round, and vLLM's transformers backend reads "
+                "none; families like GPT-2 run by linearize generate"
+            )
         mixers = {name: module.mixer for name, module in self.converted.items()}
         for module in self.converted.values():
             del module.mixer

@@ -10,7 +10,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from linearize.errors import UnsupportedModelError
 from linearize.serve.vllm.kinds import as_exported, is_softmax, name_kinds, sections
 from linearize.serve.vllm.pages import Layout
-from linearize.surgery.schema import mixer_of, plan_problems, upgraded
+from linearize.surgery.schema import FORMAT, mixer_of, plan_problems, upgraded
 
 
 class LinearizedSettings(VerifyAndUpdateConfig):
@@ -18,6 +18,9 @@ class LinearizedSettings(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
+        found = wrong(model_config.hf_config)
+        if found:
+            raise UnsupportedModelError(f"vLLM cannot serve {model_config.model}: {'; '.join(found[:5])}")
         name_kinds(model_config.hf_config)
 
     @staticmethod
@@ -42,13 +45,18 @@ def page_bytes(config: Any, dtype: torch.dtype) -> int:
         return max((Layout.of(mixer, dtype).bytes for mixer in mixers), default=0)
 
 
+def wrong(config: Any) -> list[str]:
+    """Mistakes of the plan in a checkpoint's config; empty where it can be read."""
+    plan = upgraded(getattr(config, "linearize", None))
+    if not isinstance(plan, dict) or plan.get("format") != FORMAT:
+        return ["its config.json holds no plan of linearize that can be read; export or download it again"]
+    return [f"config.linearize: {problem}; export or download it again" for problem in plan_problems(plan)]
+
+
 def problems(vllm_config: Any) -> list[str]:
     """Why vLLM cannot serve a checkpoint with these settings, each with its remedy; empty where it can."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    parallel = vllm_config.parallel_config
     found = []
-    plan = upgraded(getattr(model.hf_config, "linearize", None))
-    if not isinstance(plan, dict) or plan_problems(plan):
-        return ["its config.json holds no plan of linearize that can be read; export it again"]
     for what, size in (
         ("tensor_parallel_size", parallel.tensor_parallel_size),
         ("pipeline_parallel_size", parallel.pipeline_parallel_size),
