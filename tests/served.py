@@ -47,9 +47,7 @@ def exported(model, folder: Path, lengths=LENGTHS) -> Checkpoint:
             torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         found.answers.append(made[0, len(prompt) :].tolist())
-    assert sum(len(set(answer)) > 3 for answer in found.answers) > len(prompts) // 2, (
-        "answers that say little"
-    )
+    assert len({token for answer in found.answers for token in answer}) > 8, "answers that say little"
     return found
 
 

@@ -43,14 +43,9 @@ def test_prefixes(start, kind, request):
     assert ended > 10
 
 
-def test_compiled(start, mixers):
-    """The family's code compiled around the layers, as vLLM does it unless it is told otherwise."""
-    llm = start(mixers, enforce_eager=False)
-    assert answers(llm, mixers.prompts) == mixers.answers
-
-
-def test_processes(start, linear, monkeypatch):
-    """An engine in a process of its own, which gets the config in a pickle."""
+@pytest.mark.parametrize("eager", [True, False])
+def test_processes(start, mixers, monkeypatch, eager):
+    """An engine in a process of its own, which gets the config in a pickle; as it is, and compiled around the layers."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    llm = start(linear)
-    assert answers(llm, linear.prompts) == linear.answers
+    llm = start(mixers, enforce_eager=eager)
+    assert answers(llm, mixers.prompts) == mixers.answers
