@@ -45,7 +45,7 @@ def test_prefixes(start, kind, request):
 
 @pytest.mark.parametrize("eager", [True, False])
 def test_processes(start, mixers, monkeypatch, eager):
-    """An engine in a process of its own, which gets the config in a pickle; as it is, and compiled around the layers."""
+    """An engine in a process of its own, which gets the config in a pickle; as it is, and compiled around layers."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     llm = start(mixers, enforce_eager=eager)
     assert answers(llm, mixers.prompts) == mixers.answers

@@ -17,5 +17,7 @@ FAMILIES = (
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(start, tmp_path, family):
-    checkpoint = exported(lolcats([0, 2], family), tmp_path / "out", lengths=(1, 3, 20, 61, 100))
+    # tied to their scaled embeddings, the random Gemmas only say the last token again
+    model = lolcats([0, 2], family, **{"tie_word_embeddings": False} if "gemma" in family else {})
+    checkpoint = exported(model, tmp_path / "out", lengths=(1, 3, 20, 61, 100))
     assert answers(start(checkpoint), checkpoint.prompts) == checkpoint.answers
