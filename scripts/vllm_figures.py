@@ -2,13 +2,15 @@
 
     .venv-vllm/bin/python scripts/vllm_figures.py teacher=FOLDER converted=FOLDER --out docs/results/serve-vllm
 
-Each checkpoint runs in a process of its own: random prompts of one length, all asked at once, greedy. Prefill is timed
-by the first tokens, decode by the others. Texts that fit is how many of that length the given memory holds.
+Each checkpoint and context runs in a process of its own: random prompts of one length, all asked at once, greedy.
+Prefill is timed by the first tokens, decode by the others. Texts that fit is how many of that length the given memory
+holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -30,7 +32,7 @@ COLUMNS = {
 
 
 def measure(asked: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of one checkpoint."""
+    """Rows of one checkpoint and context."""
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": str(asked["memory"]),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -39,46 +41,35 @@ def measure(asked: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams
     from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 
+    context, new = asked["context"], asked["new"]
+    llm = LLM(
+        asked["path"],
+        skip_tokenizer_init=True,
+        enforce_eager=asked["eager"],
+        enable_prefix_caching=False,
+        max_model_len=context + new,
+        max_num_seqs=max(asked["texts"]),
+        dtype=asked["dtype"],
+    )
+    core = llm.llm_engine.engine_core.engine_core
+    fit = get_max_concurrency_for_kv_cache_config(llm.llm_engine.vllm_config, core.scheduler.kv_cache_config)
+    words, dice = llm.llm_engine.vllm_config.model_config.get_vocab_size(), random.Random(0)
+
+    def timed(texts: int, tokens: int) -> float:
+        prompts = [{"prompt_token_ids": dice.choices(range(words), k=context)} for _ in range(texts)]
+        given = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        began = time.perf_counter()
+        llm.generate(prompts, given, use_tqdm=False)
+        return time.perf_counter() - began
+
+    timed(1, 2)
     rows = []
-    for context in asked["contexts"]:
-        llm = LLM(
-            asked["path"],
-            skip_tokenizer_init=True,
-            enforce_eager=asked["eager"],
-            enable_prefix_caching=False,
-            max_model_len=context + asked["new"],
-            max_num_seqs=max(asked["texts"]),
-            dtype=asked["dtype"],
-        )
-        engine = llm.llm_engine
-        fit = get_max_concurrency_for_kv_cache_config(
-            engine.vllm_config, engine.engine_core.engine_core.scheduler.kv_cache_config
-        )
-        dice = random.Random(0)
-
-        def timed(texts: int, tokens: int, context: int = context, llm: Any = llm, dice: Any = dice) -> float:
-            prompts = [{"prompt_token_ids": dice.choices(range(100, 40000), k=context)} for _ in range(texts)]
-            given = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-            began = time.perf_counter()
-            llm.generate(prompts, given, use_tqdm=False)
-            return time.perf_counter() - began
-
-        timed(1, 2)
-        for texts in asked["texts"]:
-            first = min(timed(texts, 1) for _ in range(2))
-            whole = min(timed(texts, asked["new"]) for _ in range(2))
-            rows.append(
-                {
-                    "name": asked["name"],
-                    "context": context,
-                    "texts": texts,
-                    "prefill": texts * context / first,
-                    "decode": texts * (asked["new"] - 1) / (whole - first),
-                    "fit": fit,
-                }
-            )
-            print(rows[-1], file=sys.stderr)
-        del llm, engine
+    for texts in asked["texts"]:
+        first = min(timed(texts, 1) for _ in range(2))
+        whole = min(timed(texts, new) for _ in range(2))
+        row = {"name": asked["name"], "context": context, "texts": texts, "prefill": texts * context / first}
+        rows.append({**row, "decode": texts * (new - 1) / (whole - first), "fit": fit})
+        print(rows[-1], file=sys.stderr)
     return rows
 
 
@@ -107,11 +98,11 @@ def main() -> None:
         Path(given.out).write_text(json.dumps(measure(json.loads(Path(given.checkpoints[0]).read_text()))))
         return
     rows = []
-    for checkpoint in given.checkpoints:
+    asked, answer = Path(f"{given.out}.asked"), Path(f"{given.out}.answer")
+    for checkpoint, context in itertools.product(given.checkpoints, given.contexts):
         name, path = checkpoint.split("=", 1)
-        asked, answer = Path(f"{given.out}.asked"), Path(f"{given.out}.answer")
         asked.write_text(
-            json.dumps({**vars(given), "out": "", "checkpoints": "", "name": name, "path": path})
+            json.dumps({**vars(given), "out": "", "context": context, "name": name, "path": path})
         )
         subprocess.run([sys.executable, __file__, str(asked), "--out", str(answer)], check=True)
         rows += json.loads(answer.read_text())
