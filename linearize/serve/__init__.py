@@ -1,1 +1,1 @@
-"""An HTTP server that speaks OpenAI's interface over the decoding of rows (`linearize.decode.slots`)."""
+"""Serving a checkpoint: over HTTP by the decoding of rows (`linearize.decode.slots`), and in vLLM."""

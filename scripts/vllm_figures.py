@@ -1,0 +1,125 @@
+"""Tokens per second of checkpoints in vLLM at growing context and concurrency, in the environment of `make test-vllm`.
+
+    .venv-vllm/bin/python scripts/vllm_figures.py teacher=FOLDER converted=FOLDER --out docs/results/serve-vllm
+
+Each checkpoint and context runs in a process of its own: random prompts of one length, all asked at once, greedy.
+Prefill is timed by the first tokens, decode by the others. Texts that fit is how many of that length the given memory
+holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+COLUMNS = {
+    "name": "checkpoint",
+    "context": "context",
+    "texts": "texts at once",
+    "prefill": "prefill tokens/s",
+    "decode": "decode tokens/s",
+    "fit": "texts that fit",
+}
+
+
+def measure(asked: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of one checkpoint and context."""
+    os.environ |= {
+        "VLLM_CPU_KVCACHE_SPACE": str(asked["memory"]),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    from vllm import LLM, SamplingParams
+    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+
+    context, new = asked["context"], asked["new"]
+    llm = LLM(
+        asked["path"],
+        skip_tokenizer_init=True,
+        enforce_eager=asked["eager"],
+        enable_prefix_caching=False,
+        max_model_len=context + new,
+        max_num_seqs=max(asked["texts"]),
+        dtype=asked["dtype"],
+    )
+    core = llm.llm_engine.engine_core.engine_core
+    fit = get_max_concurrency_for_kv_cache_config(llm.llm_engine.vllm_config, core.scheduler.kv_cache_config)
+    words, dice = llm.llm_engine.vllm_config.model_config.get_vocab_size(), random.Random(0)
+
+    def timed(texts: int, tokens: int) -> float:
+        prompts = [{"prompt_token_ids": dice.choices(range(words), k=context)} for _ in range(texts)]
+        given = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        began = time.perf_counter()
+        llm.generate(prompts, given, use_tqdm=False)
+        return time.perf_counter() - began
+
+    timed(1, 2)
+    rows = []
+    for texts in asked["texts"]:
+        first = min(timed(texts, 1) for _ in range(2))
+        whole = min(timed(texts, new) for _ in range(2))
+        row = {"name": asked["name"], "context": context, "texts": texts, "prefill": texts * context / first}
+        rows.append({**row, "decode": texts * (new - 1) / (whole - first), "fit": fit})
+        print(rows[-1], file=sys.stderr)
+    return rows
+
+
+def table(result: dict[str, Any]) -> str:
+    """The page."""
+    lines = ["# In vLLM", "", result["machine"], "", f"```\n{result['command']}\n```", ""]
+    lines += ["| " + " | ".join(COLUMNS.values()) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
+    for row in result["rows"]:
+        shown = (f"{row[key]:,.0f}" if isinstance(row[key], float) else f"{row[key]}" for key in COLUMNS)
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 4096])
+    parser.add_argument("--texts", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--new", type=int, default=32, help="tokens that each text is continued by")
+    parser.add_argument("--memory", type=int, default=2, help="GiB for states, keys and values")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--eager", action="store_true", help="compile nothing")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    if "=" not in given.checkpoints[0]:  # a process of our own
+        Path(given.out).write_text(json.dumps(measure(json.loads(Path(given.checkpoints[0]).read_text()))))
+        return
+    rows = []
+    asked, answer = Path(f"{given.out}.asked"), Path(f"{given.out}.answer")
+    for checkpoint, context in itertools.product(given.checkpoints, given.contexts):
+        name, path = checkpoint.split("=", 1)
+        asked.write_text(
+            json.dumps({**vars(given), "out": "", "context": context, "name": name, "path": path})
+        )
+        subprocess.run([sys.executable, __file__, str(asked), "--out", str(answer)], check=True)
+        rows += json.loads(answer.read_text())
+        asked.unlink(), answer.unlink()
+    import torch
+    import transformers
+    import vllm
+
+    versions = f"vllm {vllm.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+    result = {
+        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}; {versions}; {given.dtype}",
+        "command": "python scripts/vllm_figures.py " + " ".join(sys.argv[1:]),
+        "rows": rows,
+    }
+    given.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    given.out.with_suffix(".md").write_text(table(result))
+
+
+if __name__ == "__main__":
+    main()

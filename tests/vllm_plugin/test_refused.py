@@ -1,0 +1,53 @@
+"""What vLLM cannot do with a state is refused by name before an engine starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import tiny
+from served import VLLM, Checkpoint
+
+import linearize
+from linearize import surgery
+
+pytestmark = pytest.mark.skipif(
+    not VLLM, reason="vllm is not installed; `make test-vllm` makes an environment"
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+            "takes tokens back",
+        ),
+        ({"enable_lora": True}, "merge them before the export"),
+    ],
+)
+def test_settings(start, linear, options, named):
+    with pytest.raises(Exception, match=named):
+        start(linear, **options)
+
+
+def test_plan(start, linear, tmp_path):
+    """A plan that names a part which nobody knows is not handed to the model's code."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(linear.path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    next(iter(config["linearize"]["mixers"].values()))["feature_map"]["name"] = "hedgehug"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Exception, match="hedgehug"):
+        start(Checkpoint(folder, []))
+
+
+def test_family(start, tmp_path):
+    """GPT-2's projections lie the other way round."""
+    model = surgery.convert(tiny.model("gpt2", n_embd=128), tiny.LOLCATS, [0, 2])
+    folder = linearize.save(model, tmp_path / "out")
+    with pytest.raises(Exception, match="is a Conv1D"):
+        start(Checkpoint(folder, []))
