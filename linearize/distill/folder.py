@@ -265,3 +265,17 @@ def plan_json(plan: Any) -> dict[str, Any]:
     """A plan of surgery for plan.json: one row a layer, and the totals."""
     totals = plan.to_dict()
     return {"rows": totals.pop("layers"), **totals}
+
+
+def facts(job: Any) -> dict[str, Any]:
+    """What environment.json says of a run beside the machine's packages."""
+    name = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu"
+    mixed = f"bf16 autocast, {str(job.weights)[6:]} weights, float32 masters"
+    return {
+        "model": job.source,
+        "recipe": job.recipe_name,
+        "device": name,
+        "precision": mixed if job.autocast else "float32",
+        "seed": job.recipe.run.seed,
+        "processes": launched.count(),
+    }

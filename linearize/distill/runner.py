@@ -14,10 +14,9 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from linearize import data, launched, models, objectives, surgery
+from linearize import launched, models, objectives, surgery
 from linearize.config.budget import Budget
 from linearize.config.budget import check as check_budget
-from linearize.config.course import Course
 from linearize.config.schema import Recipe
 from linearize.distill import (
     batches,
@@ -25,7 +24,6 @@ from linearize.distill import (
     calibrate,
     exporting,
     memory,
-    preference,
     processes,
     rates,
     stages,
@@ -34,7 +32,7 @@ from linearize.distill import (
 from linearize.distill.callbacks import RunStopped
 from linearize.distill.checkpoint import write_json, writing
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
-from linearize.distill.folder import RunFolder, plan_json
+from linearize.distill.folder import RunFolder, facts, plan_json
 from linearize.distill.lock import held
 from linearize.distill.positions import check_lengths
 from linearize.distill.processes import ProcessLost, alone
@@ -160,7 +158,7 @@ class _Job:
         check_trainable(self.source, model)
         plan = self._plan(model, None)
         # From here on everything that the user can get wrong has been looked at, and the folder is written.
-        alone(lambda: folder.create(recipe, plan_json(plan), {**self._facts(), **found}))
+        alone(lambda: folder.create(recipe, plan_json(plan), {**facts(self), **found}))
         results = processes.first(lambda: Results(folder.results))
         with self._measuring("the teacher"):
             alone(lambda: results.add("teacher", lambda: measurer.measure(model, "teacher")))
@@ -269,7 +267,7 @@ class _Job:
     def _datasets(self, places: list[StagePlace], ahead: texts.Ahead, errors: list[LinearizeError]) -> None:
         for place in places:
             with collected(errors):
-                ahead.datasets[place.name] = self._dataset(ahead.tokenizer, place)
+                ahead.datasets[place.name] = texts.dataset(self.recipe, self.texts, ahead.tokenizer, place)
 
     def _write_text(self, tokenizer: Any, tokens: int) -> None:
         """The teacher's own text; what of it is written stays in the cache, wherever the run ends."""
@@ -330,15 +328,6 @@ class _Job:
             for index, name in enumerate(names, start=1)
         ]
 
-    def _dataset(self, tokenizer: Any, place: StagePlace) -> Any:
-        stage = self.recipe.stages[place.name]
-        text = self.texts.data.of(self.texts.stages[place.name])
-        seed = self.recipe.run.seed + place.index
-        if objectives.level_of(stage.objective) == "pair":
-            return preference.pairs(tokenizer, text, tokens=Course.of(stage, text.length).tokens, seed=seed)
-        tokens = texts.packed_tokens(text, stage)
-        return data.packed(tokenizer, text, tokens=tokens, seed=seed, split="train")
-
     def _train(
         self,
         model: nn.Module,
@@ -395,16 +384,3 @@ class _Job:
         """A frozen copy of the teacher, for when the model's own base weights are no longer the teacher's."""
         original, _ = models.load_teacher(self.source, dtype=self.weights, device=str(self.device))
         return original.requires_grad_(False).eval()
-
-    def _facts(self) -> dict[str, Any]:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        return {
-            "model": self.source,
-            "recipe": self.recipe_name,
-            "device": name,
-            "precision": f"bf16 autocast, {str(self.weights)[6:]} weights, float32 masters"
-            if self.autocast
-            else "float32",
-            "seed": self.recipe.run.seed,
-            "processes": processes.count(),
-        }

@@ -14,12 +14,14 @@ from linearize.config.course import Course
 from linearize.config.mix import sources
 from linearize.config.names import TEACHER
 from linearize.config.schema import DataConfig, Recipe, StageConfig
+from linearize.data import packed
 from linearize.data.mixing import check
-from linearize.distill import batches
+from linearize.distill import batches, preference
 from linearize.distill.identity import fingerprint
 from linearize.distill.results import Measurer
 from linearize.distill.stages import StagePlace
 from linearize.errors import LinearizeError, collected
+from linearize.objectives import level_of
 from linearize.progress import count, duration
 from linearize.sample import job, openings, wanted, with_text
 
@@ -114,3 +116,20 @@ def write(
         found.folder,
     )
     return read
+
+
+def dataset(recipe: Recipe, written: Recipe, tokenizer: Any, place: StagePlace) -> Any:
+    """What a stage reads.
+
+    Args:
+        recipe: of the run.
+        written: the same with files for what the teacher was to write.
+        tokenizer: of the teacher.
+        place: of the stage.
+    """
+    stage = recipe.stages[place.name]
+    text = written.data.of(written.stages[place.name])
+    seed = recipe.run.seed + place.index
+    if level_of(stage.objective) == "pair":
+        return preference.pairs(tokenizer, text, tokens=Course.of(stage, text.length).tokens, seed=seed)
+    return packed(tokenizer, text, tokens=packed_tokens(text, stage), seed=seed, split="train")
