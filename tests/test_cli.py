@@ -149,8 +149,8 @@ def test_the_default_run_folder(model, recipe, folder):
 def test_run_hands_the_checked_recipe_on(capsys, monkeypatch, tmp_path):
     calls = []
 
-    def fake(model, recipe, out, *, resume, recipe_name):
-        calls.append((model, recipe.layers, out, resume, recipe_name))
+    def fake(model, recipe, out, *, resume, recipe_name, budget):
+        calls.append((model, recipe.layers, out, resume, recipe_name, budget))
         return types.SimpleNamespace(
             table=lambda: "the table", checkpoint=out / "checkpoint", report=out / "report.md", folder=out
         )
@@ -159,7 +159,7 @@ def test_run_hands_the_checked_recipe_on(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("linearize.distill", types.SimpleNamespace(run=fake), raising=False)
     code, out, _ = run(capsys, "run", "m", "demo", "--out", str(tmp_path), "layers=[1]", "--resume")
     assert code == 0 and "the table" in out and f"linearize generate {tmp_path}" in out
-    assert calls == [("m", [1], tmp_path, True, "demo")]
+    assert calls == [("m", [1], tmp_path, True, "demo", None)]
 
 
 def _raise(error: BaseException):
