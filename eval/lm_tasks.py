@@ -22,7 +22,6 @@ import torch
 import yaml
 
 from linearize.data.tokens import Tokens
-from linearize.distill.checkpoint import write_json
 from linearize.errors import LinearizeError
 from linearize.eval import harness
 from linearize.eval.intervals import DRAWS, bootstrap, wilson
@@ -31,6 +30,7 @@ from linearize.eval.rows import TEACHER, Score
 from linearize.eval.suite import Suite, Takes, Unit
 from linearize.models.boundary import boundary
 from linearize.registry import closest
+from linearize.storing import write_json
 from linearize.version import __version__
 
 TASK = "lm_eval"

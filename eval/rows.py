@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from linearize import plain_json
-from linearize.distill.checkpoint import read_json, write_json
 from linearize.errors import CheckpointError
+from linearize.storing import read_json, write_json
 
 FORMAT = 1
 STUDENT = "student"

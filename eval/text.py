@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from linearize.distill.checkpoint import read_tensors, write_tensors_file
 from linearize.errors import CheckpointError, NotFiniteError
 from linearize.eval.intervals import bootstrap
 from linearize.eval.measurement import Call, Setting, score
@@ -19,6 +18,7 @@ from linearize.eval.recall_split import beyond, buckets, distances, name
 from linearize.eval.rows import STUDENT, TEACHER, Score
 from linearize.eval.suite import Takes, Unit
 from linearize.eval.token_scores import Predictor, TokenScores, score_tokens
+from linearize.storing import read_tensors, write_tensors_file
 
 
 class Text:

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linearize.distill.checkpoint import write_json
 from linearize.eval.intervals import bootstrap, wilson
 from linearize.eval.measurement import Call, Setting, score
 from linearize.eval.recall.answering import Cached
 from linearize.eval.rows import Score
 from linearize.eval.suite import Takes, Unit
 from linearize.eval.token_scores import Predictor
+from linearize.storing import write_json
 
 STEP = 16
 """Tokens of a prefill that take as long as a step of decoding, roughly."""

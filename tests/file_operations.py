@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from linearize.distill import checkpoint
+from linearize import storing
 from linearize.errors import LinearizeError
 
 KILLED = 9
@@ -51,13 +51,13 @@ class Operations:
     def install(self) -> None:
         """From here on, for the rest of this process."""
         sys.addaudithook(self._on_event)
-        original = checkpoint.save_file
+        original = storing.save_file
 
         def save_file(tensors: Any, path: Any, *arguments: Any) -> None:
             self._happens(Path(path))  # written in Rust, which tells no hook
             original(tensors, path, *arguments)
 
-        checkpoint.save_file = save_file
+        storing.save_file = save_file
 
     def _on_event(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from linearize.distill.checkpoint import write_tensors_file
 from linearize.eval.cast import CONTROLS, SINKS
 from linearize.eval.rows import STUDENT, TEACHER, Score, Scores
+from linearize.storing import write_tensors_file
 
 WINDOWS, LENGTH = 6, 256
 LM_EVAL = "linearize 0.1, lm-eval 0.4"

@@ -242,7 +242,7 @@ def test_what_cannot_be_written_or_read_is_said(
         (out / place).write_text("{")
     elif place == "full":
         full = OSError(errno.ENOSPC, "No space left on device")
-        monkeypatch.setattr("linearize.distill.checkpoint.write_tensors", raising(full))
+        monkeypatch.setattr("linearize.storing.write_tensors", raising(full))
     else:
         (out / place).mkdir()
     assert select(teacher, "swa_sinks", *small) == 2
@@ -259,16 +259,16 @@ def raising(error: Exception):
 
 def test_a_checkpoint_under_another_name_gets_a_remedy_that_select_has(teacher, small, tmp_path, capsys):
     """The alignment is a stage as a run's, whose remedies name --resume; select goes on with the same command."""
-    from linearize.distill import checkpoint
+    from linearize import storing
 
     assert select(teacher, "lolcats", *small) == 0
     [stage] = (tmp_path / "out" / "alignment").iterdir()
     (stage / "done.json").unlink()
 
     def fill(folder):
-        (folder / checkpoint.STATE).write_text(json.dumps({"global_step": 2}))
+        (folder / storing.STATE).write_text(json.dumps({"global_step": 2}))
 
-    checkpoint.write_folder(stage / "checkpoint-7", fill)
+    storing.write_folder(stage / "checkpoint-7", fill)
     capsys.readouterr()
     assert select(teacher, "lolcats", *small) == 2
     said = capsys.readouterr().err

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from linearize.distill.checkpoint import read_tensors
 from linearize.errors import CheckpointError
 from linearize.eval.intervals import bootstrap
 from linearize.eval.page.sources import Subject
 from linearize.eval.rows import STUDENT, TEACHER
+from linearize.storing import read_tensors
 
 SAME = 0.05
 """Nats: the teacher's scores of the same tokens differ by less on average, whatever machine they come from."""

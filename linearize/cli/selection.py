@@ -16,13 +16,13 @@ def main(options: argparse.Namespace) -> int:
     out = options.out or folder.with_name(f"select-{folder.name}")
 
     from linearize.distill import RunStopped  # after the recipe is known to be right: importing takes seconds
-    from linearize.distill.checkpoint import writing
     from linearize.distill.lock import held
     from linearize.select import Options, select
     from linearize.select.plot import draw
     from linearize.select.recipe import write
     from linearize.select.summary import tables
     from linearize.signals import exit_code
+    from linearize.storing import writing
 
     quiet_libraries()
     asked = Options(

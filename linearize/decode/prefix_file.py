@@ -12,9 +12,9 @@ from torch import Tensor
 
 from linearize.decode.identity import READ_AGAIN, checksum
 from linearize.decode.prefix import Prefix
-from linearize.distill.checkpoint import write_tensors_file
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.models.files import instead_of_file
+from linearize.storing import write_tensors_file
 
 KIND = "linearize state"
 FORMAT = 1

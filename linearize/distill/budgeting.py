@@ -15,11 +15,11 @@ from linearize.config.budget import SCALED, Budget
 from linearize.config.course import Course
 from linearize.config.schedule import Over
 from linearize.config.schema import Recipe, StageConfig, StageDataConfig
-from linearize.distill.checkpoint import read_json
 from linearize.distill.memory import TOKENS
 from linearize.distill.rates import Timing
 from linearize.errors import CheckpointError, RecipeError, RunFolderError
 from linearize.progress import duration
+from linearize.storing import read_json
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize import data, surgery
+from linearize import data, storing, surgery
 from linearize.config.schema import DataConfig, Recipe
-from linearize.distill import checkpoint
 from linearize.errors import CheckpointError, LinearizeError, NotFiniteError
 from linearize.mixers import calibration
 from linearize.mixers.offloaded import device_of
@@ -172,9 +171,9 @@ def write(model: nn.Module, folder: Path, found: list[dict[str, float]]) -> None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise checkpoint.could_not_write(folder, error) from error
-    checkpoint.write_tensors_file(folder / FINAL, surgery.mixer_state(model))
-    checkpoint.write_json(folder / DONE, {"stage": NAME, "layers": found, "sha256": sha256(folder / FINAL)})
+        raise storing.could_not_write(folder, error) from error
+    storing.write_tensors_file(folder / FINAL, surgery.mixer_state(model))
+    storing.write_json(folder / DONE, {"stage": NAME, "layers": found, "sha256": sha256(folder / FINAL)})
 
 
 def is_done(folder: Path) -> bool:
@@ -189,8 +188,8 @@ def restore(model: nn.Module, folder: Path) -> None:
         CheckpointError: it is damaged or of another recipe.
     """
     remedy = f"Delete {folder} and go on with --resume: the mixers are then calibrated again"
-    said = checkpoint.read_json(folder / DONE, remedy).get("sha256")
-    tensors = checkpoint.read_tensors(folder / FINAL)
+    said = storing.read_json(folder / DONE, remedy).get("sha256")
+    tensors = storing.read_tensors(folder / FINAL)
     if said != sha256(folder / FINAL):
         raise CheckpointError(f"{folder / FINAL}: is not what was written (another checksum). {remedy}")
     try:

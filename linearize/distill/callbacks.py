@@ -18,9 +18,9 @@ from transformers import TrainerCallback
 
 from linearize import launched, plain_json, signals
 from linearize.distill import processes
-from linearize.distill.checkpoint import AGAIN, could_not_write, write_file
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.progress import Meter
+from linearize.storing import AGAIN, could_not_write, write_file
 
 if TYPE_CHECKING:
     from linearize.distill.stage import StageTrainer

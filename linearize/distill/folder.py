@@ -20,14 +20,13 @@ from typing import Any
 import torch
 import yaml
 
-from linearize import config, launched
+from linearize import config, launched, storing
 from linearize.config.schema import Recipe
-from linearize.distill import checkpoint
-from linearize.distill.checkpoint import PARTIAL, read_json, write_file, write_json
 from linearize.distill.continuing import changes
 from linearize.distill.identity import fingerprint
 from linearize.distill.lock import LOCK
 from linearize.errors import CheckpointError, ModelNotFoundError, RunFolderError
+from linearize.storing import PARTIAL, read_json, write_file, write_json
 
 log = logging.getLogger(__name__)
 
@@ -168,9 +167,9 @@ class RunFolder:
         if self.path.is_dir():
             for path in list(self.path.iterdir()):
                 if path.name.startswith((PARTIAL, f".{self.checkpoint.name}-", ADAPTER)):
-                    checkpoint.remove(path)
+                    storing.remove(path)
         for index, name in enumerate(["calibrate", *stages]):
-            checkpoint.sweep(self.stage(index, name))
+            storing.sweep(self.stage(index, name))
 
     @property
     def _without_environment(self) -> str:

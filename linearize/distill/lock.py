@@ -21,8 +21,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from linearize.distill.checkpoint import could_not_write, is_full, write_json
 from linearize.errors import RunFolderError
+from linearize.storing import could_not_write, is_full, write_json
 
 LOCK = ".lock"
 OWNER = ".lock.json"

@@ -21,9 +21,9 @@ from linearize.config.course import Course
 from linearize.config.schedule import Over
 from linearize.config.schema import Recipe, StageConfig
 from linearize.distill import memory, stages
-from linearize.distill.checkpoint import PARTIAL
 from linearize.distill.preference import Pairs
 from linearize.distill.trainable import unwrapped
+from linearize.storing import PARTIAL
 
 NEVER = 10**9
 """Steps between lines and checkpoints that are not written."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from linearize import data, surgery
 from linearize.config.schema import DataConfig, Recipe
-from linearize.distill.checkpoint import read_json, write_json
 from linearize.distill.memory import Fitting
 from linearize.errors import (
     CheckpointError,
@@ -28,6 +27,7 @@ from linearize.eval import ablation, harness, tables
 from linearize.eval.perplexity import perplexity, windows
 from linearize.mixers.offloaded import device_of
 from linearize.progress import Meter
+from linearize.storing import read_json, write_json
 
 
 class Results:

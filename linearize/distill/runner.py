@@ -30,7 +30,6 @@ from linearize.distill import (
     texts,
 )
 from linearize.distill.callbacks import RunStopped
-from linearize.distill.checkpoint import write_json, writing
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.distill.folder import RunFolder, facts, plan_json
 from linearize.distill.lock import held
@@ -44,6 +43,7 @@ from linearize.errors import LinearizeError, RecipeError, UnsupportedModelError,
 from linearize.eval.report import write_report
 from linearize.models.sound import check_trainable
 from linearize.signals import exit_code
+from linearize.storing import write_json, writing
 from linearize.surgery.inspection import skeleton
 
 log = logging.getLogger(__name__)

@@ -21,12 +21,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from linearize import launched, surgery
+from linearize import launched, storing, surgery
 from linearize.config.changing import changing
 from linearize.config.course import Course
 from linearize.config.schedule import Over
 from linearize.config.schema import RunConfig, StageConfig
-from linearize.distill import checkpoint, non_finite, processes, state, together, window_dropout
+from linearize.distill import non_finite, processes, state, together, window_dropout
 from linearize.distill.batches import Batches, part
 from linearize.distill.callbacks import Interrupt
 from linearize.distill.micro import MicroBatch
@@ -251,7 +251,7 @@ class StageTrainer(Trainer):
             what = non_finite.in_gradients(self.parameters)
         else:
             what = self.where_not_finite(values)
-        last = checkpoint.latest(self.stage_folder)
+        last = storing.latest(self.stage_folder)
         raise NonFiniteLossError(
             f"stage '{self.stage_name}', step {self.state.global_step + 1}: {what}. The step was not applied. "
             f"Last good checkpoint: {last or 'none of this stage yet'}. "
@@ -264,20 +264,20 @@ class StageTrainer(Trainer):
         if not launched.first():
             return
         folder = self.stage_folder / f"checkpoint-{self.state.global_step}"
-        checkpoint.write_folder(folder, self._write_state)
-        checkpoint.prune(self.stage_folder, KEPT_CHECKPOINTS)
+        storing.write_folder(folder, self._write_state)
+        storing.prune(self.stage_folder, KEPT_CHECKPOINTS)
 
     def _write_state(self, folder: Path) -> None:
-        checkpoint.write_tensors(folder / "trained.safetensors", self.parameters)
-        checkpoint.write_tensors(
+        storing.write_tensors(folder / "trained.safetensors", self.parameters)
+        storing.write_tensors(
             folder / "optimizer.safetensors", state.optimizer_tensors(self.adamw, self._names)
         )
-        checkpoint.write_tensors(folder / "rng.safetensors", state.rng_tensors())
+        storing.write_tensors(folder / "rng.safetensors", state.rng_tensors())
         window = {} if self._window_values is None else {"values": self._window_values}
-        checkpoint.write_tensors(folder / "window.safetensors", window)
-        self.state.save_to_json(str(folder / checkpoint.STATE))
+        storing.write_tensors(folder / "window.safetensors", window)
+        self.state.save_to_json(str(folder / storing.STATE))
         scheduler = self.schedule.state_dict()
-        checkpoint.write_json(
+        storing.write_json(
             folder / "state.json",
             {
                 "lr": [group["lr"] for group in self.adamw.param_groups],
@@ -292,7 +292,7 @@ class StageTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / "trained.safetensors"
-        load_trained(self.trained_model, checkpoint.read_tensors(path), path)
+        load_trained(self.trained_model, storing.read_tensors(path), path)
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is None:
@@ -300,12 +300,12 @@ class StageTrainer(Trainer):
         folder = Path(checkpoint_folder)
         saved = state.read(folder)
         state.load_optimizer_tensors(
-            self.adamw, checkpoint.read_tensors(folder / "optimizer.safetensors"), self._names
+            self.adamw, storing.read_tensors(folder / "optimizer.safetensors"), self._names
         )
         for group, lr in zip(self.adamw.param_groups, saved["lr"], strict=True):
             group["lr"] = lr
         self.schedule.load_state_dict({**self.schedule.state_dict(), **saved["scheduler"]})
-        window = checkpoint.read_tensors(folder / "window.safetensors").get("values")
+        window = storing.read_tensors(folder / "window.safetensors").get("values")
         self._window_values = None if window is None else window.to(self.args.device)
         self._window_steps = saved["window_steps"]
         self.micro.remember(saved.get("micro_batch"))
@@ -314,7 +314,7 @@ class StageTrainer(Trainer):
         if checkpoint_folder is not None:
             folder = Path(checkpoint_folder)
             numbers = state.read(folder)["rng"]
-            state.restore_rng(checkpoint.read_tensors(folder / "rng.safetensors"), numbers)
+            state.restore_rng(storing.read_tensors(folder / "rng.safetensors"), numbers)
 
     # Trainer's defaults that do not fit
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from linearize import launched, objectives
+from linearize import launched, objectives, storing
 from linearize.config.schema import RunConfig, StageConfig
-from linearize.distill import checkpoint, memory, processes
+from linearize.distill import memory, processes
 from linearize.distill.callbacks import RunStopped, StageCallback, forget_lines
 from linearize.distill.finetune import FinetuneTrainer, needs_teacher
 from linearize.distill.positions import counted_from_zero
@@ -60,14 +60,14 @@ def restore(model: nn.Module, stage: StageConfig, place: StagePlace) -> nn.Modul
     """
     model = prepare(model, stage)
     path = place.folder / FINAL
-    remedy = f"Delete {place.folder}, then {checkpoint.AGAIN}: the stage is then trained again"
-    written = checkpoint.read_json(place.folder / DONE, remedy).get("sha256")
-    tensors = checkpoint.read_tensors(path)
+    remedy = f"Delete {place.folder}, then {storing.AGAIN}: the stage is then trained again"
+    written = storing.read_json(place.folder / DONE, remedy).get("sha256")
+    tensors = storing.read_tensors(path)
     if written is not None and written != sha256(path):
         raise CheckpointError(f"{path}: is not what was written (another checksum). {remedy}")
     load_trained(model, tensors, path)
     if launched.first():
-        checkpoint.prune(place.folder, keep=0)  # an earlier process may have been cut off in doing so
+        storing.prune(place.folder, keep=0)  # an earlier process may have been cut off in doing so
     return model
 
 
@@ -103,7 +103,7 @@ def train(
         CheckpointError: a checkpoint could not be written or read.
         OutOfMemoryError: with the step.
     """
-    start = processes.alone(lambda: checkpoint.newest_intact(place.folder))
+    start = processes.alone(lambda: storing.newest_intact(place.folder))
     opened = training(
         model,
         stage,
@@ -129,8 +129,8 @@ def train(
 
 def _write(tensors: dict[str, nn.Parameter], trainer: StageTrainer, place: StagePlace) -> None:
     """The stage's result."""
-    checkpoint.write_tensors_file(place.folder / FINAL, tensors)
-    checkpoint.write_json(
+    storing.write_tensors_file(place.folder / FINAL, tensors)
+    storing.write_json(
         place.folder / DONE,
         {
             "steps": trainer.course.steps,
@@ -140,7 +140,7 @@ def _write(tensors: dict[str, nn.Parameter], trainer: StageTrainer, place: Stage
             "sha256": sha256(place.folder / FINAL),
         },
     )
-    checkpoint.prune(place.folder, keep=0)
+    storing.prune(place.folder, keep=0)
 
 
 @contextmanager

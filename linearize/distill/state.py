@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from linearize.distill.checkpoint import AGAIN, read_json
 from linearize.errors import CheckpointError
+from linearize.storing import AGAIN, read_json
 
 
 def read(folder: Path) -> dict[str, Any]:

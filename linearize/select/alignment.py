@@ -15,10 +15,10 @@ from linearize.config.course import Course
 from linearize.config.schema import CalibrateConfig, Recipe, StageConfig, StageDataConfig
 from linearize.distill import stages
 from linearize.distill import texts as training
-from linearize.distill.checkpoint import remove
 from linearize.distill.device import resolve_device, resolve_weights
 from linearize.distill.stages import StagePlace
 from linearize.errors import CheckpointError
+from linearize.storing import remove
 
 log = logging.getLogger(__name__)
 

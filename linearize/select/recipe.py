@@ -8,8 +8,8 @@ from pathlib import Path
 
 from linearize.config.compose import is_file_name, to_yaml
 from linearize.config.schema import Recipe
-from linearize.distill.checkpoint import write_file
 from linearize.select.placement import Kept
+from linearize.storing import write_file
 
 
 def write(

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from linearize import surgery
-from linearize.distill.checkpoint import read_tensors, write_tensors_file
 from linearize.errors import CheckpointError, NotFiniteError
 from linearize.eval.intervals import bootstrap
 from linearize.eval.measurement import score
@@ -21,6 +20,7 @@ from linearize.eval.rows import TEACHER, Score, Scores, key_of
 from linearize.eval.token_scores import Predictor, score_tokens
 from linearize.select.placement import Kept
 from linearize.select.samples import Sample
+from linearize.storing import read_tensors, write_tensors_file
 from linearize.version import __version__
 
 

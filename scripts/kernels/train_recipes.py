@@ -170,10 +170,10 @@ def trains(model: Any, row: dict[str, Any]) -> None:
     import torch
     from transformers import TrainerCallback
 
-    from linearize.bench.steps import RandomText
     from linearize.config.schema import RunConfig, StageConfig
     from linearize.distill import stages
     from linearize.distill.device import resolve_precision
+    from linearize.distill.rates import RandomText
     from linearize.mixers import compiled
 
     batch, length = SIZES[row["device"]]

@@ -13,12 +13,11 @@ import pytest
 import torch
 from interrupted import Crash, at_step, crash, finals, losses
 
-from linearize import distill
+from linearize import distill, storing
 from linearize.config.course import Course, Phase
 from linearize.config.schedule import Over
 from linearize.config.schema import Recipe, StageConfig, StageDataConfig
 from linearize.data.packing import LOSS, START, PackedDataset
-from linearize.distill import checkpoint
 from linearize.distill.batches import Batches, firsts
 from linearize.distill.optimizer import Rate
 from linearize.eval import plots
@@ -159,7 +158,7 @@ def test_a_resume_in_the_middle_of_a_schedule_is_bit_equal(
         with monkeypatch.context() as patch, pytest.raises(Crash):
             at_step(patch, stage, step, crash)
             distill.run(str(teacher_folder), changing, out, resume=True)
-        assert checkpoint.latest(next(out.glob(f"stage-*-{stage}"))).name == f"checkpoint-{last}"
+        assert storing.latest(next(out.glob(f"stage-*-{stage}"))).name == f"checkpoint-{last}"
         torch.manual_seed(7)
     distill.run(str(teacher_folder), changing, out, resume=True)
     assert losses(out) == losses(tmp_path / "whole")

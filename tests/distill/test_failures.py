@@ -16,9 +16,9 @@ from byte_llama import MIXER, tiny_llama
 from interrupted import at_step, press_ctrl_c
 from safetensors import SafetensorError
 
-from linearize import config, distill
+from linearize import config, distill, storing
 from linearize.config.schema import LoraConfig, Recipe, StageConfig
-from linearize.distill import checkpoint, trainable
+from linearize.distill import trainable
 from linearize.distill.stage import StageTrainer
 from linearize.errors import (
     CheckpointError,
@@ -70,9 +70,9 @@ def test_nan_in_transfer_names_the_layer(
     good = tmp_path / "run" / "stage-1-transfer" / "checkpoint-4"
     assert str(good) in text
     assert "stages.transfer.lr=0.001" in text
-    assert checkpoint.latest(good.parent) == good
+    assert storing.latest(good.parent) == good
     assert all(
-        tensor.isfinite().all() for tensor in checkpoint.read_tensors(good / "trained.safetensors").values()
+        tensor.isfinite().all() for tensor in storing.read_tensors(good / "trained.safetensors").values()
     )
     monkeypatch.undo()
     distill.run(str(teacher_folder), small, tmp_path / "run", resume=True)  # the cause was passing
@@ -199,14 +199,14 @@ def test_full_disk_keeps_the_previous_checkpoint(
     error: Exception, teacher_folder: Path, small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    original = checkpoint.save_file
+    original = storing.save_file
 
     def save_file(tensors, path, *args):
         original(tensors, path, *args)
         if Path(path).parent.name == ".partial-checkpoint-4" and Path(path).name == "optimizer.safetensors":
             raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(storing, "save_file", save_file)
     with pytest.raises(CheckpointError) as stopped:
         distill.run(str(teacher_folder), small, out)
     stage = out / "stage-1-transfer"
@@ -225,13 +225,13 @@ def test_a_full_disk_at_a_single_file_names_the_checkpoint(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def fill(folder: Path) -> None:
-        checkpoint.write_json(folder / "state.json", {})
+        storing.write_json(folder / "state.json", {})
 
-    checkpoint.write_folder(tmp_path / "checkpoint-1", fill)
+    storing.write_folder(tmp_path / "checkpoint-1", fill)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         with pytest.raises(CheckpointError) as stopped:
-            checkpoint.write_folder(tmp_path / "checkpoint-2", fill)
+            storing.write_folder(tmp_path / "checkpoint-2", fill)
     said = f"{tmp_path / 'checkpoint-2'}: the disk is full. The previous checkpoint is intact (checkpoint-1)"
     assert str(stopped.value).startswith(said)
     assert os.listdir(tmp_path) == ["checkpoint-1"]
@@ -270,13 +270,13 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     try:
 
         def write(size: int) -> Callable[[Path], None]:
-            return lambda folder: checkpoint.write_tensors(folder / "t.safetensors", {"t": torch.zeros(size)})
+            return lambda folder: storing.write_tensors(folder / "t.safetensors", {"t": torch.zeros(size)})
 
-        checkpoint.write_folder(disk / "checkpoint-1", write(100))
+        storing.write_folder(disk / "checkpoint-1", write(100))
         with pytest.raises(CheckpointError, match="the disk is full"):
-            checkpoint.write_folder(disk / "checkpoint-2", write(10**6))
+            storing.write_folder(disk / "checkpoint-2", write(10**6))
         assert os.listdir(disk) == ["checkpoint-1"]
-        assert checkpoint.latest(disk).name == "checkpoint-1"
+        assert storing.latest(disk).name == "checkpoint-1"
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -292,7 +292,7 @@ def test_second_ctrl_c_aborts_at_once(
     with pytest.raises(distill.RunStopped, match=r"(?s)aborted.*linearize run .* --resume"):
         distill.run(str(teacher_folder), small, out)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert checkpoint.latest(out / "stage-1-transfer").name == "checkpoint-4"
+    assert storing.latest(out / "stage-1-transfer").name == "checkpoint-4"
     monkeypatch.undo()
     distill.run(str(teacher_folder), small, out, resume=True)
 

@@ -16,6 +16,7 @@ from byte_llama import MIXER
 from interrupted import finals
 from several import Ended, lines, run, start, whole
 
+from linearize import storing
 from linearize.config.schema import (
     CalibrateConfig,
     DataConfig,
@@ -26,7 +27,6 @@ from linearize.config.schema import (
     StageConfig,
     StageDataConfig,
 )
-from linearize.distill import checkpoint
 from linearize.distill.lock import held
 
 STEPS = 4
@@ -172,7 +172,7 @@ def test_stopped_and_resumed_on_other_numbers(
     ended = start(3, jobs.signalled, *given, folder=tmp_path / "b")
     assert ended.codes == [130] * 3, ended.said
     once(ended, "stopped in stage 'recover' after step 3 of 4")
-    assert checkpoint.latest(out / "stage-2-recover").name == "checkpoint-3"
+    assert storing.latest(out / "stage-2-recover").name == "checkpoint-3"
     ended = start(1, run, model, recipe, out, True, folder=tmp_path / "c")
     assert ended.codes == [0], ended.said
     assert_equal(out, reference)
@@ -197,7 +197,7 @@ def test_a_killed_process(
     assert ended.codes[rank] == -signal.SIGKILL and ended.codes[1 - rank] == 2, ended.said
     once(ended, "another process of this run has ended, or does not answer")
     once(ended, "Go on with:\n  torchrun --nproc-per-node 2 -m linearize run")
-    assert checkpoint.latest(out / "stage-1-transfer").name == "checkpoint-2"
+    assert storing.latest(out / "stage-1-transfer").name == "checkpoint-2"
     ended = start(2, run, model, transfer, out, True, folder=tmp_path)
     assert ended.codes == [0, 0], ended.said
     assert [x["step"] for x in lines(out)] == list(range(1, STEPS + 1))

@@ -12,9 +12,8 @@ import torch
 from interrupted import Crash, at_step, crash, finals, losses, press_ctrl_c
 from safetensors.torch import load_file
 
-from linearize import distill
+from linearize import distill, storing
 from linearize.config.schema import Recipe, StageConfig, StageDataConfig
-from linearize.distill import checkpoint
 from linearize.errors import CheckpointError
 
 
@@ -55,7 +54,7 @@ def test_crash_in_each_stage(
         with monkeypatch.context() as patch, pytest.raises(Crash):
             at_step(patch, stage, 5, crash)
             distill.run(str(teacher_folder), small, out, resume=True)
-        assert checkpoint.latest(next(out.glob(f"stage-*-{stage}"))).name == "checkpoint-3"
+        assert storing.latest(next(out.glob(f"stage-*-{stage}"))).name == "checkpoint-3"
         torch.manual_seed(123)  # a new process would not share the random state either
     measured = json.loads((out / "results.json").read_text())["rows"]
     assert [row["name"] for row in measured] == ["teacher", "swapped, untrained", "after transfer"]
@@ -113,7 +112,7 @@ def test_ctrl_c_in_each_stage(
             distill.run(str(teacher_folder), small, out, resume=True)
         assert f"stage '{stage}' after step 5 of 8" in str(stopped.value)
         assert f"linearize run {teacher_folder} {out}/recipe.yaml --out {out} --resume" in str(stopped.value)
-        assert checkpoint.latest(next(out.glob(f"stage-*-{stage}"))).name == "checkpoint-5"
+        assert storing.latest(next(out.glob(f"stage-*-{stage}"))).name == "checkpoint-5"
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     distill.run(str(teacher_folder), small, out, resume=True)
     assert_equal(out, reference)
@@ -140,11 +139,11 @@ def test_partial_checkpoints_are_passed_over(
         at_step(patch, "transfer", 7, crash)
         distill.run(str(teacher_folder), small, out)
     stage = out / "stage-1-transfer"
-    assert [path.name for path in checkpoint.checkpoints(stage)] == ["checkpoint-3", "checkpoint-6"]
+    assert [path.name for path in storing.checkpoints(stage)] == ["checkpoint-3", "checkpoint-6"]
     damaged = stage / "checkpoint-6" / "optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-8])
     (stage / "checkpoint-7").mkdir()
-    assert checkpoint.latest(stage).name == "checkpoint-3"
+    assert storing.latest(stage).name == "checkpoint-3"
     distill.run(str(teacher_folder), small, out, resume=True)
     assert_equal(out, reference)
 
@@ -162,7 +161,7 @@ def test_a_renamed_checkpoint_is_refused_by_name(
     true = (stage / "checkpoint-6").rename(stage / name)
     with pytest.raises(CheckpointError, match=rf"{name}: holds step 6.* back the name checkpoint-6, or move"):
         distill.run(str(teacher_folder), small, out, resume=True)
-    assert checkpoint.damaged(true) is None and (stage / "checkpoint-3").is_dir()
+    assert storing.damaged(true) is None and (stage / "checkpoint-3").is_dir()
     true.rename(stage / "checkpoint-6")
     distill.run(str(teacher_folder), small, out, resume=True)
     assert_equal(out, reference)
