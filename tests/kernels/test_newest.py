@@ -17,6 +17,16 @@ CASES = {
     "one slot": (2, 2, 1, 1, 8, 8),
 }
 """B, H, N, S, K, V."""
+GPU = torch.cuda.is_available()
+NEEDS_TRITON = pytest.mark.skipif(
+    not GPU and not dispatch.interpreted(), reason="needs a GPU or TRITON_INTERPRET=1"
+)
+NARROW = [torch.bfloat16] if GPU else []  # wrong in the interpreter
+CLOSE = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+def on_device(given):
+    return [x.cuda() for x in given] if GPU else given
 
 
 def drawn(case, dtype):
@@ -62,24 +72,23 @@ def test_torch(case, softcap):
     torch.testing.assert_close(got, loops(*given, 0.3, softcap), atol=1e-12, rtol=1e-10)
 
 
-@pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize("dtype, close", [(torch.float32, 2e-6), (torch.float16, 3e-3)])
+@NEEDS_TRITON
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *NARROW])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("case", CASES)
-def test_triton(case, softcap, dtype, close):
-    given = drawn(case, dtype)
+def test_triton(case, softcap, dtype):
+    given, close = drawn(case, dtype), CLOSE[dtype]
     with dispatch.kernels("triton"):
-        got = newest_step(*given, scaling=0.3, softcap=softcap)
+        got = newest_step(*on_device(given), scaling=0.3, softcap=softcap).cpu()
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), loops(*given, 0.3, softcap), atol=close, rtol=close)
 
 
+@NEEDS_TRITON
 def test_what_is_not_seen_is_not_read():
     """Slots of an earlier document may hold anything, NaN too, in the Triton form."""
-    q, keys, values, newest, seen = drawn("one head each", torch.float32)
+    q, keys, values, newest, seen = on_device(drawn("one head each", torch.float32))
     seen[:] = 3
-    if not dispatch.interpreted():
-        pytest.skip("needs TRITON_INTERPRET=1")
     with dispatch.kernels("triton"):
         one = newest_step(q, keys, values, newest, seen, scaling=0.3)
         for row in range(len(q)):
