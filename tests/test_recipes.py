@@ -155,7 +155,11 @@ def test_tables_are_current() -> None:
 
 def test_parts_in_words() -> None:
     assert parts(outline("swa_sinks")["mixer"]) == ["sliding window 64 (first 4)"]
-    assert parts(outline("lizard")["mixer"])[-3:] == ["sliding window 128 (overlap, sinks)", "sum", "no RoPE"]
+    assert parts(outline("lizard")["mixer"])[-3:] == [
+        "sliding window 128 (overlap, sinks)",
+        "weighted",
+        "no RoPE",
+    ]
     assert parts({"feature_map": {"name": "relu"}}) == ["relu", "additive", "running_sum"]
     assert composition(outline("halo")).endswith(
         "1 layer in 4: full window (log of the length, base 362), output gate, no RoPE"

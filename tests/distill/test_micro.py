@@ -199,6 +199,8 @@ def test_recipes_are_told(changed: dict[str, Any], says: str, recipe: Recipe) ->
 
 def test_a_run_from_when_there_was_grad_accum_goes_on() -> None:
     old = {"stages": {"s": {"batch_size": 2, "grad_accum": 4}}}
-    found = changes(old, {"stages": {"s": {"batch_size": 8, "micro_batch": "auto"}}})
+    new = {"calibrate": {"tokens": 0}, "stages": {"s": {"batch_size": 8, "micro_batch": "auto"}}}
+    found = changes(old, new)
     assert found.accepted == ["stages.s.micro_batch: 2 -> auto"] and not found.refused
-    assert changes(old, {"stages": {"s": {"batch_size": 2, "micro_batch": "auto"}}}).refused
+    assert changes(old, {**new, "stages": {"s": {"batch_size": 2, "micro_batch": "auto"}}}).refused
+    assert changes(old, {**new, "calibrate": {"tokens": 4096}}).refused == ["calibrate.tokens: 0 -> 4096"]
