@@ -181,7 +181,9 @@ def _pairs(path: str, stage: StageConfig, recipe: Recipe) -> list[str]:
         return [f"{path}.data.length: pairs have one length; give a number"]
     if wanted and (data.mix or TEACHER in sources(data)):
         what = "a mix" if data.mix else "the teacher's text"
-        return [f"{path}.data: {what} holds no pairs; set {path}.data.source to a file of them"]
+        return [
+            f"{path}.data: {what} holds no pairs; set {path}.data.source to a file of them, or to builtin"
+        ]
     if (data.template == "preference") == bool(wanted):
         return []
     if wanted:

@@ -112,6 +112,7 @@ def packed(
         )
     validation = split == "validation"
     source = config.validation if validation else config.source
+    shown = _shown(source)
     part = "validation" if validation else config.split
     length = config.length
     wanted = max(1, math.ceil(tokens / length)) * length
@@ -128,11 +129,11 @@ def packed(
         ids, flags = _take(Tokens(tokenizer), documents, wanted)
         if len(ids) < length:
             raise DataError(
-                f"{source}: the text has {len(ids):,} tokens, fewer than one sequence of {length:,}; give more "
+                f"{shown}: the text has {len(ids):,} tokens, fewer than one sequence of {length:,}; give more "
                 "text or lower data.length"
             )
         whole = len(ids) // length * length
-        return _drop_untrained(ids[:whole], flags[:whole], config, source)
+        return _drop_untrained(ids[:whole], flags[:whole], config, shown)
 
     key = key_of(tokenizer, config, source, wanted=wanted, seed=seed, split=part)
     taken = stored(key, take)
@@ -140,18 +141,25 @@ def packed(
     if taken.dropped:
         log.info(
             "%s: %d of %d sequences hold only prompt and are left out",
-            source,
+            shown,
             taken.dropped,
             taken.dropped + len(dataset),
         )
     if dataset.num_tokens < wanted:
         log.info(
             "%s holds %s of the %s tokens asked for: it is repeated",
-            source,
+            shown,
             f"{dataset.num_tokens:,}",
             f"{wanted:,}",
         )
     return dataset
+
+
+def _shown(source: Any) -> str:
+    """A source in a message: of many files the first."""
+    if isinstance(source, (list, tuple)) and len(source) > 3:
+        return f"{source[0]} and {len(source) - 1} more"
+    return str(source)
 
 
 @dataclass(frozen=True)

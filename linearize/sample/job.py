@@ -220,6 +220,8 @@ def _go_on(
             if waiting is not None:
                 have.take(waiting.result())
             raise
+        finally:
+            writer.release()
     return time.monotonic() - began
 
 

@@ -108,10 +108,6 @@ class Store:
             for leftover in self.folder.glob("*.partial"):
                 leftover.unlink()
             yield
-        except OSError as error:
-            if error.filename is not None and str(self.folder) not in str(error.filename):
-                raise
-            raise self._unwritable(error) from error
         finally:
             lock.release()
 
@@ -133,7 +129,7 @@ class Store:
             return None
 
     def write(self, number: int, part: Part) -> Path:
-        """Put a part in its place, at once."""
+        """Put a part in its place, at once. Raises CheckpointError."""
         path = self.part(number)
         columns = [part.texts, part.sources, part.tokens, part.beginnings]
         meta = {_META: json.dumps(asdict(part.counts)).encode()}
@@ -160,10 +156,13 @@ class Store:
         return {}
 
     def describe(self, about: dict[str, Any]) -> None:
-        """Write what is said of all parts."""
+        """Write what is said of all parts. Raises CheckpointError."""
         partial = self.folder / f"{ABOUT}.partial"
-        partial.write_text(json.dumps(about, indent=1), encoding="utf-8")
-        self._into_place(partial, self.folder / ABOUT)
+        try:
+            partial.write_text(json.dumps(about, indent=1), encoding="utf-8")
+            self._into_place(partial, self.folder / ABOUT)
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def _into_place(self, partial: Path, path: Path) -> None:
         with partial.open("rb") as file:

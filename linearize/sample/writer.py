@@ -110,6 +110,14 @@ class Writer(Decoder):
                     on_steps(steps)
         return self.written.cpu().numpy().copy()  # the next round writes where this one lies
 
+    def release(self) -> None:
+        """Give the memory of keys and graph back; nothing can be written any more.
+
+        What torch has compiled may hold on to this object for longer.
+        """
+        self._graph = None
+        self.cache.layers.clear()
+
     def _begin(self, order: np.ndarray) -> None:
         self.order.copy_(torch.from_numpy(order))
         self.clock.start(0)
