@@ -137,7 +137,7 @@ def once(ended: Ended, words: str) -> None:
     assert "Traceback" not in ended.said, ended.said
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_kind_of_stage(
     size: int, teacher_folder: Path, recipe: Recipe, reference: Path, tmp_path: Path
 ) -> None:
@@ -178,6 +178,7 @@ def test_stopped_and_resumed_on_other_numbers(
     assert_equal(out, reference)
 
 
+@pytest.mark.slow
 def test_ctrl_c_that_a_launcher_hands_on(teacher_folder: Path, transfer: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "run"
     ended = start(2, jobs.pressed_twice, str(teacher_folder), transfer, out, folder=tmp_path)
@@ -186,7 +187,7 @@ def test_ctrl_c_that_a_launcher_hands_on(teacher_folder: Path, transfer: Recipe,
     assert not (out / ".lock").exists()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process(
     rank: int, teacher_folder: Path, transfer: Recipe, reference: Path, tmp_path: Path
 ) -> None:
@@ -213,6 +214,7 @@ def test_not_finite_in_one_process(teacher_folder: Path, recipe: Recipe, tmp_pat
     once(ended, "The step was not applied")
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_one_process(teacher_folder: Path, transfer: Recipe, tmp_path: Path) -> None:
     """All go on with what fits there, and the losses stay what they are."""
     transfer.stages = {
