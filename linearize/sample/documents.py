@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from linearize.sample.loops import loops
+from linearize.sample.loops import STRETCH, loops
 from linearize.sample.writer import ENDED, START, TOKEN
 
 FEWEST = 16
@@ -26,12 +26,14 @@ class Written:
         opening: number of its opening.
         given: tokens of the opening.
         ended: the model ended it; else it was cut, by its length or by the end of the round.
+        last: of its row, cut by the end of the round.
     """
 
     ids: np.ndarray
     opening: int
     given: int
     ended: bool
+    last: bool = False
 
 
 def documents(written: np.ndarray, order: np.ndarray, sizes: np.ndarray) -> Iterator[Written]:
@@ -48,7 +50,7 @@ def documents(written: np.ndarray, order: np.ndarray, sizes: np.ndarray) -> Iter
         for number, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             opening = int(openings[number % len(openings)])
             ended = bool(stop < len(row) and row[stop] & ENDED)
-            yield Written(row[start:stop] & TOKEN, opening, int(sizes[opening]), ended)
+            yield Written(row[start:stop] & TOKEN, opening, int(sizes[opening]), ended, stop == len(row))
 
 
 class Filter:
@@ -63,7 +65,8 @@ class Filter:
 
     def verdict(self, document: Written) -> str | None:
         """Why a document is dropped: short, loop, duplicate; None where it is kept, and known from then on."""
-        if len(document.ids) - document.given < FEWEST:
+        # of a few tokens that the end of a round has cut nobody can say whether they had begun to loop
+        if len(document.ids) - document.given < (STRETCH if document.last else FEWEST):
             return "short"
         if loops(document.ids):
             return "loop"

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from linearize.bench.steps import RandomText
 from linearize.bench.subjects import convert, random_model, subjects
 from linearize.config.schema import LoraConfig, RunConfig, StageConfig, StageDataConfig
 from linearize.distill import captured as captured_module
 from linearize.distill import stages
 from linearize.distill.captured import WARM_UP, Captured
+from linearize.distill.rates import RandomText
 from linearize.recording import record
 from linearize.surgery import converted
 

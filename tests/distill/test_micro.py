@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from linearize import cli, config, distill
 from linearize.config.check import check
-from linearize.config.schema import Recipe, StageConfig
+from linearize.config.schema import Recipe, StageConfig, TeacherConfig
 from linearize.distill import memory
 from linearize.distill.continuing import changes
 from linearize.distill.finetune import FinetuneTrainer
@@ -199,7 +200,12 @@ def test_recipes_are_told(changed: dict[str, Any], says: str, recipe: Recipe) ->
 
 def test_a_run_from_when_there_was_grad_accum_goes_on() -> None:
     old = {"stages": {"s": {"batch_size": 2, "grad_accum": 4}}}
-    new = {"calibrate": {"tokens": 0}, "stages": {"s": {"batch_size": 8, "micro_batch": "auto"}}}
+    data = {"mix": {}, "teacher": asdict(TeacherConfig())}
+    new = {
+        "calibrate": {"tokens": 0},
+        "data": data,
+        "stages": {"s": {"batch_size": 8, "micro_batch": "auto"}},
+    }
     found = changes(old, new)
     assert found.accepted == ["stages.s.micro_batch: 2 -> auto"] and not found.refused
     assert changes(old, {**new, "stages": {"s": {"batch_size": 2, "micro_batch": "auto"}}}).refused
