@@ -122,6 +122,10 @@ def sample(
             with Meter(title, tokens, done=before) as meter:
                 seconds = _go_on(have, settings, chat, prompts, tokenizer, load, compile, meter)
         made = sum(have.counts.tokens.values()) - have.found
+        if made:
+            # a round that was begun on a guess may not have been needed: a call that finds all parts gives the same
+            have = _Have(store, tokens)
+            have.look()
     return Sampled([store.part(n) for n in range(have.parts)], have.counts, made, seconds, store.folder)
 
 

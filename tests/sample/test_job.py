@@ -51,7 +51,10 @@ def test_text_is_there_and_counted(write):
     kept = found.counts
     assert 600 <= kept.tokens["kept"] == sum(row["tokens"] for row in texts)
     assert kept.documents["kept"] == len(texts) == len({row["text"] for row in texts})
-    assert sum(kept.tokens.values()) == len(found.files) * ROUND == found.made
+    assert sum(kept.tokens.values()) == len(found.files) * ROUND
+    assert found.made in (len(found.files) * ROUND, (len(found.files) + 1) * ROUND), (
+        "one round on a guess at most"
+    )
     assert all(row["source"].startswith("teacher/") and row["source"] != "teacher/chat" for row in texts)
     assert not any("<eos>" in row["text"] or "<bos>" in row["text"] for row in texts)
 
