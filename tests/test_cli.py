@@ -248,7 +248,9 @@ def test_a_reader_that_goes_away_is_no_error(arguments):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("line", ["generate {} --prompt a", "eval {}", "compare {}", "export {} --quantize int8"])
+@pytest.mark.parametrize(
+    "line", ["generate {} --prompt a", "eval {}", "compare {}", "export {} --quantize int8"]
+)
 def test_paths_that_no_file_can_have(line, capsys):
     name = "x" * 300
     assert cli.main(line.format(name).split()) == 2
