@@ -255,4 +255,4 @@ def test_paths_that_no_file_can_have(line, capsys):
     name = "x" * 300
     assert cli.main(line.format(name).split()) == 2
     said = capsys.readouterr().err
-    assert "too long to be the name" in said and len(said) < 300
+    assert "too long for a file" in said and len(said) < 300

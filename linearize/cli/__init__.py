@@ -63,11 +63,8 @@ def _answered(arguments: list[str]) -> int:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:  # wherever a path was looked at first
             name = repr(str(error.filename))
-            return _fail(
-                f"{name if len(name) <= 80 else name[:80] + '...'} is too long to be the name of a file or folder here; "
-                "give a shorter one",
-                2,
-            )
+            name = name if len(name) <= 80 else f"{name[:80]}..."
+            return _fail(f"{name} is too long for a file or folder here; give a shorter name", 2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" ({error.filename})" if error.filename else ""

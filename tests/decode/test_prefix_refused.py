@@ -125,7 +125,7 @@ def test_lengths_about_a_sliding_window_are_taken(tokens):
 def test_formats_that_are_none(path, number):
     tensors = load_file(path)
     save_file(tensors, path, {**_metadata(path), "format": number})
-    with pytest.raises(CheckpointError, match="is no state, cut short or damaged|newer linearize"):
+    with pytest.raises(CheckpointError, match=r"is no state, cut short or damaged|newer linearize"):
         load_state(path)
 
 
