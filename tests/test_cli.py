@@ -246,3 +246,13 @@ def test_a_reader_that_goes_away_is_no_error(arguments):
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "line", ["generate {} --prompt a", "eval {}", "compare {}", "export {} --quantize int8"]
+)
+def test_paths_that_no_file_can_have(line, capsys):
+    name = "x" * 300
+    assert cli.main(line.format(name).split()) == 2
+    said = capsys.readouterr().err
+    assert "too long for a file" in said and len(said) < 300

@@ -61,6 +61,10 @@ def _answered(arguments: list[str]) -> int:
     except MemoryError as error:
         return _fail(f"out of memory{f' ({error})' if str(error) else ''}; free some and try again", 2)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # wherever a path was looked at first
+            name = repr(str(error.filename))
+            name = name if len(name) <= 80 else f"{name[:80]}..."
+            return _fail(f"{name} is too long for a file or folder here; give a shorter name", 2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" ({error.filename})" if error.filename else ""

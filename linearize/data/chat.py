@@ -80,6 +80,7 @@ class Chat:
 
     def prompt(self, messages: list[Message]) -> Document:
         """What an answer to the messages would follow. Raises as `document`."""
+        self._check(messages, None)
         return self._document(
             lambda messages, tools: [(self.render(messages, tools, add_generation_prompt=True), False)],
             messages,
@@ -146,7 +147,7 @@ class Chat:
         """Refuse what the template would drop in silence: speakers, calls and tools that it does not know."""
         for index, message in enumerate(messages):
             role = message["role"]
-            if role not in ROLES and not re.search(rf"\b{re.escape(role)}\b", self._source):
+            if role not in ROLES and not (role and re.search(rf"\b{re.escape(role)}\b", self._source)):
                 self.render(messages, tools)  # its own words first
                 raise unknown_role(role, index + 1)
             if role not in self._seen:

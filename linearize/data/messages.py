@@ -147,6 +147,6 @@ def unknown_role(role: str, number: int, roles: Iterable[str] = ROLES) -> DataEr
     meant = ALSO_CALLED.get(role.lower())
     near = f"did you mean '{meant}'?" if meant else closest(role, roles)
     return DataError(
-        f"message {number} has the role '{role}', which neither is a common one nor appears in the tokenizer's chat "
-        f"template: {near}"
+        f"message {number} has the role {role[:60]!r}, which neither is a common one nor appears in the tokenizer's "
+        f"chat template: {near}"
     )

@@ -26,6 +26,9 @@ KEYS = ("keys", "values")
 GROWING = {**dict.fromkeys(KEYS, 2), **dict.fromkeys(("window_k", "window_v", "window_valid"), 1)}
 """Tensors that may grow with the text, and the axis of its tokens; a ring has the same names and one size."""
 
+FURTHEST = 2**32
+"""No counter of a text gets there: a text has below 2^31 tokens, and a ring counts its own slots beside them."""
+
 
 def taken(cache: Cache) -> dict[str, Tensor]:
     """Copies of what the layers of a cache of one text hold, "3.sums" being `sums` of layer 3.
@@ -101,6 +104,13 @@ def check_layout(model: Any, tensors: dict[str, Tensor], tokens: int) -> None:
                 f"the state's '{name}' is {found.dtype} {list(found.shape)}, and this model holds {like.dtype} {size} "
                 f"after {tokens:,} tokens; {REMEDY}"
             )
+        # counters, which say where steps write; kernels do not ask whether that is inside
+        if not found.dtype.is_floating_point and found.numel():
+            least, most = (int(value) for value in found.to(torch.int64).aminmax())
+            if least < 0 or most > FURTHEST:
+                raise LinearizeError(
+                    f"the state's '{name}' counts {least:,} to {most:,}, which is beyond any text; {REMEDY}"
+                )
 
 
 REMEDY = "the file was not written by this model: read the text again with it (--save-state, read_state)"

@@ -8,6 +8,7 @@ values along. A prefix is read through transformers' own cache, and goes on in o
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,12 +131,14 @@ def read_ids(
         after: what has been read before; it stays as it is.
 
     Raises:
-        LinearizeError: no token, several rows, or more tokens than the model's positions reach.
+        LinearizeError: no token, several rows, an id that the model does not have, or more tokens than its positions
+            reach.
         UnsupportedModelError: a layer holds something else than a mixer's state or keys and values.
     """
     row = _row(ids)
     if not row:
         raise LinearizeError("there is no token to read; give at least one")
+    _check_ids(model, row)
     before = 0 if after is None else after.tokens
     check_reach(model, before + len(row))
     _check_students(model)
@@ -195,8 +198,26 @@ def _row(ids: Sequence[int] | Tensor) -> list[int]:
     if isinstance(ids, Tensor):
         if ids.dim() == 2 and ids.shape[0] != 1:
             raise LinearizeError(f"{ids.shape[0]} texts, and a state holds one: read each alone")
+        if ids.dim() not in (1, 2):
+            raise LinearizeError(f"ids of the shape {list(ids.shape)}: give those of one text, [T] or [1, T]")
         ids = ids.flatten().tolist()
-    return [int(token) for token in ids]
+    try:
+        # not int(), which would take 1.5 for 1
+        return [operator.index(token) for token in ids]
+    except TypeError:
+        raise LinearizeError(
+            "ids must be whole numbers; give those that the tokenizer makes of a text"
+        ) from None
+
+
+def _check_ids(model: Any, ids: list[int]) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    wrong = next((token for token in ids if not 0 <= token < rows), None)
+    if wrong is not None:
+        raise LinearizeError(
+            f"the id {wrong} is no token of the model, whose embedding has rows 0 to {rows - 1:,}; give the ids that "
+            "its own tokenizer makes"
+        )
 
 
 def _digest(ids: Sequence[int], before: str = "") -> str:

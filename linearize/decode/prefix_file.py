@@ -120,7 +120,7 @@ def _metadata(path: Path) -> dict[str, str]:
             f"{path} is a safetensors file but no state; give one that --save-state (or save_state) wrote"
         )
     number = metadata.get("format", "")
-    if not number.isdecimal() or int(number) < 1:
+    if re.fullmatch("[1-9][0-9]{0,9}", number) is None:
         raise _damaged(path, f"its format is {number[:20]!r}")
     if int(number) > FORMAT:
         raise CheckpointError(

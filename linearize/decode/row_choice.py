@@ -13,6 +13,9 @@ from linearize.decode.sampling import Sampling
 NO_NUMBER = -1
 """In place of a token: the logits hold NaN or infinity, and any choice would be made up."""
 
+SEEDS = 2**66
+"""More than there are seeds: negative ones are counted from behind, so that no two are one."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -101,7 +104,8 @@ class Wish:
         if not self.sampling.sample:
             return [0.0] * count
         if self._random is None:
-            self._random = random.Random(self.seed)
+            # Random takes a seed's absolute value
+            self._random = random.Random(self.seed if self.seed is None else self.seed % SEEDS)
         return [self._random.random() for _ in range(count)]
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from linearize import auto
 from linearize.errors import CheckpointError, ModelNotFoundError
 from linearize.export.provenance import check_layers, check_recipe, check_rotation
-from linearize.export.quantized import check_readable
+from linearize.export.quantized import check_codes, check_readable
 from linearize.models.boundary import boundary
 from linearize.models.check import check_checkpoint
 from linearize.models.config import causal_class, read_config
@@ -58,6 +58,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         )
     model: PreTrainedModel = loaded[0]
     check_report(path, loaded[1], model)
+    check_codes(path, model)
     check_finite(path, model)
     check_rotation(path, model)
     return model.eval()
@@ -94,8 +95,9 @@ def check_folder(folder: Path, *, judge: bool = True) -> tuple[type[PreTrainedMo
     cls, config = causal_class(folder, config)
     check_readable(folder, config)
     quantized = getattr(config, "quantization_config", None)
-    if judge and not quantized:
-        rehearse(folder, cls, config, tensors)
+    if judge:
+        if not quantized:  # names and shapes of codes are torchao's
+            rehearse(folder, cls, config, tensors)
         if isinstance(getattr(config, "linearize", None), dict):
             check_layers(folder, config)
             check_recipe(folder, config)

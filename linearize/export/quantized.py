@@ -47,11 +47,62 @@ def check_readable(folder: Path, config: Any) -> None:
     check_torchao(f"{folder}, which holds quantized weights,")
 
 
+def check_codes(folder: str | Path, model: nn.Module) -> None:
+    """Refuse codes and scales that are not those of their layer's shape, which torchao does not look at.
+
+    A scale too few is spread over all channels, and the model would answer wrong in silence.
+
+    Args:
+        folder: where the model is from, for the message.
+        model: as transformers has loaded it.
+
+    Raises:
+        CheckpointError: names the first weight, what it holds and what it should.
+    """
+    found = {name: tensor for name, tensor in model.named_parameters() if is_code(tensor)}
+    if not found:
+        return
+    from torchao.quantization import quantize_
+
+    config: Any = model.hf_quantizer.quantization_config.get_apply_tensor_subclass()
+    known: dict[Any, list[str]] = {}
+    for name, tensor in found.items():
+        layer: Any = model.get_submodule(name.rpartition(".")[0])
+        shape = layer.in_features, layer.out_features
+        kind = *shape, tensor.dtype, tensor.device
+        if kind not in known:
+            like = nn.Linear(*shape, bias=False, dtype=tensor.dtype, device=tensor.device)
+            quantize_(like, config)
+            known[kind] = _held(like.weight)
+        different = [pair for pair in zip(_held(tensor), known[kind], strict=False) if pair[0] != pair[1]]
+        if different or len(_held(tensor)) != len(known[kind]):
+            is_, should = different[0] if different else (", ".join(_held(tensor)), ", ".join(known[kind]))
+            raise CheckpointError(
+                f"the codes of '{name}' in {folder} are not those of a layer from {shape[0]:,} to {shape[1]:,}: they "
+                f"hold {is_[:200]}, and should hold {should[:200]}; export or download it again"
+            )
+
+
+def _held(tensor: Any, name: str = "values") -> list[str]:
+    """What a code is made of: each of its tensors by name, dtype and shape, and its plain facts."""
+    tensor = tensor.detach()
+    if not is_traceable_wrapper_subclass(tensor):
+        return [f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"]
+    inner, facts = tensor.__tensor_flatten__()
+    parts = [part for held in inner for part in _held(getattr(tensor, held), f"{name}.{held}")]
+    # what was a tuple is a list once it has been in a file
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in dict(facts).items()}
+    return [*parts, f"{type(tensor).__name__} {plain!r}"]
+
+
+def is_code(tensor: Any) -> bool:
+    """Whether a weight is stored as codes."""
+    return bool(is_traceable_wrapper_subclass(tensor.detach()))
+
+
 def codes(model: nn.Module) -> list[str]:
     """Names of the weights that are stored as codes."""
-    return [
-        name for name, tensor in model.named_parameters() if is_traceable_wrapper_subclass(tensor.detach())
-    ]
+    return [name for name, tensor in model.named_parameters() if is_code(tensor)]
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -17,6 +17,7 @@ from linearize.errors import CheckpointError
 from linearize.export.bundle import MODULE, auto_map, bundle
 from linearize.export.card import model_card
 from linearize.export.verify import verify
+from linearize.models.files import FOLDER, instead_of_file
 from linearize.patch import changed
 from linearize.surgery import converted
 
@@ -40,7 +41,7 @@ def save(
 
     Args:
         model: a converted model (after LoRA is merged), or any model of transformers.
-        path: the folder; an existing one is replaced.
+        path: the folder; an empty one, or one that holds a checkpoint, is replaced.
         tokenizer: saved along when given, padding on the side that its own files say.
         recipe: the composed recipe, for the card and `linearize.json`.
         metrics: results, likewise.
@@ -56,12 +57,15 @@ def save(
         The folder.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written; what was there before is untouched. Or the
+        CheckpointError: the disk is full, the folder cannot be written, or something else than a checkpoint is there
+            and would be lost; what was there before is untouched. Or the
             folder does not give back the model; it then stands beside its place, as `<path>-failed`.
     """
     path = Path(path)
     scratch: Path | None = None
     try:
+        _check_place(path)
+        path = path.resolve() if path.is_symlink() else path  # the link stays, and leads to the new one
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         model.save_pretrained(scratch, max_shard_size=max_shard_size)
@@ -118,6 +122,16 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     own = getattr(tokenizer, "init_kwargs", {}).get("padding_side", type(tokenizer).padding_side)
     with changed(tokenizer, "padding_side", own):
         tokenizer.save_pretrained(folder)
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a place where replacing loses something that is no checkpoint."""
+    other = "a file" if path.is_file() else instead_of_file(path)
+    if other == FOLDER:
+        known = (path / "config.json").is_file() or next(path.iterdir(), None) is None
+        other = None if known else "a folder that holds other things than a checkpoint"
+    if other is not None:
+        raise CheckpointError(f"{path} is {other}, which would be lost; give another folder")
 
 
 def replace_folder(new: Path, path: Path) -> None:

@@ -31,7 +31,7 @@ FORMAT = 2
 ABOUT = "about.json"
 REASONS = ("short", "loop", "duplicate")
 """Why a document is dropped."""
-_META = b"linearize"
+_META, _DIGEST = b"linearize", b"digest"
 _SCHEMA = pa.schema(
     [("text", pa.string()), ("source", pa.string()), ("tokens", pa.int32()), ("beginning", pa.int64())]
 )
@@ -116,23 +116,39 @@ class Store:
         return self.folder / f"part-{number:05d}.parquet"
 
     def read(self, number: int) -> tuple[Counts, list[int]] | None:
-        """What a part counted, and the beginnings of its documents; None where it is not there, or damaged."""
+        """What a part counted, and the beginnings of its documents; None where it is not there, or damaged.
+
+        All of it is read: parquet finds few of the bits that a disk or a copy has turned, and the rest is another text.
+        """
         path = self.part(number)
         if not path.is_file():
             return None
         try:
-            table = pq.read_table(path, columns=["beginning"])
-            found = json.loads(table.schema.metadata[_META])
-            return Counts(**found), table["beginning"].to_pylist()
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+            table = pq.ParquetFile(path).read()
+            columns = [table[name].to_pylist() for name in _SCHEMA.names]
+            meta = table.schema.metadata
+            counts = _counts(json.loads(meta[_META]))
+            # parts from before there was one have none
+            if meta.get(_DIGEST, (digest := _digest(columns, counts))) != digest:
+                raise ValueError("its contents are not those that were written")
+            return counts, columns[-1]
+        except (
+            pa.ArrowException,
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ):
             log.warning("%s is damaged: it is sampled again", path)
             return None
 
     def write(self, number: int, part: Part) -> Path:
         """Put a part in its place, at once. Raises CheckpointError."""
         path = self.part(number)
-        columns = [part.texts, part.sources, part.tokens, part.beginnings]
-        meta = {_META: json.dumps(asdict(part.counts)).encode()}
+        columns: list[list[Any]] = [part.texts, part.sources, part.tokens, part.beginnings]
+        meta = {_META: json.dumps(asdict(part.counts)).encode(), _DIGEST: _digest(columns, part.counts)}
         table = pa.Table.from_arrays(
             [pa.array(values, type=kind.type) for values, kind in zip(columns, _SCHEMA, strict=True)],
             schema=_SCHEMA.with_metadata(meta),
@@ -175,6 +191,22 @@ class Store:
             f"cannot write sampled text into {self.folder}: {reason}; free some space or set LINEARIZE_CACHE to a "
             "folder on another disk, and give the command again: finished parts are kept"
         )
+
+
+def _digest(columns: list[list[Any]], counts: Counts) -> bytes:
+    """One number for a part's contents."""
+    return hashlib.sha256(json.dumps([columns, asdict(counts)]).encode()).hexdigest().encode()
+
+
+def _counts(found: dict[str, Any]) -> Counts:
+    """Counts as a part says them; raises LookupError, ValueError, TypeError or AttributeError else."""
+    counts, like = Counts(found["documents"], found["tokens"], found["ended"]), Counts()
+    for mine, theirs in ((counts.documents, like.documents), (counts.tokens, like.tokens)):
+        if mine.keys() != theirs.keys() or not all(type(x) is int and x >= 0 for x in mine.values()):
+            raise ValueError(f"counts {mine}")
+    if type(counts.ended) is not int:
+        raise ValueError(f"counts {counts.ended!r}")
+    return counts
 
 
 def key_of(teacher: dict[str, str], settings: dict[str, Any]) -> str:

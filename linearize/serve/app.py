@@ -18,9 +18,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from linearize.registry import closest
+from linearize.serve.answers import as_json
 from linearize.serve.asked import Reader
 from linearize.serve.fields import parsed
-from linearize.serve.job import Job, as_json, deadline
+from linearize.serve.job import Job, deadline
 from linearize.serve.metrics import Metrics
 from linearize.serve.refusal import Refusal
 from linearize.serve.scheduler import Scheduler
@@ -31,6 +32,8 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PATHS = (CHAT, COMPLETIONS, "/v1/models", "/health", "/metrics")
 OPEN = ("/health",)
 """What needs no token."""
+GONE = 499
+"""nginx's status of requests whose client has gone."""
 
 
 class Service:
@@ -171,9 +174,7 @@ class Counted:
             )
             await _refused(refusal)(scope, receive, counted)
             return
-        # who has gone while its body was read gets no answer
-        with suppress(ClientDisconnect):
-            await self.app(scope, receive, counted)
+        await self.app(scope, receive, counted)
 
     def _may(self, scope: Scope) -> bool:
         if self._token is None:
@@ -195,7 +196,12 @@ def build(service: Service, token: str | None) -> ASGIApp:
         Route("/health", service.health, methods=["GET"]),
         Route("/metrics", service.numbers, methods=["GET"]),
     ]
-    handlers: Any = {Refusal: _on_refusal, HTTPException: _on_http, Exception: _on_bug}
+    handlers: Any = {
+        Refusal: _on_refusal,
+        HTTPException: _on_http,
+        ClientDisconnect: _on_gone,
+        Exception: _on_bug,
+    }
     return Counted(Starlette(routes=routes, exception_handlers=handlers), service.metrics, token)
 
 
@@ -223,6 +229,11 @@ async def _on_http(request: Request, error: Exception) -> Response:
     refusal = Refusal(error.status_code, message)
     refusal.headers |= error.headers or {}
     return _refused(refusal)
+
+
+async def _on_gone(request: Request, error: Exception) -> Response:
+    """Nobody reads it, but it is counted, and not among this server's mistakes."""
+    return Response(status_code=GONE)
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

@@ -140,10 +140,17 @@ class Reader:
                 param=param,
                 code="context_length_exceeded",
             )
-        name = "max_completion_tokens" if fields.get("max_completion_tokens") is not None else "max_tokens"
-        default = room if chat else min(COMPLETION_TOKENS, room)
-        asked = fields.whole(name, default, 1, limits.new)
-        assert asked is not None
+        name, default = "max_tokens", room if chat else min(COMPLETION_TOKENS, room)
+        old = fields.whole(name, None, 1, limits.new)
+        new = fields.whole("max_completion_tokens", None, 1, limits.new)
+        if None not in (old, new) and old != new:
+            raise Refusal(
+                400, f"max_tokens {old:,} and max_completion_tokens {new:,} are two names of one number; give one",
+                param="max_completion_tokens",
+            )  # fmt: skip
+        if new is not None:
+            name, old = "max_completion_tokens", new
+        asked = default if old is None else old
         if asked > room:
             raise Refusal(
                 400,
@@ -260,6 +267,8 @@ def _message(message: Any, number: int) -> dict[str, Any]:
     )
     if extra:
         raise Refusal(400, f"{where}.{extra[0][:60]} is not supported; leave it out", param="messages")
+    check_text(message["role"], "messages", f"{where}.role")
+    check_text(message.get("name") or "", "messages", f"{where}.name")
     content = message.get("content")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     texts = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -36,7 +35,9 @@ class Job:
         self, asked: Asked, scheduler: Scheduler, tokenizer: Any, name: str, deadline: float
     ) -> None:
         self.asked, self._scheduler, self._deadline = asked, scheduler, deadline
-        self.answers = Answers(asked.chat, name, tokenizer)
+        # behind a raw prompt a first word keeps the space that parts it from the prompt
+        before = [() if asked.chat else ids for ids in asked.prompts for _ in range(asked.n)]
+        self.answers = Answers(asked.chat, name, tokenizer, before)
         self.count = Count(prompt=sum(map(len, asked.prompts)))
         self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._texts: list[Text] = []
@@ -45,9 +46,8 @@ class Job:
             for turn in range(asked.n):
                 seed = None if asked.seed is None else asked.seed + turn
                 wish = Wish(asked.sampling, seed, asked.scores)
-                # behind a raw prompt a first word keeps the space that parts it from the prompt
-                before = () if asked.chat else ids
-                self._texts.append(Text(tokenizer, asked.stops, before, whole=not asked.stream))
+                own = before[len(self._texts)]
+                self._texts.append(Text(tokenizer, asked.stops, own, whole=not asked.stream))
                 self._tickets.append(self._ticket(ids, wish))
         scheduler.submit(self._tickets)
 
@@ -79,17 +79,18 @@ class Job:
                     continue
                 if piece.refusal is not None:
                     raise piece.refusal
-                self.count.made += piece.count
-                text = self._texts[index]
-                new, end = text.push(piece.ids), piece.end
+                text, end = self._texts[index], piece.end
+                new, read = text.read(piece.ids)
                 if end is not None:
                     new += text.end()
                 if text.stopped:
                     end = "stop"
-                    self._scheduler.cancel(self._tickets[index])
+                    self._scheduler.cancel(self._tickets[index], "stop")
+                # tokens behind the one that ends a stop string are nobody's, however many a piece has
+                self.count.made += read if text.stopped else piece.count
                 ended[index] = end is not None
                 left -= ended[index]
-                scores = None if self.asked.scores is None else piece.scores
+                scores = None if self.asked.scores is None else piece.scores[:read]
                 if new or end or scores:
                     yield index, new, end, scores
         finally:
@@ -129,8 +130,3 @@ class Job:
 def deadline(seconds: float) -> float:
     """So many seconds from now, of `time.monotonic`."""
     return time.monotonic() + seconds
-
-
-def as_json(body: dict[str, Any]) -> bytes:
-    """A body as the answers write it."""
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()

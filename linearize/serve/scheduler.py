@@ -62,7 +62,7 @@ class Ticket:
         put: gets every `Piece`, on the thread that `Scheduler.post` runs things on.
         deadline: of `time.monotonic`.
         endless: go on behind tokens that end texts.
-        cancelled: nobody waits for it any more.
+        cancelled: why nobody waits for it any more ("stop", "cancelled"), or None.
     """
 
     prompt: list[int]
@@ -71,7 +71,7 @@ class Ticket:
     put: Callable[[Piece], None]
     deadline: float
     endless: bool = False
-    cancelled: bool = False
+    cancelled: str | None = None
     made: int = 0
     read: int = 0
     born: float = field(default_factory=time.monotonic)
@@ -123,28 +123,34 @@ class Scheduler:
         """Take texts on, all or none.
 
         Raises:
-            Refusal: there is no room (429), or the server stops or has failed (503).
+            Refusal: there is no room (429) or never is for so many (400), or the server stops or has failed (503).
         """
+        most = self.slots.rows + self.queue
+        if len(tickets) > most:
+            raise Refusal(
+                400,
+                f"the request asks for {len(tickets)} texts, prompts times n, and at most {most} are taken here; ask "
+                "for fewer at a time, or start the server with more --slots or a longer --queue",
+            )
         with self._changed:
             if self._closing is not None:
                 raise Refusal(503, CLOSING, retry=5)
             if not self._thread.is_alive():
                 raise Refusal(503, f"the decoding has stopped: {self.failure}; restart the server")
-            room = self.slots.rows + self.queue - self.open
-            if len(tickets) > room:
+            if len(tickets) > most - self.open:
                 raise Refusal(
                     429,
-                    f"{self.open} texts are being made or wait, and {self.slots.rows + self.queue} may; try again "
-                    "later, or start the server with more --slots or a longer --queue",
+                    f"{self.open} texts are being made or wait, and {most} may; try again later, or start the server "
+                    "with more --slots or a longer --queue",
                     code="rate_limit_exceeded",
                     retry=1,
                 )
             self._waiting.extend(tickets)
             self._changed.notify()
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Nobody waits for a text any more; its slot is free at the next look."""
-        ticket.cancelled = True
+    def cancel(self, ticket: Ticket, reason: str = "cancelled") -> None:
+        """Nobody waits for a text any more; its slot is free at the next look. Of several reasons the first counts."""
+        ticket.cancelled = ticket.cancelled or reason
 
     def close(self, grace: float) -> None:
         """Take nothing on, and end what is not done after `grace` seconds; returns at once."""
@@ -198,8 +204,8 @@ class Scheduler:
         closed = self._closing is not None and now >= self._closing
 
         def verdict(ticket: Ticket) -> tuple[str, Refusal] | None:
-            if ticket.cancelled:
-                return "cancelled", Refusal(499, "the client has gone")
+            if ticket.cancelled is not None:
+                return ticket.cancelled, Refusal(499, "the client has gone")
             if closed:
                 return "closing", Refusal(503, CLOSING, retry=5)
             if now < ticket.deadline:

@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from linearize.errors import LinearizeError
 from linearize.eval.limits import learned_positions
 from linearize.serve.app import Service, build
 from linearize.serve.asked import Limits, Reader
+from linearize.serve.connections import Patience, drop
 from linearize.serve.metrics import Metrics
 from linearize.serve.scheduler import Scheduler
 from linearize.signals import STOPPING
@@ -31,6 +33,8 @@ STREAM_EVERY = 4
 """Tokens between two looks of the host on a GPU, where a look stalls the device."""
 BACKLOG = 2048
 """Connections that wait to be taken on."""
+TICKS = 10
+"""uvicorn's ticks, ten a second, between two looks at connections that stand still."""
 LAST_WORDS = 5.0
 """Seconds that answers have to be sent once every text has ended."""
 
@@ -130,9 +134,12 @@ class Served:
             lifespan="off",
             server_header=False,
             backlog=BACKLOG,
-            timeout_graceful_shutdown=round(self.settings.grace + LAST_WORDS),
+            # not whatever happens to be installed: it decides about limits of heads, and what is told of bad ones
+            http="h11",
+            ws="none",
+            timeout_graceful_shutdown=round(self.settings.grace + 2 * LAST_WORDS),
         )
-        self._server = _Server(config, lambda: self.scheduler.close(self.settings.grace))
+        self._server = _Server(config, self.settings, lambda: self.scheduler.close(self.settings.grace))
         asyncio.run(self._serve(listening, ready))
 
     def _warm(self, piece: int) -> None:
@@ -167,9 +174,25 @@ class Served:
 class _Server(uvicorn.Server):
     """uvicorn's, which tells the scheduler when it is asked to stop, and then ends as what is done does."""
 
-    def __init__(self, config: uvicorn.Config, closing: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, settings: Settings, closing: Callable[[], None]) -> None:
         super().__init__(config)
-        self._closing = closing
+        self._settings, self._closing = settings, closing
+        self._patience = Patience(settings.seconds)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % TICKS == 0:
+            drop(self._patience.over(self.server_state.connections, time.monotonic()))
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # uvicorn would cancel what is left, with a traceback for each
+        end = self._settings.grace + LAST_WORDS
+        last = asyncio.get_running_loop().call_later(end, drop, self.server_state.connections)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            last.cancel()
+            drop(self.server_state.connections)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -202,21 +225,24 @@ def bound(settings: Settings) -> socket.socket:
             f"--host {settings.host}: others could reach the server, and it has no token; set LINEARIZE_TOKEN (or "
             "--token), or leave --host at 127.0.0.1"
         )
+    if not settings.host.strip():
+        raise LinearizeError("--host is empty; give an address such as 127.0.0.1, or 0.0.0.0 for all of them")
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((settings.host, settings.port))
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:  # the latter two of names that no address can have
         made.close()
         raise _taken(settings, error) from None
     return made
 
 
-def _taken(settings: Settings, error: OSError) -> LinearizeError:
+def _taken(settings: Settings, error: Exception) -> LinearizeError:
+    reason = getattr(error, "strerror", None) or error
     return LinearizeError(
-        f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}; take another --port (0 takes a "
-        "free one) or --host"
+        f"cannot listen on {settings.host}:{settings.port}: {reason}; take another --port (0 takes a free one) or "
+        "--host"
     )
 
 

@@ -46,6 +46,17 @@ class Text:
         self._ids += ids
         return "" if self._lazy else self._cut(self._fresh(last=False), last=False)
 
+    def read(self, ids: Sequence[int]) -> tuple[str, int]:
+        """The new text that more tokens bring, and how many of them were read: none behind a stop string."""
+        if not self._stops:
+            return self.push(ids), len(ids)
+        new = ""
+        for count, token in enumerate(ids, start=1):
+            new += self.push([token])
+            if self.stopped:
+                return new, count
+        return new, len(ids)
+
     def end(self) -> str:
         """What is left when no more tokens come."""
         return "" if self.stopped else self._cut(self._fresh(last=True), last=True)

@@ -59,6 +59,8 @@ def changed(part, change):
         (changed("1.sums", lambda x: x.half()), r"'1\.sums' is torch.float16"),
         (changed("1.sums", lambda x: x[0]), r"'1\.sums' is torch.float32 \["),
         (changed(".window_next", lambda x: x.float()), r"\.window_next' is torch.float32"),
+        (changed(".window_next", lambda x: x - 22), r"\.window_next' counts -\d+ to -\d+, which is beyond"),
+        (changed(".window_next", lambda x: x + 2**40), r"\.window_next' counts 1,0"),
         (changed("0.keys", lambda x: x[:, :, :-1]), r"'0\.keys' is torch.float32 \[1, .*after 21 tokens"),
         (changed("0.values", lambda x: x.expand(3, -1, -1, -1)), r"'0\.values' is torch.float32 \[3,"),
         (lambda held: {k: x for k, x in held.items() if k != "0.keys"}, r"lacks '0\.keys'"),
@@ -117,3 +119,29 @@ def test_lengths_about_a_sliding_window_are_taken(tokens):
         state = read_ids(made, tiny.tokens(1, tokens))
         assert isinstance(state, Prefix)
         state.check(made)
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "0", "-1", "\u0661", "\u00b2", "1.0", ""])
+def test_formats_that_are_none(path, number):
+    tensors = load_file(path)
+    save_file(tensors, path, {**_metadata(path), "format": number})
+    with pytest.raises(CheckpointError, match=r"is no state, cut short or damaged|newer linearize"):
+        load_state(path)
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ([], "no token to read"),
+        ([3, -1], "the id -1 is no token of the model"),
+        ([tiny.VOCABULARY], "the id 97 is no token of the model, whose embedding has rows 0 to 96"),
+        ([2**70], "is no token of the model"),
+        ([1.5], "ids must be whole numbers"),
+        (["a"], "ids must be whole numbers"),
+        (torch.ones(3), "ids must be whole numbers"),
+        (torch.ones(1, 1, 3, dtype=torch.int64), r"ids of the shape \[1, 1, 3\]"),
+    ],
+)
+def test_ids_that_are_none(model, ids, said):
+    with pytest.raises(LinearizeError, match=said):
+        read_ids(model, ids)

@@ -208,3 +208,39 @@ def test_a_damaged_quantized_checkpoint_is_refused(plain, tmp_path, damage):
         save_file({key: x for key, x in tensors.items() if key != name}, file, metadata)
     with pytest.raises(CheckpointError):
         linearize.load(made)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "float8"])
+def test_codes_and_scales_of_another_shape_are_refused(plain, tmp_path, form):
+    """A scale too few would be spread over every channel, and nothing but the answers would tell."""
+    from safetensors.torch import save_file
+
+    made = quantize(plain, form, tmp_path / "made")
+    file = made / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    first = "model.layers.0.self_attn.q_proj._weight_"
+    assert codes(linearize.load(made))
+    for changed in (
+        {f"{first}scale": tensors[f"{first}scale"][:1]},
+        {f"{first}scale": tensors[f"{first}scale"].double()},
+        {f"{first}qdata": tensors[f"{first}qdata"][:32], f"{first}scale": tensors[f"{first}scale"][:32]},
+    ):
+        save_file({**tensors, **{name: x.contiguous() for name, x in changed.items()}}, file, metadata)
+        with pytest.raises(CheckpointError) as error:
+            linearize.load(made)
+        if form == "int8":  # torchao looks at those of int4 itself
+            assert "q_proj.weight" in str(error.value) and "should hold values." in str(error.value)
+
+
+def test_an_edited_plan_of_codes_is_refused(plain, tmp_path):
+    made = quantize(plain, "int8", tmp_path / "made")
+    config = json.loads((made / "config.json").read_text())
+    config["linearize"]["mixers"]["default"]["window"]["size"] = 5
+    note = json.loads((made / "linearize.json").read_text())
+    note["recipe"] = {"mixer": GATED}
+    (made / "linearize.json").write_text(json.dumps(note))
+    (made / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="window"):
+        linearize.load(made)

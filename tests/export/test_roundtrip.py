@@ -108,6 +108,25 @@ def test_saving_over_a_checkpoint_replaces_it_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_is_no_checkpoint_is_not_replaced(tmp_path):
+    model = trained()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "letter.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for name, said in (("file", "is a file"), ("folder", "holds other things than a checkpoint")):
+        with pytest.raises(CheckpointError, match=f"{said}.*would be lost"):
+            linearize.save(model, tmp_path / name)
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "letter.txt").read_text() == "mine"
+    linearize.save(model, tmp_path / "empty")
+    (tmp_path / "link").symlink_to("empty")
+    linearize.save(trained(layers=[1]), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and len(
+        surgery.converted(linearize.load(tmp_path / "empty"))
+    ) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "folder", "link"]
+
+
 def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     model = trained()
     linearize.save(model, tmp_path / "out")

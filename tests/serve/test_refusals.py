@@ -185,7 +185,9 @@ def test_no_room_for_more(model):
     long = {"prompt": "a", "max_tokens": 1000, "ignore_eos": True, "stream": True}
     with served(model, slots=1, queue=1) as client:
         scheduler = client.served.scheduler
-        refused(client.ask(COMPLETIONS, {"prompt": "a", "n": 3}), 429, "0 texts", "2 may", "--slots")
+        many = client.ask(COMPLETIONS, {"prompt": "a", "n": 3})
+        refused(many, 400, "asks for 3 texts", "at most 2", "fewer at a time", "--slots")
+        assert "retry-after" not in many[1], "it never fits, however often it is tried"
         body = json.dumps(long).encode()
         head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         with (

@@ -9,6 +9,8 @@ from byte_llama import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from linearize.serve.answers import Answers, Names
+from linearize.serve.scheduler import Score
 from linearize.serve.text import BROKEN, Text
 
 LINES = [
@@ -115,3 +117,20 @@ def test_a_long_text_takes_constant_time_a_token(monkeypatch):
     ids = tokenizer("word " * 400)["input_ids"]
     assert "".join(pieces(tokenizer, ids)) == "word " * 400
     assert max(longest) < 10
+
+
+def test_tokens_by_name_are_their_text():
+    """The space in front of a word is the word's; tokens that are no whole character, or read alike, are numbers."""
+    tokenizer = byte_fallback()
+    names = Names(tokenizer)
+    word, tail, half = tokenizer.convert_tokens_to_ids(["▁b", "b", "<0xE6>"])
+    assert [names[token] for token in (word, tail, half)] == [" b", "b", f"token_id:{half}"]
+    also = tokenizer.convert_tokens_to_ids("<0x62>")  # the byte of a b
+    score = Score(word, -0.1, ((word, -0.1), (tail, -1.0), (also, -2.0), (half, -3.0), (half + 1, -4.0)))
+    ids = [word, *(tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "日".encode()), tail]
+    answers = Answers(False, "m", tokenizer, [[tail]])
+    found = answers.piece(0, "", scores=[Score(token, -0.1, score.top) for token in ids])["choices"][0][
+        "logprobs"
+    ]
+    assert found["text_offset"] == [0, 2, 2, 2, 3] and "".join(found["tokens"][::4]) == " bb"
+    assert list(found["top_logprobs"][0].values()) == [-0.1, -1.0, -2.0, -3.0, -4.0], "none is lost"

@@ -1,0 +1,203 @@
+"""Clients that mean no good, and those that are merely odd: told by name, counted as what they are, not waited for."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import pytest
+
+pytest.importorskip("uvicorn")
+pytest.importorskip("starlette")
+pytest.importorskip("prometheus_client")
+
+from serving import CHAT, COMPLETIONS, byte_model, chatting, expected, served
+
+from linearize.decode.row_choice import Wish
+from linearize.decode.sampling import Sampling
+from linearize.errors import LinearizeError
+from linearize.serve.connections import Patience
+from linearize.serve.server import Settings, bound
+
+HALF = "\ud800"
+USER = {"role": "user", "content": "hi"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return byte_model("all")
+
+
+@pytest.fixture(scope="module")
+def client(model):
+    with served(model) as made:
+        yield made
+
+
+def until(condition, seconds: float = 20) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "it never came"
+        time.sleep(0.01)
+
+
+def request(fields: dict, length: int | None = None) -> bytes:
+    body = json.dumps({"prompt": "a", "temperature": 0, "ignore_eos": True, **fields}).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {length or len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        (COMPLETIONS, {"prompt": "a", HALF: 1}),
+        (COMPLETIONS, {"prompt": "a", "temperatur" + HALF: 1}),
+        (COMPLETIONS, {"prompt": "a", "stream": True, "stream_options": {HALF: 1}}),
+        (CHAT, {"messages": [{**USER, HALF: 1}]}),
+        (CHAT, {"messages": [{**USER, "role": HALF}]}),
+        (CHAT, {"messages": [{**USER, "name": HALF}]}),
+        (CHAT, {"messages": [{**USER, "name": {"a": 1}}]}),
+        (CHAT, {"messages": [USER], "max_tokens": "many", "max_completion_tokens": 3}),
+        (CHAT, {"messages": [USER], "max_tokens": 2, "max_completion_tokens": 3}),
+    ],
+    ids=str,
+)
+def test_names_that_no_answer_could_hold(client, path, body, caplog):
+    """What a client spells comes back in the refusal, and a half of a character has no UTF-8."""
+    status, _, found = client.ask(path, body)
+    assert status == 400 and found["error"]["type"] == "invalid_request_error", found
+    assert "TextEncodeInput" not in found["error"]["message"] and not caplog.records
+
+
+def test_both_names_of_the_most_tokens_may_agree(client):
+    body = {"messages": [USER], "max_tokens": 3, "max_completion_tokens": 3, "temperature": 0}
+    assert client.ask(CHAT, body)[2]["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("role", ["alien", "", "x" * 5000, "user>a\n<system"])
+def test_a_role_that_the_template_does_not_know(client, role):
+    status, _, found = client.ask(CHAT, {"messages": [{**USER, "role": role}]})
+    assert status == 400 and "neither is a common one" in found["error"]["message"], found
+    assert len(found["error"]["message"]) < 400
+
+
+def test_a_role_that_the_template_would_drop_in_silence(model):
+    tokenizer = chatting()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<{{ m.role }}>{{ m.content }}{% endif %}"
+        "{% endfor %}<assistant>"
+    )
+    with served(model, tokenizer) as client:
+        messages = [{"role": "developer", "content": "say nothing"}, USER]
+        status, _, found = client.ask(CHAT, {"messages": messages, "max_tokens": 2})
+    assert status == 400 and "does not write messages of the role 'developer'" in found["error"]["message"]
+
+
+def test_who_has_gone_is_no_mistake_of_the_server(model):
+    with served(model, slots=1) as client:
+        with socket.create_connection(("127.0.0.1", client.port)) as connection:
+            connection.sendall(request({"max_tokens": 1000}))
+            until(lambda: client.served.scheduler.open == 1)
+        with socket.create_connection(("127.0.0.1", client.port)) as connection:
+            connection.sendall(request({}, length=1000))  # and before its body is whole
+        gone = 'linearize_requests_total{endpoint="/v1/completions",status="499"}'
+        until(lambda: client.number(gone) == 2)
+        assert client.number(gone.replace("499", "500")) == 0
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_what_a_stop_string_ends_is_counted_to_its_last_token(model, every):
+    """Also where tokens are looked at four at a time, as on a GPU."""
+    tokenizer = chatting()
+    free = expected(model, tokenizer, "abcd", 24)
+    at, stop = next((i, free[i : i + 2]) for i in range(5, 20) if free.find(free[i : i + 2]) == i)
+    with served(model, tokenizer) as client:
+        client.served.scheduler.every = every
+        body = {
+            "prompt": "abcd",
+            "max_tokens": 200,
+            "temperature": 0,
+            "stop": stop,
+            "logprobs": 0,
+            "ignore_eos": True,
+        }
+        found = client.ask(COMPLETIONS, body)[2]
+        assert found["choices"][0]["text"] == free[:at] and found["usage"]["completion_tokens"] == at + 2
+        assert len(found["choices"][0]["logprobs"]["tokens"]) == at + 2
+        until(lambda: client.number('linearize_texts_total{reason="stop"}') == 1)
+        assert client.number('linearize_texts_total{reason="cancelled"}') == 0
+
+
+def test_scores_of_a_stream_are_those_of_the_whole(client):
+    body = {"prompt": "abcd", "max_tokens": 6, "temperature": 0, "logprobs": 3, "n": 2}
+    whole = [choice["logprobs"] for choice in client.ask(COMPLETIONS, body)[2]["choices"]]
+    made: list[dict] = [{name: [] for name in scores} for scores in whole]
+    for event in client.events(COMPLETIONS, body):
+        choice = event["choices"][0]
+        for name, values in (choice["logprobs"] or {}).items():
+            made[choice["index"]][name] += values
+    assert made == whole and whole[0]["text_offset"] == list(range(6))
+
+
+def test_seeds_below_zero_are_seeds_of_their_own():
+    def drawn(seed: int) -> list[float]:
+        return Wish(Sampling(True), seed).draws(3)
+
+    assert len({tuple(drawn(seed)) for seed in (-(2**63), -2, -1, 0, 1, 2, 2**64 + 15)}) == 7
+    assert drawn(-1) == drawn(-1)
+
+
+def test_heads_that_never_end_are_not_waited_for(model):
+    """Nothing at all, a part of a head, and a part of the next one: each holds one of a process' few connections."""
+    with served(model, seconds=1) as client:
+        made = [socket.create_connection(("127.0.0.1", client.port), timeout=20) for _ in range(3)]
+        made[1].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+        made[2].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert made[2].recv(1000).startswith(b"HTTP/1.1 200")
+        made[2].sendall(b"GET /hea")
+        for connection in made:
+            try:
+                while connection.recv(1000):
+                    pass
+            except ConnectionResetError:
+                pass
+            connection.close()
+        assert client.text("a", 3)
+
+
+def test_how_long_a_connection_may_stand():
+    class Connection:
+        cycle = None
+
+    class Cycle:
+        response_complete = False
+
+    new, busy = Connection(), Connection()
+    busy.cycle = Cycle()
+    patience = Patience(100)
+    assert patience.over([new, busy], 0) == patience.over([new, busy], 29) == []
+    assert patience.over([new, busy], 31) == [new]
+    new.cycle = Cycle()  # a request, and then an answer
+    assert patience.over([new, busy], 32) == []
+    new.cycle.response_complete = True
+    assert patience.over([new, busy], 60) == patience.over([new, busy], 89) == []
+    assert patience.over([new, busy], 91) == [new] and patience.over([new, busy], 131) == [new, busy]
+
+
+def test_the_server_stops_without_what_never_comes_and_without_a_traceback(model, monkeypatch, caplog):
+    from linearize.serve import server
+
+    monkeypatch.setattr(server, "LAST_WORDS", 0.5)
+    with served(model, grace=0.1) as client:
+        connection = socket.create_connection(("127.0.0.1", client.port))
+        connection.sendall(request({}, length=1000))
+        until(lambda: len(client.served._server.server_state.tasks) == 1)
+    connection.close()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("host", ["", "\udcff", "a\0b", "x" * 80 + ".org"])
+def test_hosts_that_are_none(host):
+    with pytest.raises(LinearizeError, match="--host"):
+        bound(Settings("a", host=host, token="x", port=0))
