@@ -219,7 +219,9 @@ def _inner(model: nn.Module, text: Any) -> int:
     if said:
         return max(said) if isinstance(said, (list, tuple)) else said
     widths = linear_sizes(model)
-    return max((before for before, after in widths if after == text.hidden_size), default=4 * text.hidden_size)
+    return max(
+        (before for before, after in widths if after == text.hidden_size), default=4 * text.hidden_size
+    )
 
 
 def _count(model: nn.Module) -> int:
