@@ -61,7 +61,10 @@ def build(cls: type[T], raw: Mapping[str, Any], path: str, problems: list[str]) 
             problems += replaced(dotted, value, raw.get("batch_size"))
             continue
         if key not in names:
-            problems.append(f"{dotted}: unknown key; {closest(str(key), names)}")
+            known = (
+                names if path else [*names, "defaults"]
+            )  # which composing takes out where it is spelled right
+            problems.append(f"{dotted}: unknown key; {closest(str(key), known)}")
             continue
         if value is not None and key in rules.OVER_STAGE.get(cls, {}):
             typed = _over_stage(cls, key, value, dotted, problems)
