@@ -206,7 +206,7 @@ def write_file(path: Path, text: str) -> None:
         _flush(partial)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        remove(partial)
         raise could_not_write(path, error) from error
 
 
@@ -258,7 +258,7 @@ def write_tensors_file(
         _flush(partial)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        remove(partial)
         raise could_not_write(path, error) from error
 
 

@@ -93,7 +93,9 @@ def test_a_path_that_is_no_model_is_not_taken_for_a_missing_teacher(models, tmp_
     note = models / "mine" / "linearize.json"
     moved = tmp_path / "moved"
     shutil.copytree(models / "mine", moved)
-    (moved / "linearize.json").write_text(json.dumps(json.loads(note.read_text()) | {"base": "/gone"}))
+    (moved / "linearize.json").write_text(
+        json.dumps({**json.loads(note.read_text()), "base": "/gone", "base_path": "/gone"})
+    )
     assert cli.main(["eval", str(moved)]) == 2
     assert "converted from a model that is not here" in capsys.readouterr().err
 

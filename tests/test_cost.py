@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from tiny import config as family_config
 
 from linearize.bench.subjects import SHAPES, TEACHER, convert, random_model
 from linearize.bench.train import STAGES
+from linearize.config import compose
 from linearize.config.schema import StageConfig
 from linearize.cost import memory, speed
 from linearize.cost.cards import CARDS, cards
 from linearize.cost.shapes import config_of
-from linearize.cost.stages import sizes_of
+from linearize.cost.stages import plan, sizes_of
 from linearize.cost.strategy import fit
 from linearize.distill.trainable import prepare
 from linearize.errors import CheckpointError, LinearizeError
@@ -94,3 +97,27 @@ def test_a_misspelt_shape_is_told_its_neighbour(monkeypatch):
     assert config_of("Llama-3-8B").num_hidden_layers == 32
     with pytest.raises(CheckpointError, match=r"no model 'llama-3-9b'.*did you mean 'llama-3-8b'"):
         config_of("llama-3-9b")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3"])
+def test_families_have_a_plan(name):
+    found = plan(family_config(name), compose("lolcats"), 1, CARDS["h100"], model=name, name="lolcats")
+    inner = {"gpt2": 128}.get(name, 48)
+    assert [stage.sizes.inner for stage in found.stages] == [inner] * 2
+    assert all(stage.fit.way == "one card" for stage in found.stages)
+
+
+def test_widths_that_have_another_name():
+    for config, inner in (
+        (transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_inner=80), 80),
+        (transformers.GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4), 128),
+        (transformers.OPTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=72), 72),
+    ):
+        found = plan(config, compose("lolcats"), 1, CARDS["h100"], model="one", name="lolcats")
+        assert {stage.sizes.inner for stage in found.stages} == {inner}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_are_refused(name):
+    with pytest.raises(LinearizeError, match="mixture of experts"):
+        plan(family_config(name), compose("lolcats"), 1, CARDS["h100"], model=name, name="lolcats")

@@ -148,17 +148,17 @@ def _folder(path: str) -> Path:
 def _base(folder: str) -> str | None:
     """The model that a checkpoint was converted from, where it says so and the model can be found."""
     from linearize.errors import CheckpointError, ModelNotFoundError
+    from linearize.export import origin
     from linearize.models import resolve
 
-    note = resolve(folder) / NOTE
     try:
-        base = json.loads(note.read_text(encoding="utf-8")).get("base")
-    except (OSError, ValueError, AttributeError):
-        return None
-    if not base or not isinstance(base, str):
+        note = json.loads((resolve(folder) / NOTE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
     try:
-        resolve(base)
+        base = origin.found(note) if isinstance(note, dict) else None
+        if base is not None:
+            resolve(base)
     except (CheckpointError, ModelNotFoundError) as error:
         raise LinearizeError(
             f"{folder} was converted from a model that is not here ({error}); name it with --against MODEL"

@@ -61,7 +61,10 @@ def build(cls: type[T], raw: Mapping[str, Any], path: str, problems: list[str]) 
             problems += replaced(dotted, value, raw.get("batch_size"))
             continue
         if key not in names:
-            problems.append(f"{dotted}: unknown key; {closest(str(key), names)}")
+            known = (
+                names if path else [*names, "defaults"]
+            )  # which composing takes out where it is spelled right
+            problems.append(f"{dotted}: unknown key; {closest(str(key), known)}")
             continue
         if value is not None and key in rules.OVER_STAGE.get(cls, {}):
             typed = _over_stage(cls, key, value, dotted, problems)
@@ -100,8 +103,13 @@ def replaced(path: str, count: Any, batch: Any) -> list[str]:
 
 
 def without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Null takes out an inherited stage, objective, part, option or source of a mix; a name is short for {name: it}."""
+    """Null takes out an inherited stage, objective, part, option, rule of layers or source of a mix.
+
+    A name is short for {name: it}.
+    """
     tidy = dict(raw)
+    if isinstance(tidy.get("layers"), Mapping) and tidy["layers"]:
+        tidy["layers"] = _present(tidy["layers"]) or "all"
     if isinstance(tidy.get("mixer"), Mapping):
         tidy["mixer"] = {
             part: {key: option for key, option in value.items() if option is not None}
@@ -127,6 +135,19 @@ def without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
         mix = {name: weight for name, weight in tidy["data"]["mix"].items() if weight is not None}
         tidy["data"] = {**tidy["data"], "mix": mix}
     return tidy
+
+
+def _present(rules: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is null, and without the mappings that nothing else is in."""
+    held = {
+        key: _present(value) if isinstance(value, Mapping) and value else value
+        for key, value in rules.items()
+    }
+    return {
+        key: value
+        for key, value in held.items()
+        if value is not None and not (value == {} and rules[key] != {})
+    }
 
 
 def _tidy_parts(mixer: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,9 +21,13 @@ from linearize.distill.trainable import prepare, trained, unwrapped
 from linearize.distill.tying import untied
 from linearize.errors import LinearizeError
 from linearize.surgery.inspection import skeleton
+from linearize.surgery.projections import linear_sizes
 
 PRICE = 3.0
 """US dollars a card and hour where none is given: a round number near what clouds ask for an H100 on demand."""
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What configs call the number of experts; their module is called `experts` in most families, not in all."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +111,13 @@ def plan(
         UnsupportedModelError, RecipeError: as `surgery.plan`.
     """
     text = config.get_text_config()
-    if any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+    base: Any = skeleton(config)
+    if any(getattr(text, key, None) for key in EXPERTS) or any(
+        name.rsplit(".", 1)[-1] == "experts" for name, _ in base.named_modules()
+    ):
         raise LinearizeError(
             f"{model}: a mixture of experts; plan has formulas for dense models alone so far"
         )
-    base: Any = skeleton(config)
     teacher = _count(base)
     with torch.device("meta"):
         student: Any = surgery.convert(base, recipe.mixer, recipe.layers, recipe.mixers).eval()
@@ -197,10 +203,24 @@ def sizes_of(model: nn.Module, kind: str, recipe: str | None, teacher: int, *, a
         apart=apart,
         layers=layers,
         hidden=text.hidden_size,
-        inner=text.intermediate_size,
+        inner=_inner(base, text),
         query=heads * dim,
         key=(getattr(text, "num_key_value_heads", None) or heads) * dim,
         mixer=kept / layers,
+    )
+
+
+def _inner(model: nn.Module, text: Any) -> int:
+    """Width inside the feed-forward layers; where the config has another name for it, of what leads back out of them.
+
+    Where a config has a width for each layer, the widest counts.
+    """
+    said = getattr(text, "intermediate_size", None)
+    if said:
+        return max(said) if isinstance(said, (list, tuple)) else said
+    widths = linear_sizes(model)
+    return max(
+        (before for before, after in widths if after == text.hidden_size), default=4 * text.hidden_size
     )
 
 

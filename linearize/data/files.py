@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import difflib
 import glob
+import logging
 import os
 import re
 import stat
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from linearize.config.names import TEACHER
 from linearize.data import builtin, readers
 from linearize.errors import DataError
+
+log = logging.getLogger(__name__)
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -101,9 +105,12 @@ def mode_of(path: Path) -> int | None:
 
 def _folder_files(folder: Path) -> list[Path]:
     found: dict[str, list[Path]] = {}
+    notes: list[Path] = []
+    others: list[Path] = []
     for path in _walk(folder):
         kind = readers.kind(path)
-        if kind is None:
+        if kind is None or readers.suffix(path) in readers.NOTES:
+            (others if kind is None else notes).append(path)
             continue
         found.setdefault(kind, []).append(path)
         if len(found) > 1:
@@ -111,14 +118,25 @@ def _folder_files(folder: Path) -> list[Path]:
                 f"folder {folder} holds files of several kinds ({', '.join(sorted(found))}), and which of "
                 f"them are the text is not for guessing; give a glob such as '{folder / f'*.{min(found)}'}'"
             )
-    if not found:
+    if not found and not notes:
         raise DataError(
-            f"folder {folder} holds no parquet, JSONL, JSON or txt file; give another data source"
+            f"folder {folder} holds no parquet, JSONL, JSON, txt or md file; give another data source"
         )
-    files = sorted(next(iter(found.values())))
+    left_out = [*notes, *others] if found else others
+    if left_out:
+        endings = sorted({path.suffix or path.name for path in left_out})
+        glob_of = f"; '{folder}/**/*{notes[0].suffix}' reads those" if found and notes else ""
+        _tell(f"folder {folder}: left out {len(left_out)} files ({', '.join(endings[:5])}){glob_of}")
+    files = sorted(next(iter(found.values()), notes))
     for path in files:
         mode_of(path)
     return files
+
+
+@cache
+def _tell(sentence: str) -> None:
+    """Once a process: a folder is looked at by every stage, and by the key under which its text is kept."""
+    log.info(sentence)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -25,6 +25,15 @@ ALPACA_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 
+USUAL = {
+    frozenset({"prompt", "chosen", "rejected"}): "preference",
+    frozenset({"instruction", "output"}): "alpaca",
+    frozenset({"prompt", "response"}): "chat",
+    frozenset({"messages"}): "chat",
+    frozenset({"conversations"}): "chat data.text_field=conversations",
+}
+"""Columns by which data sets are known, and the template that reads them."""
+
 
 class Template:
     """How rows become documents.
@@ -78,6 +87,9 @@ class Template:
             setting = "" if self.name in ("alpaca", "preference") else "; set data.text_field"
             near = closest(missing[0], have)
             columns = f" (columns: {', '.join(have)})" if near.startswith("did") else ""
+            meant = next((other for usual, other in USUAL.items() if usual <= set(have)), None)
+            if meant is not None and meant.split()[0] != self.name:
+                setting += f"; such columns are for data.template={meant}"
             raise DataError(
                 f"{where} has no column '{missing[0]}'{hint}, which template '{self.name}' reads: "
                 f"{near}{columns}{setting}"
@@ -119,6 +131,13 @@ class Template:
     def is_changed(self) -> bool:
         """Whether it asks for anything but plain text in the column that usually holds it."""
         return self.name not in ("none", "rendered") or self.text_field != "text"
+
+    @property
+    def wants(self) -> str:
+        """What a row that is passed over does not hold."""
+        return {"chat": "answer of the assistant", "alpaca": "output", "preference": "pair of answers"}.get(
+            self.name, "text"
+        )
 
     @cached_property
     def chat(self) -> Chat:

@@ -140,7 +140,7 @@ def packed(
     dataset = PackedDataset(taken.tokens, taken.flags, length=length, boundaries=config.boundaries)
     if taken.dropped:
         log.info(
-            "%s: %d of %d sequences hold only prompt and are left out",
+            "%s: %d of %d sequences hold no token to train on (prompts, first tokens of documents) and are left out",
             shown,
             taken.dropped,
             taken.dropped + len(dataset),

@@ -23,19 +23,30 @@ KINDS = {
     ".json": "json",
     ".txt": "txt",
     ".text": "txt",
+    ".md": "txt",
+    ".markdown": "txt",
+    ".rst": "txt",
 }
+
+NOTES = (".md", ".markdown", ".rst")
+"""Text that stands beside data as often as it is data (a README): of a folder these are read where nothing else is."""
 
 Rows = Iterator[tuple[str, Row]]
 """(place, row) one by one."""
 
 
+def suffix(path: Path) -> str:
+    """What a file's name says that it holds, compressed or not: ".jsonl" of both text.jsonl and text.jsonl.gz."""
+    suffixes = [part.lower() for part in path.suffixes]
+    if len(suffixes) > 1 and suffixes[-1] in COMPRESSED:
+        return suffixes[-2]
+    return suffixes[-1] if suffixes else ""
+
+
 def kind(path: Path) -> str | None:
     """parquet, jsonl, json, txt, or None for a file that is not read."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if len(suffixes) > 1 and suffixes[-1] in COMPRESSED:
-        inner = KINDS.get(suffixes[-2])
-        return None if inner == "parquet" else inner
-    return KINDS.get(suffixes[-1]) if suffixes else None
+    found = KINDS.get(suffix(path))
+    return None if found == "parquet" and path.suffix.lower() in COMPRESSED else found
 
 
 def parquet_columns(path: Path) -> tuple[list[str], list[int]]:

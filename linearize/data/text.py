@@ -43,8 +43,8 @@ def load_texts(
     """The documents of a source, read as they are asked for.
 
     Args:
-        source: ``builtin`` (the sample inside the package); a parquet, JSONL, JSON or txt file (a txt file is
-            one document); a folder of files of one of these kinds; a glob; a hub dataset, ``owner/name`` or
+        source: ``builtin`` (the sample inside the package); a parquet, JSONL, JSON, txt or md file (a txt or md
+            file is one document); a folder of files of one of these kinds; a glob; a hub dataset, ``owner/name`` or
             ``owner/name:config``, which is streamed; or a list of these.
         split: of the sample and of hub datasets. Local files have none, so it stays "train" or "validation" for them.
         text_field: the column that holds the text.
@@ -95,10 +95,10 @@ def load_texts(
     local = [
         _shuffled(shards, seed) if seed is not None else (d for shard in shards for d in _documents(shard))
     ]
-    return _some([*(local if shards else []), *streams], ", ".join(map(str, names)))
+    return _some([*(local if shards else []), *streams], ", ".join(map(str, names)), shape.wants)
 
 
-def _some(streams: list[Iterator[Document]], what: str) -> Iterator[Document]:
+def _some(streams: list[Iterator[Document]], what: str, wants: str) -> Iterator[Document]:
     """The streams in turn; refuses to end without a single document."""
     count = 0
     while streams:
@@ -111,7 +111,7 @@ def _some(streams: list[Iterator[Document]], what: str) -> Iterator[Document]:
                 yield document
     if not count:
         raise DataError(
-            f"{what}: there is no text in it (no rows, or only empty ones); give another data source"
+            f"{what}: there is no text in it (no rows, or only such as hold no {wants}); give another data source"
         )
 
 
@@ -144,7 +144,7 @@ def _file_shards(path: Path, template: Template) -> list[Shard]:
     kind = readers.kind(path)
     if kind is None:
         raise DataError(
-            f"{path}: files of this kind are not read; give parquet, JSONL, JSON or txt (all but parquet also "
+            f"{path}: files of this kind are not read; give parquet, JSONL, JSON, txt or md (all but parquet also "
             f"compressed: {', '.join(encoding.COMPRESSED)})"
         )
     if kind == "txt":

@@ -12,8 +12,11 @@ from typing import Any
 
 import yaml
 
+from linearize import plain_json
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.export.load import check_folder
+from linearize.export.origin import PATH, published
+from linearize.export.provenance import NOTE
 from linearize.models.aliases import ALIASES
 from linearize.models.files import read_json
 
@@ -32,7 +35,7 @@ class Gathered:
         folder: of the checkpoint.
         files: paths in it, the card not among them.
         left_out: names of files that stay.
-        made: further files, name -> text.
+        made: further files, or what takes the place of the folder's own, name -> text.
         card: the README.
         problems: what keeps it from going.
     """
@@ -82,17 +85,18 @@ def gather(
         raise CheckpointError(
             f"{folder} is no converted checkpoint; give a folder that `linearize run` or linearize.save wrote"
         )
-    note: dict[str, Any] = (
-        read_json(folder / "linearize.json") if (folder / "linearize.json").is_file() else {}
-    )
+    note: dict[str, Any] = read_json(folder / NOTE) if (folder / NOTE).is_file() else {}
     alias = ALIASES.get(str(note.get("base")))
-    base = base_model or (alias.hub if alias else _hub_id(note.get("base")))
+    base = base_model or (alias.hub if alias else "" if PATH in note else _hub_id(note.get("base")))
     terms = license or (alias.license if alias and base == alias.hub else "")
     held = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     files = [name for name in held if name != CARD and any(fnmatch(name, pattern) for pattern in FILES)]
     hidden = [name for name in files if any(part.startswith(".") for part in Path(name).parts)]
     files = [name for name in files if name not in hidden]
     made = {} if "generation_config.json" in files else {"generation_config.json": _generation(config)}
+    if NOTE in files and PATH in note:
+        files.remove(NOTE)
+        made[NOTE] = plain_json.dumps(published(note, base), indent=2) + "\n"
     old = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
     problems = []
     if not terms:
@@ -108,7 +112,7 @@ def gather(
         judged,
         bool(getattr(config, "quantization_config", 0)),
     )
-    left_out = [name for name in held if name not in files and name != CARD]
+    left_out = [name for name in held if name not in files and name not in made and name != CARD]
     return Gathered(repo, folder, files, left_out, made, card, problems)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from linearize.errors import CheckpointError, LinearizeError, UnsupportedModelError
 from linearize.export.load import check_folder, load
+from linearize.export.origin import recorded
 from linearize.export.quantized import check_torchao, codes, stored_bytes
 from linearize.export.save import save
 from linearize.models.files import read_json
@@ -69,7 +70,7 @@ def quantize(path: str | Path, form: str, out: str | Path, *, device: str = "cpu
         tokenizer=load_tokenizer(path),
         recipe=note.get("recipe"),
         metrics=note.get("metrics"),
-        base=str(note.get("base") or ""),
+        base=recorded(note),
         remote_code=any(path.glob("modeling_*.py")),
         about=about,
         check=True,

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from linearize import plain_json
 from linearize.errors import CheckpointError
 from linearize.export.bundle import MODULE, auto_map, bundle
 from linearize.export.card import model_card
+from linearize.export.origin import BASE, origin
 from linearize.export.verify import verify
 from linearize.models.files import FOLDER, instead_of_file
 from linearize.patch import changed
@@ -29,7 +31,7 @@ def save(
     tokenizer: Any = None,
     recipe: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
-    base: str = "",
+    base: str | Mapping[str, str] = "",
     remote_code: bool = True,
     about: str = "",
     max_shard_size: str = "5GB",
@@ -45,7 +47,8 @@ def save(
         tokenizer: saved along when given, padding on the side that its own files say.
         recipe: the composed recipe, for the card and `linearize.json`.
         metrics: results, likewise.
-        base: what was converted (the MODEL argument), for the card.
+        base: what was converted (the MODEL argument), for the card and `linearize.json`, or what another checkpoint's
+            `linearize.json` says of it (`origin.recorded`).
         remote_code: also write `modeling_linearized.py`, so that the folder loads without this package through
             `trust_remote_code=True`.
         about: a further paragraph of the card.
@@ -62,6 +65,7 @@ def save(
             folder does not give back the model; it then stands beside its place, as `<path>-failed`.
     """
     path = Path(path)
+    made_of = origin(base) if isinstance(base, str) else dict(base)
     scratch: Path | None = None
     try:
         _check_place(path)
@@ -76,10 +80,12 @@ def save(
             config = json.loads((scratch / "config.json").read_text())
             config["auto_map"] = auto_map(model)
             (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        provenance = {"base": base, "recipe": recipe or {}, "metrics": metrics or {}}
+        provenance = {**made_of, "recipe": recipe or {}, "metrics": metrics or {}}
         (scratch / "linearize.json").write_text(plain_json.dumps(provenance, indent=2, default=str) + "\n")
         (scratch / "README.md").write_text(
-            model_card(model, base=base, recipe=recipe or {}, metrics=metrics or {}, about=about)
+            model_card(
+                model, base=made_of.get(BASE, ""), recipe=recipe or {}, metrics=metrics or {}, about=about
+            )
         )
         scratch.chmod(0o755)
         if check and converted(model):

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from linearize.errors import CheckpointError
 from linearize.models.cache import cache_dir
 from linearize.sample.openings import FILE
+from linearize.storing import remove
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class Store:
             raise self._unwritable(error) from error
         try:
             for leftover in self.folder.glob("*.partial"):
-                leftover.unlink()
+                remove(leftover)
             yield
         finally:
             lock.release()
@@ -160,7 +161,7 @@ class Store:
         except OSError as error:
             raise self._unwritable(error) from error
         finally:
-            partial.unlink(missing_ok=True)
+            remove(partial)
         return path
 
     def about(self) -> dict[str, Any]:

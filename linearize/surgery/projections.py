@@ -204,6 +204,11 @@ def _leads_out(size: tuple[int, int], shape: LayerShape) -> bool:
     return size[0] == shape.heads * shape.value_dim and shape.model_dim in (None, size[1])
 
 
+def linear_sizes(module: nn.Module) -> list[tuple[int, int]]:
+    """(in, out) of every linear layer in a module, mixers and adapters left out."""
+    return [size for _, size in _linears(module)]
+
+
 def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, tuple[int, int]]]:
     """Dotted name and (in, out) of every linear layer in a module, mixers left out and adapters not looked into."""
     for name, child in module.named_children():

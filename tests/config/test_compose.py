@@ -236,6 +236,7 @@ def test_null_takes_inherited_things_out(write):
         ("defaults: lolcats", "defaults: must be a list"),
         ("defaults: [mine]", "unknown recipe 'mine'"),
         ("defaults: [lolcats]\nstagse: {}", "stagse: unknown key; did you mean 'stages'?"),
+        ("default: [lolcats]", "default: unknown key; did you mean 'defaults'?"),
         ("defaults: [lolcats]\ndata: 3", "data: must be a section"),
         ("defaults: [lolcats]\ndata: {source: '${nope}'}", "asks for a value from elsewhere"),
         ("defaults: [softmax]\nmixer: 3", "mixer: must be a mapping"),

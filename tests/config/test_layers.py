@@ -231,3 +231,18 @@ def test_files_lay_mixers_over_each_other(tmp_path):
     assert compose(tmp_path / "three.yaml").mixers == {}
     (tmp_path / "again.yaml").write_text(to_yaml(recipe))
     assert compose(tmp_path / "again.yaml") == recipe
+
+
+def test_null_takes_a_rule_out_of_what_a_file_starts_from(tmp_path):
+    (tmp_path / "wide.yaml").write_text(
+        "defaults: [lolcats]\nmixers: {wide: {window: {size: 128}}}\n"
+        "layers: {keep: {last: 1, first: 1}, use: {wide: [1]}}\n"
+    )
+    for changes, layers in (
+        ("mixers: {wide: null}\nlayers: {use: {wide: null}}", {"keep": {"first": 1, "last": 1}}),
+        ("layers: {keep: {last: null}}", {"keep": {"first": 1}, "use": {"wide": [1]}}),
+        ("layers: {keep: null}", {"use": {"wide": [1]}}),
+        ("mixers: {wide: null}\nlayers: {keep: null, use: null}", "all"),
+    ):
+        (tmp_path / "mine.yaml").write_text(f"defaults: [wide]\n{changes}\n")
+        assert compose(tmp_path / "mine.yaml").layers == layers

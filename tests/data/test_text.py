@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -171,7 +172,7 @@ def test_names_that_lead_nowhere(tmp_path, jsonl):
         load_texts("bultin")
     with pytest.raises(DataError, match="no file matches"):
         load_texts(str(tmp_path / "*.parquet"))
-    with pytest.raises(DataError, match="holds no parquet, JSONL, JSON or txt file"):
+    with pytest.raises(DataError, match="holds no parquet, JSONL, JSON, txt or md file"):
         (tmp_path / "empty").mkdir()
         load_texts(str(tmp_path / "empty"))
     with pytest.raises(DataError, match="files of this kind are not read"):
@@ -187,6 +188,43 @@ def test_a_folder_of_several_kinds(tmp_path, jsonl, parquet):
     parquet({"text": TEXTS})
     with pytest.raises(DataError, match=r"several kinds \(jsonl, parquet\).*give a glob such as"):
         load_texts(str(tmp_path))
+
+
+def test_notes_are_text_where_nothing_else_is(tmp_path, caplog):
+    for number in range(2):
+        (tmp_path / f"{number}.md").write_text(f"# note {number}")
+    assert {document.text for document in load_texts(str(tmp_path))} == {"# note 0", "# note 1"}
+    (tmp_path / "book.txt").write_text("a book")
+    (tmp_path / "page.pdf").write_text("%PDF")
+    with caplog.at_level("INFO"):
+        assert [document.text for document in load_texts(str(tmp_path))] == ["a book"]
+        load_texts(str(tmp_path))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == f"folder {tmp_path}: left out 3 files (.md, .pdf); '{tmp_path}/**/*.md' reads those"
+    assert len(list(load_texts(f"{tmp_path}/**/*.md"))) == 2
+    assert [document.text for document in load_texts(str(tmp_path / "1.md"))] == ["# note 1"]
+
+
+@pytest.mark.parametrize(
+    "row, template, meant",
+    [
+        ({"messages": []}, "none", "chat"),
+        ({"conversations": []}, "none", "chat data.text_field=conversations"),
+        ({"prompt": "a", "response": "b"}, "none", "chat"),
+        ({"instruction": "a", "input": "", "output": "b"}, "none", "alpaca"),
+        ({"instruction": "a", "output": "b"}, "chat", "alpaca"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "alpaca", "preference"),
+    ],
+)
+def test_columns_that_another_template_reads(jsonl, row, template, meant):
+    tokenizer = SimpleNamespace(chat_template="{{ messages }}")
+    with pytest.raises(DataError, match=rf"such columns are for data\.template={meant}$"):
+        load_texts(jsonl([row]), template=template, tokenizer=tokenizer)
+
+
+def test_rows_without_an_answer(jsonl):
+    with pytest.raises(DataError, match="only such as hold no output"):
+        list(load_texts(jsonl([{"instruction": "a", "output": " "}]), template="alpaca"))
 
 
 def test_an_unknown_template(jsonl):
