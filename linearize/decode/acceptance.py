@@ -22,8 +22,8 @@ def accept_greedy(drafted: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         scores: [B, K + 1, V] the model's, for the place of each token and of the one behind.
 
     Returns:
-        Tokens [B, K + 1], of which those behind the taken ones and the next mean nothing, and how many drafted ones were
-        taken [B].
+        Tokens [B, K + 1], of which those behind the taken ones and the next mean nothing, and how many drafted ones
+        were taken [B].
     """
     best = scores.argmax(-1)
     agreed = (best[:, :-1] == drafted).long().cumprod(1).sum(1)

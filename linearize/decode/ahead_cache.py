@@ -1,9 +1,10 @@
 """A cache of fixed size from which tokens can be taken back, in every row another number of them, on the device.
 
 A round of tokens goes ahead of the text: converted layers run them on a copy of their state and note their inputs, and
-softmax layers write keys behind those of the text. Then each row keeps so many of them. A state advances by those alone,
-in one call over all of the round's tokens in which the rest is padding, which changes nothing in a mixer; keys that are
-not kept lie behind the text's end, unseen, and the next round writes over them. So one shape serves every outcome.
+softmax layers write keys behind those of the text. Then each row keeps so many of them. A state advances by those
+alone, in one call over all of the round's tokens in which the rest is padding, which changes nothing in a mixer; keys
+that are not kept lie behind the text's end, unseen, and the next round writes over them. So one shape serves every
+outcome.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ advance by as many tokens as were taken, and one.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -44,7 +45,8 @@ class Speculator:
 
     Attributes:
         rounds, accepted: [B] int64, of the last text: rounds until the row ended, and drafted tokens taken in them.
-        graph: whether rounds are a graph.
+        seconds: from its first new token to its last.
+        graph: the graph of a round, or None.
         obstacle: why they are not, although they were to be captured, or None.
     """
 
@@ -72,13 +74,14 @@ class Speculator:
         """Tokens that the draft has: its table may have fewer or more rows behind those of the tokenizer."""
 
         def whole(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(*size, dtype=dtype, device=self.device)
+            return torch.zeros(size, dtype=dtype, device=self.device)
 
-        self.pair, self.made, self.limit = whole(batch, 2), whole(batch), whole(())
+        self.pair, self.made, self.limit = whole(batch, 2), whole(batch), whole()
         self.written = whole(batch, tokens + ahead + 1)
-        self.finished, self.sound = whole(batch, dtype=torch.bool), whole((), dtype=torch.bool)
+        self.finished, self.sound = whole(batch, dtype=torch.bool), whole(dtype=torch.bool)
         self.rounds, self.accepted = whole(batch), whole(batch)
         self.width = 0  # of the model's logits
+        self.seconds = 0.0
         self.eos = torch.tensor(list(eos), dtype=torch.int64, device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.obstacle: str | None = None
@@ -120,19 +123,25 @@ class Speculator:
         if tokens < 1:
             return ids[:, :0]
         self._read(ids, mask, tokens, prefix, draft_prefix)
-        shown = 0
+        shown, started = 0, None
         while True:
             made, finished, sound = self._look()
+            started = time.perf_counter() if started is None else started
             if not sound:
                 raise LinearizeError(
                     "the model gives NaN or infinity and no logits: its numbers overflow or its weights are damaged; "
                     "load it in a wider dtype, or take another checkpoint"
                 )
-            ready = max(made) if all(finished) else min(n for n, over in zip(made, finished, strict=True) if not over)
+            ready = (
+                max(made)
+                if all(finished)
+                else min(n for n, over in zip(made, finished, strict=True) if not over)
+            )
             if on_tokens is not None and ready > shown:
                 on_tokens(self._text(made, shown, ready).cpu())
                 shown = ready
             if all(finished):
+                self.seconds = time.perf_counter() - started
                 return self._text(made, 0, ready)
             for _ in range(max(1, every // (self.ahead + 1))):
                 self._replay()
@@ -154,7 +163,12 @@ class Speculator:
         self._ready = True
 
     def _read(
-        self, ids: Tensor, mask: Tensor | None, tokens: int, prefix: Prefix | None, draft_prefix: Prefix | None
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        tokens: int,
+        prefix: Prefix | None,
+        draft_prefix: Prefix | None,
     ) -> None:
         """Read the prompts, the last token of each by the model alone, and choose each row's first new token."""
         ids = ids.to(self.device)
@@ -273,12 +287,16 @@ class Speculator:
         self._idle()
         moved = [name for name, place in self._places().items() if before.get(name) != place]
         if moved:
-            raise LinearizeError(f"states that are not written in place cannot be taken back: {', '.join(moved[:3])}")
+            raise LinearizeError(
+                f"states that are not written in place cannot be taken back: {', '.join(moved[:3])}"
+            )
 
     def _places(self) -> dict[str, int]:
         sides = {"model": self.model, "draft": self.draft}
         return {
-            f"{name} {key}": x.data_ptr() for name, side in sides.items() for key, x in tensors(side.cache).items()
+            f"{name} {key}": x.data_ptr()
+            for name, side in sides.items()
+            for key, x in tensors(side.cache).items()
         }
 
     def _capture(self) -> None:
