@@ -25,7 +25,13 @@ SETTINGS = {
 
 def small(seed: int):
     """Two layers over five tokens, of which one was converted; quite another model for another seed."""
-    sizes = {"vocab_size": WORDS, "num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
+    sizes = {
+        "vocab_size": WORDS,
+        "num_hidden_layers": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
     model = surgery.convert(tiny.model(seed=seed, **sizes), tiny.LOLCATS, [seed % 2])
     tiny.randomize((layer.mixer for layer in surgery.converted(model)), seed)
     return model
