@@ -84,10 +84,21 @@ class Ahead(Reader):
         clock.ahead += tokens
         return logits if every else logits[:, -1]
 
-    def keep(self, kept: Tensor) -> None:
-        """The round is over: of its tokens [B, T] those that are true become text, in each row the first ones."""
-        for layer in self._states():
-            layer.keep(kept)
+    def keep(self, kept: Tensor, same: int | None = None) -> None:
+        """The round is over: of its tokens [B, T] those that are true become text, in each row the first ones.
+
+        Args:
+            kept: bool.
+            same: how many, if the host knows, of all rows that are still read: then nothing is masked, and where all
+                are kept the copies are the states.
+        """
+        if same == self.clock.ahead and self._copies is not None:
+            copies, states = self._copies
+            if copies:
+                torch._foreach_copy_(states, copies)
+        elif same != 0:
+            for layer in self._states():
+                layer.keep(kept if same is None else None, same or kept.shape[1])
         tokens = kept.sum(1)
         self.clock.tokens += tokens
         self.positions += tokens[:, None]

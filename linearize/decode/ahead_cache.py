@@ -89,15 +89,20 @@ class AheadState(FixedState):
         """Nothing is ahead of the text; also where a round before was left in the middle."""
         self._calls.clear()
 
-    def keep(self, kept: Tensor) -> None:
-        """Advance the state by the round's tokens [B, T] where true, in each row the first ones."""
+    def keep(self, kept: Tensor | None, tokens: int) -> None:
+        """Advance the state by the round's first tokens.
+
+        Args:
+            kept: [B, T] bool, true where, in each row the first ones; None: all of them.
+            tokens: T, at most those of the round.
+        """
         assert self.state is not None and self._bounded is not None
         past: dict[str, Any] = {
-            name: torch.cat([call[name] for call in self._calls], 1) for name in self._calls[0]
+            name: torch.cat([call[name] for call in self._calls], 1)[:, :tokens] for name in self._calls[0]
         }
         if "plain_q" in past:
             past["plain"] = (past.pop("plain_q"), past.pop("plain_k"))
-        self._bounded[1].chunked(**past, valid=kept, state=self.state, gaps=True)
+        self._bounded[1].chunked(**past, valid=kept, state=self.state, gaps=kept is not None)
         self._calls.clear()
 
 

@@ -84,6 +84,8 @@ class Speculator:
         self.seconds = 0.0
         self.eos = torch.tensor(list(eos), dtype=torch.int64, device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.looks = True
+        """Whether rounds without a graph may wait for the device; a test that they need not takes it away."""
         self.obstacle: str | None = None
         self._captures = capture and self.device.type == "cuda"
         self._ready = False
@@ -185,7 +187,12 @@ class Speculator:
         self.pair.copy_(torch.cat([ids[:, -1:], first], 1))
         self._write(first, torch.zeros_like(self.made))
 
-    def _round(self) -> None:
+    def _round(self, *, look: bool = False) -> None:
+        """Draft, check, take, and take back.
+
+        Args:
+            look: the host may wait to see how many are taken, which saves masks where all rows take as many.
+        """
         model, draft, sampling = self.model, self.draft, self.sampling
         model.begin()
         draft.begin()
@@ -208,13 +215,19 @@ class Speculator:
         running = ~self.finished
         kept = (torch.arange(self.ahead + 1, device=self.device) <= agreed[:, None]) & running[:, None]
         self._check(scores, kept)
-        model.keep(kept)
-        draft.keep(kept)
+        same = self._same(agreed, running) if look else None
+        model.keep(kept, same)
+        draft.keep(kept, same)
         text = torch.cat([self.pair[:, 1:], tokens], 1)
         self.pair.copy_(text.gather(1, torch.stack([agreed, agreed + 1], 1)))
         self.rounds += running
         self.accepted += agreed * running
         self._write(tokens, agreed)
+
+    def _same(self, agreed: Tensor, running: Tensor) -> int | None:
+        """Tokens that every running row keeps, if it is one number."""
+        counts = set(agreed[running].tolist())
+        return counts.pop() + 1 if len(counts) == 1 else None
 
     def _write(self, tokens: Tensor, agreed: Tensor) -> None:
         """Write tokens [B, n] of which the first `agreed` [B] and the next are text, up to one that ends it."""
@@ -256,7 +269,7 @@ class Speculator:
             self.graph.replay()
             return
         with self._decoding():
-            self._round()
+            self._round(look=self.looks)
 
     def _decoding(self) -> ExitStack:
         """See `Reader`, of both models."""

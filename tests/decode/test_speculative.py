@@ -106,18 +106,31 @@ def test_states_are_those_of_the_kept_tokens(name):
             assert apart < TOLERANCE, (row, COMPOSED[name], apart)
 
 
-@pytest.mark.parametrize("ahead", [1, 2, 7])
-def test_a_draft_that_is_always_right_is_always_taken(ahead):
+@pytest.mark.parametrize(("ahead", "looks"), [(1, True), (2, False), (7, True), (7, False)])
+def test_a_draft_that_is_always_right_is_always_taken(ahead, looks):
     """A state that went wrong would show as a token that is not taken: rounds are as few as they can be."""
     for layers, mixer in (("all", LOLCATS), ([1], tiny.LAWCAT), ([0, 3], HEDGEHOG)):
         model = hybrid("llama", layers, mixer)
         ids, mask = prompts(rows=2)
         made = Speculator(model, model, 2, ahead, length=20 + 33, tokens=33)
+        made.looks = looks
         assert torch.equal(
             made.generate(ids, mask, 33), expected(model, ids, mask, 33, eos_token_id=None, pad_token_id=0)
         )
         rounds = -(-32 // (ahead + 1))
         assert made.rounds.tolist() == [rounds] * 2 and made.accepted.tolist() == [rounds * ahead] * 2
+
+
+@pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
+def test_one_row_with_masks_and_without(mixer):
+    """As a graph has it, and as it is where the host may look: then nothing that is taken back is masked."""
+    model = hybrid("llama", [0, 2], mixer)
+    ids = tiny.tokens(1, 12, seed=4)
+    wanted = expected(model, ids, eos_token_id=None, pad_token_id=0)
+    for looks in (True, False):
+        made = Speculator(model, near(model), 1, 3, length=40, tokens=NEW)
+        made.looks = looks
+        assert torch.equal(made.generate(ids, None, NEW), wanted)
 
 
 @pytest.mark.parametrize("tokens", range(1, 9))

@@ -50,3 +50,26 @@ def test_of_every_recipe(name, sample, monkeypatch):
             for side, before in zip((made.model, made.draft), held, strict=True):
                 after = tensors(side.cache)
                 assert after.keys() == before.keys() and all(after[key] is before[key] for key in before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("ahead", [1, 4])
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", [*subjects(), TEACHER])
+def test_every_recipe_is_captured(name, sample, ahead):
+    """The graph gives the tokens of the same rounds one by one; the draft is of the same recipe, or the teacher."""
+    model, draft = (
+        convert(random_model("cuda", torch.bfloat16, "tiny", **SIZES), which).requires_grad_(False)
+        for which in (name, TEACHER if ahead == 1 else name)
+    )
+    ids = torch.randint(97, (2, 150), generator=torch.Generator().manual_seed(0)).cuda()
+    found = []
+    for capture in (True, False):
+        sampling = Sampling(True, 0.7, 5, 0.9) if sample else Sampling()
+        made = Speculator(model, draft, 2, ahead, sampling, length=256, tokens=80, capture=capture)
+        made.looks = False
+        torch.manual_seed(1)
+        found.append((made.generate(ids, None, 80), made.accepted.tolist(), made.rounds.tolist()))
+        assert made.obstacle is None and (made.graph is not None) == capture
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1:] == found[1][1:]
