@@ -12,7 +12,9 @@ from transformers import LogitsProcessorList, TextStreamer
 from linearize.data.chat import Chat
 from linearize.data.tokens import Tokens
 from linearize.decode.arguments import evaluating
+from linearize.decode.choice import obstacles
 from linearize.decode.continuation import behind, check_continuation
+from linearize.decode.draft import Draft, speculate_ids
 from linearize.decode.generate import generate_ids
 from linearize.decode.prefix import Prefix, read_ids
 from linearize.errors import LinearizeError
@@ -36,6 +38,7 @@ def generate(
     graph: bool | None = None,
     compile: bool = False,  # noqa: A002 - torch's name
     state: Prefix | None = None,
+    draft: Draft | None = None,
     **options: Any,
 ) -> list[str]:
     """Continue one or more prompts; a batch is padded on the left.
@@ -58,6 +61,9 @@ def generate(
         compile: `torch.compile` the graph's step first: about a minute at the first call, then faster tokens.
         state: of a text that all prompts go on from (`linearize.read_state`, `load_state`). The prompts are split by
             themselves and without the tokenizer's special tokens, and have as many tokens each.
+        draft: a model that drafts tokens which this one checks, several in one launch (`linearize.decode.draft`), on
+            any device: the same greedy text, to rounding, and the same distribution of sampled ones, whatever the
+            draft. Its `count` says how many were taken, and how fast.
         **options: passed to `generate`: do_sample, temperature, top_p, num_beams, ...
 
     Returns:
@@ -68,10 +74,12 @@ def generate(
             message, or streaming of several prompts or of beams, `graph=True` or `compile` where there can be no graph;
             options, or a generation config, that transformers cannot follow or that lie beyond `limits`; more tokens
             than a table of learned positions has rows; logits that are NaN; a state of another model, or with
-            options or prompts that it cannot serve.
+            options or prompts that it cannot serve; a draft with other tokens, or one that cannot draft here.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     _check_text(texts)
+    if draft is not None:
+        _check_draft(draft, model, tokenizer, state, graph=graph, compile=compile)
     if on_text is not None and (len(texts) > 1 or options.get("num_beams", 1) > 1):
         raise LinearizeError("streaming shows one sequence: give one prompt and no beams")
     check_numbers({"max_new_tokens": max_new_tokens, **options})
@@ -99,17 +107,17 @@ def generate(
     ids, mask = batch["input_ids"], batch["attention_mask"]
     if state is not None:
         check_continuation(model, tokenizer, state, mask, options)
-    made = generate_ids(
-        model,
-        ids,
-        mask,
-        options,
-        graph=True if compile else graph,
-        compile=compile,
-        on_tokens=None if stream is None else stream.put_block,
-        every=16 if stream is None else 4,
-        prefix=state,
-    )
+    looking: dict[str, Any] = {
+        "on_tokens": None if stream is None else stream.put_block,
+        "every": 16 if stream is None else 4,
+        "prefix": state,
+    }
+    made: Tensor | None
+    if draft is not None:
+        made = speculate_ids(model, ids, mask, options, draft, capture=graph is not False, **looking)
+    else:
+        insists = True if compile else graph
+        made = generate_ids(model, ids, mask, options, graph=insists, compile=compile, **looking)
     if made is None:
         if state is not None:
             batch = behind(model, state, ids)
@@ -202,6 +210,28 @@ def _check_text(texts: list[str], what: str = "the prompt") -> None:
         raise LinearizeError("an empty prompt: give at least one character to continue")
     if any("\ud800" <= sign <= "\udfff" for text in texts for sign in text):
         raise LinearizeError(f"{what} holds bytes that are no UTF-8 text; give it in UTF-8")
+
+
+def _check_draft(
+    draft: Draft,
+    model: Any,
+    tokenizer: Any,
+    state: Prefix | None,
+    *,
+    graph: bool | None,
+    compile: bool,  # noqa: A002 - torch's name
+) -> None:
+    """Refuse what cannot draft for this model, or not in this way."""
+    if compile:
+        raise LinearizeError(
+            "compile=True with a draft: rounds of a draft are captured as they are; leave one of the two out"
+        )
+    problems = obstacles(model) if graph else []
+    if problems:
+        raise LinearizeError(
+            f"graph=True: {'; '.join(problems)}; without it rounds run operation by operation"
+        )
+    draft.check(model, tokenizer, state)
 
 
 def _unasked(model: Any, options: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ def main(options: argparse.Namespace) -> int:
     from transformers import set_seed
 
     from linearize.cli.checkpoint import load
+    from linearize.cli.console import error_console
     from linearize.decode.prefix_file import check_target, load_state
     from linearize.errors import LinearizeError
     from linearize.eval.generation import generate
@@ -24,6 +25,7 @@ def main(options: argparse.Namespace) -> int:
 
     sampling = _sampling(options)
     _check_states(options)
+    _check_draft(options)
     counts = {"max_new_tokens": options.max_new_tokens, "num_beams": options.num_beams}
     check_numbers({**counts, **sampling})  # before the seconds that the model takes
     prompt = options.prompt if options.prompt_file is None else _text(Path(options.prompt_file))
@@ -35,6 +37,9 @@ def main(options: argparse.Namespace) -> int:
         state.check(model, tokenizer)  # before anything is printed
     if options.save_state is not None:
         return _save(options, model, tokenizer, prompt, state)
+    draft = None if options.draft is None else _draft(options)
+    if draft is not None:
+        draft.check(model, tokenizer, state)
     set_seed(options.seed)
     stream = options.num_beams == 1
     if not options.chat:
@@ -50,12 +55,15 @@ def main(options: argparse.Namespace) -> int:
             graph=False if options.no_graph else None,
             compile=options.compile,
             state=state,
+            draft=draft,
             **sampling,
         )
     except LinearizeError:
         _write("\n")  # the message on a line of its own
         raise
     _write("\n" if stream else texts[0] + "\n")
+    if draft is not None:
+        error_console().print(f"draft      {draft.count}", markup=False, soft_wrap=True)
     return 0
 
 
@@ -97,6 +105,44 @@ def _check_states(options: argparse.Namespace) -> None:
         raise LinearizeError(
             f"{name} with --save-state: no text is made, the prompt is read and kept; give {name} with --state"
         )
+
+
+def _check_draft(options: argparse.Namespace) -> None:
+    """Refuse options that mean nothing with a draft, or without one."""
+    from linearize.errors import LinearizeError
+
+    given = {"--draft-tokens": options.draft_tokens, "--draft-state": options.draft_state}
+    if options.draft is None:
+        for name, value in given.items():
+            if value is not None:
+                raise LinearizeError(
+                    f"{name} without --draft: nothing is drafted; name the model that drafts"
+                )
+        return
+    if options.draft_state is not None and options.state is None:
+        raise LinearizeError(
+            "--draft-state without --state: the model itself must go on from that text; give its state too"
+        )
+    whys = {
+        "--save-state": (options.save_state is not None, "no text is made, the prompt is read and kept"),
+        "--num-beams": (options.num_beams > 1, "one text is drafted and checked"),
+        "--compile": (options.compile, "rounds of a draft are captured as they are"),
+    }
+    for name, (asked, why) in whys.items():
+        if asked:
+            raise LinearizeError(f"{name} with --draft: {why}; leave out one of the two")
+
+
+def _draft(options: argparse.Namespace) -> Any:
+    """The model that drafts."""
+    from linearize.cli.checkpoint import load
+    from linearize.decode.draft import Draft
+    from linearize.decode.prefix_file import load_state
+
+    state = None if options.draft_state is None else load_state(options.draft_state)
+    tokens = {} if options.draft_tokens is None else {"tokens": options.draft_tokens}
+    model, tokenizer = load(options.draft, options.device)
+    return Draft(model, tokenizer, state=state, **tokens)
 
 
 def _save(options: argparse.Namespace, model: Any, tokenizer: Any, prompt: str, after: Any) -> int:

@@ -23,6 +23,19 @@ def generate(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="go on from a text that --save-state has read, in place of reading it again",
     )
+    draft = parser.add_argument_group("speculative decoding")
+    draft.add_argument(
+        "--draft",
+        metavar="MODEL",
+        help="a model with the same tokens that drafts what PATH then checks, several tokens in one launch: the same "
+        "text, sooner where the draft is quick and often right (docs/speculative.md)",
+    )
+    draft.add_argument(
+        "--draft-tokens", type=given.positive, metavar="K", help="drafted in a round (default: 4, at most 64)"
+    )
+    draft.add_argument(
+        "--draft-state", metavar="FILE", help="with --state: what the draft has read of the same text"
+    )
     parser.add_argument(
         "--max-new-tokens", type=given.positive, default=128, metavar="N", help="default: 128"
     )

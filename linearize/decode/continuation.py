@@ -9,9 +9,9 @@ from torch import Tensor
 
 from linearize.decode.arguments import cache_name
 from linearize.decode.choice import request
-from linearize.decode.engine import UNEQUAL
 from linearize.decode.prefix import Prefix
 from linearize.decode.reach import check_reach
+from linearize.decode.reader import UNEQUAL
 from linearize.errors import LinearizeError
 
 

@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from linearize.decode.arguments import cache_name, forward_names
-from linearize.decode.bounded import holds_tokens
-from linearize.decode.cache import fixed_cache, tensors
+from linearize.decode.cache import tensors
 from linearize.decode.masks import Masks, token_masks
 from linearize.decode.prefix import Prefix
+from linearize.decode.reader import Reader
 from linearize.decode.sampling import Sampling
 from linearize.errors import LinearizeError
 from linearize.kernels.dispatch import KernelError
 from linearize.recording import record
-from linearize.surgery import converted
 
 log = logging.getLogger(__name__)
 
 BLOCK = 64
 """Tokens of each row that stay on the device until the host fetches them."""
-UNEQUAL = (
-    "prompts of unequal length behind a state: padding would stand between it and the shorter ones; give prompts of as "
-    "many tokens each, or one after the other"
-)
 WARM_UP = 3
 """Steps before the capture: kernels compile, libraries allocate."""
 
 
-class Decoder:
+class Decoder(Reader):
     """A model with buffers for `batch` rows, ready to continue one batch of prompts after another.
 
     Prompts go through the model's ordinary chunked forward, which fills the buffers. Then one step follows another
@@ -68,31 +62,19 @@ class Decoder:
         capture: bool = True,
         compile: dict[str, Any] | None = None,  # noqa: A002 - torch's name
     ) -> None:
-        config = model.config.get_text_config()
-        parameter = next(model.parameters())
-        layers = {layer.layer_idx for layer in converted(model)}
-        self.model, self.batch, self.sampling, self.config = model, batch, sampling, config
-        self.device, self.dtype = parameter.device, parameter.dtype
-        self.keeps_softmax = len(layers) < config.num_hidden_layers
-        self.holds_tokens = holds_tokens(model)
-        self.length = length if self.holds_tokens else 0
-        self.cache, self.clock = fixed_cache(config.num_hidden_layers, layers, self.length, self.device)
+        super().__init__(model, batch, length)
+        self.sampling = sampling
         self.steps = 0
         self.obstacle: str | None = None
-        self._cache_name = cache_name(model)
-        self._optional = {"logits_to_keep": 1} if "logits_to_keep" in forward_names(model) else {}
 
         def whole(*size: int, fill: Any = 0, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.full(size, fill, dtype=dtype, device=self.device)
 
-        self.tokens, self.positions = whole(batch, 1), whole(batch, 1)
+        self.tokens = whole(batch, 1)
         self.finished = whole(batch, fill=False, dtype=torch.bool)
         self.recent, self.column = whole(batch, BLOCK), whole(1)
         self.eos = torch.tensor(list(eos), dtype=torch.int64, device=self.device)
         self.pad = whole(fill=pad)
-        self.seen = whole(batch, self.length, fill=True, dtype=torch.bool)
-        # masks of one token are read by kept softmax layers alone
-        self._no_masks = token_masks(config, whole(1, 1, fill=True, dtype=torch.bool), whole(), self.dtype)
         self._step: Callable[[], None] = self._eager_step
         if compile is not None:
             self._step = torch.compile(self._eager_step, dynamic=False, **compile)
@@ -183,28 +165,7 @@ class Decoder:
             LinearizeError: padding behind a prefix.
         """
         self._reset()
-        ids = ids.to(self.device)
-        before = 0 if prefix is None else prefix.tokens
-        padded = mask is not None and not bool(mask.all())
-        if padded and before:
-            raise LinearizeError(UNEQUAL)
-        if prefix is not None:
-            layer: Any  # a FixedState or a FixedKeys
-            for index, layer in enumerate(self.cache.layers):
-                layer.hold(prefix.layer(index), before)
-            self.clock.before = before
-        mask = mask.to(self.device).long() if padded and mask is not None else torch.ones_like(ids)
-        positions = (mask.cumsum(1) - 1).clamp_min(0) + before
-        total = before + ids.shape[1]
-        if self.length:
-            self.seen[:, before:total] = mask.bool()
-            self.seen[:, :before] = True
-            self.seen[:, total:] = True
-        given = {"attention_mask": mask} if padded else {}
-        logits = self._forward(ids, positions, **given)
-        self.clock.start(total)
-        self.positions.copy_(before + mask.sum(1, keepdim=True))
-        self._take(logits)
+        self._take(self.fill(ids, mask, prefix))
 
     @torch.no_grad()
     def run(self, steps: int) -> None:
@@ -216,16 +177,6 @@ class Decoder:
                 else:
                     self._graph.replay()
         self.steps += steps
-
-    def _decoding(self) -> AbstractContextManager[Any]:
-        """How transformers runs one-token steps: experts of a mixture in the form that is quicker there."""
-        switch = getattr(self.model, "_optimize_model_for_decode", None)
-        return nullcontext() if switch is None else switch()
-
-    def _forward(self, ids: Tensor, positions: Tensor, **given: Any) -> Tensor:
-        """Logits [B, V] of the last column."""
-        arguments = {self._cache_name: self.cache, "use_cache": True, **self._optional, **given}
-        return self.model(input_ids=ids, position_ids=positions, **arguments).logits[:, -1]
 
     def _eager_step(self) -> None:
         masks: Masks = self._no_masks
@@ -250,8 +201,7 @@ class Decoder:
         return self.recent[:, places].cpu()
 
     def _reset(self) -> None:
-        self.cache.reset()
-        self.clock.running, self.clock.before = False, 0
+        self.forget()
         self.finished.zero_()
         self.column.zero_()
 

@@ -11,8 +11,13 @@ CHANGING = ("dynamic", "longrope")
 """Kinds of RoPE that rotate all tokens otherwise once the text is longer than the original positions."""
 
 
-def check_reach(model: Any, tokens: int) -> None:
+def check_reach(model: Any, tokens: int, beside: str = "a state") -> None:
     """Refuse a text of so many tokens, state included, for which what has been read would no longer be right.
+
+    Args:
+        model: of transformers.
+        tokens: of the text.
+        beside: what can be left out, so that the whole text is rotated anew.
 
     Raises:
         LinearizeError: names the kind of positions, their number and the remedy.
@@ -32,8 +37,8 @@ def check_reach(model: Any, tokens: int) -> None:
         if tokens > least:
             raise LinearizeError(
                 f"{tokens:,} tokens with the RoPE '{rope['rope_type']}', which rotates all of them otherwise beyond "
-                f"{least:,}: keys in a state stay as they were rotated, so that would be another text; stay within "
-                f"{least:,} tokens, state and new ones together, or generate without a state"
+                f"{least:,}: keys that are kept stay as they were rotated, so that would be another text; stay within "
+                f"{least:,} tokens, prompt, state and new ones together, or generate without {beside}"
             )
 
 

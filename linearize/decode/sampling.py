@@ -11,6 +11,15 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 
+def draw(probabilities: Tensor) -> Tensor:
+    """A draw [B] from each of [B, V] probabilities, which need not sum to one.
+
+    It is `torch.multinomial`'s (highest of probability / exponential noise), from torch's default generator of the
+    device, without its check of the input, which would stop a CUDA graph from being captured.
+    """
+    return (probabilities / torch.empty_like(probabilities).exponential_(1.0)).argmax(-1)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Settings of a choice, with transformers' meaning and order.
@@ -28,18 +37,15 @@ class Sampling:
     top_p: float = 1.0
 
     def choose(self, logits: Tensor) -> Tensor:
-        """The next tokens [B] for logits [B, V].
+        """The next tokens [B] for logits [B, V]."""
+        return draw(self.probabilities(logits)) if self.sample else logits.float().argmax(-1)
 
-        The draw is `torch.multinomial`'s (highest of probability / exponential noise), from torch's default generator
-        of the device, without its check of the input, which would stop a CUDA graph from being captured.
-        """
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """What is drawn from, [B, V] float32 for logits [B, V]."""
         scores = logits.float()
-        if not self.sample:
-            return scores.argmax(-1)
         for warper in self._warpers:
             scores = warper(None, scores)
-        probabilities = scores.softmax(-1)
-        return (probabilities / torch.empty_like(probabilities).exponential_(1.0)).argmax(-1)
+        return scores.softmax(-1)
 
     @cached_property
     def _warpers(self) -> list[Any]:

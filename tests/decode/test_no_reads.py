@@ -6,13 +6,10 @@ the torch forms, and to the Triton kernels' registered shapes.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from compositions import SHAPES, Draw, label, make, registered
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from on_device import META, OnDevice, no_autocast, to_meta
 
 from linearize.bench.subjects import TEACHER, convert, random_model, subjects
 from linearize.decode import Decoder, Sampling
@@ -21,7 +18,6 @@ from linearize.decode.row_choice import Wish, Wishes, likelihoods
 from linearize.decode.slots import Slots
 from linearize.kernels import dispatch
 
-META = torch.device("meta")
 # as wide as the kernels take, and small otherwise
 SIZES = {"hidden_size": 64, "head_dim": 64, "num_hidden_layers": 2}
 WITHOUT_KERNEL = ("arwkv", "radlads_rwkv7", "swa_sinks", TEACHER)
@@ -30,39 +26,7 @@ WITHOUT_KERNEL = ("arwkv", "radlads_rwkv7", "swa_sinks", TEACHER)
 
 @pytest.fixture(autouse=True)
 def without_autocast(monkeypatch):
-    """Mixers switch autocast off, for which the meta device has no name."""
-    own = torch.autocast
-    monkeypatch.setattr(
-        torch, "autocast", lambda kind, *a, **k: nullcontext() if kind == "meta" else own(kind, *a, **k)
-    )
-
-
-class OnDevice(TorchDispatchMode):
-    """Every tensor of every operation is on the meta device, numbers apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        self.seen.add(function.namespace)
-        flat, _ = torch.utils._pytree.tree_flatten((args, kwargs, made))
-        for x in flat:
-            assert not isinstance(x, torch.Tensor) or x.device == META or not x.dim(), (
-                f"{function}: {x.device}"
-            )
-        return made
-
-
-def to_meta(module: nn.Module) -> None:
-    for part in module.modules():
-        for name, x in part._parameters.items():
-            if x is not None:
-                part._parameters[name] = nn.Parameter(x.to(META), requires_grad=False)
-        for name, x in part._buffers.items():
-            if x is not None:
-                part._buffers[name] = x.to(META)
+    no_autocast(monkeypatch)
 
 
 @pytest.mark.parametrize("name", [*subjects(), TEACHER])

@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import tiny
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from on_device import OnDevice, no_autocast, to_meta
 
 from linearize.kernels import dispatch
 from linearize.sample.attention import attending
 from linearize.sample.choice import Narrow
 from linearize.sample.writer import Writer
 
-META = torch.device("meta")
-
-
-class OnDevice(TorchDispatchMode):
-    """Every tensor of every operation is on the meta device, which has no data to look at; numbers apart."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        flat, _ = torch.utils._pytree.tree_flatten((args, kwargs, made))
-        for x in flat:
-            assert not isinstance(x, torch.Tensor) or x.device == META or not x.dim(), function
-        return made
-
-
-def to_meta(module: nn.Module) -> None:
-    for part in module.modules():
-        for name, x in part._parameters.items():
-            if x is not None:
-                part._parameters[name] = nn.Parameter(x.to(META), requires_grad=False)
-        for name, x in part._buffers.items():
-            if x is not None:
-                part._buffers[name] = x.to(META)
-
 
 @pytest.mark.parametrize("triton", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_step(family, triton, monkeypatch):
-    own = torch.autocast
-    monkeypatch.setattr(
-        torch, "autocast", lambda kind, *a, **k: nullcontext() if kind == "meta" else own(kind, *a, **k)
-    )
+    no_autocast(monkeypatch)
     model = tiny.model(family)
     to_meta(model)
     made = Writer(

@@ -1,0 +1,108 @@
+"""A model that reads tokens ahead of a text, several in one launch, and then keeps the first of them or none."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize.decode.ahead_cache import AheadClock, AheadState, ahead_cache
+from linearize.decode.masks import Masks, token_masks
+from linearize.decode.prefix import Prefix
+from linearize.decode.reader import Reader
+
+
+class Ahead(Reader):
+    """See above. A round is `begin`, `go` as often as is wanted, and `keep`; nothing in it waits for the device.
+
+    Args:
+        model, batch: as of `Reader`.
+        length: most tokens, those ahead included, if any layer is softmax.
+
+    Attributes:
+        last: [] int64, the largest position that a token of the text can have; tokens ahead of the text's end, which
+            nobody reads, get no larger one, for which a model may have no row.
+    """
+
+    clock: AheadClock
+
+    def __init__(self, model: Any, batch: int, length: int) -> None:
+        super().__init__(model, batch, length, partial(ahead_cache, batch=batch))
+        self.last = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._copies: tuple[list[Tensor], list[Tensor]] | None = None
+
+    def start(self, ids: Tensor, mask: Tensor | None, prefix: Prefix | None, tokens: int) -> Tensor | None:
+        """Forget everything and read prompts; logits [B, V] of what follows, None where there was no token to read.
+
+        Args:
+            ids, mask, prefix: see `Reader.fill`; T may be 0 once states are there.
+            tokens: that may follow.
+        """
+        self.forget()
+        self.clock.ahead = 0
+        before = 0 if prefix is None else prefix.tokens
+        self.last.fill_(before + ids.shape[1] + tokens - 1)
+        if ids.shape[1]:
+            return self.fill(ids, mask, prefix)
+        if prefix is not None:
+            layer: Any
+            for index, layer in enumerate(self.cache.layers):
+                layer.hold(prefix.layer(index), before)
+        self.seen.fill_(True)
+        self.clock.start(before)
+        self.positions.fill_(before)
+        return None
+
+    def begin(self) -> None:
+        """A round begins: states are copied, and the copies go ahead."""
+        self.clock.ahead = 0
+        for layer in self._states():
+            layer.begin()
+        if self._copies is None:
+            pairs = [pair for layer in self._states() for pair in layer.copies()]
+            self._copies = [copy for copy, _ in pairs], [state for _, state in pairs]
+        if self._copies[0]:
+            torch._foreach_copy_(*self._copies)
+
+    def go(self, ids: Tensor, *, every: bool = False) -> Tensor:
+        """The next tokens [B, T] of the round, in one forward.
+
+        Returns:
+            Logits [B, V] of what follows the last of them, with `every` [B, T, V] of what follows each.
+        """
+        tokens, clock = ids.shape[1], self.clock
+        order = torch.arange(clock.ahead, clock.ahead + tokens, device=self.device)
+        positions = torch.minimum(self.positions + order, self.last)
+        masks: Masks = self._no_masks
+        if self.keeps_softmax:
+            masks = token_masks(self.config, self.seen, clock.places(tokens), self.dtype)
+        given = {self._cache_name: self.cache, "use_cache": True, "attention_mask": masks}
+        given |= {} if every else self._optional
+        logits = self.model(input_ids=ids, position_ids=positions, **given).logits
+        clock.ahead += tokens
+        return logits if every else logits[:, -1]
+
+    def keep(self, kept: Tensor, same: int | None = None) -> None:
+        """The round is over: of its tokens [B, T] those that are true become text, in each row the first ones.
+
+        Args:
+            kept: bool.
+            same: how many, if the host knows, of all rows that are still read: then nothing is masked, and where all
+                are kept the copies are the states.
+        """
+        if same == self.clock.ahead and self._copies is not None:
+            copies, states = self._copies
+            if copies:
+                torch._foreach_copy_(states, copies)
+        elif same != 0:
+            for layer in self._states():
+                layer.keep(kept if same is None else None, same or kept.shape[1])
+        tokens = kept.sum(1)
+        self.clock.tokens += tokens
+        self.positions += tokens[:, None]
+        self.clock.ahead = 0
+
+    def _states(self) -> list[AheadState]:
+        return [layer for layer in self.cache.layers if isinstance(layer, AheadState)]

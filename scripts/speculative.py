@@ -1,0 +1,225 @@
+"""Tokens/s with a draft and without, and how many drafted tokens are taken: written text, several lengths of prompts.
+
+Without a draft a model decodes in the same engine, one CUDA graph for each token where there is CUDA. Times are of
+decoding alone, from the first new token to the last. Where the greedy texts differ, which rounding may do, the row says
+after how many tokens, and by how much the model preferred its own token there.
+
+    python scripts/speculative.py smollm2-135m --drafts runs/demo/checkpoint --context 512 4096 16384 \
+        --draft-tokens 2 4 8 --batch 1 --temperature 0 0.8 --out docs/results/speculative-h200.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shlex
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import torch
+from torch import Tensor
+
+from linearize.cli.checkpoint import load
+from linearize.data.builtin import sample
+from linearize.decode import Decoder, Draft, Sampling
+from linearize.decode.speculator import Speculator
+from linearize.errors import LinearizeError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and write, row by row."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", metavar="PATH", help="the model whose text it is: a conversion or any model")
+    parser.add_argument("--drafts", nargs="+", required=True, metavar="MODEL", help="one after the other")
+    parser.add_argument(
+        "--context", type=int, nargs="+", default=[512], metavar="TOKENS", help="of the prompt"
+    )
+    parser.add_argument("--draft-tokens", type=int, nargs="+", default=[2, 4, 8], metavar="K")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="ROWS")
+    parser.add_argument(
+        "--temperature", type=float, nargs="+", default=[0.0], metavar="X", help="0 is greedy"
+    )
+    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="new ones of each text")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="the fastest counts")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    options = parser.parse_args(arguments)
+    model, tokenizer = load(options.path, options.device)
+    model = model.to(getattr(torch, options.dtype))
+    found: dict[str, Any] = {
+        "command": shlex.join(["python", "scripts/speculative.py", *(arguments or sys.argv[1:])]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip(),
+        "machine": (torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU")
+        + f", torch {torch.__version__}",
+        "dtype": options.dtype,
+        "tokens": options.tokens,
+        "rows": [],
+    }
+    places = [
+        (context, batch, heat)
+        for context in options.context
+        for batch in options.batch
+        for heat in options.temperature
+    ]
+    alone = {}
+    for place in places:
+        row, alone[place] = _without(model, _prompts(tokenizer, *place[:2]), place, options)
+        _add(found, row, options)
+    for name in options.drafts:
+        other, its = load(name, options.device)
+        draft = Draft(other.to(getattr(torch, options.dtype)), its)
+        draft.check(model, tokenizer)
+        for place in places:
+            for ahead in options.draft_tokens:
+                ids = _prompts(tokenizer, *place[:2])
+                row = _with(model, draft.model, ids, place, ahead, alone[place], options)
+                _add(found, {"draft": name, **row}, options)
+        del other, draft
+    return 0
+
+
+def _prompts(tokenizer: Any, context: int, rows: int) -> Tensor:
+    """[B, T] stretches of the built-in text, each from another place."""
+    texts = pyarrow.parquet.read_table(sample("train"))["text"].to_pylist()
+    ids: list[int] = []
+    for text in texts:
+        ids += tokenizer(text)["input_ids"]
+        if len(ids) >= context * rows:
+            break
+    if len(ids) < context * rows:
+        raise LinearizeError(f"{context * rows:,} tokens of prompts, and the built-in text has {len(ids):,}")
+    return torch.tensor(ids[: context * rows]).view(rows, context)
+
+
+def _sampling(heat: float) -> Sampling:
+    return Sampling(True, heat) if heat else Sampling()
+
+
+@torch.no_grad()
+def _without(
+    model: Any, ids: Tensor, place: tuple[int, int, float], options: argparse.Namespace
+) -> tuple[dict[str, Any], Tensor | None]:
+    row = _row(place)
+    try:
+        decoder = Decoder(model, place[1], _sampling(place[2]), length=place[0] + options.tokens)
+        decoder.prepare()
+        seconds = []
+        for _ in range(options.repeats):
+            decoder.read(ids, None)
+            began = _now(model)
+            decoder.run(options.tokens - 1)
+            seconds.append(_now(model) - began)
+        made = decoder.generate(ids, None, options.tokens).cpu()
+    except (LinearizeError, RuntimeError) as error:
+        return row | {"refused": " ".join(str(error).split())[:200]}, None
+    return row | {"tokens_per_second": round(place[1] * (options.tokens - 1) / min(seconds), 1)}, made
+
+
+@torch.no_grad()
+def _with(
+    model: Any,
+    draft: Any,
+    ids: Tensor,
+    place: tuple[int, int, float],
+    ahead: int,
+    alone: Tensor | None,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    row = {**_row(place), "draft_tokens": ahead}
+    length = place[0] + options.tokens
+    try:
+        made = Speculator(
+            model, draft, place[1], ahead, _sampling(place[2]), length=length, tokens=options.tokens
+        )
+        made.prepare()
+        seconds, taken, rounds = [], 0, 0
+        for repeat in range(options.repeats):
+            torch.manual_seed(repeat)
+            text = made.generate(ids, None, options.tokens).cpu()
+            seconds.append(made.seconds)
+            taken, rounds = taken + int(made.accepted.sum()), rounds + int(made.rounds.sum())
+    except (LinearizeError, RuntimeError) as error:
+        return row | {"refused": " ".join(str(error).split())[:200]}
+    row |= {
+        "tokens_per_second": round(place[1] * (options.tokens - 1) / min(seconds), 1),
+        "taken": round(taken / (rounds * ahead), 3),
+        "tokens_a_round": round(options.repeats * place[1] * (options.tokens - 1) / rounds, 2),
+        "graph": made.graph is not None,
+    }
+    if made.obstacle is not None:
+        row["obstacle"] = made.obstacle
+    if alone is not None and not place[2]:
+        row |= _apart(model, ids, alone, text)
+    return row
+
+
+def _apart(model: Any, ids: Tensor, alone: Tensor, text: Tensor) -> dict[str, Any]:
+    """How many of a batch's texts are the same, and of the first that is not, where and by how much."""
+    differs = alone != text
+    found: dict[str, Any] = {"same_texts": int((~differs.any(1)).sum())}
+    if bool(differs.any()):
+        row = int(differs.any(1).int().argmax())
+        first = int(differs[row].int().argmax())
+        whole = torch.cat([ids[row], alone[row, :first]])[None].to(model.device)
+        top = model(whole).logits[0, -1].float().topk(2).values
+        found |= {"differs_after": first, "preferred_by": round(float(top[0] - top[1]), 4)}
+    return found
+
+
+def _row(place: tuple[int, int, float]) -> dict[str, Any]:
+    return {"context": place[0], "batch": place[1], "temperature": place[2]}
+
+
+def _now(model: Any) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _add(found: dict[str, Any], row: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write what there is, so that nothing is lost."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    print(json.dumps(row), flush=True)
+    found["rows"].append(row)
+    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    options.out.with_suffix(".md").write_text(_table(found), encoding="utf-8")
+
+
+def _table(found: dict[str, Any]) -> str:
+    lines = [
+        "# Tokens/s with a draft and without",
+        "",
+        f"`{found['command']}`, {found['date']}, commit {found['commit']}, {found['machine']}, {found['dtype']}, "
+        f"{found['tokens']} new tokens of each text.",
+        "",
+        "| prompt | rows | temperature | draft | drafted in a round | tokens/s | taken | tokens a round | same texts |",
+        "|---:|---:|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in found["rows"]:
+        cells = [row["context"], row["batch"], row["temperature"], row.get("draft", "none")]
+        names = ("draft_tokens", "tokens_per_second", "taken", "tokens_a_round", "same_texts")
+        cells += [row.get(name, "") for name in names]
+        if "refused" in row:
+            cells[5] = row["refused"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
