@@ -1,0 +1,64 @@
+"""`linearize export PATH --layout NAME`: read a checkpoint, write it in a foreign layout, whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from linearize.errors import CheckpointError, LinearizeError
+from linearize.export.layouts import fla
+from linearize.export.layouts.source import read
+from linearize.export.save import replace_folder, save_tokenizer
+from linearize.models.tokenizer import load_tokenizer
+from linearize.registry import closest
+
+LAYOUTS = ("fla",)
+COPIED = ("generation_config.json", "linearize.json", "LICENSE")
+"""Files that say the same of the model in every layout."""
+
+
+def export_layout(path: str | Path, layout: str, out: str | Path) -> str:
+    """Write a converted checkpoint as another library's own.
+
+    Args:
+        path: a folder that `save` wrote, its weights plain.
+        layout: fla: a folder for flash-linear-attention 0.6.
+        out: the new folder.
+
+    Returns:
+        Which of that library's models it is now, in words.
+
+    Raises:
+        LinearizeError: no such layout.
+        UnsupportedModelError: the library has no model that computes the same; the message lists every difference.
+        CheckpointError: no converted checkpoint, one that is quantized or holds adapters, or `out` cannot be written.
+    """
+    path, out = Path(path), Path(out)
+    if layout not in LAYOUTS:
+        raise LinearizeError(f"layout={layout!r}: {closest(layout, LAYOUTS)}")
+    if out.resolve() == path.resolve():
+        raise LinearizeError(f"{out} is the checkpoint that is to be written; give another place")
+    source = read(path, layout)
+    tokenizer = load_tokenizer(path)
+    scratch: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        said = fla.write(source, scratch)
+        save_tokenizer(tokenizer, scratch)
+        for name in COPIED:
+            if (path / name).is_file():
+                shutil.copyfile(path / name, scratch / name)
+        scratch.chmod(0o755)
+        replace_folder(scratch, out)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{out}: could not be written ({error}); free some space, or mend the cause, and try again"
+        ) from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return said
