@@ -44,4 +44,5 @@ def default(path: str, form: str) -> Path:
     folder = Path(path).resolve()
     if folder.name == "checkpoint" and (folder.parent / "recipe.yaml").is_file():
         folder = folder.parent
-    return folder.with_name(f"{folder.name}-{form}") if folder.is_dir() else Path(f"{folder.name}-{form}")
+    name = f"{folder.name}.gguf" if form == "gguf" else f"{folder.name}-{form}"
+    return folder.with_name(name) if folder.is_dir() else Path(name)

@@ -32,11 +32,13 @@ class Layer:
     """A converted layer.
 
     Attributes:
+        index: its number in the model.
         given: its composition.
         weights: [out, in] of the projections q, k, v and o; biases as `q.bias`, where they are not zero.
         parts: the mixer's parameters under their names in it (`recurrent.gate.down`).
     """
 
+    index: int
     given: Given
     weights: dict[str, Tensor]
     parts: dict[str, Tensor]

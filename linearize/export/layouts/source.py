@@ -82,7 +82,7 @@ def read(folder: Path, layout: str) -> Source:
         numbers = dict(plan["layers"][layer.path])
         given = Given(sections[numbers.pop("mixer")], LayerShape(**numbers), source.body.eps)
         parts = {name.removeprefix(place): value for name, value in tensors.items() if name.startswith(place)}
-        source.layers[layer.index] = Layer(given, source.projections(layer.index), parts)
+        source.layers[layer.index] = Layer(layer.index, given, source.projections(layer.index), parts)
     return source
 
 

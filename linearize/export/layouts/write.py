@@ -9,13 +9,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from linearize.errors import CheckpointError, LinearizeError
-from linearize.export.layouts import fla
+from linearize.export.layouts import fla, gguf_file
 from linearize.export.layouts.source import read
 from linearize.export.save import replace_folder, save_tokenizer
 from linearize.models.tokenizer import load_tokenizer
 from linearize.registry import closest
 
-LAYOUTS = ("fla",)
+LAYOUTS = ("fla", "gguf")
 COPIED = ("generation_config.json", "linearize.json", "LICENSE")
 """Files that say the same of the model in every layout."""
 
@@ -25,8 +25,8 @@ def export_layout(path: str | Path, layout: str, out: str | Path) -> str:
 
     Args:
         path: a folder that `save` wrote, its weights plain.
-        layout: fla: a folder for flash-linear-attention 0.6.
-        out: the new folder.
+        layout: fla: a folder for flash-linear-attention 0.6. gguf: a file for llama.cpp.
+        out: the new folder or file.
 
     Returns:
         Which of that library's models it is now, in words.
@@ -47,13 +47,17 @@ def export_layout(path: str | Path, layout: str, out: str | Path) -> str:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        said = fla.write(source, scratch)
-        save_tokenizer(tokenizer, scratch)
-        for name in COPIED:
-            if (path / name).is_file():
-                shutil.copyfile(path / name, scratch / name)
-        scratch.chmod(0o755)
-        replace_folder(scratch, out)
+        if layout == "gguf":
+            said = gguf_file.write(source, tokenizer, scratch / out.name)
+            (scratch / out.name).replace(out)
+        else:
+            said = fla.write(source, scratch)
+            save_tokenizer(tokenizer, scratch)
+            for name in COPIED:
+                if (path / name).is_file():
+                    shutil.copyfile(path / name, scratch / name)
+            scratch.chmod(0o755)
+            replace_folder(scratch, out)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{out}: could not be written ({error}); free some space, or mend the cause, and try again"
