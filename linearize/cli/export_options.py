@@ -12,7 +12,10 @@ LAYOUTS = ("fla", "gguf")
 
 def export(parser: argparse.ArgumentParser) -> None:
     """Beside the device."""
-    parser.usage = "%(prog)s PATH (--quantize int8|int4|float8 [--device auto|cpu|cuda] | --layout fla|gguf) [--out PATH]"
+    parser.usage = (
+        "%(prog)s PATH (--quantize int8|int4|float8 [--device auto|cpu|cuda] | --layout fla|gguf)"
+        " [--out PATH]"
+    )
     parser.add_argument("path", metavar="PATH", help="exported checkpoint or run folder")
     form = parser.add_mutually_exclusive_group(required=True)
     form.add_argument(

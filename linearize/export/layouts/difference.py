@@ -47,11 +47,7 @@ def unlike(mixer: Section, part: str, fits: bool, theirs: str) -> list[Differenc
 
 def absent(mixer: Section, *parts: str) -> list[Difference]:
     """A difference for each part that a mixer has and the foreign layer has nothing like."""
-    return [
-        Difference(part, said(mixer, part), "none")
-        for part in parts
-        if mixer[part]["name"] != "none" and (part != "combine" or mixer["window"]["name"] != "none")
-    ]
+    return [Difference(part, said(mixer, part), "none") for part in parts if mixer[part]["name"] != "none"]
 
 
 def rotated(mixer: Section, shape: LayerShape) -> list[Difference]:

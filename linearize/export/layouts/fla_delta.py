@@ -10,7 +10,7 @@ from torch import Tensor
 from linearize.export.layouts import folding
 from linearize.export.layouts.difference import Difference, absent, rotated, said, unlike
 from linearize.export.layouts.layer import ForeignLayer, Given, Layer
-from linearize.export.layouts.norm import head_norm, scales
+from linearize.export.layouts.norm import head_norm, norm_differences, scales
 
 
 class DeltaNet(ForeignLayer):
@@ -30,7 +30,7 @@ class DeltaNet(ForeignLayer):
 
     def differences(self, given: Given) -> Iterator[Difference]:
         mixer, conv, update = given.mixer, given.mixer["short_conv"], given.mixer["update"]
-        yield from absent(mixer, "window", "combine")
+        yield from absent(mixer, "window")
         bent = conv["name"] == "depthwise" and conv["roles"] == "qkv" and conv["activation"] == "silu"
         yield from unlike(mixer, "short_conv", bent, "depthwise on q, k and v with SiLU, or SiLU alone")
         yield from unlike(
@@ -44,16 +44,11 @@ class DeltaNet(ForeignLayer):
                 yield Difference("update.bias", "beta has a bias", "none")
             if update["rescales"]:
                 yield Difference("update.rescales", "a learned scale per head", "1 / sqrt(K)")
-        yield from self._norm(given)
+        yield from norm_differences(mixer)
+        norm = head_norm(mixer)
+        if norm is not None and norm.eps != given.eps:
+            yield Difference("epsilon", f"{norm.eps:g} under the norm", f"that of the model, {given.eps:g}")
         yield from rotated(mixer, given.shape)
-
-    def _norm(self, given: Given) -> Iterator[Difference]:
-        mixer, norm = given.mixer, head_norm(given.mixer)
-        if norm is None or norm.centered or mixer["output"]["name"] == "gate":
-            ours = f"{said(mixer, 'normalizer')} and output {said(mixer, 'output')}"
-            yield Difference("output norm", ours, "an RMS norm of each head, and no gate or a SiLU gate")
-        elif norm.eps != given.eps:
-            yield Difference("output norm", f"epsilon {norm.eps:g}", f"that of the model, {given.eps:g}")
 
     def tensors(self, layer: Layer) -> dict[str, Tensor]:
         shape, weights, parts = layer.given.shape, layer.weights, layer.parts

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.export.layouts import folding
-from linearize.export.layouts.difference import Difference, absent, rotated, said, unlike
+from linearize.export.layouts.difference import Difference, absent, rotated, unlike
 from linearize.export.layouts.layer import ForeignLayer, Given, Layer
-from linearize.export.layouts.norm import head_norm, scales
+from linearize.export.layouts.norm import head_norm, norm_differences, scales
 
 
 class GLA(ForeignLayer):
@@ -31,8 +31,8 @@ class GLA(ForeignLayer):
     RANK, DIVISOR = 16, 16.0
 
     def differences(self, given: Given) -> Iterator[Difference]:
-        mixer, gate, norm = given.mixer, given.mixer["gate"], head_norm(given.mixer)
-        yield from absent(mixer, "window", "combine")
+        mixer, gate = given.mixer, given.mixer["gate"]
+        yield from absent(mixer, "window")
         yield from unlike(
             mixer, "short_conv", mixer["short_conv"]["name"] == "none", "none, or one with SiLU behind it"
         )
@@ -44,9 +44,7 @@ class GLA(ForeignLayer):
         yield from unlike(mixer, "gate", low, f"low_rank (rank {self.RANK}, divisor {self.DIVISOR:.0f})")
         additive = mixer["update"]["name"] == "additive" and not mixer["update"]["start"]
         yield from unlike(mixer, "update", additive, "additive")
-        if norm is None or norm.centered or mixer["output"]["name"] == "gate":
-            ours = f"{said(mixer, 'normalizer')} and output {said(mixer, 'output')}"
-            yield Difference("output norm", ours, "an RMS norm of each head, and no gate or a SiLU gate")
+        yield from norm_differences(mixer)
         yield from rotated(mixer, given.shape)
 
     def tensors(self, layer: Layer) -> dict[str, Tensor]:

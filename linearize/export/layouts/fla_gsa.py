@@ -22,7 +22,7 @@ class GSA(ForeignLayer):
 
     def differences(self, given: Given) -> Iterator[Difference]:
         mixer, gate, conv = given.mixer, given.mixer["gate"], given.mixer["short_conv"]
-        yield from absent(mixer, "window", "combine")
+        yield from absent(mixer, "window")
         yield from unlike(mixer, "update", mixer["update"]["name"] == "slots", "slots")
         yield from unlike(mixer, "feature_map", mixer["feature_map"]["name"] == "relu", "relu, swish or t2r")
         if gate["name"] != "low_rank" or gate["divisor"] != self.DIVISOR:
@@ -33,6 +33,6 @@ class GSA(ForeignLayer):
             yield Difference("gate", "a bias on its logits", "none")
         if not (conv["name"] == "depthwise" and "v" in conv["roles"] and conv["activation"] == "silu"):
             yield Difference("values", "as they are", "through SiLU")
-        ours = f"{said(mixer, 'normalizer')} and output {said(mixer, 'output')}"
+        ours = said(mixer, "normalizer" if mixer["output"]["name"] == "none" else "output")
         yield Difference("output", ours, "SiLU, then an RMS norm over all heads together")
         yield from rotated(mixer, given.shape)

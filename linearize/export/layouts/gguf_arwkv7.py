@@ -18,8 +18,14 @@ from linearize.export.layouts.rwkv7_rule import rule_differences
 
 
 def filling(given: Given) -> Iterator[Difference]:
-    """What keeps heads from being those of llama.cpp's RWKV: square states that fill the model's width."""
+    """What keeps heads from being those of llama.cpp's RWKV: square states that fill the model's width.
+
+    Its CUDA kernels take heads of 64 and 128; on processors with AVX-512 it reads 64 dims at once, whether they belong
+    to the head or not, and would answer wrong.
+    """
     shape = given.shape
+    if shape.key_dim not in (64, 128):
+        yield Difference("heads", f"of {shape.key_dim}", "of 64 or 128")
     if shape.heads * shape.key_dim != shape.hidden_dim() or shape.key_dim != shape.value_dim:
         ours = (
             f"{shape.heads} heads of {shape.key_dim} and {shape.value_dim} in a width of {shape.hidden_dim()}"

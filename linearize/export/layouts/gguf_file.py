@@ -57,9 +57,7 @@ def write(source: Source, tokenizer: Any, file: Path) -> str:
     if not differences:
         differences += [one for given in source.layers.values() for one in layer.found(given)]
     if source.kept:
-        differences.append(
-            Difference("layers", f"{len(source.kept)} of softmax attention", "the same one in every layer")
-        )
+        differences.append(kept(str(len(source.kept))))
     if differences:
         raise UnsupportedModelError(refused(source.folder, "gguf", f"llama.cpp's {layer.name}", differences))
     body = source.body
@@ -83,6 +81,11 @@ def write(source: Source, tokenizer: Any, file: Path) -> str:
     finally:
         writer.close()
     return f"GGUF of llama.cpp's {layer.name}"
+
+
+def kept(count: str) -> Difference:
+    """What differs where some layers are still the teacher's softmax."""
+    return Difference("layers", f"{count} of softmax attention", "a recurrence in every one")
 
 
 def _no_softmax(given: Given) -> Iterator[Difference]:

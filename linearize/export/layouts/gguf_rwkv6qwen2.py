@@ -32,7 +32,7 @@ class RWKV6Qwen2(ForeignLayer):
 
     def differences(self, given: Given) -> Iterator[Difference]:
         mixer, update = given.mixer, given.mixer["update"]
-        yield from absent(mixer, "window", "combine", "short_conv")
+        yield from absent(mixer, "window", "short_conv")
         feature = mixer["feature_map"]
         yield from unlike(
             mixer, "feature_map", feature["name"] == "identity" and not feature["l2_normalize"], "identity"
@@ -41,7 +41,10 @@ class RWKV6Qwen2(ForeignLayer):
         balanced = (
             update["name"] == "rwkv6" and update["balanced"] and not update["bonus"] and not update["start"]
         )
-        yield from unlike(mixer, "update", balanced, "rwkv6")
+        if update["name"] == "additive" and not update["start"]:
+            yield Difference("update.keys", "keys as they are", "times one minus their decay")
+        else:
+            yield from unlike(mixer, "update", balanced, "rwkv6")
         yield from unlike(mixer, "normalizer", mixer["normalizer"]["name"] == "none", "none")
         if mixer["output"]["name"] == "gate":
             yield Difference(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from linearize.export.layouts.difference import Section
+from linearize.export.layouts.difference import Difference, Section, said
 from linearize.mixers.normalizer.group_norm import GroupNorm
 from linearize.mixers.output.norm import OutputNorm
 
@@ -28,7 +29,7 @@ class HeadNorm:
 
 
 def head_norm(mixer: Section) -> HeadNorm | None:
-    """The one norm of a composition; None where there is none, or more than one, or something else besides."""
+    """The norm behind a rule, whatever the output does with it then; None where there is none, or more than one."""
     normalizer, output = mixer["normalizer"], mixer["output"]["name"]
     if normalizer["name"] == "group_norm" and output in ("none", "gate"):
         place = "recurrent.normalizer.scale" if normalizer["scale"] else None
@@ -36,6 +37,22 @@ def head_norm(mixer: Section) -> HeadNorm | None:
     if normalizer["name"] == "none" and output == "norm":
         return HeadNorm(OutputNorm.EPSILON, "output.scale")
     return None
+
+
+def norm_differences(mixer: Section) -> Iterator[Difference]:
+    """What keeps a composition's norm and gate from being an RMS norm of each head, with or without fla's SiLU gate."""
+    norm, normalizer, output = head_norm(mixer), mixer["normalizer"]["name"], mixer["output"]["name"]
+    theirs = "an RMS norm of each head"
+    if normalizer not in ("none", "group_norm") or (norm is not None and norm.centered):
+        yield Difference("normalizer", said(mixer, "normalizer"), theirs)
+    elif normalizer == "none" and output not in ("norm", "gated_norm"):
+        yield Difference("normalizer", "none", theirs)
+    if output == "gate":
+        yield Difference("output", "a gate 1 + sigmoid(x W1) W2", "none, or a gate SiLU(x G)")
+    elif output == "gated_norm":
+        yield Difference("output", said(mixer, "output"), f"{theirs}, or one under SiLU(x G)")
+    elif output != "none" and normalizer != "none":
+        yield Difference("output", said(mixer, "output"), "none behind a norm")
 
 
 def scales(norm: HeadNorm, parts: dict[str, Tensor], heads: int, dim: int) -> Tensor:

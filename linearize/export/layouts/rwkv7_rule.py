@@ -15,7 +15,7 @@ def rule_differences(given: Given) -> Iterator[Difference]:
     1) k_a) written; the answer times sigmoid(x G1) G2. The bonus is zero, and so is what the first layer's values add.
     """
     mixer, update = given.mixer, given.mixer["update"]
-    yield from absent(mixer, "window", "combine", "short_conv")
+    yield from absent(mixer, "window", "short_conv")
     feature = mixer["feature_map"]
     yield from unlike(
         mixer, "feature_map", feature["name"] == "identity" and not feature["l2_normalize"], "identity"
@@ -25,7 +25,7 @@ def rule_differences(given: Given) -> Iterator[Difference]:
         yield Difference("update", said(mixer, "update"), "rwkv7 (balanced False)")
     elif update["balanced"]:
         yield Difference(
-            "update", "balanced keys, k (1 - w + a) written and k / |k| taken out", "balanced False"
+            "update.balanced", "balanced keys, k (1 - w + a) written and k / |k| taken out", "balanced False"
         )
     yield from unlike(
         mixer, "output", mixer["output"]["name"] in ("gate", "none"), "none, or a gate sigmoid(x G1) G2"
