@@ -32,6 +32,11 @@ FLA = {
         ),
         {},
     ),
+    "gla, decays that follow nothing": (
+        recipe("retnet", output={"name": "none"}, position={"name": "rope", "recurrent": False}),
+        {},
+    ),
+    "gla, no decay": (recipe("gla", gate={"name": "none"}), {}),
     "delta_net": (DELTA, {}),
     "gated_deltanet": ({**DELTA, "gate": {"name": "mamba2"}}, {}),
     "gla between softmax": (recipe("gla"), {"layers": [1]}),
@@ -111,7 +116,7 @@ def test_a_bfloat16_checkpoint_keeps_its_bits(tmp_path):
 REFUSED = {
     "lolcats": (
         "fla",
-        ["window: sliding", "feature_map: hedgehog", "gate: none", "normalizer: running_sum", "RoPE"],
+        ["window: sliding", "feature_map: hedgehog", "normalizer: running_sum", "RoPE"],
     ),
     "gated_deltanet": (
         "fla",

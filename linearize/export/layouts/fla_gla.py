@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,6 +14,7 @@ from linearize.export.layouts import folding
 from linearize.export.layouts.difference import Difference, absent, rotated, unlike
 from linearize.export.layouts.layer import ForeignLayer, Given, Layer
 from linearize.export.layouts.norm import head_norm, norm_differences, scales
+from linearize.mixers.gate.fixed import FixedGate
 
 
 class GLA(ForeignLayer):
@@ -23,12 +25,17 @@ class GLA(ForeignLayer):
     by the root of the quotient, which gives the same: y / sqrt(y^2 + e) = c y / sqrt((c y)^2 + c^2 e), and phi(c q) = c
     phi(q).
 
+    Decays that do not follow the text are a bias alone: one that is large keeps everything, and another one gives each
+    head its own, for which the key-value heads are written once for every query head.
+
     Equal but for the floor of 1e-12 that the conversion's relu has.
     """
 
     name = "GLA"
     model = "gla"
     RANK, DIVISOR = 16, 16.0
+    OPEN = 120.0
+    """A logit whose sigmoid is one in every dtype."""
 
     def differences(self, given: Given) -> Iterator[Difference]:
         mixer, gate = given.mixer, given.mixer["gate"]
@@ -41,7 +48,8 @@ class GLA(ForeignLayer):
             mixer, "feature_map", plain or mixer["feature_map"]["name"] == "relu", "relu or identity"
         )
         low = gate["name"] == "low_rank" and gate["rank"] <= self.RANK and gate["divisor"] == self.DIVISOR
-        yield from unlike(mixer, "gate", low, f"low_rank (rank {self.RANK}, divisor {self.DIVISOR:.0f})")
+        theirs = f"low_rank (rank {self.RANK}, divisor {self.DIVISOR:.0f}), fixed, or none"
+        yield from unlike(mixer, "gate", low or gate["name"] in ("fixed", "none"), theirs)
         additive = mixer["update"]["name"] == "additive" and not mixer["update"]["start"]
         yield from unlike(mixer, "update", additive, "additive")
         yield from norm_differences(mixer)
@@ -54,16 +62,39 @@ class GLA(ForeignLayer):
         factor = math.sqrt(shape.key_dim) * math.sqrt(given.eps / norm.eps)
         if given.mixer["feature_map"]["name"] == "identity" and given.mixer["feature_map"]["scaled"]:
             factor *= shape.scaling
-        down, up = parts["recurrent.gate.down"], parts["recurrent.gate.up"].flatten(1)
+        times = self._heads(given) // shape.kv_heads
         return {
             "q_proj.weight": folding.rows(weights["q"], factor),
-            "k_proj.weight": weights["k"],
-            "v_proj.weight": weights["v"],
-            "gk_proj.0.weight": folding.padded(down, self.RANK).T,
-            "gk_proj.1.weight": F.pad(up, (0, 0, 0, self.RANK - len(up))).T,
-            "gk_proj.1.bias": parts["recurrent.gate.bias"].flatten(),
-            "g_norm.weight": parts["recurrent.gate.bias"].new_ones(shape.value_dim),
+            "k_proj.weight": folding.shared(weights["k"], shape.kv_heads, times),
+            "v_proj.weight": folding.shared(weights["v"], shape.kv_heads, times),
+            **self._gate(layer),
+            "g_norm.weight": torch.ones(shape.value_dim),
             "o_proj.weight": folding.columns(weights["o"], scales(norm, parts, shape.heads, shape.value_dim)),
+        }
+
+    def _heads(self, given: Given) -> int:
+        """Heads with a decay of their own."""
+        return given.shape.heads if given.mixer["gate"]["name"] == "fixed" else given.shape.kv_heads
+
+    def _gate(self, layer: Layer) -> dict[str, Tensor]:
+        given, parts, rank = layer.given, layer.parts, self.RANK
+        shape, name = given.shape, given.mixer["gate"]["name"]
+        if name == "low_rank":
+            down, up = parts["recurrent.gate.down"], parts["recurrent.gate.up"].flatten(1)
+            return {
+                "gk_proj.0.weight": F.pad(down, (0, rank - down.shape[1])).T,
+                "gk_proj.1.weight": F.pad(up, (0, 0, 0, rank - len(up))).T,
+                "gk_proj.1.bias": parts["recurrent.gate.bias"].flatten(),
+            }
+        bias = torch.full((self._heads(given),), self.OPEN, dtype=torch.float64)
+        if name == "fixed":
+            fixed = FixedGate(FixedGate.Config(slopes=given.mixer["gate"]["slopes"]), shape, shape.key_dim)
+            kept = fixed(None, torch.zeros(1, 1, 1, 1, dtype=torch.float64))[0, 0]
+            bias = (self.DIVISOR * kept).exp().logit()
+        return {
+            "gk_proj.0.weight": torch.zeros(rank, shape.hidden_dim()),
+            "gk_proj.1.weight": torch.zeros(len(bias) * shape.key_dim, rank),
+            "gk_proj.1.bias": bias.repeat_interleave(shape.key_dim).float(),
         }
 
     def settings(self, given: Given) -> dict[str, Any]:
@@ -72,7 +103,7 @@ class GLA(ForeignLayer):
             "expand_k": shape.heads * shape.key_dim / shape.hidden_dim(),
             "expand_v": shape.heads * shape.value_dim / shape.hidden_dim(),
             "num_heads": shape.heads,
-            "num_kv_heads": shape.kv_heads,
+            "num_kv_heads": self._heads(given),
             "feature_map": None if features == "identity" else features,
             "use_short_conv": False,
             "use_output_gate": False,

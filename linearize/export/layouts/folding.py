@@ -27,8 +27,3 @@ def shared(weight: Tensor, heads: int, times: int) -> Tensor:
     if times == 1:
         return weight
     return weight.unflatten(0, (heads, -1)).repeat_interleave(times, 0).flatten(0, 1)
-
-
-def padded(weight: Tensor, rank: int) -> Tensor:
-    """W1 [in, r] with columns of zero up to `rank`."""
-    return torch.nn.functional.pad(weight, (0, rank - weight.shape[1]))
