@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from pathlib import Path
 
 import foreign
 import laid_out
@@ -12,6 +14,7 @@ from laid_out import DELTA, WINDOW, recipe
 
 import linearize
 from linearize import cli
+from linearize.config import compose
 from linearize.errors import CheckpointError, UnsupportedModelError
 from linearize.export.layouts import export_layout, fla, gguf_file
 from linearize.export.layouts.body import body_of
@@ -211,6 +214,15 @@ def test_every_part_of_a_mixer_is_looked_at(layout, mixer, change, part):
     assert compared(layout, mixer)[1] == []
     differences = compared(layout, {**mixer, **change})[1]
     assert [difference.part for difference in differences] == [part]
+
+
+def test_the_overrides_that_the_docs_offer():
+    lines = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8").splitlines()
+    offered = [shlex.split(line)[3:] for line in lines if line.startswith("linearize run MODEL ")]
+    assert len(offered) == 6
+    for name, *overrides in offered:
+        mixer = compose(name, overrides).mixer
+        assert min(len(compared(layout, mixer)[1]) for layout in ("fla", "gguf")) == 0, name
 
 
 def test_windows_of_softmax_layers_are_looked_at():
