@@ -11,6 +11,7 @@ import laid_out
 import pytest
 import torch
 from laid_out import DELTA, WINDOW, recipe
+from safetensors.torch import load_file
 
 import linearize
 from linearize import cli
@@ -40,7 +41,7 @@ FLA = {
         {},
     ),
     "gla, no decay": (recipe("gla", gate={"name": "none"}), {}),
-    "delta_net": (DELTA, {}),
+    "delta_net": (DELTA, {"rms_norm_eps": 9.999999747378752e-06}),
     "gated_deltanet": ({**DELTA, "gate": {"name": "mamba2"}}, {}),
     "gla between softmax": (recipe("gla"), {"layers": [1]}),
     "gla between windows": (recipe("gla"), {"layers": {"use": {"near": [0, 2]}}, "mixers": {"near": WINDOW}}),
@@ -114,6 +115,11 @@ def test_a_bfloat16_checkpoint_keeps_its_bits(tmp_path):
     export_layout(folder, "fla", tmp_path / "other-fla")
     close(foreign.fla_logits(tmp_path / "other-fla", ids[0]), ours(folder, ids))
     assert json.loads((tmp_path / "other-fla" / "config.json").read_text())["dtype"] == "bfloat16"
+    weights = load_file(tmp_path / "other-fla" / "model.safetensors")
+    kinds = {
+        name.split(".", 4)[-1]: tensor.dtype for name, tensor in weights.items() if "layers.0.attn." in name
+    }
+    assert kinds["k_proj.weight"] == torch.bfloat16 and kinds["gk_proj.1.bias"] == torch.float32
 
 
 REFUSED = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from linearize.export.layouts import folding
 from linearize.export.layouts.difference import Difference, absent, rotated, said, unlike
 from linearize.export.layouts.layer import ForeignLayer, Given, Layer
-from linearize.export.layouts.norm import head_norm, norm_differences, scales
+from linearize.export.layouts.norm import head_norm, norm_differences, quotient, scales
 
 
 class DeltaNet(ForeignLayer):
@@ -46,7 +46,7 @@ class DeltaNet(ForeignLayer):
                 yield Difference("update.rescales", "a learned scale per head", "1 / sqrt(K)")
         yield from norm_differences(mixer)
         norm = head_norm(mixer)
-        if norm is not None and norm.eps != given.eps:
+        if norm is not None and quotient(norm.eps, given.eps) != 1:
             yield Difference("epsilon", f"{norm.eps:g} under the norm", f"that of the model, {given.eps:g}")
         yield from rotated(mixer, given.shape)
 

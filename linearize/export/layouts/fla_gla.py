@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from linearize.export.layouts import folding
 from linearize.export.layouts.difference import Difference, absent, rotated, unlike
 from linearize.export.layouts.layer import ForeignLayer, Given, Layer
-from linearize.export.layouts.norm import head_norm, norm_differences, scales
+from linearize.export.layouts.norm import head_norm, norm_differences, quotient, scales
 from linearize.mixers.gate.fixed import FixedGate
 
 
@@ -59,7 +59,7 @@ class GLA(ForeignLayer):
         given, weights, parts = layer.given, layer.weights, layer.parts
         shape, norm = given.shape, head_norm(given.mixer)
         assert norm is not None, "a composition with differences was to be written"
-        factor = math.sqrt(shape.key_dim) * math.sqrt(given.eps / norm.eps)
+        factor = math.sqrt(shape.key_dim) * math.sqrt(quotient(given.eps, norm.eps))
         if given.mixer["feature_map"]["name"] == "identity" and given.mixer["feature_map"]["scaled"]:
             factor *= shape.scaling
         times = self._heads(given) // shape.kv_heads

@@ -7,19 +7,21 @@ from torch import Tensor
 
 
 def rows(weight: Tensor, factor: Tensor | float) -> Tensor:
-    """[out, in] with each output times a factor [out]; a weight that does not change keeps its dtype."""
+    """[out, in] with each output times a factor [out]; in its own dtype where that is exact."""
     by = torch.as_tensor(factor, dtype=torch.float64)
-    if bool((by == 1).all()):
-        return weight
-    return (weight.double() * (by[:, None] if by.dim() else by)).float()
+    return _times(weight, by[:, None] if by.dim() else by)
 
 
 def columns(weight: Tensor, factor: Tensor | float) -> Tensor:
-    """[out, in] with each input times a factor [in]; a weight that does not change keeps its dtype."""
-    by = torch.as_tensor(factor, dtype=torch.float64)
-    if bool((by == 1).all()):
-        return weight
-    return (weight.double() * by).float()
+    """[out, in] with each input times a factor [in]; in its own dtype where that is exact."""
+    return _times(weight, torch.as_tensor(factor, dtype=torch.float64))
+
+
+def _times(weight: Tensor, by: Tensor) -> Tensor:
+    made = weight.double() * by
+    own = made.to(weight.dtype)
+    # a power of two moves the exponent alone
+    return own if bool((own.double() == made).all()) else made.float()
 
 
 def shared(weight: Tensor, heads: int, times: int) -> Tensor:

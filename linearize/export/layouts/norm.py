@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,6 +27,11 @@ class HeadNorm:
     eps: float
     place: str | None
     centered: bool = False
+
+
+def quotient(eps: float, other: float) -> float:
+    """Of two epsilons; one where they are one number, written in float32 somewhere on the way (GGUF files do)."""
+    return 1.0 if math.isclose(eps, other, rel_tol=1e-6) else eps / other
 
 
 def head_norm(mixer: Section) -> HeadNorm | None:
