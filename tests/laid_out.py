@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -26,6 +28,11 @@ DELTA: dict[str, Any] = {
     "position": {"name": "rope", "recurrent": False},
 }
 """DeltaNet as published and as fla has it."""
+FAMILIES: dict[str, Any] = {
+    "llama": (LlamaForCausalLM, LlamaConfig),
+    "mistral": (MistralForCausalLM, MistralConfig),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config),
+}
 WINDOW: dict[str, Any] = {"feature_map": {"name": "none"}, "window": {"name": "sliding", "size": 8}}
 
 
@@ -66,7 +73,7 @@ def teacher(family: str = "llama", **changes: Any) -> Any:
         "pad_token_id": 259,
         **changes,
     }
-    cls, config = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config)}[family]
+    cls, config = FAMILIES[family]
     model = cls(config(**sizes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

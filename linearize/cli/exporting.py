@@ -12,7 +12,7 @@ from linearize.cli.console import console, quiet_libraries, size
 def main(options: argparse.Namespace) -> int:
     """Quantize, check in a fresh process, and say what it has saved; or write another layout."""
     from linearize.cli.checkpoint import export_of, pick_device
-    from linearize.errors import CheckpointError
+    from linearize.errors import CheckpointError, LinearizeError
 
     quiet_libraries()
     from linearize.models import resolve
@@ -21,6 +21,8 @@ def main(options: argparse.Namespace) -> int:
     out = options.out or default(options.path, options.quantize or options.layout)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there already; give another folder with --out, or remove it")
+    if options.layout and options.device != "auto":
+        raise LinearizeError("--device: layouts are written on the CPU; leave the option out")
     if options.layout:
         from linearize.export.layouts import export_layout
 

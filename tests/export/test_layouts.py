@@ -44,6 +44,10 @@ FLA = {
     "delta_net": (DELTA, {"rms_norm_eps": 9.999999747378752e-06}),
     "gated_deltanet": ({**DELTA, "gate": {"name": "mamba2"}}, {}),
     "gla between softmax": (recipe("gla"), {"layers": [1]}),
+    "gla between a teacher's windows": (
+        recipe("gla"),
+        {"layers": [1], "family": "mistral", "sliding_window": 6},
+    ),
     "gla between windows": (recipe("gla"), {"layers": {"use": {"near": [0, 2]}}, "mixers": {"near": WINDOW}}),
     "windows alone": (WINDOW, {"family": "qwen2"}),
     "softmax": (recipe("softmax"), {}),
@@ -94,6 +98,7 @@ def test_fla_computes_the_same(tmp_path, capsys, name):
     out = tmp_path / "run-fla"
     close(foreign.fla_logits(out, ids[0]), ours(folder, ids))
     assert (out / "tokenizer.json").is_file() and (out / "generation_config.json").is_file()
+    assert "import fla.models" in (out / "README.md").read_text()
     assert not list(out.glob("*.py")) and "linearize" not in json.loads((out / "config.json").read_text())
 
 
@@ -347,5 +352,7 @@ def test_faults_of_the_call(tmp_path, capsys):
     (tmp_path / "there" / "file").touch()
     assert cli.main(["export", str(folder), "--layout", "fla", "--out", str(tmp_path / "there")]) == 2
     assert "is there already" in capsys.readouterr().err
+    assert cli.main(["export", str(folder), "--layout", "fla", "--device", "cpu"]) == 2
+    assert "--device: layouts are written on the CPU" in capsys.readouterr().err
     assert cli.main(["export", str(folder), "--layout", "fla", "--quantize", "int8"]) == 2
     assert "not allowed with argument" in capsys.readouterr().err

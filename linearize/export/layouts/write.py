@@ -12,8 +12,11 @@ from linearize.errors import CheckpointError, LinearizeError
 from linearize.export.layouts import fla, gguf_file
 from linearize.export.layouts.source import read
 from linearize.export.save import replace_folder, save_tokenizer
+from linearize.markdown import text
+from linearize.models.files import read_json
 from linearize.models.tokenizer import load_tokenizer
 from linearize.registry import closest
+from linearize.version import __version__
 
 LAYOUTS = ("fla", "gguf")
 COPIED = ("generation_config.json", "linearize.json", "LICENSE")
@@ -53,6 +56,7 @@ def export_layout(path: str | Path, layout: str, out: str | Path) -> str:
         else:
             said = fla.write(source, scratch)
             save_tokenizer(tokenizer, scratch)
+            (scratch / "README.md").write_text(_card(path, said), encoding="utf-8")
             for name in COPIED:
                 if (path / name).is_file():
                     shutil.copyfile(path / name, scratch / name)
@@ -66,3 +70,27 @@ def export_layout(path: str | Path, layout: str, out: str | Path) -> str:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
     return said
+
+
+def _card(path: Path, said: str) -> str:
+    """A short model card: what the folder is, and how it is loaded."""
+    note = read_json(path / "linearize.json") if (path / "linearize.json").is_file() else {}
+    base = text(note.get("base") or "a teacher")
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [linearize, linear-attention, flash-linear-attention]
+---
+
+# {base}, linearized
+
+{said}, written by linearize {__version__} from a conversion of {base}. Weights that took a factor are float32.
+
+## Load
+
+```python
+import fla.models  # flash-linear-attention 0.6
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```
+"""
