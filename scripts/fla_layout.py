@@ -36,8 +36,12 @@ LENGTHS = (48, 200, 1024) if CUDA else (24,)
 FIRST, LAST = (32, 40) if CUDA else (12, 15)
 """Tokens read at once, and in all, where a cache is carried."""
 DTYPES = (torch.float32, torch.bfloat16) if CUDA else (torch.float32,)
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""Of the largest difference of logits, as a share of the largest logit; bfloat16 against the conversion in float32."""
+TOLERANCE = 1e-3
+"""Of the largest difference of logits in float32, as a share of the largest logit."""
+ROUNDED = 4.0
+"""The same in bfloat16, as a multiple of what that rounding costs the conversion itself."""
+RECURRENT = 64
+"""Tokens up to which fla's layers take their recurrent kernels."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -103,7 +107,8 @@ def compared(name: str, ours: Path, theirs: Path) -> list[dict[str, Any]]:
 
     assert fla.models is not None
     device = "cuda" if CUDA else "cpu"
-    wanted: Any = linearize.load(ours, dtype=torch.float32).to(device)
+    wanted: Any = {dtype: linearize.load(ours, dtype=dtype).to(device) for dtype in DTYPES}
+    rounded: dict[int, float] = {}
     rows = []
     for dtype in DTYPES:
         loaded: Any = AutoModelForCausalLM.from_pretrained(theirs, dtype=dtype, output_loading_info=True)
@@ -117,35 +122,40 @@ def compared(name: str, ours: Path, theirs: Path) -> list[dict[str, Any]]:
                 device
             )
             with dispatch.kernels("torch"):
-                expected = wanted(ids).logits
-            rows.append(row(name, dtype, f"{length} tokens", expected, model(ids, use_cache=False).logits))
+                expected = wanted[torch.float32](ids).logits
+                if dtype != torch.float32:
+                    rounded[length] = distance(wanted[dtype](ids).logits, expected)
+            if dtype == torch.float32 and model.config.model_type == "delta_net" and length > RECURRENT:
+                print(f"{name:24} float32   {length} tokens: fla's chunks of DeltaNet take no float32")
+                continue
+            allowed = TOLERANCE if dtype == torch.float32 else ROUNDED * rounded[length]
+            found = model(ids, use_cache=False).logits
+            rows.append(row(name, dtype, f"{length} tokens", distance(found, expected), allowed))
         if dtype == torch.float32:
+            ids = ids[:, :LAST]
             with dispatch.kernels("torch"):
-                expected = wanted(ids[:, :LAST]).logits[:, FIRST - 1 :]
+                expected = wanted[dtype](ids).logits[:, FIRST - 1 :]
             answer = model(ids[:, :FIRST], use_cache=True)
             logits = [answer.logits[:, -1:]]
             for place in range(FIRST, LAST):
                 cache = answer.past_key_values
                 answer = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
                 logits.append(answer.logits)
-            rows.append(
-                row(
-                    name,
-                    dtype,
-                    f"{FIRST} tokens, then {LAST - FIRST} with a cache",
-                    expected,
-                    torch.cat(logits, 1),
-                )
-            )
+            what = f"{FIRST} tokens, then {LAST - FIRST} with a cache"
+            rows.append(row(name, dtype, what, distance(torch.cat(logits, 1), expected), TOLERANCE))
     return rows
 
 
-def row(name: str, dtype: torch.dtype, what: str, expected: Any, found: Any) -> dict[str, Any]:
-    """The largest difference, printed."""
-    apart = float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+def distance(found: Any, expected: Any) -> float:
+    """The largest difference, as a share of the largest logit."""
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+def row(name: str, dtype: torch.dtype, what: str, apart: float, allowed: float) -> dict[str, Any]:
+    """What was compared, printed."""
     kind = str(dtype).removeprefix("torch.")
-    print(f"{name:24} {kind:9} {what:32} {apart:.2e}", flush=True)
-    return {"name": name, "dtype": kind, "what": what, "apart": apart, "tolerance": TOLERANCE[dtype]}
+    print(f"{name:24} {kind:9} {what:32} {apart:.2e} (allowed {allowed:.1e})", flush=True)
+    return {"name": name, "dtype": kind, "what": what, "apart": apart, "tolerance": allowed}
 
 
 def device_name() -> str:
