@@ -5,7 +5,7 @@ JOBS ?= 2
 
 VENV_VLLM := .venv-vllm
 
-.PHONY: help venv dev demo bench leaderboard aot test test-quantize test-vllm slow recipes lint format typecheck build clean
+.PHONY: help venv dev demo bench leaderboard aot test test-quantize test-layouts test-vllm slow recipes lint format typecheck build clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -48,6 +48,10 @@ slow: dev  ## The slow tests: every family of transformers, every kill point, th
 test-quantize: dev  ## Quantized exports, with torchao in a folder of its own: it slows every process that imports transformers
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/quantize 'torchao>=0.18'
 	PYTHONPATH=$(VENV)/quantize OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/export/test_quantize.py $(ARGS)
+
+test-layouts: dev  ## Exports in fla (by Triton's interpreter without a card) and llama.cpp (compiled here), in a folder of their own
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/layouts 'fla-core>=0.6,<0.7' 'flash-linear-attention>=0.6,<0.7' einops 'llama-cpp-python>=0.3.36' diskcache
+	PYTHONPATH=$(VENV)/layouts OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/export/test_layouts_elsewhere.py $(ARGS)
 
 recipes: dev  ## Every recipe for two steps a stage on the real teacher
 	LINEARIZE_ALL_RECIPES=1 $(BIN)/python -m pytest tests/test_recipes.py -k real_teacher $(ARGS)

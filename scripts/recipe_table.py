@@ -1,4 +1,4 @@
-"""Write the tables of docs/recipes.md and README.md from the recipes themselves, between the markers there.
+"""Write the tables of docs/recipes.md, README.md and docs/export.md from the recipes, between the markers there.
 
 python scripts/recipe_table.py            # writes
 python scripts/recipe_table.py --check    # exit code 1 where a table is not current
@@ -15,16 +15,26 @@ from typing import Any
 from linearize.cli.recipes import composition, source
 from linearize.config import list_recipes, outline
 from linearize.config.compose import RECIPES
+from linearize.config.layers import keeps_softmax
+from linearize.config.variants import given
+from linearize.export.layouts import fla, gguf_file
+from linearize.export.layouts.body import Body
+from linearize.export.layouts.difference import Difference
+from linearize.export.layouts.layer import Given
+from linearize.mixers import LayerShape, normalize
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- recipes: written by scripts/recipe_table.py -->", "<!-- end of recipes -->"
 DIFFERENCES = ("Paper against code:", "The paper leaves open:", "What a recipe cannot say:", "Differs")
 """How the part of a recipe's header begins that tells it from its paper."""
+SHAPE = LayerShape(9, 3, 64, 64, 0.125, model_dim=576, rotary="half")
+BODY = Body("llama", 30, 576, 1536, 49152, 1e-5, True, 8192, 100000.0, "default", {}, "bfloat16")
+"""A Llama, SmolLM2-135M's sizes, for which layouts are judged."""
 TRAINED = {"all": "everything", "lora": "LoRA"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write or check both tables."""
+    """Write or check the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,6 +65,10 @@ def current() -> dict[Path, str]:
         ROOT / "README.md": table(
             ["recipe", "what it does", "paper"],
             [[f"`{name}`", recipe["description"], paper(recipe)] for name, recipe in recipes.items()],
+        ),
+        ROOT / "docs" / "export.md": table(
+            ["recipe", "fla", "llama.cpp"],
+            [[f"`{name}`", *layouts(recipe)] for name, recipe in recipes.items()],
         ),
     }
     return {path: between(path.read_text(encoding="utf-8"), rows) for path, rows in tables.items()}
@@ -99,6 +113,21 @@ def differences(name: str) -> str:
     said = text[min(starts) :] if starts else ""
     said = re.sub(r"Differs( from the (paper|study|fork))?: (\w)", lambda found: found[3].upper(), said)
     return re.sub(r"[\w.]+=\{[^}]*\}|\w+\.[\w.]+=[\w.-]+|~[\w.]+", _code, said)
+
+
+def layouts(recipe: dict[str, Any]) -> list[str]:
+    """What a Llama converted by the recipe is in each foreign layout, or what differs from the nearest layer there."""
+    mixers, layers = recipe.get("mixers") or {}, recipe.get("layers", "all")
+    givens = [Given(normalize(mixer), SHAPE, BODY.eps) for mixer in given(recipe["mixer"], mixers, layers)]
+    there, here = fla.compare(givens, BODY), gguf_file.compare(givens)
+    kept = [gguf_file.kept("some")] if keeps_softmax(layers, mixers) else []
+    return [_judged(there[0].name, there[1]), _judged(here[0].name, [*here[1], *kept])]
+
+
+def _judged(name: str, differences: list[Difference]) -> str:
+    if not differences:
+        return f"**{name}**"
+    return f"{name}, but " + "; ".join(f"{one.part}: {one.ours}" for one in differences)
 
 
 def _code(found: re.Match[str]) -> str:

@@ -108,6 +108,18 @@ VARIANTS: list[dict] = [
         "combine": {"name": "weighted"},
     },
     {
+        "short_conv": {"name": "depthwise", "roles": "qkv", "activation": "silu"},
+        "feature_map": {"name": "identity", "l2_normalize": True},
+        "gate": {"name": "mamba2"},
+        "update": {"name": "delta", "bias": False, "rescales": False},
+        "normalizer": {"name": "group_norm", "kind": "rms"},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "update": {"name": "delta_product", "rank": 3, "bias": False, "rescales": False},
+        "normalizer": {"name": "none"},
+    },
+    {
         "feature_map": {"name": "identity"},
         "gate": {"name": "rwkv7", "rank": 3, "per": "query_head"},
         "update": {"name": "rwkv7", "rank": 3},

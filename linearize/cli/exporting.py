@@ -1,4 +1,4 @@
-"""`linearize export PATH --quantize FORM`: a further checkpoint of one that is there."""
+"""`linearize export PATH --quantize FORM` or `--layout NAME`: a further checkpoint of one that is there."""
 
 from __future__ import annotations
 
@@ -10,24 +10,33 @@ from linearize.cli.console import console, quiet_libraries, size
 
 
 def main(options: argparse.Namespace) -> int:
-    """Quantize, check in a fresh process, and say what it has saved."""
+    """Quantize, check in a fresh process, and say what it has saved; or write another layout."""
     from linearize.cli.checkpoint import export_of, pick_device
-    from linearize.errors import CheckpointError
+    from linearize.errors import CheckpointError, LinearizeError
 
     quiet_libraries()
-    from linearize.export.quantize import quantize, sizes
     from linearize.models import resolve
 
     folder = resolve(export_of(options.path))
-    out = options.out or default(options.path, options.quantize)
+    out = options.out or default(options.path, options.quantize or options.layout)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there already; give another folder with --out, or remove it")
-    quantize(folder, options.quantize, out, device=pick_device(options.device))
-    before, after = sizes(folder, out)
-    for line in (
-        f"checkpoint  {out}  {size(after)} of weights, {size(before)} before",
-        f"judge it    linearize eval {shlex.quote(str(out))}",
-    ):
+    if options.layout and options.device != "auto":
+        raise LinearizeError("--device: layouts are written on the CPU; leave the option out")
+    if options.layout:
+        from linearize.export.layouts import export_layout
+
+        lines = [f"checkpoint  {out}  {export_layout(folder, options.layout, out)}"]
+    else:
+        from linearize.export.quantize import quantize, sizes
+
+        quantize(folder, options.quantize, out, device=pick_device(options.device))
+        before, after = sizes(folder, out)
+        lines = [
+            f"checkpoint  {out}  {size(after)} of weights, {size(before)} before",
+            f"judge it    linearize eval {shlex.quote(str(out))}",
+        ]
+    for line in lines:
         console().print(line, markup=False, soft_wrap=True)
     return 0
 
@@ -37,4 +46,5 @@ def default(path: str, form: str) -> Path:
     folder = Path(path).resolve()
     if folder.name == "checkpoint" and (folder.parent / "recipe.yaml").is_file():
         folder = folder.parent
-    return folder.with_name(f"{folder.name}-{form}") if folder.is_dir() else Path(f"{folder.name}-{form}")
+    name = f"{folder.name}.gguf" if form == "gguf" else f"{folder.name}-{form}"
+    return folder.with_name(name) if folder.is_dir() else Path(name)

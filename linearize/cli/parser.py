@@ -168,7 +168,12 @@ def build_parser() -> Parser:
     sample_options.add(sample, MODEL_HELP)
     given.device(sample)
 
-    export = _add(commands, "export", "quantize an exported checkpoint", "linearize.cli.exporting")
+    export = _add(
+        commands,
+        "export",
+        "quantize an exported checkpoint, or write it for another library",
+        "linearize.cli.exporting",
+    )
     export_options.export(export)
     given.device(export)
 

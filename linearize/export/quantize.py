@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from linearize.errors import CheckpointError, LinearizeError, UnsupportedModelError
+from linearize.errors import LinearizeError, UnsupportedModelError
 from linearize.export.load import check_folder, load
 from linearize.export.origin import recorded
+from linearize.export.plain import check_plain
 from linearize.export.quantized import check_torchao, codes, stored_bytes
 from linearize.export.save import save
 from linearize.models.files import read_json
@@ -51,7 +52,7 @@ def quantize(path: str | Path, form: str, out: str | Path, *, device: str = "cpu
         raise LinearizeError(f"quantize={form!r}: there are {', '.join(FORMS)}")
     check_torchao(f"quantizing to {form}")
     _, config = check_folder(path)
-    _check_plain(path, config)
+    check_plain(path, config, "codes cannot take them in")
     if out.resolve() == path.resolve():
         raise LinearizeError(f"{out} is the checkpoint that is to be quantized; give another folder")
     empty = skeleton(config)
@@ -83,20 +84,6 @@ def sizes(before: Path, after: Path) -> tuple[int, int]:
         sum(file.stat().st_size for file in one.glob("*.safetensors")) for one in (before, after)
     )
     return first, second
-
-
-def _check_plain(path: Path, config: Any) -> None:
-    if not isinstance(getattr(config, "linearize", None), dict):
-        raise CheckpointError(
-            f"{path} is no converted checkpoint; give a folder that `linearize run` or linearize.save wrote"
-        )
-    if getattr(config, "quantization_config", None):
-        raise CheckpointError(f"{path} is quantized already; give the checkpoint that it was made from")
-    if (path / "adapter").is_dir():
-        raise CheckpointError(
-            f"{path} keeps adapters beside its weights, and codes cannot take them in; merge them first: "
-            "linearize.load_adapter(linearize.load(PATH), PATH + '/adapter').merge_and_unload(), then linearize.save"
-        )
 
 
 def _kept(model: Any) -> list[str]:

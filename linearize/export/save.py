@@ -74,7 +74,7 @@ def save(
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         model.save_pretrained(scratch, max_shard_size=max_shard_size)
         if tokenizer is not None:
-            _save_tokenizer(tokenizer, scratch)
+            save_tokenizer(tokenizer, scratch)
         if remote_code and converted(model):
             (scratch / f"{MODULE}.py").write_text(bundle(model))
             config = json.loads((scratch / "config.json").read_text())
@@ -119,7 +119,7 @@ def _check(model: PreTrainedModel, scratch: Path, path: Path, *, remote_code: bo
         ) from error
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Save a tokenizer as it was loaded: padding and truncation of the last batch would be written along."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:

@@ -25,12 +25,14 @@ class Delta(Overwriting):
     Keys and queries are brought to length one. beta = sigmoid(x W + b) per head of the state. Without a gate a = 1
     (DeltaNet), with a gate per head Gated DeltaNet, with one per feature Kimi Delta Attention. The scale is learned per
     query head: a state that holds values under keys of length one answers with a fraction of a value, of a size that
-    no copied weight makes up for.
+    no copied weight makes up for. ``bias: false, rescales: false`` is the rule as published, whose layers have a norm
+    behind it.
     """
 
     decays = ("none", "head", "feature")
     steps: int = 1
     """Of the rule for each token."""
+    beta_bias: Tensor | None
 
     @dataclass
     class Config(Part.Config):
@@ -38,25 +40,36 @@ class Delta(Overwriting):
         """b at the start: 0 writes with a strength of one half."""
         scale: float = number(1.0, above=0)
         """Scale of the output at the start."""
+        bias: bool = True
+        """Whether there is a b."""
+        rescales: bool = True
+        """Whether the scale is learned; false: 1 / sqrt(F)."""
         start: bool = False
         """Every text begins with a learned state, zero at the start."""
 
     def make(self, shape: LayerShape) -> None:
         if self.config.start:
             self.learn_start()
+        self.rescales = self.config.rescales
         self.beta_weight = nn.Parameter(torch.empty(shape.hidden_dim(), self.heads))
-        self.beta_bias = nn.Parameter(torch.empty(self.heads))
+        self.register_parameter("beta_bias", self.bias(self.heads))
+
+    def bias(self, *size: int) -> nn.Parameter | None:
+        """The parameter b, or None where the config has none."""
+        return nn.Parameter(torch.empty(*size)) if self.config.bias else None
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if self.learned is not None:
             self.learned.start()
         fill(self.beta_weight, 0.0)
-        fill(self.beta_bias, self.config.beta_bias)
+        if self.beta_bias is not None:
+            fill(self.beta_bias, self.config.beta_bias)
 
     def calibrate(self, statistics: Statistics) -> None:
         """The strength of writing from the entropy of the teacher's attention, a mean over the heads that share it."""
-        put(self.beta_bias, statistics.shared(statistics.strength, self.heads).logit())
+        if self.beta_bias is not None:
+            put(self.beta_bias, statistics.shared(statistics.strength, self.heads).logit())
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         return super().initial(batch, dtype, device) | self.decayed(batch, dtype, device)
@@ -116,9 +129,12 @@ class Delta(Overwriting):
         """The stream, q, k and beta as the kernel takes them: `steps` in the place of each token."""
         assert stream.hidden is not None
         dtype = stream.k.dtype
-        logits = product(stream.hidden, self.beta_weight) + self.beta_bias.to(dtype)
-        beta = logits.sigmoid() * stream.valid[..., None].to(dtype)
+        logits = product(stream.hidden, self.beta_weight)
+        beta = self._biased(logits).sigmoid() * stream.valid[..., None].to(dtype)
         return stream, self._query(stream), F.normalize(stream.k, dim=-1), beta
 
     def _query(self, stream: Stream) -> Tensor:
-        return F.normalize(stream.q, dim=-1) * self.scale.to(stream.k.dtype)[:, None]
+        return self.scaled(F.normalize(stream.q, dim=-1))
+
+    def _biased(self, logits: Tensor) -> Tensor:
+        return logits if self.beta_bias is None else logits + self.beta_bias.to(logits.dtype)

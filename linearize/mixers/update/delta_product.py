@@ -48,7 +48,7 @@ class DeltaProduct(Delta):
         super().make(shape)
         self.steps, model_dim = self.config.steps, shape.hidden_dim()
         self.beta_weight = nn.Parameter(torch.empty(model_dim, self.steps * self.heads))
-        self.beta_bias = nn.Parameter(torch.empty(self.steps, self.heads))
+        self.register_parameter("beta_bias", self.bias(self.steps, self.heads))
         self.later: LowRank | None = None
         if self.steps > 1:
             width = self.feature_dim + self.value_dim
@@ -67,6 +67,8 @@ class DeltaProduct(Delta):
 
     def _put_strength(self, whole: Tensor, write: Any) -> None:
         """[M] strengths of n equal steps."""
+        if self.beta_bias is None:
+            return
         each = -torch.expm1(torch.log1p(-whole.double()) / self.steps)
         write(self.beta_bias, (each / self.most).logit().to(self.beta_bias)[None])
 
@@ -74,7 +76,7 @@ class DeltaProduct(Delta):
         assert stream.hidden is not None
         dtype, steps = stream.k.dtype, self.steps
         logits = product(stream.hidden, self.beta_weight).unflatten(-1, (steps, self.heads))
-        beta = self.most * (logits + self.beta_bias.to(dtype)).sigmoid()
+        beta = self.most * self._biased(logits).sigmoid()
         beta = beta * stream.valid[..., None, None].to(dtype)
         k, v = (x[:, :, None].expand(-1, -1, steps, -1, -1) for x in (stream.k, stream.v))
         if self.later is not None:

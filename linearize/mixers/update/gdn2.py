@@ -67,7 +67,7 @@ class GatedDelta2(Moving):
         k = F.normalize(stream.k, dim=-1)
         erased = k * self._gate(stream, self.erase_weight, self.erase_bias)
         written = stream.v * self._gate(stream, self.write_weight, self.write_bias)
-        q = F.normalize(stream.q, dim=-1) * self.scale.to(k.dtype)[:, None]
+        q = self.scaled(F.normalize(stream.q, dim=-1))
         # the kernel reads the state before it decays
         return q, k, written, erased * stream.log_decay.exp(), -k, stream.log_decay
 

@@ -85,5 +85,4 @@ class RWKV7(Moving):
             kappa = F.normalize(k * self.removal.to(dtype), dim=-1)
             written = k * (1 + (rate - 1) * self.share.to(dtype))
         # the key of a token that nobody may see is zero, and so are kappa and what is written
-        q = stream.q * self.scale.to(dtype)[:, None]
-        return q, written, stream.v, -kappa, kappa * rate, stream.log_decay
+        return self.scaled(stream.q), written, stream.v, -kappa, kappa * rate, stream.log_decay

@@ -25,10 +25,15 @@ class Overwriting(Update):
     """Base of the delta rules: the state is one matrix [F, V] a head, and a learned scale per query head stands on it.
 
     Arguments are those of `Update`; the config has a `scale`, where that starts.
+
+    Attributes:
+        rescales: whether there is that scale; `make` may say no.
     """
 
     sums_weights = False
     uses_hidden = True
+    rescales = True
+    scale: Tensor | None
 
     def __init__(
         self,
@@ -42,7 +47,8 @@ class Overwriting(Update):
         super().__init__(config, heads, feature_dim, value_dim, shape, running_sum)
         self.config = config
         self.make(shape)
-        self.scale = nn.Parameter(torch.empty(shape.heads))
+        scale = nn.Parameter(torch.empty(shape.heads)) if self.rescales else None
+        self.register_parameter("scale", scale)
         self.reset_parameters()
 
     def make(self, shape: LayerShape) -> None:
@@ -50,11 +56,20 @@ class Overwriting(Update):
         raise NotImplementedError(type(self))  # pragma: no cover - every rule defines it
 
     def reset_parameters(self) -> None:
-        fill(self.scale, self.config.scale)
+        if self.scale is not None:
+            fill(self.scale, self.config.scale)
 
     def resize(self, factor: Tensor) -> bool:
+        if self.scale is None:
+            return False
         put(self.scale, self.scale * factor)
         return True
+
+    def scaled(self, q: Tensor) -> Tensor:
+        """q [B, T, H, F] times the learned scale of its head, or else the published 1 / sqrt(F)."""
+        if self.scale is None:
+            return q * self.feature_dim**-0.5
+        return q * self.scale.to(q.dtype)[:, None]
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         size = (batch, self.heads, self.feature_dim, self.value_dim)
