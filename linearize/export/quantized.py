@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -47,7 +48,7 @@ def check_readable(folder: Path, config: Any) -> None:
     check_torchao(f"{folder}, which holds quantized weights,")
 
 
-def check_codes(folder: str | Path, model: nn.Module) -> None:
+def check_codes(folder: str | Path, model: Any) -> None:
     """Refuse codes and scales that are not those of their layer's shape, which torchao does not look at.
 
     A scale too few is spread over all channels, and the model would answer wrong in silence.
@@ -64,7 +65,7 @@ def check_codes(folder: str | Path, model: nn.Module) -> None:
         return
     from torchao.quantization import quantize_
 
-    config: Any = model.hf_quantizer.quantization_config.get_apply_tensor_subclass()
+    config = model.hf_quantizer.quantization_config.get_apply_tensor_subclass()
     known: dict[Any, list[str]] = {}
     for name, tensor in found.items():
         layer: Any = model.get_submodule(name.rpartition(".")[0])
@@ -90,9 +91,18 @@ def _held(tensor: Any, name: str = "values") -> list[str]:
         return [f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"]
     inner, facts = tensor.__tensor_flatten__()
     parts = [part for held in inner for part in _held(getattr(tensor, held), f"{name}.{held}")]
-    # what was a tuple is a list once it has been in a file
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in dict(facts).items()}
-    return [*parts, f"{type(tensor).__name__} {plain!r}"]
+    return [*parts, f"{type(tensor).__name__} {_plain(facts)}"]
+
+
+def _plain(facts: Any) -> str:
+    """Facts as text, the same before and after a file, which makes lists of tuples; objects by their kind."""
+    if isinstance(facts, dict):
+        return "{" + ", ".join(f"{name}: {_plain(facts[name])}" for name in sorted(facts, key=str)) + "}"
+    if isinstance(facts, list | tuple):
+        return "[" + ", ".join(map(_plain, facts)) + "]"
+    if facts is None or isinstance(facts, bool | int | float | str | torch.dtype):
+        return str(facts)
+    return type(facts).__name__
 
 
 def is_code(tensor: Any) -> bool:
