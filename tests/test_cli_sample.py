@@ -64,10 +64,10 @@ def test_ctrl_c_says_that_the_command_goes_on(folder, capsys, monkeypatch):
         (["--top-p", "0"], "must be a number above 0"),
         (["--length", "8"], "--length: must be at least 64"),
         (["--chat", "2"], "must be auto, or a number from 0 to 1"),
-        (["--chat", "0.5"], "no chat template"),
+        (["--chat", "0.5"], "--chat=0.5: this model's tokenizer has no chat template"),
         (["--tokens", "0"], "there is nothing to write"),
         (["--temprature", "1"], "did you mean '--temperature'"),
-        (["--length", "1000"], "the model has 512 positions"),
+        (["--length", "1000"], "--length=1000: the model has 512 positions"),
     ],
 )
 def test_refused(folder, capsys, arguments, words):

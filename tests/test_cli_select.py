@@ -211,6 +211,11 @@ def test_a_run_takes_the_recipe(teacher, small, tmp_path, capsys):
     assert select(tmp_path / "run" / "checkpoint", "lolcats", *SMALL, "--out", tmp_path / "again") == 2
     said = capsys.readouterr().err
     assert "the model is converted already" in said and not (tmp_path / "again").exists()
+    # nor one to look at, or to run, of which is said so before anything is read, measured or written
+    for line in (["inspect"], ["run", "--out", str(tmp_path / "again")]):
+        assert cli.main([line[0], str(tmp_path / "run" / "checkpoint"), "lolcats", *line[1:]]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("the model is converted already") and not (tmp_path / "again").exists()
 
 
 def test_pass_keys_choose_where_they_fit(teacher, small, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -47,7 +48,7 @@ def main(options: argparse.Namespace) -> int:
     from linearize.distill import memory
     from linearize.distill.device import resolve_device, resolve_weights
     from linearize.distill.identity import fingerprint
-    from linearize.errors import UnsupportedModelError
+    from linearize.errors import DataError, UnsupportedModelError
     from linearize.sample import sample
 
     quiet_libraries()
@@ -73,6 +74,8 @@ def main(options: argparse.Namespace) -> int:
             )
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{options.model}: {error}") from error
+    except DataError as error:
+        raise DataError(_as_options(str(error))) from error
     _copy(found.files, out)
     screen = console()
     screen.print(table(found))
@@ -143,6 +146,11 @@ def _copy(parts: list[Path], out: Path) -> None:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _as_options(said: str) -> str:
+    """A message about settings of a recipe in the words of this command: data.teacher.top_k is --top-k here."""
+    return re.sub(r"data\.teacher\.(\w+)", lambda found: f"--{found[1].replace('_', '-')}", said)
 
 
 def _name(device: Any) -> str:

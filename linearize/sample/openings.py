@@ -79,6 +79,6 @@ def openings(tokenizer: Any, *, chat: bool, longest: int) -> Openings:
     if not any(kind != CHAT for _, kind in short) or (chat and not any(kind == CHAT for _, kind in short)):
         raise DataError(
             f"data.teacher.length: no opening{' of a conversation' if chat else ''} has {longest} tokens or fewer; "
-            "raise it"
+            f"raise it{', or set data.teacher.chat to 0' if chat else ''}"
         )
     return Openings([ids for ids, _ in short], [kind for _, kind in short], encode.begin)

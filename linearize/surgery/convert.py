@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from linearize.config.layers import assign
 from linearize.config.names import SOFTMAX
-from linearize.errors import LinearizeError, UnsupportedModelError
+from linearize.errors import UnsupportedModelError
 from linearize.surgery.inspection import AttentionLayer, attention_layers
-from linearize.surgery.model import converted, honor_softcap, linearized
+from linearize.surgery.model import honor_softcap, linearized, refuse_converted
 from linearize.surgery.plan import checked
 from linearize.surgery.schema import mixer_of, stored
 from linearize.surgery.verify import Reference
@@ -48,10 +48,7 @@ def convert(
         LinearizeError: the model is converted already.
     """
     whole = checked(mixer, mixers)
-    if converted(model):
-        raise LinearizeError(
-            "the model is converted already; load the teacher again to convert it another way"
-        )
+    refuse_converted(model)
     found = attention_layers(model)
     given = assign(layers, [layer.index for layer in found], list(mixers or {}))
     layers_to_convert = [layer for layer in found if given[layer.index] != SOFTMAX]

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import output_capturing
 
-from linearize.errors import CheckpointError, UnsupportedModelError
+from linearize.errors import CheckpointError, LinearizeError, UnsupportedModelError
 from linearize.mixers.base import Part
 from linearize.surgery.attention import LinearizedAttention, Switch, convert_module
 from linearize.surgery.cache import adopt, check_past_recording
@@ -203,3 +203,11 @@ def converted(model: nn.Module) -> list[LinearizedAttention]:
     """The converted attention modules in layer order, under any wrapper."""
     layers = [module for module in model.modules() if isinstance(module, LinearizedAttention)]
     return sorted(layers, key=lambda layer: layer.layer_idx)
+
+
+def refuse_converted(model: nn.Module) -> None:
+    """Raise LinearizeError where a model has been converted: what is left of its softmax could not be told apart."""
+    if converted(model):
+        raise LinearizeError(
+            "the model is converted already; load the teacher again to convert it another way"
+        )

@@ -17,6 +17,7 @@ from linearize.config.words import describe
 from linearize.errors import LinearizeError, RecipeError, collected, raise_together
 from linearize.mixers import build, check, normalize
 from linearize.surgery.inspection import AttentionLayer, attention_layers, skeleton
+from linearize.surgery.model import refuse_converted
 from linearize.surgery.others import other_layers
 from linearize.surgery.projections import outputs, targets
 
@@ -203,8 +204,10 @@ def plan(
     Raises:
         UnsupportedModelError: see `attention_layers`; a projection that is asked for is not there.
         RecipeError: see `select`; or several of these.
+        LinearizeError: the model is converted already.
     """
     model = teacher if isinstance(teacher, PreTrainedModel) else skeleton(teacher)
+    refuse_converted(model)
     found = attention_layers(model)
     wrong: list[LinearizeError] = [] if errors is None else errors
     whole = checked(mixer, mixers)
