@@ -16,6 +16,7 @@ from linearize.decode.ahead import Ahead
 from linearize.decode.draft import speculate_ids
 from linearize.decode.speculator import Speculator
 from linearize.errors import LinearizeError
+from linearize.kernels import dispatch
 
 NEW = 15
 FEW = 6
@@ -131,6 +132,23 @@ def test_one_row_with_masks_and_without(mixer):
         made = Speculator(model, near(model), 1, 3, length=40, tokens=NEW)
         made.looks = looks
         assert torch.equal(made.generate(ids, None, NEW), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lolcats", "delta", "terraced"])
+def test_in_the_kernels_that_a_gpu_runs(name):
+    """In Triton's interpreter where there is no GPU: carried states, several tokens, and padding behind them."""
+    delta = {"feature_map": {"name": "identity"}, "gate": {"name": "mamba2"}, "update": {"name": "delta"}}
+    mixer = MIXERS.get(name) or {**delta, "normalizer": {"name": "none"}, "short_conv": {"name": "depthwise"}}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = hybrid("llama", [0], mixer, device, hidden_size=64, num_hidden_layers=1)
+    ids, mask = prompts(device, rows=2, length=9)
+    with dispatch.kernels("torch"):
+        wanted = expected(model, ids, mask, 5, eos_token_id=None, pad_token_id=0)
+    made = Speculator(model, near(model), 2, 2, length=20, tokens=5)
+    made.looks = False
+    with dispatch.kernels("triton"):
+        assert torch.equal(made.generate(ids, mask, 5), wanted)
 
 
 @pytest.mark.parametrize("tokens", range(1, 9))
