@@ -65,7 +65,8 @@ def check_codes(folder: str | Path, model: Any) -> None:
         return
     from torchao.quantization import quantize_
 
-    config = model.hf_quantizer.quantization_config.get_apply_tensor_subclass()
+    quantizer: Any = model.hf_quantizer
+    config = quantizer.quantization_config.get_apply_tensor_subclass()
     known: dict[Any, list[str]] = {}
     for name, tensor in found.items():
         layer: Any = model.get_submodule(name.rpartition(".")[0])
