@@ -19,6 +19,7 @@ CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
         "precision": ("auto", "fp32", "bf16"),
         "weights": ("auto", "float32", "bfloat16"),
         "compile": ("auto", "always", "never"),
+        "shard": ("auto", "none", "full"),
     },
     schema.ExportConfig: {"dtype": ("auto", "float32", "bfloat16", "float16")},
 }

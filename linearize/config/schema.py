@@ -209,6 +209,9 @@ class RunConfig:
     """On CUDA, record a training step once and replay it as one CUDA graph, where that can be done."""
     compile: str = "auto"
     """Whether end-to-end stages compile the model's blocks: auto (on CUDA, in stages of many steps), always, never."""
+    shard: str = "auto"
+    """Of several processes, whether each keeps a part of the base weights alone, the teacher's included: auto (on CUDA,
+    where a copy for each does not fit by `linearize plan`), none, full."""
 
 
 @dataclass

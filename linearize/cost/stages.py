@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -106,24 +107,57 @@ def plan(
         LinearizeError: a mixture of experts, whose share of active weights is not in the formulas.
         UnsupportedModelError, RecipeError: as `surgery.plan`.
     """
+    base = _skeleton(config, model)
+    teacher = _count(base)
+    with torch.device("meta"):
+        student: Any = surgery.convert(base, recipe.mixer, recipe.layers, recipe.mixers).eval()
+    found = Plan(model, name, count, card, price, teacher, _count(student))
+    for key, stage, prepared, changed in _prepared(student, recipe):
+        found.stages.append(_stage(prepared, stage, key, recipe, found, changed))
+    return found
+
+
+def ways(config: Any, recipe: Recipe, count: int, card: Card) -> dict[str, str]:
+    """How each stage of a recipe fits, as `strategy.Fit.way` has it.
+
+    Args:
+        config, recipe, count, card: as `plan`; of the card its memory counts.
+
+    Raises:
+        LinearizeError: as `plan`.
+    """
+    base = _skeleton(config, "run.shard")
+    teacher, found = _count(base), {}
+    with torch.device("meta"):
+        student: Any = surgery.convert(base, recipe.mixer, recipe.layers, recipe.mixers).eval()
+    for key, stage, prepared, changed in _prepared(student, recipe):
+        kind, course = kind_of(stage), Course.of(stage, recipe.data.of(stage).length)
+        batch, length = max(course.shapes, key=lambda shape: shape[0] * shape[1])
+        sizes = sizes_of(prepared, kind, None, teacher, apart=changed and kind.endswith("_kl"))
+        micro = None if stage.micro_batch == "auto" else int(stage.micro_batch)
+        asked = stage.gradient_checkpointing
+        found[key] = fit(sizes, kind, batch, length, count, card, checkpointing=asked, micro=micro).way
+    return found
+
+
+def _skeleton(config: Any, model: str) -> Any:
     text = config.get_text_config()
     if any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise LinearizeError(
             f"{model}: a mixture of experts; plan has formulas for dense models alone so far"
         )
-    base: Any = skeleton(config)
-    teacher = _count(base)
-    with torch.device("meta"):
-        student: Any = surgery.convert(base, recipe.mixer, recipe.layers, recipe.mixers).eval()
-    found = Plan(model, name, count, card, price, teacher, _count(student))
+    return skeleton(config)
+
+
+def _prepared(student: Any, recipe: Recipe) -> Iterator[tuple[str, StageConfig, Any, bool]]:
+    """Each stage with the model as it has it, and whether base weights have changed by then."""
     changed = False
     for key, stage in recipe.stages.items():
         with torch.device("meta"):
             student = prepare(student, stage)
             changed = changed or "all" in stage.train
             with untied(student, stage.untie):
-                found.stages.append(_stage(student, stage, key, recipe, found, changed))
-    return found
+                yield key, stage, student, changed
 
 
 def _stage(model: Any, stage: StageConfig, key: str, recipe: Recipe, of: Plan, changed: bool) -> StagePlan:

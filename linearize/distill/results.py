@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize import data, surgery
+from linearize import data, launched, surgery
 from linearize.config.schema import DataConfig, Recipe
 from linearize.distill.memory import Fitting
 from linearize.errors import (
@@ -62,7 +62,8 @@ class Results:
         """Measure and write a row, unless an earlier run has."""
         if name not in self:
             self.rows.append({"name": name, **measure()})
-            write_json(self.path, {"rows": self.rows})
+            if launched.first():
+                write_json(self.path, {"rows": self.rows})
 
 
 def _is_row(row: Any) -> bool:

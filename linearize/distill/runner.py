@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -23,9 +24,11 @@ from linearize.distill import (
     budgeting,
     calibrate,
     exporting,
+    gathering,
     memory,
     processes,
     rates,
+    shards,
     stages,
     texts,
 )
@@ -33,6 +36,7 @@ from linearize.distill.callbacks import RunStopped
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.distill.folder import RunFolder, facts, plan_json
 from linearize.distill.lock import held
+from linearize.distill.placing import Place
 from linearize.distill.positions import check_lengths
 from linearize.distill.processes import ProcessLost, alone
 from linearize.distill.results import Measurer, Results
@@ -143,6 +147,7 @@ class _Job:
         if self.autocast is not None and self.device.type == "cuda":
             # mixers compute in float32 on bfloat16 inputs, which TF32 products take without loss
             torch.set_float32_matmul_precision("high")
+        self.place = Place(self.source, self.recipe, self.device, self.weights)
         if budget is not None and not self.folder.recipe.is_file():
             found |= {budgeting.FACT: self._fit(budget)}
         recipe, folder = self.recipe, self.folder
@@ -150,40 +155,39 @@ class _Job:
         measurer, datasets, seen = processes.first(lambda: self._beforehand(places))
         model: Any
         with self._watched(f"loading {self.source}", [], _SMALLER_MODEL):
-            model, tokenizer = models.load_teacher(
-                self.source, dtype=self.weights, device=str(self.device), for_text=True
-            )
+            model, tokenizer = self.place.load()
         given = recipe.export.dtype
         dtype = models.stored_dtype(self.source) if given == "auto" else getattr(torch, given)
         check_trainable(self.source, model)
         plan = self._plan(model, None)
+        if self.place.sharded:
+            gathering.check(model)
+            shards.check(recipe, model)
         # From here on everything that the user can get wrong has been looked at, and the folder is written.
         alone(lambda: folder.create(recipe, plan_json(plan), {**facts(self), **found}))
         results = processes.first(lambda: Results(folder.results))
-        with self._measuring("the teacher"):
-            alone(lambda: results.add("teacher", lambda: measurer.measure(model, "teacher")))
+        measurer.fitting.alone = not self.place.sharded
+        if not self.place.sharded:
+            self._row("the teacher", results, "teacher", lambda: measurer.measure(model, "teacher"))
         set_seed(recipe.run.seed)
         with self._watched("converting the model", [], _SMALLER_MODEL):
             model = surgery.convert(model, recipe.mixer, recipe.layers, recipe.mixers)
         model.eval()
-        with self._measuring("the untrained model"):
-            alone(
-                lambda: results.add(
-                    "swapped, untrained",
-                    lambda: measurer.measure(model, "swapped", tasks=False, sound=False),
-                )
-            )
+        if self.place.sharded:
+            self.place.settle(model)
+            with surgery.mode(model, "teacher"):
+                self._row("the teacher", results, "teacher", lambda: measurer.measure(model, "teacher"))
+        untrained = partial(measurer.measure, model, "swapped", tasks=False, sound=False)
+        self._row("the untrained model", results, "swapped, untrained", untrained)
         self._calibrate(model, seen, measurer, results)
         model = self._train(model, places, datasets, measurer, results)
         if recipe.eval.ablations:
             with self._measuring("the ablations"):
-                alone(lambda: measurer.ablations(model, results))
+                self.place.by_holders(lambda: measurer.ablations(model, results))
         with self._watched("exporting", [], "free memory; only the export is left"):
-            checkpoint = alone(
-                lambda: exporting.checkpoint(
-                    model, tokenizer, recipe, folder, rows=results.rows, dtype=dtype, base=self.source
-                )
-            )
+            write = gathering.checkpoint if self.place.sharded else exporting.checkpoint
+            facts_of = {"rows": results.rows, "dtype": dtype, "base": self.source}
+            checkpoint = self.place.by_holders(lambda: write(model, tokenizer, recipe, folder, **facts_of))
         report = alone(lambda: write_report(folder.path))
         alone(lambda: write_json(folder.done, {"checkpoint": checkpoint.name}))
         rows = alone(lambda: results.rows)
@@ -253,7 +257,7 @@ class _Job:
             if ahead.calibrates and not texts.of_teacher(self.recipe.data):
                 self._calibration_text(ahead, errors)
         with collected(errors):
-            batches.check_parts(self.recipe.stages, launched.count())
+            batches.check_parts(self.recipe.stages, launched.count(), alike=self.place.sharded)
         raise_together(errors, f"{self.recipe_name} on {self.source}")
         return ahead
 
@@ -295,6 +299,11 @@ class _Job:
     def _watched(self, where: str, overrides: list[str], otherwise: str) -> AbstractContextManager[None]:
         """Inside, running out of memory ends in a message with the command that goes on."""
         return memory.watched(where, lambda: self._advice(overrides, otherwise))
+
+    def _row(self, what: str, results: Results, name: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """Measure the model and write it down, unless an earlier process has."""
+        with self._measuring(what):
+            self.place.by_holders(lambda: results.add(name, measure))
 
     def _measuring(self, what: str) -> AbstractContextManager[None]:
         otherwise = "a shorter eval.length in a new run folder"
@@ -352,11 +361,11 @@ class _Job:
                         dataset=datasets.pop(place.name),
                         length=self.recipe.data.of(stage).length,
                         autocast=self.autocast,
-                        teacher=self._original if base_changes else None,
+                        teacher=self.place.original if base_changes else None,
                     )
             row = f"after {place.name}"
-            with self._measuring(f"the model after stage '{place.name}'"):
-                alone(partial(results.add, row, partial(measurer.measure, model, row)))
+            measure = partial(measurer.measure, model, row)
+            self._row(f"the model after stage '{place.name}'", results, row, measure)
         return model
 
     @property
@@ -370,17 +379,10 @@ class _Job:
         folder = self._calibration
         with self._watched("calibrating", [], "fewer calibrate.tokens in a new run folder"):
             if not alone(lambda: calibrate.is_done(folder)):
-                alone(lambda: self._settle(model, dataset))
+                found = self.place.by_holders(
+                    lambda: calibrate.calibrate(model, dataset, autocast=self.autocast)
+                )
+                alone(lambda: calibrate.write(model, folder, found))
             calibrate.restore(model, folder)
-        with self._measuring("the calibrated model"):
-            measure = partial(measurer.measure, model, "calibrated", tasks=False, sound=False)
-            alone(lambda: results.add("calibrated", measure))
-
-    def _settle(self, model: nn.Module, dataset: Any) -> None:
-        found = calibrate.calibrate(model, dataset, autocast=self.autocast)
-        calibrate.write(model, self._calibration, found)
-
-    def _original(self) -> nn.Module:
-        """A frozen copy of the teacher, for when the model's own base weights are no longer the teacher's."""
-        original, _ = models.load_teacher(self.source, dtype=self.weights, device=str(self.device))
-        return original.requires_grad_(False).eval()
+        measure = partial(measurer.measure, model, "calibrated", tasks=False, sound=False)
+        self._row("the calibrated model", results, "calibrated", measure)

@@ -14,13 +14,14 @@ from transformers import set_seed
 
 from linearize import launched, objectives, storing
 from linearize.config.schema import RunConfig, StageConfig
-from linearize.distill import memory, processes
+from linearize.distill import memory, pieces, processes, shards
 from linearize.distill.callbacks import RunStopped, StageCallback, forget_lines
 from linearize.distill.finetune import FinetuneTrainer, needs_teacher
+from linearize.distill.pieces import Pieces
 from linearize.distill.positions import counted_from_zero
 from linearize.distill.preference import PreferenceTrainer
 from linearize.distill.stage import StageTrainer
-from linearize.distill.trainable import load_trained, prepare, trained, unwrapped
+from linearize.distill.trainable import prepare, trained, unwrapped
 from linearize.distill.transfer import TransferTrainer
 from linearize.distill.tying import untied
 from linearize.errors import CheckpointError
@@ -58,14 +59,13 @@ def restore(model: nn.Module, stage: StageConfig, place: StagePlace) -> nn.Modul
     Raises:
         CheckpointError: the stage's file is damaged or of another recipe.
     """
+    shards.settle(model)
     model = prepare(model, stage)
-    path = place.folder / FINAL
     remedy = f"Delete {place.folder}, then {storing.AGAIN}: the stage is then trained again"
     written = storing.read_json(place.folder / DONE, remedy).get("sha256")
-    tensors = storing.read_tensors(path)
-    if written is not None and written != sha256(path):
-        raise CheckpointError(f"{path}: is not what was written (another checksum). {remedy}")
-    load_trained(model, tensors, path)
+    found = Pieces(place.folder / FINAL)
+    processes.alone(lambda: _check(place.folder, written, remedy))
+    pieces.load(model, found)
     if launched.first():
         storing.prune(place.folder, keep=0)  # an earlier process may have been cut off in doing so
     return model
@@ -119,7 +119,10 @@ def train(
     with opened as trainer:
         model = trainer.trained_model
         _fit(trainer, place, start)
-    processes.alone(lambda: _write(trained(model), trainer, place))
+    result = place.folder / FINAL
+    processes.alone(lambda: pieces.remove(result))
+    processes.each(lambda: pieces.write(result, trained(model)))
+    processes.alone(lambda: _finish(trainer, place))
     [wish] = processes.most([trainer.interrupt.wish])
     if wish:
         raise RunStopped(f"stopped after stage '{place.name}'. Go on with:\n  {place.resume_command}", wish)
@@ -127,9 +130,9 @@ def train(
     return model.eval()
 
 
-def _write(tensors: dict[str, nn.Parameter], trainer: StageTrainer, place: StagePlace) -> None:
-    """The stage's result."""
-    storing.write_tensors_file(place.folder / FINAL, tensors)
+def _finish(trainer: StageTrainer, place: StagePlace) -> None:
+    """Say that the stage's result is there, and remove its checkpoints."""
+    sums = {path.name: sha256(path) for path in pieces.files(place.folder / FINAL)}
     storing.write_json(
         place.folder / DONE,
         {
@@ -137,10 +140,18 @@ def _write(tensors: dict[str, nn.Parameter], trainer: StageTrainer, place: Stage
             "tokens": trainer.course.tokens,
             "stage": place.name,
             "micro_batch": trainer.micro.size,
-            "sha256": sha256(place.folder / FINAL),
+            "sha256": sums.get(FINAL, sums),
         },
     )
     storing.prune(place.folder, keep=0)
+
+
+def _check(folder: Path, written: Any, remedy: str) -> None:
+    """Hold a stage's result against its checksum, or its pieces against theirs."""
+    for path in pieces.files(folder / FINAL):
+        said = written.get(path.name) if isinstance(written, dict) else written
+        if said is not None and said != sha256(path):
+            raise CheckpointError(f"{path}: is not what was written (another checksum). {remedy}")
 
 
 @contextmanager
@@ -166,6 +177,7 @@ def training(
         model, stage, run, dataset, length, autocast, teacher: see `train`.
     """
     set_seed(seed)
+    shards.settle(model)
     model = prepare(model, stage)
     settings: dict[str, Any] = {
         "name": name,
@@ -190,6 +202,7 @@ def training(
                 yield kind(model, teacher=original, **settings)
         finally:
             unwrapped(model).config.use_cache = use_cache  # Trainer switches it off for good
+            shards.settle(model)
             model.zero_grad(set_to_none=True)
 
 

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from linearize import objectives, surgery
-from linearize.distill import window_dropout
+from linearize.distill import shards, window_dropout
 from linearize.distill.blocks import around_attention
 from linearize.distill.stage import StageTrainer
-from linearize.distill.trainable import unwrapped
 from linearize.errors import RecipeError
 
 
@@ -31,6 +30,7 @@ class TransferTrainer(StageTrainer):
         converted: list[Any] = surgery.converted(model)
         self.layers: list[int] = [module.layer_idx for module in converted]
         super().__init__(model, **settings)
+        self.in_pass = shards.InPass(model) if self.in_shards else None
 
     def compiled_parts(self) -> list[nn.Module]:
         return around_attention(self.trained_model)
@@ -39,7 +39,14 @@ class TransferTrainer(StageTrainer):
         """Losses [L] in layer order; see `transfer_step`."""
         share = len(batch["input_ids"]) / self.course.phase(self.state.global_step).batch
         with self.computing():
-            losses = transfer_step(model, batch, self.stage.objective, scale=share, window_off=self.off)
+            losses = transfer_step(
+                model,
+                batch,
+                self.stage.objective,
+                scale=share,
+                window_off=self.off,
+                gradients=self.in_pass,
+            )
         if all(parameter.grad is None for parameter in self.parameters.values()):
             raise RecipeError(
                 [
@@ -69,6 +76,7 @@ def transfer_step(
     *,
     scale: float = 1.0,
     window_off: Sequence[bool] = (),
+    gradients: shards.InPass | None = None,
 ) -> Tensor:
     """One pass of attention transfer: adds the gradient of ``scale * mean over layers of the layer's loss``.
 
@@ -78,6 +86,7 @@ def transfer_step(
         objective: layer objective -> weight.
         scale: factor on the gradient, not on what is returned.
         window_off: whether each layer trains its recurrent branch alone; none does by default.
+        gradients: takes those of sharded weights.
 
     Returns:
         [L] detached losses of the converted layers, in layer order.
@@ -90,11 +99,14 @@ def transfer_step(
         alone = window_dropout.window_off(call) if call.layer_idx in off else nullcontext(call)
         with torch.enable_grad(), alone as call:
             losses[call.layer_idx] = objectives.layer_backward(call, objective, scale / len(converted))
+        if gradients is not None:
+            gradients.take(call.module)
 
     model.eval()  # the teacher that is imitated has no dropout
-    # The base model: the head's logits would have no reader. Without gradient: only `observe` takes some.
+    # Without gradient: only `observe` takes some.
     with torch.no_grad(), surgery.observe(model, observe):
-        unwrapped(model).base_model(
+        shards.run_body(
+            model,
             input_ids=batch["input_ids"],
             attention_mask=batch.get("attention_mask"),
             position_ids=batch.get("position_ids"),
