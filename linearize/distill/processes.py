@@ -262,6 +262,23 @@ def random_apart(seed: int, step: int) -> None:
 
 
 @contextmanager
+def passing() -> Iterator[None]:
+    """Around passes of a sharded model, in which processes wait for each other in torch's own words.
+
+    Raises:
+        ProcessLost: another one is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        words = str(error).lower()
+        if not several() or not (isinstance(error, dist.DistError) or "gloo" in words):
+            raise
+        with _lost():
+            raise
+
+
+@contextmanager
 def _lost(what: str = "has ended, or does not answer") -> Iterator[None]:
     try:
         yield

@@ -104,7 +104,8 @@ def run(
             stack.enter_context(writing(folder.path))
             if launched.first():
                 stack.callback(lambda: folder.sweep(list(recipe.stages)))
-            return job.run(resume=resume, budget=budget)
+            with processes.passing():
+                return job.run(resume=resume, budget=budget)
         except KeyboardInterrupt as stop:
             if not folder.recipe.is_file():
                 raise

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from linearize import surgery
@@ -225,33 +225,3 @@ def _apart(tensors: Iterable[Any]) -> tuple[list[Any], list[Any]]:
     for tensor in tensors:
         found[not is_sharded(tensor)].append(tensor)
     return found
-
-
-class InPass:
-    """Gradients of sharded weights that are taken inside a forward pass, of which `fully_shard` hears nothing.
-
-    Args:
-        model: prepared, its parameters its shards (`settle`).
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.places = [
-            (part, key, parameter)
-            for part in model.modules()
-            for key, parameter in part._parameters.items()
-            if isinstance(parameter, DTensor) and parameter.requires_grad
-        ]
-
-    def take(self, module: nn.Module) -> None:
-        """Add up the gradients of the weights under a module, which is whole now, and give each process its rows."""
-        inside = set(module.modules())
-        for part, key, parameter in self.places:
-            if part not in inside:
-                continue
-            gathered = part._parameters[key]
-            if gathered is None or gathered is parameter or gathered.grad is None:
-                continue
-            summed = DTensor.from_local(gathered.grad, parameter.device_mesh, [Partial()], run_check=False)
-            gathered.grad = None
-            found = summed.redistribute(placements=parameter.placements)
-            parameter.grad = found if parameter.grad is None else parameter.grad + found

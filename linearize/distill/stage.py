@@ -254,6 +254,7 @@ class StageTrainer(Trainer):
         else:
             what = self.where_not_finite(values)
         last = storing.latest(self.stage_folder)
+        shards.settle(self.trained_model)
         raise NonFiniteLossError(
             f"stage '{self.stage_name}', step {self.state.global_step + 1}: {what}. The step was not applied. "
             f"Last good checkpoint: {last or 'none of this stage yet'}. "

@@ -30,7 +30,6 @@ class TransferTrainer(StageTrainer):
         converted: list[Any] = surgery.converted(model)
         self.layers: list[int] = [module.layer_idx for module in converted]
         super().__init__(model, **settings)
-        self.in_pass = shards.InPass(model) if self.in_shards else None
 
     def compiled_parts(self) -> list[nn.Module]:
         return around_attention(self.trained_model)
@@ -39,14 +38,7 @@ class TransferTrainer(StageTrainer):
         """Losses [L] in layer order; see `transfer_step`."""
         share = len(batch["input_ids"]) / self.course.phase(self.state.global_step).batch
         with self.computing():
-            losses = transfer_step(
-                model,
-                batch,
-                self.stage.objective,
-                scale=share,
-                window_off=self.off,
-                gradients=self.in_pass,
-            )
+            losses = transfer_step(model, batch, self.stage.objective, scale=share, window_off=self.off)
         if all(parameter.grad is None for parameter in self.parameters.values()):
             raise RecipeError(
                 [
@@ -76,7 +68,6 @@ def transfer_step(
     *,
     scale: float = 1.0,
     window_off: Sequence[bool] = (),
-    gradients: shards.InPass | None = None,
 ) -> Tensor:
     """One pass of attention transfer: adds the gradient of ``scale * mean over layers of the layer's loss``.
 
@@ -86,7 +77,6 @@ def transfer_step(
         objective: layer objective -> weight.
         scale: factor on the gradient, not on what is returned.
         window_off: whether each layer trains its recurrent branch alone; none does by default.
-        gradients: takes those of sharded weights.
 
     Returns:
         [L] detached losses of the converted layers, in layer order.
@@ -99,8 +89,6 @@ def transfer_step(
         alone = window_dropout.window_off(call) if call.layer_idx in off else nullcontext(call)
         with torch.enable_grad(), alone as call:
             losses[call.layer_idx] = objectives.layer_backward(call, objective, scale / len(converted))
-        if gradients is not None:
-            gradients.take(call.module)
 
     model.eval()  # the teacher that is imitated has no dropout
     # Without gradient: only `observe` takes some.
