@@ -5,16 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
 from byte_llama import MIXER, tiny_llama
 from several import run
 from torch import Tensor, nn
 
-from linearize import launched, surgery
-from linearize.distill import non_finite, pieces, processes, shards
-from linearize.distill.finetune import FinetuneTrainer
+from linearize import launched, objectives, surgery
+from linearize.config.schema import LoraConfig, StageConfig
+from linearize.distill import gathering, non_finite, pieces, processes, shards
+from linearize.distill.finetune import FinetuneTrainer, predict, predict_teacher
 from linearize.distill.pieces import Pieces
+from linearize.distill.trainable import prepare, trained, unwrapped
+from linearize.distill.transfer import transfer_step
 from linearize.errors import CheckpointError, UnsupportedModelError
+from linearize.export import rounding
 
 CPU = torch.device("cpu")
 
@@ -145,3 +150,72 @@ def full_disk(model: str, recipe: Any, out: Path) -> None:
 
     pieces.write = write
     run(model, recipe, out)
+
+
+def families(out: Path) -> None:
+    """Of every family: losses and gradients of both kinds of stages, adapters over shards, tensors of the export."""
+    refused = []
+    with processes.joined(CPU):
+        for family in tiny.FAMILIES:
+            try:
+                gathering.check(tiny.model(family))
+            except UnsupportedModelError:
+                refused.append(family)
+            whole, model = (surgery.convert(tiny.model(family), tiny.LAWCAT, "all") for _ in range(2))
+            for one in (whole, model):
+                tiny.randomize([layer.mixer for layer in surgery.converted(one)])
+            shards.into_shards(model, CPU)
+            _family(family, whole, model)
+    (out / f"refused-{launched.rank()}.txt").write_text(" ".join(refused))
+
+
+def _family(family: str, whole: Any, model: Any) -> None:
+    ids = tiny.tokens(2, 24)
+    batch = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1]).expand_as(ids), "labels": ids}
+    targets = objectives.next_targets(ids, batch["position_ids"])
+    mixers, both = StageConfig(train=["mixers"]), [whole, model]
+    both = [prepare(one, mixers) for one in both]
+    _alike(family, [transfer_step(one, batch, {"attention_output": 1.0}) for one in both])
+    for one in both:
+        one.zero_grad(set_to_none=True)
+        shards.settle(one)
+    lora = StageConfig(train=["lora"], lora=LoraConfig(rank=2))
+    for number in (0, 1):
+        torch.manual_seed(0)
+        both[number] = prepare(both[number], lora)
+        torch.manual_seed(1)
+        for name, parameter in both[number].named_parameters():
+            if ".lora_B" in name:
+                torch.nn.init.normal_(parameter)
+    teacher = [predict_teacher(one, batch) for one in both]
+    _alike(family, teacher)
+    objective = {"next_token": 1.0, "logits_kl": 1.0}
+    for stage, times in ((lora, 1), (StageConfig(train=["all"]), processes.count())):
+        for one in both:
+            shards.settle(one)
+            prepare(one, stage).eval()
+        losses = [
+            objectives.token_backward(predict(one, batch), targets, objective, teacher=teacher[0])
+            for one in both
+        ]
+        _alike(family, losses)
+        own = trained(both[1])
+        for name, parameter in trained(both[0]).items():
+            found = own[name].grad
+            scale = times if shards.is_sharded(own[name]) else 1
+            assert (parameter.grad is None) == (found is None), (family, name)
+            if found is not None:
+                _alike(f"{family} {name}", [scale * parameter.grad, shards.whole(found)])
+        for one in both:
+            one.zero_grad(set_to_none=True)
+    twin = gathering._twin(unwrapped(both[1]), torch.float32)
+    names = list(twin.state_dict())
+    tensors = {name: gathering._tensor(unwrapped(both[1]), name, torch.float32, True) for name in names}
+    expected = rounding.merged(both[0], torch.float32).state_dict()
+    assert list(expected) == names, family
+    for name in names:
+        _alike(f"{family} {name}", [expected[name], tensors[name]])
+
+
+def _alike(what: str, pair: list[Tensor]) -> None:
+    torch.testing.assert_close(pair[1], pair[0], rtol=1e-3, atol=1e-5, msg=lambda text: f"{what}: {text}")

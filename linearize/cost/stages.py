@@ -224,6 +224,7 @@ def sizes_of(model: nn.Module, kind: str, recipe: str | None, teacher: int, *, a
         total=_count(model),
         teacher=teacher,
         trained=sum(p.numel() for p in trains),
+        whole=sum(p.numel() for name, p in model.named_parameters() if id(p) in own or ".lora_" in name),
         body=sum(p.numel() for p in body),
         head=head.numel(),
         head_trained=head.requires_grad,

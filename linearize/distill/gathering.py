@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from linearize.export.save import Weights
 
 
 def check(model: Any) -> None:
-    """Refuse a family whose checkpoints hold other tensors than its modules: they would have to be put together.
+    """Refuse a family whose checkpoints hold other tensors than its modules, and not just under other names.
 
     Args:
         model: the teacher, as transformers has loaded it.
@@ -31,14 +32,25 @@ def check(model: Any) -> None:
     Raises:
         UnsupportedModelError: it is of such a family.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
     held = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
-    if set(revert_weight_conversion(model, dict(held))) != set(held):
+    if _names(model, held) is None:
         raise UnsupportedModelError(
             f"run.shard: a checkpoint of {type(model).__name__} holds its weights in another form than the model, and "
             "no sharded run can write it yet: set run.shard=none"
         )
+
+
+def _names(model: Any, like: Mapping[str, Tensor]) -> dict[str, str] | None:
+    """Each tensor's name in a checkpoint of transformers; None where some are there in another form."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found = {}
+    for name, tensor in like.items():
+        stored = revert_weight_conversion(model, {name: tensor})
+        if [part.shape for part in stored.values()] != [tensor.shape]:
+            return None
+        [found[name]] = stored
+    return found
 
 
 def checkpoint(
@@ -63,10 +75,13 @@ def checkpoint(
     adapted = hasattr(model, "merge_and_unload")
     merges = adapted and all(adapters.merge for adapters in lora)
     twin = _twin(unwrapped(model), dtype)
-    like = {name: tensor for name, tensor in twin.state_dict().items()}
+    like: dict[str, Tensor] = twin.state_dict(keep_vars=True)
     once: dict[int, str] = {}
     for name, tensor in like.items():
         once.setdefault(id(tensor), name)
+    names = _names(unwrapped(model), {name: like[name] for name in once.values()})
+    assert names is not None, "`check` has let it through"
+    own = {stored: name for name, stored in names.items()}
     partial = folder.path / f"{storing.PARTIAL}weights"
     processes.alone(lambda: _empty(partial))
     found: dict[str, list[Any]] = {}
@@ -75,13 +90,13 @@ def checkpoint(
         try:
             written = streamed.write(
                 partial,
-                lambda name: _tensor(unwrapped(model), name, like[name].dtype, merges),
-                {name: like[name] for name in once.values()},
+                lambda stored: _tensor(unwrapped(model), own[stored], like[own[stored]].dtype, merges),
+                {stored: like[name] for stored, name in own.items()},
                 writes=processes.rank() == 0,
             )
         except (OSError, SafetensorError) as error:
             raise storing.could_not_write(partial, error) from error
-        found.update({name: written[once[id(tensor)]] for name, tensor in like.items() if written})
+        found.update({name: written[names[once[id(tensor)]]] for name, tensor in like.items() if written})
 
     processes.each(stream)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,21 +184,26 @@ def write_folder(
     beside = folder.with_name(f"{storing.PARTIAL}pieces")
     split = {name: given for name, given in tensors.items() if apart(given)}
 
-    def whole(partial: Path) -> None:
+    def everything(folder: Path) -> None:
         for name, given in tensors.items():
             if name in split:
                 for piece in files(beside / name):
-                    piece.rename(partial / piece.name)
+                    piece.rename(folder / piece.name)
             else:
-                storing.write_tensors(partial / name, given)
-        fill(partial)
+                storing.write_tensors(folder / name, given)
+        fill(folder)
 
     if split:
         processes.alone(lambda: _empty(beside))
-        processes.each(lambda: [write(beside / name, given) for name, given in split.items()])
-    processes.alone(lambda: storing.write_folder(folder, whole))
+        processes.each(partial(_write_all, beside, split))
+    processes.alone(lambda: storing.write_folder(folder, everything))
     if split and processes.rank() == 0:
         storing.remove(beside)
+
+
+def _write_all(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for name, given in tensors.items():
+        write(folder / name, given)
 
 
 def _empty(folder: Path) -> None:

@@ -27,13 +27,22 @@ class Place:
         recipe: its `run.shard` decides.
         device: of this process.
         weights: dtype of what does not train.
+        passes: dtype of autocast, or None.
 
     Attributes:
         sharded: whether base weights are.
     """
 
-    def __init__(self, source: str, recipe: Recipe, device: torch.device, weights: torch.dtype) -> None:
-        self.source, self.recipe, self.device, self.weights = source, recipe, device, weights
+    def __init__(
+        self,
+        source: str,
+        recipe: Recipe,
+        device: torch.device,
+        weights: torch.dtype,
+        passes: torch.dtype | None,
+    ) -> None:
+        self.source, self.recipe, self.device = source, recipe, device
+        self.weights, self.passes = weights, passes
         self.sharded = processes.several() and processes.alone(self._wanted)
         if recipe.run.shard == "full" and not processes.several():
             log.info("run.shard: one process has nobody to share weights with, and keeps them whole")
@@ -65,7 +74,8 @@ class Place:
         """Shard a converted model, if that is what happens here."""
         if self.sharded:
             shards.widen(model, self.recipe)
-            shards.into_shards(model, self.device)
+            trains = any("all" in stage.train for stage in self.recipe.stages.values())
+            shards.into_shards(model, self.device, self.passes if trains else None)
 
     def original(self) -> nn.Module:
         """A frozen copy of the teacher, for when the model's own base weights are no longer the teacher's."""

@@ -148,7 +148,7 @@ class _Job:
         if self.autocast is not None and self.device.type == "cuda":
             # mixers compute in float32 on bfloat16 inputs, which TF32 products take without loss
             torch.set_float32_matmul_precision("high")
-        self.place = Place(self.source, self.recipe, self.device, self.weights)
+        self.place = Place(self.source, self.recipe, self.device, self.weights, self.autocast)
         if budget is not None and not self.folder.recipe.is_file():
             found |= {budgeting.FACT: self._fit(budget)}
         recipe, folder = self.recipe, self.folder
@@ -187,7 +187,7 @@ class _Job:
                 self.place.by_holders(lambda: measurer.ablations(model, results))
         with self._watched("exporting", [], "free memory; only the export is left"):
             write = gathering.checkpoint if self.place.sharded else exporting.checkpoint
-            facts_of = {"rows": results.rows, "dtype": dtype, "base": self.source}
+            facts_of: Any = {"rows": results.rows, "dtype": dtype, "base": self.source}
             checkpoint = self.place.by_holders(lambda: write(model, tokenizer, recipe, folder, **facts_of))
         report = alone(lambda: write_report(folder.path))
         alone(lambda: write_json(folder.done, {"checkpoint": checkpoint.name}))

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -30,12 +30,15 @@ AXIS = "fsdp"
 """Name of the mesh's one dimension; peft tells by it that a sharded layer computes whole."""
 
 
-def into_shards(model: Any, device: torch.device) -> None:
+def into_shards(model: Any, device: torch.device, passes: torch.dtype | None = None) -> None:
     """Shard a model over all processes, block by block, and bring it to the device; nobody ever holds it whole there.
 
     Args:
         model: a causal language model, converted or not, the same in all processes; changed in place.
         device: of this process.
+        passes: dtype in which weights are gathered, gradients being added up in float32; None: that of the weights.
+            Where float32 weights train under autocast it has to be that of the passes: else every product would keep
+            its own copy of a whole weight for the backward pass, and shards would save nothing.
 
     Raises:
         UnsupportedModelError: blocks share weights.
@@ -47,9 +50,11 @@ def into_shards(model: Any, device: torch.device) -> None:
     found = blocks(model)
     _check_apart(model, found)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=(AXIS,))
-    for block in found:
-        fully_shard(block, mesh=mesh, ignored_params=kept)
-    fully_shard(model, mesh=mesh, ignored_params=kept)
+    policy = MixedPrecisionPolicy()
+    if passes is not None:
+        policy = MixedPrecisionPolicy(passes, torch.float32, cast_forward_inputs=False)
+    for part in (*found, model):
+        fully_shard(part, mesh=mesh, ignored_params=kept, mp_policy=policy)
     for part in model.modules():
         if isinstance(part, FSDPModule):
             # losses come divided by the whole step's tokens, so that gradients are sums; gloo has plain sums alone

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import several_jobs as jobs
 import shard_jobs
+import torch
 from byte_llama import byte_tokenizer
-from several import run, start, whole
+from interrupted import finals
+from several import lines, run, start, whole
 from several_recipes import assert_equal, enough_cards, once
 
 import linearize
@@ -151,6 +153,21 @@ def test_tied_embeddings(tied_folder: Path, every_stage: Recipe, tmp_path: Path)
     assert made.lm_head.weight is made.model.embed_tokens.weight
 
 
+def test_passes_in_sixteen_bits(teacher_folder: Path, every_stage: Recipe, tmp_path: Path) -> None:
+    """Weights are gathered in the dtype of the passes; masters, gradients and moments are float32."""
+    narrow = replace(every_stage, run=replace(every_stage.run, precision="bf16"))
+    alone, out, model = tmp_path / "one", tmp_path / "run", str(teacher_folder)
+    plain = replace(sharded(narrow, whole=narrow.stages["whole"]), run=narrow.run)
+    assert start(1, run, model, plain, alone, folder=tmp_path / "a").codes == [0]
+    ended = start(2, run, model, sharded(narrow, whole=narrow.stages["whole"]), out, folder=tmp_path / "b")
+    assert ended.codes == [0, 0], ended.said
+    for key in ("loss", "grad_norm"):
+        losses = [[line[key] for line in lines(folder)] for folder in (alone, out)]
+        assert losses[1] == pytest.approx(losses[0], rel=0.05), key
+    dtypes = {tensor.dtype for tensor in finals(out)["stage-1-whole"].values()}
+    assert dtypes == {torch.float32}
+
+
 def test_refusals(teacher_folder: Path, tied_folder: Path, every_stage: Recipe, tmp_path: Path) -> None:
     stage = every_stage.stages["whole"]
     odd = sharded(every_stage, whole=replace(stage, batch_size=5, tokens=5 * 64))
@@ -165,3 +182,11 @@ def test_refusals(teacher_folder: Path, tied_folder: Path, every_stage: Recipe, 
     ended = start(2, shard_jobs.shared, tmp_path, folder=tmp_path)
     assert ended.codes == [0, 0], ended.said
     assert {path.name for path in tmp_path.glob("refused-*")} == {"refused-0", "refused-1"}
+
+
+@pytest.mark.slow
+def test_every_family(tmp_path: Path) -> None:
+    ended = start(2, shard_jobs.families, tmp_path, folder=tmp_path)
+    assert ended.codes == [0, 0], ended.said
+    refused = {(tmp_path / f"refused-{rank}.txt").read_text() for rank in (0, 1)}
+    assert refused == {"mixtral qwen3_moe"}, refused
