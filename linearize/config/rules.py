@@ -20,6 +20,7 @@ CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
         "weights": ("auto", "float32", "bfloat16"),
         "compile": ("auto", "always", "never"),
         "shard": ("auto", "none", "full"),
+        "teacher_device": ("auto", "cpu"),
     },
     schema.ExportConfig: {"dtype": ("auto", "float32", "bfloat16", "float16")},
 }

@@ -215,6 +215,12 @@ class RunConfig:
     shard: str = "auto"
     """Of several processes, whether each keeps a part of the base weights alone, the teacher's included: auto (on CUDA,
     where a copy for each does not fit by `linearize plan`), none, full."""
+    teacher: str = ""
+    """Another model, of the same tokenizer, whose predictions end-to-end stages learn (logits_kl, dpo); empty: MODEL
+    itself. Attention transfer imitates MODEL's own attention in any case."""
+    teacher_device: str = "auto"
+    """Where a teacher of its own is kept: auto (as the model), cpu (the machine's memory, each block on the device for
+    as long as it computes)."""
 
 
 @dataclass

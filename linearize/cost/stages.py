@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from linearize import objectives, surgery
+from linearize import models, objectives, surgery
 from linearize.bench import flops
 from linearize.config.course import Course
 from linearize.config.schema import Recipe, StageConfig
@@ -18,6 +18,7 @@ from linearize.cost.cards import Card
 from linearize.cost.memory import Sizes, mixer_bytes
 from linearize.cost.strategy import Fit, fit
 from linearize.distill.finetune import needs_teacher
+from linearize.distill.teachers import apart
 from linearize.distill.trainable import prepare, trained, unwrapped
 from linearize.distill.tying import untied
 from linearize.errors import LinearizeError
@@ -112,8 +113,8 @@ def plan(
     with torch.device("meta"):
         student: Any = surgery.convert(base, recipe.mixer, recipe.layers, recipe.mixers).eval()
     found = Plan(model, name, count, card, price, teacher, _count(student))
-    for key, stage, prepared, changed in _prepared(student, recipe):
-        found.stages.append(_stage(prepared, stage, key, recipe, found, changed))
+    for key, stage, prepared in _prepared(student, recipe):
+        found.stages.append(_stage(prepared, stage, key, recipe, found))
     return found
 
 
@@ -130,10 +131,10 @@ def ways(config: Any, recipe: Recipe, count: int, card: Card) -> dict[str, str]:
     teacher, found = _count(base), {}
     with torch.device("meta"):
         student: Any = surgery.convert(base, recipe.mixer, recipe.layers, recipe.mixers).eval()
-    for key, stage, prepared, changed in _prepared(student, recipe):
+    for key, stage, prepared in _prepared(student, recipe):
         kind, course = kind_of(stage), Course.of(stage, recipe.data.of(stage).length)
         batch, length = max(course.shapes, key=lambda shape: shape[0] * shape[1])
-        sizes = sizes_of(prepared, kind, None, teacher, apart=changed and kind.endswith("_kl"))
+        sizes = sizes_of(prepared, kind, None, _teacher(recipe, teacher), apart=apart(recipe, key))
         micro = None if stage.micro_batch == "auto" else int(stage.micro_batch)
         asked = stage.gradient_checkpointing
         found[key] = fit(sizes, kind, batch, length, count, card, checkpointing=asked, micro=micro).way
@@ -149,21 +150,27 @@ def _skeleton(config: Any, model: str) -> Any:
     return skeleton(config)
 
 
-def _prepared(student: Any, recipe: Recipe) -> Iterator[tuple[str, StageConfig, Any, bool]]:
-    """Each stage with the model as it has it, and whether base weights have changed by then."""
-    changed = False
+def _teacher(recipe: Recipe, own: int) -> int:
+    """Parameters of the model whose predictions are learned."""
+    other = recipe.run.teacher
+    return (
+        _count(skeleton(models.load_config(other))) if other and recipe.run.teacher_device != "cpu" else own
+    )
+
+
+def _prepared(student: Any, recipe: Recipe) -> Iterator[tuple[str, StageConfig, Any]]:
+    """Each stage with the model as it has it."""
     for key, stage in recipe.stages.items():
         with torch.device("meta"):
             student = prepare(student, stage)
-            changed = changed or "all" in stage.train
             with untied(student, stage.untie):
-                yield key, stage, student, changed
+                yield key, stage, student
 
 
-def _stage(model: Any, stage: StageConfig, key: str, recipe: Recipe, of: Plan, changed: bool) -> StagePlan:
+def _stage(model: Any, stage: StageConfig, key: str, recipe: Recipe, of: Plan) -> StagePlan:
     kind, course = kind_of(stage), Course.of(stage, recipe.data.of(stage).length)
     batch, length = max(course.shapes, key=lambda shape: shape[0] * shape[1])
-    sizes = sizes_of(model, kind, of.recipe, of.teacher, apart=changed and kind.endswith("_kl"))
+    sizes = sizes_of(model, kind, of.recipe, _teacher(recipe, of.teacher), apart=apart(recipe, key))
     needed = flops.per_token(model, kind, length)
     micro = None if stage.micro_batch == "auto" else int(stage.micro_batch)
 

@@ -21,6 +21,7 @@ from linearize import objectives, surgery
 from linearize.distill import processes, window_dropout
 from linearize.distill.blocks import repeated
 from linearize.distill.headless import predict_final, recognize
+from linearize.distill.lent import is_lent
 from linearize.distill.stage import StageTrainer
 from linearize.distill.trainable import unwrapped
 from linearize.kernels.distill import Head
@@ -39,6 +40,8 @@ class FinetuneTrainer(StageTrainer):
     def __init__(self, model: nn.Module, *, teacher: nn.Module | None = None, **settings: Any) -> None:
         super().__init__(model, **settings)
         self.teacher = teacher
+        if is_lent(teacher) and self.passes.captured.obstacle is None:
+            self.passes.captured.forgo("its teacher's blocks come and go")
         self.needs_teacher = needs_teacher(self.stage.objective)
         self._heads: tuple[Head, Head] | tuple[None, None] | None = None
 

@@ -12,6 +12,7 @@ from torch import nn
 from linearize import launched, models
 from linearize.config.schema import Recipe
 from linearize.distill import processes, shards
+from linearize.distill.lent import lend
 from linearize.errors import LinearizeError
 
 log = logging.getLogger(__name__)
@@ -67,8 +68,11 @@ class Place:
 
     def load(self) -> tuple[Any, Any]:
         """The teacher and its tokenizer: on the device, or where they are to be sharded, in the machine's memory."""
-        home = "cpu" if self.sharded else str(self.device)
-        return models.load_teacher(self.source, dtype=self.weights, device=home, for_text=True)
+        return self._load(self.source, kept=False)
+
+    def _load(self, source: str, *, kept: bool) -> tuple[Any, Any]:
+        home = "cpu" if self.sharded or kept else str(self.device)
+        return models.load_teacher(source, dtype=self.weights, device=home, for_text=True)
 
     def settle(self, model: Any) -> None:
         """Shard a converted model, if that is what happens here."""
@@ -78,11 +82,14 @@ class Place:
             shards.into_shards(model, self.device, self.passes if trains else None)
 
     def original(self) -> nn.Module:
-        """A frozen copy of the teacher, for when the model's own base weights are no longer the teacher's."""
-        model, _ = self.load()
+        """A frozen teacher of its own: another model, or a copy for when the model's base weights are not the teacher's."""
+        lent = self.recipe.run.teacher_device == "cpu"
+        model, _ = self._load(self.recipe.run.teacher or self.source, kept=lent)
         model.requires_grad_(False).eval()
         if self.sharded:
             shards.into_shards(model, self.device)
+        elif lent:
+            lend(model, self.device)
         frozen: nn.Module = model
         return frozen
 

@@ -21,7 +21,9 @@ from linearize.config.course import Course
 from linearize.config.schedule import Over
 from linearize.config.schema import Recipe, StageConfig
 from linearize.distill import memory, stages
+from linearize.distill.placing import Place
 from linearize.distill.preference import Pairs
+from linearize.distill.teachers import apart
 from linearize.distill.trainable import unwrapped
 from linearize.storing import PARTIAL
 
@@ -100,16 +102,14 @@ def measured(
         Each stage's timing; nothing of the model is left in memory.
     """
 
-    def load() -> Any:
-        model, _ = models.load_teacher(source, dtype=weights, device=str(device))
-        return model.requires_grad_(False).eval()
-
     set_seed(recipe.run.seed)
-    model: Any = surgery.convert(load(), recipe.mixer, recipe.layers, recipe.mixers).eval()
+    model: Any
+    model, _ = models.load_teacher(source, dtype=weights, device=str(device))
+    model.requires_grad_(False)
+    model = surgery.convert(model, recipe.mixer, recipe.layers, recipe.mixers).eval()
+    original = Place(source, recipe, device, weights, autocast).original
     found: dict[str, Timing] = {}
-    base_changes = False
     for name, stage in recipe.stages.items():
-        base_changes = base_changes or "all" in stage.train
         timings = []
         course = Course.of(stage, recipe.data.of(stage).length)
         for batch, length in course.shapes:
@@ -121,7 +121,7 @@ def measured(
             at_once = max(1, min(batch, memory.TOKENS // length))
             timing, model = _timed(
                 model, name, _fixed(stage, at_once, length, course.steps), recipe, length,
-                autocast=autocast, teacher=load if base_changes else None, folder=folder, device=device,
+                autocast=autocast, teacher=original if apart(recipe, name) else None, folder=folder, device=device,
             )  # fmt: skip
             timings.append((share / course.tokens, timing))
         found[name] = Timing(

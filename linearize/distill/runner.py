@@ -30,6 +30,7 @@ from linearize.distill import (
     rates,
     shards,
     stages,
+    teachers,
     texts,
 )
 from linearize.distill.callbacks import RunStopped
@@ -259,6 +260,8 @@ class _Job:
                 self._calibration_text(ahead, errors)
         with collected(errors):
             batches.check_parts(self.recipe.stages, launched.count(), alike=self.place.sharded)
+        with collected(errors):
+            teachers.check(self.recipe, self.source, config, tokenizer)
         raise_together(errors, f"{self.recipe_name} on {self.source}")
         return ahead
 
@@ -346,10 +349,8 @@ class _Job:
         measurer: Measurer,
         results: Results,
     ) -> nn.Module:
-        base_changes = False
         for place in places:
             stage = self.recipe.stages[place.name]
-            base_changes = base_changes or "all" in stage.train
             with memory.watched(f"in stage '{place.name}'", place.less_memory):
                 if place.done:
                     model = stages.restore(model, stage, place)
@@ -362,7 +363,7 @@ class _Job:
                         dataset=datasets.pop(place.name),
                         length=self.recipe.data.of(stage).length,
                         autocast=self.autocast,
-                        teacher=self.place.original if base_changes else None,
+                        teacher=self.place.original if teachers.apart(self.recipe, place.name) else None,
                     )
             row = f"after {place.name}"
             measure = partial(measurer.measure, model, row)

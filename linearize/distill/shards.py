@@ -131,8 +131,13 @@ def check(recipe: Recipe, model: Any) -> None:
         model: the teacher.
 
     Raises:
-        LinearizeError: a stage unties embeddings that are tied.
+        LinearizeError: a stage unties embeddings that are tied, or the teacher is to be kept elsewhere.
     """
+    if recipe.run.teacher_device == "cpu":
+        raise LinearizeError(
+            "run.teacher_device: cpu is for a teacher that is whole; in shards each process has a part of it: set "
+            "run.teacher_device=auto, or run.shard=none"
+        )
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is table.weight
     for name, stage in recipe.stages.items():
