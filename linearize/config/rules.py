@@ -35,6 +35,11 @@ ITEM_CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
 }
 """Class -> list field -> the only values its items may have; none twice, and at least one but in `MAY_BE_EMPTY`."""
 
+TRACKERS = (
+    "tensorboard", "wandb", "trackio", "aim", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab",
+)  # fmt: skip
+"""What `run.trackers` may name; a test holds them to accelerate's."""
+
 MAY_BE_EMPTY = frozenset({"freeze"})
 """List fields of `ITEM_CHOICES` whose default is empty."""
 

@@ -221,6 +221,11 @@ class RunConfig:
     teacher_device: str = "auto"
     """Where a teacher of its own is kept: auto (as the model), cpu (the machine's memory, each block on the device for
     as long as it computes)."""
+    trackers: Any = "auto"
+    """Where numbers go beside metrics.jsonl: auto (TensorBoard's files in the run folder, where it is installed), none,
+    or names that accelerate knows, [tensorboard, wandb, trackio, ...]."""
+    profile: bool = False
+    """Write a trace of three steps of each stage into the run folder, trace-STAGE.json."""
 
 
 @dataclass

@@ -82,7 +82,7 @@ class Place:
             shards.into_shards(model, self.device, self.passes if trains else None)
 
     def original(self) -> nn.Module:
-        """A frozen teacher of its own: another model, or a copy for when the model's base weights are not the teacher's."""
+        """A frozen teacher of its own: another model, or a copy of the one that has changed since."""
         lent = self.recipe.run.teacher_device == "cpu"
         model, _ = self._load(self.recipe.run.teacher or self.source, kept=lent)
         model.requires_grad_(False).eval()

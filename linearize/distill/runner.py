@@ -32,6 +32,7 @@ from linearize.distill import (
     stages,
     teachers,
     texts,
+    tracking,
 )
 from linearize.distill.callbacks import RunStopped
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
@@ -43,6 +44,7 @@ from linearize.distill.processes import ProcessLost, alone
 from linearize.distill.results import Measurer, Results
 from linearize.distill.stages import StagePlace
 from linearize.distill.summary import RunSummary
+from linearize.distill.tracking import Trackers
 from linearize.distill.trainable import check_ranks, check_reach, needs
 from linearize.errors import LinearizeError, RecipeError, UnsupportedModelError, collected, raise_together
 from linearize.eval.report import write_report
@@ -106,7 +108,7 @@ def run(
             if launched.first():
                 stack.callback(lambda: folder.sweep(list(recipe.stages)))
             with processes.passing():
-                return job.run(resume=resume, budget=budget)
+                return job.run(resume=resume, budget=budget, stack=stack)
         except KeyboardInterrupt as stop:
             if not folder.recipe.is_file():
                 raise
@@ -139,7 +141,7 @@ class _Job:
             f"{launched.command()} run {shlex.quote(model)} {out}/recipe.yaml --out {out} --resume"
         )
 
-    def run(self, *, resume: bool, budget: Budget | None) -> RunSummary:
+    def run(self, *, resume: bool, budget: Budget | None, stack: ExitStack) -> RunSummary:
         started = time.monotonic()
         with self._watched(f"reading {self.source}", [], _SMALLER_MODEL):
             if budget is not None and resume and self.folder.recipe.is_file():
@@ -155,6 +157,8 @@ class _Job:
         recipe, folder = self.recipe, self.folder
         places = self._places()
         measurer, datasets, seen = processes.first(lambda: self._beforehand(places))
+        self.trackers = Trackers(recipe, folder.path)
+        stack.callback(self.trackers.finish)
         model: Any
         with self._watched(f"loading {self.source}", [], _SMALLER_MODEL):
             model, tokenizer = self.place.load()
@@ -261,6 +265,8 @@ class _Job:
         with collected(errors):
             batches.check_parts(self.recipe.stages, launched.count(), alike=self.place.sharded)
         with collected(errors):
+            tracking.wanted(self.recipe.run.trackers)
+        with collected(errors):
             teachers.check(self.recipe, self.source, config, tokenizer)
         raise_together(errors, f"{self.recipe_name} on {self.source}")
         return ahead
@@ -307,7 +313,7 @@ class _Job:
     def _row(self, what: str, results: Results, name: str, measure: Callable[[], dict[str, Any]]) -> None:
         """Measure the model and write it down, unless an earlier process has."""
         with self._measuring(what):
-            self.place.by_holders(lambda: results.add(name, measure))
+            self.place.by_holders(lambda: results.add(name, measure, self.trackers.row))
 
     def _measuring(self, what: str) -> AbstractContextManager[None]:
         otherwise = "a shorter eval.length in a new run folder"
@@ -337,6 +343,7 @@ class _Job:
                 metrics=self.folder.metrics,
                 resume_command=self.resume_command,
                 less_memory=partial(self._less_for_stage, name),
+                track=lambda line: self.trackers.line(line),
             )
             for index, name in enumerate(names, start=1)
         ]

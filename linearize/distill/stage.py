@@ -83,6 +83,7 @@ class StageTrainer(Trainer):
         self.off: list[bool] = []
         self.drops_windows = Over.of(stage.window_dropout).most > 0
         self.droppable = window_dropout.check(surgery.converted(model)) if self.drops_windows else []
+        self.profiles = run.profile
         self.in_shards = shards.in_shards(model)
         self.parameters = trained(model)
         self.plain = [p for p in self.parameters.values() if not shards.is_sharded(p)]
@@ -353,7 +354,7 @@ def _arguments(
         average_tokens_across_devices=False,
         disable_tqdm=True,
         log_level_replica="passive",  # as the first process
-        report_to=os.environ.get("LINEARIZE_REPORT_TO", "none").split(","),
+        report_to=[],  # see `tracking`
     )
     # One process drives one device: else Trainer would spread the batch over all GPUs with DataParallel.
     assert arguments.device.type == device.type

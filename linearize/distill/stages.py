@@ -20,6 +20,7 @@ from linearize.distill.finetune import FinetuneTrainer, needs_teacher
 from linearize.distill.pieces import Pieces
 from linearize.distill.positions import counted_from_zero
 from linearize.distill.preference import PreferenceTrainer
+from linearize.distill.profiling import Traced
 from linearize.distill.stage import StageTrainer
 from linearize.distill.trainable import prepare, trained, unwrapped
 from linearize.distill.transfer import TransferTrainer
@@ -46,6 +47,9 @@ class StagePlace:
 
     less_memory: Callable[[], str]
     """What to do where memory runs out, in sentences."""
+
+    track: Callable[[dict[str, Any]], None] = lambda line: None
+    """Takes each line of metrics, in the first process."""
 
     @property
     def done(self) -> bool:
@@ -222,7 +226,9 @@ def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> None:
         for model in (trainer.trained_model, getattr(trainer, "teacher", None)):
             if model is not None:
                 stack.enter_context(counted_from_zero(model))
-        trainer.add_callback(StageCallback(trainer, place.metrics, meter, interrupt))
+        trainer.add_callback(StageCallback(trainer, place.metrics, meter, interrupt, place.track))
+        if trainer.profiles:
+            trainer.add_callback(Traced(place.metrics.parent, place.name, trainer.args.device))
         with memory.watched(
             lambda: f"in stage '{place.name}', step {trainer.state.global_step + 1}", place.less_memory
         ):

@@ -27,7 +27,7 @@ def compares(recipe: Recipe, name: str) -> bool:
 
 
 def apart(recipe: Recipe, name: str) -> bool:
-    """Whether a stage's teacher is a model of its own: another one, or this one as it was before base weights trained."""
+    """Whether a stage's teacher is a model of its own: another one, or this one before base weights trained."""
     changed = False
     for other, stage in recipe.stages.items():
         changed = changed or "all" in stage.train
