@@ -62,6 +62,7 @@ class Trackers:
         self.folder = folder
         self.names = wanted(recipe.run.trackers) if launched.first() else []
         self._open: dict[str, Any] | None = None
+        self._early: list[dict[str, Any]] = []
         self._step = 0
         self._before: dict[str, int] = {}
         total = 0
@@ -71,6 +72,8 @@ class Trackers:
 
     def line(self, line: dict[str, Any]) -> None:
         """A line of metrics.jsonl, under its stage's name, at the run's step."""
+        if self._open is None:
+            self._begin_all()
         stage = line["stage"]
         self._step = self._before.get(stage, 0) + line["step"]
         values = {}
@@ -84,7 +87,7 @@ class Trackers:
         self._log({name: value for name, value in values.items() if type(value) in (int, float)})
 
     def row(self, row: dict[str, Any]) -> None:
-        """A row of results.json, at the step that has been reached; `teacher` apart."""
+        """A row of results.json, at the step that has been reached, the teacher's apart; waits for the first line."""
         kind = "teacher" if row["name"] == "teacher" else "eval"
         values = {f"{kind}/perplexity/{text}": value for text, value in row.get("perplexity", {}).items()}
         for task, metrics in row.get("tasks", {}).items():
@@ -101,11 +104,19 @@ class Trackers:
         if not self.names or not values:
             return
         if self._open is None:
-            self._open = {}
-            for name in self.names:
-                self._try(name, lambda name=name: self._begin(name))
+            self._early.append(values)
+            return
         for name, tracker in list(self._open.items()):
             self._try(name, lambda tracker=tracker: tracker.log(values, step=self._step))
+
+    def _begin_all(self) -> None:
+        # not earlier: accelerate's trackers speak only once a trainer has told it what there is
+        self._open = {}
+        for name in self.names:
+            self._try(name, lambda name=name: self._begin(name))
+        early, self._early = self._early, []
+        for values in early:
+            self._log(values)
 
     def _begin(self, name: str) -> None:
         cls, given = LOGGER_TYPE_TO_CLASS[name], {}
