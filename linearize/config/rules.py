@@ -67,6 +67,7 @@ RULES: dict[type, dict[str, Range]] = {
         "weight_decay": at_least(0, 100),
         "grad_clip": at_least(0, 1e9),
         "window_dropout": share(whole=True),
+        "top_k": at_least(0, 10**6),
         "dpo_beta": above(0, 1000),
         "log_every": at_least(1, MOST),
         "save_every": at_least(1, MOST),

@@ -90,6 +90,9 @@ class StageConfig:
     """How often, per layer and batch, the window is off, so that the linear branch alone learns the whole output; also
     as a list over the stage, [0.9, 0.75, 0.5]. In per-layer stages queries that see nothing without the window have no
     loss then; others need window.overlap: true."""
+    top_k: int = 0
+    """logits_kl: only so many of the teacher's likeliest tokens and one bucket for all others, computed once for the
+    stage's text and kept in the run folder until the stage ends; 0 for all tokens, in every step."""
     dpo_beta: float = 0.1
     """dpo: how strongly the student is held to the teacher."""
     data: StageDataConfig | None = None

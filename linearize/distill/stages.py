@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import set_seed
 
 from linearize import launched, objectives, storing
 from linearize.config.schema import RunConfig, StageConfig
-from linearize.distill import memory, pieces, processes, shards
+from linearize.distill import answers, memory, pieces, processes, shards
 from linearize.distill.callbacks import RunStopped, StageCallback, forget_lines
-from linearize.distill.finetune import FinetuneTrainer, needs_teacher
+from linearize.distill.finetune import FinetuneTrainer, needs_teacher, predict_teacher
 from linearize.distill.pieces import Pieces
 from linearize.distill.positions import counted_from_zero
 from linearize.distill.preference import PreferenceTrainer
@@ -27,10 +27,13 @@ from linearize.distill.transfer import TransferTrainer
 from linearize.distill.tying import untied
 from linearize.errors import CheckpointError
 from linearize.models.cache import sha256
+from linearize.objectives import TopK
 from linearize.progress import Meter
 
 FINAL = "final.safetensors"
 DONE = "done.json"
+LOGITS = 2**27
+"""Of a teacher whose likeliest are looked for, at once."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,7 @@ def _finish(trainer: StageTrainer, place: StagePlace) -> None:
         },
     )
     storing.prune(place.folder, keep=0)
+    storing.remove(place.folder / answers.FOLDER)
 
 
 def _check(folder: Path, written: Any, remedy: str) -> None:
@@ -201,6 +205,8 @@ def training(
             if level == "layer":
                 yield TransferTrainer(model, **settings)
             else:
+                if stage.top_k:
+                    settings["dataset"], teacher = _answered(model, stage, settings, teacher), None
                 original = teacher() if teacher is not None and needs_teacher(stage.objective) else None
                 kind = PreferenceTrainer if level == "pair" else FinetuneTrainer
                 yield kind(model, teacher=original, **settings)
@@ -208,6 +214,31 @@ def training(
             unwrapped(model).config.use_cache = use_cache  # Trainer switches it off for good
             shards.settle(model)
             model.zero_grad(set_to_none=True)
+
+
+def _answered(
+    model: nn.Module, stage: StageConfig, settings: dict[str, Any], teacher: Callable[[], nn.Module] | None
+) -> answers.Answered:
+    """The stage's text with the teacher's answers, after which the teacher is gone."""
+    device, autocast, length = settings["device"], settings["autocast"], settings["length"]
+
+    def answer() -> Callable[[dict[str, Tensor]], TopK]:
+        original = None if teacher is None else teacher()
+
+        def of(batch: dict[str, Tensor]) -> TopK:
+            given = {key: batch[key].to(device) for key in ("input_ids", "position_ids")}
+            passes = (
+                nullcontext()
+                if autocast is None
+                else torch.autocast(device.type, autocast, cache_enabled=False)
+            )
+            with counted_from_zero(model if original is None else original), passes:
+                return TopK.of(predict_teacher(model, given, original), stage.top_k)
+
+        return of
+
+    at_once = max(1, LOGITS // (length * unwrapped(model).config.get_text_config().vocab_size))
+    return answers.remembered(settings["dataset"], settings["folder"], stage.top_k, answer, at_once)
 
 
 def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> None:

@@ -64,6 +64,16 @@ def check(recipe: Recipe, source: str, config: Any, tokenizer: Any) -> None:
                 "compares predictions with another model or after base weights have trained; remove it"
             ]
         )
+    vocabulary = config.get_text_config().vocab_size
+    wide = [name for name, stage in recipe.stages.items() if stage.top_k > vocabulary]
+    if wide:
+        raise RecipeError(
+            [
+                f"stages.{name}.top_k: {recipe.stages[name].top_k:,} is more than the {vocabulary:,} tokens that "
+                f"{source} knows; take fewer, or 0 for all"
+                for name in wide
+            ]
+        )
     if not other:
         return
     theirs = models.load_tokenizer(models.resolve(other))
