@@ -1,6 +1,7 @@
 """Tokens a second of stages with one process and with several, row by row into docs/results/scale-<device>.json.
 
     python scripts/scale.py --out docs/results/scale-h100x2.json
+    python scripts/scale.py --out docs/results/scale-h100x2.json --shapes llama-3-8b --stages all_kl --shard full
     python scripts/scale.py --shapes tiny --device cpu --length 64 --batch 2 --seconds 2 --out /tmp/scale.json
 
 Each row is a `torchrun` of this file over a stage's own trainer: random weights of the shape, random text, `batch`
@@ -47,12 +48,13 @@ def main() -> None:
     for shape in options.shapes:
         for stage in options.stages:
             for number in (1, count):
-                key: dict[str, Any] = {"shape": shape, "stage": stage, "processes": number}
-                if options.shard == "full" and number > 1:
-                    key["shard"] = "full"
-                if any(key.items() <= row.items() and row["tokens_per_second"] for row in rows):
+                shard = options.shard if number > 1 else "none"
+                key = {"shape": shape, "stage": stage, "processes": number, "shard": shard}
+                # rows from before there were shards do not say
+                found = [row for row in rows if key.items() <= ({"shard": "none"} | row).items()]
+                if any(row["tokens_per_second"] for row in found):
                     continue
-                rows = [row for row in rows if not key.items() <= row.items()]
+                rows = [row for row in rows if row not in found]
                 rows.append({**key, **_started(shape, stage, number, options)})
                 _compare(rows)
                 options.out.parent.mkdir(parents=True, exist_ok=True)
