@@ -134,7 +134,7 @@ def ways(config: Any, recipe: Recipe, count: int, card: Card) -> dict[str, str]:
     for key, stage, prepared in _prepared(student, recipe):
         kind, course = kind_of(stage), Course.of(stage, recipe.data.of(stage).length)
         batch, length = max(course.shapes, key=lambda shape: shape[0] * shape[1])
-        sizes = sizes_of(prepared, kind, None, _teacher(recipe, teacher), apart=apart(recipe, key))
+        sizes = sizes_of(prepared, kind, None, _teacher(recipe, teacher), apart=_beside(recipe, key))
         micro = None if stage.micro_batch == "auto" else int(stage.micro_batch)
         asked = stage.gradient_checkpointing
         found[key] = fit(sizes, kind, batch, length, count, card, checkpointing=asked, micro=micro).way
@@ -153,9 +153,13 @@ def _skeleton(config: Any, model: str) -> Any:
 def _teacher(recipe: Recipe, own: int) -> int:
     """Parameters of the model whose predictions are learned."""
     other = recipe.run.teacher
-    return (
-        _count(skeleton(models.load_config(other))) if other and recipe.run.teacher_device != "cpu" else own
-    )
+    return _count(skeleton(models.load_config(other))) if other else own
+
+
+def _beside(recipe: Recipe, key: str) -> bool:
+    """Whether a stage's teacher is a model of its own on the card."""
+    elsewhere = recipe.run.teacher_device == "cpu" or recipe.stages[key].top_k > 0
+    return apart(recipe, key) and not elsewhere
 
 
 def _prepared(student: Any, recipe: Recipe) -> Iterator[tuple[str, StageConfig, Any]]:
@@ -170,7 +174,7 @@ def _prepared(student: Any, recipe: Recipe) -> Iterator[tuple[str, StageConfig, 
 def _stage(model: Any, stage: StageConfig, key: str, recipe: Recipe, of: Plan) -> StagePlan:
     kind, course = kind_of(stage), Course.of(stage, recipe.data.of(stage).length)
     batch, length = max(course.shapes, key=lambda shape: shape[0] * shape[1])
-    sizes = sizes_of(model, kind, of.recipe, _teacher(recipe, of.teacher), apart=apart(recipe, key))
+    sizes = sizes_of(model, kind, of.recipe, _teacher(recipe, of.teacher), apart=_beside(recipe, key))
     needed = flops.per_token(model, kind, length)
     micro = None if stage.micro_batch == "auto" else int(stage.micro_batch)
 

@@ -290,4 +290,5 @@ def facts(job: Any) -> dict[str, Any]:
         "precision": mixed if job.autocast else "float32",
         "seed": job.recipe.run.seed,
         "processes": launched.count(),
+        "sharded": job.place.sharded,
     }

@@ -6,6 +6,8 @@ import json
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import several_jobs as jobs
@@ -19,6 +21,9 @@ from several_recipes import assert_equal, enough_cards, once
 import linearize
 from linearize import data, storing
 from linearize.config.schema import CalibrateConfig, Recipe, StageConfig
+from linearize.cost import stages
+from linearize.distill import placing
+from linearize.errors import LinearizeError
 from linearize.eval.perplexity import perplexity, windows
 
 
@@ -190,3 +195,34 @@ def test_every_family(tmp_path: Path) -> None:
     assert ended.codes == [0, 0], ended.said
     refused = {(tmp_path / f"refused-{rank}.txt").read_text() for rank in (0, 1)}
     assert refused == {"mixtral qwen3_moe"}, refused
+
+
+def test_when_weights_are_sharded(every_stage: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto asks the plan, on cards alone; a plan without formulas for a model leaves it whole."""
+    known = SimpleNamespace(name="card", total_memory=2**34)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: known)
+    monkeypatch.setattr(placing.models, "load_config", lambda source: source)
+    answers: list[Any] = []
+    asked = []
+
+    def ways(source: str, recipe: Recipe, count: int, card: Any) -> dict[str, str]:
+        asked.append((source, count, card.memory))
+        if isinstance(answers[0], Exception):
+            raise answers[0]
+        return answers[0]
+
+    monkeypatch.setattr(stages, "ways", ways)
+
+    def wanted(shard: str, device: str, *found: Any) -> bool:
+        answers[:] = found
+        recipe = replace(every_stage, run=replace(every_stage.run, shard=shard))
+        place = placing.Place("model", recipe, torch.device(device), torch.float32, None)
+        assert not place.sharded  # there is one process
+        return place._wanted()
+
+    assert wanted("full", "cpu") and not wanted("none", "cuda") and not wanted("auto", "cpu")
+    assert not asked
+    assert wanted("auto", "cuda", {"a": "ddp", "b": "sharded"})
+    assert not wanted("auto", "cuda", {"a": "ddp", "b": "one card"})
+    assert not wanted("auto", "cuda", LinearizeError("a mixture of experts"))
+    assert asked == [("model", 1, 2.0**34)] * 3
