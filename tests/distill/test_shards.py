@@ -25,6 +25,7 @@ from linearize.cost import stages
 from linearize.distill import placing
 from linearize.errors import LinearizeError
 from linearize.eval.perplexity import perplexity, windows
+from linearize.export import load_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -171,6 +172,33 @@ def test_passes_in_sixteen_bits(teacher_folder: Path, every_stage: Recipe, tmp_p
         assert losses[1] == pytest.approx(losses[0], rel=0.05), key
     dtypes = {tensor.dtype for tensor in finals(out)["stage-1-whole"].values()}
     assert dtypes == {torch.float32}
+
+
+@pytest.mark.slow
+def test_adapters_apart_and_ablations(teacher_folder: Path, every_stage: Recipe, tmp_path: Path) -> None:
+    """An adapter beside the export, a layer that stays softmax, mixers that are switched off and drawn anew."""
+    stage = every_stage.stages["recover"]
+    assert stage.lora is not None
+    stage = replace(stage, lora=replace(stage.lora, merge=False))
+    recipe = sharded(every_stage, transfer=every_stage.stages["transfer"], recover=stage)
+    recipe = replace(recipe, layers=[1], eval=replace(recipe.eval, ablations=True))
+    alone, out, model = tmp_path / "one", tmp_path / "run", str(teacher_folder)
+    assert start(1, run, model, recipe, alone, folder=tmp_path / "a").codes == [0]
+    ended = start(2, whole, model, recipe, out, folder=tmp_path / "b")
+    assert ended.codes == [0, 0], ended.said
+    assert_equal(out, alone)
+    rows = [json.loads((folder / "results.json").read_text())["rows"] for folder in (out, alone)]
+    assert [row["name"] for row in rows[0]] == [row["name"] for row in rows[1]] and len(rows[0]) == 7
+    for mine, theirs in zip(*rows, strict=True):
+        assert mine["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-3), mine["name"]
+    made = linearize.load(out / "checkpoint")
+    texts = data.validation_documents(recipe.data, byte_tokenizer())
+    cut = windows(byte_tokenizer(), texts, window=64, max_windows=2)
+    bare = perplexity(made, None, cut).value
+    adapted = perplexity(load_adapter(made, out / "checkpoint" / "adapter"), None, cut).value
+    expected = {row["name"]: row["perplexity"][data.HELD_OUT] for row in rows[0]}
+    assert adapted == pytest.approx(expected["after recover"], rel=1e-4)
+    assert bare == pytest.approx(expected["after transfer"], rel=1e-4)
 
 
 def test_refusals(teacher_folder: Path, tied_folder: Path, every_stage: Recipe, tmp_path: Path) -> None:
