@@ -91,12 +91,6 @@ def run(
     """
     if budget is not None:
         check_budget(recipe, budget)
-        if budget.seconds is not None and launched.several():
-            raise RecipeError(
-                [
-                    f"--budget {budget.text}: a time is measured for one process; for several give tokens (100M-tokens)"
-                ]
-            )
     folder = RunFolder(Path(out))
     job = _Job(model, recipe, folder, recipe_name or recipe.description)
     with ExitStack() as stack:
@@ -206,8 +200,11 @@ class _Job:
         """Scale the recipe to a budget; gives what environment.json says of it."""
         asked = self.recipe
         if budget.seconds is not None:
+            if self.place.sharded:
+                given = f"--budget {budget.text}: a time is measured with whole weights"
+                raise RecipeError([f"{given}; with run.shard give tokens (100M-tokens)"])
             self._take(budgeting.smallest(asked))
-            self._look(self._places())  # what is wrong is told before minutes of timing
+            self._look(self._places(), shared=False)  # what is wrong is told before minutes of timing
             log.info("timing some steps of every stage")
         measure = partial(
             rates.measured,
@@ -241,8 +238,8 @@ class _Job:
             raise_together(errors, f"{self.recipe_name} on {self.source}")
         return ahead.measurer, ahead.datasets, ahead.calibration
 
-    def _look(self, places: list[StagePlace]) -> texts.Ahead:
-        """What `_beforehand` does without any weight and without the teacher's text."""
+    def _look(self, places: list[StagePlace], *, shared: bool = True) -> texts.Ahead:
+        """What `_beforehand` does without weights and without the teacher's text; `shared`: steps are as they stay."""
         errors: list[LinearizeError] = []
         config = models.load_config(self.source)
         tokenizer = models.load_tokenizer(models.resolve(self.source))
@@ -263,7 +260,8 @@ class _Job:
             if ahead.calibrates and not texts.of_teacher(self.recipe.data):
                 self._calibration_text(ahead, errors)
         with collected(errors):
-            batches.check_parts(self.recipe.stages, launched.count(), alike=self.place.sharded)
+            if shared:
+                batches.check_parts(self.recipe.stages, launched.count(), alike=self.place.sharded)
         with collected(errors):
             tracking.wanted(self.recipe.run.trackers)
         with collected(errors):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,22 @@ def test_refusals_are_said_once(teacher_folder: Path, transfer: Recipe, tmp_path
         ended = start(2, run, str(teacher_folder), transfer, tmp_path / "held", folder=tmp_path)
     assert ended.codes == [2, 2]
     once(ended, "is in use by process")
+
+
+def test_a_budget_of_time(teacher_folder: Path, transfer: Recipe, tmp_path: Path) -> None:
+    """The first process's clock decides for both, whose steps it times together."""
+    ended = start(2, jobs.in_a_time, str(teacher_folder), transfer, tmp_path / "run", folder=tmp_path)
+    assert ended.codes == [130, 130], ended.said
+    plans = [json.loads((tmp_path / f"planned-{rank}.json").read_text()) for rank in (0, 1)]
+    assert plans[0] == plans[1]
+    assert 0 < plans[0]["seconds"] <= 8
+
+
+def test_a_budget_of_time_in_shards(teacher_folder: Path, transfer: Recipe, tmp_path: Path) -> None:
+    transfer.run = replace(transfer.run, shard="full")
+    ended = start(2, jobs.in_a_time, str(teacher_folder), transfer, tmp_path / "run", folder=tmp_path)
+    assert ended.codes == [2, 2]
+    once(ended, "--budget 8s: a time is measured with whole weights")
 
 
 def test_gradients_of_some_processes_alone(tmp_path: Path) -> None:
