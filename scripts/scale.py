@@ -1,6 +1,7 @@
 """Tokens a second of stages with one process and with several, row by row into docs/results/scale-<device>.json.
 
     python scripts/scale.py --out docs/results/scale-h100x2.json
+    python scripts/scale.py --out docs/results/scale-h100x2.json --shapes llama-3-8b --stages all_kl --shard full
     python scripts/scale.py --shapes tiny --device cpu --length 64 --batch 2 --seconds 2 --out /tmp/scale.json
 
 Each row is a `torchrun` of this file over a stage's own trainer: random weights of the shape, random text, `batch`
@@ -24,8 +25,8 @@ import torch
 from linearize import launched
 from linearize.bench.steps import Clocked
 from linearize.bench.train import STAGES, RandomText, convert, random_model
-from linearize.config.schema import RunConfig, StageConfig
-from linearize.distill import processes, stages
+from linearize.config.schema import Recipe, RunConfig, StageConfig
+from linearize.distill import processes, shards, stages
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.distill.memory import is_out_of_memory
 
@@ -47,10 +48,13 @@ def main() -> None:
     for shape in options.shapes:
         for stage in options.stages:
             for number in (1, count):
-                key = {"shape": shape, "stage": stage, "processes": number}
-                if any(key.items() <= row.items() and row["tokens_per_second"] for row in rows):
+                shard = options.shard if number > 1 else "none"
+                key = {"shape": shape, "stage": stage, "processes": number, "shard": shard}
+                # rows from before there were shards do not say
+                found = [row for row in rows if key.items() <= ({"shard": "none"} | row).items()]
+                if any(row["tokens_per_second"] for row in found):
                     continue
-                rows = [row for row in rows if not key.items() <= row.items()]
+                rows = [row for row in rows if row not in found]
                 rows.append({**key, **_started(shape, stage, number, options)})
                 _compare(rows)
                 options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +72,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--processes", type=int, default=0, help="beside one; default: all cards")
     parser.add_argument("--recipe", default="lolcats")
+    parser.add_argument(
+        "--shard", default="none", choices=["none", "full"], help="of rows of several processes"
+    )
     parser.add_argument("--batch", type=int, default=16, help="sequences of a step for each process")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=12)
@@ -80,6 +87,7 @@ def _started(shape: str, stage: str, number: int, options: argparse.Namespace) -
     """A row, by processes of its own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
     given = ["--row", shape, stage, "--device", options.device, "--recipe", options.recipe]
+    given += ["--shard", options.shard if number > 1 else "none"]
     given += [
         "--batch",
         str(options.batch),
@@ -116,10 +124,19 @@ def _measured(shape: str, stage: str, options: argparse.Namespace) -> dict[str, 
             log_every=STEPS,
             save_every=2 * STEPS,
         )
-        model = convert(random_model(device, weights, shape), options.recipe)
-        teacher = None
-        if "all" in settings.train:
-            teacher = lambda: random_model(device, weights, shape).requires_grad_(False)  # noqa: E731
+        passes, sharded = resolve_precision(run, device), options.shard == "full"
+        home = torch.device("cpu") if sharded else device
+
+        def teacher() -> Any:
+            original = random_model(home, weights, shape).requires_grad_(False)
+            if sharded:
+                shards.into_shards(original, device)
+            return original
+
+        model = convert(random_model(home, weights, shape), options.recipe)
+        if sharded:
+            shards.widen(model, Recipe(stages={stage: settings}))
+            shards.into_shards(model, device, passes if "all" in settings.train else None)
         text = RandomText(model.config.vocab_size, options.length, count=4 * batch)
         opened = stages.training(
             model,
@@ -130,8 +147,8 @@ def _measured(shape: str, stage: str, options: argparse.Namespace) -> dict[str, 
             seed=0,
             dataset=text,
             length=options.length,
-            autocast=resolve_precision(run, device),
-            teacher=teacher,
+            autocast=passes,
+            teacher=teacher if "all" in settings.train else None,
         )
         found = {"batch": batch, "length": options.length, "tokens_per_second": None, "peak_gib": None}
         with opened as trainer:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from linearize.distill.callbacks import StageCallback
+from linearize.distill.pieces import Pieces
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, stage: str, step: int, action: Callable[[], None]) -> None:
@@ -59,4 +59,8 @@ def losses(out: Path) -> list[tuple[Any, ...]]:
 
 
 def finals(out: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {path.parent.name: load_file(path) for path in sorted(out.glob("stage-*/final.safetensors"))}
+    found = {}
+    for folder in sorted(out.glob("stage-*")):
+        pieces = Pieces(folder / "final.safetensors")
+        found[folder.name] = {name: pieces.whole(name) for name in pieces.shapes}
+    return found

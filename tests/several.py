@@ -46,7 +46,7 @@ def start(size: int, job: Callable[..., Any], *given: Any, folder: Path) -> Ende
     # the server imports these once; it looks at the environment alone for where they are
     tests = Path(__file__).parent
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (tests, tests.parent)))
-    server.set_forkserver_preload(["several", "several_jobs"])
+    server.set_forkserver_preload(["several", "several_jobs", "shard_jobs"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -115,7 +115,8 @@ def run(model: str, recipe: Any, out: Path, resume: bool = False) -> None:
     """One conversion without them."""
     from linearize.distill import runner
 
-    runner._Job._export = lambda self, *_: self.folder.checkpoint  # type: ignore[method-assign]
+    for module in (runner.exporting, runner.gathering):
+        module.checkpoint = lambda model, tokenizer, recipe, folder, **_: folder.checkpoint
     runner.write_report = lambda folder: folder  # type: ignore[assignment]
     distill.run(model, recipe, out, resume=resume)
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from several import run
 from torch import nn
 
-from linearize import launched
+from linearize import distill, launched
+from linearize.config.budget import parse
 from linearize.config.schema import StageConfig
-from linearize.distill import processes, runner, together
+from linearize.distill import processes, rates, runner, together
 from linearize.distill.callbacks import Interrupt, StageCallback
 from linearize.distill.finetune import FinetuneTrainer
 from linearize.distill.micro import MicroBatch
@@ -125,3 +129,21 @@ def experts(out: Path) -> None:
             processes.random_apart(7, step)
             drawn.append(float(torch.rand(())))
         (out / f"drawn-{rank}.txt").write_text(" ".join(map(str, drawn)))
+
+
+def in_a_time(model: str, recipe: Any, out: Path) -> None:
+    """A budget of time, by clocks of which the second runs fifty times as fast; planned alone."""
+    real, started = time.monotonic, time.monotonic()
+    if launched.rank() == 1:
+        rates.time = SimpleNamespace(monotonic=lambda: started + 50 * (real() - started))
+    original = runner._Job._fit
+
+    def stop(self: Any, budget: Any) -> Any:
+        facts = original(self, budget)
+        stages = {name: [stage.tokens, stage.batch_size] for name, stage in self.recipe.stages.items()}
+        found = {"stages": stages, "seconds": facts["planned_seconds"], "timed": facts["timed"]}
+        (out.parent / f"planned-{launched.rank()}.json").write_text(json.dumps(found))
+        raise KeyboardInterrupt
+
+    runner._Job._fit = stop  # type: ignore[method-assign]
+    distill.run(model, recipe, out, budget=parse("8s"))

@@ -15,8 +15,8 @@ from linearize.config.schema import StageConfig
 from linearize.cost import memory, speed
 from linearize.cost.cards import CARDS, cards
 from linearize.cost.shapes import config_of
-from linearize.cost.stages import plan, sizes_of
-from linearize.cost.strategy import fit
+from linearize.cost.stages import plan, sizes_of, ways
+from linearize.cost.strategy import fit, shares
 from linearize.distill.trainable import prepare
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.kernels.distill.slices import ELEMENTS
@@ -73,6 +73,41 @@ def test_strategies():
     found = sizes("llama-3-8b", "lolcats", "lora_kl")
     ways = [fit(found, "lora_kl", 8, 2048, count, CARDS["h100"], checkpointing=False).way for count in (1, 8)]
     assert ways == ["one card", "ddp"]
+
+
+def test_what_a_run_asks_before_it_shards(tmp_path):
+    """The ways of the plan itself; a teacher beside the model counts, unless it is kept elsewhere."""
+    config, h100 = config_of("llama-3-8b"), CARDS["h100"]
+    learned = ["stages.recover.objective={logits_kl: 1}", "stages.recover.micro_batch=1"]
+    asked = [*learned, "stages.recover.train=[all]", "~stages.recover.lora"]
+    expected = {
+        stage.name: stage.fit.way
+        for stage in plan(config, compose("lolcats", asked), 8, h100, model="", name="lolcats").stages
+    }
+    assert (
+        ways(config, compose("lolcats", asked), 8, h100)
+        == expected
+        == {"transfer": "ddp", "recover": "sharded"}
+    )
+    large = tmp_path / "teacher"
+    config_of("qwen3-32b").save_pretrained(large)
+    beside = [*learned, f"run.teacher={large}"]
+    assert ways(config, compose("lolcats", learned), 8, h100)["recover"] == "ddp"
+    assert ways(config, compose("lolcats", beside), 8, h100)["recover"] == "sharded"
+    for kept in ("run.teacher_device=cpu", "stages.recover.top_k=64"):
+        assert ways(config, compose("lolcats", [*beside, kept]), 8, h100)["recover"] == "ddp", kept
+
+
+def test_shards_spare_what_each_keeps_whole():
+    """Mixers and adapters with their moments are on every card, base weights with theirs are not."""
+    found = sizes("llama-3-8b", "lolcats", "all_kl")
+    assert 0 < found.whole < 0.01 * found.total
+    one, many = (shares(found, "all_kl", 2048, way, 64, True) for way in ("ddp", "sharded"))
+    assert many["adamw"] == pytest.approx(8 * (found.whole + (found.trained - found.whole) / 64))
+    assert many["teacher"] == one["teacher"] / 64 and many["activations"] == one["activations"]
+    lora = sizes("llama-3-8b", "lolcats", "lora_kl")
+    one, many = (shares(lora, "lora_kl", 2048, way, 64, True) for way in ("ddp", "sharded"))
+    assert many["adamw"] == one["adamw"] and many["frozen"] == one["frozen"] / 64
 
 
 def test_cards():

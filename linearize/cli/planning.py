@@ -146,14 +146,15 @@ def why(stage: StagePlan, plan: Plan) -> str:
         launch = f"torchrun --nproc-per-node {fit.cards} -m linearize run"
         return f"a copy fits on each card{again}: data-parallel, by `{launch}`; {alone}"
     if fit.way == "sharded":
+        launch = f"torchrun --nproc-per-node {fit.cards} -m linearize run"
         return (
-            f"does not fit on one card ({room}): needs sharding over {fit.cards} (FSDP2){again}. Not yet built, so "
-            "that this package cannot run it today"
+            f"does not fit on one card ({room}): base weights in shards over {fit.cards}{again}, by `{launch}` with "
+            "run.shard=auto or full"
         )
     least = f"from {fit.cards} cards on" if fit.cards else "on no number of cards that was tried"
     return (
-        f"does not fit on {plan.count} x {plan.card.name} ({room} each): with sharding and checkpointing it would fit "
-        f"{least}, with a step of a sequence for each ({_gib(fit.peak)} GiB on a card). Sharding is not yet built"
+        f"does not fit on {plan.count} x {plan.card.name} ({room} each): with run.shard=full and checkpointing it "
+        f"would fit {least}, with a step of a sequence for each ({_gib(fit.peak)} GiB on a card)"
     )
 
 

@@ -19,6 +19,8 @@ CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
         "precision": ("auto", "fp32", "bf16"),
         "weights": ("auto", "float32", "bfloat16"),
         "compile": ("auto", "always", "never"),
+        "shard": ("auto", "none", "full"),
+        "teacher_device": ("auto", "cpu"),
     },
     schema.ExportConfig: {"dtype": ("auto", "float32", "bfloat16", "float16")},
 }
@@ -32,6 +34,11 @@ ITEM_CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     },
 }
 """Class -> list field -> the only values its items may have; none twice, and at least one but in `MAY_BE_EMPTY`."""
+
+TRACKERS = (
+    "tensorboard", "wandb", "trackio", "aim", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab",
+)  # fmt: skip
+"""What `run.trackers` may name; a test holds them to accelerate's."""
 
 MAY_BE_EMPTY = frozenset({"freeze"})
 """List fields of `ITEM_CHOICES` whose default is empty."""
@@ -60,6 +67,7 @@ RULES: dict[type, dict[str, Range]] = {
         "weight_decay": at_least(0, 100),
         "grad_clip": at_least(0, 1e9),
         "window_dropout": share(whole=True),
+        "top_k": at_least(0, 10**6),
         "dpo_beta": above(0, 1000),
         "log_every": at_least(1, MOST),
         "save_every": at_least(1, MOST),

@@ -90,6 +90,9 @@ class StageConfig:
     """How often, per layer and batch, the window is off, so that the linear branch alone learns the whole output; also
     as a list over the stage, [0.9, 0.75, 0.5]. In per-layer stages queries that see nothing without the window have no
     loss then; others need window.overlap: true."""
+    top_k: int = 0
+    """logits_kl: only so many of the teacher's likeliest tokens and one bucket for all others, computed once for the
+    stage's text and kept in the run folder until the stage ends; 0 for all tokens, in every step."""
     dpo_beta: float = 0.1
     """dpo: how strongly the student is held to the teacher."""
     data: StageDataConfig | None = None
@@ -212,6 +215,20 @@ class RunConfig:
     """On CUDA, record a training step once and replay it as one CUDA graph, where that can be done."""
     compile: str = "auto"
     """Whether end-to-end stages compile the model's blocks: auto (on CUDA, in stages of many steps), always, never."""
+    shard: str = "auto"
+    """Of several processes, whether each keeps a part of the base weights alone, the teacher's included: auto (on CUDA,
+    where a copy for each does not fit by `linearize plan`), none, full."""
+    teacher: str = ""
+    """Another model, of the same tokenizer, whose predictions end-to-end stages learn (logits_kl, dpo); empty: MODEL
+    itself. Attention transfer imitates MODEL's own attention in any case."""
+    teacher_device: str = "auto"
+    """Where a teacher of its own is kept: auto (as the model), cpu (the machine's memory, each block on the device for
+    as long as it computes)."""
+    trackers: Any = "auto"
+    """Where numbers go beside metrics.jsonl: auto (TensorBoard's files in the run folder, where it is installed), none,
+    or names that accelerate knows, [tensorboard, wandb, trackio, ...]."""
+    profile: bool = False
+    """Write a trace of three steps of each stage into the run folder, trace-STAGE.json."""
 
 
 @dataclass

@@ -31,6 +31,8 @@ def problems(recipe: Recipe, broken: Collection[str] = ()) -> list[str]:
         found += _trained(recipe, broken)
     if "run.workers" not in broken:
         found += auto_or_count("run.workers", recipe.run.workers, rules.WORKERS)
+    if "run.trackers" not in broken:
+        found += _trackers(recipe.run.trackers)
     if "eval.batch_size" not in broken:
         found += auto_or_count("eval.batch_size", recipe.eval.batch_size)
     for name, stage in recipe.stages.items():
@@ -38,6 +40,21 @@ def problems(recipe: Recipe, broken: Collection[str] = ()) -> list[str]:
     if len(recipe.stages) > rules.STAGES:
         found.append(f"stages: {len(recipe.stages)} of them; at most {rules.STAGES}")
     return found + _data(recipe, broken) + _tasks(recipe, broken)
+
+
+def _trackers(asked: Any) -> list[str]:
+    if asked in ("auto", "none"):
+        return []
+    names = [asked] if isinstance(asked, str) else asked
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        return [
+            f"run.trackers: must be auto, none, or names such as [tensorboard, wandb], got {shown(asked)}"
+        ]
+    return [
+        f"run.trackers: unknown '{name}': {closest(name, ('auto', 'none', *rules.TRACKERS))}"
+        for name in names
+        if name not in rules.TRACKERS
+    ]
 
 
 def _mixers(recipe: Recipe) -> list[str]:

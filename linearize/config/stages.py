@@ -72,6 +72,8 @@ def stage_problems(name: str, stage: StageConfig, recipe: Recipe, broken: Collec
         found += _groups(path, stage, freeze_known=known(f"{path}.freeze"))
     if known(f"{path}.data"):
         found += _data(path, stage, recipe.data)
+    if known(f"{path}.data", f"{path}.top_k", f"{path}.objective"):
+        found += _answers(path, stage, recipe)
     own = None if stage.data is None else stage.data.length
     length_key = "data.length" if own is None else f"{path}.data.length"
     batch, length = (
@@ -169,6 +171,21 @@ def _groups(path: str, stage: StageConfig, *, freeze_known: bool) -> list[str]:
             f"{path}.untie: frozen embeddings stay equal; take embeddings out of freeze, or remove untie"
         )
     return found
+
+
+def _answers(path: str, stage: StageConfig, recipe: Recipe) -> list[str]:
+    """A teacher's likeliest tokens, for the one objective that knows what to do with them."""
+    if not stage.top_k:
+        return []
+    if "logits_kl" not in stage.objective:
+        return [f"{path}.top_k: is of logits_kl, which this stage does not have; remove top_k, or add it"]
+    length = None if stage.data is None else stage.data.length
+    if length is not None and not Over.of(length).constant:
+        return [
+            f"{path}.top_k: the teacher answers whole sequences once, and {path}.data.length cuts them; give one "
+            "length, or remove top_k"
+        ]
+    return []
 
 
 def _pairs(path: str, stage: StageConfig, recipe: Recipe) -> list[str]:

@@ -32,6 +32,7 @@ class Sizes:
         total: parameters of the student, adapters and mixers included.
         teacher: of the original.
         trained: that train.
+        whole: of mixers and adapters, which no process has a part of alone.
         body: of the trained ones, those of matrices in the layers.
         head: of the output matrix.
         head_trained: whether it trains.
@@ -44,6 +45,7 @@ class Sizes:
     total: int
     teacher: int
     trained: int
+    whole: int
     body: int
     head: int
     head_trained: bool

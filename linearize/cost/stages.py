@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from linearize import objectives, surgery
+from linearize import models, objectives, surgery
 from linearize.bench import flops
 from linearize.config.course import Course
 from linearize.config.schema import Recipe, StageConfig
@@ -17,6 +18,7 @@ from linearize.cost.cards import Card
 from linearize.cost.memory import Sizes, mixer_bytes
 from linearize.cost.strategy import Fit, fit
 from linearize.distill.finetune import needs_teacher
+from linearize.distill.teachers import apart
 from linearize.distill.trainable import prepare, trained, unwrapped
 from linearize.distill.tying import untied
 from linearize.errors import LinearizeError
@@ -110,6 +112,40 @@ def plan(
         LinearizeError: a mixture of experts, whose share of active weights is not in the formulas.
         UnsupportedModelError, RecipeError: as `surgery.plan`.
     """
+    base = _skeleton(config, model)
+    teacher = _count(base)
+    with torch.device("meta"):
+        student: Any = surgery.convert(base, recipe.mixer, recipe.layers, recipe.mixers).eval()
+    found = Plan(model, name, count, card, price, teacher, _count(student))
+    for key, stage, prepared in _prepared(student, recipe):
+        found.stages.append(_stage(prepared, stage, key, recipe, found))
+    return found
+
+
+def ways(config: Any, recipe: Recipe, count: int, card: Card) -> dict[str, str]:
+    """How each stage of a recipe fits, as `strategy.Fit.way` has it.
+
+    Args:
+        config, recipe, count, card: as `plan`; of the card its memory counts.
+
+    Raises:
+        LinearizeError: as `plan`.
+    """
+    base = _skeleton(config, "run.shard")
+    teacher, found = _count(base), {}
+    with torch.device("meta"):
+        student: Any = surgery.convert(base, recipe.mixer, recipe.layers, recipe.mixers).eval()
+    for key, stage, prepared in _prepared(student, recipe):
+        kind, course = kind_of(stage), Course.of(stage, recipe.data.of(stage).length)
+        batch, length = max(course.shapes, key=lambda shape: shape[0] * shape[1])
+        sizes = sizes_of(prepared, kind, None, _teacher(recipe, teacher), apart=_beside(recipe, key))
+        micro = None if stage.micro_batch == "auto" else int(stage.micro_batch)
+        asked = stage.gradient_checkpointing
+        found[key] = fit(sizes, kind, batch, length, count, card, checkpointing=asked, micro=micro).way
+    return found
+
+
+def _skeleton(config: Any, model: str) -> Any:
     text = config.get_text_config()
     base: Any = skeleton(config)
     if any(getattr(text, key, None) for key in EXPERTS) or any(
@@ -118,24 +154,34 @@ def plan(
         raise LinearizeError(
             f"{model}: a mixture of experts; plan has formulas for dense models alone so far"
         )
-    teacher = _count(base)
-    with torch.device("meta"):
-        student: Any = surgery.convert(base, recipe.mixer, recipe.layers, recipe.mixers).eval()
-    found = Plan(model, name, count, card, price, teacher, _count(student))
-    changed = False
+    return base
+
+
+def _teacher(recipe: Recipe, own: int) -> int:
+    """Parameters of the model whose predictions are learned."""
+    other = recipe.run.teacher
+    return _count(skeleton(models.load_config(other))) if other else own
+
+
+def _beside(recipe: Recipe, key: str) -> bool:
+    """Whether a stage's teacher is a model of its own on the card."""
+    elsewhere = recipe.run.teacher_device == "cpu" or recipe.stages[key].top_k > 0
+    return apart(recipe, key) and not elsewhere
+
+
+def _prepared(student: Any, recipe: Recipe) -> Iterator[tuple[str, StageConfig, Any]]:
+    """Each stage with the model as it has it."""
     for key, stage in recipe.stages.items():
         with torch.device("meta"):
             student = prepare(student, stage)
-            changed = changed or "all" in stage.train
             with untied(student, stage.untie):
-                found.stages.append(_stage(student, stage, key, recipe, found, changed))
-    return found
+                yield key, stage, student
 
 
-def _stage(model: Any, stage: StageConfig, key: str, recipe: Recipe, of: Plan, changed: bool) -> StagePlan:
+def _stage(model: Any, stage: StageConfig, key: str, recipe: Recipe, of: Plan) -> StagePlan:
     kind, course = kind_of(stage), Course.of(stage, recipe.data.of(stage).length)
     batch, length = max(course.shapes, key=lambda shape: shape[0] * shape[1])
-    sizes = sizes_of(model, kind, of.recipe, of.teacher, apart=changed and kind.endswith("_kl"))
+    sizes = sizes_of(model, kind, of.recipe, _teacher(recipe, of.teacher), apart=_beside(recipe, key))
     needed = flops.per_token(model, kind, length)
     micro = None if stage.micro_batch == "auto" else int(stage.micro_batch)
 
@@ -196,6 +242,7 @@ def sizes_of(model: nn.Module, kind: str, recipe: str | None, teacher: int, *, a
         total=_count(model),
         teacher=teacher,
         trained=sum(p.numel() for p in trains),
+        whole=sum(p.numel() for name, p in model.named_parameters() if id(p) in own or ".lora_" in name),
         body=sum(p.numel() for p in body),
         head=head.numel(),
         head_trained=head.requires_grad,

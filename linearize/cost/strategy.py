@@ -1,7 +1,8 @@
 """How a stage fits on the cards there are: whole on one, a copy on each, in shards, or not at all.
 
-Sharded: weights, gradients, moments and teacher are split evenly over all cards (Rajbhandari et al. 2020, arXiv
-1910.02054, section 5, ZeRO-3; FSDP2), and two layers are gathered in bfloat16 at a time, one computed and one ahead.
+Sharded (`distill.shards`): base weights, their gradients and moments, and the teacher are split evenly over all cards
+(Rajbhandari et al. 2020, arXiv 1910.02054, section 5, ZeRO-3). Mixers and adapters stay whole on each. Two layers are
+gathered in bfloat16 at a time, one computed and one ahead, and embedding and head for the length of a step.
 """
 
 from __future__ import annotations
@@ -112,7 +113,11 @@ def shares(
     found = parts(sizes, kind, tokens, checkpointing=checkpointing)
     if way in ("one card", "ddp"):
         return found | {"gathered": 0.0}
-    layer = 2 * 2.0 * (sizes.total - sizes.head) / sizes.layers
-    return {part: value / cards if part in SHARDED else value for part, value in found.items()} | {
-        "gathered": layer + 2.0 * sizes.head
+    kept = min(sizes.whole, sizes.trained) / max(1, sizes.trained)
+    split = {part: 1 / cards if part in SHARDED else 1.0 for part in found}
+    split |= {part: kept + (1 - kept) / cards for part in ("masters", "gradients", "adamw")}
+    found["masters"] -= 2.0 * sizes.body  # products keep what is gathered, which is no copy and goes
+    layer = 2.0 * max(0, sizes.total - sizes.whole - 2 * sizes.head) / sizes.layers
+    return {part: value * split[part] for part, value in found.items()} | {
+        "gathered": 2 * layer + 4.0 * sizes.head
     }

@@ -68,8 +68,13 @@ def part(batch: int, rank: int, shares: int) -> range:
     return range(batch * rank // shares, batch * (rank + 1) // shares)
 
 
-def check_parts(stages: Mapping[str, StageConfig], shares: int) -> None:
+def check_parts(stages: Mapping[str, StageConfig], shares: int, *, alike: bool = False) -> None:
     """Refuse more processes than a step has sequences.
+
+    Args:
+        stages: of the recipe.
+        shares: processes.
+        alike: whether each has to have as many, as they do where they gather weights for each other in every pass.
 
     Raises:
         RecipeError: names the stages.
@@ -80,6 +85,13 @@ def check_parts(stages: Mapping[str, StageConfig], shares: int) -> None:
         f"{batch}, or make it larger"
         for name, batch in least.items()
         if batch < shares
+    ]
+    problems += [
+        f"stages.{name}.batch_size: {batch} sequences are not as many for each of {shares} processes, and with "
+        f"run.shard all compute in step: take a multiple of {shares}, or run.shard=none"
+        for name, stage in stages.items()
+        for batch in sorted(set(Over.of(stage.batch_size).values))
+        if alike and batch >= shares and batch % shares
     ]
     if problems:
         raise RecipeError(problems)

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from linearize import launched
 from linearize.config import budget as rules
 from linearize.config.budget import SCALED, Budget
 from linearize.config.course import Course
@@ -54,7 +55,7 @@ def fitted(recipe: Recipe, budget: Budget, *, cuda: bool, measure: Measure) -> t
         found = rules.scaled(recipe, budget.tokens)
     else:
         assert budget.seconds is not None
-        trial = _trial(recipe, one=not cuda)
+        trial = _trial(recipe, one=not cuda, shares=launched.count())
         timings = measure(trial)
         found = _within(recipe, budget, timings)
         if cuda and _unlike(trial, found):
@@ -158,12 +159,13 @@ def _seconds(recipe: Recipe, timings: dict[str, Timing]) -> float:
     return sum(timings[name].seconds(stage, recipe.data.length) for name, stage in recipe.stages.items())
 
 
-def _trial(recipe: Recipe, *, one: bool) -> Recipe:
+def _trial(recipe: Recipe, *, one: bool, shares: int = 1) -> Recipe:
     """The recipe with steps that show how fast its stages are: the published ones may take minutes each."""
     stages = {}
     for name, stage in recipe.stages.items():
         length = recipe.data.of(stage).length
-        batch = 1 if one else max(1, min(Over.of(stage.batch_size).most, TRIAL // length))
+        batch = 1 if one else max(1, min(Over.of(stage.batch_size).most // shares, TRIAL // length))
+        batch *= shares  # as many for each process
         data = stage.data
         if data is not None and data.length is not None:
             data = dataclasses.replace(data, length=length)

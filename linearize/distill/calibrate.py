@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from linearize import data, storing, surgery
 from linearize.config.schema import Recipe
+from linearize.distill import shards
 from linearize.errors import CheckpointError, LinearizeError, NotFiniteError
 from linearize.mixers import calibration
 from linearize.mixers.offloaded import device_of
@@ -103,7 +104,6 @@ def _pass(
 ) -> list[dict[str, float]]:
     """All layers from first to last: the text goes through once, or twice side by side, as teacher and student."""
     found: list[dict[str, float]] = []
-    whole: Any = model
 
     def observe(call: Any) -> Tensor:
         teacher, student = _halves(call) if own_stream else (call, call)
@@ -118,7 +118,7 @@ def _pass(
     if own_stream:
         batch = {key: value.repeat(2, 1) for key, value in batch.items()}
     with surgery.observe(model, observe):
-        whole.base_model(**batch, use_cache=False)
+        shards.run_body(model, **batch, use_cache=False)
     return found
 
 

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -108,13 +108,22 @@ class StageCallback(TrainerCallback):
         metrics: the file that lines are added to.
         meter: shown progress.
         interrupt: looked at after every optimizer step.
+        track: takes each line too, in the first process.
     """
 
-    def __init__(self, trainer: StageTrainer, metrics: Path, meter: Meter, interrupt: Interrupt) -> None:
+    def __init__(
+        self,
+        trainer: StageTrainer,
+        metrics: Path,
+        meter: Meter,
+        interrupt: Interrupt,
+        track: Callable[[dict[str, Any]], None] = lambda line: None,
+    ) -> None:
         self.trainer = trainer
         self.metrics = metrics
         self.meter = meter
         self.interrupt = interrupt
+        self.track = track
         self._since = time.monotonic()
         self._tokens = 0
 
@@ -138,11 +147,11 @@ class StageCallback(TrainerCallback):
             self._since, self._tokens = now, 0
             if launched.first():
                 append_line(self.metrics, line)
+                self.track(line)
             self.meter.advance(tokens, loss=numbers["loss"])
         else:
             self.meter.advance(tokens)
-        if processes.several() and not args.report_to:
-            control.should_log = False  # Trainer would gather a loss that all have already
+        control.should_log = False  # Trainer would gather a loss that all have already, for nobody
         if state.global_step >= state.max_steps:
             control.should_save = False  # the stage's result is written right after this
         elif self.interrupt.obeyed:

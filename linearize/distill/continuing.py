@@ -11,6 +11,9 @@ This is the one place that knows them:
 - `stages.*.save_every`: when checkpoints are written, not what is trained.
 - `eval.batch_size`: windows and items are scored one by one, whatever the batch; equal up to rounding.
 - `run.capture`, `run.compile`: the same kernels in the same order, or the same operations fused: equal up to rounding.
+- `run.shard`: where weights are kept, not what they become; equal up to rounding.
+- `run.teacher_device`: where a teacher's weights are kept, not what they are.
+- `run.trackers`, `run.profile`: what is written beside.
 - `run.workers`: an item is a function of its place, whoever reads it.
 - `export.dtype`: the export comes last.
 - `run.device`, `run.precision`, `run.weights`, where both spellings mean the same on this machine (auto and cpu
@@ -28,7 +31,14 @@ from linearize.config.schema import RunConfig, TeacherConfig
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.errors import LinearizeError
 
-FREE = ("eval.batch_size", "run.workers", "run.capture", "run.compile", "export.dtype")
+FREE = (
+    "eval.batch_size",
+    "export.dtype",
+    *(
+        f"run.{key}"
+        for key in ("workers", "capture", "compile", "shard", "teacher_device", "trackers", "profile")
+    ),
+)
 FREE_IN_STAGE = ("gradient_checkpointing", "save_every", "micro_batch")
 OF_EACH_MICRO_BATCH = ("attention_output_relative",)
 """Objectives whose loss of a batch is not the mean of its parts' losses."""

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from linearize import objectives, surgery
-from linearize.distill import processes, window_dropout
+from linearize.distill import answers, processes, window_dropout
 from linearize.distill.blocks import repeated
 from linearize.distill.headless import predict_final, recognize
+from linearize.distill.lent import is_lent
 from linearize.distill.stage import StageTrainer
 from linearize.distill.trainable import unwrapped
 from linearize.kernels.distill import Head
-from linearize.objectives import Final
+from linearize.objectives import Final, TopK
 
 
 class FinetuneTrainer(StageTrainer):
@@ -39,7 +40,9 @@ class FinetuneTrainer(StageTrainer):
     def __init__(self, model: nn.Module, *, teacher: nn.Module | None = None, **settings: Any) -> None:
         super().__init__(model, **settings)
         self.teacher = teacher
-        self.needs_teacher = needs_teacher(self.stage.objective)
+        if is_lent(teacher) and self.passes.captured.obstacle is None:
+            self.passes.captured.forgo("its teacher's blocks come and go")
+        self.needs_teacher = needs_teacher(self.stage.objective) and not self.stage.top_k
         self._heads: tuple[Head, Head] | tuple[None, None] | None = None
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
@@ -58,8 +61,11 @@ class FinetuneTrainer(StageTrainer):
 
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
         """The step's loss [1], this micro-batch's share of it."""
-        fused = objectives.fused(self.stage.objective)
+        known = answers.of_batch(batch)
+        fused = objectives.fused(self.stage.objective) and known is None
+        teacher: Tensor | Final | TopK | None
         student, teacher = self.predictions(model, batch, teacher=self.needs_teacher, fused=fused)
+        teacher = teacher if known is None else known
         targets = objectives.next_targets(batch["labels"], batch.get("position_ids"))
         loss = objectives.token_backward(student, targets, self.stage.objective, teacher=teacher, count=count)
         return loss[None]

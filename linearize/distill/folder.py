@@ -42,6 +42,8 @@ PACKAGES = (
 )
 
 
+TEACHER = "teacher_fingerprint"
+"""Entry of environment.json, of `run.teacher`."""
 ADAPTER = ".adapter"
 """Where an adapter waits that is exported beside the model."""
 
@@ -111,15 +113,16 @@ class RunFolder:
             ModelNotFoundError: there is no such model.
         """
         self.look()  # once more: another process may have ended the run before this one held the folder
+        teacher = {TEACHER: fingerprint(recipe.run.teacher)} if recipe.run.teacher else {}
         if not self.recipe.is_file():
-            return {"fingerprint": fingerprint(model)}
+            return {"fingerprint": fingerprint(model), **teacher}
         if not resume:
             raise RunFolderError(
                 f"{self.path} holds a run already: go on with --resume, or choose another folder with --out"
             )
         found = changes(self._read_recipe(), yaml.safe_load(config.to_yaml(recipe)))
         mark, differing = self._identify(model)
-        differing += found.refused
+        differing += found.refused + self._other_teacher(recipe.run.teacher, teacher)
         if differing:
             listed = "\n".join(f"  - {line}" for line in differing[:10])
             raise RunFolderError(
@@ -127,11 +130,11 @@ class RunFolder:
                 f"Give --resume the recipe of that run ({self.recipe}), or choose another folder with --out"
             )
         if not found.accepted:
-            return {"fingerprint": mark}
+            return {"fingerprint": mark, **teacher}
         log.info("%s: going on with %s", self.path, ", ".join(found.accepted))
         for note in found.notes or ["the result stays the same, up to rounding"]:
             log.info("%s", note)
-        return {"fingerprint": mark, "changed": found.accepted + found.notes}
+        return {"fingerprint": mark, **teacher, "changed": found.accepted + found.notes}
 
     def create(self, recipe: Recipe, plan: Any, facts: dict[str, Any]) -> None:
         """Write what describes the run; on resume, add to it that the run went on here.
@@ -205,6 +208,16 @@ class RunFolder:
             )
         return recipe
 
+    def _other_teacher(self, name: str, found: dict[str, dict[str, str]]) -> list[str]:
+        """In what `run.teacher` is not the model that the run began with."""
+        if not found or not self.environment.is_file():
+            return []
+        before = read_json(self.environment, self._without_environment).get(TEACHER)
+        if not isinstance(before, dict):
+            return []
+        parts = [part for part, mark in found[TEACHER].items() if mark != before.get(part)]
+        return [f"run.teacher: {name} differs in {' and '.join(parts)}"] if parts else []
+
     def _identify(self, model: str) -> tuple[dict[str, str], list[str]]:
         """The model's fingerprint, and in what it is not the one that the run began with."""
         before: dict[str, Any] = {}
@@ -277,4 +290,5 @@ def facts(job: Any) -> dict[str, Any]:
         "precision": mixed if job.autocast else "float32",
         "seed": job.recipe.run.seed,
         "processes": launched.count(),
+        "sharded": job.place.sharded,
     }

@@ -111,7 +111,7 @@ def predict_final(model: nn.Module, batch: dict[str, Tensor], head: Head) -> Fin
                 torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else module.weight.dtype,
             )
         )
-        return hidden[..., :1]
+        return hidden[..., :1].clone()  # a view would be in the way of hooks on what the model gives
 
     with _answering(module, keep):
         model(

@@ -82,12 +82,16 @@ class Fitting:
     Args:
         setting: the number, which then stays; or auto.
         length: tokens of an item.
+
+    Attributes:
+        alone: whether this process may begin again by itself; in a sharded model the others compute with it.
     """
 
     def __init__(self, setting: int | str, length: int = 1) -> None:
         self.most = max(1, TOKENS // length)
         self.size = None if setting == "auto" else int(setting)
         self.found = self.size is None
+        self.alone = True
 
     def run(self, job: Callable[[int], Found], device: torch.device) -> Found:
         """What `job` gives for as many items as fit.
@@ -96,12 +100,12 @@ class Fitting:
             RuntimeError, MemoryError: what the allocator raised, where not even one fits or the number is given.
         """
         if self.size is None:
-            self.size = min(self.most, MOST if device.type == "cuda" else FEW)
+            self.size = min(self.most, MOST if device.type == "cuda" and self.alone else FEW)
         while True:
             try:
                 return job(self.size)
             except Exception as error:
-                if not (self.found and self.size > 1 and is_out_of_memory(error)):
+                if not (self.alone and self.found and self.size > 1 and is_out_of_memory(error)):
                     raise
             self.size //= 2
             release(device)

@@ -31,6 +31,7 @@ class MicroBatch:
         name: of the stage, for what is said.
         shapes: batches that will come to this process, as sequences and tokens of each.
         device: where it trains.
+        alone: whether this process may begin a step again by itself; in a sharded model the others compute with it.
 
     Attributes:
         sizes: how many, of each shape; always a divisor of the batch.
@@ -40,11 +41,17 @@ class MicroBatch:
     """
 
     def __init__(
-        self, stage: StageConfig, name: str, shapes: list[tuple[int, int]], device: torch.device
+        self,
+        stage: StageConfig,
+        name: str,
+        shapes: list[tuple[int, int]],
+        device: torch.device,
+        alone: bool = True,
     ) -> None:
         self.name = name
         self.device = device
         self.found = stage.micro_batch == "auto"
+        self.alone = alone
         self.sizes: dict[tuple[int, int], int] = {}
         for batch, length in shapes:
             most = memory.TOKENS // length if device.type == "cuda" else CAREFUL
@@ -78,7 +85,7 @@ class MicroBatch:
             try:
                 return self._whole(batch, part)
             except Exception as error:
-                if not (self.found and self.size > 1 and memory.is_out_of_memory(error)):
+                if not (self.alone and self.found and self.size > 1 and memory.is_out_of_memory(error)):
                     raise
             # out of the handler: its frames, and the tensors in them, are gone
             undo()

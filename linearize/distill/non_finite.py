@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from linearize.config.schema import StageConfig
+from linearize.distill import shards
 
 
 def in_gradients(parameters: Mapping[str, nn.Parameter]) -> str:
     """What is wrong with the gradients of a step whose losses are finite, in words."""
     gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    bad = [name for name, gradient in gradients.items() if not _finite(gradient)]
     return f"the gradient of {bad[0]} is not finite" if bad else "the gradient's norm overflows"
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether it is, all of it; all processes ask where it is sharded."""
+    return bool(shards.whole(tensor.detach().isfinite().all()))
 
 
 def _largest(model: nn.Module) -> tuple[str, float]:
     """The weight of the largest magnitude: its name and its size."""
-    sizes = {key: float(p.detach().abs().max()) for key, p in model.named_parameters() if p.numel()}
+    sizes = {
+        key: float(shards.whole(p.detach().abs().max())) for key, p in model.named_parameters() if p.numel()
+    }
     key = max(sizes, key=sizes.__getitem__)
     return key, sizes[key]
 
@@ -35,7 +43,7 @@ def advice(model: nn.Module, name: str, stage: StageConfig, steps: int) -> str:
     frozen = [
         key
         for key, parameter in model.named_parameters()
-        if not parameter.requires_grad and not parameter.isfinite().all()
+        if not parameter.requires_grad and not _finite(parameter)
     ]
     if frozen:
         return (

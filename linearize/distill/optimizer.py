@@ -13,6 +13,7 @@ from torch import nn
 from linearize.config.course import Course
 from linearize.config.schedule import Over
 from linearize.config.schema import StageConfig
+from linearize.distill.shards import is_sharded
 
 
 def build_optimizer(
@@ -32,12 +33,14 @@ def build_optimizer(
         apart = [parameter for parameter in parameters.values() if id(parameter) in mixers]
     groups = []
     for own, lr in ((rest, stage.lr), (apart, stage.lr_mixers)):
-        matrices = [parameter for parameter in own if parameter.ndim >= 2]
-        vectors = [parameter for parameter in own if parameter.ndim < 2]
-        groups += [
-            {"params": matrices, "weight_decay": stage.weight_decay, "lr": lr},
-            {"params": vectors, "weight_decay": 0.0, "lr": lr},
-        ]
+        for parts in (False, True):  # torch steps through sharded parameters and others apart
+            alike = [parameter for parameter in own if is_sharded(parameter) == parts]
+            matrices = [parameter for parameter in alike if parameter.ndim >= 2]
+            vectors = [parameter for parameter in alike if parameter.ndim < 2]
+            groups += [
+                {"params": matrices, "weight_decay": stage.weight_decay, "lr": lr, "apart": own is apart},
+                {"params": vectors, "weight_decay": 0.0, "lr": lr, "apart": own is apart},
+            ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=stage.lr, fused=fused)
 
 

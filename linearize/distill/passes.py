@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 
@@ -11,10 +12,13 @@ from transformers import masking_utils
 
 from linearize import surgery
 from linearize.config.schema import RunConfig, StageConfig
+from linearize.distill import shards
 from linearize.distill.blocks import Blocks
 from linearize.distill.captured import Captured, MicroStep
 from linearize.mixers.compiled import part_by_part
 from linearize.patch import changed
+
+log = logging.getLogger(__name__)
 
 COMPILE_FROM = 200
 """Optimizer steps of a stage whose blocks are compiled, which takes up to a minute."""
@@ -58,6 +62,10 @@ class Passes:
         self.captured = Captured(parameters, name, _obstacle(run, device))
         many = device.type == "cuda" and steps >= COMPILE_FROM
         self.compiles = run.compile == "always" or (run.compile == "auto" and many)
+        if shards.in_shards(model):
+            # blocks are whole for as long as they compute, and never twice in the same place
+            self.captured.obstacle, self.compiles = "sharded", False
+            log.info("stage '%s' runs without a CUDA graph and uncompiled: its weights are sharded", name)
         self.blocks: Blocks | None = None
         self._looked_at = False
 

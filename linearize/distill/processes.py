@@ -36,7 +36,7 @@ class ProcessLost(LinearizeError):
 
 
 class FirstFailed(LinearizeError):
-    """The first process has failed in what it does alone; the message is its own.
+    """Another process, mostly the first, has failed in what it did while this one waited; the message is its own.
 
     Args:
         message: of the error.
@@ -155,17 +155,41 @@ def first(job: Callable[[], Made]) -> Made:
     return kept[0] if kept else job()
 
 
+def each(job: Callable[[], Any]) -> None:
+    """Do `job` in all processes, and go on where it went well in all of them.
+
+    Args:
+        job: calls nothing of this module.
+
+    Raises:
+        Exception: what `job` raised, where it did.
+        FirstFailed: the same, in the others.
+    """
+    failure: Exception | None = None
+    try:
+        job()
+    except Exception as error:
+        failure = error
+    [failed] = most([0 if failure is None else rank() + 1])
+    if not failed:
+        return
+    told = _send([None if failure is None else _described(failure)], failed - 1)[0]
+    if failure is not None:
+        raise failure
+    raise FirstFailed(*told[:2])
+
+
 def _described(error: BaseException) -> tuple[str, int, bool]:
     if isinstance(error, KeyboardInterrupt):
         return "", signals.exit_code(error), True
     if isinstance(error, LinearizeError):
         return str(error), error.exit_code, False
-    return f"process 0 failed: {type(error).__name__}: {error}", 1, False
+    return f"process {rank()} failed: {type(error).__name__}: {error}", 1, False
 
 
-def _send(box: list[Any]) -> list[Any]:
+def _send(box: list[Any], source: int = 0) -> list[Any]:
     with _lost():
-        dist.broadcast_object_list(box, src=0, group=_joined[0].waits)
+        dist.broadcast_object_list(box, src=source, group=_joined[0].waits)
     return box
 
 
@@ -235,6 +259,23 @@ def random_apart(seed: int, step: int) -> None:
         torch.manual_seed(
             int(np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)[0] >> 1)
         )
+
+
+@contextmanager
+def passing() -> Iterator[None]:
+    """Around passes of a sharded model, in which processes wait for each other in torch's own words.
+
+    Raises:
+        ProcessLost: another one is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        words = str(error).lower()
+        if not several() or not (isinstance(error, dist.DistError) or "gloo" in words):
+            raise
+        with _lost():
+            raise
 
 
 @contextmanager

@@ -20,8 +20,10 @@ from linearize import models, objectives, surgery
 from linearize.config.course import Course
 from linearize.config.schedule import Over
 from linearize.config.schema import Recipe, StageConfig
-from linearize.distill import memory, stages
+from linearize.distill import memory, processes, stages
+from linearize.distill.placing import Place
 from linearize.distill.preference import Pairs
+from linearize.distill.teachers import apart
 from linearize.distill.trainable import unwrapped
 from linearize.storing import PARTIAL
 
@@ -100,16 +102,14 @@ def measured(
         Each stage's timing; nothing of the model is left in memory.
     """
 
-    def load() -> Any:
-        model, _ = models.load_teacher(source, dtype=weights, device=str(device))
-        return model.requires_grad_(False).eval()
-
     set_seed(recipe.run.seed)
-    model: Any = surgery.convert(load(), recipe.mixer, recipe.layers, recipe.mixers).eval()
+    model: Any
+    model, _ = models.load_teacher(source, dtype=weights, device=str(device))
+    model.requires_grad_(False)
+    model = surgery.convert(model, recipe.mixer, recipe.layers, recipe.mixers).eval()
+    original = Place(source, recipe, device, weights, autocast).original
     found: dict[str, Timing] = {}
-    base_changes = False
     for name, stage in recipe.stages.items():
-        base_changes = base_changes or "all" in stage.train
         timings = []
         course = Course.of(stage, recipe.data.of(stage).length)
         for batch, length in course.shapes:
@@ -118,10 +118,11 @@ def measured(
                 for phase in course.phases
                 if (phase.batch, phase.length) == (batch, length)
             )
-            at_once = max(1, min(batch, memory.TOKENS // length))
+            shares = processes.count()
+            at_once = max(shares, min(batch, shares * memory.TOKENS // length))
             timing, model = _timed(
                 model, name, _fixed(stage, at_once, length, course.steps), recipe, length,
-                autocast=autocast, teacher=load if base_changes else None, folder=folder, device=device,
+                autocast=autocast, teacher=original if apart(recipe, name) else None, folder=folder, device=device,
             )  # fmt: skip
             timings.append((share / course.tokens, timing))
         found[name] = Timing(
@@ -187,7 +188,7 @@ def _timed(
     model.requires_grad_(False)
     step_tokens = Over.of(stage.batch_size).most * length
     timing = Timing(clock.step / step_tokens, max(0.0, clock.first - clock.warm * clock.step), clock.save)
-    return timing, model.eval()
+    return processes.alone(lambda: timing), model.eval()
 
 
 _ADVICE = "Take a shorter data.length, or gradient_checkpointing=true of the stage"
@@ -228,9 +229,7 @@ class _Clock(TrainerCallback):
         if timed == 0:
             self._from = self._now()
             self.first = self._from - self._began
-        elif timed >= self.least and (
-            time.monotonic() - self._from > SPEND or state.global_step >= state.max_steps
-        ):
+        elif timed >= self.least and (self._enough() or state.global_step >= state.max_steps):
             self._saving = self._now()
             self.step = (self._saving - self._from) / timed
             control.should_save = control.should_training_stop = True
@@ -239,6 +238,10 @@ class _Clock(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.save = self._now() - self._saving
+
+    def _enough(self) -> bool:
+        """Whether the first process has timed for long enough, for all of several."""
+        return processes.alone(lambda: time.monotonic() - self._from > SPEND)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

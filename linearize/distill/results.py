@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize import data, surgery
+from linearize import data, launched, surgery
 from linearize.config.schema import DataConfig, Recipe
 from linearize.distill.memory import Fitting
 from linearize.errors import (
@@ -58,11 +58,18 @@ class Results:
     def __contains__(self, name: str) -> bool:
         return any(row["name"] == name for row in self.rows)
 
-    def add(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
-        """Measure and write a row, unless an earlier run has."""
+    def add(
+        self,
+        name: str,
+        measure: Callable[[], dict[str, Any]],
+        track: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> None:
+        """Measure and write a row, unless an earlier run has; `track` takes it too, in the first process."""
         if name not in self:
             self.rows.append({"name": name, **measure()})
-            write_json(self.path, {"rows": self.rows})
+            if launched.first():
+                write_json(self.path, {"rows": self.rows})
+                track(self.rows[-1])
 
 
 def _is_row(row: Any) -> bool:

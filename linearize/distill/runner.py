@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -23,21 +24,27 @@ from linearize.distill import (
     budgeting,
     calibrate,
     exporting,
+    gathering,
     memory,
     processes,
     rates,
+    shards,
     stages,
+    teachers,
     texts,
+    tracking,
 )
 from linearize.distill.callbacks import RunStopped
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.distill.folder import RunFolder, facts, plan_json
 from linearize.distill.lock import held
+from linearize.distill.placing import Place
 from linearize.distill.positions import check_lengths
 from linearize.distill.processes import ProcessLost, alone
 from linearize.distill.results import Measurer, Results
 from linearize.distill.stages import StagePlace
 from linearize.distill.summary import RunSummary
+from linearize.distill.tracking import Trackers
 from linearize.distill.trainable import check_ranks, check_reach, needs
 from linearize.errors import LinearizeError, RecipeError, UnsupportedModelError, collected, raise_together
 from linearize.eval.report import write_report
@@ -84,12 +91,6 @@ def run(
     """
     if budget is not None:
         check_budget(recipe, budget)
-        if budget.seconds is not None and launched.several():
-            raise RecipeError(
-                [
-                    f"--budget {budget.text}: a time is measured for one process; for several give tokens (100M-tokens)"
-                ]
-            )
     folder = RunFolder(Path(out))
     job = _Job(model, recipe, folder, recipe_name or recipe.description)
     with ExitStack() as stack:
@@ -100,7 +101,8 @@ def run(
             stack.enter_context(writing(folder.path))
             if launched.first():
                 stack.callback(lambda: folder.sweep(list(recipe.stages)))
-            return job.run(resume=resume, budget=budget)
+            with processes.passing():
+                return job.run(resume=resume, budget=budget, stack=stack)
         except KeyboardInterrupt as stop:
             if not folder.recipe.is_file():
                 raise
@@ -133,7 +135,7 @@ class _Job:
             f"{launched.command()} run {shlex.quote(model)} {out}/recipe.yaml --out {out} --resume"
         )
 
-    def run(self, *, resume: bool, budget: Budget | None) -> RunSummary:
+    def run(self, *, resume: bool, budget: Budget | None, stack: ExitStack) -> RunSummary:
         started = time.monotonic()
         with self._watched(f"reading {self.source}", [], _SMALLER_MODEL):
             if budget is not None and resume and self.folder.recipe.is_file():
@@ -143,47 +145,49 @@ class _Job:
         if self.autocast is not None and self.device.type == "cuda":
             # mixers compute in float32 on bfloat16 inputs, which TF32 products take without loss
             torch.set_float32_matmul_precision("high")
+        self.place = Place(self.source, self.recipe, self.device, self.weights, self.autocast)
         if budget is not None and not self.folder.recipe.is_file():
             found |= {budgeting.FACT: self._fit(budget)}
         recipe, folder = self.recipe, self.folder
         places = self._places()
         measurer, datasets, seen = processes.first(lambda: self._beforehand(places))
+        self.trackers = Trackers(recipe, folder.path)
+        stack.callback(self.trackers.finish)
         model: Any
         with self._watched(f"loading {self.source}", [], _SMALLER_MODEL):
-            model, tokenizer = models.load_teacher(
-                self.source, dtype=self.weights, device=str(self.device), for_text=True
-            )
+            model, tokenizer = self.place.load()
         given = recipe.export.dtype
         dtype = models.stored_dtype(self.source) if given == "auto" else getattr(torch, given)
         check_trainable(self.source, model)
         plan = self._plan(model, None)
+        if self.place.sharded:
+            gathering.check(model)
+            shards.check(recipe, model)
         # From here on everything that the user can get wrong has been looked at, and the folder is written.
         alone(lambda: folder.create(recipe, plan_json(plan), {**facts(self), **found}))
         results = processes.first(lambda: Results(folder.results))
-        with self._measuring("the teacher"):
-            alone(lambda: results.add("teacher", lambda: measurer.measure(model, "teacher")))
+        measurer.fitting.alone = not self.place.sharded
+        if not self.place.sharded:
+            self._row("the teacher", results, "teacher", lambda: measurer.measure(model, "teacher"))
         set_seed(recipe.run.seed)
         with self._watched("converting the model", [], _SMALLER_MODEL):
             model = surgery.convert(model, recipe.mixer, recipe.layers, recipe.mixers)
         model.eval()
-        with self._measuring("the untrained model"):
-            alone(
-                lambda: results.add(
-                    "swapped, untrained",
-                    lambda: measurer.measure(model, "swapped", tasks=False, sound=False),
-                )
-            )
+        if self.place.sharded:
+            self.place.settle(model)
+            with surgery.mode(model, "teacher"):
+                self._row("the teacher", results, "teacher", lambda: measurer.measure(model, "teacher"))
+        untrained = partial(measurer.measure, model, "swapped", tasks=False, sound=False)
+        self._row("the untrained model", results, "swapped, untrained", untrained)
         self._calibrate(model, seen, measurer, results)
         model = self._train(model, places, datasets, measurer, results)
         if recipe.eval.ablations:
             with self._measuring("the ablations"):
-                alone(lambda: measurer.ablations(model, results))
+                self.place.by_holders(lambda: measurer.ablations(model, results))
         with self._watched("exporting", [], "free memory; only the export is left"):
-            checkpoint = alone(
-                lambda: exporting.checkpoint(
-                    model, tokenizer, recipe, folder, rows=results.rows, dtype=dtype, base=self.source
-                )
-            )
+            write = gathering.checkpoint if self.place.sharded else exporting.checkpoint
+            facts_of: Any = {"rows": results.rows, "dtype": dtype, "base": self.source}
+            checkpoint = self.place.by_holders(lambda: write(model, tokenizer, recipe, folder, **facts_of))
         report = alone(lambda: write_report(folder.path))
         alone(lambda: write_json(folder.done, {"checkpoint": checkpoint.name}))
         rows = alone(lambda: results.rows)
@@ -196,8 +200,11 @@ class _Job:
         """Scale the recipe to a budget; gives what environment.json says of it."""
         asked = self.recipe
         if budget.seconds is not None:
+            if self.place.sharded:
+                given = f"--budget {budget.text}: a time is measured with whole weights"
+                raise RecipeError([f"{given}; with run.shard give tokens (100M-tokens)"])
             self._take(budgeting.smallest(asked))
-            self._look(self._places())  # what is wrong is told before minutes of timing
+            self._look(self._places(), shared=False)  # what is wrong is told before minutes of timing
             log.info("timing some steps of every stage")
         measure = partial(
             rates.measured,
@@ -231,8 +238,8 @@ class _Job:
             raise_together(errors, f"{self.recipe_name} on {self.source}")
         return ahead.measurer, ahead.datasets, ahead.calibration
 
-    def _look(self, places: list[StagePlace]) -> texts.Ahead:
-        """What `_beforehand` does without any weight and without the teacher's text."""
+    def _look(self, places: list[StagePlace], *, shared: bool = True) -> texts.Ahead:
+        """What `_beforehand` does without weights and without the teacher's text; `shared`: steps are as they stay."""
         errors: list[LinearizeError] = []
         config = models.load_config(self.source)
         tokenizer = models.load_tokenizer(models.resolve(self.source))
@@ -253,7 +260,12 @@ class _Job:
             if ahead.calibrates and not texts.of_teacher(self.recipe.data):
                 self._calibration_text(ahead, errors)
         with collected(errors):
-            batches.check_parts(self.recipe.stages, launched.count())
+            if shared:
+                batches.check_parts(self.recipe.stages, launched.count(), alike=self.place.sharded)
+        with collected(errors):
+            tracking.wanted(self.recipe.run.trackers)
+        with collected(errors):
+            teachers.check(self.recipe, self.source, config, tokenizer)
         raise_together(errors, f"{self.recipe_name} on {self.source}")
         return ahead
 
@@ -296,6 +308,11 @@ class _Job:
         """Inside, running out of memory ends in a message with the command that goes on."""
         return memory.watched(where, lambda: self._advice(overrides, otherwise))
 
+    def _row(self, what: str, results: Results, name: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """Measure the model and write it down, unless an earlier process has."""
+        with self._measuring(what):
+            self.place.by_holders(lambda: results.add(name, measure, self.trackers.row))
+
     def _measuring(self, what: str) -> AbstractContextManager[None]:
         otherwise = "a shorter eval.length in a new run folder"
         return self._watched(f"measuring {what}", memory.less_for_evaluation(self.recipe.eval), otherwise)
@@ -324,6 +341,7 @@ class _Job:
                 metrics=self.folder.metrics,
                 resume_command=self.resume_command,
                 less_memory=partial(self._less_for_stage, name),
+                track=lambda line: self.trackers.line(line),
             )
             for index, name in enumerate(names, start=1)
         ]
@@ -336,10 +354,8 @@ class _Job:
         measurer: Measurer,
         results: Results,
     ) -> nn.Module:
-        base_changes = False
         for place in places:
             stage = self.recipe.stages[place.name]
-            base_changes = base_changes or "all" in stage.train
             with memory.watched(f"in stage '{place.name}'", place.less_memory):
                 if place.done:
                     model = stages.restore(model, stage, place)
@@ -352,11 +368,11 @@ class _Job:
                         dataset=datasets.pop(place.name),
                         length=self.recipe.data.of(stage).length,
                         autocast=self.autocast,
-                        teacher=self._original if base_changes else None,
+                        teacher=self.place.original if teachers.apart(self.recipe, place.name) else None,
                     )
             row = f"after {place.name}"
-            with self._measuring(f"the model after stage '{place.name}'"):
-                alone(partial(results.add, row, partial(measurer.measure, model, row)))
+            measure = partial(measurer.measure, model, row)
+            self._row(f"the model after stage '{place.name}'", results, row, measure)
         return model
 
     @property
@@ -370,17 +386,10 @@ class _Job:
         folder = self._calibration
         with self._watched("calibrating", [], "fewer calibrate.tokens in a new run folder"):
             if not alone(lambda: calibrate.is_done(folder)):
-                alone(lambda: self._settle(model, dataset))
+                found = self.place.by_holders(
+                    lambda: calibrate.calibrate(model, dataset, autocast=self.autocast)
+                )
+                alone(lambda: calibrate.write(model, folder, found))
             calibrate.restore(model, folder)
-        with self._measuring("the calibrated model"):
-            measure = partial(measurer.measure, model, "calibrated", tasks=False, sound=False)
-            alone(lambda: results.add("calibrated", measure))
-
-    def _settle(self, model: nn.Module, dataset: Any) -> None:
-        found = calibrate.calibrate(model, dataset, autocast=self.autocast)
-        calibrate.write(model, self._calibration, found)
-
-    def _original(self) -> nn.Module:
-        """A frozen copy of the teacher, for when the model's own base weights are no longer the teacher's."""
-        original, _ = models.load_teacher(self.source, dtype=self.weights, device=str(self.device))
-        return original.requires_grad_(False).eval()
+        measure = partial(measurer.measure, model, "calibrated", tasks=False, sound=False)
+        self._row("the calibrated model", results, "calibrated", measure)

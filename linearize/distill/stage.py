@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -26,13 +25,14 @@ from linearize.config.changing import changing
 from linearize.config.course import Course
 from linearize.config.schedule import Over
 from linearize.config.schema import RunConfig, StageConfig
-from linearize.distill import non_finite, processes, state, together, window_dropout
+from linearize.distill import non_finite, pieces, processes, shards, state, together, window_dropout
 from linearize.distill.batches import Batches, part
 from linearize.distill.callbacks import Interrupt
 from linearize.distill.micro import MicroBatch
 from linearize.distill.optimizer import build_optimizer, build_scheduler
 from linearize.distill.passes import Passes
-from linearize.distill.trainable import load_trained, mixer_parameters, trained
+from linearize.distill.pieces import Pieces
+from linearize.distill.trainable import mixer_parameters, trained
 from linearize.errors import NonFiniteLossError
 
 KEPT_CHECKPOINTS = 2
@@ -83,7 +83,10 @@ class StageTrainer(Trainer):
         self.off: list[bool] = []
         self.drops_windows = Over.of(stage.window_dropout).most > 0
         self.droppable = window_dropout.check(surgery.converted(model)) if self.drops_windows else []
+        self.profiles = run.profile
+        self.in_shards = shards.in_shards(model)
         self.parameters = trained(model)
+        self.plain = [p for p in self.parameters.values() if not shards.is_sharded(p)]
         self._names = {parameter: key for key, parameter in self.parameters.items()}
         self._step_values: Tensor | None = None
         self._window_values: Tensor | None = None
@@ -95,7 +98,7 @@ class StageTrainer(Trainer):
         self.interrupt = Interrupt()
         shares, rank = processes.count(), processes.rank()
         own = [(len(part(batch, rank, shares)), length) for batch, length in self.course.shapes]
-        self.micro = MicroBatch(stage, name, own, device)
+        self.micro = MicroBatch(stage, name, own, device, alone=not self.in_shards)
         self.passes = Passes(
             model,
             name,
@@ -120,7 +123,7 @@ class StageTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         # placed, but not wrapped: see `together`
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
-        processes.same(self.parameters.values())
+        processes.same(self.plain)
 
     def now(self, value: Any) -> Any:
         """What a field that may change within a stage (`schedule`) is at this step."""
@@ -177,7 +180,7 @@ class StageTrainer(Trainer):
                 undo=self._begin_again,
             )
         rows = tuple(batch["input_ids"].shape)
-        together.join(self.parameters.values(), self._step_values, self.micro, rows, self.interrupt)
+        together.join(self.plain, self._step_values, self.micro, rows, self.interrupt)
         return self._step_values.mean().to(self._tr_loss.dtype)
 
     def _begin_again(self) -> None:
@@ -192,11 +195,11 @@ class StageTrainer(Trainer):
         """Check that losses and gradients are finite, then clip. The one place a step waits for the device."""
         assert self._step_values is not None
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        norm = get_total_norm(gradients)
+        norm = shards.total_norm(gradients)
         finite = torch.stack([self._step_values.isfinite().all(), norm.isfinite()])
         if not finite.all():
             self._stop_on_non_finite()
-        clip_grads_with_norm_(self.parameters.values(), self.args.max_grad_norm, norm)
+        shards.clip(self.parameters.values(), self.args.max_grad_norm, norm)
         self._window_values = (
             self._step_values if self._window_values is None else self._window_values + self._step_values
         )
@@ -252,6 +255,7 @@ class StageTrainer(Trainer):
         else:
             what = self.where_not_finite(values)
         last = storing.latest(self.stage_folder)
+        shards.settle(self.trained_model)
         raise NonFiniteLossError(
             f"stage '{self.stage_name}', step {self.state.global_step + 1}: {what}. The step was not applied. "
             f"Last good checkpoint: {last or 'none of this stage yet'}. "
@@ -261,17 +265,26 @@ class StageTrainer(Trainer):
     # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        if not launched.first():
+        if not launched.first() and not self.in_shards:
             return
         folder = self.stage_folder / f"checkpoint-{self.state.global_step}"
-        storing.write_folder(folder, self._write_state)
-        storing.prune(self.stage_folder, KEPT_CHECKPOINTS)
+        tensors: dict[str, Mapping[str, Tensor]] = {
+            "trained.safetensors": self.parameters,
+            "optimizer.safetensors": state.optimizer_tensors(self.adamw, self._names),
+        }
+        if self.in_shards:
+            pieces.write_folder(folder, tensors, self._write_state)
+        else:
+            storing.write_folder(folder, partial(self._write_all, tensors))
+        if launched.first():
+            storing.prune(self.stage_folder, KEPT_CHECKPOINTS)
+
+    def _write_all(self, tensors: dict[str, Mapping[str, Tensor]], folder: Path) -> None:
+        for name, given in tensors.items():
+            storing.write_tensors(folder / name, given)
+        self._write_state(folder)
 
     def _write_state(self, folder: Path) -> None:
-        storing.write_tensors(folder / "trained.safetensors", self.parameters)
-        storing.write_tensors(
-            folder / "optimizer.safetensors", state.optimizer_tensors(self.adamw, self._names)
-        )
         storing.write_tensors(folder / "rng.safetensors", state.rng_tensors())
         window = {} if self._window_values is None else {"values": self._window_values}
         storing.write_tensors(folder / "window.safetensors", window)
@@ -281,9 +294,7 @@ class StageTrainer(Trainer):
             folder / "state.json",
             {
                 "lr": [group["lr"] for group in self.adamw.param_groups],
-                "scheduler": {
-                    key: scheduler[key] for key in ("last_epoch", "_step_count", "_last_lr", "base_lrs")
-                },
+                "scheduler": {key: scheduler[key] for key in ("last_epoch", "_step_count")},
                 "rng": state.rng_numbers(),
                 "window_steps": self._window_steps,
                 "micro_batch": self.micro.sizes_found(),
@@ -291,20 +302,15 @@ class StageTrainer(Trainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        path = Path(resume_from_checkpoint) / "trained.safetensors"
-        load_trained(self.trained_model, storing.read_tensors(path), path)
+        pieces.load(self.trained_model, Pieces(Path(resume_from_checkpoint) / "trained.safetensors"))
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is None:
             return
         folder = Path(checkpoint_folder)
         saved = state.read(folder)
-        state.load_optimizer_tensors(
-            self.adamw, storing.read_tensors(folder / "optimizer.safetensors"), self._names
-        )
-        for group, lr in zip(self.adamw.param_groups, saved["lr"], strict=True):
-            group["lr"] = lr
-        self.schedule.load_state_dict({**self.schedule.state_dict(), **saved["scheduler"]})
+        state.load_optimizer_tensors(self.adamw, Pieces(folder / "optimizer.safetensors"), self._names)
+        state.load_rates(self.adamw, self.schedule, saved)
         window = storing.read_tensors(folder / "window.safetensors").get("values")
         self._window_values = None if window is None else window.to(self.args.device)
         self._window_steps = saved["window_steps"]
@@ -348,7 +354,7 @@ def _arguments(
         average_tokens_across_devices=False,
         disable_tqdm=True,
         log_level_replica="passive",  # as the first process
-        report_to=os.environ.get("LINEARIZE_REPORT_TO", "none").split(","),
+        report_to=[],  # see `tracking`
     )
     # One process drives one device: else Trainer would spread the batch over all GPUs with DataParallel.
     assert arguments.device.type == device.type

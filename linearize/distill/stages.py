@@ -9,26 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import set_seed
 
 from linearize import launched, objectives, storing
 from linearize.config.schema import RunConfig, StageConfig
-from linearize.distill import memory, processes
+from linearize.distill import answers, memory, pieces, processes, shards
 from linearize.distill.callbacks import RunStopped, StageCallback, forget_lines
-from linearize.distill.finetune import FinetuneTrainer, needs_teacher
+from linearize.distill.finetune import FinetuneTrainer, needs_teacher, predict_teacher
+from linearize.distill.pieces import Pieces
 from linearize.distill.positions import counted_from_zero
 from linearize.distill.preference import PreferenceTrainer
+from linearize.distill.profiling import Traced
 from linearize.distill.stage import StageTrainer
-from linearize.distill.trainable import load_trained, prepare, trained, unwrapped
+from linearize.distill.trainable import prepare, trained, unwrapped
 from linearize.distill.transfer import TransferTrainer
 from linearize.distill.tying import untied
 from linearize.errors import CheckpointError
 from linearize.models.cache import sha256
+from linearize.objectives import TopK
 from linearize.progress import Meter
 
 FINAL = "final.safetensors"
 DONE = "done.json"
+LOGITS = 2**27
+"""Of a teacher whose likeliest are looked for, at once."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,9 @@ class StagePlace:
     less_memory: Callable[[], str]
     """What to do where memory runs out, in sentences."""
 
+    track: Callable[[dict[str, Any]], None] = lambda line: None
+    """Takes each line of metrics, in the first process."""
+
     @property
     def done(self) -> bool:
         """Whether an earlier run has finished this stage."""
@@ -58,14 +66,13 @@ def restore(model: nn.Module, stage: StageConfig, place: StagePlace) -> nn.Modul
     Raises:
         CheckpointError: the stage's file is damaged or of another recipe.
     """
+    shards.settle(model)
     model = prepare(model, stage)
-    path = place.folder / FINAL
     remedy = f"Delete {place.folder}, then {storing.AGAIN}: the stage is then trained again"
     written = storing.read_json(place.folder / DONE, remedy).get("sha256")
-    tensors = storing.read_tensors(path)
-    if written is not None and written != sha256(path):
-        raise CheckpointError(f"{path}: is not what was written (another checksum). {remedy}")
-    load_trained(model, tensors, path)
+    found = Pieces(place.folder / FINAL)
+    processes.alone(lambda: _check(place.folder, written, remedy))
+    pieces.load(model, found)
     if launched.first():
         storing.prune(place.folder, keep=0)  # an earlier process may have been cut off in doing so
     return model
@@ -119,7 +126,10 @@ def train(
     with opened as trainer:
         model = trainer.trained_model
         _fit(trainer, place, start)
-    processes.alone(lambda: _write(trained(model), trainer, place))
+    result = place.folder / FINAL
+    processes.alone(lambda: pieces.remove(result))
+    processes.each(lambda: pieces.write(result, trained(model)))
+    processes.alone(lambda: _finish(trainer, place))
     [wish] = processes.most([trainer.interrupt.wish])
     if wish:
         raise RunStopped(f"stopped after stage '{place.name}'. Go on with:\n  {place.resume_command}", wish)
@@ -127,9 +137,9 @@ def train(
     return model.eval()
 
 
-def _write(tensors: dict[str, nn.Parameter], trainer: StageTrainer, place: StagePlace) -> None:
-    """The stage's result."""
-    storing.write_tensors_file(place.folder / FINAL, tensors)
+def _finish(trainer: StageTrainer, place: StagePlace) -> None:
+    """Say that the stage's result is there, and remove its checkpoints."""
+    sums = {path.name: sha256(path) for path in pieces.files(place.folder / FINAL)}
     storing.write_json(
         place.folder / DONE,
         {
@@ -137,10 +147,19 @@ def _write(tensors: dict[str, nn.Parameter], trainer: StageTrainer, place: Stage
             "tokens": trainer.course.tokens,
             "stage": place.name,
             "micro_batch": trainer.micro.size,
-            "sha256": sha256(place.folder / FINAL),
+            "sha256": sums.get(FINAL, sums),
         },
     )
     storing.prune(place.folder, keep=0)
+    storing.remove(place.folder / answers.FOLDER)
+
+
+def _check(folder: Path, written: Any, remedy: str) -> None:
+    """Hold a stage's result against its checksum, or its pieces against theirs."""
+    for path in pieces.files(folder / FINAL):
+        said = written.get(path.name) if isinstance(written, dict) else written
+        if said is not None and said != sha256(path):
+            raise CheckpointError(f"{path}: is not what was written (another checksum). {remedy}")
 
 
 @contextmanager
@@ -166,6 +185,7 @@ def training(
         model, stage, run, dataset, length, autocast, teacher: see `train`.
     """
     set_seed(seed)
+    shards.settle(model)
     model = prepare(model, stage)
     settings: dict[str, Any] = {
         "name": name,
@@ -185,12 +205,40 @@ def training(
             if level == "layer":
                 yield TransferTrainer(model, **settings)
             else:
+                if stage.top_k:
+                    settings["dataset"], teacher = _answered(model, stage, settings, teacher), None
                 original = teacher() if teacher is not None and needs_teacher(stage.objective) else None
                 kind = PreferenceTrainer if level == "pair" else FinetuneTrainer
                 yield kind(model, teacher=original, **settings)
         finally:
             unwrapped(model).config.use_cache = use_cache  # Trainer switches it off for good
+            shards.settle(model)
             model.zero_grad(set_to_none=True)
+
+
+def _answered(
+    model: nn.Module, stage: StageConfig, settings: dict[str, Any], teacher: Callable[[], nn.Module] | None
+) -> answers.Answered:
+    """The stage's text with the teacher's answers, after which the teacher is gone."""
+    device, autocast, length = settings["device"], settings["autocast"], settings["length"]
+
+    def answer() -> Callable[[dict[str, Tensor]], TopK]:
+        original = None if teacher is None else teacher()
+
+        def of(batch: dict[str, Tensor]) -> TopK:
+            given = {key: batch[key].to(device) for key in ("input_ids", "position_ids")}
+            passes = (
+                nullcontext()
+                if autocast is None
+                else torch.autocast(device.type, autocast, cache_enabled=False)
+            )
+            with counted_from_zero(model if original is None else original), passes:
+                return TopK.of(predict_teacher(model, given, original), stage.top_k)
+
+        return of
+
+    at_once = max(1, LOGITS // (length * unwrapped(model).config.get_text_config().vocab_size))
+    return answers.remembered(settings["dataset"], settings["folder"], stage.top_k, answer, at_once)
 
 
 def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> None:
@@ -209,7 +257,9 @@ def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> None:
         for model in (trainer.trained_model, getattr(trainer, "teacher", None)):
             if model is not None:
                 stack.enter_context(counted_from_zero(model))
-        trainer.add_callback(StageCallback(trainer, place.metrics, meter, interrupt))
+        trainer.add_callback(StageCallback(trainer, place.metrics, meter, interrupt, place.track))
+        if trainer.profiles:
+            trainer.add_callback(Traced(place.metrics.parent, place.name, trainer.args.device))
         with memory.watched(
             lambda: f"in stage '{place.name}', step {trainer.state.global_step + 1}", place.less_memory
         ):

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from linearize.distill import shards
+from linearize.distill.pieces import Pieces
 from linearize.errors import CheckpointError
 from linearize.storing import AGAIN, read_json
 
@@ -45,18 +47,39 @@ def optimizer_tensors(
 
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[nn.Parameter, str]
+    optimizer: torch.optim.Optimizer, pieces: Pieces, names: Mapping[nn.Parameter, str]
 ) -> None:
-    """Put what `optimizer_tensors` gave back, each tensor on its parameter's device."""
+    """Put what `optimizer_tensors` gave back, each tensor on its parameter's device, and sharded as that is."""
     slots: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    parameters = {name: parameter for parameter, name in names.items()}
+    for key, shape in pieces.shapes.items():
         name, _, slot = key.rpartition("/")
+        parameter = parameters.get(name)
+        if parameter is not None and shape == parameter.shape:
+            value = shards.like(pieces.of(key, parameter), parameter)
+        else:
+            value = pieces.whole(key)
         slots.setdefault(name, {})[slot] = value
     # load_state_dict numbers the parameters in the order of the groups.
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     state = optimizer.state_dict()
     state["state"] = {index: slots[name] for index, name in enumerate(order) if name in slots}
     optimizer.load_state_dict(state)
+
+
+def load_rates(optimizer: torch.optim.Optimizer, schedule: Any, saved: Mapping[str, Any]) -> None:
+    """Put the learning rates and the schedule's step back; groups may be others, as a sharded run's are.
+
+    Args:
+        optimizer: of `optimizer.build_optimizer`.
+        schedule: of its rates.
+        saved: state.json of a checkpoint.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = saved["lr"][-1 if group["apart"] else 0]
+    steps = {key: saved["scheduler"][key] for key in ("last_epoch", "_step_count")}
+    rates = [group["lr"] for group in optimizer.param_groups]
+    schedule.load_state_dict({**schedule.state_dict(), **steps, "_last_lr": rates})
 
 
 def rng_tensors() -> dict[str, Tensor]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from linearize import objectives, surgery
 from linearize.config.schedule import Over
 from linearize.config.schema import LoraConfig, Recipe, StageConfig
 from linearize.distill import roles
-from linearize.errors import CheckpointError, RecipeError
+from linearize.errors import RecipeError
 from linearize.registry import closest
 from linearize.surgery.plan import Plan
 
@@ -67,7 +68,7 @@ def prepare(model: nn.Module, stage: StageConfig) -> nn.Module:
             kind == "mixers" or (kind == "base" and id(parameter) not in frozen)
         )
         parameter.requires_grad_(kind in stage.train or whole)
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
     if not trained(model):
         raise RecipeError(
@@ -134,26 +135,6 @@ def mixer_parameters(model: nn.Module) -> set[int]:
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter of everything that trains; shared parameters once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], source: object) -> None:
-    """Copy saved values into the parameters that train.
-
-    Raises:
-        CheckpointError: names or shapes do not match the model.
-    """
-    parameters = trained(model)
-    wrong = sorted(parameters.keys() ^ tensors.keys())
-    wrong += [
-        name for name in parameters.keys() & tensors.keys() if parameters[name].shape != tensors[name].shape
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{source}: does not fit the model: {len(wrong)} of its tensors differ, first '{wrong[0]}'. "
-            "Was it written with another recipe?"
-        )
-    for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[name])
 
 
 def with_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:

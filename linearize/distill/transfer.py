@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from linearize import objectives, surgery
-from linearize.distill import window_dropout
+from linearize.distill import shards, window_dropout
 from linearize.distill.blocks import around_attention
 from linearize.distill.stage import StageTrainer
-from linearize.distill.trainable import unwrapped
 from linearize.errors import RecipeError
 
 
@@ -92,9 +91,10 @@ def transfer_step(
             losses[call.layer_idx] = objectives.layer_backward(call, objective, scale / len(converted))
 
     model.eval()  # the teacher that is imitated has no dropout
-    # The base model: the head's logits would have no reader. Without gradient: only `observe` takes some.
+    # Without gradient: only `observe` takes some.
     with torch.no_grad(), surgery.observe(model, observe):
-        unwrapped(model).base_model(
+        shards.run_body(
+            model,
             input_ids=batch["input_ids"],
             attention_mask=batch.get("attention_mask"),
             position_ids=batch.get("position_ids"),

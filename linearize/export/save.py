@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,19 @@ from linearize.patch import changed
 from linearize.surgery import converted
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Weight files that are there already.
+
+    Attributes:
+        folder: that they are moved out of.
+        fingerprints: of every tensor of the model, see `reloading`.
+    """
+
+    folder: Path
+    fingerprints: dict[str, list[Any]]
+
+
 def save(
     model: PreTrainedModel,
     path: str | Path,
@@ -36,6 +50,7 @@ def save(
     about: str = "",
     max_shard_size: str = "5GB",
     check: bool = False,
+    weights: Weights | None = None,
 ) -> Path:
     """Write `model` to the folder `path`.
 
@@ -55,6 +70,7 @@ def save(
         max_shard_size: largest weight file.
         check: load the folder in a fresh process and compare it with the model, see `verify`, before it is put in its
             place; for converted models.
+        weights: written by others; `model` is then one without weights.
 
     Returns:
         The folder.
@@ -72,7 +88,12 @@ def save(
         path = path.resolve() if path.is_symlink() else path  # the link stays, and leads to the new one
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        model.save_pretrained(scratch, max_shard_size=max_shard_size)
+        if weights is None:
+            model.save_pretrained(scratch, max_shard_size=max_shard_size)
+        else:
+            model.save_pretrained(scratch, state_dict={})
+            for file in weights.folder.iterdir():
+                shutil.move(file, scratch / file.name)
         if tokenizer is not None:
             save_tokenizer(tokenizer, scratch)
         if remote_code and converted(model):
@@ -89,7 +110,7 @@ def save(
         )
         scratch.chmod(0o755)
         if check and converted(model):
-            _check(model, scratch, path, remote_code=remote_code)
+            _check(model, scratch, path, remote_code=remote_code, weights=weights)
         replace_folder(scratch, path)
     except Exception as error:
         # the tokenizer's library raises a plain Exception
@@ -105,10 +126,13 @@ def save(
     return path
 
 
-def _check(model: PreTrainedModel, scratch: Path, path: Path, *, remote_code: bool) -> None:
+def _check(
+    model: PreTrainedModel, scratch: Path, path: Path, *, remote_code: bool, weights: Weights | None
+) -> None:
     """`verify`, which keeps a folder that does not pass under a name that says so."""
     try:
-        verify(model, scratch, remote_code=remote_code)
+        tensors = None if weights is None else weights.fingerprints
+        verify(model, scratch, remote_code=remote_code, tensors=tensors)
     except CheckpointError as error:
         failed = path.with_name(f"{path.name}-failed")
         shutil.rmtree(failed, ignore_errors=True)

@@ -23,6 +23,7 @@ from linearize.objectives.final import Final, fused
 from linearize.objectives.layer import layer_backward
 from linearize.objectives.pair import pair_backward
 from linearize.objectives.token import next_targets, token_backward
+from linearize.objectives.top_k import TopK
 from linearize.registry import discover
 
 discover(sys.modules[__name__])
@@ -37,6 +38,7 @@ __all__ = [
     "OutputObjective",
     "PairObjective",
     "TokenObjective",
+    "TopK",
     "fused",
     "get",
     "layer_backward",

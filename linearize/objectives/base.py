@@ -89,12 +89,12 @@ class TokenObjective(ABC):
     needs_teacher: ClassVar[bool] = False
 
     @abstractmethod
-    def tokens(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
+    def tokens(self, student: Tensor, teacher: Any, targets: Tensor) -> Tensor:
         """Loss of each token.
 
         Args:
             student: [N, V] logits, float32 or wider.
-            teacher: [N, V] logits of the teacher; None unless `needs_teacher`.
+            teacher: [N, V] logits of the teacher, or their `TopK`; None unless `needs_teacher`.
             targets: [N] int64 next token, -100 where there is none.
 
         Returns:

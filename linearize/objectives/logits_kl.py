@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.objectives.base import OBJECTIVES, TokenObjective
+from linearize.objectives.top_k import TopK, divergence
 
 
 @OBJECTIVES.register("logits_kl")
@@ -14,7 +15,9 @@ class LogitsKL(TokenObjective):
 
     needs_teacher = True
 
-    def tokens(self, student: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
+    def tokens(self, student: Tensor, teacher: Tensor | TopK | None, targets: Tensor) -> Tensor:
         assert teacher is not None
+        if isinstance(teacher, TopK):
+            return divergence(student, teacher)
         log_student, log_teacher = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
         return F.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(dim=-1)

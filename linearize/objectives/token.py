@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from linearize.objectives.base import OBJECTIVES, TokenObjective
 from linearize.objectives.final import Final, final_backward, final_log_probs
+from linearize.objectives.top_k import TopK
 
 SLICE_ELEMENTS = 2**24
 """Logits in a slice: 64 MB in float32."""
@@ -45,7 +46,7 @@ def token_backward(
     targets: Tensor,
     objectives: Mapping[str, float],
     *,
-    teacher: Tensor | Final | None = None,
+    teacher: Tensor | Final | TopK | None = None,
     count: Tensor | float | None = None,
     factors: Tensor | None = None,
 ) -> Tensor:
@@ -56,8 +57,8 @@ def token_backward(
             is `fused`.
         targets: [B, T] int64 from `next_targets`.
         objectives: objective name -> weight.
-        teacher: [B, T, V] the teacher's logits, or what they are made of, as for the student; needed by objectives
-            that compare with it.
+        teacher: [B, T, V] the teacher's logits, or what they are made of, as for the student; or, beside a student's
+            logits, the likeliest of them; needed by objectives that compare with it.
         count: what the sum over tokens is divided by: the labeled tokens of all micro-batches of the step, so
             that gradient accumulation gives the gradient of one large batch. Default: those of `targets`.
         factors: [B, T] further weight of each token.
@@ -74,7 +75,9 @@ def token_backward(
     labeled = targets != IGNORED
     divisor = labeled.sum().clamp_min(1) if count is None else count
     if isinstance(logits, Final):
-        assert not isinstance(teacher, Tensor), "hidden states of the student beside logits of the teacher"
+        assert not isinstance(teacher, Tensor | TopK), (
+            "hidden states of the student beside logits of the teacher"
+        )
         each = logits.hidden.new_ones((), dtype=torch.promote_types(logits.dtype, torch.float32)) / divisor
         each = each if factors is None else each * factors
         return final_backward(
@@ -85,7 +88,7 @@ def token_backward(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     flat, flat_targets = logits.detach().reshape(-1, vocabulary), targets.reshape(-1)
     flat_factors = None if factors is None else factors.reshape(-1)
-    flat_teacher = None if teacher is None else teacher.detach().reshape(-1, vocabulary)
+    flat_teacher = _flat(teacher, vocabulary)
     gradient = torch.empty_like(flat)
     total = torch.zeros((), dtype=dtype, device=logits.device)
     step = max(1, SLICE_ELEMENTS // vocabulary)
@@ -93,7 +96,8 @@ def token_backward(
         for start in range(0, len(flat), step):
             piece = slice(start, start + step)
             leaf = flat[piece].to(dtype).detach().requires_grad_()
-            against = None if flat_teacher is None else flat_teacher[piece].to(dtype)
+            against = None if flat_teacher is None else flat_teacher[piece]
+            against = against.to(dtype) if isinstance(against, Tensor) else against
             with torch.enable_grad():
                 losses = torch.stack(
                     [weight * part.tokens(leaf, against, flat_targets[piece]) for part, weight in parts]
@@ -104,6 +108,13 @@ def token_backward(
             total += loss.detach()
         logits.backward(gradient.view_as(logits))
     return total
+
+
+def _flat(teacher: Tensor | TopK | None, vocabulary: int) -> Tensor | TopK | None:
+    """Token after token."""
+    if isinstance(teacher, Tensor):
+        return teacher.detach().reshape(-1, vocabulary)
+    return None if teacher is None else teacher.flat()
 
 
 def target_log_probs(logits: Tensor | Final, targets: Tensor) -> Tensor:

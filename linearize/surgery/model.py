@@ -22,7 +22,8 @@ TYPE_PREFIX = "linearized_"
 
 def _own(cls: type, mixin: type) -> Any:
     """The family's own class under a generated one."""
-    return next(base for base in cls.__mro__ if not issubclass(base, mixin))
+    family = (PreTrainedModel, PreTrainedConfig)  # `fully_shard` puts a class of its own in front
+    return next(base for base in cls.__mro__ if issubclass(base, family) and not issubclass(base, mixin))
 
 
 class LinearizedConfig:

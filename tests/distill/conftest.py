@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import several
+import several_recipes
 import torch
 from byte_llama import MIXER, TEXT, byte_tokenizer, tiny_llama
 from transformers import LlamaForCausalLM
@@ -34,6 +36,23 @@ def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def every_stage(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A recipe for several processes."""
+    return several_recipes.every_stage(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def of_one_process(
+    teacher_folder: Path, every_stage: Recipe, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What one process makes of it."""
+    folder = tmp_path_factory.mktemp("reference")
+    ended = several.start(1, several.run, str(teacher_folder), every_stage, folder / "run", folder=folder)
+    assert ended.codes == [0], ended.said
+    return folder / "run"
 
 
 @pytest.fixture

@@ -3,105 +3,35 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import several_jobs as jobs
 import torch
-from byte_llama import MIXER
-from interrupted import finals
-from several import Ended, lines, run, start, whole
+from several import lines, run, start, whole
+from several_recipes import STEPS, assert_equal, enough_cards, once
 
 from linearize import storing
-from linearize.config.schema import (
-    CalibrateConfig,
-    DataConfig,
-    EvalConfig,
-    LoraConfig,
-    Recipe,
-    RunConfig,
-    StageConfig,
-    StageDataConfig,
-)
+from linearize.config.schema import CalibrateConfig, Recipe, StageConfig
 from linearize.distill.lock import held
-
-STEPS = 4
-DEVICE = os.environ.get("LINEARIZE_TEST_DEVICE", "cpu")
-"""`cuda` has every test with no more processes than there are cards run over NCCL."""
-SLACK = 1 if DEVICE == "cpu" else 20
 
 
 @pytest.fixture(autouse=True)
 def as_many_cards(request: pytest.FixtureRequest) -> None:
-    """Skip what needs more cards than there are."""
-    needed, given = request.node.get_closest_marker("processes"), getattr(request.node, "callspec", None)
-    size = needed.args[0] if needed else given.params.get("size", 2) if given else 2
-    if DEVICE == "cuda" and torch.cuda.device_count() < size:
-        pytest.skip(f"{size} processes need a card each")
+    enough_cards(request)
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """Every kind of stage, four sequences a step, one at once; texts of unequal length, so that labels are too."""
-    folder = tmp_path_factory.mktemp("text")
-    documents = [
-        {"text": f"In {year} the river rose {year % 37} feet. " * (1 + year % 5)}
-        for year in range(1500, 1900)
-    ]
-    pairs = [
-        {"prompt": f"house {n}?", "chosen": f"corn {n}", "rejected": "no" * (n % 7 + 1)} for n in range(40)
-    ]
-    for name, rows in (("text", documents), ("pairs", pairs)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = str(folder / "text.jsonl")
-    common: dict[str, Any] = {
-        "tokens": STEPS * 4 * 64,
-        "batch_size": 4,
-        "micro_batch": 1,
-        "log_every": 1,
-        "save_every": 2,
-    }
-    return Recipe(
-        description="every kind of stage",
-        mixer=MIXER,
-        calibrate=CalibrateConfig(tokens=256),
-        stages={
-            "transfer": StageConfig(objective={"attention_output": 10.0}, lr=1e-2, **common),
-            "recover": StageConfig(
-                objective={"next_token": 1.0, "logits_kl": 0.5},
-                lr=1e-3,
-                train=["lora"],
-                lora=LoraConfig(rank=2, alpha=4),
-                **common,
-            ),
-            "whole": StageConfig(
-                objective={"logits_kl": 1.0}, lr=1e-3, train=["all"], window_dropout=0.0, **common
-            ),
-            "prefer": StageConfig(
-                objective={"dpo": 1.0},
-                lr=1e-3,
-                train=["all"],
-                data=StageDataConfig(source=str(folder / "pairs.jsonl"), template="preference"),
-                **common,
-            ),
-        },
-        data=DataConfig(source=text, validation=text, length=64),
-        eval=EvalConfig(length=64, max_windows=2, ablations=False),
-        run=RunConfig(device=DEVICE, precision="fp32"),
-    )
+@pytest.fixture
+def recipe(every_stage: Recipe) -> Recipe:
+    return every_stage
 
 
-@pytest.fixture(scope="module")
-def reference(teacher_folder: Path, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process makes of it."""
-    folder = tmp_path_factory.mktemp("reference")
-    ended = start(1, run, str(teacher_folder), recipe, folder / "run", folder=folder)
-    assert ended.codes == [0], ended.said
-    return folder / "run"
+@pytest.fixture
+def reference(of_one_process: Path) -> Path:
+    return of_one_process
 
 
 @pytest.fixture
@@ -109,32 +39,6 @@ def transfer(recipe: Recipe) -> Recipe:
     """The first stage alone."""
     stages = {"transfer": recipe.stages["transfer"]}
     return Recipe(**{**vars(recipe), "stages": stages, "calibrate": CalibrateConfig(tokens=0)})
-
-
-def assert_equal(out: Path, reference: Path) -> None:
-    """To rounding: sums of four sequences in another order."""
-    found, expected = lines(out), lines(reference)
-    assert [(x["stage"], x["step"], x["tokens"]) for x in found] == [
-        (x["stage"], x["step"], x["tokens"]) for x in expected
-    ]
-    for key in ("loss", "lr", "grad_norm"):
-        assert [x[key] for x in found] == pytest.approx(
-            [x[key] for x in expected], rel=2e-4 * SLACK, abs=1e-7
-        ), key
-    assert {x["stage"] for x in found if "layers" in x} == {"transfer"}
-    one, other = finals(reference), finals(out)
-    assert list(one) == list(other)
-    for stage, tensors in one.items():
-        for name, tensor in tensors.items():
-            torch.testing.assert_close(
-                other[stage][name], tensor, rtol=1e-3 * SLACK, atol=2e-5 * SLACK, msg=f"{stage} {name}"
-            )
-
-
-def once(ended: Ended, words: str) -> None:
-    """One process has said it, and nobody shows a traceback."""
-    assert ended.said.count(words) == 1, ended.said
-    assert "Traceback" not in ended.said, ended.said
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -250,6 +154,22 @@ def test_refusals_are_said_once(teacher_folder: Path, transfer: Recipe, tmp_path
         ended = start(2, run, str(teacher_folder), transfer, tmp_path / "held", folder=tmp_path)
     assert ended.codes == [2, 2]
     once(ended, "is in use by process")
+
+
+def test_a_budget_of_time(teacher_folder: Path, transfer: Recipe, tmp_path: Path) -> None:
+    """The first process's clock decides for both, whose steps it times together."""
+    ended = start(2, jobs.in_a_time, str(teacher_folder), transfer, tmp_path / "run", folder=tmp_path)
+    assert ended.codes == [130, 130], ended.said
+    plans = [json.loads((tmp_path / f"planned-{rank}.json").read_text()) for rank in (0, 1)]
+    assert plans[0] == plans[1]
+    assert 0 < plans[0]["seconds"] <= 8
+
+
+def test_a_budget_of_time_in_shards(teacher_folder: Path, transfer: Recipe, tmp_path: Path) -> None:
+    transfer.run = replace(transfer.run, shard="full")
+    ended = start(2, jobs.in_a_time, str(teacher_folder), transfer, tmp_path / "run", folder=tmp_path)
+    assert ended.codes == [2, 2]
+    once(ended, "--budget 8s: a time is measured with whole weights")
 
 
 def test_gradients_of_some_processes_alone(tmp_path: Path) -> None:
