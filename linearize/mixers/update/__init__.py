@@ -13,6 +13,7 @@ from torch import Tensor
 from linearize.kernels import dispatch
 from linearize.mixers.base import NARROW, LayerShape, Part, Partial
 from linearize.mixers.state import State
+from linearize.mixers.update.first_values import FirstValues
 from linearize.mixers.update.start import LearnedStart
 from linearize.registry import Registry, discover
 
@@ -98,6 +99,7 @@ class Update(Part):
         decay: the kind of gate that it runs under, one of `decays`; set by whoever wires the branch.
         learned: the state that every text begins with, or None for an empty one.
         mix: [D], how much of the token before it reads in place of a token, or None for nothing (token shift).
+        first: mixes values with those of the model's first converted layer, or None.
     """
 
     decays: ClassVar[tuple[str, ...]] = ("none",)
@@ -125,6 +127,7 @@ class Update(Part):
         self.decay = "none"
         self.register_parameter("mix", None)
         self.learned: LearnedStart | None = None
+        self.first: FirstValues | None = None
 
     @classmethod
     def gate_dim(cls, config: Any, feature_dim: int) -> int:
