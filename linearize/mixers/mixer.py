@@ -340,8 +340,8 @@ class Mixer(nn.Module):
 
         def inputs(rotated: bool) -> Inputs:
             pair = (q, k) if rotated or plain is None else plain
-            seen = [x.to(dtype) for x in (*pair, v)]
-            return Inputs(*seen, valid, own_docs, taken, v.dtype, front, docs is not None, first)
+            a, b, c = (x.to(dtype) for x in (*pair, v))
+            return Inputs(a, b, c, valid, own_docs, taken, v.dtype, front, docs is not None, first)
 
         near = inputs(self.position.window_rotated)
         if self.recurrent is None or not self.position.turns:

@@ -34,8 +34,9 @@ def calls(model):
     found, undo = {}, []
     for layer in surgery.converted(model):
         for name in ("chunked", "step"):
+            form = getattr(layer.mixer, name)
 
-            def watched(*args, name=name, form=getattr(layer.mixer, name), index=layer.layer_idx, **given):
+            def watched(*args, form=form, index=layer.layer_idx, **given):
                 found.setdefault(index, []).append((args[2], given.get("first")))
                 return form(*args, **given)
 
@@ -196,7 +197,7 @@ def test_refused_by_name():
     rotation = model.model.rotary_emb(hidden, torch.arange(5)[None])
     with pytest.raises(UnsupportedModelError, match=r"layer 2 .*without `linearize_first_values`"):
         block(hidden, position_embeddings=rotation)
-    with pytest.raises(UnsupportedModelError, match="layer 2 .*has not run before it"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 2 .*has not run before it"):
         block(hidden, position_embeddings=rotation, linearize_first_values=handed_on.FirstLayer())
 
 
@@ -204,5 +205,5 @@ def test_values_of_another_shape_are_refused():
     model = made()
     layers = surgery.converted(model)
     layers[2].mixer.shape = linearize.mixers.LayerShape(4, 4, 8, 8, 1.0, model_dim=32)
-    with pytest.raises(UnsupportedModelError, match="layer 2 .*cannot be mixed"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 2 .*cannot be mixed"):
         handed_on.mark(layers)
