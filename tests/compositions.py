@@ -157,6 +157,24 @@ VARIANTS: list[dict] = [
         "normalizer": {"name": "none"},
     },
     {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "kda", "rank": 3},
+        "update": {"name": "gdn2", "start": True},
+        "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "rwkv7", "rank": 3},
+        "update": {"name": "rwkv7", "rank": 3, "balanced": False, "start": True},
+        "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": {"name": "softmax_dim"},
+        "gate": {"name": "low_rank", "rank": 3},
+        "update": {"name": "slots", "slots": 4, "start": True},
+        "normalizer": {"name": "none"},
+    },
+    {
         "feature_map": HEDGEHOG,
         "gate": {"name": "low_rank", "rank": 3},
         "update": {"name": "log_linear", "levels": 3, "block": 4},

@@ -149,7 +149,8 @@ class Update(Part):
         """What a learned start needs of the state: the log decays since the document began."""
         if self.learned is None or self.decay == "none":
             return {}
-        size = (batch, self.heads, *((self.feature_dim,) if self.decay == "feature" else ()))
+        each = self.learned.sums.shape[1]
+        size = (batch, self.heads, *((each,) if self.decay == "feature" else ()))
         return {"since": torch.zeros(size, dtype=dtype, device=device)}
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

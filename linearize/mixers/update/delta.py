@@ -42,24 +42,17 @@ class Delta(Overwriting):
         """Every text begins with a learned state, zero at the start."""
 
     def make(self, shape: LayerShape) -> None:
-        if self.config.start:
-            self.learn_start()
         self.beta_weight = nn.Parameter(torch.empty(shape.hidden_dim(), self.heads))
         self.beta_bias = nn.Parameter(torch.empty(self.heads))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if self.learned is not None:
-            self.learned.start()
         fill(self.beta_weight, 0.0)
         fill(self.beta_bias, self.config.beta_bias)
 
     def calibrate(self, statistics: Statistics) -> None:
         """The strength of writing from the entropy of the teacher's attention, a mean over the heads that share it."""
         put(self.beta_bias, statistics.shared(statistics.strength, self.heads).logit())
-
-    def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        return super().initial(batch, dtype, device) | self.decayed(batch, dtype, device)
 
     def parallel(self, stream: Stream) -> Partial:
         stream, q, k, beta = self._terms(stream)

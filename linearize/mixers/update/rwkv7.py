@@ -52,6 +52,8 @@ class RWKV7(Moving):
         """k_a at the start, where not balanced: 0 writes the whole key, 1 writes a of it."""
         scale: float = number(0.03, above=0)
         """Scale of the output at the start; 1 as published."""
+        start: bool = False
+        """Every text begins with a learned state, zero at the start; the rule takes twice as long with it."""
         shift: bool = False
         """Token shift: x + mix (x_before - x) into W1, mix learned for each dim of x and zero at the start."""
         first_values: bool = False
