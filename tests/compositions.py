@@ -175,6 +175,13 @@ VARIANTS: list[dict] = [
         "normalizer": {"name": "none"},
     },
     {
+        "feature_map": {"name": "identity"},
+        "update": {"name": "mesa", "steps": 16},
+        "normalizer": {"name": "none"},
+        "window": {**SLIDING, "overlap": True},
+        "combine": {"name": "sum"},
+    },
+    {
         "feature_map": HEDGEHOG,
         "gate": {"name": "low_rank", "rank": 3},
         "update": {"name": "log_linear", "levels": 3, "block": 4},
