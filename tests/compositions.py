@@ -175,6 +175,18 @@ VARIANTS: list[dict] = [
         "normalizer": {"name": "none"},
     },
     {
+        "feature_map": {"name": "softmax_dim"},
+        "gate": {"name": "low_rank", "rank": 3},
+        "update": {"name": "sse", "states": 3, "active": 2},
+        "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "mamba2"},
+        "update": {"name": "sse", "states": 3},
+        "normalizer": {"name": "group_norm"},
+    },
+    {
         "feature_map": {"name": "identity"},
         "update": {"name": "mesa", "steps": 16},
         "normalizer": {"name": "none"},
