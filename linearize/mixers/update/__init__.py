@@ -77,7 +77,7 @@ WIDEST = 256
 
 
 class Update(Part):
-    """Base of the update rules.
+    """Base of the update rules: `make` and `reset_parameters` are all that a rule adds to its construction.
 
     Args:
         config: the rule's options.
@@ -122,12 +122,18 @@ class Update(Part):
         running_sum: bool = True,
     ) -> None:
         super().__init__()
+        self.config = config
         self.heads, self.feature_dim, self.value_dim = heads, feature_dim, value_dim
         self.running_sum = running_sum
         self.decay = "none"
         self.register_parameter("mix", None)
         self.learned: LearnedStart | None = None
         self.first: FirstValues | None = None
+        self.make(shape)
+        self.reset_parameters()
+
+    def make(self, shape: LayerShape) -> None:
+        """The rule's own parameters, without values, and what it takes from its config."""
 
     @classmethod
     def gate_dim(cls, config: Any, feature_dim: int) -> int:

@@ -44,6 +44,7 @@ class Delta(Overwriting):
     def make(self, shape: LayerShape) -> None:
         self.beta_weight = nn.Parameter(torch.empty(shape.hidden_dim(), self.heads))
         self.beta_bias = nn.Parameter(torch.empty(self.heads))
+        super().make(shape)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

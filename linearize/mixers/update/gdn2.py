@@ -43,6 +43,7 @@ class GatedDelta2(Moving):
         self.erase_bias = nn.Parameter(torch.empty(self.heads, self.feature_dim))
         self.write_weight = nn.Parameter(torch.empty(shape.hidden_dim(), self.heads, self.value_dim))
         self.write_bias = nn.Parameter(torch.empty(self.heads, self.value_dim))
+        super().make(shape)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

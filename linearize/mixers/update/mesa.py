@@ -53,6 +53,7 @@ class Mesa(Overwriting):
         self.beta_weight = nn.Parameter(torch.empty(shape.hidden_dim(), self.heads))
         self.beta_bias = nn.Parameter(torch.empty(self.heads))
         self.ridge = nn.Parameter(torch.empty(self.heads, self.feature_dim))
+        super().make(shape)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

@@ -76,6 +76,7 @@ class RWKV7(Moving):
         for name in ("removal", "share"):
             weight = None if self.config.balanced else nn.Parameter(torch.empty(self.heads, self.feature_dim))
             self.register_parameter(name, weight)
+        super().make(shape)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

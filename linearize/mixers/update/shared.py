@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,32 +26,16 @@ them."""
 class Overwriting(Update):
     """Base of the delta rules: the state is one matrix [F, V] a head, and a learned scale per query head stands on it.
 
-    Arguments are those of `Update`; the config has a `scale`, where that starts.
+    The config has a `scale`, where that starts. Rules call `make` of this class behind their own parameters.
     """
 
     sums_weights = False
     uses_hidden = True
 
-    def __init__(
-        self,
-        config: Any,
-        heads: int,
-        feature_dim: int,
-        value_dim: int,
-        shape: LayerShape,
-        running_sum: bool = True,
-    ) -> None:
-        super().__init__(config, heads, feature_dim, value_dim, shape, running_sum)
-        self.config = config
-        if getattr(config, "start", False):
-            self.learn_start()
-        self.make(shape)
-        self.scale = nn.Parameter(torch.empty(shape.heads))
-        self.reset_parameters()
-
     def make(self, shape: LayerShape) -> None:
-        """The rule's own parameters, before the scale and without values."""
-        raise NotImplementedError(type(self))  # pragma: no cover - every rule defines it
+        if getattr(self.config, "start", False):
+            self.learn_start()
+        self.scale = nn.Parameter(torch.empty(shape.heads))
 
     def reset_parameters(self) -> None:
         if self.learned is not None:

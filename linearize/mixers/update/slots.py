@@ -10,7 +10,7 @@ from torch import Tensor
 
 from linearize.kernels.gated_linear import gated_linear_chunk, gated_linear_reference, gated_linear_step
 from linearize.kernels.slots import slots_chunk, slots_reference, slots_step
-from linearize.mixers.base import Part, Partial, running
+from linearize.mixers.base import LayerShape, Part, Partial, running
 from linearize.mixers.options import WIDEST, number
 from linearize.mixers.state import State
 from linearize.mixers.update import UPDATES, Stream, Update
@@ -36,11 +36,10 @@ class Slots(Update):
         start: bool = False
         """Every text begins with learned slots, zero at the start."""
 
-    def __init__(self, config: Config, *arguments: Any, **settings: Any) -> None:
-        super().__init__(config, *arguments, **settings)
-        self.slots = config.slots
+    def make(self, shape: LayerShape) -> None:
+        self.slots = self.config.slots
         self.learned_keys: LearnedStart | None = None
-        if config.start:
+        if self.config.start:
             sizes = ((self.feature_dim, self.slots), (self.slots, self.value_dim))
             self.learned_keys, self.learned = (
                 LearnedStart(self.heads, *size, running_sum=False, weight=1.0) for size in sizes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,19 +57,10 @@ class SparseStates(Additive):
                 found.append("start: a learned start belongs to one state; leave it out")
             return found
 
-    def __init__(
-        self,
-        config: Any,
-        heads: int,
-        feature_dim: int,
-        value_dim: int,
-        shape: LayerShape,
-        running_sum: bool = True,
-    ) -> None:
-        super().__init__(config, heads, feature_dim, value_dim, shape, running_sum)
-        self.states, self.active = config.states, config.active
-        self.choice = nn.Parameter(torch.empty(shape.hidden_dim(), config.states))
-        self.reset_parameters()
+    def make(self, shape: LayerShape) -> None:
+        super().make(shape)
+        self.states, self.active = self.config.states, self.config.active
+        self.choice = nn.Parameter(torch.empty(shape.hidden_dim(), self.states))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
