@@ -201,7 +201,7 @@ def context(
     mixer, observed = module.mixer, module.linearize_switch.mode == "observe"
     if mixer.uses_first:
         assert frame.first is not None, "forward refuses to run without"
-        first = frame.first.taken(v, module.named())
+        first = frame.first.taken(v, module)
         found["first"] = first.detach() if observed else first
     if mixer.uses_hidden:
         found["hidden"] = frame.hidden_states.detach() if observed else frame.hidden_states

@@ -35,25 +35,26 @@ class FirstLayer:
         """From the first converted layer, in whatever mode it runs."""
         self.values, self.graph = values, torch.is_grad_enabled()
 
-    def taken(self, like: Tensor, where: str) -> Tensor:
+    def taken(self, like: Tensor, layer: Any) -> Tensor:
         """The values on the device of the layer's own.
 
         Args:
             like: the layer's own values [B, T, N, V].
-            where: the layer, for messages.
+            layer: the converted module; only messages look at its number, or each block would be compiled by itself.
 
         Raises:
             UnsupportedModelError: the first layer has not run in this call, or it ran without a graph.
         """
         if self.values is None:
             raise UnsupportedModelError(
-                f"{where}: mixes its values with those of the first converted layer, which has not run before it in "
-                f"this call; run the model as a whole, or convert with {OPTION}=false"
+                f"{layer.named()}: mixes its values with those of the first converted layer, which has not run before "
+                f"it in this call; run the model as a whole, or convert with {OPTION}=false"
             )
         if torch.is_grad_enabled() and not self.graph:
             raise UnsupportedModelError(
-                f"{where}: mixes its values with those of the first converted layer, which ran without gradients, as "
-                "under reentrant checkpointing; use gradient_checkpointing_kwargs={'use_reentrant': False}"
+                f"{layer.named()}: mixes its values with those of the first converted layer, which ran without "
+                "gradients, as under reentrant checkpointing; use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         return self.values.to(like.device)
 

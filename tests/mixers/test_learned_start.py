@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from compositions import SHAPES, Draw, make
+from kernel_calls import TOLERANCE
 from torch.nn import functional as F
 
 from linearize.kernels import dispatch
 from linearize.mixers import build
 
 SHAPE = SHAPES["grouped"]
+LIMIT = 2 * TOLERANCE[torch.float32]
 DELTA = {"feature_map": {"name": "identity"}, "normalizer": {"name": "none"}}
 RULES = {
     "delta": {**DELTA, "update": {"name": "delta", "start": True}},
@@ -143,7 +145,7 @@ def test_it_starts_as_the_rule_without_it(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["delta mamba2", "delta kda", "additive per feature", "gdn2", "rwkv7", "rwkv7 as published", "slots"],
+    ["delta mamba2", "delta kda", "additive per feature", "gdn2", "rwkv7 as published", "slots"],
 )
 def test_kernels_give_what_the_parts_do(name):
     """Outputs, the carried state and gradients, in Triton's interpreter where there is no GPU."""
@@ -166,7 +168,7 @@ def test_kernels_give_what_the_parts_do(name):
         found[kind] = [out, after, state["since"], *grads]
     for one, two in zip(*found.values(), strict=True):
         scale = max(1.0, two.abs().max().item())
-        torch.testing.assert_close(one, two, atol=2e-5 * scale, rtol=0)
+        torch.testing.assert_close(one, two, atol=LIMIT * scale, rtol=0)
 
 
 def test_what_it_adds_no_fused_kernel_computes():
