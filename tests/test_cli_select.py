@@ -87,6 +87,21 @@ def test_overrides_and_files_are_spelled_out(teacher, small, tmp_path, capsys):
     assert len(recipe.layers["keep"]) == 1
 
 
+def test_evenly_spaced_layers_are_chosen_anew_and_as_many(teacher, small, tmp_path, capsys):
+    """What such a recipe says is how many; which ones is what select is asked for."""
+    shipped = compose("mamba_in_llama")
+    assert shipped.layers == {"every": 2}
+    assert select(teacher, "mamba_in_llama", *small) == 0
+    recipe = compose(tmp_path / "out" / "mamba_in_llama-keep2.yaml")
+    assert list(recipe.layers) == ["keep"] and len(recipe.layers["keep"]) == 2
+    assert (recipe.mixer, recipe.stages) == (shipped.mixer, shipped.stages)
+    assert select(teacher, "lolcats", "layers={every: 2}", *small[:-1], str(tmp_path / "other")) == 0
+    assert len(compose(tmp_path / "other" / "lolcats-keep2.yaml").layers["keep"]) == 2
+    capsys.readouterr()
+    assert select(teacher, "lolcats", "layers=[0,1,2]", *small) == 2
+    assert "chooses already" in capsys.readouterr().err
+
+
 def test_the_chosen_layers_get_a_mixer_of_the_recipe(teacher, small, tmp_path, capsys):
     assert select(teacher, "halo", "--give", "nope", "--keep", 2, *small) == 0
     said = capsys.readouterr()
@@ -135,7 +150,7 @@ def test_the_chosen_layers_get_a_mixer_of_the_recipe(teacher, small, tmp_path, c
         (["lolcats", "--keep", "0"], "must be a whole number above 0"),
         (["lolcats", "--tokens", "many"], "must be a whole number such as 20k"),
         (["lolcats", "--length", "100000000"], "shorter than one window of 100000000.*"),
-        (["mamba_in_llama"], "chooses already.*layers=all"),
+        (["lolcats", "layers=LSLS"], "chooses already.*layers=all"),
         (["lolcats", "layers={keep: [1]}"], "chooses already"),
         (["lolcat"], "did you mean 'lolcats'"),
         (["lolcats", "--by", "recal"], "did you mean 'recall'"),

@@ -259,7 +259,10 @@ def _select_arguments(parser: Parser) -> None:
         "%(prog)s MODEL RECIPE [key=value ...] [--keep N] [--by kl|recall|passkey] [--give NAME] [--out DIR]"
     )
     parser.add_argument(
-        "--keep", type=given.positive, metavar="N", help="layers that stay softmax (default: a quarter)"
+        "--keep",
+        type=given.positive,
+        metavar="N",
+        help="layers that stay softmax (default: as many as a recipe keeps that keeps every n-th, else a quarter)",
     )
     parser.add_argument(
         "--give",

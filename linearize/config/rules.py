@@ -64,7 +64,7 @@ RULES: dict[type, dict[str, Range]] = {
         "log_every": at_least(1, MOST),
         "save_every": at_least(1, MOST),
     },
-    schema.DataConfig: {"length": at_least(2, LONGEST)},
+    schema.DataConfig: {"length": at_least(2, LONGEST), "echo": share(whole=True)},
     schema.TeacherConfig: {
         "temperature": at_least(0, 100),
         "top_k": at_least(0, 10**7),
@@ -72,7 +72,7 @@ RULES: dict[type, dict[str, Range]] = {
         "length": at_least(64, LONGEST),
         "seed": SEEDS,
     },
-    schema.StageDataConfig: {"length": at_least(2, LONGEST)},
+    schema.StageDataConfig: {"length": at_least(2, LONGEST), "echo": share(whole=True)},
     schema.EvalConfig: {
         "length": at_least(2, LONGEST),
         "max_windows": at_least(0, MOST),

@@ -45,6 +45,7 @@ class StageDataConfig:
     length: Whole | None = None
     """Also as a list over the stage, [512, 1024, 4096]: each a divisor of the longest."""
     boundaries: bool | None = None
+    echo: float | None = None
 
 
 @dataclass
@@ -155,6 +156,8 @@ class DataConfig:
     """Tokens in a packed sequence."""
     boundaries: bool = True
     """Documents packed into one sequence do not see each other."""
+    echo: float = 0.0
+    """Share of the training sequences in which passages come again further on, so that there is much to remember."""
 
     def of(self, stage: StageConfig) -> DataConfig:
         """What a stage trains on: this, with what the stage changes; of several lengths the longest."""

@@ -230,6 +230,8 @@ def _window_dropout(path: str, stage: StageConfig, recipe: Recipe) -> list[str]:
 def _data(path: str, stage: StageConfig, data: DataConfig) -> list[str]:
     if stage.data is None:
         return []
+    if stage.data.echo and data.of(stage).template == "preference":
+        return [f"{path}.data.echo: pairs of answers are read as they are; remove it"]
     if stage.data.source is not None and (
         problem := source_problem(f"{path}.data.source", stage.data.source)
     ):

@@ -11,6 +11,7 @@ from linearize.data.text import load_texts
 
 if TYPE_CHECKING:
     from linearize.config.schema import DataConfig
+    from linearize.data.echo import Echoed
     from linearize.data.mixing import MixedDataset
     from linearize.data.packing import PackedDataset
 
@@ -24,14 +25,18 @@ MAX_VALIDATION = 2000
 
 def packed(
     tokenizer: Any, config: DataConfig, *, tokens: int, seed: int, split: str = "train"
-) -> PackedDataset | MixedDataset:
-    """The packed sequences of a token budget; see `linearize.data.packing.packed`, and `mixing.mixed` for a mix."""
-    from linearize.data.mixing import mixed  # imports torch
+) -> PackedDataset | MixedDataset | Echoed:
+    """The packed sequences of a token budget; see `linearize.data.packing.packed`, `mixing.mixed` for a mix and
+    `echo.Echoed` for passages that come again.
+    """
+    from linearize.data.echo import Echoed  # imports torch
+    from linearize.data.mixing import mixed
     from linearize.data.packing import packed as pack
 
-    if config.mix and split == "train":
-        return mixed(tokenizer, config, tokens=tokens, seed=seed)
-    return pack(tokenizer, config, tokens=tokens, seed=seed, split=split)
+    if split != "train":
+        return pack(tokenizer, config, tokens=tokens, seed=seed, split=split)
+    rows = (mixed if config.mix else pack)(tokenizer, config, tokens=tokens, seed=seed)
+    return Echoed(rows, share=config.echo, seed=seed) if config.echo else rows
 
 
 def validation_documents(config: DataConfig, tokenizer: Any = None) -> list[Document]:

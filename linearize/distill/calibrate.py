@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize import data, storing, surgery
-from linearize.config.schema import DataConfig, Recipe
+from linearize.config.schema import Recipe
 from linearize.errors import CheckpointError, LinearizeError, NotFiniteError
 from linearize.mixers import calibration
 from linearize.mixers.offloaded import device_of
@@ -46,7 +46,7 @@ def text(recipe: Recipe, tokenizer: Any) -> Any:
         DataError: see `data.packed`.
     """
     given = recipe.data
-    short = DataConfig(**{**vars(given), "length": min(given.length, LENGTH)})
+    short = dataclasses.replace(given, length=min(given.length, LENGTH), echo=0.0)
     return data.packed(tokenizer, short, tokens=recipe.calibrate.tokens, seed=recipe.run.seed, split="train")
 
 

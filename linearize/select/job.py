@@ -37,6 +37,7 @@ from linearize.select.placement import (
     uniform,
     worst_first,
 )
+from linearize.select.recipe import spacing
 from linearize.select.samples import KL, KL_HIT, KL_PASSKEY, PASSKEYS, TEXT, Halves, Sample
 from linearize.select.scoring import Scorer, Signature
 
@@ -55,7 +56,7 @@ class Options:
     """What is not the recipe's.
 
     Attributes:
-        keep: layers that stay softmax; None: a quarter.
+        keep: layers that stay softmax; None: one in `share`.
         by: a key of `BY`.
         tokens: of the alignment; 0 scores mixers as surgery leaves them.
         windows, length: of the text that layers are chosen on, and of the pass keys; as many again, on which nothing
@@ -63,6 +64,7 @@ class Options:
         draws: random placements.
         give: name of a mixer of the recipe's, which the chosen layers get when it is run; while they are chosen they
             are softmax. None: they stay it.
+        share: the n of a recipe that keeps every n-th layer takes its place.
     """
 
     keep: int | None = None
@@ -72,6 +74,7 @@ class Options:
     length: int = 512
     draws: int = 3
     give: str | None = None
+    share: int = SHARE
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,8 @@ def select(model: str, recipe: Recipe, out: Path, options: Options, *, command: 
 
     Args:
         model: hub id, checkpoint folder, GGUF file or alias.
-        recipe: composed; it converts all layers, or gives those that are not to be chosen its own mixer.
+        recipe: composed; it converts all layers, or all but evenly spaced ones, or gives those that are not to be
+            chosen its own mixer.
         out: folder for scores; what it holds for the same model, recipe and options is not measured again.
         options: see there.
         command: the command line, for rows and messages.
@@ -126,10 +130,12 @@ def select(model: str, recipe: Recipe, out: Path, options: Options, *, command: 
         RecipeError: the recipe chooses layers itself, or has not the mixer that they are to get.
         LinearizeError: `keep` leaves nothing to choose; model or texts are refused, see `distill.run`.
     """
+    if options.give is None and (every := spacing(recipe.layers)):
+        recipe, options = dataclasses.replace(recipe, layers="all"), dataclasses.replace(options, share=every)
     _check(recipe, options.give)
     with suppress(UnsupportedModelError):  # some show what they are on loaded weights alone
         rows = surgery.plan(models.load_config(model), recipe.mixer, "all").rows
-        how_many(options.keep, len(rows), model)
+        how_many(options, len(rows), model)
     tokenizer = models.load_tokenizer(models.resolve(model))
     halves = _halves(tokenizer, recipe, options)
     found = alignment.stage_of(recipe, options.tokens, options.length)
@@ -174,7 +180,7 @@ def choose(scorer: Scorer, options: Options) -> Selection:
         LinearizeError: `keep` is out of range, or there is no token to recall.
     """
     layers, (where, by), seed = scorer.layers, BY[options.by], scorer.signature.seed
-    keep = how_many(options.keep, len(layers), scorer.signature.model)
+    keep = how_many(options, len(layers), scorer.signature.model)
     with _meter(scorer, keep, options) as scorer.meter:
         converted = _everywhere(scorer, ())
         if converted[by].n == 0:
@@ -264,7 +270,7 @@ def _everywhere(scorer: Scorer, kept: Kept) -> dict[str, Score]:
     return found
 
 
-def how_many(keep: int | None, layers: int, model: str) -> int:
+def how_many(options: Options, layers: int, model: str) -> int:
     """How many layers stay softmax.
 
     Raises:
@@ -272,8 +278,9 @@ def how_many(keep: int | None, layers: int, model: str) -> int:
     """
     if layers < 2:
         raise LinearizeError(f"{model} has {layers} attention layer: there is nothing to choose among")
+    keep = options.keep
     if keep is None:
-        return max(1, layers // SHARE)
+        return max(1, layers // options.share)
     if not 1 <= keep < layers:
         raise LinearizeError(
             f"--keep {keep}: {model} has {layers} attention layers, of which 1 to {layers - 1} can stay softmax"
@@ -311,7 +318,7 @@ def _converted(source: str, recipe: Recipe, options: Options, device: torch.devi
 
 def _announce(scorer: Scorer, options: Options, found: Any) -> None:
     """Say what it will take, from one window's time on this machine."""
-    keep = how_many(options.keep, len(scorer.layers), scorer.signature.model)
+    keep = how_many(options, len(scorer.layers), scorer.signature.model)
     placements, scored = _cost(scorer, keep, options)
     trained = 0 if found is None else options.tokens
     seconds = scorer.seconds_a_token() * (scored + TRAINING_PASSES * trained)

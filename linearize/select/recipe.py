@@ -12,6 +12,11 @@ from linearize.select.placement import Kept
 from linearize.storing import write_file
 
 
+def spacing(layers: object) -> int:
+    """n of a recipe's `{every: n}`, by which every n-th layer stays softmax; 0 where it says anything else."""
+    return layers["every"] if isinstance(layers, dict) and set(layers) == {"every"} else 0
+
+
 def write(
     path: Path,
     name: str,
@@ -24,7 +29,7 @@ def write(
     """Write the recipe with the chosen layers.
 
     It starts from the shipped recipe by name; what came from a file or was overridden is spelled out whole, since a
-    file can start from its own folder alone.
+    file can start from its own folder alone, and so is what spaces its layers evenly, which would be merged with these.
 
     Args:
         path: YAML to write.
@@ -39,7 +44,7 @@ def write(
     said = f"{{use: {{{give}: {listed}}}}}" if give else f"{{keep: {listed}}}"
     layers = {"use": {give: list(kept)}} if give else {"keep": list(kept)}
     header = "".join(f"# {line}\n" for line in ("Layers chosen by", *f"  {command}".splitlines()))
-    if overrides or is_file_name(name):
+    if overrides or is_file_name(name) or spacing(recipe.layers):
         body = to_yaml(replace(recipe, layers=layers))
     else:
         body = f"defaults: [{name}, _self_]\n\nlayers: {said}\n"
