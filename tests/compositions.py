@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -168,6 +169,43 @@ VARIANTS: list[dict] = [
         "normalizer": {"name": "none"},
     },
     {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "kda", "rank": 3},
+        "update": {"name": "gdn2", "start": True},
+        "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "rwkv7", "rank": 3},
+        "update": {"name": "rwkv7", "rank": 3, "balanced": False, "start": True},
+        "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": {"name": "softmax_dim"},
+        "gate": {"name": "low_rank", "rank": 3},
+        "update": {"name": "slots", "slots": 4, "start": True},
+        "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": {"name": "softmax_dim"},
+        "gate": {"name": "low_rank", "rank": 3},
+        "update": {"name": "sse", "states": 3, "active": 2},
+        "normalizer": {"name": "none"},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "mamba2"},
+        "update": {"name": "sse", "states": 3},
+        "normalizer": {"name": "group_norm"},
+    },
+    {
+        "feature_map": {"name": "identity"},
+        "update": {"name": "mesa", "steps": 16},
+        "normalizer": {"name": "none"},
+        "window": {**SLIDING, "overlap": True},
+        "combine": {"name": "sum"},
+    },
+    {
         "feature_map": HEDGEHOG,
         "gate": {"name": "low_rank", "rank": 3},
         "update": {"name": "log_linear", "levels": 3, "block": 4},
@@ -175,7 +213,7 @@ VARIANTS: list[dict] = [
     {
         "feature_map": {"name": "identity"},
         "gate": {"name": "rwkv7", "rank": 3, "shift": True},
-        "update": {"name": "rwkv7", "rank": 3, "shift": True},
+        "update": {"name": "rwkv7", "rank": 3, "shift": True, "first_values": True, "first_rank": 3},
         "normalizer": {"name": "none"},
         "short_conv": {"name": "depthwise", "taps": 2},
     },
@@ -291,6 +329,7 @@ class Draw:
         q, k, v: [B, T, H, K], [B, T, N, K], [B, T, N, V].
         hidden: [B, T, D].
         plain: q and k before RoPE, unrelated random numbers here.
+        first: [B, T, N, V], the first converted layer's values.
     """
 
     q: Tensor
@@ -298,6 +337,7 @@ class Draw:
     v: Tensor
     hidden: Tensor
     plain: tuple[Tensor, Tensor]
+    first: Tensor
 
     @classmethod
     def of(cls, shape: LayerShape, tokens: int, dtype: torch.dtype, batch: int = 2, seed: int = 0) -> Draw:
@@ -311,30 +351,33 @@ class Draw:
             return (1.5 * draw(shape.heads, shape.key_dim)).to(dtype)
 
         q, k, v = queries(), draw(shape.kv_heads, shape.key_dim), draw(shape.kv_heads, shape.value_dim)
-        return cls(q, k, v, draw(shape.model_dim or 1), (queries(), draw(shape.kv_heads, shape.key_dim)))
+        hidden, plain = draw(shape.model_dim or 1), (queries(), draw(shape.kv_heads, shape.key_dim))
+        return cls(q, k, v, hidden, plain, draw(shape.kv_heads, shape.value_dim))
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.q, self.k, self.v, self.hidden, *self.plain]
+        return [self.q, self.k, self.v, self.hidden, *self.plain, self.first]
+
+    @staticmethod
+    def _of(tensors: Iterable[Tensor]) -> Draw:
+        q, k, v, hidden, plain_q, plain_k, first = tensors
+        return Draw(q, k, v, hidden, (plain_q, plain_k), first)
 
     def apply(self, function) -> Draw:
         """The same with `function` on every tensor."""
-        q, k, v, hidden, plain_q, plain_k = (function(x) for x in self.tensors)
-        return Draw(q, k, v, hidden, (plain_q, plain_k))
+        return self._of(function(x) for x in self.tensors)
 
     def __getitem__(self, tokens: slice) -> Draw:
         return self.apply(lambda x: x[:, tokens])
 
     def join(self, other: Draw) -> Draw:
         """`other` after this along the tokens."""
-        q, k, v, hidden, *plain = (
-            torch.cat(pair, 1) for pair in zip(self.tensors, other.tensors, strict=True)
-        )
-        return Draw(q, k, v, hidden, (plain[0], plain[1]))
+        return self._of(torch.cat(pair, 1) for pair in zip(self.tensors, other.tensors, strict=True))
 
     def run(self, form, **masks):
         """Call one of a mixer's forms."""
-        return form(self.q, self.k, self.v, hidden=self.hidden, plain=self.plain, **masks)
+        context = {"hidden": self.hidden, "plain": self.plain, "first": self.first}
+        return form(self.q, self.k, self.v, **context, **masks)
 
 
 def make(mixer: dict, shape: LayerShape, dtype: torch.dtype) -> Mixer:

@@ -28,6 +28,12 @@ MIXERS = {
     "lawcat": tiny.LAWCAT,
     "terraced": {**HEDGEHOG, "window": {"name": "terraced", "size": 4}},
     "pinned": {"window": {"name": "sliding", "size": 5, "first": 2}},
+    "rwkv7": {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "rwkv7", "rank": 3},
+        "update": {"name": "rwkv7", "rank": 3, "first_values": True},
+        "normalizer": {"name": "none"},
+    },
     "softmax": tiny.SOFTMAX,
     "nope": {"window": {"name": "full", "log_base": 3}, "position": {"name": "rope", "window": False}},
 }

@@ -109,6 +109,7 @@ def test_what_the_issue_asks_for_is_registered():
         "generalized_delta",
         "gdn2",
         "kda",
+        "log_linear",
         "taylor_linear",
         "short_conv",
         "distill",
@@ -305,6 +306,30 @@ def test_the_plain_features_of_the_composed_peer_are_ours(monkeypatch):
 
     monkeypatch.setattr(peers, "fla", lambda module, name: chunk_linear_attn)
     torch.testing.assert_close(composed(inputs)(), case.contenders[0].build(inputs)(), atol=1e-5, rtol=1e-4)
+
+
+def test_levels_are_those_of_the_peer():
+    """fla's own definition, a loop over levels: the same numbers, so that the same thing is timed."""
+    case = next(case for case in tiny() if case.operator == "log_linear")
+    inputs = case.inputs(Draw("cpu", torch.float32))
+    q, k, v, shares = (inputs[name].double() for name in ("q", "k", "v", "shares"))
+    since, tokens = inputs["log_decay"].double().cumsum(1), q.shape[1]
+    rows, columns = torch.arange(tokens)[:, None], torch.arange(tokens)
+    weights = torch.zeros(len(q), tokens, tokens, q.shape[2], dtype=torch.float64)
+    for level in range(shares.shape[-1]):
+        half = 1 << (level - 1) if level else 0
+        begins = rows - rows % half if level else rows
+        on = (
+            (rows % (2 * half) >= half) & (columns < begins) & (columns >= begins - half)
+            if level
+            else rows == columns
+        )
+        weights += on[None, :, :, None] * shares[:, :, None, :, level]
+    decay = (since[:, :, None] - since[:, None]).clamp_max(0).exp()
+    expected = torch.einsum("btsh,bthd,bshd,bshv->bthv", weights * decay, q, k, v)
+    with dispatch.kernels("torch"):
+        found = case.contenders[0].build(inputs)()
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_missing_peer_says_what_to_install():

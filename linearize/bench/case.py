@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
-PER_SEQUENCE = ("q", "k", "v", "docs", "log_decay", "beta", "a", "b")
+PER_SEQUENCE = ("q", "k", "v", "docs", "log_decay", "beta", "a", "b", "erase", "write", "shares")
 """Names of inputs whose first dimension is the batch."""
 Call = Callable[[], Tensor | Sequence[Tensor]]
 Kind = Literal["ours", "peer", "tuned"]

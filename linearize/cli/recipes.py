@@ -104,7 +104,9 @@ def parts(mixer: Mapping[str, Mapping[str, Any]]) -> list[str]:
         found.append(f"{gate['name']} gate" + (f" ({gate['slopes']})" if "slopes" in gate else ""))
     if recurrent:
         update = mixer.get("update", {})
-        found.append(update.get("name", "additive") + (" (learned start)" if update.get("start") else ""))
+        words = {"start": "learned start", "first_values": "first layer's values"}
+        said = ", ".join(word for key, word in words.items() if update.get(key))
+        found.append(update.get("name", "additive") + (f" ({said})" if said else ""))
         normalizer = mixer.get("normalizer", {}).get("name", "running_sum")
         found += [] if normalizer == "none" else [normalizer]
     if "window" in named:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from linearize.kernels import dispatch
 from linearize.mixers import fused
 from linearize.mixers.base import LayerShape, Part, Partial, accumulator, documents, narrows
+from linearize.mixers.beside import Beside, Plain
 from linearize.mixers.combine import Combine
 from linearize.mixers.feature_map import FeatureMap
 from linearize.mixers.offloaded import with_weights
@@ -21,9 +22,6 @@ from linearize.mixers.window import Window
 
 BRANCHES = ("window", "linear")
 
-Plain = tuple[Tensor, Tensor]
-"""q [B, T, H, K] and k [B, T, N, K] before the rotary embedding."""
-
 
 class Mixer(nn.Module):
     """A token mixer: a window branch, a recurrent branch over what the window hands on, and the rule that joins them.
@@ -32,10 +30,11 @@ class Mixer(nn.Module):
     prefills in O(T) memory, `step` takes one token in constant memory. All accept q [B, T, H, K], k [B, T, N, K],
     v [B, T, N, V] in any float dtype and return [B, T, H, V] in float32 (float64 for float64 inputs; in the dtype of v
     where kernels run on sixteen bits, see `narrows`, or one computes the whole composition, see `fused`). `hidden`
-    [B, T, D], the layer's input, and `plain`, q and k before RoPE, are needed where `uses_hidden` and `needs_plain`
-    say so. A row with padding, wherever it stands, is the row without. `sink` [H] is the logit of the teacher's own
-    attention sink, in families that have one: its exponential joins the window's sum of weights, and through a shared
-    normalizer that of the recurrent branch; a mixer without a window leaves it out.
+    [B, T, D], the layer's input, `plain`, q and k before RoPE, and `first` [B, T, N, V], the values of the model's
+    first converted layer, are needed where `uses_hidden`, `needs_plain` and `uses_first` say so. A row with padding,
+    wherever it stands, is the row without. `sink` [H] is the logit of the teacher's own attention sink, in families
+    that have one: its exponential joins the window's sum of weights, and through a shared normalizer that of the
+    recurrent branch; a mixer without a window leaves it out.
 
     Args:
         shape: the layer's numbers.
@@ -100,6 +99,11 @@ class Mixer(nn.Module):
         return self.position.turns or any(part is not None and part.uses_hidden for part in asking)
 
     @property
+    def uses_first(self) -> bool:
+        """Whether the forms need `first`."""
+        return self.recurrent is not None and self.recurrent.uses_first
+
+    @property
     def needs_plain(self) -> bool:
         """Whether the forms need `plain`: a branch that is there wants q and k before RoPE."""
         near = self.window.size != 0 and not self.position.window_rotated
@@ -142,6 +146,7 @@ class Mixer(nn.Module):
         hidden: Tensor | None = None,
         plain: Plain | None = None,
         sink: Tensor | None = None,
+        first: Tensor | None = None,
     ) -> Tensor:
         """The definition.
 
@@ -150,7 +155,7 @@ class Mixer(nn.Module):
             valid: [B, T] bool, false on padding.
             starts: [B, T] bool, true where a packed document begins.
             rows: query rows to compute (all by default); q still holds every row.
-            hidden, plain, sink: see the class.
+            hidden, plain, sink, first: see the class.
 
         Returns:
             [B, R, H, V], float32 or wider.
@@ -165,7 +170,8 @@ class Mixer(nn.Module):
         with torch.autocast(q.device.type, enabled=False):
             values = q.new_zeros(batch, tokens, self.shape.kv_heads, 0) if v is None else v
             docs = documents(starts, batch, tokens, k.device)
-            near_inputs, inputs = self._inputs(q, k, values, valid, docs, hidden, plain)
+            beside = Beside(hidden, plain, sink, first)
+            near_inputs, inputs = self._inputs(q, k, values, valid, docs, beside)
             visible = (
                 (causal >= 0)
                 & (inputs.docs[:, rows, None] == inputs.docs[:, None, :])
@@ -195,6 +201,7 @@ class Mixer(nn.Module):
         hidden: Tensor | None = None,
         plain: Plain | None = None,
         sink: Tensor | None = None,
+        first: Tensor | None = None,
     ) -> Tensor:
         """The same in O(T) memory; with a state, the tokens before are part of the sequence and the state is written.
 
@@ -206,16 +213,15 @@ class Mixer(nn.Module):
         """
         batch, tokens = k.shape[:2]
         docs = None if starts is None else documents(starts, batch, tokens, k.device)
+        beside = Beside(hidden, plain, sink, first)
         if valid is None or gaps is False or (gaps is None and state is None and not has_gaps(valid)):
-            return self._chunked(q, k, v, valid, docs, state, hidden, plain, sink)
+            return self._chunked(q, k, v, valid, docs, state, beside)
         packed = packing(valid)
         q, k, v = packed.pack(q), packed.pack(k), packed.pack(v)
-        hidden = None if hidden is None else packed.pack(hidden)
-        plain = None if plain is None else (packed.pack(plain[0]), packed.pack(plain[1]))
         docs = None if docs is None else packed.pack(torch.where(valid, docs, 0))
         valid = packed.pack(valid)
         front = leading(valid)
-        return packed.unpack(self._chunked(q, k, v, valid, docs, state, hidden, plain, sink, front))
+        return packed.unpack(self._chunked(q, k, v, valid, docs, state, beside.packed(packed), front))
 
     def _chunked(
         self,
@@ -225,14 +231,12 @@ class Mixer(nn.Module):
         valid: Tensor | None,
         docs: Tensor | None,
         state: State | None,
-        hidden: Tensor | None,
-        plain: Plain | None,
-        sink: Tensor | None,
+        beside: Beside,
         front: Tensor | None = None,
     ) -> Tensor:
         """`chunked` of rows without padding between tokens; the state belongs behind the `front` [B] padding."""
         front = None if state is None else front
-        arguments = (q, k, v, valid, docs, hidden, plain, sink)
+        arguments = (q, k, v, valid, docs, beside)
         if dispatch.use_triton(q, k, v) and state is None and torch.is_grad_enabled():
             from linearize.mixers.compiled import compiled
 
@@ -248,9 +252,7 @@ class Mixer(nn.Module):
         v: Tensor,
         valid: Tensor | None,
         docs: Tensor | None,
-        hidden: Tensor | None,
-        plain: Plain | None,
-        sink: Tensor | None,
+        beside: Beside,
         state: State | None = None,
         front: Tensor | None = None,
     ) -> Tensor:
@@ -258,12 +260,13 @@ class Mixer(nn.Module):
         with torch.autocast(q.device.type, enabled=False):
             if self._is_fused(q, k, v):
                 assert self.fused is not None
-                made = self.fused.chunked(*self._fused_pair(q, k, plain), v, valid, docs, state, front, sink)
-                return self._finish(made, hidden)
+                pair = self._fused_pair(q, k, beside.plain)
+                made = self.fused.chunked(*pair, v, valid, docs, state, front, beside.sink)
+                return self._finish(made, beside.hidden)
             fresh = state is None
             if state is None:
                 state = self.initial_state(k.shape[0], k.dtype, k.device)
-            near_inputs, inputs = self._inputs(q, k, v, valid, docs, hidden, plain, front, state)
+            near_inputs, inputs = self._inputs(q, k, v, valid, docs, beside, front, state)
             near, handed = self.window.chunked(
                 near_inputs.q,
                 near_inputs.k,
@@ -272,7 +275,7 @@ class Mixer(nn.Module):
                 inputs.docs,
                 state,
                 front=front,
-                sink=sink,
+                sink=beside.sink,
                 fresh=fresh,
                 whole=valid is None and docs is None,
             )
@@ -293,6 +296,7 @@ class Mixer(nn.Module):
         hidden: Tensor | None = None,
         plain: Plain | None = None,
         sink: Tensor | None = None,
+        first: Tensor | None = None,
     ) -> Tensor:
         """One token (T = 1) against the state, which is updated in place; padding leaves it as it is."""
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
@@ -300,7 +304,8 @@ class Mixer(nn.Module):
                 assert self.fused is not None
                 made = self.fused.step(*self._fused_pair(q, k, plain), v, valid, state, sink)
                 return self._finish(made, hidden)
-            near_inputs, inputs = self._inputs(q, k, v, valid, None, hidden, plain, state=state)
+            beside = Beside(hidden, plain, sink, first)
+            near_inputs, inputs = self._inputs(q, k, v, valid, None, beside, state=state)
             near, handed = self.window.step(
                 near_inputs.q, near_inputs.k, near_inputs.v, inputs.valid, state, sink
             )
@@ -316,14 +321,16 @@ class Mixer(nn.Module):
         v: Tensor,
         valid: Tensor | None,
         docs: Tensor | None,
-        hidden: Tensor | None,
-        plain: Plain | None,
+        beside: Beside,
         front: Tensor | None = None,
         state: State | None = None,
     ) -> tuple[Inputs, Inputs]:
         """What the window and what the recurrent branch see: in the accumulator's dtype, or as kernels take them."""
         batch, tokens = k.shape[:2]
+        hidden, plain, _, first = beside
+        first = first if self.uses_first else None
         assert hidden is not None or not self.uses_hidden, "this mixer reads hidden states"
+        assert first is not None or not self.uses_first, "this mixer reads the first layer's values"
         assert plain is not None or not self.needs_plain, "this mixer wants q and k before RoPE"
         if valid is None:
             valid = torch.ones(batch, tokens, dtype=torch.bool, device=k.device)
@@ -333,17 +340,8 @@ class Mixer(nn.Module):
 
         def inputs(rotated: bool) -> Inputs:
             pair = (q, k) if rotated or plain is None else plain
-            return Inputs(
-                pair[0].to(dtype),
-                pair[1].to(dtype),
-                v.to(dtype),
-                valid,
-                own_docs,
-                taken,
-                v.dtype,
-                front,
-                bordered=docs is not None,
-            )
+            a, b, c = (x.to(dtype) for x in (*pair, v))
+            return Inputs(a, b, c, valid, own_docs, taken, v.dtype, front, docs is not None, first)
 
         near = inputs(self.position.window_rotated)
         if self.recurrent is None or not self.position.turns:

@@ -32,6 +32,7 @@ class Inputs:
         dtype: of the model's own q, k and v.
         front: [B] padding in front of each row, behind which the state's tokens belong, or None.
         bordered: whether a document may begin among the tokens.
+        first: [B, T, N, V] values of the model's first converted layer, or None where nobody reads them.
     """
 
     q: Tensor
@@ -43,6 +44,7 @@ class Inputs:
     dtype: torch.dtype = torch.float32
     front: Tensor | None = None
     bordered: bool = False
+    first: Tensor | None = None
 
 
 class Recurrent(nn.Module):
@@ -80,6 +82,11 @@ class Recurrent(nn.Module):
     def uses_hidden(self) -> bool:
         """Whether any part reads the layer's input."""
         return (self.gate is not None and self.gate.uses_hidden) or self.update.uses_hidden
+
+    @property
+    def uses_first(self) -> bool:
+        """Whether it reads the values of the model's first converted layer."""
+        return self.update.first is not None
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Empty tensors of the state."""
@@ -171,9 +178,12 @@ class Recurrent(nn.Module):
         q, k, v = inputs.q, inputs.k, inputs.v
         docs = inputs.docs if inputs.bordered else None
         masks = {"valid": inputs.valid, "docs": docs, "front": inputs.front}
+        mixed = self._mixed(inputs.hidden, masks, state)
+        if self.update.first is not None and v.shape[-1]:  # there are no values where weights are asked for
+            assert inputs.first is not None and inputs.hidden is not None
+            v = self.update.first(v, inputs.first, mixed.get("shift_update", inputs.hidden))
         if self.short_conv is not None:
             q, k, v = self.short_conv(q, k, v, **masks, state=state)
-        mixed = self._mixed(inputs.hidden, masks, state)
         if dispatch.use_triton(q, k, v) and self.by_products and projected:
             return self._products(inputs, q, k, v)
         seen = inputs.valid[..., None]

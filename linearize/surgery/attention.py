@@ -20,7 +20,7 @@ from linearize.errors import UnsupportedModelError
 from linearize.mixers import Mixer
 from linearize.mixers.offloaded import device_of
 from linearize.mixers.position import rotate_back
-from linearize.surgery import arguments
+from linearize.surgery import arguments, handed_on
 from linearize.surgery.cache import LinearizedCacheLayer, adopt
 from linearize.surgery.generated import subclass
 from linearize.surgery.masks import read_mask
@@ -55,12 +55,14 @@ class Frame:
         rotation: cos and sin [B, T, R] of the rotary embedding, or None where the module gets none.
         cache: the layer's converted cache, or None.
         offset: column of the first new token in the mask, [] tensor in static caches; None: no new token is padding.
+        first: what the first converted layer hands on in this call, or None where no layer mixes its values.
     """
 
     hidden_states: Tensor
     rotation: tuple[Tensor, Tensor] | None = None
     cache: LinearizedCacheLayer | None = None
     offset: int | Tensor | None = 0
+    first: handed_on.FirstLayer | None = None
 
 
 class LinearizedAttention(nn.Module):
@@ -71,6 +73,8 @@ class LinearizedAttention(nn.Module):
     mixer: Mixer
     linearize_switch: Switch
     teacher_config: Any
+    linearize_hands = False
+    """Whether its values are those that other layers mix with theirs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with one private argument more, which transformers passes through."""
@@ -83,7 +87,9 @@ class LinearizedAttention(nn.Module):
             )
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, ordinary)), None)
-        frame = Frame(hidden, _rotation(args, kwargs))
+        frame = Frame(hidden, _rotation(args, kwargs), first=kwargs.pop(handed_on.NAME, None))
+        if self.mixer.uses_first and frame.first is None:
+            raise handed_on.missing(self.named())
         if cache is not None and self.linearize_switch.mode == "student":
             if isinstance(cache, EncoderDecoderCache):
                 cache = cache.self_attention_cache
@@ -107,6 +113,10 @@ class LinearizedAttention(nn.Module):
         functions = getattr(family, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
         function = functions.get_interface(self.teacher_config._attn_implementation, eager)
         return function(self, query, key, value, mask, **kwargs)
+
+    def named(self) -> str:
+        """The layer, for messages."""
+        return f"layer {self.layer_idx} ({type(self).__name__})"
 
 
 def _rotation(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -177,12 +187,22 @@ def teacher_mixer(mixer: Mixer) -> Mixer:
     return build({"window": {"name": "full"}}, mixer.shape)
 
 
+def hand_on(module: LinearizedAttention, frame: Frame, v: Tensor) -> None:
+    """Leave the values [B, T, N, V] of the layer whose values others mix with theirs, in whatever mode it runs."""
+    if module.linearize_hands and frame.first is not None:
+        frame.first.put(v)
+
+
 def context(
-    module: LinearizedAttention, frame: Frame, q: Tensor, k: Tensor, sink: Tensor | None = None
+    module: LinearizedAttention, frame: Frame, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None = None
 ) -> dict[str, Any]:
-    """What a layer's mixer reads beside q, k and v: `hidden` [B, T, D], `plain` q and k before RoPE, `sink` [H]."""
+    """What a layer's mixer reads beside q, k and v, by the names of `mixers.beside.Beside`."""
     found: dict[str, Any] = {}
     mixer, observed = module.mixer, module.linearize_switch.mode == "observe"
+    if mixer.uses_first:
+        assert frame.first is not None, "forward refuses to run without"
+        first = frame.first.taken(v, module)
+        found["first"] = first.detach() if observed else first
     if mixer.uses_hidden:
         found["hidden"] = frame.hidden_states.detach() if observed else frame.hidden_states
     if sink is not None:
@@ -191,7 +211,7 @@ def context(
         rotation = frame.rotation if mixer.shape.rotary == "half" else None
         if rotation is None and mixer.shape.rotary == "half":
             raise UnsupportedModelError(
-                f"layer {module.layer_idx} ({type(module).__name__}) was called without position_embeddings, "
+                f"{module.named()} was called without position_embeddings, "
                 "so queries and keys cannot be rotated back"
             )
         found["plain"] = (
@@ -206,13 +226,14 @@ def linearized_attention(
     """The attention function of converted layers, as transformers calls it: q, k, v [B, H, T, K] -> [B, T, H, V]."""
     frame: Frame = kwargs.pop("linearize_frame")
     switch = module.linearize_switch
+    hand_on(module, frame, value.transpose(1, 2))
     if switch.mode == "teacher":
         return module.teacher(query, key, value, attention_mask, **kwargs)
     batch, _, tokens, _ = query.shape
     why = arguments.refusal(kwargs, tokens=tokens, mask=attention_mask)
     why = why or arguments.changed(kwargs, module.mixer.shape)
     if why is not None:
-        raise UnsupportedModelError(f"layer {module.layer_idx} ({type(module).__name__}): {why}")
+        raise UnsupportedModelError(f"{module.named()}: {why}")
     shape, carries = module.mixer.shape, frame.cache is not None
     local = {"window": shape.sliding_window, "chunk": shape.chunk}
     reading = read_mask(
@@ -236,11 +257,11 @@ def linearized_attention(
             starts=starts,
             teacher=output.detach(),
             gaps=gaps,
-            context=context(module, frame, q.detach(), k.detach(), sink),
+            context=context(module, frame, q.detach(), k.detach(), v.detach(), sink),
         )
         instead = switch.observer(call)
         return output if instead is None else instead.to(output.dtype).contiguous(), None
-    extra = context(module, frame, q, k, sink)
+    extra = context(module, frame, q, k, v, sink)
     if frame.cache is not None:
         output = frame.cache.attend(module.mixer, q, k, v, valid=valid, starts=starts, gaps=gaps, **extra)
     else:

@@ -121,8 +121,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
             seen = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if valid is None else valid
             borders = torch.zeros_like(seen) if starts is None else starts
             recorded = {"q": q, "k": k, "v": v, "valid": seen, "starts": borders}
-            if "hidden" in context:
-                recorded["hidden"] = context["hidden"]
+            recorded |= {name: context[name] for name in ("hidden", "first") if name in context}
             if "plain" in context:
                 recorded["plain_q"], recorded["plain_k"] = context["plain"]
             self._recorded.append(recorded)

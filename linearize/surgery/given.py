@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from linearize.errors import LinearizeError, UnsupportedModelError
+from linearize.surgery import handed_on
 from linearize.surgery.cache import LinearizedCacheLayer
 from linearize.surgery.masks import REMEDY, text_rows
 from linearize.surgery.positions import layers, left_positions
@@ -47,6 +48,8 @@ def looking(forward: Callable[..., Any]) -> Callable[..., Any]:
             elif places is not None:
                 kwargs["position_ids"] = places
         found = layers(self) if isinstance(inputs, Tensor) else []
+        if any(layer.mixer.uses_first for layer in found):
+            kwargs[handed_on.NAME] = handed_on.FirstLayer()
         switch = found[0].linearize_switch if found else None
         if (
             inputs is None

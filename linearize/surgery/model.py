@@ -10,6 +10,7 @@ from transformers.utils import output_capturing
 
 from linearize.errors import CheckpointError, LinearizeError, UnsupportedModelError
 from linearize.mixers.base import Part
+from linearize.surgery import handed_on
 from linearize.surgery.attention import LinearizedAttention, Switch, convert_module
 from linearize.surgery.cache import adopt, check_past_recording
 from linearize.surgery.filing import file_config, file_model
@@ -159,6 +160,7 @@ def attach(model: PreTrainedModel) -> None:
         attention = model.get_submodule(names[path])
         convert_module(attention, mixer_of(plan, path), switch)
         _keep_in_float32(model, f"{names[path]}.mixer")
+    handed_on.mark(converted(model))
     base = cast(PreTrainedModel, model.base_model)
     if base is not model:
         _become(base, model_class(type(base), type(model.config), head=False))

@@ -84,6 +84,9 @@ def saved(mixer: Mixer, tokens: int, way: str) -> list[Tensor]:
     given: dict[str, Any] = {"hidden": drawn(SHAPE.hidden_dim())} if mixer.uses_hidden else {}
     if mixer.needs_plain:
         given["plain"] = (drawn(*heads[0]), drawn(*heads[1]))
+    if mixer.uses_first:
+        given["first"] = drawn(*heads[2])
+        own.add(given["first"].untyped_storage().data_ptr())  # one tensor for all layers
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
     with launch.record(), dispatch.kernels("triton"), running(way), hooks:
         made = mixer.chunked(q, k, v, **given)

@@ -50,7 +50,9 @@ def call(mixer: dict[str, Any], shape: LayerShape = SHAPE, batch: int = 2, token
     made = build(mixer, shape)
     q, k = torch.randn(batch, tokens, shape.heads, 8), torch.randn(batch, tokens, shape.kv_heads, 8)
     v = torch.randn(batch, tokens, shape.kv_heads, shape.value_dim)
-    return Call(made, q, k, v, torch.randn(batch, tokens, 16))
+    hidden = torch.randn(batch, tokens, 16)
+    context = {"first": torch.randn_like(v)} if made.uses_first else {}
+    return Call(made, q, k, v, hidden, context=context)
 
 
 def recalled(made: Call, **values: Tensor) -> Call:

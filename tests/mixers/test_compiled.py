@@ -40,6 +40,10 @@ MIXERS = {
         "feature_map": {"name": "identity"}, "gate": {"name": "scalar"}, "normalizer": {"name": "bounded"},
         "update": {"name": "mlstm", "start": True},
     },
+    "mesa": {
+        "feature_map": {"name": "identity"}, "gate": {"name": "mamba2"}, "normalizer": {"name": "none"},
+        "update": {"name": "mesa", "steps": 1},
+    },
     "softmax": {"window": {"name": "full", "log_base": 5.0}, "output": {"name": "norm"}},
 }  # fmt: skip
 

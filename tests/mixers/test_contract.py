@@ -167,13 +167,13 @@ def test_gradients_are_equal_and_finite(mixer, shape):
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
         wanted = [*x.tensors, *made.parameters()]
         gradients.append(torch.autograd.grad((out * weight).sum(), wanted, allow_unused=True))
-    names = ["q", "k", "v", "hidden", "plain q", "plain k", *(name for name, _ in made.named_parameters())]
+    names = ["q", "k", "v", "hidden", "plain q", "plain k", "first", *(n for n, _ in made.named_parameters())]
     for name, dense, chunked in zip(names, *gradients, strict=True):
         if dense is None or chunked is None:
-            assert name in names[:6], f"{name} gets no gradient"
+            assert name in names[:7], f"{name} gets no gradient"
             continue
         assert dense.isfinite().all()
-        assert name in names[:6] or dense.abs().max() > 0, f"{name} gets no gradient"
+        assert name in names[:7] or dense.abs().max() > 0, f"{name} gets no gradient"
         close(chunked, dense, 1e-9)
 
 
@@ -192,18 +192,18 @@ def test_causal(mixer):
 def test_weights_reproduce_the_output(mixer):
     """`parallel` without values gives weights that reproduce the output, before norms and gates of the output.
 
-    A learned start, and what a later step adds to its value, answer too and belong to no key.
+    A learned start, what a later step adds to its value, and the first layer's values answer too and belong to no key.
     """
     shape = SHAPES["grouped"]
     made = make(mixer, shape, torch.float64)
     x = Draw.of(shape, 30, torch.float64)
-    context = {"hidden": x.hidden, "plain": x.plain}
+    context = {"hidden": x.hidden, "plain": x.plain, "first": x.first}
     weights = made.parallel(x.q, x.k, None, rows=slice(10, 25), **context)
     convolved = made.recurrent is not None and made.recurrent.short_conv is not None
     normed = made.recurrent is not None and type(made.recurrent.normalizer).__name__ == "GroupNorm"
     by_dim = type(made.update).__name__ == "GatedDelta2"
     begun = made.update is not None and (
-        made.update.learned is not None or made.update.name == "delta_product"
+        made.update.learned is not None or made.uses_first or made.update.name == "delta_product"
     )
     if made.output is not None or normed or convolved or by_dim or begun:
         assert weights.shape == (2, 15, shape.heads, 30)

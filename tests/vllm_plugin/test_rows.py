@@ -25,6 +25,8 @@ def inputs(mixer, drawn: Draw) -> dict[str, torch.Tensor]:
         found["hidden"] = drawn.hidden
     if mixer.needs_plain:
         found |= {"plain_q": drawn.plain[0], "plain_k": drawn.plain[1]}
+    if mixer.uses_first:
+        found["first"] = drawn.first
     return {name: x[0] for name, x in found.items()}
 
 
@@ -32,6 +34,8 @@ def alone(mixer, drawn: Draw) -> torch.Tensor:
     given = {"hidden": drawn.hidden} if mixer.uses_hidden else {}
     if mixer.needs_plain:
         given["plain"] = drawn.plain
+    if mixer.uses_first:
+        given["first"] = drawn.first
     return mixer.chunked(drawn.q, drawn.k, drawn.v, **given)[0]
 
 

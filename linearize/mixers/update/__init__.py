@@ -13,6 +13,7 @@ from torch import Tensor
 from linearize.kernels import dispatch
 from linearize.mixers.base import NARROW, LayerShape, Part, Partial
 from linearize.mixers.state import State
+from linearize.mixers.update.first_values import FirstValues
 from linearize.mixers.update.start import LearnedStart
 from linearize.registry import Registry, discover
 
@@ -76,7 +77,7 @@ WIDEST = 256
 
 
 class Update(Part):
-    """Base of the update rules.
+    """Base of the update rules: `make` and `reset_parameters` are all that a rule adds to its construction.
 
     Args:
         config: the rule's options.
@@ -98,6 +99,7 @@ class Update(Part):
         decay: the kind of gate that it runs under, one of `decays`; set by whoever wires the branch.
         learned: the state that every text begins with, or None for an empty one.
         mix: [D], how much of the token before it reads in place of a token, or None for nothing (token shift).
+        first: mixes values with those of the model's first converted layer, or None.
     """
 
     decays: ClassVar[tuple[str, ...]] = ("none",)
@@ -120,11 +122,18 @@ class Update(Part):
         running_sum: bool = True,
     ) -> None:
         super().__init__()
+        self.config = config
         self.heads, self.feature_dim, self.value_dim = heads, feature_dim, value_dim
         self.running_sum = running_sum
         self.decay = "none"
         self.register_parameter("mix", None)
         self.learned: LearnedStart | None = None
+        self.first: FirstValues | None = None
+        self.make(shape)
+        self.reset_parameters()
+
+    def make(self, shape: LayerShape) -> None:
+        """The rule's own parameters, without values, and what it takes from its config."""
 
     @classmethod
     def gate_dim(cls, config: Any, feature_dim: int) -> int:
@@ -146,7 +155,8 @@ class Update(Part):
         """What a learned start needs of the state: the log decays since the document began."""
         if self.learned is None or self.decay == "none":
             return {}
-        size = (batch, self.heads, *((self.feature_dim,) if self.decay == "feature" else ()))
+        each = self.learned.sums.shape[1]
+        size = (batch, self.heads, *((each,) if self.decay == "feature" else ()))
         return {"since": torch.zeros(size, dtype=dtype, device=device)}
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ With a decay per head it is RetNet's, Mamba-2's and Lizard's recurrence, per fea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from linearize.kernels.gated_linear import (
     gated_linear_step,
 )
 from linearize.kernels.linear import linear_read, linear_reference
-from linearize.mixers.base import Part, Partial, running
+from linearize.mixers.base import LayerShape, Part, Partial, running
 from linearize.mixers.options import number
 from linearize.mixers.state import State
 from linearize.mixers.update import UPDATES, Stream, Update
@@ -45,10 +45,9 @@ class Additive(Update):
         start_weight: float = number(0.001, above=0, most=1e6)
         """What that state adds to a running sum at the start, times the sum of the query's features."""
 
-    def __init__(self, config: Any, *arguments: Any, **settings: Any) -> None:
-        super().__init__(config, *arguments, **settings)
-        if config.start:
-            self.learn_start(config.start_weight)
+    def make(self, shape: LayerShape) -> None:
+        if self.config.start:
+            self.learn_start(self.config.start_weight)
 
     def reset_parameters(self) -> None:
         if self.learned is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,20 +43,10 @@ class InLine(Additive):
             """Rules that types alone do not express."""
             return ["start: a learned start is no token of the mean; leave it out"] if self.start else []
 
-    def __init__(
-        self,
-        config: Any,
-        heads: int,
-        feature_dim: int,
-        value_dim: int,
-        shape: LayerShape,
-        running_sum: bool = True,
-    ) -> None:
-        # the sum of the keys is needed whatever stands behind
-        super().__init__(config, heads, feature_dim, value_dim, shape, running_sum=True)
-        self.config = config
+    def make(self, shape: LayerShape) -> None:
+        super().make(shape)
+        self.running_sum = True  # the sum of the keys is needed whatever stands behind
         self.scale = nn.Parameter(torch.empty(shape.heads))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         fill(self.scale, self.config.scale)

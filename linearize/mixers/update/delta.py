@@ -48,11 +48,10 @@ class Delta(Overwriting):
         """Every text begins with a learned state, zero at the start."""
 
     def make(self, shape: LayerShape) -> None:
-        if self.config.start:
-            self.learn_start()
         self.rescales = self.config.rescales
         self.beta_weight = nn.Parameter(torch.empty(shape.hidden_dim(), self.heads))
         self.register_parameter("beta_bias", self.bias(self.heads))
+        super().make(shape)
 
     def bias(self, *size: int) -> nn.Parameter | None:
         """The parameter b, or None where the config has none."""
@@ -60,8 +59,6 @@ class Delta(Overwriting):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if self.learned is not None:
-            self.learned.start()
         fill(self.beta_weight, 0.0)
         if self.beta_bias is not None:
             fill(self.beta_bias, self.config.beta_bias)
@@ -70,9 +67,6 @@ class Delta(Overwriting):
         """The strength of writing from the entropy of the teacher's attention, a mean over the heads that share it."""
         if self.beta_bias is not None:
             put(self.beta_bias, statistics.shared(statistics.strength, self.heads).logit())
-
-    def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        return super().initial(batch, dtype, device) | self.decayed(batch, dtype, device)
 
     def parallel(self, stream: Stream) -> Partial:
         stream, q, k, beta = self._terms(stream)

@@ -40,12 +40,9 @@ class DeltaProduct(Delta):
         reflects: bool = False
         """Strengths up to 2 instead of 1, with which a step can reflect: eigenvalues down to -1."""
 
-    def __init__(self, config: Config, *arguments: Any, **settings: Any) -> None:
-        self.most = 2.0 if config.reflects else 1.0
-        super().__init__(config, *arguments, **settings)
-
     def make(self, shape: LayerShape) -> None:
         super().make(shape)
+        self.most = 2.0 if self.config.reflects else 1.0
         self.steps, model_dim = self.config.steps, shape.hidden_dim()
         self.beta_weight = nn.Parameter(torch.empty(model_dim, self.steps * self.heads))
         self.register_parameter("beta_bias", self.bias(self.steps, self.heads))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,17 @@ class GatedDelta2(Moving):
         """b_w at the start: 0 writes one half."""
         scale: float = number(1.0, above=0)
         """Scale of the output at the start."""
+        start: bool = False
+        """Every text begins with a learned state, zero at the start."""
+
+    takes_under_key: ClassVar[bool] = True
 
     def make(self, shape: LayerShape) -> None:
         self.erase_weight = nn.Parameter(torch.empty(shape.hidden_dim(), self.heads, self.feature_dim))
         self.erase_bias = nn.Parameter(torch.empty(self.heads, self.feature_dim))
         self.write_weight = nn.Parameter(torch.empty(shape.hidden_dim(), self.heads, self.value_dim))
         self.write_bias = nn.Parameter(torch.empty(self.heads, self.value_dim))
+        super().make(shape)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

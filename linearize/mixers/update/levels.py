@@ -129,7 +129,7 @@ class Levels(Update):
                 share = share * reads[..., None].to(share.dtype)
             kept[level] = self._level_state(state, level)
             made = super().chunked(part, kept[level]).scaled(share)
-            total = made if total is None else _sum(total, made)
+            total = made if total is None else summed([total, made])
         if not stream.fresh:
             order = [kept[level] for level in range(self.levels + 2)]
             whole = {"level_" + name: torch.stack([each[name] for each in order], 1) for name in order[0]}
@@ -162,11 +162,15 @@ class Levels(Update):
         return State({name[6:]: state[name][:, level] for name in state if name.startswith("level_")})
 
 
-def _sum(one: Partial, two: Partial) -> Partial:
-    total = None
-    if one.denominator is not None and two.denominator is not None:
-        total = one.denominator + two.denominator
-    return Partial(one.numerator + two.numerator, total)
+def summed(parts: list[Partial]) -> Partial:
+    """Of several states, each read under the query: numerators and, where there are any, denominators add up."""
+    total = parts[0]
+    for part in parts[1:]:
+        weights = None
+        if total.denominator is not None and part.denominator is not None:
+            weights = total.denominator + part.denominator
+        total = Partial(total.numerator + part.numerator, weights)
+    return total
 
 
 def each_level(x: Tensor, levels: int) -> Tensor:

@@ -30,18 +30,9 @@ class LogLinear(Levels, Additive):
             """Rules that types alone do not express."""
             return self.level_problems()
 
-    def __init__(
-        self,
-        config: Config,
-        heads: int,
-        feature_dim: int,
-        value_dim: int,
-        shape: LayerShape,
-        running_sum: bool = True,
-    ) -> None:
-        super().__init__(config, heads, feature_dim, value_dim, shape, running_sum)
-        self.make_levels(config, shape)
-        self.reset_parameters()
+    def make(self, shape: LayerShape) -> None:
+        super().make(shape)
+        self.make_levels(self.config, shape)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

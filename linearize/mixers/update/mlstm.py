@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,20 +33,11 @@ class MLSTM(Additive):
         cap: float = number(15.0, above=0, most=30)
         """c."""
 
-    def __init__(
-        self,
-        config: Any,
-        heads: int,
-        feature_dim: int,
-        value_dim: int,
-        shape: LayerShape,
-        running_sum: bool = True,
-    ) -> None:
-        super().__init__(config, heads, feature_dim, value_dim, shape, running_sum)
-        self.cap = config.cap
-        self.input_weight = nn.Parameter(torch.empty(shape.hidden_dim(), heads))
-        self.input_bias = nn.Parameter(torch.empty(heads))
-        self.reset_parameters()
+    def make(self, shape: LayerShape) -> None:
+        super().make(shape)
+        self.cap = self.config.cap
+        self.input_weight = nn.Parameter(torch.empty(shape.hidden_dim(), self.heads))
+        self.input_bias = nn.Parameter(torch.empty(self.heads))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

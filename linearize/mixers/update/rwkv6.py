@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import fill
+from linearize.mixers.base import LayerShape, fill
 from linearize.mixers.update import UPDATES, Stream
 from linearize.mixers.update.additive import Additive
 
@@ -38,12 +38,11 @@ class RWKV6(Additive):
 
     bonus_weight: Tensor | None
 
-    def __init__(self, config: Config, *arguments: Any, **settings: Any) -> None:
-        super().__init__(config, *arguments, **settings)
-        self.balanced = config.balanced
-        weight = nn.Parameter(torch.empty(self.heads, self.feature_dim)) if config.bonus else None
+    def make(self, shape: LayerShape) -> None:
+        super().make(shape)
+        self.balanced = self.config.balanced
+        weight = nn.Parameter(torch.empty(self.heads, self.feature_dim)) if self.config.bonus else None
         self.register_parameter("bonus_weight", weight)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

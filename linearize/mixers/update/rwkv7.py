@@ -12,6 +12,7 @@ from linearize.mixers.base import LayerShape, Part, fill
 from linearize.mixers.low_rank import LowRank
 from linearize.mixers.options import WIDEST, number
 from linearize.mixers.update import UPDATES, Stream
+from linearize.mixers.update.first_values import FirstValues
 from linearize.mixers.update.shared import Moving, Terms
 
 
@@ -29,8 +30,10 @@ class RWKV7(Moving):
     scores are sharpened by its softmax and act in full here: at one, the untrained layers of SmolLM2-135M give outputs
     some 25 times too large, at 0.03 of the right size, and they end nearer the teacher after as many steps.
 
-    Limitations: published layers mix their values with the first layer's (value residual), which a layer on its own
-    cannot do; the bonus r_k, zero at the start of conversions, is left out. Token shift is that of decays and rates
+    With `first_values` a layer's values are mixed with those of the model's first converted layer (`FirstValues`), as
+    published layers do with layer 0's.
+
+    Limitations: the bonus r_k, zero at the start of conversions, is left out. Token shift is that of decays and rates
     (`shift` here and of the gate): queries, keys and values come from the teacher's projections, and a short
     convolution of two taps is theirs.
     """
@@ -49,8 +52,16 @@ class RWKV7(Moving):
         """k_a at the start, where not balanced: 0 writes the whole key, 1 writes a of it."""
         scale: float = number(0.03, above=0)
         """Scale of the output at the start; 1 as published."""
+        start: bool = False
+        """Every text begins with a learned state, zero at the start; the rule takes twice as long with it."""
         shift: bool = False
         """Token shift: x + mix (x_before - x) into W1, mix learned for each dim of x and zero at the start."""
+        first_values: bool = False
+        """Values mixed with the first converted layer's."""
+        first_rank: int = number(32, least=1, most=WIDEST)
+        """Width of the low-rank part of the mixture's gate."""
+        first_base: float = number(1.0, least=-1000, most=1000)
+        """The gate's logit at the start; 1 as published, 73 % of the first layer's values."""
 
     removal: Tensor | None
     share: Tensor | None
@@ -60,15 +71,20 @@ class RWKV7(Moving):
         self.register_parameter(
             "mix", nn.Parameter(torch.empty(shape.hidden_dim())) if self.config.shift else None
         )
+        if self.config.first_values:
+            self.first = FirstValues(shape, self.config.first_rank, self.config.first_base)
         for name in ("removal", "share"):
             weight = None if self.config.balanced else nn.Parameter(torch.empty(self.heads, self.feature_dim))
             self.register_parameter(name, weight)
+        super().make(shape)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self.rate.start(self.config.rate_base)
         if self.mix is not None:
             fill(self.mix, 0.0)
+        if self.first is not None:
+            self.first.start()
         if self.removal is not None:
             fill(self.removal, self.config.removal_scale)
         if self.share is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from linearize.kernels.generalized_delta import (
     generalized_delta_reference,
     generalized_delta_step,
 )
-from linearize.mixers.base import LayerShape, Partial, fill, put
+from linearize.mixers.base import LayerShape, Partial, fill, put, running
 from linearize.mixers.state import State
 from linearize.mixers.update import Stream, Update
+from linearize.mixers.update.start import kept_since
 
 Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """q [B, T, H, F], k [B, T, M, F], v [B, T, M, V], and a, b, log decay [B, T, M, F], as `generalized_delta` names
@@ -24,10 +26,10 @@ them."""
 class Overwriting(Update):
     """Base of the delta rules: the state is one matrix [F, V] a head, and a learned scale per query head stands on it.
 
-    Arguments are those of `Update`; the config has a `scale`, where that starts.
+    The config has a `scale`, where that starts. Rules call `make` of this class behind their own parameters.
 
     Attributes:
-        rescales: whether there is that scale; `make` may say no.
+        rescales: whether there is that scale; `make` of a rule may say no before it calls this class's.
     """
 
     sums_weights = False
@@ -35,27 +37,14 @@ class Overwriting(Update):
     rescales = True
     scale: Tensor | None
 
-    def __init__(
-        self,
-        config: Any,
-        heads: int,
-        feature_dim: int,
-        value_dim: int,
-        shape: LayerShape,
-        running_sum: bool = True,
-    ) -> None:
-        super().__init__(config, heads, feature_dim, value_dim, shape, running_sum)
-        self.config = config
-        self.make(shape)
-        scale = nn.Parameter(torch.empty(shape.heads)) if self.rescales else None
-        self.register_parameter("scale", scale)
-        self.reset_parameters()
-
     def make(self, shape: LayerShape) -> None:
-        """The rule's own parameters, before the scale and without values."""
-        raise NotImplementedError(type(self))  # pragma: no cover - every rule defines it
+        if getattr(self.config, "start", False):
+            self.learn_start()
+        self.register_parameter("scale", nn.Parameter(torch.empty(shape.heads)) if self.rescales else None)
 
     def reset_parameters(self) -> None:
+        if self.learned is not None:
+            self.learned.start()
         if self.scale is not None:
             fill(self.scale, self.config.scale)
 
@@ -73,13 +62,22 @@ class Overwriting(Update):
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         size = (batch, self.heads, self.feature_dim, self.value_dim)
-        return {"sums": torch.zeros(size, dtype=dtype, device=device)}
+        sums = torch.zeros(size, dtype=dtype, device=device)
+        return {"sums": sums} | self.decayed(batch, dtype, device)
 
 
 class Moving(Overwriting):
-    """Base of the rules that `generalized_delta` computes: what the state holds under a is added under b."""
+    """Base of the rules that `generalized_delta` computes: what the state holds under a is added under b.
+
+    A learned start costs a second step of the rule a token, which writes what is taken out of it, but where b = -k: see
+    `start.LearnedStart`.
+
+    Attributes:
+        takes_under_key: whether b = -k.
+    """
 
     decays = ("feature",)
+    takes_under_key: ClassVar[bool] = False
 
     def terms(self, stream: Stream) -> Terms:
         """What the kernel takes."""
@@ -92,19 +90,60 @@ class Moving(Overwriting):
         return Partial(generalized_delta_reference(*terms, stream.docs, empty)[0], None)
 
     def parallel(self, stream: Stream) -> Partial:
-        return self.defined(stream, self.terms(stream))
+        terms = self.terms(stream)
+        if self.learned is None or stream.weights:
+            return self.defined(stream, terms)
+        left = running(terms[-1], stream.docs)
+        twice, docs = self._below(stream, terms, left)
+        return self._above(self.defined(replace(stream, docs=docs), twice).numerator, stream, terms[0], left)
 
     def chunked(self, stream: Stream, state: State) -> Partial:
         *terms, _ = self.terms(stream)
         decays = stream.decays()
         assert decays is not None
+        left, docs = None, stream.docs
+        given: Terms = (*terms, decays)  # type: ignore[assignment]
+        if self.learned is not None:
+            left = kept_since(stream.log_decay, stream.docs, state)
+            given, docs = self._below(stream, given, left)
+        *narrow, decays = given
         with self.form():
-            q, k, v, a, b = stream.narrow(*terms)
-            out, sums = generalized_delta_chunk(q, k, v, a, b, decays, stream.docs, state["sums"])
+            q, k, v, a, b = stream.narrow(*narrow)
+            out, sums = generalized_delta_chunk(q, k, v, a, b, decays, docs, state["sums"])
         state.write({"sums": sums})
-        return Partial(out.to(stream.q.dtype), None)
+        return self._above(out.to(stream.q.dtype), stream, terms[0], left)
 
     def step(self, stream: Stream, state: State) -> Partial:
-        q, k, v, a, b, log_decay = (x[:, 0] for x in self.terms(stream))
+        terms, left = self.terms(stream), None
+        given = terms
+        if self.learned is not None:
+            left = kept_since(stream.log_decay, stream.docs, state)
+            given, _ = self._below(stream, given, left)
         with self.form():
-            return Partial(generalized_delta_step(q, k, v, a, b, log_decay, state["sums"])[:, None], None)
+            for i in range(given[1].shape[1]):
+                q, k, v, a, b, log_decay = (x[:, i] for x in given)
+                out = generalized_delta_step(q, k, v, a, b, log_decay, state["sums"])
+        return self._above(out[:, None], stream, terms[0], left, read=True)
+
+    def _below(self, stream: Stream, terms: Terms, left: Tensor | None) -> tuple[Terms, Tensor]:
+        """Terms and documents with what is taken out of a learned start; two steps a token, or one where b = -k."""
+        assert self.learned is not None and left is not None and stream.log_decay is not None
+        q, k, v, a, b, log_decay = terms
+        (low,) = stream.narrow(a)
+        taken = self.learned.read(low, left - stream.log_decay.to(left.dtype)).numerator.to(v.dtype)
+        if self.takes_under_key:
+            return (q, k, v - taken, a, b, log_decay), stream.docs
+        rest = torch.zeros_like(k)
+        pairs = ((torch.zeros_like(q), q), (k, b), (v, taken), (a, rest), (b, rest), (log_decay, rest))
+        q, k, v, a, b, log_decay = (torch.stack([x, y.to(x.dtype)], 2).flatten(1, 2) for x, y in pairs)
+        return (q, k, v, a, b, log_decay), stream.docs.repeat_interleave(2, 1)
+
+    def _above(
+        self, out: Tensor, stream: Stream, q: Tensor, left: Tensor | None, *, read: bool = False
+    ) -> Partial:
+        """After the last step of each token (`read`: it alone is given), with what a learned start answers."""
+        if self.learned is None:
+            return Partial(out, None)
+        made = out if read or self.takes_under_key else out[:, 1::2]
+        (low,) = stream.narrow(q)
+        return self.learned.added(Partial(made, None), low, left)

@@ -23,6 +23,8 @@ class LearnedStart(nn.Module):
 
     - additive, S_t = D S_{t-1} + k v^T: the same of R.
     - delta, S_t = (I - beta k k^T) D S_{t-1} + beta k v^T: of R with v - S_0^T D_t k for v.
+    - generalized delta, S_t = (D + b a^T) S_{t-1} + k v^T: of R with a further b (S_0^T D_{t-1} a)^T, which is a
+      smaller value where b = -k, and a write of its own elsewhere.
 
     What D_t S_0 answers a query with is added outside: one product with a matrix that all tokens share.
 

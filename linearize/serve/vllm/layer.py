@@ -27,6 +27,8 @@ def widths(mixer: Mixer) -> dict[str, tuple[int, ...]]:
         found["hidden"] = (shape.hidden_dim(),)
     if mixer.needs_plain:
         found |= {"plain_q": query, "plain_k": key}
+    if mixer.uses_first:
+        found["first"] = found["v"]
     return found
 
 

@@ -26,7 +26,7 @@ from linearize.serve.vllm.kinds import as_exported
 from linearize.serve.vllm.layer import MixerLayer
 from linearize.serve.vllm.settings import page_bytes
 from linearize.surgery import arguments
-from linearize.surgery.attention import Frame, LinearizedAttention, context
+from linearize.surgery.attention import Frame, LinearizedAttention, context, hand_on
 
 FUNCTION = "linearize_vllm"
 """Under which `attend` is registered with transformers."""
@@ -46,9 +46,10 @@ def attend(
     if why is None and kwargs.get("s_aux") is not None:
         why = "has attention sinks of its own, which are not served; use linearize generate"
     if why is not None:
-        raise UnsupportedModelError(f"layer {module.layer_idx} ({type(module).__name__}): {why}")
+        raise UnsupportedModelError(f"{module.named()}: {why}")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    found = context(module, frame, q, k)
+    hand_on(module, frame, v)
+    found = context(module, frame, q, k, v)
     plain = found.pop("plain", ())
     layer = getattr(module, VLLM_ATTN_ATTR)
     if not isinstance(layer, MixerLayer):

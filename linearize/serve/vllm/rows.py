@@ -57,7 +57,8 @@ def run(
 
     Args:
         mixer: of the layer.
-        inputs: q [T, H, K], k [T, N, K], v [T, N, V], and where the mixer reads them hidden [T, D], plain_q, plain_k.
+        inputs: q [T, H, K], k [T, N, K], v [T, N, V], and where the mixer reads them hidden [T, D], plain_q, plain_k,
+            first [T, N, V].
         found: see `groups`.
         views: see `Layout.views`.
         out: [T, H, V], written where a group has a token.

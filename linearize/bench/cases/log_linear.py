@@ -1,0 +1,92 @@
+"""Log-linear attention over the additive rule with a decay per head: weights for stretches of the past that double.
+
+Ours is the mixer's rule with the weights given, O(log T) calls of `gated_linear`; levels are those of the paper, one
+token the shortest stretch, as many as the text has. The peer takes the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linearize.bench.case import Call, Case, Contender, Draw, Tensors
+from linearize.bench.peers import SOFTMAX, fla
+from linearize.bench.shapes import Shape, sized
+
+SOME = (2048, 8192, 32_768)
+
+
+def cases(tokens: int, lengths: tuple[int, ...]) -> list[Case]:
+    """At a few lengths."""
+    some = [length for length in lengths if length in SOME] or list(lengths[:1])
+    return [_case(sized(tokens, length, 16, 64)) for length in some]
+
+
+def _case(shape: Shape) -> Case:
+    levels = max(1, math.ceil(math.log2(shape.tokens)))
+
+    def inputs(draw: Draw) -> Tensors:
+        found = shape.qkv(draw)
+        rows = (shape.batch, shape.tokens, shape.heads)
+        found["q"] = found["q"] * shape.dim**-0.5
+        found["log_decay"] = F.logsigmoid(draw.normal(*rows, dtype=torch.float32)) / 16
+        found["shares"] = F.softplus(draw.normal(*rows, levels + 1, dtype=torch.float32))
+        return found | {"docs": draw.documents(shape.batch, shape.tokens)}
+
+    def peer(inputs: Tensors) -> Call:
+        chunk = fla("ops.log_linear_attn", "chunk_log_linear_attn")
+        q, k, v, log_decay, shares = (inputs[name] for name in ("q", "k", "v", "log_decay", "shares"))
+        return lambda: chunk(q, k, v, log_decay, shares, scale=1.0)[0]
+
+    # what is written and read of one state, and what is read of each further one
+    read = 2 * shape.rows * shape.dim**2
+    forward = (2 + levels) * read
+    return Case(
+        "log_linear",
+        f"{shape}, decay per head, {levels + 1} levels",
+        shape.tokens,
+        inputs,
+        ("q", "k", "v", "log_decay", "shares"),
+        shape.bytes(extra=4 * (levels + 2)),
+        (forward, forward + 2 * forward + 2 * read),
+        (
+            Contender("linearize", _ours(shape, levels), kind="ours"),
+            Contender("fla chunk_log_linear_attn", peer, kind="tuned"),
+            *SOFTMAX,
+        ),
+        swept=True,
+    )
+
+
+def _ours(shape: Shape, levels: int) -> Callable[[Tensors], Call]:
+    """The rule `log_linear`, its weights taken from the inputs."""
+
+    def build(inputs: Tensors) -> Call:
+        from linearize.mixers import LayerShape, State
+        from linearize.mixers.update import Stream
+        from linearize.mixers.update.log_linear import LogLinear
+
+        class Given(LogLinear):
+            def level_shares(self, stream: Stream) -> Tensor:
+                return F.pad(inputs["shares"], (0, 1))  # nothing is older than all levels
+
+        heads, dim = shape.heads, shape.dim
+        layer = LayerShape(heads, heads, dim, dim, 1.0, model_dim=1)
+        rule = Given(Given.Config(levels=levels), heads, dim, dim, layer, running_sum=False)
+        rule.decay = "head"
+        q, k, v, log_decay, docs = (inputs[name] for name in ("q", "k", "v", "log_decay", "docs"))
+        valid = torch.ones_like(docs, dtype=torch.bool)
+        stream = Stream(q, k, v, docs, valid, log_decay, dtype=q.dtype, fresh=True)
+
+        def call() -> Tensor:
+            state: Any = State(rule.initial(len(q), torch.float32, q.device))
+            return rule.chunked(stream, state).numerator
+
+        return call
+
+    return build

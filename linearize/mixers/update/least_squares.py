@@ -1,0 +1,137 @@
+"""Each token's own ridge regression, solved by conjugate gradients without writing its matrix down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from linearize.kernels import dispatch
+from linearize.kernels.gated_linear import gated_linear_chunk
+from linearize.mixers.base import wide
+
+LOWEST = 0.25
+"""Of what stands on the diagonal, as in MesaNet: how well a system is conditioned, and how many steps it takes."""
+
+
+class Systems(NamedTuple):
+    """H_t + diag(ridge) of every token, H_t the decayed sum of key and value products so far.
+
+    Attributes:
+        keys, values: [B, T, M, F] each; H_t is symmetric, so that one is a multiple of the other.
+        decay: log decays [B, T, M] or None, or where `dense` the decay of each key under each query [B, M, T, T].
+        docs: [B, T] document numbers, or None where `dense`.
+        before: [B, M, F, F], what H_t begins with, or None where `dense`.
+        ridge: [H, F], at least `LOWEST`.
+        dense: multiply by scores of all pairs of tokens, not by a kernel.
+        in_torch: keep the kernel's torch form.
+    """
+
+    keys: Tensor
+    values: Tensor
+    decay: Tensor | None
+    docs: Tensor | None
+    before: Tensor | None
+    ridge: Tensor
+    dense: bool = False
+    in_torch: bool = False
+
+    def read(self, x: Tensor, values: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Values [B, T, M, V] under queries x [B, T, H, F], weighed by x.key and decay, and the sums carried on.
+
+        Args:
+            before: the sums [B, M, F, V] that were carried here.
+        """
+        x = x.to(self.keys.dtype)
+        if self.dense:
+            assert self.decay is not None
+            scores = torch.einsum("btmgf,bsmf->bmgts", x.unflatten(2, (self.keys.shape[2], -1)), self.keys)
+            return torch.einsum("bmgts,bsmv->btmgv", scores * self.decay[:, :, None], values).flatten(
+                2, 3
+            ), None
+        with dispatch.kernels("torch") if self.in_torch else nullcontext():
+            made, _, (after, _) = gated_linear_chunk(
+                x,
+                self.keys,
+                values,
+                self.decay,
+                self.docs,
+                None if before is None else (before, None),
+                normalize=False,
+            )
+        return made, after
+
+    def times(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(H_t + diag(ridge)) x_t for every query [B, T, H, F], and the H that is carried on."""
+        made, after = self.read(x, self.values, self.before)
+        return wide(made) + x * self.ridge.to(x.dtype), after
+
+
+def conjugate_gradients(
+    times: Callable[[Tensor], Tensor], target: Tensor, steps: int, dtype: torch.dtype
+) -> Tensor:
+    """x with A x = target after so many steps from zero; A is symmetric, and no eigenvalue is below `LOWEST`.
+
+    Args:
+        times: multiplies by A.
+        target: [..., F], float32 or wider.
+        steps: as many as F, or more, are as good as exact but for rounding.
+        dtype: that `times` takes; directions are rounded to it first, so that all sums are of the same direction.
+    """
+    tiny = torch.finfo(target.dtype).tiny
+    x, rest, direction = torch.zeros_like(target), target, target
+    size = rest.square().sum(-1, keepdim=True)
+    for _ in range(steps):
+        direction = direction.to(dtype).to(target.dtype)
+        turned = times(direction)
+        # once solved, all that is left is rounding, which may say anything of the direction
+        least = LOWEST * direction.square().sum(-1, keepdim=True)
+        length = size / (torch.maximum((direction * turned).sum(-1, keepdim=True), least) + tiny)
+        x, rest = x + length * direction, rest - length * turned
+        after = rest.square().sum(-1, keepdim=True)
+        direction, size = rest + after / (size + tiny) * direction, after
+    return x
+
+
+class _Solved(torch.autograd.Function):
+    """Hands on a solution with the gradient of solving: A^-1 times the gradient that comes in."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, target: Tensor, found: Tensor, steps: int, flags: tuple[bool, bool], *parts: Any
+    ) -> Tensor:
+        ctx.steps, ctx.flags = steps, flags
+        ctx.save_for_backward(*parts)
+        return found.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        systems = Systems(*ctx.saved_tensors, *ctx.flags)
+        (gradient,) = gradients
+        with torch.no_grad():
+            solved = conjugate_gradients(
+                lambda x: systems.times(x)[0], gradient, ctx.steps, systems.keys.dtype
+            )
+        return (solved, *[None] * (3 + len(ctx.saved_tensors)))
+
+
+def solve(systems: Systems, target: Tensor, steps: int) -> tuple[Tensor, Tensor | None]:
+    """x_t with (H_t + diag(ridge)) x_t = target_t, and the H that is carried on.
+
+    The gradient is that of the exact solution, d(target) = A^-1 d(x) and d(A) = -d(target) x^T, by as many steps.
+
+    Args:
+        systems: A of every token.
+        target: [B, T, H, F], float32 or wider.
+        steps: see `conjugate_gradients`.
+    """
+    with torch.no_grad():
+        found = conjugate_gradients(lambda x: systems.times(x)[0], target, steps, systems.keys.dtype)
+    turned, after = systems.times(found)
+    if not torch.is_grad_enabled():
+        return found, after
+    parts = [None if x is None else x.detach() for x in systems[:6]]
+    return _Solved.apply(target - turned, found, steps, systems[6:], *parts), after
