@@ -110,7 +110,7 @@ class Mesa(Overwriting):
         return q, k, k * share[..., None].to(k.dtype), ridge.repeat_interleave(q.shape[2] // self.heads, 0)
 
     def _scaled(self, out: Tensor) -> Partial:
-        return Partial(out * self.scale.to(out.dtype)[:, None], None)
+        return Partial(self.scaled(out), None)
 
 
 def _decayed(stream: Stream) -> Tensor:
