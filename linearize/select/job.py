@@ -57,7 +57,7 @@ class Options:
     Attributes:
         keep: layers that stay softmax; None: a quarter.
         by: a key of `BY`.
-        tokens: of the alignment; 0 scores mixers as surgery leaves them.
+        tokens: of the alignment, and of the calibration before it at most; 0 scores mixers as surgery leaves them.
         windows, length: of the text that layers are chosen on, and of the pass keys; as many again, on which nothing
             is chosen, compare placements.
         draws: random placements.
@@ -134,6 +134,7 @@ def select(model: str, recipe: Recipe, out: Path, options: Options, *, command: 
     halves = _halves(tokenizer, recipe, options)
     found = alignment.stage_of(recipe, options.tokens, options.length)
     packed = None if found is None else alignment.dataset(recipe, *found, tokenizer, model)
+    seen = alignment.calibration(recipe, options.tokens, tokenizer, model)
     device = resolve_device(recipe.run)
     autocast = resolve_precision(recipe.run, device)
     if autocast is not None and device.type == "cuda":
@@ -142,13 +143,17 @@ def select(model: str, recipe: Recipe, out: Path, options: Options, *, command: 
     with memory.watched(f"choosing layers of {model}", lambda: f"Take {less}"):
         student = _converted(model, recipe, options, device)
         signature = [fingerprint(model), dataclasses.asdict(recipe), options.tokens, options.length]
+        signature.append("calibrated" if seen is not None else "as surgery leaves it")
         scores = Scores(out / "scores.json")
         about = Signature(Path(model.rstrip("/")).name, command, recipe.run.seed, key_of(signature))
         scorer = Scorer(student, named_samples(halves), scores, about, autocast)
         _announce(scorer, options, found)
+        if seen is not None:
+            alignment.calibrated(student, seen, out / "calibration" / about.key, autocast)
         if found is None:
             why = "--tokens 0" if not options.tokens else "the recipe has no stage with a loss per layer"
-            log.info("%s: mixers are scored as surgery leaves them", why)
+            start = "surgery leaves" if seen is None else "calibration sets"
+            log.info("%s: mixers are scored as %s them", why, start)
         else:
             alignment.align(
                 student,
