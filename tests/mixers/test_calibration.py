@@ -115,7 +115,9 @@ def test_each_head_takes_the_reach_that_comes_nearest(gate):
 
 def test_a_learned_sink_stands_for_the_first_token():
     made = call({"window": {"name": "sliding", "size": 16, "sinks": "learned"}})
-    scores = torch.einsum("bthk,hk->bth", made.q, made.k[:, 0].mean(0).repeat_interleave(2, 0)) * SHAPE.scaling
+    scores = (
+        torch.einsum("bthk,hk->bth", made.q, made.k[:, 0].mean(0).repeat_interleave(2, 0)) * SHAPE.scaling
+    )
     wanted = scores.flatten(0, 1).quantile(0.7, 0)
     fitted = calibration.calibrate(recalled(made, **{"window.sink_logit": wanted}))
     assert torch.allclose(made.mixer.window.sink_logit, wanted, atol=1e-5)

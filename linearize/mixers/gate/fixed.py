@@ -18,7 +18,7 @@ class FixedGate(Gate):
     """decay_h = 1 - 2^(-5 - h) (``retnet``), or exp(-2^(-8 (h + 1) / H)) (``alibi``, SUPRA's and Lightning's slopes).
 
     Without parameters, unless ``learned`` makes each head's rate one, which begins there. Decays differ between query
-    heads, so the state is kept per query head.
+    heads, so the state is kept per query head, unless `per` says otherwise.
 
     Limitations: RetNet's slopes are closer to one (0.969 and up), ALiBi's reach back some 256 tokens at most. Where H
     is no power of two, ALiBi's code interleaves the slopes of two that are; here they are the formula's.
@@ -31,18 +31,22 @@ class FixedGate(Gate):
     class Config(Part.Config):
         slopes: str = "retnet"
         """retnet or alibi."""
+        per: str = "query_head"
+        """Slopes of the query heads, or of the kv_heads, whose query heads then share one state."""
         learned: bool = False
         """The log of each head's rate is a parameter, which a calibration sets and stages train."""
 
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
-            return choice_problems(slopes=(self.slopes, ("retnet", "alibi")))
+            return choice_problems(
+                slopes=(self.slopes, ("retnet", "alibi")), per=(self.per, ("query_head", "kv_head"))
+            )
 
     def __init__(self, config: Config, shape: LayerShape, feature_dim: int) -> None:
         super().__init__(config, shape, feature_dim)
-        self.heads = shape.heads
+        self.heads = shape.heads if config.per == "query_head" else shape.kv_heads
         self.slopes = config.slopes
-        rate = nn.Parameter(torch.empty(shape.heads)) if config.learned else None
+        rate = nn.Parameter(torch.empty(self.heads)) if config.learned else None
         self.register_parameter("log_rate", rate)
         self.reset_parameters()
 

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from linearize.mixers.base import LayerShape, Part, fill
 from linearize.mixers.gate import GATES, Gate
-from linearize.mixers.gate.shared import spread
+from linearize.mixers.gate.shared import curves, spread
 from linearize.mixers.low_rank import LowRank
 from linearize.mixers.options import WIDEST, choice_problems, number
+from linearize.mixers.statistics import Statistics
 
 
 @GATES.register("kda")
@@ -81,6 +82,9 @@ class KDAGate(Gate):
     def at(self, rate: Tensor) -> dict[str, Tensor]:
         """As `CurveGate.at`."""
         return {"logits.base": self._base(spread(rate, self.logits.base.shape[-1]))}
+
+    def starts(self, statistics: Statistics) -> list[dict[str, Tensor]]:
+        return curves(self, statistics)
 
     def forward(self, hidden: Tensor | None, k: Tensor) -> Tensor:
         assert hidden is not None
