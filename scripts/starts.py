@@ -280,7 +280,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--calibrated-only", action="store_true", help="no training from the published start")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="recipes at once, each in a process, dealt out to the cards"
+        "--jobs", type=int, default=1, help="recipes at once, a process each, dealt out to the cards"
     )
     parser.add_argument("--train", type=lambda text: int(as_number(text) or 0), default=0, help="tokens, 1M")
     parser.add_argument(
