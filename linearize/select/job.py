@@ -323,8 +323,8 @@ def _announce(scorer: Scorer, options: Options, found: Any, seen: Any) -> None:
     tokens = scored + TRAINING_PASSES * trained + CALIBRATION_PASSES * calibrated
     seconds = scorer.seconds_a_token() * tokens
     log.info(
-        "select (%s of %s layers stay softmax; %s tokens of calibration and %s of alignment, then %s placements, %s tokens): "
-        "about %s on this machine where nothing of it is there yet",
+        "select (%s of %s layers stay softmax; %s tokens of calibration and %s of alignment, then %s placements, %s "
+        "tokens): about %s on this machine where nothing of it is there yet",
         keep,
         len(scorer.layers),
         count(calibrated),
