@@ -3,7 +3,7 @@
 Writes a JSON file row by row, and a table of it beside; what is in the file is not measured again.
 
     python scripts/starts.py --out docs/results/starts.json
-    python scripts/starts.py --out docs/results/starts-h100.json --train 1M --windows 16 --length 1024
+    python scripts/starts.py --out docs/results/starts-h100.json --train 1M --windows 16 --length 1024 --jobs 8
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import queue
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import torch
 from sheet import ROOT, Sheet, number
 from transformers import set_seed
 
@@ -76,17 +79,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _side_by_side(sheet: Sheet, names: list[str], options: argparse.Namespace, arguments: list[str]) -> int:
-    """Every recipe in a process of its own with a file of its own, put together as they end."""
+    """Every recipe in a process of its own with a file of its own, put together as they end; jobs share the cards."""
     found, path = sheet.found, sheet.path
     parts = path.parent / f"{path.stem}-parts"
     parts.mkdir(parents=True, exist_ok=True)
+    cards = torch.cuda.device_count() if options.device != "cpu" else 0
+    free: queue.Queue[int] = queue.Queue()
+    for job in range(options.jobs):
+        free.put(job % max(1, cards))
 
     def one(name: str) -> tuple[str, int]:
         own = [*arguments, "--jobs", "1", "--recipes", name, "--out", str(parts / f"{name}.json")]
-        with (parts / f"{name}.log").open("w") as log:
-            return name, subprocess.call(
-                [sys.executable, __file__, *own], stdout=log, stderr=subprocess.STDOUT
-            )
+        card = free.get()
+        given = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        given |= {"CUDA_VISIBLE_DEVICES": str(card)} if cards > 1 else {}
+        try:
+            with (parts / f"{name}.log").open("w") as log:
+                return name, subprocess.call(
+                    [sys.executable, __file__, *own], stdout=log, stderr=subprocess.STDOUT, env=given
+                )
+        finally:
+            free.put(card)
 
     failed = []
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -266,7 +279,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--source", nargs="*", default=[], metavar="FILE", help="training text, the demo's by default"
     )
     parser.add_argument("--calibrated-only", action="store_true", help="no training from the published start")
-    parser.add_argument("--jobs", type=int, default=1, help="recipes at once, each in a process of its own")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="recipes at once, a process each, dealt out to the cards"
+    )
     parser.add_argument("--train", type=lambda text: int(as_number(text) or 0), default=0, help="tokens, 1M")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/starts"), help="folder of the runs of --train"

@@ -63,6 +63,7 @@ VARIANTS: list[dict] = [
         "combine": {"name": "shared_normalizer", "complement": True, "stabilized": True},
     },
     {"feature_map": HEDGEHOG, "gate": {"name": "fixed", "slopes": "alibi"}},
+    {"feature_map": HEDGEHOG, "gate": {"name": "fixed", "learned": True, "per": "kv_head"}},
     {"feature_map": {"name": "hedgehog", "dim": 8, "per": "kv_head"}, "gate": {"name": "mamba2"}},
     {"feature_map": HEDGEHOG, "position": {"name": "rope", "recurrent": False}},
     {"window": SLIDING, "position": {"name": "rope", "window": False}},

@@ -72,6 +72,13 @@ def test_the_recipe_that_it_writes_keeps_the_layers(teacher, small, tmp_path, ca
     once_more = capsys.readouterr()
     assert once_more.out == said.out and "is damaged: the alignment is made again" in once_more.err
 
+    (calibrated,) = (tmp_path / "out" / "calibration").glob("*/final.safetensors")
+    kept = calibrated.read_bytes()
+    calibrated.write_bytes(b"cut off")
+    assert select(teacher, "lolcats", "--keep", 2, *small) == 0
+    assert "is damaged: the calibration is made again" in capsys.readouterr().err
+    assert calibrated.read_bytes() == kept
+
 
 def test_overrides_and_files_are_spelled_out(teacher, small, tmp_path, capsys):
     text = tmp_path / "text.txt"
@@ -80,7 +87,8 @@ def test_overrides_and_files_are_spelled_out(teacher, small, tmp_path, capsys):
     mine.write_text(f"defaults: [liger_gla, _self_]\ndata: {{source: {text}, validation: {text}}}\n")
     assert select(teacher, mine, "mixer.window.size=8", *small) == 0
     assert (
-        "no stage with a loss per layer: mixers are scored as surgery leaves them" in capsys.readouterr().err
+        "no stage with a loss per layer: mixers are scored as calibration sets them"
+        in capsys.readouterr().err
     )
     recipe = compose(tmp_path / "out" / "mine-keep1.yaml")
     assert recipe.mixer["window"]["size"] == 8 and recipe.data.source == str(text)

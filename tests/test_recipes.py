@@ -156,16 +156,17 @@ def test_tables_are_current() -> None:
 def test_parts_in_words() -> None:
     assert parts(outline("swa_sinks")["mixer"]) == ["sliding window 64 (first 4)"]
     assert parts(outline("lizard")["mixer"])[-3:] == [
-        "sliding window 128 (overlap, sinks)",
+        "sliding window 128 (first 4, overlap, sinks)",
         "weighted",
-        "no RoPE",
+        "no RoPE but in the window",
     ]
     assert parts({"feature_map": {"name": "relu"}}) == ["relu", "additive", "running_sum"]
     assert composition(outline("halo")).endswith(
         "1 layer in 4: full window (log of the length, base 362), output gate, no RoPE"
     )
-    assert composition(outline("based_alternating")).endswith("; 1 layer in 2: sliding window 64")
-    assert composition(outline("transnormer")).endswith("; the first half: block window 64")
+    assert composition(outline("based_alternating")).endswith("; 1 layer in 2: sliding window 64 (first 4)")
+    assert composition(outline("transnormer")).endswith("; the first half: block window 64 (first 4)")
+    assert "fixed gate (retnet, learned)" in parts(outline("retnet")["mixer"])
     assert composition(outline("xatl")).endswith("; 1 layer in 12 stays softmax")
     assert (
         composition({"mixer": {"window": {"name": "full"}}, "layers": "LSS"})

@@ -286,7 +286,7 @@ def _select_arguments(parser: Parser) -> None:
         type=given.tokens,
         default=20_000,
         metavar="N",
-        help="training tokens of the alignment before (default: 20k; 0: none)",
+        help="training tokens of the alignment before, and of the calibration at most (default: 20k; 0: neither)",
     )
     parser.add_argument(
         "--windows",

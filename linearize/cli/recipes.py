@@ -101,7 +101,7 @@ def parts(mixer: Mapping[str, Mapping[str, Any]]) -> list[str]:
         found.append(_feature_map(named["feature_map"]))
     if "gate" in named:
         gate = named["gate"]
-        found.append(f"{gate['name']} gate" + (f" ({gate['slopes']})" if "slopes" in gate else ""))
+        found.append(f"{gate['name']} gate" + _slopes(gate))
     if recurrent:
         update = mixer.get("update", {})
         words = {"start": "learned start", "first_values": "first layer's values"}
@@ -116,6 +116,12 @@ def parts(mixer: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if "output" in named:
         found.append(f"output {named['output']['name']}")
     return found + _position(mixer.get("position", {}), recurrent=recurrent, window="window" in named)
+
+
+def _slopes(gate: Mapping[str, Any]) -> str:
+    said = [gate["slopes"]] if "slopes" in gate else []
+    said += ["learned"] if gate.get("learned") is True else []
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _feature_map(options: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from linearize.distill import shards
 from linearize.errors import CheckpointError, LinearizeError, NotFiniteError
 from linearize.mixers import calibration
 from linearize.mixers.offloaded import device_of
+from linearize.mixers.seams import some
 from linearize.models.cache import sha256
 from linearize.progress import Meter
 
@@ -141,23 +142,7 @@ def _divergence(model: nn.Module, batch: dict[str, Tensor]) -> float:
 def _halves(call: Any) -> tuple[Any, Any]:
     """The call of the teacher's stream, and that of the student's, whose target is the teacher's answer in its own."""
     batch = len(call.q) // 2
-
-    def half(rows: slice, value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(half(rows, part) for part in value)
-        return value[rows] if isinstance(value, Tensor) and len(value) == 2 * batch else value
-
-    names = ("q", "k", "v", "hidden_states", "valid", "starts", "teacher")
-    made = []
-    for rows in (slice(batch), slice(batch, None)):
-        context = {
-            name: value if name == "sink" else half(rows, value) for name, value in call.context.items()
-        }
-        made.append(
-            dataclasses.replace(
-                call, **{name: half(rows, getattr(call, name)) for name in names}, context=context
-            )
-        )
+    made = [some(call, rows) for rows in (slice(batch), slice(batch, None))]
     made[1].teacher = made[0].teacher
     return made[0], made[1]
 

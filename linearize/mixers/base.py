@@ -132,6 +132,13 @@ class Part(nn.Module):
     def calibrate(self, statistics: Statistics) -> None:
         """Set parameters from what is known of the teacher's layer; a part without a closed form stays as it is."""
 
+    def starts(self, statistics: Statistics) -> list[dict[str, Tensor]]:
+        """Other values of its parameters that may come nearer the teacher, of which each head takes its best.
+
+        Every value has the parameter's own shape, heads first. The values at hand always compete.
+        """
+        return []
+
     def resize(self, factor: Tensor) -> bool:
         """Multiply what each query head gives by a factor [H]; false, and nothing done, where no parameter says it."""
         return False

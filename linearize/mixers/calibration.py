@@ -13,18 +13,20 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from linearize.errors import NotFiniteError, UnsupportedModelError
 from linearize.mixers import fits
-from linearize.mixers.base import Partial, put
-from linearize.mixers.combine import Combine
+from linearize.mixers.base import Part, Partial, put
 from linearize.mixers.mixer import Mixer
+from linearize.mixers.seams import shown, some
 from linearize.mixers.spec import build
 from linearize.mixers.statistics import Moments, Statistics, finite
 
 TOKENS = 16_384
 """Tokens that enter the equations at most, spread evenly over those that were seen."""
+TRIED = 4096
+"""Tokens that values compete on."""
 ROWS = 128
 """Queries whose attention weights are held at once."""
 
@@ -127,6 +129,7 @@ class _Layer:
             k=k.flatten(0, 1)[chosen].float(),
             opens=opens.flatten()[chosen],
             attention=self._attention,
+            scores=self._scores,
             where=where,
         )
         self.opens = opens
@@ -178,14 +181,40 @@ class _Layer:
             self._resize(factor)
 
     def _start(self) -> None:
-        """Give each head the start of the feature map with which its output is nearest."""
-        feature_map = self.mixer.feature_map
-        starts = [] if feature_map is None else feature_map.starts(self.statistics)
-        if not starts:
-            return
-        assert feature_map is not None
-        parameters = dict(feature_map.named_parameters())
-        best = {name: value.detach().clone() for name, value in parameters.items()}
+        """Give each head the start of window, features, decays and strengths with which its output is nearest."""
+        recurrent = self.mixer.recurrent
+        parts: list[Part | None] = [self.mixer.window]
+        if recurrent is not None:
+            parts += [recurrent.feature_map, recurrent.gate, recurrent.update]
+        for part in parts:
+            starts = [] if part is None else part.starts(self.statistics)
+            if part is not None and starts:
+                with self._fewer():
+                    self._choose(dict(part.named_parameters()), starts)
+
+    @contextmanager
+    def _fewer(self) -> Iterator[None]:
+        """Inside, the first sequences alone, TRIED tokens of them: a choice among a few values asks for no more."""
+        kept = self.call, self.places, self.target, self.hidden
+        batch, tokens = self.call.q.shape[:2]
+        few = max(1, TRIED // tokens)
+        if few < batch:
+            inside = self.places < few * tokens
+            self.call = some(self.call, slice(few))
+            self.places, self.target, self.hidden = (
+                self.places[inside],
+                self.target[inside],
+                self.hidden[inside],
+            )
+        try:
+            yield
+        finally:
+            self.call, self.places, self.target, self.hidden = kept
+
+    def _choose(self, parameters: dict[str, Tensor], starts: list[dict[str, Tensor]]) -> None:
+        """Each head's best of some values of a part's parameters, by the squared error behind the joint output."""
+        names = dict.fromkeys(name for values in starts for name in values)
+        best = {name: parameters[name].detach().clone() for name in names}
         least: Tensor | None = None
         for values in [dict(best), *starts]:
             for name, value in values.items():
@@ -208,7 +237,7 @@ class _Layer:
 
     def _join(self) -> Tensor:
         """Set shares, or sizes, to the teacher's output by least squares; the squared error [H] that is left."""
-        with _shown(self.mixer) as seen:
+        with shown(self.mixer) as seen:
             self.call.student()
         combine = self.mixer.combine
         if combine is None and self.mixer.recurrent is None:  # a window alone has no size
@@ -216,8 +245,11 @@ class _Layer:
         if combine is None:
             assert seen.recurrent is not None
             y = self._partial(seen.recurrent).normalized()[0]
+            output = self.mixer.output
+            if output is not None and output.normalizes:
+                y = y * y.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
             factor = fits.scale(y, self.target)
-            if self._resize(factor):
+            if self._resize(factor) or output is not None:  # an output part has sizes of its own
                 y = y * factor.to(y.dtype)[:, None]
             return fits.squared_error(y, self.target)
         assert seen.window is not None and seen.recurrent is not None
@@ -249,7 +281,7 @@ class _Layer:
         return self.mixer.recurrent is not None and self._resize(factor)
 
     def _before_output(self) -> Tensor:
-        with _shown(self.mixer) as seen:
+        with shown(self.mixer) as seen:
             self.call.student()
         assert seen.joined is not None
         return self.rows(seen.joined)
@@ -264,6 +296,16 @@ class _Layer:
         numerator = rows(whole.numerator)
         assert numerator is not None
         return Partial(numerator, rows(whole.denominator), rows(whole.stabilizer))
+
+    def _scores(self) -> Tensor:
+        """See `Statistics.first`; a soft cap is left out."""
+        call, shape = self.call, self.mixer.shape
+        valid = self.opens if call.valid is None else self.opens & call.valid
+        first = call.k.flatten(0, 1)[valid.flatten()].float().mean(0)
+        return (
+            torch.einsum("nhk,hk->nh", self.rows(call.q), first.repeat_interleave(shape.group, 0))
+            * shape.scaling
+        )
 
     def _attention(self) -> Moments:
         """Moments of the teacher's weights, a block of queries at a time; the first token of a document apart."""
@@ -312,57 +354,6 @@ def _projection(call: Call, like: Tensor) -> Tensor | None:
     except UnsupportedModelError:
         return None
     return made[0].float()
-
-
-@dataclass
-class _Seen:
-    """What passed through a mixer's own seams in one call."""
-
-    window: Partial | None = None
-    recurrent: Partial | None = None
-    joined: Tensor | None = None
-
-
-@contextmanager
-def _shown(mixer: Mixer) -> Iterator[_Seen]:
-    """Inside, a call runs part by part, and shows what the branches gave and what reached the output part."""
-    seen, fused, combine, output = _Seen(), mixer.fused, mixer.combine, mixer.output
-    parts: Any = mixer
-    parts.fused = parts.output = None
-    parts.combine = None if combine is None else _Joint(seen, combine)
-    hooks = []
-    if combine is None and mixer.recurrent is not None:
-
-        def keep(module: nn.Module, arguments: Any, made: Partial) -> None:
-            seen.recurrent = made
-
-        hooks.append(mixer.recurrent.normalizer.register_forward_hook(keep))
-    given = mixer._joined_in
-
-    def joined(*arguments: Any) -> Tensor:
-        seen.joined = given(*arguments)
-        return seen.joined
-
-    parts._joined_in = joined
-    try:
-        yield seen
-    finally:
-        del parts._joined_in
-        for hook in hooks:
-            hook.remove()
-        parts.fused, parts.combine, parts.output = fused, combine, output
-
-
-class _Joint(nn.Module):
-    """A mixer's rule of combination that shows what it is given."""
-
-    def __init__(self, seen: _Seen, rule: Combine) -> None:
-        super().__init__()
-        self.seen, self.rule, self.uses_hidden = seen, rule, rule.uses_hidden
-
-    def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
-        self.seen.window, self.seen.recurrent = window, recurrent
-        return self.rule(window, recurrent, hidden)
 
 
 def _parts(mixer: Mixer) -> list[Any]:

@@ -16,6 +16,11 @@ from torch import Tensor
 from linearize.errors import NotFiniteError
 from linearize.mixers.base import LayerShape
 
+LADDER = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 128.0)
+"""Tokens within which memories that a calibration tries keep 1 / e of what they took in."""
+STRENGTHS = (0.05, 0.2, 0.5, 0.9)
+"""Shares of a new value that it tries."""
+
 
 class Moments(NamedTuple):
     """What the teacher's softmax does, a document's first token left out of all but the last.
@@ -42,6 +47,7 @@ class Statistics:
         q, k: [N, H, K] and [N, M, K] as the recurrent branch sees them; M key-value heads.
         opens: [N] bool, true for the first token of a document.
         attention: gives the moments of the teacher's softmax, a quadratic pass.
+        scores: gives `first`.
         where: the layer in words, for errors.
     """
 
@@ -50,6 +56,7 @@ class Statistics:
     k: Tensor
     opens: Tensor
     attention: Callable[[], Moments]
+    scores: Callable[[], Tensor] | None = None
     where: str = "the layer"
 
     @cached_property
@@ -66,6 +73,12 @@ class Statistics:
             finite(value, f"{self.where}: the teacher's {name}")
         return found
 
+    @cached_property
+    def first(self) -> Tensor:
+        """[N, H] scores of the documents' mean first key, as a window sees it, by the teacher's queries."""
+        assert self.scores is not None, "see scores"
+        return self.scores()
+
     @property
     def rate(self) -> Tensor:
         """[H] log decay > 0 a token under which a geometric memory has the mean age of the teacher's attention.
@@ -79,6 +92,10 @@ class Statistics:
     def strength(self) -> Tensor:
         """[H] share of a new value in an average over as many tokens as the teacher's entropy counts: exp(-entropy)."""
         return (-self.moments.entropy).exp().clamp(0.02, 0.98)
+
+    def ladder(self, heads: int) -> list[Tensor]:
+        """Rates as `rate`, [heads] each and equal for all heads, that forget within LADDER tokens."""
+        return [self.q.new_full((heads,), 1 / tokens) for tokens in LADDER]
 
     def shared(self, values: Tensor, heads: int) -> Tensor:
         """[H] positive values of the query heads -> [heads], the geometric mean of each group."""

@@ -1,4 +1,4 @@
-"""The short alignment before layers are scored: the recipe's own first transfer stage at a budget of minutes."""
+"""What precedes the scores of layers: the recipe's calibration, and its first transfer stage at a budget of minutes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from linearize import data, objectives, surgery
 from linearize.config.course import Course
 from linearize.config.schema import CalibrateConfig, Recipe, StageConfig, StageDataConfig
-from linearize.distill import stages
+from linearize.distill import calibrate, stages
 from linearize.distill import texts as training
 from linearize.distill.device import resolve_device, resolve_weights
 from linearize.distill.stages import StagePlace
@@ -67,6 +67,53 @@ def dataset(recipe: Recipe, name: str, stage: StageConfig, tokenizer: Any, sourc
         stage = recipe.stages[name]
     text = recipe.data.of(stage)
     return data.packed(tokenizer, text, tokens=Course.of(stage, text.length).tokens, seed=recipe.run.seed + 1)
+
+
+def calibration(recipe: Recipe, tokens: int, tokenizer: Any, source: str) -> Any:
+    """The text that mixers are calibrated on, of `tokens` tokens at most, or None where nothing is to be calibrated.
+
+    Args:
+        recipe: composed.
+        tokens: see `stage_of`.
+        tokenizer: of the model.
+        source: the MODEL argument.
+
+    Raises:
+        DataError: as `data.packed`; and see `distill.texts.write`.
+    """
+    recipe = replace(recipe, stages={}, calibrate=CalibrateConfig(min(tokens, recipe.calibrate.tokens)))
+    if not recipe.calibrate.tokens:
+        return None
+    if training.of_teacher(recipe.data):
+        device = resolve_device(recipe.run)
+        weights = resolve_weights(recipe.run, device)
+        most = training.most(recipe)
+        recipe = training.write(recipe, source, tokenizer, device=device, weights=weights, tokens=most)
+    return calibrate.text(recipe, tokenizer)
+
+
+def calibrated(model: Any, texts: Any, folder: Path, autocast: torch.dtype | None) -> None:
+    """Set the mixers in closed form, or to what `folder` holds.
+
+    Args:
+        model: converted.
+        texts: of `calibration`.
+        folder: of the result.
+        autocast: compute dtype, or None.
+
+    Raises:
+        NotFiniteError: as `distill.calibrate.calibrate`.
+        CheckpointError: the disk is full or refuses.
+    """
+    if not any(layer.mixer.added_parameters for layer in surgery.converted(model)):
+        return
+    if calibrate.is_done(folder):
+        try:
+            return calibrate.restore(model, folder)
+        except CheckpointError:
+            log.info("%s is damaged: the calibration is made again", folder)
+            remove(folder)
+    calibrate.write(model, folder, calibrate.calibrate(model, texts, autocast=autocast))
 
 
 def align(

@@ -43,8 +43,8 @@ from linearize.select.scoring import Scorer, Signature
 
 log = logging.getLogger(__name__)
 
-TRAINING_PASSES = 3
-"""A token of the alignment takes about as long as so many tokens of a scored pass."""
+TRAINING_PASSES, CALIBRATION_PASSES = 3, 10
+"""A token of the alignment, or of the calibration, takes about as long as so many tokens of a scored pass."""
 BY = {"kl": (TEXT, KL), "recall": (TEXT, KL_HIT), "passkey": (PASSKEYS, KL_PASSKEY)}
 """What greedy restoring lowers: the KL of all tokens, of those that could be recalled, or of pass keys."""
 SHARE = 4
@@ -58,7 +58,7 @@ class Options:
     Attributes:
         keep: layers that stay softmax; None: one in `share`.
         by: a key of `BY`.
-        tokens: of the alignment; 0 scores mixers as surgery leaves them.
+        tokens: of the alignment, and of the calibration before it at most; 0 scores mixers as surgery leaves them.
         windows, length: of the text that layers are chosen on, and of the pass keys; as many again, on which nothing
             is chosen, compare placements.
         draws: random placements.
@@ -140,6 +140,7 @@ def select(model: str, recipe: Recipe, out: Path, options: Options, *, command: 
     halves = _halves(tokenizer, recipe, options)
     found = alignment.stage_of(recipe, options.tokens, options.length)
     packed = None if found is None else alignment.dataset(recipe, *found, tokenizer, model)
+    seen = alignment.calibration(recipe, options.tokens, tokenizer, model)
     device = resolve_device(recipe.run)
     autocast = resolve_precision(recipe.run, device)
     if autocast is not None and device.type == "cuda":
@@ -148,13 +149,17 @@ def select(model: str, recipe: Recipe, out: Path, options: Options, *, command: 
     with memory.watched(f"choosing layers of {model}", lambda: f"Take {less}"):
         student = _converted(model, recipe, options, device)
         signature = [fingerprint(model), dataclasses.asdict(recipe), options.tokens, options.length]
+        signature.append("calibrated" if seen is not None else "as surgery leaves it")
         scores = Scores(out / "scores.json")
         about = Signature(Path(model.rstrip("/")).name, command, recipe.run.seed, key_of(signature))
         scorer = Scorer(student, named_samples(halves), scores, about, autocast)
-        _announce(scorer, options, found)
+        _announce(scorer, options, found, seen)
+        if seen is not None:
+            alignment.calibrated(student, seen, out / "calibration" / about.key, autocast)
         if found is None:
             why = "--tokens 0" if not options.tokens else "the recipe has no stage with a loss per layer"
-            log.info("%s: mixers are scored as surgery leaves them", why)
+            start = "surgery leaves" if seen is None else "calibration sets"
+            log.info("%s: mixers are scored as %s them", why, start)
         else:
             alignment.align(
                 student,
@@ -316,17 +321,20 @@ def _converted(source: str, recipe: Recipe, options: Options, device: torch.devi
     return surgery.convert(model, recipe.mixer, "all").requires_grad_(False).eval()
 
 
-def _announce(scorer: Scorer, options: Options, found: Any) -> None:
+def _announce(scorer: Scorer, options: Options, found: Any, seen: Any) -> None:
     """Say what it will take, from one window's time on this machine."""
     keep = how_many(options, len(scorer.layers), scorer.signature.model)
     placements, scored = _cost(scorer, keep, options)
     trained = 0 if found is None else options.tokens
-    seconds = scorer.seconds_a_token() * (scored + TRAINING_PASSES * trained)
+    calibrated = 0 if seen is None else len(seen) * len(seen[0]["input_ids"])
+    tokens = scored + TRAINING_PASSES * trained + CALIBRATION_PASSES * calibrated
+    seconds = scorer.seconds_a_token() * tokens
     log.info(
-        "select (%s of %s layers stay softmax; %s tokens of alignment, then %s placements, %s tokens): about %s on "
-        "this machine where nothing of it is there yet",
+        "select (%s of %s layers stay softmax; %s tokens of calibration and %s of alignment, then %s placements, %s "
+        "tokens): about %s on this machine where nothing of it is there yet",
         keep,
         len(scorer.layers),
+        count(calibrated),
         count(trained),
         placements,
         count(scored),

@@ -80,9 +80,69 @@ def test_the_decay_is_that_of_the_teachers_own_memory():
         seen = Call(made, one, rate * time, torch.randn(1, 400, 1, 1), torch.randn(1, 400, 16))
         seen.teacher = torch.randn(1, 400, 1, 1)
         gate = made.recurrent.gate
-        calibration._Layer(seen).fit()
+        gate.calibrate(calibration._Layer(seen).statistics)
         found = -float(gate(seen.hidden_states, seen.k)[0, 0, 0])
         assert found == pytest.approx(rate, rel=0.1)
+
+
+GATES = [
+    {"name": "mamba2"},
+    {"name": "fixed", "learned": True},
+    {"name": "scalar", "per": "kv_head"},
+    {"name": "low_rank", "rank": 2},
+    {"name": "rwkv6"},
+    {"name": "kda", "rank": 2},
+]
+
+
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate["name"])
+def test_each_head_takes_the_reach_that_comes_nearest(gate):
+    """Teachers that forget fast in one head and slowly in another, which no mean age of their attention says."""
+    mixer = {"feature_map": {"name": "relu"}, "gate": gate, "normalizer": {"name": "none"}}
+    made = call({**mixer, "update": {"name": "additive"}, "output": {"name": "norm"}})
+    part = made.mixer.recurrent.gate
+    reach = torch.tensor([2.0, 32.0, 8.0, 128.0])[: part.rates]
+    with torch.no_grad():
+        part.down.zero_() if gate["name"] == "low_rank" else None  # its start is random
+        wanted = {f"recurrent.gate.{name}": value for name, value in part.at(1 / reach).items()}
+        kept = {name: value.clone() for name, value in made.mixer.state_dict().items()}
+        made.mixer.load_state_dict({**kept, **wanted})
+        made.teacher = made.student()
+        made.mixer.load_state_dict(kept)
+    fitted = calibration.calibrate(made)
+    for name, value in wanted.items():
+        assert torch.allclose(made.mixer.state_dict()[name], value), name
+    assert fitted.after < 1e-6 < fitted.before
+
+
+def test_a_learned_sink_stands_for_the_first_token():
+    made = call({"window": {"name": "sliding", "size": 16, "sinks": "learned"}})
+    scores = (
+        torch.einsum("bthk,hk->bth", made.q, made.k[:, 0].mean(0).repeat_interleave(2, 0)) * SHAPE.scaling
+    )
+    wanted = scores.flatten(0, 1).quantile(0.7, 0)
+    fitted = calibration.calibrate(recalled(made, **{"window.sink_logit": wanted}))
+    assert torch.allclose(made.mixer.window.sink_logit, wanted, atol=1e-5)
+    assert fitted.after < 1e-8 < fitted.before
+
+
+def test_strengths_of_writing_compete():
+    mixer = {"feature_map": {"name": "identity", "l2_normalize": True}, "normalizer": {"name": "none"}}
+    made = call({**mixer, "update": {"name": "delta"}})
+    wanted = torch.tensor([0.9, 0.2]).logit()
+    calibration.calibrate(recalled(made, **{"recurrent.update.beta_bias": wanted}))
+    assert torch.allclose(made.mixer.update.beta_bias, wanted, atol=1e-5)
+
+
+def test_values_compete_on_a_few_sequences(monkeypatch):
+    """What is chosen there holds for all, and the rest of the calibration sees all of them again."""
+    mixer = {"feature_map": {"name": "relu"}, "gate": {"name": "mamba2"}, "output": {"name": "norm"}}
+    made = call({**mixer, "normalizer": {"name": "none"}}, batch=4)
+    monkeypatch.setattr(calibration, "TRIED", 2 * 96)
+    wanted = made.mixer.recurrent.gate.at(torch.full((4,), 1 / 8.0))
+    fitted = calibration.calibrate(recalled(made, **{"recurrent.gate.a_log": wanted["a_log"].detach()}))
+    assert torch.allclose(made.mixer.recurrent.gate.a_log, wanted["a_log"])
+    assert len(made.q) == 4 and fitted.after < 1e-6
 
 
 def test_weights_of_two_branches_are_found_exactly():

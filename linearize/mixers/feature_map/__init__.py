@@ -8,7 +8,6 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from linearize.mixers.base import LayerShape, Part
-from linearize.mixers.statistics import Statistics
 from linearize.registry import Registry, discover
 
 
@@ -44,13 +43,6 @@ class FeatureMap(Part):
     def __init__(self, config: Part.Config, shape: LayerShape) -> None:
         super().__init__()
         self.state_heads = shape.kv_heads
-
-    def starts(self, statistics: Statistics) -> list[dict[str, Tensor]]:
-        """Other values of its parameters that may come nearer the teacher, of which each head takes its best.
-
-        Every value has the parameter's own shape, heads first. The values at hand always compete.
-        """
-        return []
 
     def query(self, q: Tensor, position: Tensor | None = None) -> Tensor:
         """q [B, T, H, K] -> [B, T, H, F]; position [B, T] int64, tokens since the start of the document."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from linearize.mixers.base import LayerShape, Part
+from linearize.mixers.base import LayerShape, Part, put
+from linearize.mixers.statistics import Statistics
 from linearize.registry import Registry, discover
 
 
@@ -40,6 +41,26 @@ class Gate(Part):
         super().__init__()
         self.heads = shape.kv_heads
         self.register_parameter("mix", None)
+
+    @property
+    def rates(self) -> int:
+        """How many decays its parameters tell apart: a divisor of the query heads."""
+        return self.heads
+
+    def at(self, rate: Tensor) -> dict[str, Tensor]:
+        """Values of its parameters under which a token keeps exp(-rate), rate [rates] > 0; {} where none says it."""
+        return {}
+
+    def calibrate(self, statistics: Statistics) -> None:
+        """The decay from the teacher's attention distance, a mean over the heads that share it."""
+        parameters = dict(self.named_parameters())
+        for name, value in self.at(statistics.shared(statistics.rate, self.rates)).items():
+            put(parameters[name], value)
+
+    def starts(self, statistics: Statistics) -> list[dict[str, Tensor]]:
+        """Decays of every reach: most of a softmax's distant weight averages out, so that less often does better."""
+        made = [self.at(rate) for rate in statistics.ladder(self.rates)]
+        return [values for values in made if values]
 
     def forward(self, hidden: Tensor | None, k: Tensor) -> Tensor:
         """hidden [B, T, D], k [B, T, N, K] before its feature map -> log decay [B, T, M] or [B, T, M, F]."""

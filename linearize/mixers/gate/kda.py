@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linearize.mixers.base import LayerShape, Part, fill, put
+from linearize.mixers.base import LayerShape, Part, fill
 from linearize.mixers.gate import GATES, Gate
-from linearize.mixers.gate.shared import CurveGate
+from linearize.mixers.gate.shared import curves, spread
 from linearize.mixers.low_rank import LowRank
 from linearize.mixers.options import WIDEST, choice_problems, number
 from linearize.mixers.statistics import Statistics
@@ -79,12 +79,12 @@ class KDAGate(Gate):
             return (rate / -self.config.lowest).clamp(1e-6, 0.98).logit()
         return rate.expm1().log()
 
-    def calibrate(self, statistics: Statistics) -> None:
-        """Per feature from `CurveGate.SPREAD` times slower to faster than the teacher's attention distance asks for."""
-        rate = statistics.shared(statistics.rate, self.heads)
-        base = self.logits.base
-        place = torch.linspace(-1, 1, base.shape[-1], dtype=rate.dtype, device=rate.device)
-        put(base, self._base(rate[:, None] * CurveGate.SPREAD**place))
+    def at(self, rate: Tensor) -> dict[str, Tensor]:
+        """As `CurveGate.at`."""
+        return {"logits.base": self._base(spread(rate, self.logits.base.shape[-1]))}
+
+    def starts(self, statistics: Statistics) -> list[dict[str, Tensor]]:
+        return curves(self, statistics)
 
     def forward(self, hidden: Tensor | None, k: Tensor) -> Tensor:
         assert hidden is not None

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Part, fill, put, wide
+from linearize.mixers.base import LayerShape, Part, fill, wide
 from linearize.mixers.gate import GATES, Gate, log_sigmoid, sigmoid_logit
 from linearize.mixers.options import WIDEST, number
-from linearize.mixers.statistics import Statistics
 
 
 @GATES.register("low_rank")
@@ -43,10 +42,9 @@ class LowRankGate(Gate):
         nn.init.normal_(self.up, std=0.006)
         fill(self.bias, self.config.bias)
 
-    def calibrate(self, statistics: Statistics) -> None:
-        """The decay of each key-value head, in all its features, from the teacher's attention distance."""
-        rate = statistics.shared(statistics.rate, len(self.bias))
-        put(self.bias, sigmoid_logit(rate, self.config.divisor)[:, None])
+    def at(self, rate: Tensor) -> dict[str, Tensor]:
+        """In all features of a head."""
+        return {"bias": sigmoid_logit(rate, self.config.divisor)[:, None].expand_as(self.bias)}
 
     def forward(self, hidden: Tensor | None, k: Tensor) -> Tensor:
         assert hidden is not None

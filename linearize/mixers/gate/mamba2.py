@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linearize.mixers.base import LayerShape, Part, fill, product, put
+from linearize.mixers.base import LayerShape, Part, fill, product
 from linearize.mixers.gate import GATES, Gate
 from linearize.mixers.options import number
-from linearize.mixers.statistics import Statistics
 
 
 @GATES.register("mamba2")
@@ -58,9 +57,9 @@ class Mamba2Gate(Gate):
         fill(self.dt_bias, math.log(math.expm1(dt)))
         fill(self.a_log, (rate / dt).log().to(self.a_log))
 
-    def calibrate(self, statistics: Statistics) -> None:
-        """The decay of each head from the teacher's attention distance, at the dt of the start."""
-        put(self.a_log, (statistics.rate / F.softplus(self.dt_bias)).log())
+    def at(self, rate: Tensor) -> dict[str, Tensor]:
+        """At the dt of the start."""
+        return {"a_log": (rate / F.softplus(self.dt_bias)).log()}
 
     def forward(self, hidden: Tensor | None, k: Tensor) -> Tensor:
         assert hidden is not None

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Part, fill, product, put
+from linearize.mixers.base import LayerShape, Part, fill, product
 from linearize.mixers.gate import GATES, Gate, log_sigmoid, sigmoid_logit
 from linearize.mixers.options import choice_problems, number
-from linearize.mixers.statistics import Statistics
 
 
 @GATES.register("scalar")
@@ -45,10 +44,12 @@ class ScalarGate(Gate):
         fill(self.weight, 0.0)
         fill(self.bias, self.config.bias)
 
-    def calibrate(self, statistics: Statistics) -> None:
-        """The decay from the teacher's attention distance, a mean over the heads that share it."""
-        rate = statistics.shared(statistics.rate, len(self.bias))
-        put(self.bias, sigmoid_logit(rate, self.config.divisor))
+    @property
+    def rates(self) -> int:
+        return len(self.bias)
+
+    def at(self, rate: Tensor) -> dict[str, Tensor]:
+        return {"bias": sigmoid_logit(rate, self.config.divisor)}
 
     def forward(self, hidden: Tensor | None, k: Tensor) -> Tensor:
         assert hidden is not None

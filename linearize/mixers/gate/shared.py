@@ -7,11 +7,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Part, fill, put
+from linearize.mixers.base import LayerShape, Part, fill
 from linearize.mixers.gate import Gate
 from linearize.mixers.low_rank import LowRank
 from linearize.mixers.options import WIDEST, choice_problems, number
 from linearize.mixers.statistics import Statistics
+
+SPREAD = 4.0
+"""Times slower and faster than its head's own rate that the ends of a head's channels are calibrated to forget."""
+
+
+def spread(rate: Tensor, channels: int) -> Tensor:
+    """Rates [M] -> [M, channels], evenly on a logarithmic scale from SPREAD times slower to faster; [M, 1]: alike."""
+    if rate.dim() == 2:
+        return rate.expand(-1, channels)
+    place = torch.linspace(-1, 1, channels, dtype=rate.dtype, device=rate.device)
+    return rate[:, None] * SPREAD**place
+
+
+def curves(gate: Gate, statistics: Statistics) -> list[dict[str, Tensor]]:
+    """Decays of every reach for `Part.starts`: a head's channels spread around its own, and all alike."""
+    ladder = statistics.ladder(gate.rates)
+    return [gate.at(rate) for rate in (*ladder, *(rate[:, None] for rate in ladder))]
 
 
 class CurveGate(Gate):
@@ -25,7 +42,6 @@ class CurveGate(Gate):
     from that with RWKV-7 and little with RWKV-6, and it is off unless `shift` asks for it.
     """
 
-    SPREAD = 4.0
     per_feature = True
 
     @dataclass
@@ -68,12 +84,12 @@ class CurveGate(Gate):
         curve = self.config.slow + (self.config.fast - self.config.slow) * place
         self.logits.start(curve.view(base.shape).to(base))
 
-    def calibrate(self, statistics: Statistics) -> None:
-        """Decays around that of the teacher's attention distance, SPREAD times slower to faster along a head."""
-        rate = statistics.shared(statistics.rate, self.heads)[:, None]
-        base = self.logits.base
-        place = torch.linspace(-1, 1, base.shape[1], dtype=rate.dtype, device=rate.device)
-        put(base, self.logit(rate * self.SPREAD**place))
+    def at(self, rate: Tensor) -> dict[str, Tensor]:
+        """Decays SPREAD times slower to faster than `rate` along a head; of rates [M, 1] alike."""
+        return {"logits.base": self.logit(spread(rate, self.logits.base.shape[1]))}
+
+    def starts(self, statistics: Statistics) -> list[dict[str, Tensor]]:
+        return curves(self, statistics)
 
     def forward(self, hidden: Tensor | None, k: Tensor) -> Tensor:
         assert hidden is not None

@@ -17,10 +17,12 @@ class Output(Part):
     Attributes:
         uses_hidden: whether it reads the layer's input.
         scales: whether what comes in n times as large goes out n times as large.
+        normalizes: whether the size of what comes in says nothing.
     """
 
     uses_hidden: ClassVar[bool] = False
     scales: ClassVar[bool] = False
+    normalizes: ClassVar[bool] = False
 
     def __init__(self, config: Any, shape: LayerShape) -> None:
         super().__init__()

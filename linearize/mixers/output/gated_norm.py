@@ -26,6 +26,7 @@ class GatedNorm(Output):
 
     EPSILON = 1e-5
     uses_hidden = True
+    normalizes = True
 
     @dataclass
     class Config(Part.Config):

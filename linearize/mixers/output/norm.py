@@ -20,6 +20,7 @@ class OutputNorm(Output):
     """
 
     EPSILON = 1e-6
+    normalizes = True
 
     @dataclass
     class Config(Part.Config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,7 @@ from linearize.kernels.gated_delta import delta_chunk, delta_reference, delta_st
 from linearize.mixers.base import LayerShape, Part, Partial, fill, product, put, running
 from linearize.mixers.options import number
 from linearize.mixers.state import State
-from linearize.mixers.statistics import Statistics
+from linearize.mixers.statistics import STRENGTHS, Statistics
 from linearize.mixers.update import UPDATES, Stream
 from linearize.mixers.update.shared import Overwriting
 from linearize.mixers.update.start import kept_since
@@ -67,6 +68,14 @@ class Delta(Overwriting):
         """The strength of writing from the entropy of the teacher's attention, a mean over the heads that share it."""
         if self.beta_bias is not None:
             put(self.beta_bias, statistics.shared(statistics.strength, self.heads).logit())
+
+    def starts(self, statistics: Statistics) -> list[dict[str, Tensor]]:
+        if self.beta_bias is None:
+            return []
+        return [
+            {"beta_bias": torch.full_like(self.beta_bias, math.log(share / (1 - share)))}
+            for share in STRENGTHS
+        ]
 
     def parallel(self, stream: Stream) -> Partial:
         stream, q, k, beta = self._terms(stream)

@@ -62,6 +62,9 @@ class DeltaProduct(Delta):
         """As `delta`: the strength of all steps together from the entropy of the teacher's attention."""
         self._put_strength(statistics.shared(statistics.strength, self.heads), put)
 
+    def starts(self, statistics: Statistics) -> list[dict[str, Tensor]]:
+        return []  # its strengths are steps first, so that heads cannot choose theirs
+
     def _put_strength(self, whole: Tensor, write: Any) -> None:
         """[M] strengths of n equal steps."""
         if self.beta_bias is None:

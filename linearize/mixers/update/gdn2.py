@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from linearize.mixers.base import LayerShape, Part, Partial, fill, put, wide
 from linearize.mixers.options import number
-from linearize.mixers.statistics import Statistics
+from linearize.mixers.statistics import STRENGTHS, Statistics
 from linearize.mixers.update import UPDATES, Stream
 from linearize.mixers.update.shared import Moving, Terms
 
@@ -57,6 +58,11 @@ class GatedDelta2(Moving):
         logit = statistics.shared(statistics.strength, self.heads).logit()[:, None]
         put(self.erase_bias, logit.expand_as(self.erase_bias))
         put(self.write_bias, logit.expand_as(self.write_bias))
+
+    def starts(self, statistics: Statistics) -> list[dict[str, Tensor]]:
+        logits = [math.log(share / (1 - share)) for share in STRENGTHS]
+        biases = {"erase_bias": self.erase_bias, "write_bias": self.write_bias}
+        return [{name: torch.full_like(bias, logit) for name, bias in biases.items()} for logit in logits]
 
     def weights(self, stream: Stream) -> Partial:
         """As elsewhere where w is one number for all dims of a head; else what is written is their mean."""

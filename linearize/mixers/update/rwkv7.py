@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from linearize.mixers.base import LayerShape, Part, fill
 from linearize.mixers.low_rank import LowRank
 from linearize.mixers.options import WIDEST, number
+from linearize.mixers.statistics import STRENGTHS, Statistics
 from linearize.mixers.update import UPDATES, Stream
 from linearize.mixers.update.first_values import FirstValues
 from linearize.mixers.update.shared import Moving, Terms
@@ -89,6 +91,10 @@ class RWKV7(Moving):
             fill(self.removal, self.config.removal_scale)
         if self.share is not None:
             fill(self.share, self.config.rate_share)
+
+    def starts(self, statistics: Statistics) -> list[dict[str, Tensor]]:
+        base = self.rate.base
+        return [{"rate.base": torch.full_like(base, math.log(x / (1 - x)))} for x in STRENGTHS]
 
     def terms(self, stream: Stream) -> Terms:
         assert stream.hidden is not None and stream.log_decay is not None

@@ -17,10 +17,14 @@ from linearize.mixers.base import LayerShape, Part, Partial, fill
 from linearize.mixers.options import LONGEST, choice_problems, number
 from linearize.mixers.padding import behind, leading
 from linearize.mixers.state import State
+from linearize.mixers.statistics import Statistics
 from linearize.mixers.window import Window
 from linearize.mixers.window.handed import Handed
 from linearize.mixers.window.length import log_scaled, seen_count
 from linearize.mixers.window.runs import Line
+
+SINKS = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
+"""Quantiles, over queries, of the first token's score that a calibrated sink may have."""
 
 
 class Scores(TypedDict):
@@ -92,6 +96,13 @@ class RingWindow(Window):
     def reset_parameters(self) -> None:
         if self.sink_logit is not None:
             fill(self.sink_logit, self.SINK_INIT)
+
+    def starts(self, statistics: Statistics) -> list[dict[str, Tensor]]:
+        """Where a sink is learned: the scores of a document's first token, in the place of which it stands."""
+        if self.sink_logit is None:
+            return []
+        found = statistics.first.quantile(torch.tensor(SINKS, device=statistics.first.device), 0)
+        return [{"sink_logit": logit} for logit in found.to(self.sink_logit)]
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         shape, held = self.shape, self.first + self.slots
