@@ -88,7 +88,8 @@ class Template:
             near = closest(missing[0], have)
             columns = f" (columns: {', '.join(have)})" if near.startswith("did") else ""
             meant = next((other for usual, other in USUAL.items() if usual <= set(have)), None)
-            if meant is not None and meant.split()[0] != self.name:
+            fixed = self.name in ("preference", "continuations")  # what the objective reads is no choice
+            if meant is not None and meant.split()[0] != self.name and not fixed:
                 setting += f"; such columns are for data.template={meant}"
             raise DataError(
                 f"{where} has no column '{missing[0]}'{hint}, which template '{self.name}' reads: "

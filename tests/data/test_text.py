@@ -222,6 +222,12 @@ def test_columns_that_another_template_reads(jsonl, row, template, meant):
         load_texts(jsonl([row]), template=template, tokenizer=tokenizer)
 
 
+def test_pairs_that_an_objective_reads_have_one_template(jsonl):
+    with pytest.raises(DataError, match="no column 'prompt'") as caught:
+        load_texts(jsonl([{"instruction": "a", "output": "b"}]), template="preference")
+    assert "such columns" not in str(caught.value)
+
+
 def test_rows_without_an_answer(jsonl):
     with pytest.raises(DataError, match="only such as hold no output"):
         list(load_texts(jsonl([{"instruction": "a", "output": " "}]), template="alpaca"))
