@@ -68,8 +68,7 @@ class AheadState(FixedState):
             return super().attend(mixer, q, k, v, valid=valid, starts=starts, gaps=gaps, **context)
         assert self._bounded is not None and self._bounded[0] is mixer and self.trial is not None
         call = {"q": q, "k": k, "v": v}
-        if "hidden" in context:
-            call["hidden"] = context["hidden"]
+        call |= {name: context[name] for name in ("hidden", "first") if name in context}
         if "plain" in context:
             call["plain_q"], call["plain_k"] = context["plain"]
         self._calls.append(call)
