@@ -173,6 +173,8 @@ def each(job: Callable[[], Any]) -> None:
     [failed] = most([0 if failure is None else rank() + 1])
     if not failed:
         return
+    if failure is not None and count() == 1:
+        raise failure
     told = _send([None if failure is None else _described(failure)], failed - 1)[0]
     if failure is not None:
         raise failure

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 data=${DATA:-../shared/data}
 python=${PYTHON:-python3}
 
-exec "$python" -m linearize run smollm2-135m lolcats mixer.window.first=0 --out "${OUT:-runs/lolcats-h100}" \
+exec "$python" -m linearize run smollm2-135m lolcats --out "${OUT:-runs/lolcats-h100}" \
     "data.source=[$data/text/books.train.parquet,$data/text/teacher.train.parquet]" \
     data.template=rendered "data.validation=$data/text/books.validation.parquet" \
     "eval.texts={wikitext2: $data/text/wikitext2.test.parquet}" \

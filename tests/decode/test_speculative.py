@@ -47,10 +47,15 @@ def prompts(device: str = "cpu", rows: int = 3, length: int = 20):
     return ids.to(device), mask.to(device)
 
 
+def was_mixed(made: Speculator) -> bool:
+    """Whether some tokens were taken and some were not, and rows took unequal numbers of them."""
+    some = 0 < int(made.accepted.sum()) < int(made.rounds.sum()) * made.ahead
+    return some and (len(set(made.rounds.tolist())) > 1 or len(set(made.accepted.tolist())) > 1)
+
+
 def some_taken(made: Speculator) -> None:
-    """Some tokens were taken and some were not, and rows took unequal numbers of them."""
-    assert 0 < int(made.accepted.sum()) < int(made.rounds.sum()) * made.ahead
-    assert len(set(made.rounds.tolist())) > 1 or len(set(made.accepted.tolist())) > 1
+    """As `was_mixed`."""
+    assert was_mixed(made)
 
 
 @devices
@@ -73,11 +78,13 @@ def test_every_kind_of_state(mixer, device):
     model = hybrid("llama", "all", mixer, device)
     ids, mask = prompts(device)
     wanted = expected(model, ids, mask, eos_token_id=None, pad_token_id=0)
+    tried = []
     for draft in (near(model), hybrid("llama", [1], HEDGEHOG, device)):
         made = Speculator(model, draft, 3, 4, length=20 + NEW, tokens=NEW)
         for _ in range(2):
             assert torch.equal(made.generate(ids, mask, NEW), wanted), "the state of the text before is gone"
-    some_taken(made)
+        tried.append(made)
+    assert any(was_mixed(made) for made in tried)
 
 
 @pytest.mark.parametrize(

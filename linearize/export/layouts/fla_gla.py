@@ -74,7 +74,9 @@ class GLA(ForeignLayer):
 
     def _heads(self, given: Given) -> int:
         """Heads with a decay of their own."""
-        return given.shape.heads if given.mixer["gate"]["name"] == "fixed" else given.shape.kv_heads
+        gate = given.mixer["gate"]
+        own = gate["name"] == "fixed" and gate["per"] == "query_head"
+        return given.shape.heads if own else given.shape.kv_heads
 
     def _gate(self, layer: Layer) -> dict[str, Tensor]:
         given, parts, rank = layer.given, layer.parts, self.RANK
@@ -88,9 +90,12 @@ class GLA(ForeignLayer):
             }
         bias = torch.full((self._heads(given),), self.OPEN, dtype=torch.float64)
         if name == "fixed":
-            fixed = FixedGate(FixedGate.Config(slopes=given.mixer["gate"]["slopes"]), shape, shape.key_dim)
-            kept = fixed(None, torch.zeros(1, 1, 1, 1, dtype=torch.float64))[0, 0]
-            bias = (self.DIVISOR * kept).exp().logit()
+            chosen = {key: value for key, value in given.mixer["gate"].items() if key != "name"}
+            fixed = FixedGate(FixedGate.Config(**chosen), shape, shape.key_dim)
+            if fixed.log_rate is not None:
+                fixed.log_rate.data = parts["recurrent.gate.log_rate"].double()
+            kept = self.DIVISOR * fixed(None, torch.zeros(1, 1, 1, 1, dtype=torch.float64))[0, 0].detach()
+            bias = kept - (-kept.expm1()).log()  # the logit of exp(kept), also where that is next to zero
         return {
             "gk_proj.0.weight": torch.zeros(rank, shape.hidden_dim()),
             "gk_proj.1.weight": torch.zeros(len(bias) * shape.key_dim, rank),

@@ -37,8 +37,9 @@ class ARWKV7(ForeignLayer):
     """`rwkv7_rule`, with a layer norm of each head behind it (epsilon 64e-5) or none.
 
     The gate sigmoid(x G1) G2 is ours less one: a column of G1 that is zero has a sigmoid of one half, and 2 under it in
-    G2 is one. Other values are mixed in by sigmoid(v0 + ...), which v0 = -100 makes zero. There are no key-value heads:
-    theirs are written once for every query head. Queries take the scale, and the root of the quotient of the two norms'
+    G2 is one. The first layer's values are mixed in by sigmoid(v0 + x V1 V2), which v0 = -100 makes zero where they are
+    not; its own such tensors are read by nobody. There are no key-value heads: theirs are written once for every query
+    head. Queries take the scale, and the root of the quotient of the two norms'
     epsilons.
     """
 
@@ -90,7 +91,12 @@ class ARWKV7(ForeignLayer):
             ones = torch.full((1, width), 2.0)
             made["time_mix_g1.weight"] = F.pad(down, (0, 1 + spare)).T
             made["time_mix_g2.weight"] = F.pad(torch.cat([out, ones]), (0, 0, 0, spare)).T
-        rates, low = mixer["update"]["rank"], self.WIDTH
+        rates, first = mixer["update"]["rank"], "recurrent.update.first.share"
+        if layer.index == 0 or not mixer["update"]["first_values"]:
+            low = rates if layer.index == 0 else self.WIDTH
+            mixing = torch.full((width,), self.SHUT), torch.zeros(low, width), torch.zeros(width, low)
+        else:
+            mixing = per_head(parts[f"{first}.base"]), parts[f"{first}.down"].T, up(parts[f"{first}.up"])
         return made | {
             "time_mix_lerp_fused.weight": torch.stack([x.float() for x in lerp])[:, None, None],
             "time_mix_w0.weight": per_head(parts[f"{gate}.base"]),
@@ -99,9 +105,7 @@ class ARWKV7(ForeignLayer):
             "time_mix_a0.weight": per_head(parts[f"{rate}.base"]),
             "time_mix_a1.weight": parts[f"{rate}.down"].T,
             "time_mix_a2.weight": up(parts[f"{rate}.up"]),
-            "time_mix_v0.weight": torch.full((width,), self.SHUT),
-            "time_mix_v1.weight": torch.zeros(rates if layer.index == 0 else low, width),
-            "time_mix_v2.weight": torch.zeros(width, rates if layer.index == 0 else low),
+            **{f"time_mix_v{number}.weight": part for number, part in enumerate(mixing)},
             "time_mix_k_k.weight": per_head(parts["recurrent.update.removal"]),
             "time_mix_k_a.weight": per_head(parts["recurrent.update.share"]),
             "time_mix_r_k.weight": nothing,
@@ -121,7 +125,9 @@ class ARWKV7(ForeignLayer):
             "head_count": 0,
             "decay_lora_rank": mixer["gate"]["rank"],
             "iclr_lora_rank": mixer["update"]["rank"],
-            "value_residual_mix_lora_rank": self.WIDTH,
+            "value_residual_mix_lora_rank": mixer["update"]["first_rank"]
+            if mixer["update"]["first_values"]
+            else self.WIDTH,
         }
         if mixer["output"]["name"] == "gate":
             rank = mixer["output"]["rank"] + 1

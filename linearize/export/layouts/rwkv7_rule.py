@@ -12,7 +12,7 @@ def rule_differences(given: Given) -> Iterator[Difference]:
     """Everything but the norm behind the rule.
 
     Decays exp(-e^(-1/2) sigmoid(b + tanh(x W1) W2)); kappa = normalize(k_k * k) is taken out at the rate a, k (1 + (a -
-    1) k_a) written; the answer times sigmoid(x G1) G2. The bonus is zero, and so is what the first layer's values add.
+    1) k_a) written; the answer times sigmoid(x G1) G2. The bonus is zero.
     """
     mixer, update = given.mixer, given.mixer["update"]
     yield from absent(mixer, "window", "short_conv")
