@@ -141,7 +141,7 @@ def test_kernels_give_what_the_parts_do(name):
         found[kind] = [out, after, state["level_sums"], *(g for g in grads if g is not None)]
     for place, (one, two) in enumerate(zip(*found.values(), strict=True)):
         scale = max(1.0, two.abs().max().item())
-        # against float64 the kernels' gradients of the gate stand at 5e-4, differences of sums over the text as they are
+        # against float64 the kernels' gradients of the gate stand at 5e-4: differences of sums over the text
         torch.testing.assert_close(one, two, atol=(1e-4 if place < 3 else 1e-3) * scale, rtol=0)
 
 

@@ -77,7 +77,9 @@ def test_identity_through_files_padded_and_cached(family, tmp_path):
         made = model.generate(ids[:, :20], **settings)
         return plain, left, torch.stack(made.logits), made.sequences
 
-    copied = copy.deepcopy(model)  # a copy's products may round otherwise than the original's, by where it lies
+    copied = copy.deepcopy(
+        model
+    )  # a copy's products may round otherwise than the original's, by where it lies
     expected = answers(copied)
     swapped = surgery.convert(copied, tiny.SOFTMAX)
     assert surgery.converted(swapped)
