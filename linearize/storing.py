@@ -185,6 +185,19 @@ def sweep(stage_folder: Path) -> None:
         prune(stage_folder, keep=len(list(stage_folder.iterdir())))
 
 
+def make_anew(folder: Path) -> None:
+    """An empty folder in the place of whatever is there.
+
+    Raises:
+        CheckpointError: the disk is full or refuses.
+    """
+    remove(folder)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise could_not_write(folder, error) from error
+
+
 def remove(path: Path) -> None:
     """Delete a file or folder as far as the disk lets us; what stays is deleted by the next process."""
     if path.is_dir() and not path.is_symlink():

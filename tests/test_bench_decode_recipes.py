@@ -91,6 +91,7 @@ def test_a_checkpoint_is_refused(tmp_path, capsys):
     assert "--recipes goes with random in the place of runs/mine" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_processes_share_a_folder_and_take_turns(tmp_path):
     """Rows of all of them stay; none measures the teacher; what one times the others wait for."""
     command = [

@@ -39,6 +39,7 @@ def bench(out, *arguments: str) -> list[dict]:
     return json.loads((out / "recipes.json").read_text())
 
 
+@pytest.mark.slow
 def test_rows_of_training_and_what_was_measured_before_stay(tmp_path, capsys):
     rows = bench(tmp_path, "--recipes", "gated_delta_window", "--batch", "1,2", "--profile")
     assert [(row["recipe"], row["batch"]) for row in rows] == [

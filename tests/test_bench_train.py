@@ -23,6 +23,7 @@ def bench(out: Path, *arguments: str) -> list[dict]:
     return json.loads((out / "train.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_stage_beside_the_softmax_model(tmp_path, capsys):
     rows = bench(tmp_path, "--stages", ",".join(STAGES), "--peak", "0.1", "--profile")
     assert [(row["recipe"], row["stage"]) for row in rows] == [

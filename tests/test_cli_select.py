@@ -202,6 +202,7 @@ def test_a_stopped_choice_goes_on(teacher, small, tmp_path, monkeypatch, capsys)
     assert json.loads((tmp_path / "out" / "scores.json").read_text())["rows"][:8] == rows
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_recipe(teacher, small, tmp_path, capsys):
     from linearize import load, surgery
 

@@ -52,6 +52,7 @@ def shared(place: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.job
 def test_a_leaderboard_of_one_recipe_and_the_window(
     scripts: None, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -25,7 +25,7 @@ from linearize.models import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = [name for name, _ in list_recipes()]
-FEW = ["liger_gla", "gated_deltanet"]
+FEW = ["liger_gla", pytest.param("gated_deltanet", marks=pytest.mark.slow)]
 """Recipes that every run of the suite takes to the real teacher."""
 LENGTH, BATCH, STEPS = 40, 2, 2
 PAIR = 600
@@ -118,7 +118,8 @@ def test_end_to_end(name: str, teacher: Path, tmp_path: Path, monkeypatch: pytes
 def test_on_the_real_teacher(name: str, tmp_path: Path) -> None:
     """Two steps a stage; skipped where the teacher is neither cached nor within reach.
 
-    A full run takes half a minute a recipe, so the suite takes two of them and `make recipes` takes all.
+    A full run takes half a minute a recipe, so the suite takes one of them, `make slow` another, and `make recipes`
+    takes all.
     """
     try:
         resolve("smollm2-135m")

@@ -102,10 +102,9 @@ def stopped_at(place: str, number: int, teacher: Path, out: Path, **options: boo
     ("place", "number"),
     [
         ("load", signal.SIGTERM),
-        ("export", signal.SIGTERM),
         *(
             pytest.param(place, signal.SIGTERM, marks=pytest.mark.slow)
-            for place in ("teacher", "surgery", "stage", "report")
+            for place in ("teacher", "surgery", "stage", "export", "report")
         ),
         *(pytest.param(place, signal.SIGINT, marks=pytest.mark.slow) for place in PLACES),
     ],

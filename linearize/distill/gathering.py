@@ -83,7 +83,7 @@ def checkpoint(
     assert names is not None, "`check` has let it through"
     own = {stored: name for name, stored in names.items()}
     partial = folder.path / f"{storing.PARTIAL}weights"
-    processes.alone(lambda: _empty(partial))
+    processes.alone(lambda: storing.make_anew(partial))
     found: dict[str, list[Any]] = {}
 
     def stream() -> None:
@@ -146,11 +146,3 @@ def _tensor(model: nn.Module, name: str, dtype: torch.dtype, merges: bool) -> Te
         for adapter in module.active_adapters:
             found = found + module.get_delta_weight(adapter).detach().to(found)
     return found.to(dtype).cpu()
-
-
-def _empty(folder: Path) -> None:
-    storing.remove(folder)
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise storing.could_not_write(folder, error) from error

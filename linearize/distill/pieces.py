@@ -194,7 +194,7 @@ def write_folder(
         fill(folder)
 
     if split:
-        processes.alone(lambda: _empty(beside))
+        processes.alone(lambda: storing.make_anew(beside))
         processes.each(partial(_write_all, beside, split))
     processes.alone(lambda: storing.write_folder(folder, everything))
     if split and processes.rank() == 0:
@@ -204,11 +204,3 @@ def write_folder(
 def _write_all(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
     for name, given in tensors.items():
         write(folder / name, given)
-
-
-def _empty(folder: Path) -> None:
-    storing.remove(folder)
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise storing.could_not_write(folder, error) from error

@@ -56,6 +56,7 @@ def test_a_run_on_its_teachers_text(teacher_folder, recipe, tmp_path, caplog):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_resumed_it_reads_the_same(teacher_folder, recipe, tmp_path, monkeypatch):
     """Also where more of the teacher's text has come into the cache meanwhile."""
     distill.run(str(teacher_folder), recipe, tmp_path / "whole")

@@ -57,7 +57,7 @@ def named(folder, name: str, **options) -> dict:
     return dict(found.settings)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, "auto"])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 7, "auto"])
 def test_scores_are_those_of_lm_eval(model, tokenizer, tasks, tmp_path, batch_size):
     import lm_eval
     from lm_eval.models.huggingface import HFLM

@@ -49,6 +49,7 @@ def aot(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", COMPILED)
 def test_kernels_compile_within_the_limits(group, tmp_path):
     arch, calls = COMPILED[group]

@@ -46,6 +46,8 @@ MIXERS = {
     },
     "softmax": {"window": {"name": "full", "log_base": 5.0}, "output": {"name": "norm"}},
 }  # fmt: skip
+MINUTES = ("gdn2", "levels", "start and angles", "mesa")
+"""Of these, together, on Triton's interpreter."""
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +75,9 @@ def trained(mixer, choice: str, monkeypatch, tokens: int = 40) -> list[Tensor | 
 
 
 @pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow) if x in MINUTES else x for x in MIXERS]
+)
 def test_compiled_equals_the_parts(name, monkeypatch):
     mixers = [build(MIXERS[name], SHAPE) for _ in range(3)]
     torch._dynamo.utils.counters.clear()

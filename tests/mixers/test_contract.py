@@ -251,6 +251,7 @@ def test_initial_values_return(mixer):
         assert torch.equal(value, start[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mixer", [m for m in registered() if m.get("window", {}).get("name") != "full"], ids=label
 )

@@ -160,6 +160,7 @@ def test_training_equals_the_parts(name, masked):
             close(one, two, LIMIT)
 
 
+@pytest.mark.slow
 @mixers
 def test_prefill_split_and_tokens_equal_the_parts(name):
     """A prompt with left padding in two calls, then tokens one by one beyond the windows: the outputs and the state."""
@@ -213,6 +214,7 @@ def test_autocast_leaves_queries_and_keys_in_float32():
     close(found["triton"], found["torch"], 3e-3)
 
 
+@pytest.mark.slow
 @mixers
 def test_padding_between_tokens_equals_the_parts(name):
     """Second turns of a padded batch: gaps in every call, calls that begin and end in them, blocks handed on before."""

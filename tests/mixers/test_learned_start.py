@@ -145,7 +145,14 @@ def test_it_starts_as_the_rule_without_it(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["delta mamba2", "delta kda", "additive per feature", "gdn2", "rwkv7 as published", "slots"],
+    [
+        "delta mamba2",
+        pytest.param("delta kda", marks=pytest.mark.slow),
+        "additive per feature",
+        pytest.param("gdn2", marks=pytest.mark.slow),
+        "rwkv7 as published",
+        "slots",
+    ],
 )
 def test_kernels_give_what_the_parts_do(name):
     """Outputs, the carried state and gradients, in Triton's interpreter where there is no GPU."""

@@ -33,7 +33,7 @@ def writer(model, sampling=DRAWING, ends=(2, 7, 8, 9), **options) -> Writer:
     return made
 
 
-@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("triton", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_document_is_the_models_own(family, triton):
     """Greedy: every token behind an opening is the likeliest of an ordinary forward pass over its document alone."""

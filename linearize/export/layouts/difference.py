@@ -45,6 +45,12 @@ def unlike(mixer: Section, part: str, fits: bool, theirs: str) -> list[Differenc
     return [] if fits else [Difference(part, said(mixer, part), theirs)]
 
 
+def as_they_are(mixer: Section) -> bool:
+    """Whether queries and keys enter the rule without a feature map and without being normalized."""
+    feature = mixer["feature_map"]
+    return feature["name"] == "identity" and not feature["l2_normalize"]
+
+
 def absent(mixer: Section, *parts: str) -> list[Difference]:
     """A difference for each part that a mixer has and the foreign layer has nothing like."""
     return [Difference(part, said(mixer, part), "none") for part in parts if mixer[part]["name"] != "none"]

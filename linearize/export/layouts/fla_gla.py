@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.export.layouts import folding
-from linearize.export.layouts.difference import Difference, absent, rotated, unlike
+from linearize.export.layouts.difference import Difference, absent, as_they_are, rotated, unlike
 from linearize.export.layouts.layer import ForeignLayer, Given, Layer
 from linearize.export.layouts.norm import head_norm, norm_differences, quotient, scales
 from linearize.mixers.gate.fixed import FixedGate
@@ -43,10 +43,8 @@ class GLA(ForeignLayer):
         yield from unlike(
             mixer, "short_conv", mixer["short_conv"]["name"] == "none", "none, or one with SiLU behind it"
         )
-        plain = mixer["feature_map"]["name"] == "identity" and not mixer["feature_map"]["l2_normalize"]
-        yield from unlike(
-            mixer, "feature_map", plain or mixer["feature_map"]["name"] == "relu", "relu or identity"
-        )
+        fits = as_they_are(mixer) or mixer["feature_map"]["name"] == "relu"
+        yield from unlike(mixer, "feature_map", fits, "relu or identity")
         low = gate["name"] == "low_rank" and gate["rank"] <= self.RANK and gate["divisor"] == self.DIVISOR
         theirs = f"low_rank (rank {self.RANK}, divisor {self.DIVISOR:.0f}), fixed, or none"
         yield from unlike(mixer, "gate", low or gate["name"] in ("fixed", "none"), theirs)

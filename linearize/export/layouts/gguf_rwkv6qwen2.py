@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from linearize.export.layouts import folding
-from linearize.export.layouts.difference import Difference, absent, rotated, unlike
+from linearize.export.layouts.difference import Difference, absent, as_they_are, rotated, unlike
 from linearize.export.layouts.gguf_arwkv7 import filling
 from linearize.export.layouts.layer import ForeignLayer, Given, Layer
 from linearize.mixers.gate.rwkv6 import RWKV6Gate
@@ -33,10 +33,7 @@ class RWKV6Qwen2(ForeignLayer):
     def differences(self, given: Given) -> Iterator[Difference]:
         mixer, update = given.mixer, given.mixer["update"]
         yield from absent(mixer, "window", "short_conv")
-        feature = mixer["feature_map"]
-        yield from unlike(
-            mixer, "feature_map", feature["name"] == "identity" and not feature["l2_normalize"], "identity"
-        )
+        yield from unlike(mixer, "feature_map", as_they_are(mixer), "identity")
         yield from unlike(mixer, "gate", mixer["gate"]["name"] == "rwkv6", "rwkv6")
         balanced = (
             update["name"] == "rwkv6" and update["balanced"] and not update["bonus"] and not update["start"]

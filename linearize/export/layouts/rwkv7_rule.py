@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from linearize.export.layouts.difference import Difference, absent, rotated, said, unlike
+from linearize.export.layouts.difference import Difference, absent, as_they_are, rotated, said, unlike
 from linearize.export.layouts.layer import Given
 
 
@@ -16,10 +16,7 @@ def rule_differences(given: Given) -> Iterator[Difference]:
     """
     mixer, update = given.mixer, given.mixer["update"]
     yield from absent(mixer, "window", "short_conv")
-    feature = mixer["feature_map"]
-    yield from unlike(
-        mixer, "feature_map", feature["name"] == "identity" and not feature["l2_normalize"], "identity"
-    )
+    yield from unlike(mixer, "feature_map", as_they_are(mixer), "identity")
     yield from unlike(mixer, "gate", mixer["gate"]["name"] == "rwkv7", "rwkv7")
     if update["name"] != "rwkv7":
         yield Difference("update", said(mixer, "update"), "rwkv7 (balanced False)")
