@@ -79,11 +79,23 @@ def test_a_prompt_that_does_not_fit_is_halved(monkeypatch):
 
 def test_nothing_is_begun_behind_the_budget():
     options = argparse.Namespace(
-        shape="tiny", prefill=(8,), batch=(1,), context=None, compile=True, only=False
+        shape="tiny", prefill=(8,), batch=(1,), context=None, compile=True, only=False, profile=False
     )
     rows = list(decode_recipes.rows("lolcats", options, CPU, Budget(-1.0)))
     assert [row["way"] for row in rows] == ["chunked", "graph", "graph, compiled"]
     assert all(row["note"] == "not run: the budget is spent" for row in rows)
+
+
+def test_a_profile_says_what_a_token_takes(tmp_path, capsys):
+    arguments = ["--only", "--profile", "--recipes", "gla", "--batch", "1", "--prefill", "16"]
+    assert cli.main(["bench", "decode", "random", *TINY, *arguments, "--out", str(tmp_path)]) == 0
+    [row] = json.loads((tmp_path / "recipes-profile.json").read_text())
+    assert {"measured": "decode", "recipe": "gla", "way": "graph", "tokens": 16}.items() <= row.items()
+    assert len(row["longest"]) == 12 and row["kernels"] > 16 and row["weights_mib"] > 0
+    rows = json.loads((tmp_path / "recipes.json").read_text())
+    assert [row["measured"] for row in rows] == ["prefill", "decode"]
+    assert all("profile" not in row for row in rows)
+    assert "kernels a token" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_refused(tmp_path, capsys):

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
 from linearize import cli
 from linearize.bench import recipes, whole
@@ -21,6 +22,7 @@ from linearize.bench.subjects import (
     random_model,
     subjects,
 )
+from linearize.distill import captured
 from linearize.errors import LinearizeError
 from linearize.mixers import check
 
@@ -117,7 +119,9 @@ def test_a_lost_device_ends_the_command_and_keeps_its_rows(monkeypatch, tmp_path
 
 
 def test_nothing_is_begun_behind_the_budget(tmp_path):
-    options = argparse.Namespace(length=(8,), batch=(1, 2), largest=False, shape="tiny", precision="bf16")
+    options = argparse.Namespace(
+        length=(8,), batch=(1, 2), largest=False, shape="tiny", precision="bf16", only=False, captured=False
+    )
     rows = list(recipes.rows("lolcats", options, torch.device("cpu"), whole.Budget(-1.0)))
     assert [row["note"] for row in rows] == ["not run: the budget is spent"] * 2
 
@@ -157,6 +161,49 @@ def test_names_of_subjects_and_shapes():
 def test_a_model_that_is_warmed_has_every_mixer():
     found = {name: layers_of_each(name) for name in ("lolcats", "xatl", "based_alternating", "halo", TEACHER)}
     assert found == {"lolcats": 2, "xatl": 2, "based_alternating": 2, "halo": 4, TEACHER: 2}
+
+
+def test_with_only_there_is_no_teacher_and_what_is_compiled_before_runs_in_few_layers(monkeypatch, tmp_path):
+    layers, own = [], recipes.build
+    monkeypatch.setattr(
+        recipes, "build", lambda *given, **changes: layers.append(changes) or own(*given, **changes)
+    )
+    rows = bench(tmp_path, "--only", "--recipes", "lolcats", "--batch", "1", "--profile")
+    assert [(row["recipe"], row["note"]) for row in rows] == [("lolcats", "")]
+    assert layers == [{"num_hidden_layers": 2}, {}]
+    assert len(json.loads((tmp_path / "recipes-profile.json").read_text())) == 1
+
+
+def test_nobody_runs_the_whole_model_out_of_turn(monkeypatch, tmp_path):
+    held = []
+
+    def measured(self, batch, length):
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / "turn.lock", timeout=0).acquire()
+        held.append(batch)
+        return {**whole.empty(""), "tokens_per_second": 1.0, "milliseconds": 1.0}
+
+    monkeypatch.setattr(recipes.Step, "measured", measured)
+    bench(tmp_path, "--only", "--recipes", "lolcats", "--batch", "1,2")
+    assert held == [1, 2]
+    FileLock(tmp_path / "turn.lock", timeout=0).acquire()
+
+
+def test_a_graph_needs_a_gpu(tmp_path, capsys):
+    assert cli.main(["bench", "recipes", *TINY, "--captured", "--out", str(tmp_path)]) == 2
+    assert "--captured records CUDA graphs" in capsys.readouterr().err
+
+
+def test_a_step_that_cannot_be_recorded_says_why(monkeypatch):
+    def forgo(self, run, batch, count, kind=None):
+        self.obstacle = "something looks at the host"
+        return run(batch, count)
+
+    monkeypatch.setattr(captured.Captured, "__call__", forgo)
+    device = torch.device("cpu")
+    step = recipes.Step(recipes.build("lolcats", "tiny", "bf16", device), device, "bf16", captured=True)
+    with pytest.raises(LinearizeError, match="cannot be recorded: something looks at the host"):
+        step.measured(1, 16)
 
 
 def test_warming_measures_nothing(tmp_path, capsys):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from linearize.bench import report, whole
 from linearize.bench.decode_ways import EVERY
+from linearize.bench.profiles import kept, profiled
 from linearize.bench.recipes import about, device_of, say
 from linearize.bench.subjects import RANDOM, TEACHER, chosen, convert, random_model
 from linearize.bench.whole import SLOW, Budget, Row, Stopped, Stopwatch, Table, empty, reported
@@ -41,7 +42,8 @@ def main(options: argparse.Namespace) -> int:
 
     Args:
         options: path ("random"), shape, recipes (names), batch, context (tuples, of decoding), prefill (lengths of
-            prompts), compile (also the compiled step), only (without the teacher's own rows), budget, device, out.
+            prompts), compile (also the compiled step), profile (of each decoding), only (without the teacher's own
+            rows), budget, device, out.
 
     Raises:
         LinearizeError: a model instead of random weights, no such recipe or shape, or no CUDA device.
@@ -83,6 +85,7 @@ def rows(name: str, options: argparse.Namespace, device: torch.device, budget: B
             for context in options.context or CONTEXT:
                 key = {"measured": "decode", "way": way, "batch": batch, "length": context}
                 run = partial(decode, batch=batch, context=context, compile=compile, turn=turn)
+                run = partial(run, profile=options.profile)
                 todo.append((key, run))
     for key, measure in todo:
         row: Row = {**key, "shape": options.shape, "recipe": name}
@@ -97,7 +100,11 @@ def rows(name: str, options: argparse.Namespace, device: torch.device, budget: B
                 )
             found = measure(model)
         whole.release()  # the frames of a failure are gone only now
+        profile = found.pop("profile", None)
         yield row | (empty(notes[0]) if notes else found)
+        if profile is not None:
+            kept(options.out, row | profile)
+            say(f"       {100 * profile['busy']:5.1f} % busy, {profile['kernels'] / EVERY:g} kernels a token")
     del model
     whole.release()
 
@@ -150,8 +157,10 @@ def decode(
     context: int,
     compile: dict[str, Any] | None,  # noqa: A002 - torch's name
     turn: Path | None = None,
+    *,
+    profile: bool = False,
 ) -> Row:
-    """A row of decoding behind prompts of random tokens."""
+    """A row of decoding behind prompts of random tokens; `profile` in it, where asked for, is of `EVERY` tokens."""
     device = next(model.parameters()).device
     watch = Stopwatch(device, spend=0.5, most=LOOKS, turn=turn)
     if compile is not None:
@@ -169,6 +178,10 @@ def decode(
         watch.once(lambda: decoder.run(EVERY))
         again = watch.once(lambda: decoder.run(EVERY))
         seconds, count = watch.seconds(lambda: decoder.run(EVERY), again)
+        looked = {}
+        if profile:
+            looked["profile"] = profiled(lambda: decoder.run(EVERY), watch, round(1e3 * seconds, 4))
+            looked["profile"] |= {"tokens": EVERY, "weights_mib": round(weights(model) / 2**20, 2)}
     seconds /= EVERY
     held = sum(x.numel() * x.element_size() for x in tensors(decoder.cache).values())
     return {
@@ -179,7 +192,13 @@ def decode(
         "first_seconds": round(first, 2),
         "steps": count * EVERY,
         "note": "",
+        **looked,
     }
+
+
+def weights(model: Any) -> int:
+    """Bytes of a model's parameters, of which each token reads all but the rows of the embedding."""
+    return sum(x.numel() * x.element_size() for x in model.parameters())
 
 
 def random_tokens(model: Any, batch: int, length: int) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +19,37 @@ from linearize.bench.case import Call, Contender, NotAvailable, Tensors
 FLA_VERSION = "0.6.0"
 """What the published comparison was made with."""
 
+_most: int | None = None
+
+
+@contextmanager
+def tuning_among(most: int | None) -> Iterator[None]:
+    """Inside, each of fla's kernels tunes itself among so many of its configurations, drawn once; None: among all.
+
+    It tries all of them at first: some 500 compilations for one operator, which takes longer than a benchmark has.
+    """
+    global _most
+    before, _most = _most, most
+    try:
+        yield
+    finally:
+        _most = before
+
+
+def _restrict() -> None:
+    """Leave each kernel `_most` configurations; the same ones in every process."""
+    if _most is None:
+        return
+    from triton.runtime.autotuner import Autotuner
+
+    for tuner in gc.get_objects():
+        # by its type: to ask a lazy object for its class may import or warn
+        if issubclass(type(tuner), Autotuner) and tuner.base_fn.__module__.startswith("fla."):
+            count = len(tuner.configs)
+            if count > _most:
+                kept = sorted(random.Random(tuner.base_fn.__name__).sample(range(count), _most))
+                tuner.configs = [tuner.configs[place] for place in kept]
+
 
 def fla(module: str, name: str) -> Callable[..., Any]:
     """A function of fla-core.
@@ -24,7 +58,9 @@ def fla(module: str, name: str) -> Callable[..., Any]:
         NotAvailable: fla-core is not installed, or it has no such function.
     """
     try:
-        return getattr(importlib.import_module(f"fla.{module}"), name)
+        found = getattr(importlib.import_module(f"fla.{module}"), name)
+        _restrict()
+        return found  # type: ignore[no-any-return]
     except ImportError as error:
         raise NotAvailable(
             f"fla-core cannot be imported ({error}): pip install fla-core=={FLA_VERSION}"

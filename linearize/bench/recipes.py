@@ -2,7 +2,11 @@
 
 All weights train: bfloat16 weights with the mixers' own in float32, or, as the stages of a run have it, float32 weights
 under bfloat16 autocast. The loss is the next token's from hidden states, which never holds the logits of all tokens; no
-optimizer steps. Every row is written as it comes.
+optimizer steps. With `--captured` a step is recorded and replayed in one CUDA graph, as the stages of a run have it.
+Every row is written as it comes.
+
+With `--only` several processes may share a folder and a device: each compiles in a model of few layers, and what runs
+the whole model they do one after the other.
 """
 
 from __future__ import annotations
@@ -11,13 +15,14 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from linearize.bench import report, whole
+from linearize.bench.profiles import kept, profiled
 from linearize.bench.subjects import TEACHER, chosen, convert, layers_of_each, random_model
 from linearize.bench.whole import Budget, Row, Stopped, Stopwatch, Table, empty, reported
 from linearize.cli.console import console, quiet_libraries
@@ -25,8 +30,8 @@ from linearize.errors import LinearizeError
 
 WARM_BATCH = 2
 """Of the model that only compiles: a batch of one would be another kernel, since Triton makes constants of ones."""
-LONGEST = 12
-"""Kernels of a profile."""
+CAPTURED = "captured"
+"""Added to a row's way where a CUDA graph is replayed."""
 
 
 def main(options: argparse.Namespace) -> int:
@@ -34,14 +39,16 @@ def main(options: argparse.Namespace) -> int:
 
     Args:
         options: shape, recipes (names), batch, length (tuples), precision (bf16 or autocast), device, largest (halve a
-            batch that does not fit), profile, warm (compile and measure nothing), budget (seconds after which nothing
-            new is begun), out (folder).
+            batch that does not fit), profile, captured (replay a CUDA graph), only (no teacher, in turns with others),
+            warm (compile and measure nothing), budget (seconds after which nothing new is begun), out (folder).
 
     Raises:
-        LinearizeError: no such recipe or shape, or no CUDA device.
+        LinearizeError: no such recipe or shape, or no CUDA device, without which nothing is captured either.
     """
     names = chosen(options.recipes)
     device = device_of(options.device)
+    if options.captured and device.type != "cuda":
+        raise LinearizeError("--captured records CUDA graphs: leave out --device cpu, or --captured")
     quiet_libraries()
     torch.set_float32_matmul_precision("high")  # as a run has it
     random_model("meta", torch.float32, options.shape)
@@ -60,7 +67,7 @@ def main(options: argparse.Namespace) -> int:
         return 0
     table = Table(options.out, say, about(device), report.given(options))
     budget = Budget(options.budget)
-    for name in [TEACHER, *names]:
+    for name in names if options.only else [TEACHER, *names]:
         try:
             for row in rows(name, options, device, budget):
                 table.add(row)
@@ -73,35 +80,45 @@ def main(options: argparse.Namespace) -> int:
 def rows(name: str, options: argparse.Namespace, device: torch.device, budget: Budget) -> Iterator[Row]:
     """The rows of one recipe, or of the teacher."""
     model, step = None, None
+    turn = FileLock(options.out / "turn.lock") if options.only else nullcontext()
+    way = f"{options.precision}, {CAPTURED}" if options.captured else options.precision
+    if options.only and not budget.spent:
+        # what fails here fails again where it makes a row
+        with reported():
+            compiled_ahead(name, options.shape, options.batch, options.length, options.precision, device)
     for length in options.length:
         batches = sorted(options.batch, reverse=options.largest)[: 1 if options.largest else None]
         while batches:
             batch = batches.pop(0)
-            key = {"measured": "train", "shape": options.shape, "recipe": name, "way": options.precision}
+            key = {"measured": "train", "shape": options.shape, "recipe": name, "way": way}
             row: Row = {**key, "batch": batch, "length": length}
             if budget.spent:
                 yield row | empty("not run: the budget is spent")
                 continue
             found: Row = {}
-            with reported() as notes:
-                if step is None:
-                    model = build(name, options.shape, options.precision, device)
-                    step = Step(model, device, options.precision)
-                found = step.measured(batch, length)
-            if model is not None:
-                model.zero_grad(set_to_none=True)
-            whole.release()  # the frames of a failure are gone only now
+            with turn:
+                with reported() as notes:
+                    if step is None:
+                        model = build(name, options.shape, options.precision, device)
+                        step = Step(model, device, options.precision, captured=options.captured)
+                    found = step.measured(batch, length)
+                profile: Row = {}
+                if not notes and options.profile and step is not None:
+                    with reported() as unseen:
+                        profile = step.profiled(found["milliseconds"])
+                    profile = profile or {"note": unseen[0]}
+                if step is not None:
+                    step.release()
+                whole.release()  # the frames of a failure are gone only now
             budget.leave_out(found)
             yield row | (empty(notes[0]) if notes else found)
             if notes and options.largest and batch > 1 and "out of memory" in notes[0]:
                 batches = [batch // 2]
-            elif not notes and options.profile and step is not None:
-                with reported() as notes:
-                    profile = step.profiled(batch, length, found["milliseconds"])
-                    keep_profile(options.out, row | profile)
-                    say(f"       {100 * profile['busy']:5.1f} % busy, {profile['kernels']} kernels")
-                for note in notes:
-                    say(f"       not profiled: {note}")
+            elif "busy" in profile:
+                kept(options.out, row | profile)
+                say(f"       {100 * profile['busy']:5.1f} % busy, {profile['kernels']} kernels")
+            elif profile:
+                say(f"       not profiled: {profile['note']}")
     del model, step
     whole.release()
 
@@ -120,13 +137,15 @@ class Step:
         model: a causal language model of transformers.
         device: where it is.
         precision: bf16 or autocast.
+        captured: whether a step is recorded and replayed.
     """
 
-    def __init__(self, model: Any, device: torch.device, precision: str) -> None:
+    def __init__(self, model: Any, device: torch.device, precision: str, *, captured: bool = False) -> None:
         from linearize.distill.headless import recognize
 
-        self.model, self.device, self.precision = model, device, precision
+        self.model, self.device, self.precision, self.captured = model, device, precision, captured
         self.watch = Stopwatch(device)
+        self._call: Callable[[], Any] | None = None
         with self.computing():
             self.head = recognize(model, device)
 
@@ -138,20 +157,30 @@ class Step:
 
     def call(self, batch: int, length: int) -> Callable[[], Tensor]:
         """One step on these many tokens; gives the loss."""
+        from linearize.distill.captured import Captured
         from linearize.distill.finetune import predicts
         from linearize.objectives import next_targets, token_backward
 
         vocabulary = self.model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(vocabulary, (batch, length), generator=generator).to(self.device)
-        targets = next_targets(ids)
+        given = {"input_ids": ids, "targets": next_targets(ids)}
+        self.model.train()
+        recording = Captured(self.model.parameters(), "benchmark") if self.captured else None
+
+        def run(given: dict[str, Tensor], count: Tensor | None) -> Tensor:
+            with self.computing():
+                prediction = predicts(self.model, {"input_ids": given["input_ids"]}, self.head)
+            return token_backward(prediction, given["targets"], {"next_token": 1.0}, count=count)
 
         def step() -> Tensor:
             self.model.zero_grad(set_to_none=True)
-            self.model.train()
-            with self.computing():
-                prediction = predicts(self.model, {"input_ids": ids}, self.head)
-            return token_backward(prediction, targets, {"next_token": 1.0})
+            if recording is None:
+                return run(given, None)
+            loss = recording(run, given, None)
+            if recording.obstacle is not None:
+                raise LinearizeError(f"a step cannot be recorded: {recording.obstacle}")
+            return loss
 
         return step
 
@@ -159,16 +188,22 @@ class Step:
         """What a row holds: tokens a second, milliseconds, peak GiB, and seconds of the first step, which compiles.
 
         Raises:
-            LinearizeError: the loss is no number.
+            LinearizeError: the loss is no number, or the step cannot be recorded.
         """
+        from linearize.distill.captured import WARM_UP
+
         step, losses = self.call(batch, length), []
         first = self.watch.once(lambda: losses.append(step()))
         self.watch.forget_peak()
+        # those before a recording, and the one that records
+        for _ in range(WARM_UP if self.captured else 0):
+            step()
         again = self.watch.once(step)
         seconds, count = self.watch.seconds(step, again)
         peak, loss = self.watch.peak(), float(losses[0])
         if not loss < float("inf"):
             raise LinearizeError(f"the loss is {loss}")
+        self._call = step
         return {
             "tokens_per_second": round(batch * length / seconds, 1),
             "milliseconds": round(1e3 * seconds, 3),
@@ -179,40 +214,15 @@ class Step:
             "note": "" if self.head is not None else "the head is not recognized: all logits were held",
         }
 
-    def profiled(self, batch: int, length: int, milliseconds: float) -> Row:
-        """The longest kernels of one step, and the part of an unobserved step's time in which the device is busy."""
-        from torch.profiler import ProfilerActivity, profile
+    def profiled(self, milliseconds: float) -> Row:
+        """See `profiles.profiled`; of the step that was measured last, which took so long."""
+        assert self._call is not None, "nothing has been measured"
+        return profiled(self._call, self.watch, milliseconds)
 
-        on_gpu = self.device.type == "cuda"
-        step = self.call(batch, length)
-        kind = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-        with profile(activities=[kind]) as recorded:
-            step()
-            self.watch.wait()
-        name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-        kernels = sorted(recorded.key_averages(), key=lambda event: -getattr(event, name))
-        kernels = [event for event in kernels if getattr(event, name) > 0]
-        spent = sum(getattr(event, name) for event in kernels) / 1e3
-        return {
-            "milliseconds": milliseconds,
-            "busy_milliseconds": round(spent, 3),
-            "busy": round(min(1.0, spent / milliseconds), 4),
-            "kernels": sum(event.count for event in kernels),
-            "longest": [
-                {
-                    "name": event.key[:120],
-                    "count": event.count,
-                    "milliseconds": round(getattr(event, name) / 1e3, 3),
-                }
-                for event in kernels[:LONGEST]
-            ],
-        }
-
-
-def keep_profile(folder: Path, row: Row) -> None:
-    """Write a profile beside those that are there."""
-    path = folder / "recipes-profile.json"
-    whole.write(path, whole.merged(whole.read(path), row))
+    def release(self) -> None:
+        """Let go of gradients, and of what was recorded."""
+        self._call = None
+        self.model.zero_grad(set_to_none=True)
 
 
 def warmed(
@@ -231,13 +241,7 @@ def warmed(
 
     started, layers = time.monotonic(), layers_of_each(name)
     with reported() as notes:
-        model = build(name, shape, precision, device, num_hidden_layers=layers)
-        step = Step(model, device, precision)
-        for batch in dict.fromkeys(batches):
-            for length in lengths:
-                step.call(batch, length)()
-        del step
-        model.zero_grad(set_to_none=True)
+        compiled_ahead(name, shape, batches, lengths, precision, device)
         model = build(name, shape, "bf16", device, num_hidden_layers=layers).requires_grad_(False)
         for batch in (1, 64):
             ids = torch.zeros(batch, 128, dtype=torch.int64, device=device)
@@ -245,6 +249,23 @@ def warmed(
         if device.type == "cuda":
             torch.cuda.synchronize()
     return f"{time.monotonic() - started:4.0f} s  {name}{': ' + notes[0] if notes else ''}"
+
+
+def compiled_ahead(
+    name: str,
+    shape: str,
+    batches: tuple[int, ...],
+    lengths: tuple[int, ...],
+    precision: str,
+    device: torch.device,
+) -> None:
+    """Compile what this process' training steps of these sizes need, in a model of few layers."""
+    model = build(name, shape, precision, device, num_hidden_layers=layers_of_each(name))
+    step = Step(model, device, precision)
+    for batch in dict.fromkeys(batches):
+        for length in lengths:
+            step.call(batch, length)()
+            step.release()
 
 
 def device_of(name: str) -> torch.device:

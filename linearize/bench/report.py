@@ -82,6 +82,7 @@ def to_json(rows: Sequence[Row], ceilings: Ceilings) -> list[dict[str, Any]]:
                 "relative_error": row.error if row.error is None else f"{row.error:.2e}",
                 "peak_mib": None if row.peak_mib is None else round(row.peak_mib, 1),
                 "seconds": round(row.seconds, 1),
+                **({} if row.tuned_among is None else {"tuned_among": row.tuned_among}),
             }
         )
     return found
@@ -124,6 +125,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """How far ours is from float32, remarks, and why there is no number where there is none; each once."""
     found = [f"{row.case.operator}: {row.case.remark}" for row in rows if row.case.remark]
     for row in rows:
+        if row.tuned_among is not None and row.forward is not None:
+            found.append(
+                f"{row.contender.name}: tuned among {row.tuned_among} configurations of each kernel "
+                "(--peer-configurations), not all of its own"
+            )
         if row.error is not None:
             known = f"output and gradients within {100 * row.error:.2g} % of the torch form in float32"
             found.append(f"{row.case.operator}: {known if row.error < WRONG else 'WRONG RESULTS, ' + known}")

@@ -16,6 +16,7 @@ from torch import Tensor
 from linearize.bench.agreement import disagreement
 from linearize.bench.case import Case, Contender, Draw, NotAvailable, Tensors
 from linearize.bench.clock import Ceilings, Timing
+from linearize.bench.peers import tuning_among
 
 ORDER = {"ours": 0, "peer": 1, "tuned": 2}
 LOST = ("illegal memory access", "unspecified launch failure", "misaligned address", "device-side assert")
@@ -43,12 +44,14 @@ class Options:
         warm_up: seconds that one peer's first call, or its first backward, may take.
         budget: seconds after which nothing new is started; None: no limit.
         only_compile: make each call once, which compiles and tunes, and time nothing.
+        configurations: most that a peer tunes each of its kernels among; None: all of its own.
     """
 
     peers_at: tuple[int, ...] = (2048, 8192, 32_768)
     warm_up: float = 240.0
     budget: float | None = None
     only_compile: bool = False
+    configurations: int | None = None
 
 
 @dataclass
@@ -67,6 +70,8 @@ class Row:
     """Of forward + backward, beyond the inputs."""
     seconds: float = 0.0
     """That measuring took, tuning included."""
+    tuned_among: int | None = None
+    """Most configurations of each kernel that a peer tuned itself among, where that was not all of them."""
 
 
 def run(
@@ -92,7 +97,10 @@ def run(
         if reason:
             row.forward_note = row.both_note = reason
         else:
-            _measure(row, clock, options, shared)
+            with tuning_among(options.configurations):
+                _measure(row, clock, options, shared)
+            if row.contender.kind == "tuned":
+                row.tuned_among = options.configurations
             timed = row.contender.kind == "ours" and (row.forward or row.both)
             if timed and row.case.operator not in checked:
                 checked.add(row.case.operator)

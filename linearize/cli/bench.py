@@ -34,7 +34,13 @@ def kernels(options: argparse.Namespace) -> int:
     tokens = options.tokens or (TOKENS // 4 if options.quick else TOKENS)
     cases = chosen(all_cases(tokens, QUICK_LENGTHS if options.quick else LENGTHS), options.only)
     clock = CudaClock(spend=60.0 if options.quick else 200.0)
-    limits = Options(options.peers_at, float(options.warm_up), options.budget, options.compile)
+    limits = Options(
+        options.peers_at,
+        float(options.warm_up),
+        options.budget,
+        options.compile,
+        options.peer_configurations,
+    )
     ceilings = clock.ceilings()
     about = report.facts(clock.describe(), ceilings, report.given(options))
     options.out.mkdir(parents=True, exist_ok=True)

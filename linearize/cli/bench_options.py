@@ -38,6 +38,12 @@ def kernels(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="limit of one peer's first call (default: 240)",
     )
+    parser.add_argument(
+        "--peer-configurations",
+        type=given.positive,
+        metavar="N",
+        help="tune each kernel of a peer among N of its own configurations, drawn once (default: among all)",
+    )
     _budget(parser)
     parser.add_argument(
         "--compile", action="store_true", help="make every call once, which compiles and tunes; time nothing"
@@ -89,6 +95,11 @@ def decode(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--compile", action="store_true", help="with --recipes: also the compiled step")
     parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="with --recipes: also the longest kernels of decoding, in recipes-profile.json",
+    )
+    parser.add_argument(
         "--only",
         action="store_true",
         help="with --recipes: without the teacher; processes that share --out compile at once and time in turns",
@@ -117,7 +128,15 @@ def recipes(parser: argparse.ArgumentParser) -> None:
         help="bf16 weights with float32 mixers, or as a run has it: float32 weights under autocast (default: bf16)",
     )
     parser.add_argument(
+        "--captured", action="store_true", help="steps recorded and replayed in a CUDA graph, as in a run"
+    )
+    parser.add_argument(
         "--profile", action="store_true", help="also the longest kernels of a step, in recipes-profile.json"
+    )
+    parser.add_argument(
+        "--only",
+        action="store_true",
+        help="without the teacher; processes that share --out compile at once and time in turns",
     )
     parser.add_argument(
         "--warm",
