@@ -63,6 +63,16 @@ def test_what_is_timed_is_the_trainers_own_step(tmp_path, monkeypatch):
     assert {trainer.stage.batch_size for trainer in seen} == {3}
 
 
+def test_windows_that_are_off_and_steps_without_a_graph(tmp_path, monkeypatch):
+    seen = []
+    own = StageTrainer.training_step
+    monkeypatch.setattr(StageTrainer, "training_step", lambda self, *a: seen.append(self) or own(self, *a))
+    rows = bench(tmp_path, "--stages", "transfer", "--window-dropout", "0.5", "--no-capture")
+    assert [trainer.stage.window_dropout for trainer in (seen[0], seen[-1])] == [0.0, 0.5]
+    assert {row["way"] for row in rows} == {"float32 weights, kernels, no graph, windows off at 0.5"}
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+
+
 def test_what_fails_is_a_row_and_nothing_is_begun_behind_the_budget(tmp_path, monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
