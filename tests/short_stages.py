@@ -25,14 +25,22 @@ STAGES = {
 
 
 def trained(
-    folder: Path, recipe: Any, stage: str, steps: int, *, capture: bool, resume_at: int = 0, device: str = "cuda", **more
-):  # fmt: skip
+    folder: Path,
+    recipe: Any,
+    stage: str,
+    steps: int,
+    *,
+    capture: bool,
+    resume_at: int = 0,
+    device: str = "cuda",
+    **more,
+):
     """Losses of every step, the trained parameters, and the trainer's `Captured`; in float32 on the CPU."""
     torch.manual_seed(0)
     model = random_model(device, torch.float32, "tiny", **SIZES)
     model = convert(model, recipe) if isinstance(recipe, str) else surgery.convert(model, recipe, "all")
     setting = StageConfig(
-        **{"batch_size": 4, "micro_batch": 2, **STAGES[stage], **more}, tokens=steps * 4 * LENGTH, log_every=1,
+        **{"batch_size": 4, "micro_batch": 2, "tokens": steps * 4 * LENGTH, **STAGES[stage], **more}, log_every=1,
         save_every=resume_at or 10_000,
     )  # fmt: skip
     run = RunConfig(device=device, capture=capture)
@@ -41,9 +49,10 @@ def trained(
         return random_model(device, torch.float32, "tiny", **SIZES).requires_grad_(False)
 
     losses: list[float] = []
+    autocast = torch.bfloat16 if device == "cuda" else None
     opened = stages.training(
         model, setting, name=stage, folder=folder, run=run, seed=1, dataset=RandomText(97, LENGTH, 64, 40),
-        length=LENGTH, autocast=torch.bfloat16 if device == "cuda" else None, teacher=teacher if stage == "all_kl" else None,
+        length=LENGTH, autocast=autocast, teacher=teacher if stage == "all_kl" else None,
     )  # fmt: skip
     with opened as trainer:
         trainer.add_callback(Losses(trainer, losses))

@@ -77,9 +77,7 @@ def held_equal(mixer: Mixer, kernels: str, tolerance: float, form: str = "chunke
                 value, expected[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
             )
         if off:
-            learned = {
-                name: g for name, g in expected.items() if name.startswith(("window.", "combine."))
-            }
+            learned = {name: g for name, g in expected.items() if name.startswith(("window.", "combine."))}
             assert all(not g.any() for g in learned.values())
 
 
