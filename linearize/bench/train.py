@@ -58,7 +58,7 @@ def main(options: argparse.Namespace) -> int:
 
     Args:
         options: shapes, stages, recipes (names), batch, length (tuples or None), precision, weights, device, kernels
-            (auto or torch), checkpointing, window_dropout (a rate), no_capture, profile, seconds (of a row's repeats),
+            (auto or torch), checkpointing, only, window_dropout (a rate), no_capture, profile, seconds (of a row's repeats),
             budget (seconds after which nothing new is begun), peak (TFLOP/s of the device, or None), out (folder).
 
     Raises:
@@ -77,7 +77,7 @@ def main(options: argparse.Namespace) -> int:
         torch.set_float32_matmul_precision("high")  # as a run has it
     page = Page(options, device)
     try:
-        for row in rows([TEACHER, *names], options, device, page.budget):
+        for row in rows(names if options.only else [TEACHER, *names], options, device, page.budget):
             page.add(row)
     except Stopped as stop:
         raise LinearizeError(f"{stop}; what was measured is in {page.path}") from stop
