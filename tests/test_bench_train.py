@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 from linearize import cli
@@ -63,6 +65,16 @@ def test_what_is_timed_is_the_trainers_own_step(tmp_path, monkeypatch):
     assert {trainer.stage.batch_size for trainer in seen} == {3}
 
 
+def test_windows_that_are_off_and_steps_without_a_graph(tmp_path, monkeypatch):
+    seen = []
+    own = StageTrainer.training_step
+    monkeypatch.setattr(StageTrainer, "training_step", lambda self, *a: seen.append(self) or own(self, *a))
+    [row] = bench(tmp_path, "--stages", "transfer", "--window-dropout", "0.5", "--no-capture", "--only")
+    assert {trainer.stage.window_dropout for trainer in seen} == {0.5}
+    assert row["way"] == "float32 weights, kernels, no graph, windows off at 0.5" and row["ratio"] is None
+    assert row["recipe"] == "lolcats" and row["tokens_per_second"] > 0
+
+
 def test_what_fails_is_a_row_and_nothing_is_begun_behind_the_budget(tmp_path, monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
@@ -88,6 +100,18 @@ def test_what_a_first_step_compiles_is_not_counted(monkeypatch):
     assert not budget.spent and not endless.spent
     now[0] = 105.5
     assert budget.spent
+
+
+def test_time_between_kernels():
+    """Microseconds; two run at once, one waits for the host, one follows at a graph's distance."""
+    spans = [(100.0, 200.0), (150.0, 300.0), (1300.0, 1400.0), (1403.0, 1500.0)]
+    events = [
+        SimpleNamespace(device_type=kind, time_range=SimpleNamespace(start=start, end=end))
+        for kind, (start, end) in [(DeviceType.CPU, (0.0, 9000.0)), *((DeviceType.CUDA, x) for x in spans)]
+    ]
+    recorded = SimpleNamespace(events=lambda: events)
+    assert steps._between(recorded) == {"waits": 1.0, "gaps": 0.003}
+    assert steps._between(SimpleNamespace(events=list)) == {"waits": 0.0, "gaps": 0.0}
 
 
 @pytest.mark.parametrize(

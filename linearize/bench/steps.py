@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from transformers import TrainerCallback
 
 WARM = 4
@@ -15,6 +16,10 @@ LEAST = 3
 """Steps that are timed at least."""
 BUSY = 0.85
 """Share of a step below which the device waits for launches rather than for its own work."""
+SHOWN = 12
+"""Kernels that a profile lists, those that take longest first."""
+WAITING = 50e-6
+"""Seconds of a gap between two kernels from which on it is the host's: those of a graph follow each other at once."""
 PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "cublas", "aten::mm", "aten::addmm", "aten::bmm")
 """What kernels of matrix products have in their names."""
 
@@ -112,7 +117,9 @@ def looked_into(recorded: Any, seconds: float, device: torch.device) -> dict[str
 
     Returns:
         busy: share of the unobserved step in which the device computes; kernels: launched; products: share of the busy
-        time in matrix products; bound: launches, FLOPs (products take most of it) or bytes (the rest does).
+        time in matrix products; bound: launches, FLOPs (products take most of it) or bytes (the rest does); longest:
+        name, launches and milliseconds of kernels; waits, gaps: milliseconds between kernels, where the host is waited
+        for and where not (of a CUDA device).
     """
     name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     spent = {event.key: (getattr(event, name), event.count) for event in recorded.key_averages()}
@@ -121,9 +128,28 @@ def looked_into(recorded: Any, seconds: float, device: torch.device) -> dict[str
     products = sum(time for key, (time, _) in spent.items() if any(part in key.lower() for part in PRODUCTS))
     busy = min(1.0, 1e-6 * total / seconds)
     share = products / total if total else 0.0
+    first = sorted(spent.items(), key=lambda item: -item[1][0])[:SHOWN]
     return {
+        **(_between(recorded) if device.type == "cuda" else {}),
+        "longest": [[key[:100], count, round(1e-3 * time, 3)] for key, (time, count) in first],
         "busy": round(busy, 4),
         "kernels": sum(count for _, count in spent.values()),
         "products": round(share, 4),
         "bound": "launches" if busy < BUSY else "FLOPs" if share > 0.5 else "bytes",
     }
+
+
+def _between(recorded: Any) -> dict[str, float]:
+    """Time without a kernel, from the first one to the last."""
+    kernels = [event for event in recorded.events() if event.device_type == DeviceType.CUDA]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
+    waits = gaps = 0.0
+    done = spans[0][1] if spans else 0.0
+    for start, end in spans:
+        gap = max(0.0, start - done)
+        if gap > 1e6 * WAITING:
+            waits += gap
+        else:
+            gaps += gap
+        done = max(done, end)
+    return {"waits": round(1e-3 * waits, 3), "gaps": round(1e-3 * gaps, 3)}

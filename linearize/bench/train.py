@@ -58,8 +58,8 @@ def main(options: argparse.Namespace) -> int:
 
     Args:
         options: shapes, stages, recipes (names), batch, length (tuples or None), precision, weights, device, kernels
-            (auto or torch), checkpointing, profile, seconds (of a row's repeats), budget (seconds after which nothing
-            new is begun), peak (TFLOP/s of the device, or None), out (folder).
+            (auto or torch), checkpointing, only, window_dropout (a rate), no_capture, profile, seconds (of a row's repeats),
+            budget (seconds after which nothing new is begun), peak (TFLOP/s of the device, or None), out (folder).
 
     Raises:
         LinearizeError: no such shape, stage or recipe, or no CUDA device.
@@ -77,7 +77,7 @@ def main(options: argparse.Namespace) -> int:
         torch.set_float32_matmul_precision("high")  # as a run has it
     page = Page(options, device)
     try:
-        for row in rows([TEACHER, *names], options, device, page.budget):
+        for row in rows(names if options.only else [TEACHER, *names], options, device, page.budget):
             page.add(row)
     except Stopped as stop:
         raise LinearizeError(f"{stop}; what was measured is in {page.path}") from stop
@@ -160,12 +160,18 @@ def way(options: argparse.Namespace) -> str:
     """How it ran, in words: what makes two rows different measurements of one stage."""
     weights = str(resolve_weights(settings(options), torch.device(options.device)))[6:]
     words = [f"{weights} weights", "plain torch" if options.kernels == "torch" else "kernels"]
-    return ", ".join(words + ["checkpointing"] * options.checkpointing)
+    words += ["checkpointing"] * options.checkpointing + ["no graph"] * options.no_capture
+    return ", ".join(words + [f"windows off at {options.window_dropout:g}"] * bool(options.window_dropout))
 
 
 def settings(options: argparse.Namespace) -> RunConfig:
     """The `run` section of a recipe."""
-    return RunConfig(device=options.device, precision=options.precision, weights=options.weights)
+    return RunConfig(
+        device=options.device,
+        precision=options.precision,
+        weights=options.weights,
+        capture=not options.no_capture,
+    )
 
 
 def step(
@@ -191,6 +197,7 @@ def step(
         tokens=STEPS * batch * length,
         batch_size=batch,
         gradient_checkpointing=options.checkpointing,
+        window_dropout=0.0 if name == TEACHER else options.window_dropout,
         log_every=STEPS,
         save_every=2 * STEPS,
     )

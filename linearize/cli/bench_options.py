@@ -193,6 +193,17 @@ def train(parser: argparse.ArgumentParser) -> None:
         help="torch: the same mathematics in plain PyTorch (default: auto)",
     )
     parser.add_argument("--checkpointing", action="store_true", help="compute activations twice, keep none")
+    parser.add_argument("--only", action="store_true", help="without the softmax model's own step")
+    parser.add_argument(
+        "--window-dropout",
+        type=given.share,
+        default=0.0,
+        metavar="RATE",
+        help="how often a layer's window is off, in recipes that have both branches (default: 0)",
+    )
+    parser.add_argument(
+        "--no-capture", action="store_true", help="run.capture=false: without a CUDA graph, for comparison"
+    )
     parser.add_argument(
         "--profile", action="store_true", help="also what bounds each step, by a profile of one"
     )

@@ -47,7 +47,6 @@ class Captured:
         self._key: Hashable = None
         self._newest: Hashable = None
         self._seen = 0
-        self._said = False
         self._inputs: dict[str, Tensor] = {}
         self._losses: Tensor | None = None
         self._receivers: list[nn.Parameter] = []
@@ -90,13 +89,6 @@ class Captured:
         self._gradients_in_place()
         self.graph.replay()
         return self._losses.clone()
-
-    def aside(self, run: MicroStep, batch: dict[str, Tensor], count: Tensor | None, why: str) -> Tensor:
-        """A micro-step that is not to be recorded; what is recorded stays for those that are."""
-        if self.obstacle is None and not self._said:
-            self._said = True
-            log.info("stage '%s': steps run without a CUDA graph where %s", self.name, why)
-        return run(batch, count)
 
     def release(self) -> None:
         """Let go of the recording and its memory."""

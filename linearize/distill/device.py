@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from linearize import launched
 from linearize.config.schema import RunConfig
@@ -59,3 +60,10 @@ def resolve_weights(run_config: RunConfig, device: torch.device) -> torch.dtype:
             f"{device.type}: set run.precision=bf16, or run.weights=float32"
         )
     return torch.bfloat16 if run_config.weights == "bfloat16" else torch.float32
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device, without the host waiting until the device has come so far."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from linearize import objectives, surgery
 from linearize.distill import answers, processes, window_dropout
 from linearize.distill.blocks import repeated
+from linearize.distill.device import sent
 from linearize.distill.headless import predict_final, recognize
 from linearize.distill.lent import is_lent
 from linearize.distill.stage import StageTrainer
@@ -50,13 +51,12 @@ class FinetuneTrainer(StageTrainer):
         targets = [
             objectives.next_targets(batch["labels"], batch.get("position_ids")) for batch in batch_samples
         ]
-        labeled = torch.stack([(target != -100).sum() for target in targets]).sum().to(device)
+        labeled = torch.stack([(target != -100).sum() for target in targets]).sum()
+        labeled = sent(labeled, device)
         processes.add_up([labeled])
         return labeled.clamp_min(1)
 
     def compiled_parts(self) -> list[nn.Module]:
-        if self.drops_windows:
-            return []  # layers differ from step to step
         return repeated(self.trained_model) + ([] if self.teacher is None else repeated(self.teacher))
 
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
@@ -70,7 +70,7 @@ class FinetuneTrainer(StageTrainer):
         loss = objectives.token_backward(student, targets, self.stage.objective, teacher=teacher, count=count)
         return loss[None]
 
-    def around_step(self) -> AbstractContextManager[None]:
+    def around_pass(self) -> AbstractContextManager[None]:
         # the teacher's passes know no mixers
         return window_dropout.windows_off(surgery.converted(self.trained_model) if self.off else [], self.off)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
@@ -14,7 +14,8 @@ from linearize import surgery
 from linearize.config.schema import RunConfig, StageConfig
 from linearize.distill import shards
 from linearize.distill.blocks import Blocks
-from linearize.distill.captured import Captured, MicroStep
+from linearize.distill.captured import Captured
+from linearize.distill.window_dropout import Draw, Off
 from linearize.mixers.compiled import part_by_part
 from linearize.patch import changed
 
@@ -28,6 +29,11 @@ MASK = 2**28
 Softmax reads a mask in every layer, and has no flash kernel with one. Where texts are so long, kernels take longer than
 their launches, so that there is nothing to win.
 """
+
+NONE = Draw()
+"""No window is ever off."""
+DrawnStep = Callable[[dict[str, Tensor], Tensor | None, Sequence[Off]], Tensor]
+"""A `captured.MicroStep` that is told which windows are off."""
 
 
 class Passes:
@@ -71,10 +77,11 @@ class Passes:
 
     def __call__(
         self,
-        step: MicroStep,
+        step: DrawnStep,
         part: dict[str, Tensor],
         count: Tensor | None,
-        windows_off: bool | None = False,
+        draw: Draw = NONE,
+        kind: Hashable = None,
     ) -> Tensor:
         """One micro-step.
 
@@ -82,11 +89,12 @@ class Passes:
             step: forward and backward.
             part: tensors of some sequences, on the device.
             count: see `StageTrainer.micro_step`.
-            windows_off: whether the windows of all layers are off, or None: of some.
+            draw: which windows are off. Where layers are drawn, a recorded or compiled step is told on the device.
+            kind: what else `step` reads on the host that may change over the stage.
         """
         if "attention_mask" in part or not self._looked_at:
             with part_by_part() if self.compiles else nullcontext():
-                losses = step(part, count)
+                losses = step(part, count, draw.off)
             # later batches are packed in the same way, and have no padding
             self._looked_at |= "attention_mask" not in part
             return losses
@@ -96,12 +104,17 @@ class Passes:
             self.captured.forgo(
                 f"masks of {batch} x {tokens:,} x {tokens:,} are made only where they are needed"
             )
+
+        def told(batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
+            rest, off = draw.taken_from(batch)
+            return step(rest, count, off)
+
         with self._trusting(looks):
-            if windows_off is None:
-                return self.captured.aside(
-                    step, part, count, "window_dropout draws other layers for each batch"
+            if draw.sure or not (self.captured.obstacle is None or self.compiles):
+                return self.captured(
+                    lambda batch, count: step(batch, count, draw.off), part, count, (any(draw.off), kind)
                 )
-            return self.captured(step, part, count, windows_off)
+            return self.captured(told, draw.put_into(part), count, (None, kind))
 
     @contextmanager
     def _trusting(self, looks: bool) -> Iterator[None]:

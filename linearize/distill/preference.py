@@ -14,6 +14,7 @@ from linearize import data, objectives
 from linearize.config.schema import DataConfig
 from linearize.data.packing import IGNORED
 from linearize.data.tokens import Tokens
+from linearize.distill.device import sent
 from linearize.distill.finetune import FinetuneTrainer
 from linearize.errors import DataError
 
@@ -25,7 +26,7 @@ class PreferenceTrainer(FinetuneTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Pairs of the whole optimizer step, in all processes."""
-        return torch.tensor(self.course.phase(self.state.global_step).batch, device=device)
+        return sent(torch.tensor(self.course.phase(self.state.global_step).batch), device)
 
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
         assert count is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from linearize.distill.optimizer import build_optimizer, build_scheduler
 from linearize.distill.passes import Passes
 from linearize.distill.pieces import Pieces
 from linearize.distill.trainable import mixer_parameters, trained
+from linearize.distill.window_dropout import Draw, Off
 from linearize.errors import NonFiniteLossError
 
 KEPT_CHECKPOINTS = 2
@@ -57,7 +58,8 @@ class StageTrainer(Trainer):
     Attributes:
         course: the stage's steps.
         interrupt: what this process is asked for meanwhile.
-        off: whether each converted layer's window is off in the step, in all parts of its batch alike; [] is none.
+        off: whether each converted layer's window is off in the step, in all parts of its batch alike, or in recorded
+            passes what says so on the device; [] is none.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class StageTrainer(Trainer):
         self.seed = seed
         self.autocast_dtype = autocast
         self.course = Course.of(stage, length)
-        self.off: list[bool] = []
+        self.off: Sequence[Off] = []
         self.drops_windows = Over.of(stage.window_dropout).most > 0
         self.droppable = window_dropout.check(surgery.converted(model)) if self.drops_windows else []
         self.profiles = run.profile
@@ -129,12 +131,13 @@ class StageTrainer(Trainer):
         """What a field that may change within a stage (`schedule`) is at this step."""
         return self.course.value(Over.of(value), self.state.global_step)
 
-    def _draw_windows(self) -> list[bool]:
+    def _draw_windows(self) -> Draw:
         if not self.drops_windows:
-            return []
+            return Draw()
         rate, step = self.now(self.stage.window_dropout), self.state.global_step
         drawn = window_dropout.draws(rate, len(self.droppable), self.seed, step)
-        return [able and off for able, off in zip(self.droppable, drawn, strict=True)]
+        off = [able and off for able, off in zip(self.droppable, drawn, strict=True)]
+        return Draw(off, self.droppable, rate in (0, 1))
 
     # What a subclass gives
 
@@ -156,8 +159,8 @@ class StageTrainer(Trainer):
         """What may be compiled in a micro-step, see `blocks`."""
         return []
 
-    def around_step(self) -> AbstractContextManager[None]:
-        """What the passes of a step stand in."""
+    def around_pass(self) -> AbstractContextManager[None]:
+        """What `micro_step` stands in."""
         return nullcontext()
 
     def where_not_finite(self, values: list[float]) -> str:
@@ -169,19 +172,27 @@ class StageTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        batch, step = self._prepare_inputs(inputs), partial(self.micro_step, model)
-        self.off = self._draw_windows()
+        batch, phase = self._prepare_inputs(inputs), self.course.phase(self.state.global_step)
+        draw = self._draw_windows()
         processes.random_apart(self.seed, self.state.global_step)
-        drawn = any(self.off) if not any(self.off) or self.off == self.droppable else None
-        with self.around_step():
-            self._step_values = self.micro.run(
-                batch,
-                lambda part: self.passes(step, part, num_items_in_batch, windows_off=drawn),
-                undo=self._begin_again,
-            )
+        self._step_values = self.micro.run(
+            batch,
+            # a share of the batch is a number of the recording
+            lambda part: self.passes(partial(self._pass, model), part, num_items_in_batch, draw, phase.batch),
+            undo=self._begin_again,
+        )
+        window_dropout.forget(surgery.converted(self.trained_model) if draw.off else [], draw.off)
         rows = tuple(batch["input_ids"].shape)
         together.join(self.plain, self._step_values, self.micro, rows, self.interrupt)
         return self._step_values.mean().to(self._tr_loss.dtype)
+
+    def _pass(
+        self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None, off: Sequence[Off]
+    ) -> Tensor:
+        """`micro_step` with the windows that are drawn off."""
+        self.off = off
+        with self.around_pass():
+            return self.micro_step(model, batch, count)
 
     def _begin_again(self) -> None:
         """Forget a step's gradients, and a recording of passes that were too large."""

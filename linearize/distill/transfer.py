@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -67,7 +66,7 @@ def transfer_step(
     objective: dict[str, float],
     *,
     scale: float = 1.0,
-    window_off: Sequence[bool] = (),
+    window_off: Sequence[window_dropout.Off] = (),
 ) -> Tensor:
     """One pass of attention transfer: adds the gradient of ``scale * mean over layers of the layer's loss``.
 
@@ -76,17 +75,18 @@ def transfer_step(
         batch: input_ids [B, T] and, for packed documents, position_ids [B, T].
         objective: layer objective -> weight.
         scale: factor on the gradient, not on what is returned.
-        window_off: whether each layer trains its recurrent branch alone; none does by default.
+        window_off: whether each layer trains its recurrent branch alone, or a [] bool tensor that says so on the
+            device; none does by default.
 
     Returns:
         [L] detached losses of the converted layers, in layer order.
     """
     converted: list[Any] = surgery.converted(model)
-    off = {module.layer_idx for module, drawn in zip(converted, window_off, strict=False) if drawn}
+    off = {module.layer_idx: drawn for module, drawn in zip(converted, window_off, strict=False)}
     losses: dict[int, Tensor] = {}
 
     def observe(call: Any) -> None:
-        alone = window_dropout.window_off(call) if call.layer_idx in off else nullcontext(call)
+        alone = window_dropout.window_off(call, off.get(call.layer_idx, False))
         with torch.enable_grad(), alone as call:
             losses[call.layer_idx] = objectives.layer_backward(call, objective, scale / len(converted))
 

@@ -11,21 +11,32 @@ keys, and learns the best that older ones allow. With `window.overlap: true` it 
 In stages of the whole model the drawn layers run without their window in that step (scheduled sliding-window dropout,
 arXiv 2510.05901), which needs that overlap: no loss there can leave out a query of one layer. How often may change
 over a stage: much at first, when the window would do all the work, and less later.
+
+A recorded or compiled step runs no Python that could leave a window out. There the draw is a tensor on the device
+(`Draw.put_into`): each layer computes both branches and takes its output, and with it the gradient, from the one or the
+other (`Mixer.without_window`), which gives what the step without the window gives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from linearize.distill.device import sent
 from linearize.errors import RecipeError
-from linearize.mixers.base import accumulator, documents
+from linearize.mixers.base import accumulator, documents, narrows
 from linearize.mixers.padding import packing
+
+Off: TypeAlias = bool | Tensor
+"""Whether a layer's window is off, or a [] bool tensor that says so on the device."""
+DRAWN = "windows_off"
+"""Name of a draw among the tensors of a batch."""
 
 
 def check(layers: Iterable[Any]) -> list[bool]:
@@ -55,38 +66,89 @@ def draws(rate: float, layers: int, seed: int, step: int) -> list[bool]:
     return (np.random.default_rng([seed, step, 0]).random(layers) < rate).tolist()
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Which layers have their window off in a step.
+
+    Attributes:
+        off: of each converted layer, or [] where none ever has.
+        able: which can.
+        sure: every step hereabouts draws the same, at a rate of zero or one.
+    """
+
+    off: Sequence[bool] = ()
+    able: Sequence[bool] = ()
+    sure: bool = True
+
+    def put_into(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with the draw beside it, on its device; nobody waits for the copy."""
+        return {**batch, DRAWN: sent(torch.tensor(self.off), batch["input_ids"].device)}
+
+    def taken_from(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Off]]:
+        """The batch without what `put_into` has put there, and what `windows_off` and `window_off` take."""
+        drawn = batch[DRAWN].unbind()
+        rest = {name: x for name, x in batch.items() if name != DRAWN}
+        return rest, [flag if able else False for flag, able in zip(drawn, self.able, strict=True)]
+
+
+def forget(layers: Iterable[Any], off: Sequence[bool]) -> None:
+    """Drop the gradients of what only a window that is off, and the rule that joins the branches, have learned.
+
+    On the device they are zeros, by which an optimizer with a momentum would move them on; a step that runs without
+    the window has none.
+    """
+    for layer, is_off in zip(layers, off, strict=True):
+        if is_off:
+            for part in (layer.mixer.window, layer.mixer.combine):
+                for parameter in part.parameters():
+                    parameter.grad = None
+
+
 @contextmanager
-def windows_off(layers: Iterable[Any], off: Sequence[bool]) -> Iterator[None]:
+def _switched(mixer: Any, off: Off) -> Iterator[None]:
+    """Inside, a mixer runs without its window, or as the device says."""
+    try:
+        if isinstance(off, Tensor):
+            mixer.without_window = off
+        elif off:
+            mixer.branch_off = "window"
+        yield
+    finally:
+        mixer.branch_off = mixer.without_window = None
+
+
+@contextmanager
+def windows_off(layers: Iterable[Any], off: Sequence[Off]) -> Iterator[None]:
     """Inside, drawn layers run without their window, forward and backward.
 
     Args:
         layers: converted ones with both branches.
         off: whether each is drawn.
     """
-    drawn = [layer.mixer for layer, is_off in zip(layers, off, strict=True) if is_off]
-    try:
-        for mixer in drawn:
-            mixer.branch_off = "window"
+    with ExitStack() as stack:
+        for layer, is_off in zip(layers, off, strict=True):
+            stack.enter_context(_switched(layer.mixer, is_off))
         yield
-    finally:
-        for mixer in drawn:
-            mixer.branch_off = None
 
 
 @contextmanager
-def window_off(call: Any) -> Iterator[Any]:
+def window_off(call: Any, off: Off = True) -> Iterator[Any]:
     """Inside, a call whose student is the recurrent branch alone, and whose `valid` leaves out what sees nothing.
 
     Args:
         call: `surgery.LayerCall` of a mixer with both branches.
+        off: false is the call as it is; a [] bool tensor says so on the device.
     """
-    mixer = call.mixer
-    seen = sees_without_window(call)
-    mixer.branch_off = "window"
-    try:
-        yield _OwnValid(call, seen if call.valid is None else seen & call.valid)
-    finally:
-        mixer.branch_off = None
+    if off is False:
+        yield call
+        return
+    valid = call.valid
+    if not getattr(call.mixer.window, "overlap", False):  # else every query sees at least its own key
+        seen = sees_without_window(call)
+        seen = seen | ~off if isinstance(off, Tensor) else seen
+        valid = seen if valid is None else seen & valid
+    with _switched(call.mixer, off):
+        yield _OwnValid(call, valid)
 
 
 def sees_without_window(call: Any) -> Tensor:
@@ -95,9 +157,12 @@ def sees_without_window(call: Any) -> Tensor:
     mixer, device = call.mixer, call.k.device
     docs = documents(call.starts, batch, tokens, device)
     valid = torch.ones_like(docs, dtype=torch.bool) if call.valid is None else call.valid
-    packed = packing(valid)
-    valid, docs = packed.pack(valid), packed.pack(torch.where(valid, docs, 0))
-    q, k, v = (packed.pack(x.to(accumulator(x.dtype))) for x in (call.q, call.k, call.v))
+    dtype = call.v.dtype if narrows(call.q, call.k, call.v) else accumulator(call.v.dtype)
+    q, k, v = (x.to(dtype) for x in (call.q, call.k, call.v))
+    packed = None if call.valid is None else packing(valid)
+    if packed is not None:
+        valid, docs = packed.pack(valid), packed.pack(torch.where(valid, docs, 0))
+        q, k, v = packed.pack(q), packed.pack(k), packed.pack(v)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         _, handed = mixer.window.chunked(q, k, v, valid, docs, mixer.initial_state(batch, k.dtype, device))
     added, order = handed.valid, handed.order
@@ -108,7 +173,8 @@ def sees_without_window(call: Any) -> Tensor:
         torch.where(added, place, -1).cummax(1).values
     )  # documents follow each other: the newest key decides
     seen = (last >= 0) & (docs.gather(1, last.clamp_min(0)) == docs)
-    return packed.unpack(seen if order is None else seen.gather(1, order.queries))
+    seen = seen if order is None else seen.gather(1, order.queries)
+    return seen if packed is None else packed.unpack(seen)
 
 
 class _OwnValid:

@@ -149,4 +149,5 @@ def _structure(mixer: nn.Module) -> tuple[Any, ...]:
         _walked[mixer] = (getattr(mixer, "composition", ""), parts, sizes), places
     fixed, places = _walked[mixer]
     dtypes = tuple(getattr(own[name], "dtype", None) for own, name in places)
-    return (*fixed, dtypes, getattr(mixer, "branch_off", None))
+    chosen = getattr(mixer, "without_window", None) is not None
+    return (*fixed, dtypes, getattr(mixer, "branch_off", None), chosen)

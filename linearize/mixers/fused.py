@@ -31,6 +31,8 @@ MAP_DIMS = (16, 32, 64, 128)
 """Columns of a feature map's matrix that the kernel takes."""
 HEAD_DIM = 256
 """Widest head that the kernel takes."""
+NOTHING = 1e-30
+"""Share of a window that is off: lost in every sum, and the kernel takes its logarithm."""
 PRODUCT_DIMS = (8, 16, 32)
 """Widths of q and k that the kernel of their products' polynomial takes."""
 
@@ -125,6 +127,7 @@ class Fused:
         state: State | None,
         front: Tensor | None = None,
         sink: Tensor | None = None,
+        off: Tensor | None = None,
     ) -> Tensor:
         """`Mixer.chunked` up to the output part, [B, T, H, V] in the dtype of v; q and k as the branches see them.
 
@@ -132,6 +135,7 @@ class Fused:
             docs: [B, T] document numbers, or None for one document.
             state: what is carried and is to be written, or None.
             front: [B] padding in front of each row, behind which the state belongs, or None.
+            off: [] bool, `Mixer.without_window`. A query that sees nothing without the window still gets its output.
         """
         # under autocast a rotary embedding leaves q and k in float32
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -170,7 +174,7 @@ class Fused:
         past = None if state is None else (state["sums"], state["norms"])
         out, last = window_linear(
             q, ring_k, ring_v, query_map, key_map, window=span, scaling=self.shape.scaling,
-            window_weight=self._share(), linear_weight=self._rest(), sink=self._sink(sink),
+            window_weight=self._share(off), linear_weight=self._rest(off), sink=self._sink(sink),
             codes=codes, reach=reach, least=least, prefix=prefix, state=past, return_state=state is not None,
         )  # fmt: skip
         if state is not None:
@@ -213,13 +217,16 @@ class Fused:
         assert key_weight is not None
         return made.query_weight, key_weight
 
-    def _share(self) -> Tensor | None:
-        return None if self.combine is None else self.combine.window_factor.sigmoid()
+    def _share(self, off: Tensor | None) -> Tensor | None:
+        if self.combine is None:
+            return None
+        share = self.combine.window_factor.sigmoid()
+        return share if off is None else torch.where(off, NOTHING, share)
 
     @property
     def _complement(self) -> bool:
         return self.combine is not None and self.combine.config.complement
 
-    def _rest(self) -> Tensor | None:
-        share = self._share()
+    def _rest(self, off: Tensor | None) -> Tensor | None:
+        share = self._share(off)
         return 1 - share if self._complement and share is not None else None

@@ -46,6 +46,7 @@ class Mixer(nn.Module):
 
     Attributes:
         branch_off: the branch that contributes nothing, or None.
+        without_window: [] bool, by which the device says whether the window contributes nothing, or None.
         composition: says all parts, options and numbers, where `build` put them together; equal mixers are equal here.
     """
 
@@ -66,6 +67,7 @@ class Mixer(nn.Module):
         self.combine = combine
         self.output = output
         self.branch_off: str | None = None
+        self.without_window: Tensor | None = None
         self.composition = ""
         self.fused = fused.find(shape, position, window, recurrent, combine)
         if recurrent is not None:
@@ -260,8 +262,8 @@ class Mixer(nn.Module):
         with torch.autocast(q.device.type, enabled=False):
             if self._is_fused(q, k, v):
                 assert self.fused is not None
-                pair = self._fused_pair(q, k, beside.plain)
-                made = self.fused.chunked(*pair, v, valid, docs, state, front, beside.sink)
+                pair, off = self._fused_pair(q, k, beside.plain), self.without_window
+                made = self.fused.chunked(*pair, v, valid, docs, state, front, beside.sink, off)
                 return self._finish(made, beside.hidden)
             fresh = state is None
             if state is None:
@@ -388,9 +390,10 @@ class Mixer(nn.Module):
 
     def _joined(self, near: Partial | None, far: Partial | None, hidden: Tensor | None) -> Tensor:
         if near is not None and far is not None and self.combine is not None:
-            if self.branch_off is None:
-                return self.combine(near, far, hidden)
-            return (far if self.branch_off == "window" else near).normalized()
+            if self.branch_off is not None:
+                return (far if self.branch_off == "window" else near).normalized()
+            joined, off = self.combine(near, far, hidden), self.without_window
+            return joined if off is None else torch.where(off, far.normalized().to(joined.dtype), joined)
         only = near if near is not None else far
         assert only is not None, "a mixer without any branch passed the check"
         return only.normalized()

@@ -3,75 +3,20 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 import torch
+from short_stages import SIZES, STAGES, same, trained
 from torch import nn
 
 from linearize.bench.subjects import convert, random_model, subjects
-from linearize.config.schema import LoraConfig, RunConfig, StageConfig, StageDataConfig
+from linearize.config.schema import StageDataConfig
 from linearize.distill import captured as captured_module
-from linearize.distill import stages
 from linearize.distill.captured import WARM_UP, Captured
-from linearize.distill.rates import RandomText
 from linearize.recording import record
 from linearize.surgery import converted
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-SIZES = {"hidden_size": 64, "head_dim": 64, "num_hidden_layers": 2}
-LENGTH = 96
-STAGES = {
-    "transfer": {"objective": {"attention_output": 10.0}, "train": ["mixers"], "lr": 1e-2},
-    "all_kl": {"objective": {"next_token": 0.5, "logits_kl": 1.0}, "train": ["all"], "lr": 1e-3},
-    "lora": {"objective": {"next_token": 1.0}, "train": ["lora", "mixers"], "lora": LoraConfig(rank=4, dropout=0.1)},
-}  # fmt: skip
-
-
-def trained(folder: Path, recipe: str, stage: str, steps: int, *, capture: bool, resume_at: int = 0, **more):
-    """Losses of every step, the trained parameters, and the trainer's `Captured`."""
-    torch.manual_seed(0)
-    model = convert(random_model("cuda", torch.float32, "tiny", **SIZES), recipe)
-    setting = StageConfig(
-        **{"batch_size": 4, "micro_batch": 2, **STAGES[stage], **more}, tokens=steps * 4 * LENGTH, log_every=1,
-        save_every=resume_at or 10_000,
-    )  # fmt: skip
-    run = RunConfig(device="cuda", capture=capture)
-
-    def teacher() -> nn.Module:
-        return random_model("cuda", torch.float32, "tiny", **SIZES).requires_grad_(False)
-
-    losses: list[float] = []
-    opened = stages.training(
-        model, setting, name=stage, folder=folder, run=run, seed=1, dataset=RandomText(97, LENGTH, count=64),
-        length=LENGTH, autocast=torch.bfloat16, teacher=teacher if stage == "all_kl" else None,
-    )  # fmt: skip
-    with opened as trainer:
-        trainer.add_callback(Losses(trainer, losses))
-        start = folder / f"checkpoint-{resume_at}"
-        trainer.train(resume_from_checkpoint=str(start) if start.is_dir() else None)
-        found = {name: p.detach().clone() for name, p in trainer.parameters.items()}
-        return losses, found, trainer.passes.captured
-
-
-def Losses(trainer, losses):
-    from transformers import TrainerCallback
-
-    class Keep(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            losses.append(trainer.take_window()["loss"])
-
-    return Keep()
-
-
-def same(one, other, rtol: float = 2e-2) -> None:
-    losses, weights = one[:2]
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(other[0]), rtol=rtol, atol=1e-4)
-    for name, x in weights.items():
-        torch.testing.assert_close(
-            x, other[1][name], rtol=rtol, atol=5e-3, msg=lambda m, name=name: f"{name}: {m}"
-        )
 
 
 @pytest.mark.gpu
@@ -83,9 +28,8 @@ def test_of_every_recipe(recipe, tmp_path, monkeypatch):
     model = convert(random_model("meta", torch.float32, "tiny", **SIZES), recipe)
     trains = any(layer.mixer.added_parameters for layer in converted(model))
     for stage in ("transfer", "all_kl") if trains else ("all_kl",):
-        with ExitStack():
-            eager = trained(tmp_path / f"{stage}-eager", recipe, stage, 8, capture=False)
-            recorded = trained(tmp_path / stage, recipe, stage, 8, capture=True)
+        eager = trained(tmp_path / f"{stage}-eager", recipe, stage, 8, capture=False)
+        recorded = trained(tmp_path / stage, recipe, stage, 8, capture=True)
         assert recorded[2].graph is not None, recorded[2].obstacle
         same(eager, recorded)
 
@@ -109,8 +53,40 @@ def test_over_fifty_steps(stage, checkpointing, tmp_path):
 
 @pytest.mark.gpu
 @CUDA
+@pytest.mark.parametrize(
+    ("recipe", "stage", "checkpointing"),
+    [
+        ("lolcats", "transfer", False),
+        ("hedgecats", "transfer", False),
+        ("hedgecats", "lora", False),
+        ("hedgecats", "all_kl", True),
+        ("gated_delta_window", "all_kl", False),
+    ],
+)
+def test_windows_that_are_drawn_off(recipe, stage, checkpointing, tmp_path, caplog, monkeypatch):
+    """Over fifty steps, with accumulation, clipping, and a run that stops and goes on in the middle.
+
+    Beside the step that leaves windows out, which other kernels compute, and beside the recorded operations one by one.
+    """
+    more = {"window_dropout": 0.5, "gradient_checkpointing": checkpointing}
+    eager = trained(tmp_path / "eager", recipe, stage, 50, capture=False, **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(Captured, "__call__", lambda self, run, batch, count, kind=None: run(batch, count))
+        told = trained(tmp_path / "told", recipe, stage, 50, capture=True, **more)
+    with caplog.at_level(logging.INFO):
+        recorded = trained(tmp_path / "recorded", recipe, stage, 50, capture=True, resume_at=30, **more)
+    same(told, recorded)
+    torch.testing.assert_close(torch.tensor(recorded[0]), torch.tensor(eager[0]), rtol=2e-2, atol=1e-4)
+    assert recorded[2].graph is not None, recorded[2].obstacle
+    assert "recorded anew" not in caplog.text
+    again = trained(tmp_path / "recorded", recipe, stage, 50, capture=True, resume_at=30, **more)
+    same((recorded[0][30:], recorded[1]), again)
+
+
+@pytest.mark.gpu
+@CUDA
 def test_a_stage_that_changes(tmp_path, caplog):
-    """Length, batch and window dropout over a stage: recorded anew with each shape, but where layers are drawn."""
+    """Length, batch and window dropout over a stage: recorded anew with each shape, once where layers are drawn."""
     more = {
         "batch_size": [[0, 2], [10, 4]], "data": StageDataConfig(length=[[0, 48], [20, 96]]), "micro_batch": 2,
         "window_dropout": [[0, 0.0], [30, 0.5], [40, 1.0]],
@@ -120,9 +96,10 @@ def test_a_stage_that_changes(tmp_path, caplog):
         recorded = trained(
             tmp_path / "recorded", "lolcats", "transfer", 50, capture=True, resume_at=35, **more
         )
-    same(eager, recorded)
+    torch.testing.assert_close(torch.tensor(recorded[0]), torch.tensor(eager[0]), rtol=2e-2, atol=1e-4)
     assert recorded[2].graph is not None, recorded[2].obstacle
-    assert caplog.text.count("recorded anew") >= 1 and caplog.text.count("window_dropout draws") == 1
+    # what changes: batch, length, windows drawn, all windows off
+    assert caplog.text.count("recorded anew") == 4
     again = trained(tmp_path / "recorded", "lolcats", "transfer", 50, capture=True, resume_at=35, **more)
     same((recorded[0][35:], recorded[1]), again)
 
@@ -240,24 +217,3 @@ def test_steps_that_change_are_recorded_anew(on_paper, caplog):
     assert graphs[0] is not None and graphs[1] not in (None, graphs[0])
     assert graphs[1] is graphs[2] is graphs[3] is graphs[4] and graphs[5] not in (None, graphs[4])
     assert caplog.text.count("stage 'probe': its steps have changed; they are recorded anew") == 2
-
-
-def test_steps_that_are_not_to_be_recorded_say_so_once(on_paper, caplog):
-    weight = nn.Parameter(torch.ones(3))
-
-    def run(batch, count):
-        (weight * batch["x"]).sum().backward()
-        return torch.ones(1)
-
-    captured = Captured([weight], "probe")
-    with caplog.at_level(logging.INFO):
-        for _ in range(WARM_UP + 1):
-            captured(run, {"x": torch.ones(3)}, None)
-        recorded = captured.graph
-        for _ in range(2):
-            captured.aside(
-                run, {"x": torch.ones(3)}, None, "window_dropout draws other layers for each batch"
-            )
-    assert recorded is not None and captured.graph is recorded
-    assert caplog.text.count("without a CUDA graph where window_dropout draws") == 1
-    assert torch.equal(weight.grad, torch.full((3,), WARM_UP + 3.0))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from short_stages import LENGTH, trained
 from torch import Tensor
 
 from linearize import cli, config, distill
@@ -152,6 +153,28 @@ def test_a_given_number_stays_and_the_remedy_is_auto(
     with pytest.raises(memory.OutOfMemoryError, match=r"--resume stages\.transfer\.micro_batch=auto"):
         distill.run(str(teacher_folder), recipe, tmp_path / "run")
     assert asked == [4]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("stage", ["transfer", "all_kl"])
+def test_a_card_whose_memory_runs_out(stage: str, tmp_path: Path, caplog: Any) -> None:
+    """A real one, with part of its memory: recorded steps of the whole batch, of half of it or less, and by hand."""
+    settings = {"batch_size": 512, "micro_batch": "auto", "tokens": 8 * 512 * LENGTH}
+    memory.release(torch.device("cuda"))
+    torch.cuda.reset_peak_memory_stats()
+    losses = trained(tmp_path / "whole", "lolcats", stage, 8, capture=True, **settings)[0]
+    assert "do not fit into memory" not in caplog.text
+    peak, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    memory.release(torch.device("cuda"))
+    torch.cuda.set_per_process_memory_fraction(0.4 * peak / total)
+    try:
+        halved = trained(tmp_path / "halved", "lolcats", stage, 8, capture=True, **settings)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "512 sequences at once do not fit into memory; going on with" in caplog.text
+    torch.testing.assert_close(torch.tensor(halved[0]), torch.tensor(losses), rtol=1e-2, atol=1e-4)
+    assert halved[2].graph is not None, halved[2].obstacle
 
 
 def test_evaluation_halves_too() -> None:

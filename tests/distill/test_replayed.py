@@ -1,0 +1,75 @@
+"""Recorded micro-steps on the CPU, where a recording is a list of operations: what differs from step to step is heard.
+
+A number of the host that a micro-step reads, and that changes over the stage, would stay what it was when the step was
+recorded. On a GPU `test_captured` asks the graphs themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import replayed
+from short_stages import same, trained
+
+from linearize.config.schema import StageDataConfig
+from linearize.distill.captured import WARM_UP
+from linearize.distill.window_dropout import draws
+from linearize.mixers.combine import COMBINES
+
+LINEAR: dict[str, Any] = {"feature_map": {"name": "hedgehog", "dim": 16}}
+OVERLAP: dict[str, Any] = {**LINEAR, "window": {"name": "sliding", "size": 6, "overlap": True, "first": 2}}
+APART: dict[str, Any] = {**LINEAR, "window": {"name": "sliding", "size": 6}}
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def recorded_on_the_cpu(monkeypatch):
+    replayed.on_cpu(monkeypatch)
+
+
+def both(folder, recipe, stage, steps=STEPS, **more):
+    """A stage step by step, and recorded; the recording has done all but its first steps."""
+    eager = trained(folder / "eager", recipe, stage, steps, capture=False, device="cpu", **more)
+    recorded = trained(folder / "recorded", recipe, stage, steps, capture=True, device="cpu", **more)
+    assert recorded[2].obstacle is None
+    same(eager, recorded, rtol=1e-4, atol=1e-5)
+    return recorded
+
+
+def micro_steps(steps: int, micro: int = 2) -> int:
+    """How many of a stage come from its one recording."""
+    return steps * micro - 1 - WARM_UP
+
+
+@pytest.mark.parametrize("rule", COMBINES.names())
+@pytest.mark.parametrize("stage", ["transfer", "all_kl"])
+def test_windows_that_are_drawn_off(rule, stage, tmp_path):
+    """Every rule that joins two branches; without overlap in transfer, where queries that see nothing have no loss."""
+    recipe = (APART if stage == "transfer" and rule != "sum" else OVERLAP) | {"combine": {"name": rule}}
+    recorded = both(tmp_path, recipe, stage, window_dropout=0.5)
+    assert recorded[2].graph.replays == micro_steps(STEPS)
+    drawn = {tuple(draws(0.5, 2, 1, step)) for step in range(4, STEPS)}
+    assert len(drawn) >= 3, "none, one and another layer"
+
+
+@pytest.mark.parametrize("stage", ["transfer", "lora"])
+def test_a_schedule_that_stops_and_goes_on(stage, tmp_path):
+    """Clipping, accumulation, dropout of adapters and of windows at three rates; the second half from a checkpoint."""
+    more = {"window_dropout": [1.0, 0.5, 0.0], "grad_clip": 0.05}
+    steps = 15
+    recorded = both(tmp_path, OVERLAP, stage, steps, resume_at=7, **more)
+    again = trained(
+        tmp_path / "recorded", OVERLAP, stage, steps, capture=True, resume_at=7, device="cpu", **more
+    )
+    assert len(again[0]) == 8 and again[2].graph is not None
+    same((recorded[0][7:], recorded[1]), again, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["transfer", "lora"])
+def test_batch_and_length_that_change(stage, tmp_path):
+    """A share of the batch is a number of the recording, though micro-steps keep their shape."""
+    more = {
+        "batch_size": [[0, 2], [6, 4]], "micro_batch": 2, "data": StageDataConfig(length=[[0, 32], [9, 96]]),
+    }  # fmt: skip
+    both(tmp_path, APART, stage, 12, **more)
