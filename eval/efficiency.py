@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ class Efficiency:
     Args:
         task: prefill or decode.
     """
+
+    reads: ClassVar = False
 
     def __init__(self, task: str) -> None:
         self.task = task

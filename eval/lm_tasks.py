@@ -124,6 +124,7 @@ def known(include: Path | None) -> set[str]:
 class LmTasks:
     """One task or group of lm-eval. Its settings are those of `suite`, which checks them."""
 
+    reads: ClassVar = False
     takes: ClassVar[dict[str, Takes]] = {}
 
     def room(self, unit: Unit) -> int:

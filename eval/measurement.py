@@ -87,6 +87,10 @@ class Measurement(Protocol):
     def takes(self) -> Mapping[str, Takes]:
         """The settings that a suite can give it."""
 
+    @property
+    def reads(self) -> bool:
+        """Whether it is measured on the setting's texts."""
+
     def room(self, unit: Unit) -> int:
         """Tokens that may follow the unit's context, for models whose positions end somewhere."""
 

@@ -24,6 +24,7 @@ from linearize.storing import read_tensors, write_tensors_file
 class Text:
     """Settings of a unit: `windows`, how many at most, 0 for all; `text`, which of the texts, is added here."""
 
+    reads: ClassVar = True
     takes: ClassVar = {"length": Takes(least=2), "windows": Takes(least=0, needed=False)}
 
     def room(self, unit: Unit) -> int:

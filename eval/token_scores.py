@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from linearize.kernels.distill.reference import shape_logits
 from linearize.mixers.offloaded import device_of
 
 LOGITS_AT_ONCE = 2**24
-"""Elements of the float32 logits that exist at a time: 341 tokens of a 49k vocabulary, 64 MB."""
+"""Elements of the float32 logits that exist at a time: 341 tokens of a 49k vocabulary, 64 MB; twice that on a GPU."""
+TOKENS_AT_ONCE = 2**13
+"""Of windows that go through the model together on a GPU, which waits for launches where a window is short."""
 
 
 @dataclass
@@ -65,20 +68,36 @@ class Predictor:
             ids: int64 [T].
             keep: the hidden states stay in the CPU's memory, and the next call with the same tokens runs no model.
         """
-        with torch.no_grad(), evaluating(self.model), self._context():
-            if self.head is None:
-                logits = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0]
-                return lambda part: F.log_softmax(_wide(logits[part]), -1)
-            name = ids.numpy().tobytes() if keep else b""
-            if name in self._kept:
-                hidden = self._kept[name]
-            else:
-                final = predict_final(self.model, {"input_ids": ids[None].to(self.device)}, self.head)
-                hidden = final.hidden[0].detach()
-                if keep:
-                    self._kept[name] = hidden.to("cpu")
+        return self.windows(ids[None], keep=keep)[0]
+
+    def windows(self, ids: Tensor, *, keep: bool = False) -> list[Callable[[slice], Tensor]]:
+        """The same for windows [B, T] that go through the model together, as far as their logits can be left out."""
         head = self.head
-        return lambda part: self._apply(head, hidden[part])
+        with torch.no_grad(), evaluating(self.model), self._context():
+            if head is None:
+                return [self._whole(row) for row in ids]
+            names = [row.numpy().tobytes() for row in ids] if keep else []
+            if keep and all(name in self._kept for name in names):
+                hidden = [self._kept[name] for name in names]
+            else:
+                final = predict_final(self.model, {"input_ids": ids.to(self.device)}, head)
+                hidden = list(final.hidden.detach())
+                self._kept |= {name: row.to("cpu") for name, row in zip(names, hidden, strict=False)}
+        return [partial(self._part, head, row) for row in hidden]
+
+    def together(self, length: int) -> int:
+        """How many windows of a length go through the model at once."""
+        many = (
+            self.device.type == "cuda" and self.head is not None
+        )  # without a head, all logits would be there
+        return max(1, TOKENS_AT_ONCE // length) if many else 1
+
+    def _whole(self, ids: Tensor) -> Callable[[slice], Tensor]:
+        logits = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0]
+        return lambda part: F.log_softmax(_wide(logits[part]), -1)
+
+    def _part(self, head: Head, hidden: Tensor, part: slice) -> Tensor:
+        return self._apply(head, hidden[part])
 
     def _apply(self, head: Head, hidden: Tensor) -> Tensor:
         with torch.no_grad():
@@ -101,19 +120,24 @@ def score_tokens(
     length = windows.shape[1]
     nll = torch.zeros(len(windows), length - 1)
     kl, agrees = (None, None) if teacher is None else (torch.zeros_like(nll), torch.zeros_like(nll))
-    for number, ids in enumerate(windows):
-        own = model.window(ids)
-        other = None if teacher is None else teacher.window(ids, keep=True)
-        for part in slices(length - 1, own(slice(0, 1)).shape[-1]):
-            found = own(part)
-            targets = ids[1:][part].to(found.device)
-            nll[number, part] = -found.gather(1, targets[:, None])[:, 0].float().cpu()
-            if other is not None and kl is not None and agrees is not None:
-                expected = other(part).to(found.device)
-                kl[number, part] = divergence(expected, found).float().cpu()
-                agrees[number, part] = (expected.argmax(-1) == found.argmax(-1)).float().cpu()
-        if meter is not None:
-            meter.advance(length)
+    most = LOGITS_AT_ONCE * (2 if model.device.type == "cuda" else 1)
+    number = 0
+    together = min(one.together(length) for one in (model, teacher) if one is not None)
+    for some in windows.split(together):
+        passes = model.windows(some)
+        others = [None] * len(some) if teacher is None else teacher.windows(some, keep=True)
+        for ids, own, other in zip(some, passes, others, strict=True):
+            for part in slices(length - 1, own(slice(0, 1)).shape[-1], most):
+                found = own(part)
+                targets = ids[1:][part].to(found.device)
+                nll[number, part] = -found.gather(1, targets[:, None])[:, 0].float().cpu()
+                if other is not None and kl is not None and agrees is not None:
+                    expected = other(part).to(found.device)
+                    kl[number, part] = divergence(expected, found).float().cpu()
+                    agrees[number, part] = (expected.argmax(-1) == found.argmax(-1)).float().cpu()
+            number += 1
+            if meter is not None:
+                meter.advance(length)
     return TokenScores(nll, kl, agrees)
 
 
@@ -124,9 +148,9 @@ def divergence(teacher: Tensor, model: Tensor) -> Tensor:
     return (teacher.exp() * (teacher - model)).sum(-1).clamp_min(0)
 
 
-def slices(tokens: int, vocabulary: int) -> list[slice]:
-    """Slices that cover all tokens, each of at most `LOGITS_AT_ONCE` logits."""
-    rows = max(1, LOGITS_AT_ONCE // vocabulary)
+def slices(tokens: int, vocabulary: int, most: int | None = None) -> list[slice]:
+    """Slices that cover all tokens, each of at most `most` logits, by default `LOGITS_AT_ONCE`."""
+    rows = max(1, (most or LOGITS_AT_ONCE) // vocabulary)
     return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
 

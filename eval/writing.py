@@ -27,6 +27,7 @@ SAMPLES = "samples"
 class Decoding:
     """Step by step over `length` tokens of real text: does the state that it carries predict what prefill does?"""
 
+    reads: ClassVar = True
     takes: ClassVar = {"length": Takes(least=2)}
 
     def room(self, unit: Unit) -> int:
@@ -64,6 +65,7 @@ class Decoding:
 class Writing:
     """Greedy continuations. Settings: `items` beginnings of `length` tokens, `new_tokens` behind each."""
 
+    reads: ClassVar = True
     takes: ClassVar = {"length": Takes(), "items": Takes(), "new_tokens": Takes()}
 
     def room(self, unit: Unit) -> int:

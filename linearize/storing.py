@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -221,6 +222,26 @@ def write_file(path: Path, text: str) -> None:
     except OSError as error:
         remove(partial)
         raise could_not_write(path, error) from error
+
+
+def check_place(path: Path, remedy: str) -> None:
+    """Refuse a place that nothing can be written to, before the work whose result is to lie there.
+
+    Args:
+        path: of the file or folder; folders above it may be missing.
+        remedy: what to do, in words that follow a semicolon.
+
+    Raises:
+        CheckpointError: the disk is full, read-only or refuses.
+    """
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(
+            dir=above
+        ):  # permissions say nothing to root, nor of a disk that is read-only
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

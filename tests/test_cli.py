@@ -256,3 +256,34 @@ def test_paths_that_no_file_can_have(line, capsys):
     assert cli.main(line.format(name).split()) == 2
     said = capsys.readouterr().err
     assert "too long for a file" in said and len(said) < 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "here", "--prompt", "one", "--prompt", "two"],
+        ["generate", "here", "--prompt=one", "--prompt=one"],
+        ["run", "here", "lolcats", "--out", "one", "--out", "two"],
+        ["select", "here", "lolcats", "--keep", "1", "stages.transfer.lr=1e-2", "--keep", "2"],
+        ["bench", "kernels", "--out", "one", "--out", "two"],
+    ],
+)
+def test_an_option_of_one_value_is_not_given_twice(arguments, capsys):
+    assert cli.main(arguments) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "given twice (" in said and "it takes one value" in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "CHECKPOINT", "--prompt", "one", "--save-state", "/proc/one.state"],
+        ["export", "CHECKPOINT", "--quantize", "int8", "--out", "/proc/one"],
+        ["export", "CHECKPOINT", "--layout", "gguf", "--out", "/proc/one"],
+    ],
+)
+def test_a_place_that_nothing_can_be_written_to_is_refused_before_the_work(arguments, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    given = [str(tmp_path) if part == "CHECKPOINT" else part for part in arguments]
+    assert cli.main(given) == 2
+    assert "/proc/one" in (said := capsys.readouterr().err) and "cannot be written" in said

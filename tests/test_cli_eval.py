@@ -182,7 +182,7 @@ def test_tasks_of_lm_eval_stand_beside_the_suite(converted, tmp_path, capsys):
         "piqa (0-shot)"
     }
     assert all(", lm-eval " in row["version"] for row in found) and "piqa (0-shot)" in said.out
-    assert cli.main([*arguments[:6], "--suite", "tasks"]) == 2
+    assert cli.main(arguments[:6]) == 2
     assert "--suite tasks: name them with --tasks A,B" in capsys.readouterr().err
 
 
@@ -199,11 +199,14 @@ def test_what_cannot_be_measured_is_refused_with_a_remedy(teacher, converted, fi
         (["--against", str(tmp_path / "nowhere")], "no model"),
         (["--against", str(tmp_path / "other")], "has another tokenizer than"),
         (["--text", f"gone={tmp_path / 'gone.txt'}"], "gone.txt"),
-        (["--suite", str(tmp_path / "wrong.yaml")], "is no suite ('task')"),
-        (["--suite", str(tmp_path / "task.yaml")], "unknown task 'pass_key'"),
     ]
-    for arguments, expected in mistakes:
-        assert cli.main(["eval", str(converted), *files, *arguments]) == 2
+    suites = [("wrong.yaml", "is no suite ('task')"), ("task.yaml", "unknown task 'pass_key'")]
+    lines = [([*files, *arguments], expected) for arguments, expected in mistakes]
+    for arguments, expected in [
+        *lines,
+        *((["--suite", str(tmp_path / name)], said) for name, said in suites),
+    ]:
+        assert cli.main(["eval", str(converted), *arguments]) == 2
         said = capsys.readouterr().err
         assert expected in said and "Traceback" not in said
     assert cli.main(["eval", str(converted), *files, "--text", f"short={tmp_path / 'short.txt'}"]) == 2

@@ -122,3 +122,34 @@ def test_compare_never_tells_to_delete_what_is_not_its_own(tmp_path, capsys):
     assert cli.main(["compare", str(mine)]) == 2
     said = capsys.readouterr().err
     assert "no scores of format 1" in said and "elete" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--text", "a=a.txt", "--only", "passkey"], "--text: nothing that is measured reads it (passkey)"),
+        (["--text", "a=a.txt", "--suite", "efficiency"], "reads it (prefill, decode)"),
+        (["--suite", "tasks", "--tasks", "piqa", "--only", "text"], "--only with --suite tasks"),
+        (["--shots", "0"], "--shots without --tasks"),
+        (["--limit", "3"], "--limit without --tasks"),
+        (["--task-data", "here"], "--task-data without --tasks"),
+        (["--include-path", "here"], "--include-path without --tasks"),
+        (["--seed", "1", "--seed", "2"], "argument --seed: given twice (1 and 2); it takes one value"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(models, tmp_path, capsys, arguments, words):
+    out = tmp_path / "out"
+    assert cli.main(["eval", str(models / "mine"), "--out", str(out), *arguments]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
+
+
+def test_a_text_beside_a_task_that_reads_it_is_taken(models, tmp_path):
+    (tmp_path / "mine.txt").write_text("the cat sat on the mat . " * 20)
+    (tmp_path / "small.yaml").write_text(
+        "about: small\nmeasure:\n  - {task: generation, length: 16, items: 1, new_tokens: 4, roles: [student]}\n"
+    )
+    line = ["eval", models / "mine", "--suite", tmp_path / "small.yaml", "--out", tmp_path / "out"]
+    assert cli.main([str(part) for part in [*line, "--text", f"mine={tmp_path / 'mine.txt'}"]]) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert {row["task"] for row in rows} == {"generation: mine"}

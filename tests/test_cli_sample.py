@@ -12,7 +12,8 @@ from linearize.cli import main
 from linearize.sample import store
 from linearize.sample.writer import Writer
 
-QUICK = ["--tokens", "400", "--length", "96", "--batch", "4", "--device", "cpu"]
+SMALL = ["--batch", "4", "--device", "cpu"]
+QUICK = ["--tokens", "400", "--length", "96", *SMALL]
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_ctrl_c_says_that_the_command_goes_on(folder, capsys, monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Writer, "write", interrupted)
-    command = ["sample", "model", *QUICK, "--tokens", "1500"]
+    command = ["sample", "model", *SMALL, "--length", "96", "--tokens", "1500"]
     assert main(command) == 130
     assert (
         f"what was written is kept, and the same command goes on: linearize {' '.join(command)}"
@@ -62,16 +63,27 @@ def test_ctrl_c_says_that_the_command_goes_on(folder, capsys, monkeypatch):
     [
         (["--out", "text.txt"], "must end with .parquet or .jsonl"),
         (["--top-p", "0"], "must be a number above 0"),
-        (["--length", "8"], "--length: must be at least 64"),
         (["--chat", "2"], "must be auto, or a number from 0 to 1"),
         (["--chat", "0.5"], "--chat=0.5: this model's tokenizer has no chat template"),
-        (["--tokens", "0"], "there is nothing to write"),
         (["--temprature", "1"], "did you mean '--temperature'"),
-        (["--length", "1000"], "--length=1000: the model has 512 positions"),
+        (["--tokens", "500"], "argument --tokens: given twice (400 and 500); it takes one value"),
     ],
 )
 def test_refused(folder, capsys, arguments, words):
     assert main(["sample", "model", *QUICK, *arguments]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--length", "8", "--tokens", "400"], "--length: must be at least 64"),
+        (["--length", "96", "--tokens", "0"], "there is nothing to write"),
+        (["--length", "1000", "--tokens", "400"], "--length=1000: the model has 512 positions"),
+    ],
+)
+def test_numbers_out_of_range(folder, capsys, arguments, words):
+    assert main(["sample", "model", *SMALL, *arguments]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
 
 
@@ -81,10 +93,12 @@ def test_no_file_is_written_over(folder, capsys):
     assert "text.jsonl exists" in capsys.readouterr().err and (folder / "text.jsonl").read_text() == "mine"
 
 
-def test_a_folder_that_cannot_be_written(folder, capsys):
+@pytest.mark.parametrize("place", ["file/text.jsonl", "/proc/text.jsonl", "/proc/no/such/text.parquet"])
+def test_a_folder_that_cannot_be_written(folder, capsys, place):
     (folder / "file").write_text("")
-    assert main(["sample", "model", *QUICK, "--out", "file/text.jsonl"]) == 2
-    assert "choose another file with --out" in " ".join(capsys.readouterr().err.split())
+    assert main(["sample", "model", *QUICK, "--out", place]) == 2
+    assert "cannot be written" in (said := " ".join(capsys.readouterr().err.split()))
+    assert "choose another file with --out" in said
     assert not (folder / "cache").exists(), "told before anything was written"
 
 

@@ -230,7 +230,8 @@ def test_a_run_takes_the_recipe(teacher, small, tmp_path, capsys):
 def test_pass_keys_choose_where_they_fit(teacher, small, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(TEXT[:700])  # two windows, whatever is asked for
-    longer = [f"data.validation={text}", *small, "--length", "300", "--windows", "2000000000"]
+    longer = [f"data.validation={text}", "--tokens", "256", "--draws", "1", *small[-2:]]
+    longer += ["--length", "300", "--windows", "2000000000"]
     assert select(teacher, "swa_sinks", "--by", "passkey", *longer) == 0
     said = capsys.readouterr()
     assert "fills 2 of 4000000000 windows" in said.err

@@ -49,11 +49,13 @@ class Subject:
 def read(paths: Sequence[str | Path]) -> list[Subject]:
     """Run folders, their `checkpoint` or `eval` folders, folders that `linearize eval --out` wrote, results.json files.
 
+    A folder or file that no run made, and that holds scores of several students, is as many subjects.
+
     Raises:
         LinearizeError: nothing is there, or nothing was measured and nothing trained.
         CheckpointError: a results.json is damaged.
     """
-    found = [_shown(_read(Path(path))) for path in paths]
+    found = [_shown(subject) for path in paths for subject in _students(_read(Path(path)))]
     names = [subject.name for subject in found]
     made = []
     for number, subject in enumerate(found, 1):
@@ -62,6 +64,24 @@ def read(paths: Sequence[str | Path]) -> list[Subject]:
         rows = [row if row.role == TEACHER else replace(row, model=name) for row in subject.rows]
         made.append(replace(subject, name=name, rows=rows))
     return made
+
+
+def _students(subject: Subject) -> list[Subject]:
+    """One for each; what was measured of one must not stand under the other's name."""
+    names = dict.fromkeys(row.model for row in subject.rows if row.role == STUDENT)
+    if subject.run is not None or len(names) < 2:
+        return [_whole(subject)]
+    made = []
+    for name in names:
+        rows = [row for row in subject.rows if row.role == TEACHER or row.model == name]
+        made.append(_whole(replace(subject, name=name, rows=rows)))
+    return made
+
+
+def _whole(subject: Subject) -> Subject:
+    """With the latest rows alone, and what was written in their measurements."""
+    rows = _latest(subject.rows)
+    return replace(subject, rows=rows, written=_written(subject.folder, rows))
 
 
 def _shown(subject: Subject) -> Subject:
@@ -87,7 +107,7 @@ def _read(path: Path) -> Subject:
             f"compare: '{path}' is no run folder and holds no {FILE}; `linearize eval {path}` measures a model and "
             "says where its scores are"
         )
-    rows = _latest(Scores(file, REMEDY).rows)
+    rows = Scores(file, REMEDY).rows
     if run is not None and not rows and not run.metrics and not run.rows:
         raise LinearizeError(
             f"compare: the run in '{folder}' has logged nothing yet; go on with it, or `linearize eval` it"
@@ -95,7 +115,7 @@ def _read(path: Path) -> Subject:
     name = folder.name or str(folder)
     if run is None:
         name = next((row.model for row in rows if row.role == STUDENT), name)
-    return Subject(name, rows, _written(file.parent, rows), run, file.parent)
+    return Subject(name, rows, run=run, folder=file.parent)
 
 
 def _latest(rows: Sequence[Score]) -> list[Score]:

@@ -52,6 +52,7 @@ class Retrieval:
         task: of `GENERATORS`.
     """
 
+    reads: ClassVar = False
     takes: ClassVar = {
         "length": Takes(),
         "items": Takes(needed=False),
@@ -99,6 +100,7 @@ class Retrieval:
 class Mqar:
     """Zoology's task on the tokenizer's own words. Settings: `items`, and `pairs` or tokens `per_pair` (16)."""
 
+    reads: ClassVar = False
     takes: ClassVar = {
         "length": Takes(),
         "items": Takes(needed=False),

@@ -28,12 +28,18 @@ def main(options: argparse.Namespace) -> int:
     from linearize.signals import exit_code
 
     quiet_libraries()
+    _check(options)
     suites = [] if options.suite == "tasks" else suite.load(options.suite, options.only)
     if options.tasks:
         suites.append(_lm_tasks(options))
     elif options.suite == "tasks":
         raise LinearizeError("--suite tasks: name them with --tasks A,B")
     tasks_known.check(suites)
+    if options.text and not any(tasks_known.TASKS[unit.task].reads for one in suites for unit in one.units):
+        measured = ", ".join(dict.fromkeys(unit.task for one in suites for unit in one.units))
+        raise LinearizeError(
+            f"--text: nothing that is measured reads it ({measured}); leave it out, or measure text as well"
+        )
     against = options.against or _base(export_of(options.path))
     for source in [against, *options.control]:
         if source is not None:  # before the minutes that the model takes
@@ -49,6 +55,23 @@ def main(options: argparse.Namespace) -> int:
                 exit_code(stop),
             ) from None
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options that would change nothing."""
+    if options.suite == "tasks" and options.only:
+        raise LinearizeError("--only with --suite tasks: --tasks A,B says which; leave out --only")
+    beside = {
+        "--include-path": options.include_path is not None,
+        "--task-data": options.task_data is not None,
+        "--shots": options.shots is not None,
+        "--limit": bool(options.limit),
+    }
+    if not options.tasks and any(beside.values()):
+        name = next(name for name, given in beside.items() if given)
+        raise LinearizeError(
+            f"{name} without --tasks: it is about tasks of lm-eval; name them with --tasks A,B"
+        )
 
 
 def _judge(

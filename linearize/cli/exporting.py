@@ -16,13 +16,15 @@ def main(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     from linearize.models import resolve
+    from linearize.storing import check_place
 
-    folder = resolve(export_of(options.path))
     out = options.out or default(options.path, options.quantize or options.layout)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there already; give another folder with --out, or remove it")
     if options.layout and options.device != "auto":
         raise LinearizeError("--device: layouts are written on the CPU; leave the option out")
+    check_place(out, "give another one with --out")
+    folder = resolve(export_of(options.path))
     if options.layout:
         from linearize.export.layouts import export_layout
 

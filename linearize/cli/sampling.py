@@ -37,12 +37,6 @@ def main(options: argparse.Namespace) -> int:
         raise LinearizeError(f"{out} exists; choose another file with --out, or delete it")
     if not options.tokens:
         raise LinearizeError("--tokens 0: there is nothing to write; give a number above 0")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # now, and not when the text has been written
-        raise LinearizeError(
-            f"{out} cannot be written ({error.strerror or error}); choose another file with --out"
-        ) from error
 
     from linearize import models  # after the options are known to be right: importing takes seconds
     from linearize.distill import memory
@@ -50,8 +44,10 @@ def main(options: argparse.Namespace) -> int:
     from linearize.distill.identity import fingerprint
     from linearize.errors import DataError, UnsupportedModelError
     from linearize.sample import sample
+    from linearize.storing import check_place
 
     quiet_libraries()
+    check_place(out, "choose another file with --out")
     run = RunConfig(device=options.device)
     device = resolve_device(run)
     teacher = fingerprint(options.model)
@@ -124,6 +120,7 @@ def _copy(parts: list[Path], out: Path) -> None:
 
     partial = out.with_name(f".partial-{out.name}")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         columns = ["text", "source", "tokens"]
         if out.suffix == ".parquet":
             first = pq.read_table(parts[0], columns=columns).schema.remove_metadata()

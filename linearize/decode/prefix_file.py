@@ -14,7 +14,7 @@ from linearize.decode.identity import READ_AGAIN, checksum
 from linearize.decode.prefix import Prefix
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.models.files import instead_of_file
-from linearize.storing import write_tensors_file
+from linearize.storing import check_place, write_tensors_file
 
 KIND = "linearize state"
 FORMAT = 1
@@ -53,7 +53,7 @@ def check_target(path: str | Path) -> None:
     """Refuse a path that a state cannot be written to without losing something else.
 
     Raises:
-        CheckpointError: its folder is missing, or a file that is no state, or no file, has the name.
+        CheckpointError: its folder is missing or refuses, or a file that is no state, or no file, has the name.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -68,6 +68,7 @@ def check_target(path: str | Path) -> None:
             other = "a file that is no state"
     if other is not None:
         raise CheckpointError(f"{path} is {other}, which would be lost; give the state another name")
+    check_place(path, "give another path")
 
 
 def load_state(path: str | Path, model: Any = None, tokenizer: Any = None) -> Prefix:

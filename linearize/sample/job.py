@@ -208,7 +208,8 @@ def _go_on(
                 if likely < have.tokens:
                     seed = _seed(settings.seed, number)
                     order = prompts.order(rows, many, chat, seed)
-                    written = writer.write(order, seed, lambda n: meter.advance(int(n * rows * _kept(have))))
+                    rounds = 1 if waiting is None else 2  # the one before is not looked at yet
+                    written = writer.write(order, seed, _progress(meter, have, rounds * rows * steps, steps))
                     number += 1
                 if waiting is not None:
                     done, waiting = waiting, None
@@ -217,7 +218,7 @@ def _go_on(
                     poor = poor + 1 if part.counts.tokens["kept"] * 100 < rows * steps else 0
                     if poor >= FRUITLESS:
                         raise DataError(_fruitless(have.counts))
-                    _show(meter, have, 0 if written is None else rows * steps)
+                    meter.advance(0, kept=_kept(have))
                 if written is not None:
                     waiting = worker.submit(_part, written, order, sizes, prompts, sift, tokenizer)
         except KeyboardInterrupt:
@@ -226,6 +227,7 @@ def _go_on(
             raise
         finally:
             writer.release()
+    meter.advance(have.tokens - meter.done, kept=_kept(have))
     return time.monotonic() - began
 
 
@@ -327,10 +329,30 @@ def _kept(have: _Have) -> float:
     return have.counts.tokens["kept"] / seen if seen else LIKELY
 
 
-def _show(meter: Meter, have: _Have, pending: int) -> None:
-    """The bar at what is kept, and what is likely to be of the round that is not looked at yet."""
-    kept, share = have.counts.tokens["kept"], _kept(have)
-    meter.advance(int(kept + pending * share) - meter.done, kept=share)
+def _progress(meter: Meter, have: _Have, pending: int, steps: int) -> Callable[[int], None]:
+    """The bar during a round: from where it stands to where it ought to be at the round's end.
+
+    How much of a round is kept shows only afterwards; a guess that was wrong is made good over the next round, so that
+    the bar neither jumps nor goes back nor runs past its end.
+
+    Args:
+        meter: of tokens that are kept.
+        have: what is known to be kept.
+        pending: tokens that will have been written beside it.
+        steps: of the round.
+
+    Returns:
+        What the writer tells how many steps more are done.
+    """
+    begin, done = meter.done, 0
+    goal = max(begin, min(have.tokens, have.counts.tokens["kept"] + int(pending * _kept(have))))
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done = min(steps, done + more)
+        meter.advance(begin + (goal - begin) * done // steps - meter.done)
+
+    return advance
 
 
 def _fruitless(counts: Counts) -> str:

@@ -27,9 +27,9 @@ from linearize.version import __version__
 class _Teacher(Predictor):
     """The converted model with every layer as the teacher, whatever its layers are outside."""
 
-    def window(self, ids: Tensor, *, keep: bool = False) -> Any:
+    def windows(self, ids: Tensor, *, keep: bool = False) -> Any:
         with surgery.as_teacher_layers(self.model, _numbers(self.model)):
-            return super().window(ids, keep=keep)
+            return super().windows(ids, keep=keep)
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ def pair(request):
     return tiny.model(request.param, **changes), tiny.model(request.param, seed=1, **changes)
 
 
-@pytest.mark.parametrize("recognized", [True, False])
-def test_kl_in_slices_is_dense_kl(pair, monkeypatch, recognized):
+@pytest.mark.parametrize(("recognized", "together"), [(True, 1), (True, 2), (False, 1), (False, 2)])
+def test_kl_in_slices_is_dense_kl(pair, monkeypatch, recognized, together):
     teacher, student = (model.double() for model in pair)
     ids = tiny.tokens(3, 23)
     monkeypatch.setattr(module, "LOGITS_AT_ONCE", 5 * tiny.VOCABULARY)  # 22 tokens are no multiple of 5
+    monkeypatch.setattr(Predictor, "together", lambda self, length: together)
     predictors = [Predictor(student), Predictor(teacher)]
     assert all(one.head is not None for one in predictors)
     if not recognized:
@@ -43,6 +44,10 @@ def test_kl_in_slices_is_dense_kl(pair, monkeypatch, recognized):
     torch.testing.assert_close(found.kl.double(), dense, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.agrees.bool(), own.argmax(-1) == other.argmax(-1))
     assert found.kl.mean() > 0.1
+    again = score_tokens(
+        predictors[1], ids[[2, 0]], predictors[1]
+    )  # of what is kept, some and in another order
+    assert again.kl.abs().max() < 1e-9
 
 
 def test_the_teacher_runs_once(pair, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +15,7 @@ from linearize import models, surgery
 from linearize.config.schema import TeacherConfig
 from linearize.distill.identity import fingerprint
 from linearize.errors import CheckpointError, DataError, UnsupportedModelError
-from linearize.sample import sample, store
+from linearize.sample import job, sample, store
 from linearize.sample.writer import Writer
 
 SETTINGS = TeacherConfig(length=96, batch=4, temperature=1.0, top_k=50)
@@ -185,3 +186,20 @@ def test_the_real_teacher():
     assert plain and "<|im_start|>" not in plain
     letters = sum(character.isalpha() or character.isspace() for character in plain)
     assert letters > 0.6 * len(plain)
+
+
+def test_the_bar_goes_on_without_a_jump_and_ends_at_its_end(write, monkeypatch):
+    seen: list[tuple[int, int]] = []
+
+    class Watched(job.Meter):
+        def advance(self, n, **numbers):
+            super().advance(n, **numbers)
+            seen.append((self.done, self.total))
+
+    monkeypatch.setattr(job, "Meter", Watched)
+    monkeypatch.setattr(job, "LIKELY", 0.05)  # far from what is kept
+    found = write(1500)
+    done = [0, *(done for done, _ in seen)]
+    assert len(found.files) > 3 and done[-1] == seen[-1][1] == 1500
+    steps = [after - before for before, after in pairwise(done)]
+    assert min(steps) >= 0 and max(steps[:-1]) <= ROUND, "what was guessed wrong is spread over a round"

@@ -1,0 +1,82 @@
+"""Scores of one model that several processes measured side by side, joined: the next `linearize eval` finds them there.
+
+    linearize eval runs/mine --suite long --only text --out runs/mine-text &
+    linearize eval runs/mine --suite long --only passkey --out runs/mine-passkey & wait
+    python scripts/join_scores.py runs/mine/eval runs/mine-text runs/mine-passkey
+
+With `--role teacher` only the teacher's are taken, so that the next conversion of it need not measure them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from linearize.errors import LinearizeError
+from linearize.eval.rows import Scores
+
+BESIDE = ("tokens", "samples", "items")
+"""What a measurement leaves beside its rows, each in files of its key."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Join, and say how many measurements came along."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "to", type=Path, help="folder of a results.json, or a .json file of rows alone; either may be missing"
+    )
+    parser.add_argument("source", type=Path, nargs="+", help="folders that `linearize eval` wrote")
+    parser.add_argument("--role", help="rows of this role alone")
+    options = parser.parse_args(arguments)
+    try:
+        for source in options.source:
+            found = join(options.to, source, options.role)
+            print(f"{source}: {found} measurements")
+    except LinearizeError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def join(to: Path, source: Path, role: str | None = None) -> int:
+    """Add what is not there yet.
+
+    Args:
+        to: folder, or .json file, which gets no files beside it.
+        source: folder of a results.json.
+        role: whose; None takes all.
+
+    Returns:
+        How many measurements were added.
+
+    Raises:
+        LinearizeError: the source has no scores.
+        CheckpointError: one of the two is damaged.
+    """
+    if not (source / "results.json").is_file():
+        raise LinearizeError(f"{source} holds no results.json; name folders that `linearize eval` wrote")
+    folder = None if to.suffix == ".json" else to
+    (to.parent if folder is None else folder).mkdir(parents=True, exist_ok=True)
+    target = Scores(to if folder is None else to / "results.json")
+    have = {row.key for row in target.rows}
+    taken = [
+        row
+        for row in Scores(source / "results.json").rows
+        if row.key not in have and role in (None, row.role)
+    ]
+    keys = {row.key for row in taken}
+    for name in BESIDE if folder is not None else ():
+        for file in sorted((source / name).glob("*")):
+            if file.name.partition(".")[0] in keys:
+                (to / name).mkdir(exist_ok=True)
+                shutil.copy2(file, to / name / file.name)
+    target.add(taken)  # last: rows whose files are missing would never be measured again
+    return len(keys)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

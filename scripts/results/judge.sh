@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Two shipped recipes at a few million tokens, judged beside the teacher and every control: docs/results/judge-h200.*.
+#
+#   DATA=../shared/data RUNS=runs/judge OUT=docs/results scripts/results/judge.sh convert measure cost page
+#
+# convert: both, and the teacher trained the same way without surgery. measure: text, recall, decoding and, where TASKS
+# names a folder of them, the five tasks. cost: latency and memory, which want the device alone. page: json, md and
+# html. What is there is not made again; MILLIONS, SUITE and so on may be set smaller.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+data=${DATA:-../shared/data}/text runs=${RUNS:-runs/judge} out=${OUT:-docs/results} name=${NAME:-judge-h200}
+python=${PYTHON:-python3} million=${MILLION:-M} device=${DEVICE:-auto}
+suites=${SUITES:-scripts/results}
+texts=(--text "wikitext2=$data/wikitext2.test.parquet" --text "books=$data/books.long.parquet")
+models=(lolcats gated_delta_window)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+mkdir -p "$runs" "$out"
+
+run() { timeout "${LIMIT:-300}" "$python" -m linearize "$@"; }
+convert() {  # NAME [overrides]; the recipe has the same name
+    local to=$runs/$1 recipe=$1; shift
+    [ -f "$to/done.json" ] && return
+    OUT=$to RECIPE=$recipe DATA=${DATA:-../shared/data} PYTHON=$python timeout "${LIMIT:-300}" \
+        scripts/results/convert.sh eval.ablations=false eval.max_windows=8 eval.batch_size=8 run.device="$device" "$@" \
+        ${OVERRIDES:-} $([ -f "$to/recipe.yaml" ] && echo --resume) >"$to.log" 2>&1 ||
+        echo "$to failed: $(tail -n 3 "$to.log")"
+}
+judge() {  # MODEL PART [options]: into a folder of its own, so that parts run side by side
+    local model=$1 to=$runs/parts/$1-$2; shift 2
+    mkdir -p "$runs/parts"
+    run eval "$runs/$model" --out "$to" --device "$device" "$@" >"$to.log" 2>&1 || echo "$to: $(tail -n 3 "$to.log")"
+}
+join() {  # MODEL
+    local part
+    for part in text recall decoding tasks cost; do
+        [ -f "$runs/parts/$1-$part/results.json" ] &&
+            "$python" scripts/join_scores.py "$runs/$1/eval" "$runs/parts/$1-$part"
+    done
+}
+
+for step in "$@"; do
+    began=$SECONDS
+    case $step in
+    convert)
+        # 16 sequences of 1,024 a step, and the rate that goes with them: docs/results/lolcats-smollm2-135m-h200.md
+        same=('stages.recover.batch_size=16' 'stages.recover.lr=5e-4')
+        convert lolcats "stages.transfer.tokens=3$million" "stages.transfer.batch_size=16" \
+            "stages.recover.tokens=3$million" "${same[@]}" &
+        convert gated_delta_window "stages.align.tokens=2$million" stages.align.batch_size=16 "stages.distill.tokens=4$million" &
+        convert softmax \
+            "stages.recover={objective: {next_token: 1.0}, train: [lora], lora: {rank: 8, alpha: 16}, tokens: 3$million, batch_size: 16, lr: 5e-4}" &
+        wait
+        ;;
+    measure)
+        recall=passkey,mqar,niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multikey_2,niah_multikey_3
+        recall+=,niah_multivalue,niah_multiquery,variable_tracking,babilong_qa1,babilong_qa2,babilong_qa3,phonebook
+        for model in "${models[@]}"; do
+            control=()  # by the next token, as lolcats' second stage; distilled, the teacher stays what it is
+            [ $model = lolcats ] && [ -f "$runs/softmax/done.json" ] && control=(--control "$runs/softmax")
+            judge $model text --suite "$suites/judge_suite.yaml" --only text,generation "${texts[@]}" "${control[@]}" &
+            judge $model recall --suite "$suites/judge_suite.yaml" --only "$recall" "${control[@]}" &
+            judge $model decoding --suite "$suites/judge_decoding_suite.yaml" "${texts[@]:0:2}" &
+            if [ -n "${TASKS:-}" ] && "$python" -c 'import lm_eval' 2>/dev/null; then
+                judge $model tasks --suite tasks --tasks all --task-data "$TASKS" --limit "${ITEMS:-400}" "${control[@]}" &
+            fi
+        done
+        wait
+        for model in "${models[@]}"; do join $model; done
+        ;;
+    cost)
+        judge gated_delta_window cost --suite "$suites/judge_cost_suite.yaml"
+        # the teacher's are the same
+        "$python" scripts/join_scores.py "$runs/parts/lolcats-cost" "$runs/parts/gated_delta_window-cost" --role teacher
+        judge lolcats cost --suite "$suites/judge_cost_suite.yaml"
+        for model in "${models[@]}"; do join $model; done
+        ;;
+    page)
+        for model in "${models[@]}"; do join $model; done
+        rm -f "$out/$name.json"
+        "$python" scripts/join_scores.py "$out/$name.json" "$runs/lolcats/eval" "$runs/gated_delta_window/eval"
+        run compare "$runs/lolcats" "$runs/gated_delta_window" --out "$runs/page"
+        for kind in md html; do [ -f "$runs/page/page.$kind" ] && cp "$runs/page/page.$kind" "$out/$name.$kind"; done
+        ;;
+    *) echo "$step: convert, measure, cost or page" >&2; exit 2 ;;
+    esac
+    echo "$step: $((SECONDS - began)) s"
+done
