@@ -247,16 +247,16 @@ class _Start:
         recipe = self._recipe(name)
         recipe.calibrate.tokens = self.options.tokens if on else 0
         whole = sum(stage.tokens for stage in recipe.stages.values())
-        recipe.stages = {
-            key: dataclasses.replace(
+        for key, stage in recipe.stages.items():
+            pairs = stage.data is not None and stage.data.template == "preference"
+            length = recipe.data.of(stage).length if pairs else self.options.length
+            recipe.stages[key] = dataclasses.replace(
                 stage,
-                data=stage.data if stage.data is not None and stage.data.template == "preference" else None,
+                data=stage.data if pairs else None,
                 batch_size=STEP,
                 micro_batch="auto",
-                tokens=max(STEP * self.options.length, stage.tokens * self.options.train // whole),
+                tokens=max(STEP * int(length), stage.tokens * self.options.train // whole),
             )
-            for key, stage in recipe.stages.items()
-        }
         texts = {text: source for text, source in self.sources.items() if source != "builtin"}
         recipe.eval = EvalConfig(
             length=self.options.length, max_windows=self.options.windows, texts=texts, ablations=False
