@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from linearize import data, distill, models, surgery
 from linearize.config import compose, list_recipes
 from linearize.config.schema import DataConfig, EvalConfig, Recipe
 from linearize.config.values import as_number
-from linearize.distill import calibrate
+from linearize.distill import calibrate, exporting
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.eval.perplexity import perplexity, windows
 
@@ -50,14 +51,24 @@ def main(arguments: list[str] | None = None) -> int:
         },
     )
     names = options.recipes or [name for name, _ in list_recipes()]
+    for name in names:
+        _composed(name)  # a misspelt one is refused before anything runs
     if options.jobs > 1:
         return _side_by_side(sheet, names, options, list(arguments or sys.argv[1:]))
     measured = _Start(options)
-    if "teacher" not in found:
-        found["teacher"] = measured.teacher()
-        sheet.write()
+    found.setdefault("teacher", {})
     for name in names:
         row = found["rows"].setdefault(name, {})
+        if options.train and options.calibrated_only and _composed(name).stages:
+            if "after" not in row:
+                try:
+                    found["teacher"] |= measured.whole(name, row)
+                finally:
+                    sheet.write()
+            print(f"{name:18} {json.dumps({key: row[key] for key in row if key != 'layers'})}", flush=True)
+            continue
+        if not found["teacher"]:
+            found["teacher"] = measured.teacher()
         if "swapped" not in row:
             row |= measured.swapped(name)
             sheet.write()
@@ -69,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
                 options.train
                 and (on or not options.calibrated_only)
                 and key not in row
-                and compose(name).stages
+                and _composed(name).stages
                 and (on or row["calibrated"])
             ):
                 row[key] = measured.trained(name, on=on)
@@ -89,12 +100,13 @@ def _side_by_side(sheet: Sheet, names: list[str], options: argparse.Namespace, a
         free.put(job % max(1, cards))
 
     def one(name: str) -> tuple[str, int]:
-        own = [*arguments, "--jobs", "1", "--recipes", name, "--out", str(parts / f"{name}.json")]
+        part = parts / f"{name.replace(' ', '+')}.json"
+        own = [*arguments, "--jobs", "1", "--recipes", name, "--out", str(part)]
         card = free.get()
         given = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         given |= {"CUDA_VISIBLE_DEVICES": str(card)} if cards > 1 else {}
         try:
-            with (parts / f"{name}.log").open("w") as log:
+            with part.with_suffix(".log").open("w") as log:
                 return name, subprocess.call(
                     [sys.executable, __file__, *own], stdout=log, stderr=subprocess.STDOUT, env=given
                 )
@@ -103,11 +115,12 @@ def _side_by_side(sheet: Sheet, names: list[str], options: argparse.Namespace, a
 
     failed = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for done in as_completed([pool.submit(one, name) for name in names]):
+        waiting = [name for name in names if "after" not in found["rows"].get(name, {})]
+        for done in as_completed([pool.submit(one, name) for name in waiting]):
             name, code = done.result()
-            part = parts / f"{name}.json"
+            part = parts / f"{name.replace(' ', '+')}.json"
             made = json.loads(part.read_text()) if part.exists() else {"rows": {}}
-            found["teacher"] = made.get("teacher", found.get("teacher", {}))
+            found["teacher"] = made.get("teacher") or found.get("teacher", {})
             found["rows"] |= made["rows"]
             failed += [name] if code else []
             sheet.write()
@@ -126,18 +139,22 @@ class _Start:
         run = compose("lolcats", [f"run.device={options.device}"]).run
         self.run, self.device = run, resolve_device(run)
         self.autocast = resolve_precision(run, self.device)
-        model, self.tokenizer = self._load()
-        del model
-        sources = {"demo": "builtin"} | dict(text.split("=", 1) for text in options.texts)
-        self.sources = sources
-        self.texts = {
+        self.sources = {"demo": "builtin"} | dict(text.split("=", 1) for text in options.texts)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return models.load_tokenizer(models.resolve(self.options.model))
+
+    @cached_property
+    def texts(self) -> dict[str, Any]:
+        return {
             name: windows(
                 self.tokenizer,
                 data.validation_documents(DataConfig(validation=source), self.tokenizer),
-                window=options.length,
-                max_windows=options.windows,
+                window=self.options.length,
+                max_windows=self.options.windows,
             )
-            for name, source in sources.items()
+            for name, source in self.sources.items()
         }
 
     def _load(self) -> tuple[Any, Any]:
@@ -161,7 +178,7 @@ class _Start:
         return self._measure(self._load()[0].eval())
 
     def _recipe(self, name: str) -> Recipe:
-        recipe = compose(name)
+        recipe = _composed(name)
         recipe.calibrate.tokens = self.options.tokens
         recipe.data.mix = {}  # one text for all recipes
         if self.options.source:
@@ -171,12 +188,9 @@ class _Start:
         return recipe
 
     def swapped(self, name: str) -> dict[str, Any]:
-        """Without anything, and the bytes of one sequence's state in bfloat16, layers that grow left out."""
+        """Without anything, and the state."""
         model = self._converted(self._recipe(name))
-        held = sum(
-            layer.mixer.state_bytes() for layer in surgery.converted(model) if layer.mixer.has_fixed_state
-        )
-        return {"state_bytes": held, "swapped": self._measure(model)}
+        return {"state_bytes": _state_bytes(model), "swapped": self._measure(model)}
 
     def calibrated(self, name: str) -> dict[str, Any]:
         """Without training, and what the calibration took and left; {} where a recipe has nothing to set."""
@@ -196,39 +210,100 @@ class _Start:
 
     def trained(self, name: str, *, on: bool) -> dict[str, float]:
         """After `--train` tokens in the proportions of the recipe's stages, at its rates."""
+        recipe, out = self._training(name, on=on), self._out(name, on=on)
+        if not (out / "done.json").is_file():
+            distill.run(self.options.model, recipe, out, resume=out.is_dir(), recipe_name=name)
+        return list(_results(out).values())[-1]
+
+    def whole(self, name: str, row: dict[str, Any]) -> dict[str, float]:
+        """All of a row from one run, without its checkpoint; what a run that failed had measured is in the row too.
+
+        Returns:
+            The teacher's perplexities.
+        """
+        recipe, out = self._training(name, on=True), self._out(name, on=True)
+        recipe.run.compile = "never"  # compiling takes longer than a million tokens do
+        row["state_bytes"] = _state_bytes(self._converted(recipe))
+        exporting.checkpoint = _no_checkpoint
+        found: dict[str, dict[str, float]] = {}
+        try:
+            distill.run(self.options.model, recipe, out, resume=out.is_dir(), recipe_name=name)
+            row["after"] = _results(out)[f"after {list(recipe.stages)[-1]}"]
+        finally:
+            found = _results(out)
+            for key, title in (("swapped", "swapped, untrained"), ("calibrated", "calibrated")):
+                row[key] = found.get(title)
+            done = out / f"stage-0-{calibrate.NAME}" / calibrate.DONE
+            if done.is_file():
+                layers = json.loads(done.read_text())["layers"]
+                row["layers"] = [[round(layer["before"], 4), round(layer["after"], 4)] for layer in layers]
+        return found["teacher"]
+
+    def _out(self, name: str, *, on: bool) -> Path:
+        runs: Path = self.options.runs
+        return runs / f"{name.replace(' ', '+')}-{'calibrated' if on else 'published'}"
+
+    def _training(self, name: str, *, on: bool) -> Recipe:
         recipe = self._recipe(name)
         recipe.calibrate.tokens = self.options.tokens if on else 0
         whole = sum(stage.tokens for stage in recipe.stages.values())
-        recipe.stages = {
-            key: dataclasses.replace(
+        for key, stage in recipe.stages.items():
+            pairs = stage.data is not None and stage.data.template == "preference"
+            length = recipe.data.of(stage).length if pairs else self.options.length
+            recipe.stages[key] = dataclasses.replace(
                 stage,
-                data=None,
+                data=stage.data if pairs else None,
                 batch_size=STEP,
                 micro_batch="auto",
-                tokens=max(STEP * self.options.length, stage.tokens * self.options.train // whole),
+                tokens=max(STEP * int(length), stage.tokens * self.options.train // whole),
             )
-            for key, stage in recipe.stages.items()
-        }
         texts = {text: source for text, source in self.sources.items() if source != "builtin"}
         recipe.eval = EvalConfig(
             length=self.options.length, max_windows=self.options.windows, texts=texts, ablations=False
         )
-        out = self.options.runs / f"{name}-{'calibrated' if on else 'published'}"
-        if not (out / "done.json").is_file():
-            distill.run(self.options.model, recipe, out, resume=out.is_dir(), recipe_name=name)
-        last = json.loads((out / "results.json").read_text())["rows"][-1]["perplexity"]
-        return {("demo" if text == data.HELD_OUT else text): round(value, 2) for text, value in last.items()}
+        return recipe
+
+
+def _composed(name: str) -> Recipe:
+    """A row's recipe: its name is that of a shipped one, and behind it what is changed."""
+    recipe, *changes = name.split()
+    return compose(recipe, changes)
+
+
+def _results(out: Path) -> dict[str, dict[str, float]]:
+    """Name of a row of results.json -> its perplexities, by the names of this script."""
+    path = out / "results.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return {
+        row["name"]: {
+            ("demo" if text == data.HELD_OUT else text): round(value, 2)
+            for text, value in row["perplexity"].items()
+        }
+        for row in rows
+    }
+
+
+def _state_bytes(model: Any) -> int:
+    """Of one sequence's state in bfloat16, layers that grow left out."""
+    layers = surgery.converted(model)
+    return sum(layer.mixer.state_bytes() for layer in layers if layer.mixer.has_fixed_state)
+
+
+def _no_checkpoint(*given: Any, **also: Any) -> Path:
+    """In the place of a run's export: its rows are all that is wanted."""
+    return given[3].checkpoint
 
 
 def table(found: dict[str, Any]) -> str:
     """The rows as markdown, worst calibrated start last."""
     texts = list(found["teacher"])
-    keys = [("swapped", "swapped"), ("calibrated", "calibrated")]
-    if any("after" in row for row in found["rows"].values()):
-        keys += [
-            ("after, published start", "trained from the swap"),
-            ("after", "trained from the calibrated start"),
-        ]
+    keys = [
+        ("swapped", "swapped"),
+        ("calibrated", "calibrated"),
+        ("after, published start", "trained from the swap"),
+        ("after", "trained from the calibrated start"),
+    ]
+    keys = [(key, title) for key, title in keys if any(row.get(key) for row in found["rows"].values())]
     titles = ["recipe", *(f"{title}, {text}" for text in texts for _, title in keys)]
     titles += ["seconds", "state KiB", "tokens/s"]
     speeds = _speeds()
@@ -245,7 +320,7 @@ def table(found: dict[str, Any]) -> str:
         "|---" + "|---:" * (len(titles) - 1) + "|",
     ]
     for name, row in sorted(found["rows"].items(), key=lambda pair: _rank(pair[1])):
-        if "swapped" in row:
+        if row.get("swapped"):
             cells = [number((row.get(key) or {}).get(text)) for text in texts for key, _ in keys]
             kib = f"{row['state_bytes'] / 1024:,.0f}" if row.get("state_bytes") else ""
             cells += [str(row.get("seconds", "")), kib, speeds.get(name, "")]
@@ -270,7 +345,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "starts.json")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--recipes", nargs="*", default=[], help="all by default")
+    parser.add_argument(
+        "--recipes", nargs="*", default=[], help="all by default; 'NAME KEY=VALUE' changes one"
+    )
     parser.add_argument("--tokens", type=int, default=16384, help="of the calibration")
     parser.add_argument("--length", type=int, default=512, help="of sequences and windows")
     parser.add_argument("--windows", type=int, default=4, help="of each text")

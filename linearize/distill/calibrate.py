@@ -7,7 +7,7 @@ go through the model at once, so that a layer is done when the pass has left it.
 from __future__ import annotations
 
 import dataclasses
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ LENGTH = 1024
 """Tokens in a sequence at most: the teacher's attention is looked at whole."""
 ROWS = 128
 """Tokens whose distributions over the vocabulary are held at once."""
+JUDGED, FEWEST = 8, 4
+"""One sequence of so many is judged by and not fitted, from so many sequences on."""
 
 
 def wanted(recipe: Recipe, model: nn.Module) -> bool:
@@ -55,14 +57,15 @@ def text(recipe: Recipe, tokenizer: Any) -> Any:
 def calibrate(model: nn.Module, dataset: Any, *, autocast: torch.dtype | None) -> list[dict[str, float]]:
     """Set all mixers, in place.
 
-    It is done twice, with layers seen on what the layers set before them give, and on the teacher's own inputs: errors
-    that add up spoil the one, layers that compensate each other's the other, and which of them it is differs from
-    mixer to mixer. What comes nearest the teacher's next-token distributions on the calibration text is kept; the start
-    that the mixers came with counts too.
+    It is done in several ways, of which none is the best for every mixer: with layers seen on the teacher's own inputs,
+    and on what the layers set before them give (errors that add up spoil the one, layers that compensate each other's
+    the other); with output parts that follow the hidden state, and without (what fits one text may not fit another).
+    What comes nearest the teacher's next-token distributions is kept, on sequences that were not fitted where there
+    are enough; the start that the mixers came with counts too.
 
     Args:
         model: converted, untrained.
-        dataset: packed sequences, which go through the model together.
+        dataset: packed sequences, which go through the model together; the last eighth is judged by.
         autocast: compute dtype of the teacher's pass, or None.
 
     Returns:
@@ -72,44 +75,59 @@ def calibrate(model: nn.Module, dataset: Any, *, autocast: torch.dtype | None) -
     Raises:
         NotFiniteError: a statistic or what is found by it is not finite; names layer and statistic.
     """
-    device = device_of(surgery.converted(model)[0])
+    layers = surgery.converted(model)
+    device = device_of(layers[0])
     items = [dataset[index] for index in range(len(dataset))]
     batch = {
         key: torch.stack([item[key] for item in items]).to(device) for key in ("input_ids", "position_ids")
     }
+    apart = max(1, len(items) // JUDGED) if len(items) >= FEWEST else 0
+    fitted = {key: value[: len(items) - apart] for key, value in batch.items()}
+    judged = {key: value[-apart:] for key, value in batch.items()}
     computing = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
-    start = {name: value.clone() for name, value in surgery.mixer_state(model).items()}
+    start = _state(model)
+    outputs = {name: value for name, value in start.items() if ".output." in name}
     model.eval()
-    with torch.no_grad(), Meter("calibrate", 2 * len(surgery.converted(model)), "layers") as meter:
+    with torch.no_grad(), Meter("calibrate", (3 if outputs else 2) * len(layers), "layers") as meter:
         with computing:
-            best, least, found = start, _divergence(model, batch), []
-        for own_stream in (True, False):
-            surgery.load_mixer_state(model, start)
-            try:
-                with computing:
-                    layers = _pass(model, batch, own_stream, meter)
-                    away = _divergence(model, batch)
-            except NotFiniteError:
-                if not own_stream:
-                    raise
-                continue  # sixteen bits may overflow behind poor layers; what is the teacher's own fault comes again
+            best, least, found = start, _divergence(model, judged), []
+
+        def tried(begin: dict[str, Tensor], own_stream: bool, **how: bool) -> float:
+            nonlocal best, least, found
+            surgery.load_mixer_state(model, begin)
+            with computing:
+                made = _pass(model, fitted, own_stream, meter, **how)
+                away = _divergence(model, judged)
             if away < least:
-                best, least, found = surgery.mixer_state(model), away, layers
-                best = {name: value.clone() for name, value in best.items()}
+                best, least, found = _state(model), away, made
+            return away
+
+        full, plain = tried(start, own_stream=False), False
+        if outputs:
+            plain = tried(_state(model) | outputs, own_stream=False, plain=True, sizes_only=True) < full
+        with suppress(NotFiniteError):  # sixteen bits may overflow behind poor layers
+            tried(start, own_stream=True, plain=plain)
         surgery.load_mixer_state(model, best)
     return found
 
 
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in surgery.mixer_state(model).items()}
+
+
 def _pass(
-    model: nn.Module, batch: dict[str, Tensor], own_stream: bool, meter: Meter
+    model: nn.Module, batch: dict[str, Tensor], own_stream: bool, meter: Meter, **how: bool
 ) -> list[dict[str, float]]:
-    """All layers from first to last: the text goes through once, or twice side by side, as teacher and student."""
+    """All layers from first to last: the text goes through once, or twice side by side, as teacher and student.
+
+    `how` is that of `calibration.calibrate`.
+    """
     found: list[dict[str, float]] = []
 
     def observe(call: Any) -> Tensor:
         teacher, student = _halves(call) if own_stream else (call, call)
         with torch.autocast(call.q.device.type, enabled=False):
-            fitted = calibration.calibrate(student, teacher)
+            fitted = calibration.calibrate(student, teacher, **how)
             found.append({"layer": call.layer_idx, "before": fitted.before, "after": fitted.after})
             meter.advance(1, error=fitted.after)
             if not own_stream:

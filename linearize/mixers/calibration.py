@@ -67,13 +67,18 @@ def can(mixer: Mixer) -> bool:
 
 
 @torch.no_grad()
-def calibrate(call: Call, origin: Call | None = None) -> Fitted:
+def calibrate(
+    call: Call, origin: Call | None = None, *, plain: bool = False, sizes_only: bool = False
+) -> Fitted:
     """Set a mixer's parameters to its teacher's layer, in place; a mixer that comes out worse is put back.
 
     Args:
         call: the layer on a few sequences, in float32 or as the model computes; its `teacher` is the target.
         origin: the same layer on the same sequences as the untouched model has it, whose attention is looked at;
             by default `call`.
+        plain: leave the output part as it is but for the size of each head: what follows the hidden state, or differs
+            from dim to dim, has many numbers to fit one text by.
+        sizes_only: keep decays, strengths and features as they stand; shares, sizes and the output alone are set.
 
     Raises:
         NotFiniteError: q, k, the teacher's output, a statistic or a found parameter is NaN or infinite.
@@ -81,7 +86,7 @@ def calibrate(call: Call, origin: Call | None = None) -> Fitted:
     layer = _Layer(call, origin)
     before = layer.error()
     kept = {name: value.clone() for name, value in call.mixer.state_dict().items()}
-    layer.fit()
+    layer.fit(plain=plain, sizes_only=sizes_only)
     for name, parameter in call.mixer.named_parameters():
         if not parameter.isfinite().all():
             raise NotFiniteError(
@@ -148,24 +153,34 @@ class _Layer:
         flat = y.flatten(1)
         return (flat if self.projection is None else flat @ self.projection).square().sum(1).double().sum()
 
-    def fit(self) -> None:
-        """All parts, in the order of their dependence."""
-        for part in _parts(self.mixer):
-            part.calibrate(self.statistics)
-        self._start()
+    def fit(self, *, plain: bool, sizes_only: bool) -> None:
+        """All parts, in the order of their dependence; see `calibrate`."""
+        if not sizes_only:
+            for part in _parts(self.mixer):
+                part.calibrate(self.statistics)
+            self._start()
         self._join()
         output = self.mixer.output
-        if output is not None:
+        if output is not None and not plain:
             output.fit(self._before_output(), self.hidden, self.target)
-        self._together()
+        self._together(plain)
 
-    def _together(self) -> None:
+    def _together(self, plain: bool) -> None:
         """The last sizes by what all heads make of each other in the model's own output projection."""
         mixer, output = self.mixer, self.mixer.output
+        y = self.rows(self.call.student())
+        stretches = output is not None and output.stretch(torch.ones_like(self.target[0]))
+        if plain and output is not None and stretches:
+            factor = fits.scale(y, self.target)
+            if self.projection is not None:
+                y = y * factor.to(y.dtype)[:, None]
+                factor = factor * fits.together(y, self.target, self.projection, dims=False)
+            if not (output.scales and self._whole(factor)):
+                output.stretch(factor.to(y.dtype)[:, None].expand_as(self.target[0]))
+            return
         if self.projection is None:
             return
-        y = self.rows(self.call.student())
-        if output is not None and output.stretch(torch.ones_like(self.target[0])):
+        if output is not None and stretches:
             factor = fits.together(y, self.target, self.projection, dims=True)
             if output.scales:
                 # a gate says one plus something: near one it keeps its precision in sixteen bits

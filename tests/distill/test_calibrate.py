@@ -121,6 +121,61 @@ def test_it_repeats_bit_by_bit_and_reads_back_bit_by_bit(
         calibrate.restore(fresh, tmp_path / "stage")
 
 
+GATED = {
+    "feature_map": {"name": "identity", "l2_normalize": True},
+    "gate": {"name": "mamba2"},
+    "update": {"name": "delta"},
+    "normalizer": {"name": "none"},
+    "output": {"name": "gate", "rank": 4},
+}
+
+
+def test_ways_are_judged_on_what_was_not_fitted(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start, the teacher's inputs, the same with plain outputs, and the own stream as plain as what came nearer."""
+    recipe = make_recipe()
+    recipe.mixer, recipe.calibrate.tokens = GATED, 1024
+    ways: list[tuple[bool, dict[str, bool]]] = []
+    texts: dict[str, Tensor] = {}
+    made = calibrate._pass
+
+    def passing(model: Any, batch: dict[str, Tensor], own: bool, meter: Any, **how: bool) -> Any:
+        ways.append((own, how))
+        texts["fitted"] = batch["input_ids"]
+        return made(model, batch, own, meter, **how)
+
+    nearness = iter([5.0, 4.0, 3.0, 3.5])
+
+    def away(model: Any, batch: dict[str, Tensor]) -> float:
+        texts["judged"] = batch["input_ids"]
+        return next(nearness)
+
+    monkeypatch.setattr(calibrate, "_pass", passing)
+    monkeypatch.setattr(calibrate, "_divergence", away)
+    model, layers = found(recipe)
+    assert ways == [
+        (False, {}),
+        (False, {"plain": True, "sizes_only": True}),
+        (True, {"plain": True}),
+    ]
+    whole = calibrate.text(recipe, byte_tokenizer())
+    assert len(texts["judged"]) == len(whole) // 8 > 0
+    given = torch.stack([whole[index]["input_ids"] for index in range(len(whole))])
+    assert torch.equal(torch.cat([texts["fitted"], texts["judged"]]), given)
+    plain = state(model)
+    assert not any(value[1:].any() for name, value in plain.items() if name.endswith("output.up"))
+    nearness = iter([5.0, 3.0, 4.0, 3.5])
+    ways.clear()
+    model, layers = found(recipe)
+    assert ways[-1] == (True, {"plain": False})
+    assert any(value[1:].any() for name, value in state(model).items() if name.endswith("output.up"))
+    nearness = iter([2.0, 3.0, 4.0, 3.5])
+    model, layers = found(recipe)
+    assert layers == []
+    assert not any(value.any() for name, value in state(model).items() if name.endswith("output.up"))
+
+
 def test_a_teacher_that_overflows_is_refused_by_layer(make_recipe: Callable[..., Recipe]) -> None:
     recipe = make_recipe()
     recipe.calibrate.tokens = 256

@@ -212,6 +212,27 @@ def test_sizes_are_found(part):
     assert torch.allclose(made.mixer.state_dict()[name], wanted, atol=1e-4)
 
 
+def test_a_plain_start_sets_sizes_alone():
+    mixer = {
+        "feature_map": {"name": "relu"},
+        "normalizer": {"name": "none"},
+        "output": {"name": "gate", "rank": 4},
+    }
+    made = call({**mixer, "gate": {"name": "mamba2"}})
+    wanted = torch.randn(4, 4, 8)
+    made = recalled(made, **{"output.up": wanted})
+    decays = made.mixer.recurrent.gate.a_log.detach().clone()
+    fitted = calibration.calibrate(made, plain=True, sizes_only=True)
+    up = made.mixer.output.up
+    assert fitted.after < fitted.before
+    assert up[0].any(), "nothing in front of the gate says a size, so its constant does"
+    assert (up[0] == up[0, :, :1]).all(), "of each head, alike for its dims"
+    assert not up[1:].any(), "nothing follows the hidden state"
+    assert torch.equal(made.mixer.recurrent.gate.a_log, decays)
+    plain = fitted.after
+    assert calibration.calibrate(made).after < plain
+
+
 def test_padding_and_documents_do_not_count():
     mixer = {"feature_map": {"name": "relu"}, "gate": {"name": "scalar"}, "window": WINDOW}
     mixer["combine"] = {"name": "weighted", "per": "head"}
