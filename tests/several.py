@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -18,10 +19,10 @@ from typing import Any
 from linearize import distill, launched
 from linearize.errors import LinearizeError
 
-PATIENCE = 120
-"""Seconds after which processes that still run count as hanging."""
+PATIENCE = int(os.environ.get("LINEARIZE_TEST_PATIENCE", "120"))
+"""Seconds after which processes that still run count as hanging; each says where, some seconds before."""
 
-server = multiprocessing.get_context("forkserver")
+server = multiprocessing.get_context(os.environ.get("LINEARIZE_TEST_START", "forkserver"))
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def start(size: int, job: Callable[..., Any], *given: Any, folder: Path) -> Ende
     # the server imports these once; it looks at the environment alone for where they are
     tests = Path(__file__).parent
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (tests, tests.parent)))
-    server.set_forkserver_preload(["several", "several_jobs", "shard_jobs"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["several", "several_jobs", "shard_jobs"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -88,6 +89,7 @@ def _one(environment: dict[str, str], path: Path, job: Callable[..., Any], given
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with path.open("w", buffering=1) as sys.stderr:
+        faulthandler.dump_traceback_later(max(1, PATIENCE - 10), file=sys.stderr)
         try:
             job(*given)
             code = 0

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from linearize import export, storing
 from linearize.config.schema import Recipe
@@ -24,7 +25,7 @@ from linearize.export.save import Weights
 
 
 def check(model: Any) -> None:
-    """Refuse a family whose checkpoints hold other tensors than its modules, and not just under other names.
+    """Refuse a family whose checkpoints cannot be made of its modules' tensors one by one.
 
     Args:
         model: the teacher, as transformers has loaded it.
@@ -33,24 +34,60 @@ def check(model: Any) -> None:
         UnsupportedModelError: it is of such a family.
     """
     held = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
-    if _names(model, held) is None:
+    apart = {key: part.shape for name, tensor in held.items() for key, part in _stored(model, name, tensor).items()}
+    together = {key: part.shape for key, part in revert_weight_conversion(model, held).items()}
+    if apart != together:
         raise UnsupportedModelError(
-            f"run.shard: a checkpoint of {type(model).__name__} holds its weights in another form than the model, and "
-            "no sharded run can write it yet: set run.shard=none"
+            f"run.shard: a checkpoint of {type(model).__name__} holds weights that several tensors of the model make "
+            "together, and no sharded run can write it yet: set run.shard=none"
         )
 
 
-def _names(model: Any, like: Mapping[str, Tensor]) -> dict[str, str] | None:
-    """Each tensor's name in a checkpoint of transformers; None where some are there in another form."""
-    from transformers.core_model_loading import revert_weight_conversion
+def _stored(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What a checkpoint of transformers holds for a tensor: the same under some name, or the weights of each expert."""
+    stored: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
+    return stored
 
-    found = {}
-    for name, tensor in like.items():
-        stored = revert_weight_conversion(model, {name: tensor})
-        if [part.shape for part in stored.values()] != [tensor.shape]:
-            return None
-        [found[name]] = stored
-    return found
+
+class _Parts:
+    """Tensors of a checkpoint, made of the model's as they are asked for, those of one after the other.
+
+    Args:
+        model: sharded.
+        like: the model's tensors by name, of the dtypes that are written.
+        merges: whether adapters' updates go into the weights.
+
+    Attributes:
+        stored: name in the checkpoint -> the same on the meta device.
+        names: the model's names -> those in the checkpoint.
+    """
+
+    def __init__(self, model: Any, like: Mapping[str, Tensor], merges: bool) -> None:
+        self.model, self.like, self.merges = model, like, merges
+        self.stored: dict[str, Tensor] = {}
+        self.names: dict[str, list[str]] = {}
+        self._owners: dict[str, str] = {}
+        self._newest: tuple[str, dict[str, Tensor]] = ("", {})
+        for name, tensor in like.items():
+            parts = _stored(model, name, tensor)
+            self.stored |= parts
+            self.names[name] = list(parts)
+            self._owners |= dict.fromkeys(parts, name)
+
+    def __call__(self, stored: str) -> Tensor:
+        """Put one together; all processes call this in the same order."""
+        name = self._owners[stored]
+        if self._newest[0] != name:
+            self._newest = ("", {})
+            found = _tensor(self.model, name, self.like[name].dtype, self.merges)
+            self._newest = (name, _stored(self.model, name, found))
+        part = self._newest[1][stored]
+        return part if len(self._newest[1]) == 1 else part.clone()  # a file refuses tensors that share their memory
+
+    def fingerprint(self, name: str, written: Mapping[str, list[Any]]) -> list[Any]:
+        """That of the model's own tensor, from those of what was written: bits are summed, in any order."""
+        parts = [written[stored] for stored in self.names[name]]
+        return [parts[0][0], list(self.like[name].shape), sum(bits for _, _, bits in parts)]
 
 
 def checkpoint(
@@ -65,7 +102,7 @@ def checkpoint(
 ) -> Path:
     """`exporting.checkpoint` of a model in shards; all processes call it, and the first one writes.
 
-    A tensor at a time is put together, in every process; memory holds one file of weights.
+    A tensor at a time is put together, in every process; memory holds it and one file of weights.
 
     Args:
         model, tokenizer, recipe, folder, rows, dtype, base: see there.
@@ -79,24 +116,18 @@ def checkpoint(
     once: dict[int, str] = {}
     for name, tensor in like.items():
         once.setdefault(id(tensor), name)
-    names = _names(unwrapped(model), {name: like[name] for name in once.values()})
-    assert names is not None, "`check` has let it through"
-    own = {stored: name for name, stored in names.items()}
+    parts = _Parts(unwrapped(model), {name: like[name] for name in once.values()}, merges)
     partial = folder.path / f"{storing.PARTIAL}weights"
     processes.alone(lambda: storing.make_anew(partial))
     found: dict[str, list[Any]] = {}
 
     def stream() -> None:
         try:
-            written = streamed.write(
-                partial,
-                lambda stored: _tensor(unwrapped(model), own[stored], like[own[stored]].dtype, merges),
-                {stored: like[name] for stored, name in own.items()},
-                writes=processes.rank() == 0,
-            )
+            written = streamed.write(partial, parts, parts.stored, writes=processes.rank() == 0)
         except (OSError, SafetensorError) as error:
             raise storing.could_not_write(partial, error) from error
-        found.update({name: written[names[once[id(tensor)]]] for name, tensor in like.items() if written})
+        if written:
+            found.update({name: parts.fingerprint(once[id(tensor)], written) for name, tensor in like.items()})
 
     processes.each(stream)
 
@@ -125,9 +156,8 @@ def checkpoint(
 
 def _twin(model: Any, dtype: torch.dtype) -> Any:
     """The model without wrappers and without weights, of the dtypes that its checkpoint gets."""
-    own = type(model).__mro__[2]  # behind what `fully_shard` puts in front
     with torch.device("meta"):
-        twin: Any = own(copy.deepcopy(model.config))
+        twin: Any = shards.class_of(model)(copy.deepcopy(model.config))
     twin.generation_config = model.generation_config
     twin.tie_weights()
     return rounding.in_dtype(twin, dtype).eval()

@@ -14,6 +14,7 @@ from linearize.config.schema import Recipe
 from linearize.distill import processes, shards
 from linearize.distill.lent import lend
 from linearize.errors import LinearizeError
+from linearize.models import routers
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,9 @@ class Place:
 
     def _load(self, source: str, *, kept: bool) -> tuple[Any, Any]:
         home = "cpu" if self.sharded or kept else str(self.device)
-        return models.load_teacher(source, dtype=self.weights, device=home, for_text=True)
+        model, tokenizer = models.load_teacher(source, dtype=self.weights, device=home, for_text=True)
+        routers.widen(model)
+        return model, tokenizer
 
     def settle(self, model: Any) -> None:
         """Shard a converted model, if that is what happens here."""

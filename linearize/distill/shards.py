@@ -3,7 +3,8 @@
 Weights, gradients and moments of what is sharded take a process's share of the memory (Rajbhandari et al. 2020, arXiv
 1910.02054, section 5, ZeRO-3), by torch's `fully_shard`. Embeddings, head and last norm are one group, so that tied
 ones stay tied; it is whole through a step, since the losses read the head after the model. Mixers and adapters are
-small, are calibrated, measured and trained outside a block's own pass, and stay whole in each process.
+small, are calibrated, measured and trained outside a block's own pass, and stay whole in each process; so do routers of
+experts, which are in float32 where a block is gathered in sixteen bits.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from linearize.config.schema import Recipe
 from linearize.distill import roles
 from linearize.distill.trainable import unwrapped
 from linearize.errors import LinearizeError, UnsupportedModelError
+from linearize.models.routers import routers
 
 AXIS = "fsdp"
 """Name of the mesh's one dimension; peft tells by it that a sharded layer computes whole."""
@@ -43,10 +45,10 @@ def into_shards(model: Any, device: torch.device, passes: torch.dtype | None = N
     Raises:
         UnsupportedModelError: blocks share weights.
     """
-    mixers = [layer.mixer for layer in surgery.converted(model)]
-    kept = {parameter for mixer in mixers for parameter in mixer.parameters()}
-    for mixer in mixers:
-        mixer.to(device)
+    apart = [*(layer.mixer for layer in surgery.converted(model)), *routers(model)]
+    kept = {parameter for part in apart for parameter in part.parameters()}
+    for part in apart:
+        part.to(device)
     found = blocks(model)
     _check_apart(model, found)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=(AXIS,))
@@ -65,6 +67,11 @@ def into_shards(model: Any, device: torch.device, passes: torch.dtype | None = N
 def in_shards(model: nn.Module) -> bool:
     """Whether `into_shards` has been at a model, or at what a PeftModel stands around."""
     return isinstance(unwrapped(model), FSDPModule)
+
+
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """A model's class, behind those that `fully_shard` puts in front."""
+    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
 
 
 def settle(model: nn.Module) -> None:

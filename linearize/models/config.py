@@ -21,8 +21,17 @@ QUANTIZED = ("quantization_config", "compression_config")
 NOT_THE_CHECKPOINTS = ("auto_map", "transformers_weights", "fusion_config", "distributed_config")
 IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 """What transformers would take from a config and act on: code and kernels to fetch, other weight files, patches."""
-OF_A_CALL = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
-"""Options of one call that a config can hold; saved by chance, they change what calls return, or forbid saving."""
+OF_A_CALL = {
+    "return_dict": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_router_logits": False,
+}
+"""Options of one call that a config can hold; saved by chance, they change what calls return, or forbid saving.
+
+The last one adds a loss of load balancing to what transformers makes of labels, which no objective here reads, and fails
+with a cache beside padding.
+"""
 
 MOST_LAYERS = 2_000
 MOST = {

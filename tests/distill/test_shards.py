@@ -221,8 +221,7 @@ def test_refusals(teacher_folder: Path, tied_folder: Path, every_stage: Recipe, 
 def test_every_family(tmp_path: Path) -> None:
     ended = start(2, shard_jobs.families, tmp_path, folder=tmp_path)
     assert ended.codes == [0, 0], ended.said
-    refused = {(tmp_path / f"refused-{rank}.txt").read_text() for rank in (0, 1)}
-    assert refused == {"mixtral qwen3_moe"}, refused
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
 
 
 def test_when_weights_are_sharded(every_stage: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
