@@ -100,10 +100,34 @@ class Across:
         near = torch.cat([near.new_zeros(near.shape[0], count, *near.shape[2:]), near], 1)
         return near.narrow(1, end, count)
 
-    def before(self, count: int) -> tuple[Tensor, Tensor]:
-        """Of those `count` tokens [B, count]: whether they are there, and their documents' numbers."""
-        docs = torch.nn.functional.pad(self.docs, (count, 0), value=-1).narrow(1, self.begin, count)
-        return docs >= 0, docs
+    def opening(self, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The first `count` tokens of the document that is open where this process's tokens begin.
+
+        Args:
+            x: [B, T, ...] of this process's tokens.
+            count: tokens.
+
+        Returns:
+            The tokens [B, count, ...], and whether each has come before [B, count].
+        """
+        place = torch.arange(self.docs.shape[1], device=x.device)
+        opened = torch.where(self.positions == 0, place, 0).cummax(1).values
+        borders = torch.arange(self.size, device=x.device) * self.tokens
+        index = opened[:, (borders - 1).clamp_min(0), None] + torch.arange(count, device=x.device)
+        there = index < borders[:, None]
+        local = index - self.begin
+        mine = there & (local >= 0) & (local < self.tokens)
+        rows = torch.arange(len(x), device=x.device)[:, None, None]
+        sent = x[rows, local.clamp(0, self.tokens - 1)] * mine.view(*mine.shape, *[1] * (x.dim() - 2)).to(x.dtype)
+        return self.gathered(sent).sum(0)[:, self.rank], there[:, self.rank]
+
+    def before(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the `count` tokens before, each [B, count]: whether they are there, their documents, their positions."""
+        docs, positions = (
+            torch.nn.functional.pad(x, (count, 0), value=-1).narrow(1, self.begin, count)
+            for x in (self.docs, self.positions)
+        )
+        return docs >= 0, docs, positions
 
     def mean(self, x: Tensor) -> Tensor:
         """Of a number that has no gradient, over the processes."""

@@ -74,7 +74,7 @@ def composed(across: Across, own: Transition, state: dict[str, Tensor]) -> dict[
 def at_once(mixer: Mixer) -> bool:
     """Whether what enters a process can be composed of what all of them say at the same time."""
     window, recurrent = mixer.window, mixer.recurrent
-    if not isinstance(window, NoWindow) and (type(window) is not SlidingWindow or window.first):
+    if type(window) not in (NoWindow, SlidingWindow):
         return False
     if recurrent is None:
         return True
@@ -122,14 +122,25 @@ def _at_once(
     plain = beside.plain
     window = mixer.window
     if isinstance(window, SlidingWindow):
-        there = _same(across, window.span)
         near = k if mixer.position.window_rotated or plain is None else plain[1]
-        window.refill(state, across.halo(near, window.span), across.halo(v, window.span), there)
+        _held(window, state, near, v, across)
     if mixer.recurrent is not None:
         far: Plain = (q, k) if mixer.position.recurrent_rotated or plain is None else plain
         _recent(mixer, state, (*far, v), beside.hidden, across)
     made: Tensor = mixer._run(q, k, v, None, docs, beside, state=state)
     return made
+
+
+def _held(window: SlidingWindow, state: Entering, k: Tensor, v: Tensor, across: Across) -> None:
+    """Pinned and last keys of the document that is open, as `RingWindow` keeps them."""
+    there = _same(across, window.span)
+    keys, values = across.halo(k, window.span), across.halo(v, window.span)
+    if window.first:
+        first_k, pinned = across.opening(k, window.first)
+        first_v, _ = across.opening(v, window.first)
+        keys, values = torch.cat([first_k, keys], 1), torch.cat([first_v, values], 1)
+        there = torch.cat([pinned, there & (across.before(window.span)[2] >= window.first)], 1)
+    window.refill(state, keys, values, there)
 
 
 def _recent(
@@ -150,7 +161,7 @@ def _recent(
 
 def _same(across: Across, count: int) -> Tensor:
     """[B, count] bool: which tokens before this process's are of the document that is open then."""
-    there, docs = across.before(count)
+    there, docs, _ = across.before(count)
     return there & (docs == docs[:, -1:])
 
 
