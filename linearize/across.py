@@ -118,7 +118,9 @@ class Across:
         local = index - self.begin
         mine = there & (local >= 0) & (local < self.tokens)
         rows = torch.arange(len(x), device=x.device)[:, None, None]
-        sent = x[rows, local.clamp(0, self.tokens - 1)] * mine.view(*mine.shape, *[1] * (x.dim() - 2)).to(x.dtype)
+        sent = x[rows, local.clamp(0, self.tokens - 1)] * mine.view(*mine.shape, *[1] * (x.dim() - 2)).to(
+            x.dtype
+        )
         return self.gathered(sent).sum(0)[:, self.rank], there[:, self.rank]
 
     def before(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +148,9 @@ class Across:
             return list(tensors)
         return list(_Take.apply(self, anchor, *tensors))
 
-    def given(self, out: Tensor, tensors: Sequence[Tensor], anchor: Tensor, before: Sequence[Tensor]) -> Tensor:
+    def given(
+        self, out: Tensor, tensors: Sequence[Tensor], anchor: Tensor, before: Sequence[Tensor]
+    ) -> Tensor:
         """Hand tensors to the next process; gives `out`, whose backward pass begins with the gradient they got there.
 
         Args:
@@ -178,7 +182,9 @@ class _Take(torch.autograd.Function):
 
 class _Give(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, across: Across, taken: int, anchor: Tensor, out: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, across: Across, taken: int, anchor: Tensor, out: Tensor, *tensors: Tensor
+    ) -> Tensor:
         before, after = tensors[:taken], tensors[taken:]
         ctx.across, ctx.anchor = across, torch.zeros_like(anchor)
         ctx.before, ctx.after = [_like(x) for x in before], [_like(x) for x in after]
@@ -214,7 +220,9 @@ def _sent(across: Across, x: Tensor, to: int) -> None:
 
 def _received(across: Across, like: Tensor, source: int) -> Tensor:
     found = torch.empty_like(like, memory_format=torch.contiguous_format)
-    dist.recv(found.view(torch.uint8) if like.dtype == torch.bool else found, group=across.group, group_src=source)
+    dist.recv(
+        found.view(torch.uint8) if like.dtype == torch.bool else found, group=across.group, group_src=source
+    )
     return found
 
 

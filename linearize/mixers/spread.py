@@ -110,7 +110,7 @@ def chunked(
     """
     assert valid is None, "spread sequences have no padding"
     starts = across.starts
-    docs = None if starts is None else documents(starts, *k.shape[:2], k.device)
+    docs = None if starts is None else documents(starts, k.shape[0], k.shape[1], k.device)
     way = _at_once if at_once(mixer) else _in_turn
     return way(mixer, q, k, v, docs, Beside(**beside), across)
 
@@ -144,7 +144,11 @@ def _held(window: SlidingWindow, state: Entering, k: Tensor, v: Tensor, across: 
 
 
 def _recent(
-    mixer: Mixer, state: Entering, streams: tuple[Tensor, Tensor, Tensor], hidden: Tensor | None, across: Across
+    mixer: Mixer,
+    state: Entering,
+    streams: tuple[Tensor, Tensor, Tensor],
+    hidden: Tensor | None,
+    across: Across,
 ) -> None:
     """What convolutions, token shifts and counts of positions carry."""
     given = dict(zip(("conv_q", "conv_k", "conv_v"), streams, strict=True))

@@ -188,9 +188,7 @@ class Additive(Update):
         return state["sums"], state["norms"] if self.running_sum else None
 
 
-def _sums(
-    k: Tensor, v: Tensor, log_decay: Tensor | None, docs: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sums(k: Tensor, v: Tensor, log_decay: Tensor | None, docs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Factors [B, M, F or 1] of what came before, and the sums and norms of a text's last document."""
     last = docs[:, -1:]
     seen = (docs == last)[..., None, None]

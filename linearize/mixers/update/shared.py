@@ -19,6 +19,7 @@ from linearize.mixers.state import State
 from linearize.mixers.update import Stream, Transition, Update
 from linearize.mixers.update.start import kept_since
 
+
 def overwritten(end: Callable[[Tensor, Tensor], Tensor], v: Tensor, empty: Tensor) -> Transition:
     """S -> A S + B of a rule that changes rows of one matrix: B is where nothing ends, A where the identity does.
 
