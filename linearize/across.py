@@ -1,7 +1,7 @@
 """A sequence that several processes hold, each a stretch of it, one after the other: what they hand each other.
 
-Everything here has a gradient and moves it the other way. Whatever is called is called by all processes of the group, in
-the same order, forward and backward: what a process does not need takes part with a gradient of zero.
+Everything here has a gradient and moves it the other way. Whatever is called is called by all processes of the group,
+in the same order, forward and backward: what a process does not need takes part with a gradient of zero.
 """
 
 from __future__ import annotations

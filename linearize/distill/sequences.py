@@ -1,9 +1,9 @@
 """Sequence parallelism: several processes hold each sequence of a batch, a stretch of it each.
 
 Processes stand in a mesh of torch's, (data, sequence): those of a row have the same sequences, and columns others.
-Every process reads whole sequences, which are numbers of tokens, and cuts its own stretch out on the device. What tokens
-predict is looked up before the cut, and losses are divided by the whole step's tokens, so gradients are sums over all
-processes, shards included.
+Every process reads whole sequences, which are numbers of tokens, and cuts its own stretch out on the device. What
+tokens predict is looked up before the cut, and losses are divided by the whole step's tokens, so that gradients are sums
+over all processes, in shards too.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def groups(run: RunConfig, count: int) -> int:
     if count % size:
         raise RecipeError(
             [
-                f"run.sequence: {size} processes are to hold each sequence, and {count} are no multiple of that: start a "
-                f"multiple of {size}, or set run.sequence to a divisor of {count}"
+                f"run.sequence: {size} processes are to hold each sequence, and {count} are no multiple of that: start "
+                f"a multiple of {size}, or set run.sequence to a divisor of {count}"
             ]
         )
     return count // size
@@ -152,8 +152,8 @@ def _stage(recipe: Recipe, stage: StageConfig) -> Iterator[str]:
     for objective in stage.objective:
         if objective not in COVERED:
             yield (
-                f"objective: '{objective}' is no sum over tokens that each of run.sequence={size} processes computes by "
-                f"itself; those that are: {', '.join(COVERED)}"
+                f"objective: '{objective}' is no sum over tokens that each of run.sequence={size} processes computes "
+                f"by itself; those that are: {', '.join(COVERED)}"
             )
     if Over.of(stage.window_dropout).most > 0:
         yield "window_dropout: which queries count without their window is not known across processes yet"
