@@ -87,7 +87,7 @@ RULES: dict[type, dict[str, Range]] = {
         "task_limit": at_least(0, MOST),
     },
     schema.CalibrateConfig: {"tokens": Range(0, 131_072)},  # all at once
-    schema.RunConfig: {"seed": SEEDS},
+    schema.RunConfig: {"seed": SEEDS, "sequence": at_least(1, 4096)},
 }
 """Class -> field -> its range; of a mapping's values where the field is one. A test finds numbers that have none."""
 

@@ -218,6 +218,9 @@ class RunConfig:
     shard: str = "auto"
     """Of several processes, whether each keeps a part of the base weights alone, the teacher's included: auto (on CUDA,
     where a copy for each does not fit by `linearize plan`), none, full."""
+    sequence: int = 1
+    """Of several processes, how many hold each sequence together, a stretch of it each (sequence parallelism); a
+    divisor of their number."""
     teacher: str = ""
     """Another model, of the same tokenizer, whose predictions end-to-end stages learn (logits_kl, dpo); empty: MODEL
     itself. Attention transfer imitates MODEL's own attention in any case."""

@@ -26,28 +26,29 @@ class Batches(Dataset):
         dataset: sequences, each a dictionary of tensors [T] or scalars; those that are cut are packed ones.
         course: the stage's steps.
         seed: of the further passes.
-        shares: processes that take a part of each step; item `step * shares + rank` is that of one of them.
+        shares: groups of processes that take a part of each step.
+        size: processes of a group, which take the same; item `step * shares * size + rank` is that of one of them.
     """
 
-    def __init__(self, dataset: Any, course: Course, seed: int, shares: int = 1) -> None:
+    def __init__(self, dataset: Any, course: Course, seed: int, shares: int = 1, size: int = 1) -> None:
         self.dataset = dataset
-        self.shares = shares
+        self.shares, self.size = shares, size
         self.course = course
         self.seed = seed
         self._orders: dict[int, list[int]] = {}
         self._firsts = firsts(course)
 
     def __len__(self) -> int:
-        return self.course.steps * self.shares
+        return self.course.steps * self.shares * self.size
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Tensors [B, T] of a step's batch, or of a process's part of it."""
-        step, rank = divmod(index, self.shares)
+        step, share = divmod(index // self.size, self.shares)
         phase = self.course.phase(step)
         first = self._firsts[self.course.phases.index(phase)]
         pieces = self.course.longest // phase.length
         items = []
-        for place in part(phase.batch, rank, self.shares):
+        for place in part(phase.batch, share, self.shares):
             number = (step - phase.first) * phase.batch + place
             item = self._sequence(first + number // pieces)
             items.append(item if pieces == 1 else cut(item, number % pieces * phase.length, phase.length))
@@ -63,9 +64,9 @@ class Batches(Dataset):
         return self.dataset[self._orders[turn][place]]
 
 
-def part(batch: int, rank: int, shares: int) -> range:
+def part(batch: int, share: int, shares: int) -> range:
     """Which of a step's sequences are a process's own: one after the other, as many for each as can be."""
-    return range(batch * rank // shares, batch * (rank + 1) // shares)
+    return range(batch * share // shares, batch * (share + 1) // shares)
 
 
 def check_parts(stages: Mapping[str, StageConfig], shares: int, *, alike: bool = False) -> None:
@@ -73,7 +74,7 @@ def check_parts(stages: Mapping[str, StageConfig], shares: int, *, alike: bool =
 
     Args:
         stages: of the recipe.
-        shares: processes.
+        shares: processes, or groups of them that hold sequences together.
         alike: whether each has to have as many, as they do where they gather weights for each other in every pass.
 
     Raises:

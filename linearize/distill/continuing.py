@@ -12,6 +12,7 @@ This is the one place that knows them:
 - `eval.batch_size`: windows and items are scored one by one, whatever the batch; equal up to rounding.
 - `run.capture`, `run.compile`: the same kernels in the same order, or the same operations fused: equal up to rounding.
 - `run.shard`: where weights are kept, not what they become; equal up to rounding.
+- `run.sequence`: who computes which tokens of a sequence; equal up to rounding.
 - `run.teacher_device`: where a teacher's weights are kept, not what they are.
 - `run.trackers`, `run.profile`: what is written beside.
 - `run.workers`: an item is a function of its place, whoever reads it.
@@ -36,7 +37,16 @@ FREE = (
     "export.dtype",
     *(
         f"run.{key}"
-        for key in ("workers", "capture", "compile", "shard", "teacher_device", "trackers", "profile")
+        for key in (
+            "workers",
+            "capture",
+            "compile",
+            "shard",
+            "sequence",
+            "teacher_device",
+            "trackers",
+            "profile",
+        )
     ),
 )
 FREE_IN_STAGE = ("gradient_checkpointing", "save_every", "micro_batch")

@@ -54,19 +54,25 @@ class FinetuneTrainer(StageTrainer):
         labeled = torch.stack([(target != -100).sum() for target in targets]).sum()
         labeled = sent(labeled, device)
         processes.add_up([labeled])
-        return labeled.clamp_min(1)
+        return (labeled // self.sequences.size).clamp_min(1)  # each of a group has counted the same sequences
 
     def compiled_parts(self) -> list[nn.Module]:
         return repeated(self.trained_model) + ([] if self.teacher is None else repeated(self.teacher))
 
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
         """The step's loss [1], this micro-batch's share of it."""
+        targets = objectives.next_targets(batch["labels"], batch.get("position_ids"))
+        with self.sequences.spread({**batch, "targets": targets}, [model, self.teacher]) as (own, _):
+            return self._backward(model, own, own["targets"], count)
+
+    def _backward(
+        self, model: nn.Module, batch: dict[str, Tensor], targets: Tensor, count: Tensor | None
+    ) -> Tensor:
         known = answers.of_batch(batch)
         fused = objectives.fused(self.stage.objective) and known is None
         teacher: Tensor | Final | TopK | None
         student, teacher = self.predictions(model, batch, teacher=self.needs_teacher, fused=fused)
         teacher = teacher if known is None else known
-        targets = objectives.next_targets(batch["labels"], batch.get("position_ids"))
         loss = objectives.token_backward(student, targets, self.stage.objective, teacher=teacher, count=count)
         return loss[None]
 

@@ -47,6 +47,7 @@ class Passes:
         steps: optimizer steps of the stage.
         parameters: everything that trains.
         compiled: gives what may be compiled, see `blocks`.
+        spread: whether other processes hold the rest of each sequence.
 
     Attributes:
         captured: the recording.
@@ -63,15 +64,18 @@ class Passes:
         steps: int,
         parameters: list[nn.Parameter],
         compiled: Callable[[], list[nn.Module]],
+        spread: bool = False,
     ) -> None:
         self.model, self.name, self.parts = model, name, compiled
         self.captured = Captured(parameters, name, _obstacle(run, device))
         many = device.type == "cuda" and steps >= COMPILE_FROM
         self.compiles = run.compile == "always" or (run.compile == "auto" and many)
-        if shards.in_shards(model):
-            # blocks are whole for as long as they compute, and never twice in the same place
-            self.captured.obstacle, self.compiles = "sharded", False
-            log.info("stage '%s' runs without a CUDA graph and uncompiled: its weights are sharded", name)
+        # blocks are whole for as long as they compute, and never twice in the same place; processes wait for each other
+        sharded, why = shards.in_shards(model), "its sequences are spread over processes"
+        if sharded or spread:
+            why = "its weights are sharded" if sharded else why
+            self.captured.obstacle, self.compiles = why, False
+            log.info("stage '%s' runs without a CUDA graph and uncompiled: %s", name, why)
         self.blocks: Blocks | None = None
         self._looked_at = False
 

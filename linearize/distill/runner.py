@@ -28,6 +28,7 @@ from linearize.distill import (
     memory,
     processes,
     rates,
+    sequences,
     shards,
     stages,
     teachers,
@@ -200,9 +201,9 @@ class _Job:
         """Scale the recipe to a budget; gives what environment.json says of it."""
         asked = self.recipe
         if budget.seconds is not None:
-            if self.place.sharded:
-                given = f"--budget {budget.text}: a time is measured with whole weights"
-                raise RecipeError([f"{given}; with run.shard give tokens (100M-tokens)"])
+            if self.place.sharded or sequences.wanted(asked.run):
+                given = f"--budget {budget.text}: a time is measured with whole weights and sequences"
+                raise RecipeError([f"{given}; with run.shard or run.sequence give tokens (100M-tokens)"])
             self._take(budgeting.smallest(asked))
             self._look(self._places(), shared=False)  # what is wrong is told before minutes of timing
             log.info("timing some steps of every stage")
@@ -260,8 +261,10 @@ class _Job:
             if ahead.calibrates and not texts.of_teacher(self.recipe.data):
                 self._calibration_text(ahead, errors)
         with collected(errors):
+            shares = sequences.groups(self.recipe.run, launched.count())
             if shared:
-                batches.check_parts(self.recipe.stages, launched.count(), alike=self.place.sharded)
+                batches.check_parts(self.recipe.stages, shares, alike=self.place.sharded)
+        sequences.check(self.recipe, self.source, config, errors)
         with collected(errors):
             tracking.wanted(self.recipe.run.trackers)
         with collected(errors):

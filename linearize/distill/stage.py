@@ -32,6 +32,7 @@ from linearize.distill.micro import MicroBatch
 from linearize.distill.optimizer import build_optimizer, build_scheduler
 from linearize.distill.passes import Passes
 from linearize.distill.pieces import Pieces
+from linearize.distill.sequences import Sequences
 from linearize.distill.trainable import mixer_parameters, trained
 from linearize.distill.window_dropout import Draw, Off
 from linearize.errors import NonFiniteLossError
@@ -98,9 +99,10 @@ class StageTrainer(Trainer):
         self._step_norm: Tensor | float = 0.0
         self.stage_folder = folder
         self.interrupt = Interrupt()
-        shares, rank = processes.count(), processes.rank()
-        own = [(len(part(batch, rank, shares)), length) for batch, length in self.course.shapes]
-        self.micro = MicroBatch(stage, name, own, device, alone=not self.in_shards)
+        self.sequences = Sequences(run, device)
+        shares, share, together = self.sequences.shares, self.sequences.share, self.sequences.size > 1
+        own = [(len(part(batch, share, shares)), length) for batch, length in self.course.shapes]
+        self.micro = MicroBatch(stage, name, own, device, alone=not (self.in_shards or together))
         self.passes = Passes(
             model,
             name,
@@ -110,6 +112,7 @@ class StageTrainer(Trainer):
             self.course.steps,
             list(self.parameters.values()),
             self.compiled_parts,
+            spread=together,
         )
         self.adamw = build_optimizer(
             self.parameters, stage, fused=device.type == "cuda", mixers=mixer_parameters(model)
@@ -119,7 +122,7 @@ class StageTrainer(Trainer):
             model=model,
             args=_arguments(stage, run, folder, self.course, seed, device),
             data_collator=_only,
-            train_dataset=Batches(dataset, self.course, seed, shares),
+            train_dataset=Batches(dataset, self.course, seed, shares, self.sequences.size),
             optimizers=(self.adamw, self.schedule),
         )
         self.remove_callback(PrinterCallback)

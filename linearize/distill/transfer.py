@@ -35,9 +35,11 @@ class TransferTrainer(StageTrainer):
 
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
         """Losses [L] in layer order; see `transfer_step`."""
-        share = len(batch["input_ids"]) / self.course.phase(self.state.global_step).batch
-        with self.computing():
-            losses = transfer_step(model, batch, self.stage.objective, scale=share, window_off=self.off)
+        rows = len(batch["input_ids"])
+        # a loss is a mean over a process's own tokens
+        share = rows / self.course.phase(self.state.global_step).batch / self.sequences.size
+        with self.computing(), self.sequences.spread(batch, [model]) as (own, _):
+            losses = transfer_step(model, own, self.stage.objective, scale=share, window_off=self.off)
         if all(parameter.grad is None for parameter in self.parameters.values()):
             raise RecipeError(
                 [

@@ -260,7 +260,7 @@ class Mixer(nn.Module):
     ) -> Tensor:
         """Part by part, or in one kernel; the form that is compiled where it trains."""
         with torch.autocast(q.device.type, enabled=False):
-            if self._is_fused(q, k, v):
+            if self._is_fused(q, k, v) and not (state is not None and state.in_parts):
                 assert self.fused is not None
                 pair, off = self._fused_pair(q, k, beside.plain), self.without_window
                 made = self.fused.chunked(*pair, v, valid, docs, state, front, beside.sink, off)

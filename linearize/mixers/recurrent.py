@@ -20,6 +20,10 @@ from linearize.mixers.update import Stream, Update
 from linearize.mixers.window import Handed
 
 
+def _in_parts(state: State | None) -> bool:
+    return state is not None and state.in_parts
+
+
 @dataclass
 class Inputs:
     """One call's inputs, widened to the accumulator's dtype.
@@ -126,6 +130,7 @@ class Recurrent(nn.Module):
         stream = replace(stream, fresh=fresh)
         order = handed.order
         if order is None:
+            state.meet(self.update, stream)
             return self.normalizer(self.update.chunked(stream, state))
         # keys that leave in blocks stand in slots of their own, before the queries that may read them
         placed = replace(
@@ -184,7 +189,7 @@ class Recurrent(nn.Module):
             v = self.update.first(v, inputs.first, mixed.get("shift_update", inputs.hidden))
         if self.short_conv is not None:
             q, k, v = self.short_conv(q, k, v, **masks, state=state)
-        if dispatch.use_triton(q, k, v) and self.by_products and projected:
+        if dispatch.use_triton(q, k, v) and self.by_products and projected and not _in_parts(state):
             return self._products(inputs, q, k, v)
         seen = inputs.valid[..., None]
         heads = self.update.heads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ class State:
     Args:
         tensors: name -> tensor [B, ...].
     """
+
+    in_parts = False
+    """Whether parts run one by one, each on its own kernel, since what is carried has a gradient."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -42,6 +46,9 @@ class State:
                 old.copy_(value)
             else:
                 self.tensors[name] = value
+
+    def meet(self, update: Any, stream: Any) -> None:
+        """Called before an update rule reads what it carries here and adds a stream to it."""
 
     def select(self, index: Tensor) -> None:
         """Keep rows `index` [B'] of the batch, in that order (beam search reorders with it)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linearize import across
 from linearize.objectives.base import OBJECTIVES, Call, OutputObjective
 from linearize.objectives.layer import masked_mean, widen
 
@@ -46,4 +47,6 @@ class AttentionOutputRelative(OutputObjective):
         target = widen(call.teacher)
         error = masked_mean((widen(student) - target).square().mean(dim=(2, 3)), call.valid)
         norm = masked_mean(target.square().mean(dim=(2, 3)), call.valid)
+        processes = across.active()
+        norm = norm if processes is None else processes.mean(norm)
         return error / norm.clamp_min(torch.finfo(norm.dtype).tiny)

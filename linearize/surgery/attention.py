@@ -38,12 +38,18 @@ class Switch:
     Attributes:
         mode, observer: what is done.
         trusts: masks are taken at their word, and no call has padding; see `control.trusting`.
+        spread: what computes a mixer's chunked form where several processes hold each sequence; see `spreading`.
     """
 
     def __init__(self) -> None:
         self.mode = "student"
         self.observer: Callable[[LayerCall], Tensor | None] | None = None
         self.trusts = False
+        self.spread: Callable[..., Tensor] | None = None
+
+    def chunked(self, mixer: Mixer, *given: Tensor, **masks: Any) -> Tensor:
+        """The mixer's chunked form of q, k and v, wherever the rest of their sequences is."""
+        return mixer.chunked(*given, **masks) if self.spread is None else self.spread(mixer, *given, **masks)
 
 
 @dataclass
@@ -160,9 +166,9 @@ class LayerCall:
 
     def student(self) -> Tensor:
         """The mixer's output [B, T, H, V] in its chunked form, with a graph to the mixer's parameters."""
-        return self.mixer.chunked(
-            self.q, self.k, self.v, valid=self.valid, starts=self.starts, gaps=self.gaps, **self.context
-        )
+        masks: dict[str, Any] = {"valid": self.valid, "starts": self.starts, "gaps": self.gaps}
+        switch = self.module.linearize_switch
+        return switch.chunked(self.mixer, self.q, self.k, self.v, **masks, **self.context)
 
     def project(self, y: Tensor) -> Tensor:
         """Heads [B, T, H, V] -> the layer's output [B, T, D], through the model's own output projection."""
@@ -265,7 +271,7 @@ def linearized_attention(
     if frame.cache is not None:
         output = frame.cache.attend(module.mixer, q, k, v, valid=valid, starts=starts, gaps=gaps, **extra)
     else:
-        output = module.mixer.chunked(q, k, v, valid=valid, starts=starts, gaps=gaps, **extra)
+        output = switch.chunked(module.mixer, q, k, v, valid=valid, starts=starts, gaps=gaps, **extra)
     # contiguous, as transformers' own functions answer: families that read it through `view` count on that
     return output.to(query.dtype).contiguous(), None
 

@@ -72,6 +72,30 @@ class Stream:
         return self.narrow(self.log_decay)[0]
 
 
+@dataclass
+class Transition:
+    """What a text does to the state that it meets: each of its tensors becomes `kept` of it, and `added`.
+
+    Attributes:
+        kept: [B, M, F or 1] factors of the rows, or with `mixes` [B, M, F, F] from the left.
+        added: name in the state -> what an empty one has become, [B, M, F, V] or [B, M, F].
+        mixes: whether `kept` is a matrix.
+    """
+
+    kept: Tensor
+    added: dict[str, Tensor]
+    mixes: bool = False
+
+    def __call__(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state behind the text."""
+        return {name: self._kept(state[name]) + value for name, value in self.added.items()}
+
+    def _kept(self, x: Tensor) -> Tensor:
+        if self.mixes:
+            return self.kept @ x
+        return x * (self.kept if x.dim() == 3 else self.kept[..., None])
+
+
 WIDEST = 256
 """Features or values of a head that the Triton kernels take."""
 
@@ -174,6 +198,14 @@ class Update(Part):
     def chunked(self, stream: Stream, state: State) -> Partial:
         """O(T)-memory form; writes the new state."""
         raise NotImplementedError(type(self))  # pragma: no cover
+
+    def transits(self) -> bool:
+        """Whether `transition` says what a text does to a state, whatever that is: the rule is affine in its state."""
+        return False
+
+    def transition(self, stream: Stream) -> Transition:
+        """What all of a stream does to the state, with a gradient; its queries are not read."""
+        raise NotImplementedError(type(self))  # pragma: no cover - asked for where `transits`
 
     def step(self, stream: Stream, state: State) -> Partial:
         """One query: the keys are added, then it reads; in place."""

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from linearize.kernels import dispatch
 from linearize.kernels.gated_linear import (
@@ -19,10 +20,10 @@ from linearize.kernels.gated_linear import (
     gated_linear_step,
 )
 from linearize.kernels.linear import linear_read, linear_reference
-from linearize.mixers.base import LayerShape, Part, Partial, running
+from linearize.mixers.base import LayerShape, Part, Partial, running, wide
 from linearize.mixers.options import number
 from linearize.mixers.state import State
-from linearize.mixers.update import UPDATES, Stream, Update
+from linearize.mixers.update import UPDATES, Stream, Transition, Update
 from linearize.mixers.update.start import kept_since
 
 
@@ -129,6 +130,17 @@ class Additive(Update):
         left = kept_since(stream.log_decay, stream.docs, state) if self.learned is not None else None
         return self._begun(partial, stream, left)
 
+    def transits(self) -> bool:
+        return type(self).chunked is Additive.chunked and self.learned is None
+
+    def transition(self, stream: Stream) -> Transition:
+        """LASP-2's chunk state (Sun et al. 2025, arXiv 2502.07563, eq. 7 and 8), and what is left of one before it."""
+        given = self.keys(stream), stream.v, stream.log_decay, stream.docs
+        # made anew in backward: keys times decays are as large as the keys, in float32
+        kept, sums, norms = checkpoint(_sums, *given, use_reentrant=False)
+        added = {"sums": sums, "norms": norms} if self.running_sum else {"sums": sums}
+        return Transition(kept, added)
+
     def step(self, stream: Stream, state: State) -> Partial:
         k = self.keys(stream)
         # the answer is in the dtype of the values, and float16 may not hold a sum
@@ -174,3 +186,19 @@ class Additive(Update):
 
     def _state(self, state: State) -> tuple[Tensor, Tensor | None]:
         return state["sums"], state["norms"] if self.running_sum else None
+
+
+def _sums(k: Tensor, v: Tensor, log_decay: Tensor | None, docs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors [B, M, F or 1] of what came before, and the sums and norms of a text's last document."""
+    last = docs[:, -1:]
+    seen = (docs == last)[..., None, None]
+    whole = (last == 0)[..., None]
+    if log_decay is None:
+        weighted, kept = wide(k) * seen, whole.to(wide(k).dtype).expand(-1, k.shape[2], 1)
+    else:
+        decays = wide(log_decay if log_decay.dim() == 4 else log_decay[..., None])
+        total = decays.cumsum(1)
+        # differences of sums, at most zero: nothing overflows
+        weighted = wide(k) * (total[:, -1:] - total).exp() * seen
+        kept = total[:, -1].exp() * whole
+    return kept, torch.einsum("btmf,btmv->bmfv", weighted, wide(v)), weighted.sum(1)

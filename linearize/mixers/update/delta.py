@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.kernels.gated_delta import delta_chunk, delta_reference, delta_step
-from linearize.mixers.base import LayerShape, Part, Partial, fill, product, put, running
+from linearize.mixers.base import LayerShape, Part, Partial, fill, product, put, running, wide
 from linearize.mixers.options import number
 from linearize.mixers.state import State
 from linearize.mixers.statistics import STRENGTHS, Statistics
-from linearize.mixers.update import UPDATES, Stream
-from linearize.mixers.update.shared import Overwriting
+from linearize.mixers.update import UPDATES, Stream, Transition
+from linearize.mixers.update.shared import Overwriting, overwritten
 from linearize.mixers.update.start import kept_since
 
 
@@ -98,6 +98,20 @@ class Delta(Overwriting):
             out, sums = delta_chunk(narrow_q, narrow_k, v, beta, stream.decays(), stream.docs, state["sums"])
         state.write({"sums": sums})
         return self._above(out, stream, q, left)
+
+    def transits(self) -> bool:
+        return type(self).chunked is Delta.chunked and self.learned is None
+
+    def transition(self, stream: Stream) -> Transition:
+        """The rule run twice more: from nothing, and from the identity with nothing to write."""
+        stream, _, k, beta = self._terms(stream)
+        narrow_k, v = stream.narrow(k, stream.v)
+
+        def end(values: Tensor, start: Tensor) -> Tensor:
+            with self.form():
+                return delta_chunk(narrow_k, narrow_k, values, beta, stream.decays(), stream.docs, start)[1]
+
+        return overwritten(end, v, self.initial(len(k), wide(k).dtype, k.device)["sums"])
 
     def step(self, stream: Stream, state: State) -> Partial:
         stream, q, k, beta = self._terms(stream)

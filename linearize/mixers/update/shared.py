@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
 
@@ -13,10 +14,25 @@ from linearize.kernels.generalized_delta import (
     generalized_delta_reference,
     generalized_delta_step,
 )
-from linearize.mixers.base import LayerShape, Partial, fill, put, running
+from linearize.mixers.base import LayerShape, Partial, fill, put, running, wide
 from linearize.mixers.state import State
-from linearize.mixers.update import Stream, Update
+from linearize.mixers.update import Stream, Transition, Update
 from linearize.mixers.update.start import kept_since
+
+
+def overwritten(end: Callable[[Tensor, Tensor], Tensor], v: Tensor, empty: Tensor) -> Transition:
+    """S -> A S + B of a rule that changes rows of one matrix: B is where nothing ends, A where the identity does.
+
+    Args:
+        end: values [B, T, M, V] and a start [B, M, F, V] -> the state behind them.
+        v: the values.
+        empty: [B, M, F, V].
+    """
+    width = empty.shape[2]
+    eye = torch.eye(width, dtype=empty.dtype, device=empty.device).expand(*empty.shape[:3], width)
+    nothing = v.new_zeros(*v.shape[:3], width)
+    return Transition(end(nothing, eye.contiguous()), {"sums": end(v, empty)}, mixes=True)
+
 
 Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """q [B, T, H, F], k [B, T, M, F], v [B, T, M, V], and a, b, log decay [B, T, M, F], as `generalized_delta` names
@@ -112,6 +128,22 @@ class Moving(Overwriting):
             out, sums = generalized_delta_chunk(q, k, v, a, b, decays, docs, state["sums"])
         state.write({"sums": sums})
         return self._above(out.to(stream.q.dtype), stream, terms[0], left)
+
+    def transits(self) -> bool:
+        return type(self).chunked is Moving.chunked and self.learned is None and self.first is None
+
+    def transition(self, stream: Stream) -> Transition:
+        """The rule run twice more: from nothing, and from the identity with nothing to write."""
+        _, *terms, _ = self.terms(stream)
+        decays = stream.decays()
+        assert decays is not None
+        k, v, a, b = stream.narrow(*terms)
+
+        def end(values: Tensor, start: Tensor) -> Tensor:
+            with self.form():
+                return generalized_delta_chunk(k, k, values, a, b, decays, stream.docs, start)[1]
+
+        return overwritten(end, v, self.initial(len(k), wide(k).dtype, k.device)["sums"])
 
     def step(self, stream: Stream, state: State) -> Partial:
         terms, left = self.terms(stream), None

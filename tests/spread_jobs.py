@@ -1,0 +1,125 @@
+"""What processes of the tests of spread sequences do; see `several_jobs`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from several_recipes import DEVICE
+from torch import Tensor, nn
+
+from linearize import surgery
+from linearize.across import Across
+from linearize.distill import processes
+from linearize.distill.device import resolve_device
+from linearize.config.schema import RunConfig
+from linearize.mixers import LayerShape, build, spread
+from linearize.surgery.spreading import spreading
+
+SHAPE = LayerShape(
+    heads=4, kv_heads=2, key_dim=8, value_dim=8, scaling=8**-0.5, model_dim=16, rotary="half"
+)
+EXACT = DEVICE == "cpu"
+BORDERS = {"one document": [[], []], "several": [[5, 16, 21], [13]], "at the border": [[16], [15, 17]]}
+"""Where further documents begin in 32 tokens, in each of two rows."""
+
+
+def positions(borders: list[list[int]], tokens: int, device: torch.device) -> Tensor:
+    found = torch.arange(tokens).repeat(len(borders), 1)
+    for row, begins in zip(found, borders, strict=True):
+        for begin in begins:
+            row[begin:] = torch.arange(tokens - begin)
+    return found.to(device)
+
+
+def mixers(sections: dict[str, dict[str, Any]], ways: dict[str, bool], out: Path) -> None:
+    """Each mixer over all processes beside the same one whole: what it gives, and every gradient.
+
+    Args:
+        sections: name -> a mixer's section.
+        ways: name -> whether it is to be computed at once.
+    """
+    device = resolve_device(RunConfig(device=DEVICE))
+    with processes.joined(device):
+        for name, section in sections.items():
+            for what, borders in BORDERS.items():
+                _mixer(f"{name}, {what}", section, ways.get(name), positions(borders, 32, device))
+
+
+def _mixer(what: str, section: dict[str, Any], at_once: bool | None, places: Tensor) -> None:
+    dtype = torch.float64 if EXACT else torch.float32
+    random = torch.Generator().manual_seed(1)
+    whole, own = (build(section, SHAPE) for _ in range(2))
+    for parameter, copy in zip(whole.parameters(), own.parameters(), strict=True):
+        parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=random))
+        copy.data.copy_(parameter.data)
+    whole, own = whole.to(places.device, dtype), own.to(places.device, dtype)
+    sizes = {"q": (4, 8), "k": (2, 8), "v": (2, 8), "plain_q": (4, 8), "plain_k": (2, 8), "hidden": (16,)}
+    given = {
+        name: torch.randn(2, 32, *size, generator=random).to(places.device, dtype)
+        for name, size in {**sizes, "first": (2, 8), "weight": (4, 8)}.items()
+    }
+    across = Across(dist.group.WORLD, dist.get_rank(), dist.get_world_size(), places)
+    assert at_once is None or spread.at_once(own) == at_once, what
+    mine = {name: across.own(x).clone() for name, x in given.items()}
+    one = _gradients(given, lambda *x, **y: whole.chunked(*x, **y, starts=places == 0))
+    many = _gradients(mine, lambda *x, **y: spread.chunked(across, own, *x, **y))
+    for name, x in one.items():
+        _alike(f"{what}: {name}", many[name], across.own(x))
+    processes.add_up(p.grad for p in own.parameters() if p.grad is not None)
+    for (name, parameter), copy in zip(whole.named_parameters(), own.parameters(), strict=True):
+        assert (parameter.grad is None) == (copy.grad is None), f"{what}: {name}"
+        if copy.grad is not None:
+            _alike(f"{what}: {name}", copy.grad, parameter.grad)
+
+
+def _gradients(given: dict[str, Tensor], form: Any) -> dict[str, Tensor]:
+    leaves = {name: x.requires_grad_() for name, x in given.items()}
+    q, k, v, plain_q, plain_k, hidden, first, weight = leaves.values()
+    made = form(q, k, v, hidden=hidden, plain=(plain_q, plain_k), first=first)
+    (made * weight).sum().backward()
+    found = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()}
+    return {"output": made.detach(), **found}
+
+
+def softmax(model: Any, out: Path) -> None:
+    """An unconverted model over all processes beside itself whole: logits and gradients, also checkpointed."""
+    device = resolve_device(RunConfig(device=DEVICE))
+    with processes.joined(device):
+        model = model().to(device).float().train()
+        for borders in BORDERS.values():
+            places = positions(borders, 32, device)
+            ids = torch.arange(64, device=device).view(2, 32) * 7 % 250
+            across = Across(dist.group.WORLD, dist.get_rank(), dist.get_world_size(), places)
+            whole = model(input_ids=ids, position_ids=places, use_cache=False).logits
+            expected = _taken(model, whole.float().square().sum())
+            for checkpointed in (False, True):
+                if checkpointed:
+                    model.gradient_checkpointing_enable({"use_reentrant": False})
+                with spreading([model], across):
+                    own = {"input_ids": across.own(ids), "position_ids": across.own(places)}
+                    made = model(**own, use_cache=False).logits
+                    found = _taken(model, made.float().square().sum())
+                model.gradient_checkpointing_disable()
+                _alike("logits", made, across.own(whole))
+                processes.add_up(found.values())
+                for name, gradient in expected.items():
+                    _alike(name, found[name], gradient, 1e-3)
+            again = model(input_ids=ids, position_ids=places, use_cache=False).logits
+            assert torch.equal(again, whole), "nothing stays changed"
+
+
+def _taken(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def _alike(what: str, found: Tensor, expected: Tensor, slack: float = 1e-4) -> None:
+    rtol, atol = (1e-9, 1e-9) if found.dtype == torch.float64 else (slack, 20 * slack if DEVICE != "cpu" else slack)
+    torch.testing.assert_close(
+        found.detach(), expected.detach(), rtol=rtol, atol=atol, msg=lambda text: f"{what}: {text}"
+    )
