@@ -4,7 +4,10 @@ So many texts of one length are read, then all of them decode together; tokens/s
 decode, and "all" is the whole job, reading included. A way that does not fit, or fails, is a row that says so.
 
     python scripts/serve_engine.py runs/demo --against smollm2-135m --slots 1 64 512 --context 8192 \
-        --out docs/results/serve-h100.json
+        --out docs/results/serve-h200.json
+
+Rows that FILE has already, of the same machine, stay beside the new ones, so that a way may have a call of its own
+(--ways), which may be cut off.
 """
 
 from __future__ import annotations
@@ -22,12 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+import transformers
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from linearize.cli.checkpoint import load
 from linearize.decode.row_choice import Wish
 from linearize.decode.slots import Slots
 from linearize.errors import LinearizeError
+from linearize.export.rounding import in_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 16
@@ -41,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("path", metavar="PATH", help="a conversion")
     parser.add_argument("--against", metavar="MODEL", help="its teacher")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--slots", type=int, nargs="+", default=[1, 64, 512], metavar="N")
     parser.add_argument("--context", type=int, default=8192, metavar="TOKENS")
     parser.add_argument("--tokens", type=int, default=128, metavar="N", help="new ones of each text")
@@ -51,39 +57,54 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
+    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
     found: dict[str, Any] = {
-        "command": shlex.join(["python", "scripts/serve_engine.py", *(arguments or sys.argv[1:])]),
+        "commands": [],
         "date": datetime.now(UTC).date().isoformat(),
         "commit": subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
         ).stdout.strip(),
+        "machine": _machine(options.device),
         "rows": [],
     }
-    ways: list[tuple[str, str, Callable[..., dict[str, Any]]]] = [("conversion, slots", options.path, _slots)]
-    if options.against:
-        ways.append(("teacher, slots", options.against, _slots))
-        ways.append(("teacher, transformers' continuous batching", options.against, _continuous))
-    for name, path, way in ways:
-        model, _ = load(path, options.device)
-        model = model.to(getattr(torch, options.dtype))
-        found["machine"] = (
-            torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU"
-        ) + f", torch {torch.__version__}"
+    if kept.get("machine") == found["machine"]:
+        found |= {"commands": kept["commands"], "rows": kept["rows"]}
+    found["commands"].append(shlex.join(["python", "scripts/serve_engine.py", *(arguments or sys.argv[1:])]))
+    for name in options.ways:
+        _, way, of_teacher = WAYS[name]
+        path = options.against if of_teacher else options.path
+        if path is None:
+            continue
+        model = in_dtype(load(path, options.device)[0], getattr(torch, options.dtype))
         for slots in options.slots:
             _empty()
-            row = {"way": name, "slots": slots}
+            row: dict[str, Any] = {"way": name, "slots": slots, "refused": "was cut off before it ended"}
+            _write(found, row, options)
+            del row["refused"]
             try:
                 row |= way(model, slots, options)
-            except (LinearizeError, RuntimeError, MemoryError) as error:
+            except (LinearizeError, RuntimeError, ValueError, MemoryError) as error:
                 row["refused"] = " ".join(str(error).split())[:200]
             if model.device.type == "cuda":
                 row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             print(json.dumps(row), flush=True)
-            found["rows"].append(row)
-            options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            options.out.with_suffix(".md").write_text(_table(found, options), encoding="utf-8")
+            _write(found, row, options)
         del model
     return 0
+
+
+def _machine(device: str) -> str:
+    name = torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else "CPU"
+    return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def _write(found: dict[str, Any], row: dict[str, Any], options: argparse.Namespace) -> None:
+    key = (row["way"], row["slots"])
+    found["rows"] = [each for each in found["rows"] if (each["way"], each["slots"]) != key] + [row]
+    order = list(WAYS)
+    found["rows"].sort(key=lambda each: (order.index(each["way"]), each["slots"]))
+    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    options.out.with_suffix(".md").write_text(_table(found, options), encoding="utf-8")
 
 
 def _prompts(model: Any, slots: int, context: int) -> list[list[int]]:
@@ -119,8 +140,12 @@ def _read(slots: Slots, ids: list[int], piece: int) -> torch.Tensor:
 def _continuous(model: Any, rows: int, options: argparse.Namespace) -> dict[str, Any]:
     config = GenerationConfig(max_new_tokens=options.tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
     prompts = _prompts(model, rows, options.context)
-    model.generate_batch(prompts[:1], generation_config=config)
-    made = model.generate_batch(prompts, generation_config=config, record_timestamps=True)
+    pages: dict[str, Any] = {}
+    if model.device.type == "cpu":  # where it would take nine tenths of the machine's memory
+        blocks = rows * (options.context + options.tokens + 512) // 256 + 1
+        pages["continuous_batching_config"] = ContinuousBatchingConfig(num_blocks=blocks, max_batch_tokens=512)
+    model.generate_batch(prompts[:1], generation_config=config, **pages)
+    made = model.generate_batch(prompts, generation_config=config, record_timestamps=True, **pages)
     texts = list(made.values())
     short = [len(text.generated_tokens) for text in texts if len(text.generated_tokens) != options.tokens]
     if len(texts) != rows or short:
@@ -167,7 +192,9 @@ def _table(found: dict[str, Any], options: argparse.Namespace) -> str:
     lines = [
         "# The engine of `linearize serve`",
         "",
-        f"`{found['command']}`, {found['date']}, commit {found['commit']}, {found['machine']}, {options.dtype}. "
+        *(f"    {command}" for command in found["commands"]),
+        "",
+        f"{found['date']}, commit {found['commit']}, {found['machine']}, {options.dtype}. "
         f"{options.context:,} tokens of prompt and {options.tokens} new ones for every text; tokens/s while all "
         "rows decode, and of the whole job, reading included. An empty cell: not told, or not all rows ever decoded "
         "at once.",
@@ -177,14 +204,22 @@ def _table(found: dict[str, Any], options: argparse.Namespace) -> str:
     ]
     for row in found["rows"]:
         if "refused" in row:
-            lines.append(f"| {row['way']} | {row['slots']} | {row['refused']} | | | | |")
+            lines.append(f"| {WAYS[row['way']][0]} | {row['slots']} | {row['refused']} | | | | |")
             continue
         names = (
             "tokens_per_second", "all_tokens_per_second", "prompt_tokens_per_second", "slot_mib", "peak_gib",
         )  # fmt: skip
         cells = (f"{row[name]:,}" if name in row else "" for name in names)
-        lines.append(f"| {row['way']} | {row['slots']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {WAYS[row['way']][0]} | {row['slots']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+WAYS: dict[str, tuple[str, Callable[..., dict[str, Any]], bool]] = {
+    "conversion": ("conversion in slots", _slots, False),
+    "teacher": ("teacher in slots", _slots, True),
+    "continuous": ("teacher in transformers' continuous batching", _continuous, True),
+}
+"""Name -> in words, what measures it, and whether the teacher is measured."""
 
 
 if __name__ == "__main__":

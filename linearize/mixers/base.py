@@ -139,6 +139,18 @@ class Part(nn.Module):
         """
         return []
 
+    def runs(self) -> dict[str, int]:
+        """Parameters that hold all heads several times along an axis (one step of a token after another) -> how often."""
+        return {}
+
+    def take(self, whole: Part, rank: int, ranks: int) -> None:
+        """Be the part of one process's heads, where anything but parameters and buffers follows from a head's number.
+
+        Args:
+            whole: the same part, of all heads.
+            rank, ranks: which process, of how many.
+        """
+
     def resize(self, factor: Tensor) -> bool:
         """Multiply what each query head gives by a factor [H]; false, and nothing done, where no parameter says it."""
         return False

@@ -45,6 +45,7 @@ class FixedGate(Gate):
     def __init__(self, config: Config, shape: LayerShape, feature_dim: int) -> None:
         super().__init__(config, shape, feature_dim)
         self.heads = shape.heads if config.per == "query_head" else shape.kv_heads
+        self.first, self.among = 0, self.heads
         self.slopes = config.slopes
         rate = nn.Parameter(torch.empty(self.heads)) if config.learned else None
         self.register_parameter("log_rate", rate)
@@ -53,6 +54,12 @@ class FixedGate(Gate):
     def reset_parameters(self) -> None:
         if self.log_rate is not None:
             fill(self.log_rate, (-self._published(torch.device("cpu"))).log().to(self.log_rate))
+
+    def take(self, whole: Part, rank: int, ranks: int) -> None:
+        assert isinstance(whole, FixedGate)
+        self.among = whole.among
+        # several processes may hold the same head of keys
+        self.first = whole.first + rank * (whole.heads // self.heads) // ranks * self.heads
 
     def at(self, rate: Tensor) -> dict[str, Tensor]:
         return {} if self.log_rate is None else {"log_rate": rate.log()}
@@ -66,7 +73,7 @@ class FixedGate(Gate):
     def _published(self, device: torch.device) -> Tensor:
         """[H] log decays, float64."""
         # computed per call in float64: a buffer would be cast to the model's dtype, where 1 - 2^-9 is 1
-        heads = torch.arange(self.heads, dtype=torch.float64, device=device)
+        heads = torch.arange(self.first, self.first + self.heads, dtype=torch.float64, device=device)
         if self.slopes == "retnet":
             return torch.log1p(-torch.exp2(-5.0 - heads))
-        return -torch.exp(-8.0 * math.log(2) * (heads + 1) / self.heads)
+        return -torch.exp(-8.0 * math.log(2) * (heads + 1) / self.among)

@@ -52,6 +52,9 @@ class DeltaProduct(Delta):
             later = (self.steps - 1) * self.heads
             self.later = LowRank(model_dim, self.config.rank, later, width, tanh=False)
 
+    def runs(self) -> dict[str, int]:
+        return {"beta_weight": self.steps, "later.up": self.steps - 1, "later.base": self.steps - 1}
+
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self._put_strength(torch.tensor(float(self.config.beta_bias)).sigmoid().expand(self.heads), fill)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from linearize.mixers import LayerShape
 from linearize.surgery.schema import upgraded
 
 LINEAR = "linear_attention"
@@ -17,6 +18,15 @@ def sections(config: Any) -> dict[str, dict[str, Any]]:
     """Path of each converted attention module -> the normalized section of its mixer."""
     plan = upgraded(config.linearize)
     return {path: plan["mixers"][numbers["mixer"]] for path, numbers in plan["layers"].items()}
+
+
+def layer_shapes(config: Any) -> dict[str, LayerShape]:
+    """Path of each converted attention module -> its numbers."""
+    layers = upgraded(config.linearize)["layers"]
+    return {
+        path: LayerShape(**{name: value for name, value in numbers.items() if name != "mixer"})
+        for path, numbers in layers.items()
+    }
 
 
 def number(path: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,8 @@ from linearize.export.registration import register
 from linearize.mixers.base import wide
 from linearize.mixers.window.full import FullWindow
 from linearize.mixers.window.length import log_scaled
-from linearize.serve.vllm.kinds import as_exported
+from linearize.serve.vllm.group import Here, parted
+from linearize.serve.vllm.kinds import as_exported, number, sections
 from linearize.serve.vllm.layer import MixerLayer
 from linearize.serve.vllm.settings import page_bytes
 from linearize.surgery import arguments
@@ -47,16 +49,20 @@ def attend(
         why = "has attention sinks of its own, which are not served; use linearize generate"
     if why is not None:
         raise UnsupportedModelError(f"{module.named()}: {why}")
+    here: Here = module.linearize_here
+    shape = module.mixer.shape
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q, k, v = here.own(q, shape.heads), here.own(k, shape.kv_heads), here.own(v, shape.kv_heads)
     hand_on(module, frame, v)
     found = context(module, frame, q, k, v)
     plain = found.pop("plain", ())
     layer = getattr(module, VLLM_ATTN_ATTR)
     if not isinstance(layer, MixerLayer):
         q, k = plain or (q, k)
-        return softmax(module, layer, q, k, v, found.get("hidden"), kwargs.get("position_ids")), None
+        made = softmax(module, layer, q, k, v, found.get("hidden"), kwargs.get("position_ids"))
+        return here.handed(made), None
     inputs = {"q": q, "k": k, "v": v, **found, **dict(zip(("plain_q", "plain_k"), plain, strict=False))}
-    return layer.attend({name: x[0] for name, x in inputs.items()})[None], None
+    return here.handed(layer.attend({name: x[0] for name, x in inputs.items()})[None]), None
 
 
 def softmax(
@@ -110,7 +116,8 @@ class LinearizedForCausalLM(TransformersForCausalLM, HasInnerState, IsHybrid):
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> tuple[tuple[int, ...], ...]:
         model = vllm_config.model_config
-        return ((page_bytes(model.hf_config, model.dtype),),)
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        return ((page_bytes(model.hf_config, model.dtype, ranks),),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: Any) -> tuple[torch.dtype, ...]:
@@ -143,14 +150,26 @@ class LinearizedForCausalLM(TransformersForCausalLM, HasInnerState, IsHybrid):
                 "none; families like GPT-2 run by linearize generate"
             )
         mixers = {name: module.mixer for name, module in self.converted.items()}
+        by_number = {number(path): section for path, section in sections(self.config).items()}
+        self.parted = list(parted(self.converted, by_number, self.tp_group))
+        for layer in self.parted:
+            layer.prepare(self.quant_config)
         for module in self.converted.values():
             del module.mixer
         super().recursive_replace()
         for name, module in self.converted.items():
-            module.mixer = mixers[name]
+            module.mixer, module.linearize_here = mixers[name], Here()
             module.config._attn_implementation_internal = FUNCTION
             module.linearize_switch.trusts = True
             self.attention_fusers[module.layer_idx] = (name, AttentionFuser(type(module).__name__))
+        for layer in self.parted:
+            layer.finish()
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """As the backend does it; of mixers each process takes its heads' part."""
+        for layer in self.parted:
+            layer.loaders()
+        return super().load_weights(weights)
 
     def _create_attention_instances(self, prefix: str = "") -> None:
         self.by_prefix = {
@@ -161,7 +180,7 @@ class LinearizedForCausalLM(TransformersForCausalLM, HasInnerState, IsHybrid):
 
     def _get_attn_cls(self) -> Any:
         own = super()._get_attn_cls()
-        page = page_bytes(self.config, self.model_config.dtype)
+        page = page_bytes(self.config, self.model_config.dtype, self.tp_group.world_size)
 
         def made(*, prefix: str, **kwargs: Any) -> Any:
             module = self.by_prefix.get(prefix)

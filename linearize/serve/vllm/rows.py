@@ -50,6 +50,38 @@ def groups(starts: Sequence[int], slots: Tensor, lengths: Tensor) -> list[Group]
     return made
 
 
+class Decodes:
+    """The group of a step in which every sequence has one new token, always in the same memory.
+
+    A CUDA graph reads what was there when it was captured, so numbers of later steps are copied to the same place.
+
+    Args:
+        rows: sequences at most.
+        device: of the pages.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.rows = rows
+        self.tokens = torch.arange(rows, device=device)[:, None]
+        self.slots = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.fresh = torch.ones(rows, dtype=torch.bool, device=device)
+
+    def fits(self, starts: Sequence[int]) -> bool:
+        """Whether each sequence has one token, or none where sequences that pad a graph's rows stand at the end."""
+        count, total = len(starts) - 1, starts[-1]
+        return 0 < count <= self.rows and all(start == min(row, total) for row, start in enumerate(starts))
+
+    def group(self, slots: Tensor, lengths: Tensor) -> Group:
+        """The group of a step that `fits`; see `groups`. What pads has length 0, and reads and writes page 0.
+
+        vLLM gives page 0 to nobody.
+        """
+        count = len(slots)
+        self.slots[:count] = slots.clamp_min(0).masked_fill(lengths == 0, 0)
+        self.fresh[:count] = lengths <= 1
+        return Group(self.tokens[:count], self.slots[:count], self.fresh[:count])
+
+
 def run(
     mixer: Mixer, inputs: dict[str, Tensor], found: Sequence[Group], views: dict[str, Tensor], out: Tensor
 ) -> None:

@@ -8,9 +8,11 @@ import torch
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from linearize.errors import UnsupportedModelError
-from linearize.serve.vllm.kinds import as_exported, is_softmax, name_kinds, sections
+from linearize.mixers import build
+from linearize.serve.vllm.heads import problem, share
+from linearize.serve.vllm.kinds import is_softmax, layer_shapes, name_kinds, sections
 from linearize.serve.vllm.pages import Layout
-from linearize.surgery.schema import FORMAT, mixer_of, plan_problems, upgraded
+from linearize.surgery.schema import FORMAT, plan_problems, upgraded
 
 
 class LinearizedSettings(VerifyAndUpdateConfig):
@@ -32,16 +34,21 @@ class LinearizedSettings(VerifyAndUpdateConfig):
             )
 
 
-def page_bytes(config: Any, dtype: torch.dtype) -> int:
+def page_bytes(config: Any, dtype: torch.dtype, ranks: int = 1) -> int:
     """Bytes of a page: the largest state among a checkpoint's layers, 0 where none holds one.
 
     Args:
         config: of the checkpoint, with its plan.
         dtype: in which the model computes.
+        ranks: processes that share out the heads of a layer.
     """
-    plan = upgraded(as_exported(config).linearize)
+    shapes = layer_shapes(config)
     with torch.device("meta"):
-        mixers = [mixer_of(plan, path) for path, part in sections(config).items() if not is_softmax(part)]
+        mixers = [
+            build(section, share(shapes[path], ranks))
+            for path, section in sections(config).items()
+            if not is_softmax(section)
+        ]
         return max((Layout.of(mixer, dtype).bytes for mixer in mixers), default=0)
 
 
@@ -57,13 +64,15 @@ def problems(vllm_config: Any) -> list[str]:
     """Why vLLM cannot serve a checkpoint with these settings, each with its remedy; empty where it can."""
     parallel = vllm_config.parallel_config
     found = []
+    ranks = parallel.tensor_parallel_size
+    uneven = (problem(shape, ranks) for shape in layer_shapes(vllm_config.model_config.hf_config).values())
+    found += list(dict.fromkeys(why for why in uneven if why is not None))
     for what, size in (
-        ("tensor_parallel_size", parallel.tensor_parallel_size),
         ("pipeline_parallel_size", parallel.pipeline_parallel_size),
         ("decode_context_parallel_size", getattr(parallel, "decode_context_parallel_size", 1)),
     ):
         if size > 1:
-            found.append(f"{what} is {size}, and a mixer's state is on one device; leave it at 1")
+            found.append(f"{what} is {size}, and a mixer's state is not cut along layers or tokens; leave it at 1")
     if vllm_config.speculative_config is not None:
         found.append("speculative decoding takes tokens back, which a state cannot; leave it out")
     if vllm_config.lora_config is not None:
