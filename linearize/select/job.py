@@ -64,7 +64,7 @@ class Options:
         draws: random placements.
         give: name of a mixer of the recipe's, which the chosen layers get when it is run; while they are chosen they
             are softmax. None: they stay it.
-        share: the n of a recipe that keeps every n-th layer takes its place.
+        share: the n of a recipe that keeps every n-th layer, or gives it the mixer `give`, takes its place.
     """
 
     keep: int | None = None
@@ -130,8 +130,10 @@ def select(model: str, recipe: Recipe, out: Path, options: Options, *, command: 
         RecipeError: the recipe chooses layers itself, or has not the mixer that they are to get.
         LinearizeError: `keep` leaves nothing to choose; model or texts are refused, see `distill.run`.
     """
-    if options.give is None and (every := spacing(recipe.layers)):
-        recipe, options = dataclasses.replace(recipe, layers="all"), dataclasses.replace(options, share=every)
+    if every := spacing(recipe.layers, options.give):
+        options = dataclasses.replace(options, share=every)
+        if options.give is None:
+            recipe = dataclasses.replace(recipe, layers="all")
     _check(recipe, options.give)
     with suppress(UnsupportedModelError):  # some show what they are on loaded weights alone
         rows = surgery.plan(models.load_config(model), recipe.mixer, "all").rows

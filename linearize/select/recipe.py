@@ -12,8 +12,13 @@ from linearize.select.placement import Kept
 from linearize.storing import write_file
 
 
-def spacing(layers: object) -> int:
-    """n of a recipe's `{every: n}`, by which every n-th layer stays softmax; 0 where it says anything else."""
+def spacing(layers: object, give: str | None = None) -> int:
+    """n of a recipe's `{every: n}`, by which every n-th layer stays softmax; 0 where it says anything else.
+
+    With `give`, the name of a mixer, the n of `{use: {give: {every: n}}}`, by which every n-th layer gets it.
+    """
+    if give is not None:
+        layers = layers["use"].get(give) if isinstance(layers, dict) and set(layers) == {"use"} else None
     return layers["every"] if isinstance(layers, dict) and set(layers) == {"every"} else 0
 
 
