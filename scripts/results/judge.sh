@@ -12,7 +12,7 @@ data=${DATA:-../shared/data}/text runs=${RUNS:-runs/judge} out=${OUT:-docs/resul
 python=${PYTHON:-python3} million=${MILLION:-M} device=${DEVICE:-auto}
 suites=${SUITES:-scripts/results}
 texts=(--text "wikitext2=$data/wikitext2.test.parquet" --text "books=$data/books.long.parquet")
-models=(lolcats gated_delta_window)
+read -ra models <<<"${MODELS:-lolcats gated_delta_window}" # other runs in RUNS may be measured likewise
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 mkdir -p "$runs" "$out"
 
@@ -77,8 +77,9 @@ for step in "$@"; do
     page)
         for model in "${models[@]}"; do join $model; done
         rm -f "$out/$name.json"
-        "$python" scripts/join_scores.py "$out/$name.json" "$runs/lolcats/eval" "$runs/gated_delta_window/eval"
-        run compare "$runs/lolcats" "$runs/gated_delta_window" --out "$runs/page"
+        evals=("${models[@]/#/$runs/}")
+        "$python" scripts/join_scores.py "$out/$name.json" "${evals[@]/%//eval}"
+        run compare "${models[@]/#/$runs/}" --out "$runs/page"
         for kind in md html; do [ -f "$runs/page/page.$kind" ] && cp "$runs/page/page.$kind" "$out/$name.$kind"; done
         ;;
     *) echo "$step: convert, measure, cost or page" >&2; exit 2 ;;
