@@ -147,3 +147,15 @@ def in_a_time(model: str, recipe: Any, out: Path) -> None:
 
     runner._Job._fit = stop  # type: ignore[method-assign]
     distill.run(model, recipe, out, budget=parse("8s"))
+
+
+def all_recipes(model: str, recipes: dict[str, Any], out: Path) -> None:
+    """Every recipe by both processes together, and half of them by each alone before; a line of each that is done."""
+    own = dict(list(recipes.items())[launched.rank() :: launched.count()])
+    kept = {name: os.environ.pop(name) for name in launched.VARIABLES if name in os.environ}
+    for name, recipe in own.items():
+        run(model, recipe, out / "one" / name)
+    os.environ.update(kept)
+    for name, recipe in recipes.items():
+        with torch.random.fork_rng(devices=[]):
+            run(model, recipe, out / "two" / name)

@@ -1,0 +1,44 @@
+"""The stages of every recipe in two processes: the losses and the weights of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import several_jobs
+import torch
+from byte_llama import TEXT
+from interrupted import finals
+from several import lines, start
+from several_recipes import enough_cards
+from test_recipes import RECIPES, short, small
+
+from linearize.config import compose
+
+
+@pytest.fixture(autouse=True)
+def as_many_cards(request: pytest.FixtureRequest) -> None:
+    enough_cards(request)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_every_recipe(part: int, teacher_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    texts = [f"data.source='{tmp_path}/text.txt'", f"data.validation='{tmp_path}/text.txt'"]
+    recipes = {}
+    for name in RECIPES[part::4]:
+        shipped = compose(name)
+        recipes[name] = compose(name, short(shipped, 40, 2) + small(shipped) + texts)
+    ended = start(2, several_jobs.all_recipes, str(teacher_folder), recipes, tmp_path, folder=tmp_path)
+    assert ended.codes == [0, 0], ended.said[-4000:]
+    for name in recipes:
+        one, two = tmp_path / "one" / name, tmp_path / "two" / name
+        found, expected = lines(two), lines(one)
+        assert [line["stage"] for line in found] == [line["stage"] for line in expected], name
+        losses = [[line["loss"] for line in rows] for rows in (found, expected)]
+        assert losses[0] == pytest.approx(losses[1], rel=2e-3), name
+        for stage, tensors in finals(one).items():
+            for key, tensor in tensors.items():
+                torch.testing.assert_close(
+                    finals(two)[stage][key], tensor, rtol=1e-2, atol=1e-4, msg=f"{name} {stage} {key}"
+                )
