@@ -2,11 +2,13 @@
 
     python scripts/scale.py --out docs/results/scale-h100x2.json
     python scripts/scale.py --out docs/results/scale-h100x2.json --shapes llama-3-8b --stages all_kl --shard full
+    python scripts/scale.py --out docs/results/scale-h100x2.json --shapes smollm2-360m --stages all_kl --sequence 2 \\
+        --recipe gated_deltanet --batch 1 --length 131072
     python scripts/scale.py --shapes tiny --device cpu --length 64 --batch 2 --seconds 2 --out /tmp/scale.json
 
 Each row is a `torchrun` of this file over a stage's own trainer: random weights of the shape, random text, `batch`
-sequences for each process. `scaling` is tokens a second over those of one process with as many sequences for each.
-Rows that are there already are kept, so that a machine that is lent for minutes goes on where it ended.
+sequences for each process, or with --sequence for so many of them together. `scaling` is tokens a second over those of
+one process with as many sequences. Rows that are there already are kept, so that a machine that is lent for minutes goes on where it ended.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from linearize.distill.memory import is_out_of_memory
 MEASURED = ("transfer", "lora_kl", "all_kl")
 STEPS = 10_000
 """Of the stage; the clock ends it."""
+OUT_OF_MEMORY = "out of memory"
 
 
 def main() -> None:
@@ -49,10 +52,19 @@ def main() -> None:
         for stage in options.stages:
             for number in (1, count):
                 shard = options.shard if number > 1 else "none"
-                key = {"shape": shape, "stage": stage, "processes": number, "shard": shard}
-                # rows from before there were shards do not say
-                found = [row for row in rows if key.items() <= ({"shard": "none"} | row).items()]
-                if any(row["tokens_per_second"] for row in found):
+                together = options.sequence if number > 1 else 1
+                key = {
+                    "shape": shape,
+                    "stage": stage,
+                    "processes": number,
+                    "shard": shard,
+                    "sequence": together,
+                }
+                key |= {"length": options.length}
+                # rows from before there were shards and spread sequences do not say
+                plain = {"shard": "none", "sequence": 1}
+                found = [row for row in rows if key.items() <= (plain | row).items()]
+                if any(row["tokens_per_second"] or row["note"] == OUT_OF_MEMORY for row in found):
                     continue
                 rows = [row for row in rows if row not in found]
                 rows.append({**key, **_started(shape, stage, number, options)})
@@ -75,6 +87,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--shard", default="none", choices=["none", "full"], help="of rows of several processes"
     )
+    parser.add_argument(
+        "--sequence", type=int, default=1, help="processes that hold each sequence, of rows of several"
+    )
     parser.add_argument("--batch", type=int, default=16, help="sequences of a step for each process")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=12)
@@ -88,6 +103,7 @@ def _started(shape: str, stage: str, number: int, options: argparse.Namespace) -
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
     given = ["--row", shape, stage, "--device", options.device, "--recipe", options.recipe]
     given += ["--shard", options.shard if number > 1 else "none"]
+    given += ["--sequence", str(options.sequence if number > 1 else 1)]
     given += [
         "--batch",
         str(options.batch),
@@ -97,7 +113,8 @@ def _started(shape: str, stage: str, number: int, options: argparse.Namespace) -
         str(options.seconds),
     ]
     command = [sys.executable, *(launcher if number > 1 else []), __file__, *given]
-    empty = {"batch": options.batch * number, "length": options.length, "tokens_per_second": None}
+    groups = number // options.sequence if number > 1 else 1
+    empty = {"batch": options.batch * groups, "length": options.length, "tokens_per_second": None}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit, check=False)
     except subprocess.TimeoutExpired:
@@ -111,12 +128,12 @@ def _started(shape: str, stage: str, number: int, options: argparse.Namespace) -
 
 def _measured(shape: str, stage: str, options: argparse.Namespace) -> dict[str, Any]:
     """In one of the processes of a row."""
-    run = RunConfig(device=options.device)
+    run = RunConfig(device=options.device, sequence=options.sequence)
     device = resolve_device(run)
     with processes.joined(device), tempfile.TemporaryDirectory() as folder:
         weights = resolve_weights(run, device)
         torch.set_float32_matmul_precision("high")
-        batch = options.batch * processes.count()
+        batch = options.batch * (processes.count() // options.sequence)
         settings = StageConfig(
             **STAGES[stage],
             tokens=STEPS * batch * options.length,
@@ -159,7 +176,7 @@ def _measured(shape: str, stage: str, options: argparse.Namespace) -> dict[str, 
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                return {**found, "note": "out of memory"}
+                return {**found, "note": OUT_OF_MEMORY}
         rate = batch * options.length / clock.seconds
         return {
             **found,
@@ -181,9 +198,13 @@ class Together(Clocked):
 
 def _compare(rows: list[dict[str, Any]]) -> None:
     """Fill `scaling` in."""
-    alone = {(row["shape"], row["stage"]): row["tokens_per_second"] for row in rows if row["processes"] == 1}
+    alone = {
+        (row["shape"], row["stage"], row["length"]): row["tokens_per_second"]
+        for row in rows
+        if row["processes"] == 1
+    }
     for row in rows:
-        base, rate = alone.get((row["shape"], row["stage"])), row["tokens_per_second"]
+        base, rate = alone.get((row["shape"], row["stage"], row["length"])), row["tokens_per_second"]
         row["scaling"] = round(rate / base, 3) if base and rate else None
 
 

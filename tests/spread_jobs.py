@@ -10,17 +10,14 @@ import torch.distributed as dist
 from several_recipes import DEVICE
 from torch import Tensor, nn
 
-from linearize import surgery
 from linearize.across import Across
+from linearize.config.schema import RunConfig
 from linearize.distill import processes
 from linearize.distill.device import resolve_device
-from linearize.config.schema import RunConfig
 from linearize.mixers import LayerShape, build, spread
 from linearize.surgery.spreading import spreading
 
-SHAPE = LayerShape(
-    heads=4, kv_heads=2, key_dim=8, value_dim=8, scaling=8**-0.5, model_dim=16, rotary="half"
-)
+SHAPE = LayerShape(heads=4, kv_heads=2, key_dim=8, value_dim=8, scaling=8**-0.5, model_dim=16, rotary="half")
 EXACT = DEVICE == "cpu"
 BORDERS = {"one document": [[], []], "several": [[5, 16, 21], [13]], "at the border": [[16], [15, 17]]}
 """Where further documents begin in 32 tokens, in each of two rows."""
@@ -119,7 +116,9 @@ def _taken(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def _alike(what: str, found: Tensor, expected: Tensor, slack: float = 1e-4) -> None:
-    rtol, atol = (1e-9, 1e-9) if found.dtype == torch.float64 else (slack, 20 * slack if DEVICE != "cpu" else slack)
+    rtol, atol = (
+        (1e-9, 1e-9) if found.dtype == torch.float64 else (slack, 20 * slack if DEVICE != "cpu" else slack)
+    )
     torch.testing.assert_close(
         found.detach(), expected.detach(), rtol=rtol, atol=atol, msg=lambda text: f"{what}: {text}"
     )

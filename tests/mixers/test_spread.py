@@ -38,7 +38,12 @@ AT_ONCE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 IN_TURN: dict[str, dict[str, Any]] = {
     "blocks": {"feature_map": {"name": "elu"}, "window": {"name": "block", "size": 4}, "combine": SHARED},
-    "slots": {"feature_map": {"name": "identity"}, "window": NONE, "normalizer": NONE, "update": {"name": "mesa"}},
+    "slots": {
+        "feature_map": {"name": "identity"},
+        "window": NONE,
+        "normalizer": NONE,
+        "update": {"name": "mesa"},
+    },
     "angles": {**DELTA, **GATED, "window": NONE, "position": {"name": "selective_rope", "rank": 4}},
 }
 
