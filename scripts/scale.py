@@ -8,7 +8,8 @@
 
 Each row is a `torchrun` of this file over a stage's own trainer: random weights of the shape, random text, `batch`
 sequences for each process, or with --sequence for so many of them together. `scaling` is tokens a second over those of
-one process with as many sequences. Rows that are there already are kept, so that a machine that is lent for minutes goes on where it ended.
+one process with as many sequences. Rows that are there already are kept, so that a machine that is lent for minutes
+goes on where it ended.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(options.out.read_text())["rows"] if options.out.is_file() else []
     for shape in options.shapes:
         for stage in options.stages:
-            for number in (1, count):
+            for number in (1, count) if options.only is None else (options.only,):
                 shard = options.shard if number > 1 else "none"
                 together = options.sequence if number > 1 else 1
                 key = {
@@ -83,6 +84,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", default=list(MEASURED), choices=list(STAGES))
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--processes", type=int, default=0, help="beside one; default: all cards")
+    parser.add_argument("--only", type=int, help="rows of so many processes alone")
     parser.add_argument("--recipe", default="lolcats")
     parser.add_argument(
         "--shard", default="none", choices=["none", "full"], help="of rows of several processes"

@@ -165,7 +165,7 @@ def test_refusals(recipe: Recipe, every_stage: Recipe, teacher_folder: Path, tmp
         "stages.prefer.objective: 'dpo' is no sum over tokens",
         "stages.orient.objective: 'mixing_matrix'",
         "stages.orient.data.length: 63 tokens are not as many for each of run.sequence=2 processes",
-        "stages.drop.window_dropout",
+        "stages.drop.window_dropout: which queries count",
         "mixer.window: 'full' keeps every key",
     ):
         once(ended, words)
