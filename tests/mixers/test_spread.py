@@ -83,3 +83,10 @@ def given(recipe: Recipe) -> list[dict[str, Any]]:
 def test_softmax(size: int, tmp_path: Path) -> None:
     ended = start(size, spread_jobs.softmax, tiny_llama, tmp_path, folder=tmp_path)
     assert ended.codes == [0] * size, ended.said
+
+
+@pytest.mark.slow
+def test_every_family(tmp_path: Path) -> None:
+    """Those that are not refused by name; of a mask, a window or a bias that was overlooked numbers would tell."""
+    ended = start(2, spread_jobs.families, tmp_path, folder=tmp_path)
+    assert ended.codes == [0, 0], ended.said
