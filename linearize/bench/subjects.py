@@ -23,6 +23,10 @@ SMOLLM2_135M = {
 }  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": SMOLLM2_135M,
+    "smollm2-360m": SMOLLM2_135M | {
+        "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+    },
     "llama-3.2-1b": {
         "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": LONG,

@@ -41,7 +41,13 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 """Name -> what a stage of it is; the order is that of a run."""
 DEFAULT = ("transfer", "lora", "lora_kl", "all_kl")
-SIZES = {"smollm2-135m": (16, 1024), "llama-3.2-1b": (8, 2048), "llama-3-8b": (4, 2048), "tiny": (2, 32)}
+SIZES = {
+    "smollm2-135m": (16, 1024),
+    "smollm2-360m": (16, 1024),
+    "llama-3.2-1b": (8, 2048),
+    "llama-3-8b": (4, 2048),
+    "tiny": (2, 32),
+}
 """Shape -> batch and length where none are given."""
 STEPS = 10_000
 """Of the schedule; a measurement ends long before."""

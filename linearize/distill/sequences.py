@@ -2,8 +2,8 @@
 
 Processes stand in a mesh of torch's, (data, sequence): those of a row have the same sequences, and columns others.
 Every process reads whole sequences, which are numbers of tokens, and cuts its own stretch out on the device. What
-tokens predict is looked up before the cut, and losses are divided by the whole step's tokens, so that gradients are sums
-over all processes, in shards too.
+tokens predict is looked up before the cut, and losses are divided by the whole step's tokens, so that gradients are
+sums over all processes, in shards too.
 """
 
 from __future__ import annotations

@@ -136,6 +136,8 @@ def attention(
             "run.sequence=1"
         )
     end = processes.begin + processes.tokens
+    # under autocast a rotary embedding leaves q and k in float32, which no flash kernel takes beside the values
+    query, key = query.to(value.dtype), key.to(value.dtype)
     keys, values = (_repeated(_whole(processes, x)[:, :, :end], query.shape[1]) for x in (key, value))
     if processes.bordered:
         made = _by_documents(processes, query, keys, values, scaling, dropout)
