@@ -33,6 +33,10 @@ from linearize.distill import calibrate, exporting
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.eval.perplexity import perplexity, windows
 
+TOO_LONG = 124
+"""Of a recipe that was ended or not begun, see `--most` and `--whole`; as `timeout` has it."""
+LEAST = 40
+"""Seconds in which a recipe has something to show."""
 STEP = 8
 """Sequences of a step in `--train`: the published batches are larger than a million tokens."""
 
@@ -99,17 +103,27 @@ def _side_by_side(sheet: Sheet, names: list[str], options: argparse.Namespace, a
     for job in range(options.jobs):
         free.put(job % max(1, cards))
 
+    began = time.monotonic()
+
     def one(name: str) -> tuple[str, int]:
         part = parts / f"{name.replace(' ', '+')}.json"
         own = [*arguments, "--jobs", "1", "--recipes", name, "--out", str(part)]
+        if options.whole and began + options.whole - time.monotonic() < LEAST:
+            return name, TOO_LONG
         card = free.get()
         given = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         given |= {"CUDA_VISIBLE_DEVICES": str(card)} if cards > 1 else {}
         try:
             with part.with_suffix(".log").open("w") as log:
-                return name, subprocess.call(
-                    [sys.executable, __file__, *own], stdout=log, stderr=subprocess.STDOUT, env=given
-                )
+                return name, subprocess.run(
+                    [sys.executable, __file__, *own],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=given,
+                    timeout=min(options.most or 1e9, began + (options.whole or 1e9) - time.monotonic()),
+                ).returncode
+        except subprocess.TimeoutExpired:
+            return name, TOO_LONG
         finally:
             free.put(card)
 
@@ -121,7 +135,9 @@ def _side_by_side(sheet: Sheet, names: list[str], options: argparse.Namespace, a
             part = parts / f"{name.replace(' ', '+')}.json"
             made = json.loads(part.read_text()) if part.exists() else {"rows": {}}
             found["teacher"] = made.get("teacher") or found.get("teacher", {})
-            found["rows"] |= made["rows"]
+            if code and options.train and options.calibrated_only:  # what it had measured before it ended
+                made["rows"][name] = made["rows"].get(name, {}) | _starts_of(_out(options, name, on=True))
+            found["rows"] |= {key: row for key, row in made["rows"].items() if row.get("swapped")}
             failed += [name] if code else []
             sheet.write()
             short = {key: made["rows"].get(name, {}).get(key) for key in ("swapped", "calibrated", "after")}
@@ -210,7 +226,7 @@ class _Start:
 
     def trained(self, name: str, *, on: bool) -> dict[str, float]:
         """After `--train` tokens in the proportions of the recipe's stages, at its rates."""
-        recipe, out = self._training(name, on=on), self._out(name, on=on)
+        recipe, out = self._training(name, on=on), _out(self.options, name, on=on)
         if not (out / "done.json").is_file():
             distill.run(self.options.model, recipe, out, resume=out.is_dir(), recipe_name=name)
         return list(_results(out).values())[-1]
@@ -221,27 +237,16 @@ class _Start:
         Returns:
             The teacher's perplexities.
         """
-        recipe, out = self._training(name, on=True), self._out(name, on=True)
+        recipe, out = self._training(name, on=True), _out(self.options, name, on=True)
         recipe.run.compile = "never"  # compiling takes longer than a million tokens do
         row["state_bytes"] = _state_bytes(self._converted(recipe))
         exporting.checkpoint = _no_checkpoint
-        found: dict[str, dict[str, float]] = {}
         try:
             distill.run(self.options.model, recipe, out, resume=out.is_dir(), recipe_name=name)
             row["after"] = _results(out)[f"after {list(recipe.stages)[-1]}"]
         finally:
-            found = _results(out)
-            for key, title in (("swapped", "swapped, untrained"), ("calibrated", "calibrated")):
-                row[key] = found.get(title)
-            done = out / f"stage-0-{calibrate.NAME}" / calibrate.DONE
-            if done.is_file():
-                layers = json.loads(done.read_text())["layers"]
-                row["layers"] = [[round(layer["before"], 4), round(layer["after"], 4)] for layer in layers]
-        return found["teacher"]
-
-    def _out(self, name: str, *, on: bool) -> Path:
-        runs: Path = self.options.runs
-        return runs / f"{name.replace(' ', '+')}-{'calibrated' if on else 'published'}"
+            row |= _starts_of(out)
+        return _results(out)["teacher"]
 
     def _training(self, name: str, *, on: bool) -> Recipe:
         recipe = self._recipe(name)
@@ -262,6 +267,23 @@ class _Start:
             length=self.options.length, max_windows=self.options.windows, texts=texts, ablations=False
         )
         return recipe
+
+
+def _out(options: argparse.Namespace, name: str, *, on: bool) -> Path:
+    runs: Path = options.runs
+    return runs / f"{name.replace(' ', '+')}-{'calibrated' if on else 'published'}"
+
+
+def _starts_of(out: Path) -> dict[str, Any]:
+    """What a row has before any training, from a run's folder, whole or not."""
+    results = _results(out)
+    titles = (("swapped", "swapped, untrained"), ("calibrated", "calibrated"))
+    found: dict[str, Any] = {key: results.get(title) for key, title in titles}
+    done = out / f"stage-0-{calibrate.NAME}" / calibrate.DONE
+    if done.is_file():
+        layers = json.loads(done.read_text())["layers"]
+        found["layers"] = [[round(layer["before"], 4), round(layer["after"], 4)] for layer in layers]
+    return found
 
 
 def _composed(name: str) -> Recipe:
@@ -359,6 +381,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--jobs", type=int, default=1, help="recipes at once, a process each, dealt out to the cards"
     )
+    parser.add_argument(
+        "--most", type=float, default=0, metavar="SECONDS", help="of a recipe with --jobs, then it is ended"
+    )
+    parser.add_argument("--whole", type=float, default=0, metavar="SECONDS", help="the same of all recipes")
     parser.add_argument("--train", type=lambda text: int(as_number(text) or 0), default=0, help="tokens, 1M")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/starts"), help="folder of the runs of --train"
