@@ -63,15 +63,17 @@ def launch_backward(
     halved, kept, removal, states, weights, reading, inverse, solved, moved = saved
     rows, leaving = plan.batch * plan.state_heads, torch.empty_like(states)
     change, missing = torch.empty_like(dv), torch.empty_like(dv)
+    size = (plan.batch, plan.state_heads, plan.chunks, CHUNK + 1, plan.key_dim)
+    sums = q.new_empty(size, dtype=torch.float32)
     made_for = config("reader", plan)
     launch(
-        reader_kernel, (rows * plan.chunks * (plan.value_dim // made_for.values),), do=do, reading=reading,
-        states=leaving, **_sizes(plan, made_for),
+        reader_kernel, (rows * plan.chunks * (plan.value_dim // made_for.values),), do=do, g=log_decay,
+        reading=reading, states=leaving, sums=sums, **_sizes(plan, made_for),
     )  # fmt: skip
     _states(plan, removal, kept, dfinal, leaving, dstart, reverse=True)
     made_for = config("change", plan)
     launch(
-        change_kernel, (rows * plan.chunks * (plan.value_dim // made_for.values),), k=k, v=v, a=a, b=b, g=log_decay,
+        change_kernel, (rows * plan.chunks * (plan.value_dim // made_for.values),), k=k, v=v, a=a, b=b, sums=sums,
         docs=docs, do=do, weights=weights, inverse=inverse, solved=solved, moved=moved, states=states, leaving=leaving,
         change=change, missing=missing, dv=dv, **_sizes(plan, made_for),
     )  # fmt: skip
@@ -79,8 +81,9 @@ def launch_backward(
     for again in (False, True):
         launch(
             gradient_kernel, (rows * plan.chunks * (plan.key_dim // made_for.keys),), q=q, k=k, v=v, a=a, b=b,
-            g=log_decay, docs=docs, do=do, halved=halved, kept=kept, states=states, leaving=leaving, change=change,
-            missing=missing, dq=dq, dk=dk, da=da, db=db, dg=dg, HALVED=again, WIDE=plan.wide, **_sizes(plan, made_for),
+            g=log_decay, sums=sums, docs=docs, do=do, halved=halved, kept=kept, states=states, leaving=leaving,
+            change=change, missing=missing, dq=dq, dk=dk, da=da, db=db, dg=dg, HALVED=again, WIDE=plan.wide,
+            **_sizes(plan, made_for),
         )  # fmt: skip
     return made
 

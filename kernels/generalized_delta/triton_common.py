@@ -80,17 +80,32 @@ def decays_from_start(g, first, rows, stride, dims, tokens, STRICT: tl.constexpr
 
 
 @triton.jit
-def decays_to_end(g, first, rows, stride, dims, tokens):
+def summed(sums, rows, dims, K: tl.constexpr, STRICT: tl.constexpr):
+    """Log decays of a chunk from its middle up to each reader, [C, dims], as `reader_kernel` wrote them down.
+
+    STRICT: an a, whose state has not met the a's own decay; else a q, and what a writer's is met with.
+    """
+    place = rows + (0 if STRICT else 1)
+    return tl.load(sums + place[:, None] * K + dims[None, :])
+
+
+@triton.jit
+def since_start(sums, rows, dims, K: tl.constexpr, STRICT: tl.constexpr):
+    """Of any chunk, [C, dims]: decays from its start to its readers."""
+    start = tl.load(sums + dims)
+    return tl.exp2(tl.minimum(summed(sums, rows, dims, K, STRICT) - start[None, :], 0.0))
+
+
+@triton.jit
+def until_end(sums, rows, dims, K: tl.constexpr):
     """And from its writers to its end."""
-    decays = in_base_two(load_rows(g, first, rows, stride, dims, tokens))
-    passed, early = row_exponents(decays, rows, rows.shape[0])
-    late = tl.sum(decays, 0) - early
-    return tl.exp2(tl.minimum(late[None, :] - passed, 0.0))
+    end = tl.load(sums + rows.shape[0] * K + dims)
+    return tl.exp2(tl.minimum(end[None, :] - summed(sums, rows, dims, K, False), 0.0))
 
 
 @triton.jit
 def turned_decays_to_end(g, first, rows, stride, dims, tokens):
-    """The same, [dims, C]."""
+    """Of any chunk, [dims, C]: decays from its writers to its end."""
     decays = in_base_two(load_columns(g, first, rows, stride, dims, tokens))
     passed = column_exponents(decays, rows, rows.shape[0])
     late = tl.sum(tl.where((rows >= rows.shape[0] // 2)[None, :], decays, 0.0), 1)
@@ -105,14 +120,7 @@ def entered(x, g, entering, first, rows, own_stride, stride, dims, tokens, STRIC
 
 
 @triton.jit
-def left(x, g, leaving, first, rows, stride, dims, tokens):
-    """Writers x with the decay to the chunk's end, float32; zero in earlier documents."""
-    tile = load_rows(x, first, rows, stride, dims, tokens).to(tl.float32)
-    return tile * decays_to_end(g, first, rows, stride, dims, tokens) * leaving[:, None]
-
-
-@triton.jit
 def turned_left(x, g, leaving, first, rows, stride, dims, tokens):
-    """The same, [dims, C]."""
+    """Writers x with the decay to the chunk's end, [dims, C] float32; zero in earlier documents."""
     tile = load_columns(x, first, rows, stride, dims, tokens).to(tl.float32)
     return tile * turned_decays_to_end(g, first, rows, stride, dims, tokens) * leaving[None, :]

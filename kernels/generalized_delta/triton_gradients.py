@@ -21,17 +21,16 @@ from linearize.kernels.gated_linear.triton_levels import (
     CAP,
     in_base_two,
     level_pairs,
-    row_exponents,
     row_sums,
     under_decay,
 )
 from linearize.kernels.generalized_delta.triton_common import (
     chunk_documents,
     decays_from_start,
-    decays_to_end,
     earlier,
     later,
-    met,
+    summed,
+    until_end,
 )
 
 
@@ -117,8 +116,8 @@ def halved_writers(
 
 @triton.jit
 def for_readers(
-    moved, y, x, to, states, v, change, k, b, g, first, rows, begin, entering, y_stride, x_stride, dims, tokens, levels,
-    state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, STRICT: tl.constexpr,
+    moved, y, x, to, states, v, change, k, b, g, sums, first, rows, begin, entering, y_stride, x_stride, dims, tokens,
+    levels, state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, STRICT: tl.constexpr,
     HALVED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Columns `dims` of the gradient of the readers x whose outputs have the gradient y, stored.
@@ -144,17 +143,15 @@ def for_readers(
         )  # fmt: skip
         store_rows(to, first, rows, x_stride, dims, tokens, found)
     else:
-        decays = in_base_two(load_rows(g, first, rows, stride, dims, tokens))
-        passed, early = row_exponents(decays, rows, rows.shape[0])
-        found = found * tl.exp2(early)[None, :] * entering[:, None]
-        down = tl.exp2(-passed)
+        found = found * tl.exp2(-tl.load(sums + dims))[None, :] * entering[:, None]
+        down = tl.exp2(-summed(sums, rows, dims, K, False))
         right = under_decay(load_rows(k, first, rows, stride, dims, tokens), down, WIDE, PRECISION)
         found = tl.dot(weighed(with_k, right), right, found, input_precision=PRECISION)
         tl.debug_barrier()
         with_b = all_pairs(y, change, first, rows, y_stride, state_heads * V, tokens, V, BV, PRECISION)
         right = under_decay(load_rows(b, first, rows, stride, dims, tokens), down, WIDE, PRECISION)
         found = tl.dot(weighed(tl.where(seen, with_b, 0.0), right), right, found, input_precision=PRECISION)
-        up = tl.exp2(met(passed, g, first, rows, stride, dims, tokens, STRICT))
+        up = tl.exp2(summed(sums, rows, dims, K, STRICT))
         store_rows(to, first, rows, x_stride, dims, tokens, found * up)
         own = under_decay(load_rows(x, first, rows, x_stride, dims, tokens), up, WIDE, PRECISION)
         moved += found * own.to(tl.float32)
@@ -163,7 +160,7 @@ def for_readers(
 
 @triton.jit
 def for_writers(
-    moved, y, x, to, leaving, q, a, do, missing, g, first, rows, end, open_after, dims, tokens, levels,
+    moved, y, x, to, leaving, q, a, do, missing, g, sums, first, rows, end, open_after, dims, tokens, levels,
     heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     HALVED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -174,9 +171,7 @@ def for_writers(
     """
     group: tl.constexpr = heads // state_heads
     stride: tl.constexpr = state_heads * K
-    if not HALVED:
-        decays = in_base_two(load_rows(g, first, rows, stride, dims, tokens))
-        passed, _early = row_exponents(decays, rows, rows.shape[0])
+    passed = summed(sums, rows, dims, K, False)
     found = tl.zeros([rows.shape[0], dims.shape[0]], tl.float32)
     for member in range(group):
         pairs = all_pairs(
@@ -199,7 +194,7 @@ def for_writers(
             found, moved, pairs, a, x, g, first, rows, stride, stride, dims, tokens, levels, True, WIDE, PRECISION
         )  # fmt: skip
     else:
-        up = tl.exp2(met(passed, g, first, rows, stride, dims, tokens, True))
+        up = tl.exp2(summed(sums, rows, dims, K, True))
         right = under_decay(load_rows(a, first, rows, stride, dims, tokens), up, WIDE, PRECISION)
         found = tl.dot(weighed(pairs, right), right, found, input_precision=PRECISION)
         down = tl.exp2(-passed)
@@ -208,7 +203,7 @@ def for_writers(
         found *= down
     tl.debug_barrier()
     beyond = from_state(y, leaving, first, rows, state_heads * V, dims, tokens, V, BV, PRECISION)
-    beyond *= decays_to_end(g, first, rows, stride, dims, tokens) * open_after[:, None]
+    beyond *= until_end(sums, rows, dims, K) * open_after[:, None]
     store_rows(to, first, rows, stride, dims, tokens, found + beyond)
     beyond *= load_rows(x, first, rows, stride, dims, tokens).to(tl.float32)
     return moved - beyond, tl.sum(beyond, 0)
@@ -228,8 +223,8 @@ def through_chunk(states, leaving, dims, V: tl.constexpr, BV: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
 def gradient_kernel(
-    q, k, v, a, b, g, docs, do, halved, kept, states, leaving, change, missing, dq, dk, da, db, dg, tokens, chunks,
-    heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    q, k, v, a, b, g, sums, docs, do, halved, kept, states, leaving, change, missing, dq, dk, da, db, dg, tokens,
+    chunks, heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, HALVED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BK columns of dq [B, T, H, K], dk, da, db and dg [B, T, M, K], of one chunk of one head of the state."""
@@ -253,6 +248,7 @@ def gradient_kernel(
         of_outputs = (batch * tokens * heads + head * group) * V
         states += at * K * V
         leaving += at * K * V
+        sums += at * (C + 1) * K
         k += of_keys
         a += of_keys
         b += of_keys
@@ -267,8 +263,8 @@ def gradient_kernel(
         moved = tl.zeros([C, BK], tl.float32)
         for member in range(group):
             moved = for_readers(
-                moved, do + member * V, q + member * K, dq + member * K, states, v, change, k, b, g, first, rows,
-                begin, entering, heads * V, heads * K, dims, tokens, often, state_heads, K, V, BV, False, HALVED,
+                moved, do + member * V, q + member * K, dq + member * K, states, v, change, k, b, g, sums, first,
+                rows, begin, entering, heads * V, heads * K, dims, tokens, often, state_heads, K, V, BV, False, HALVED,
                 WIDE, PRECISION,
             )  # fmt: skip
         tl.debug_barrier()
@@ -278,16 +274,16 @@ def gradient_kernel(
         if not HALVED:
             rows = rows + (chunks >> 31)
         moved, over = for_writers(
-            moved, v, k, dk + of_keys, leaving, q, a, do, missing, g, first, rows, end, open_after, dims, tokens,
-            often, heads, state_heads, K, V, BV, HALVED, WIDE, PRECISION,
+            moved, v, k, dk + of_keys, leaving, q, a, do, missing, g, sums, first, rows, end, open_after, dims,
+            tokens, often, heads, state_heads, K, V, BV, HALVED, WIDE, PRECISION,
         )  # fmt: skip
         through += over
         tl.debug_barrier()
         if not HALVED:
             rows = rows + (tokens >> 31)
         moved, over = for_writers(
-            moved, change, b, db + of_keys, leaving, q, a, do, missing, g, first, rows, end, open_after, dims, tokens,
-            often, heads, state_heads, K, V, BV, HALVED, WIDE, PRECISION,
+            moved, change, b, db + of_keys, leaving, q, a, do, missing, g, sums, first, rows, end, open_after, dims,
+            tokens, often, heads, state_heads, K, V, BV, HALVED, WIDE, PRECISION,
         )  # fmt: skip
         through += over
         tl.debug_barrier()
@@ -295,8 +291,8 @@ def gradient_kernel(
             rows = rows + ((tokens + chunks) >> 31)
         # last, since an a has not met its own decay: no other tile has to wait for that
         own = for_readers(
-            tl.zeros([C, BK], tl.float32), missing, a, da + of_keys, states, v, change, k, b, g, first, rows, begin,
-            entering, width, stride, dims, tokens, often, state_heads, K, V, BV, True, HALVED, WIDE, PRECISION,
+            tl.zeros([C, BK], tl.float32), missing, a, da + of_keys, states, v, change, k, b, g, sums, first, rows,
+            begin, entering, width, stride, dims, tokens, often, state_heads, K, V, BV, True, HALVED, WIDE, PRECISION,
         )  # fmt: skip
         moved = tl.cumsum(moved + own, 0, reverse=True) - own
         store_rows(dg + of_keys, first, rows, stride, dims, tokens, moved + through[None, :])
