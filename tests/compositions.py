@@ -219,7 +219,7 @@ VARIANTS: list[dict] = [
         "short_conv": {"name": "depthwise", "taps": 2},
     },
     {
-        "feature_map": {"name": "exp"},
+        "feature_map": {"name": "exp", "learned": True},
         "update": {"name": "latte"},
         "normalizer": {"name": "none"},
         "window": {**SLIDING, "overlap": True},

@@ -14,6 +14,7 @@ from linearize.errors import LinearizeError
 from linearize.mixers import LayerShape, build, check
 from linearize.mixers.base import positions
 from linearize.mixers.feature_map import FEATURE_MAPS
+from linearize.mixers.statistics import Statistics
 
 SHAPE = LayerShape(heads=4, kv_heads=2, key_dim=8, value_dim=8, scaling=0.3)
 POSITION = torch.tensor([[0, 1, 2, 3, 4], [3, 4, 5, 0, 1]])
@@ -102,6 +103,27 @@ def test_exp():
     close(shifted / shifted.sum(-1, keepdim=True), exact / exact.sum(-1, keepdim=True))
     close(shifted, exact * (-2 * q.amax(-1)).exp().transpose(1, 2)[..., None])
     assert made("exp", less_maximum="both").key(k).amax(-1).eq(1).all()
+
+
+def test_learned_scales_of_exp_spread_the_weights_as_softmax_does():
+    """Linear Log-Normal attention: the standard deviation of log weights is that of the scores, head by head."""
+    q, k = heads(4, size=2.0).flatten(0, 1).float(), heads(2, seed=1).flatten(0, 1).float()
+    learned = made("exp", learned=True).float()
+    close(
+        products(learned, q[None], k[None]),
+        products(made("exp").float(), q[None], k[None]),
+    )
+    opens = torch.arange(len(q)) == 0
+    (start,) = learned.starts(Statistics(SHAPE, q, k, opens, lambda: pytest.fail("not asked for")))
+    assert {name: value.shape for name, value in start.items()} == {
+        "query_scale": (4, 1),
+        "key_scale": (2, 1),
+    }
+    for head in range(4):
+        a, b = (start[name][at] for name, at in (("query_scale", head), ("key_scale", head // 2)))
+        weights = ((a * q[:, head])[:, None] + (b * k[:, head // 2])[None]).exp().sum(-1)
+        spread = (SHAPE.scaling * q[:, head] @ k[:, head // 2].T).std()
+        assert weights.log().std() == pytest.approx(float(spread), rel=0.15)
 
 
 def test_identity():

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Part, wide
+from linearize.mixers import fits
+from linearize.mixers.base import LayerShape, Part, accumulator, fill, wide
 from linearize.mixers.feature_map import FEATURE_MAPS
 from linearize.mixers.feature_map.shared import ParameterFree, exponential
 from linearize.mixers.options import choice_problems, number
+from linearize.mixers.statistics import Statistics
 
 
 @FEATURE_MAPS.register("exp")
 class Exp(ParameterFree):
-    """phi(x) = exp(t x), by default less the row maximum on queries; F = K, no parameters.
+    """phi(x) = exp(t x), by default less the row maximum on queries; F = K, no parameters unless t is `learned`.
 
     A running-sum normalizer cancels the query's factor exp(-t max q), so there the shift is for float32's sake only.
     Without a normalizer each query's output shrinks by that factor, and under one shared with a window the
@@ -28,10 +31,15 @@ class Exp(ParameterFree):
         shape: the layer's numbers.
     """
 
+    query_scale: nn.Parameter | None
+    key_scale: nn.Parameter | None
+
     @dataclass
     class Config(Part.Config):
         scale: float = number(1.0, above=0, most=1000)
         """t; 2 is spikier and nearer to softmax."""
+        learned: bool = False
+        """t is a parameter of each query head and of each key-value head, which a calibration sets and stages train."""
         less_maximum: str = "query"
         """Where the row maximum is taken off: query, both (queries and keys), none."""
 
@@ -42,9 +50,40 @@ class Exp(ParameterFree):
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)
         self.config = config
+        for name, heads in (("query_scale", shape.heads), ("key_scale", shape.kv_heads)):
+            self.register_parameter(name, nn.Parameter(torch.empty(heads, 1)) if config.learned else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for scale in (self.query_scale, self.key_scale):
+            if scale is not None:
+                fill(scale, self.config.scale)
+
+    def starts(self, statistics: Statistics) -> list[dict[str, Tensor]]:
+        """Scales by the spread of queries and keys (see `fits.log_normal`), a key's the mean over its query heads."""
+        if self.query_scale is None or self.key_scale is None:
+            return []
+        heads, shared = len(self.query_scale), len(self.key_scale)
+        found = self.query_scale.new_tensor(
+            [
+                fits.log_normal(
+                    statistics.q[:, head],
+                    statistics.k[:, head * shared // heads],
+                    statistics.shape.scaling,
+                )
+                for head in range(heads)
+            ]
+        )
+        of_keys = found[:, 1].view(shared, -1).mean(1, keepdim=True)
+        return [{"query_scale": found[:, :1], "key_scale": of_keys}]
 
     def query(self, q: Tensor, position: Tensor | None = None) -> Tensor:
-        return exponential(self.config.scale * wide(q), less_maximum=self.config.less_maximum != "none")
+        scaled = wide(q) * self._scale(self.query_scale, q)
+        return exponential(scaled, less_maximum=self.config.less_maximum != "none")
 
     def key(self, k: Tensor, position: Tensor | None = None) -> Tensor:
-        return exponential(self.config.scale * wide(k), less_maximum=self.config.less_maximum == "both")
+        scaled = wide(k) * self._scale(self.key_scale, k)
+        return exponential(scaled, less_maximum=self.config.less_maximum == "both")
+
+    def _scale(self, learned: Tensor | None, like: Tensor) -> Tensor | float:
+        return self.config.scale if learned is None else learned.to(accumulator(like.dtype))
