@@ -5,7 +5,7 @@
 #
 # convert: both, and the teacher trained the same way without surgery. measure: text, recall, decoding and, where TASKS
 # names a folder of them, the five tasks. cost: latency and memory, which want the device alone. page: json, md and
-# html. What is there is not made again; MILLIONS, SUITE and so on may be set smaller.
+# html. What is there is not made again; MILLION, SUITES, MODEL, ITEMS and OVERRIDES make it small for a try.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 data=${DATA:-../shared/data}/text runs=${RUNS:-runs/judge} out=${OUT:-docs/results} name=${NAME:-judge-h200}
@@ -75,11 +75,11 @@ for step in "$@"; do
         for model in "${models[@]}"; do join $model; done
         ;;
     page)
-        for model in "${models[@]}"; do join $model; done
+        have=()
+        for model in "${models[@]}"; do join $model; [ -f "$runs/$model/eval/results.json" ] && have+=("$runs/$model"); done
         rm -f "$out/$name.json"
-        evals=("${models[@]/#/$runs/}")
-        "$python" scripts/join_scores.py "$out/$name.json" "${evals[@]/%//eval}"
-        run compare "${models[@]/#/$runs/}" --out "$runs/page"
+        "$python" scripts/join_scores.py "$out/$name.json" "${have[@]/%//eval}"
+        run compare "${have[@]}" --out "$runs/page"
         for kind in md html; do [ -f "$runs/page/page.$kind" ] && cp "$runs/page/page.$kind" "$out/$name.$kind"; done
         ;;
     *) echo "$step: convert, measure, cost or page" >&2; exit 2 ;;

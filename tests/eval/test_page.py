@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from judged import judged, score, trained
 from linearize import cli
 from linearize.eval import page
 from linearize.eval.page import blocks, figures
-from linearize.eval.rows import STUDENT, Scores
+from linearize.eval.rows import STUDENT, TEACHER, Scores
 
 HOSTILE = (
     "<script>taken=1</script></script>\"'|`x` <img src=x onerror=window.taken=1> &lt;b&gt; {{ 7*7 }} ]]>-->"
@@ -199,3 +200,34 @@ def test_without_plotly_the_markdown_is_there_and_the_reason(tmp_path, capsys, m
     said = capsys.readouterr()
     assert "no page.html" in said.err and "pip install 'linearize[page]'" in said.err
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["page.md"]
+
+
+def test_two_students_of_one_file_are_two_subjects(tmp_path, monkeypatch):
+    """What was measured of one alone never stands under the other's name."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "scripts"))
+    import join_scores
+
+    first, second = (
+        judged(tmp_path / "first", name="first"),
+        judged(tmp_path / "second", name="second", worse=0.3),
+    )
+    assert join_scores.main([str(tmp_path / "all.json"), str(first), str(second)]) == 0
+    whole = Scores(tmp_path / "all.json").rows
+    assert {row.model for row in whole if row.role == STUDENT} == {"first"}, (
+        "rows of one key are one measurement"
+    )
+
+    rows = [replace(row, key=f"second {row.key}") for row in Scores(second / "results.json").rows]
+    only = [
+        row for row in rows if row.role != TEACHER and not (row.role == STUDENT and row.task == "passkey")
+    ]
+    Scores(tmp_path / "all.json").add(only)
+    one, other = page.read([tmp_path / "all.json"])
+    assert (one.name, other.name) == ("first", "second")
+    assert {row.model for row in one.rows if row.role == STUDENT} == {"first"}
+    assert any(row.task == "passkey" for row in one.rows if row.role == STUDENT)
+    assert not any(row.task == "passkey" for row in other.rows if row.role == STUDENT)
+    assert [row.value for row in one.rows if row.role == TEACHER] == [
+        row.value for row in other.rows if row.role == TEACHER
+    ]
+    assert "first is better than second" in page.compose([one, other]).headline.text
