@@ -111,7 +111,7 @@ def served(model: Any, tokenizer: Any = None, **settings: Any) -> Iterator[Clien
 def expected(model: Any, tokenizer: Any, prompt: str | list[int], tokens: int = 8, **options: Any) -> str:
     """The text that `generate` adds to a prompt, greedily."""
     ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-    given = torch.tensor([ids])
+    given = torch.tensor([ids], device=model.device)
     made = model.generate(
         given, attention_mask=torch.ones_like(given), max_new_tokens=tokens, do_sample=False, **options
     )

@@ -62,6 +62,19 @@ def test_unequal_prompts_at_once_are_generates(layers):
     assert made == [expected(model, tokenizer, text, 12) for text in texts]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("layers", ["all", [1], None], ids=["converted", "hybrid", "teacher"])
+def test_graphs_of_a_card(layers):
+    """The rows' steps are CUDA graphs there; twice as many texts as slots, which come and go."""
+    model, tokenizer = byte_model(layers).cuda(), chatting()
+    texts = prompts(9, seed=1)
+    # first, so that kernels are compiled when the server is waited for
+    wanted = [expected(model, tokenizer, text, 12) for text in texts]
+    with served(model, tokenizer, slots=4) as client:
+        assert at_once([lambda text=text: client.text(text, 12) for text in texts]) == wanted
+
+
 def test_chat_is_the_template_and_generate(client, model):
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a river?"}]
     body = {"model": "tiny", "messages": messages, "max_completion_tokens": 10, "temperature": 0}

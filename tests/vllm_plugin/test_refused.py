@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import tiny
-from served import VLLM, Checkpoint
+from served import VLLM, Checkpoint, lolcats
 
 import linearize
 from linearize import surgery
@@ -20,7 +20,6 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
@@ -32,6 +31,14 @@ pytestmark = pytest.mark.skipif(
 def test_settings(start, linear, options, named):
     with pytest.raises(Exception, match=named):
         start(linear, **options)
+
+
+def test_heads_that_cannot_be_shared_out(start, tmp_path):
+    """Twelve query heads over four of keys and values, for three processes."""
+    model = lolcats(num_attention_heads=12, num_key_value_heads=4)
+    folder = linearize.save(model, tmp_path / "out")
+    with pytest.raises(Exception, match="12 query heads over 4 of keys and values .* take 1, 2, 4 or 12"):
+        start(Checkpoint(folder, []), tensor_parallel_size=3)
 
 
 def test_plan(start, linear, tmp_path):
