@@ -20,7 +20,7 @@ from linearize import distill, launched
 from linearize.errors import LinearizeError
 
 PATIENCE = int(os.environ.get("LINEARIZE_TEST_PATIENCE", "120"))
-"""Seconds after which processes that still run count as hanging; each says where, some seconds before."""
+"""Seconds after which processes that still run count as hanging; each says where, some time before."""
 
 server = multiprocessing.get_context(os.environ.get("LINEARIZE_TEST_START", "forkserver"))
 
@@ -91,7 +91,7 @@ def _one(environment: dict[str, str], path: Path, job: Callable[..., Any], given
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with path.open("w", buffering=1) as sys.stderr:
-        faulthandler.dump_traceback_later(max(1, PATIENCE - 10), file=sys.stderr)
+        faulthandler.dump_traceback_later(0.7 * PATIENCE, file=sys.stderr)
         try:
             job(*given)
             code = 0

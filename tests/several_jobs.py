@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,12 +151,13 @@ def in_a_time(model: str, recipe: Any, out: Path) -> None:
 
 
 def all_recipes(model: str, recipes: dict[str, Any], out: Path) -> None:
-    """Every recipe by both processes together, and half of them by each alone before; a line of each that is done."""
+    """Every recipe by both processes together, and before half of them by each alone."""
     own = dict(list(recipes.items())[launched.rank() :: launched.count()])
     kept = {name: os.environ.pop(name) for name in launched.VARIABLES if name in os.environ}
     for name, recipe in own.items():
         run(model, recipe, out / "one" / name)
     os.environ.update(kept)
-    for name, recipe in recipes.items():
-        with torch.random.fork_rng(devices=[]):
+    with processes.joined(torch.device("cpu")):
+        runner.processes.joined = lambda device: nullcontext()  # once for all, since a store outlives its run
+        for name, recipe in recipes.items():
             run(model, recipe, out / "two" / name)

@@ -18,7 +18,7 @@ from linearize.cost.shapes import config_of
 from linearize.cost.stages import plan, sizes_of, ways
 from linearize.cost.strategy import fit, shares
 from linearize.distill.trainable import prepare
-from linearize.errors import CheckpointError, LinearizeError
+from linearize.errors import CheckpointError, LinearizeError, UnsupportedModelError
 from linearize.kernels.distill.slices import ELEMENTS
 
 ROWS = json.loads((Path(__file__).parents[1] / "docs/results/train-h200.json").read_text(encoding="utf-8"))
@@ -152,7 +152,24 @@ def test_widths_that_have_another_name():
         assert {stage.sizes.inner for stage in found.stages} == {inner}
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_experts_are_refused(name):
-    with pytest.raises(LinearizeError, match="mixture of experts"):
-        plan(family_config(name), compose("lolcats"), 1, CARDS["h100"], model=name, name="lolcats")
+@pytest.mark.parametrize(
+    "shape, total, active", [("mixtral-8x7b", 46.7e9, 12.9e9), ("qwen3-30b-a3b", 30.5e9, 3.3e9)]
+)
+def test_experts_count_as_far_as_they_work(shape, total, active):
+    """Totals and active parameters are those that the papers give; memory is of all, work of some."""
+    found = plan(config_of(shape), compose("lolcats"), 8, CARDS["h100"], model=shape, name="lolcats")
+    assert found.teacher == pytest.approx(total, rel=0.005)
+    assert found.active == pytest.approx(active, rel=0.02)
+    transfer, lora = found.stages
+    body = 2 * (found.active - 2 * transfer.sizes.head)
+    assert body < transfer.flops < 1.12 * body  # softmax and mixers come on top
+    assert transfer.fit.bytes["frozen"] * transfer.fit.cards ** (transfer.fit.way == "sharded") > 1.9 * total
+    assert "a mixture of experts" in lora.basis
+    assert lora.sizes.inner == {"mixtral-8x7b": 2 * 14_336, "qwen3-30b-a3b": 8 * 768}[shape]
+
+
+def test_experts_that_do_not_say_how_many_work(monkeypatch):
+    config = family_config("qwen3_moe")
+    monkeypatch.setattr("linearize.models.experts.CHOSEN", ("experts_at_work", "chosen"))
+    with pytest.raises(UnsupportedModelError, match="does not say in its config how many"):
+        plan(config, compose("lolcats"), 1, CARDS["h100"], model="one", name="lolcats")

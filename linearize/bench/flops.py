@@ -14,7 +14,7 @@ S = 2 (T + 1) x heads x head dim for the scores and values of each softmax layer
 | all | 6 N | 6 V D | | 6 P | |
 | all_kl | 8 N | 8 V D | S | 6 P | |
 
-Layers that stay softmax have S forward and 2 S backward in the student too. What a recurrent branch does with its state
+Of a mixture's experts those count that a token goes to. Layers that stay softmax have S forward and 2 S backward in the student too. What a recurrent branch does with its state
 and a window with its keys is not counted, nor what checkpointing computes again: MFU of a converted model is a lower
 bound of what the card did.
 """
@@ -76,18 +76,21 @@ def per_token(model: nn.Module, stage: str, length: int) -> float:
     from linearize import surgery
     from linearize.distill.trainable import unwrapped
     from linearize.mixers.window.full import FullWindow
+    from linearize.models import experts
 
     base = unwrapped(model)
+    met = experts.shares(base)
     mixers = [layer.mixer for layer in surgery.converted(base)]
     own = {id(p) for mixer in mixers for p in mixer.parameters()}
     tables = {id(m.weight) for m in base.modules() if isinstance(m, nn.Embedding)}
     head = base.get_output_embeddings().weight
-    sizes = {"body": 0, "adapters": 0, "mixers": 0}
+    sizes = {"body": 0.0, "adapters": 0.0, "mixers": 0.0}
     for name, parameter in base.named_parameters():
         if id(parameter) in tables or parameter is head:
             continue
         kind = "mixers" if id(parameter) in own else "adapters" if ".lora_" in name else "body"
-        sizes[kind] += parameter.numel() if parameter.dim() > 1 or kind == "mixers" else 0
+        counts = parameter.dim() > 1 or kind == "mixers"
+        sizes[kind] += parameter.numel() * met.get(id(parameter), 1.0) if counts else 0
     softmax = softmax_layer(base.config.get_text_config(), length)
     layers = base.config.get_text_config().num_hidden_layers
     kept = layers - sum(1 for mixer in mixers if not isinstance(mixer.window, FullWindow))

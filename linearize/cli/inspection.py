@@ -37,7 +37,7 @@ def main(options: argparse.Namespace) -> int:
     raise_together(errors, f"{options.recipe} on {options.model}")
     screen = console()
     screen.print(table(plan))
-    for line in totals(plan, options.length):
+    for line in [*_experts(config), *totals(plan, options.length)]:
         screen.print(line, markup=False, soft_wrap=True)
     return 0
 
@@ -121,6 +121,25 @@ def totals(plan: Plan, length: int | None = None) -> list[str]:
         change = f"{before / after:.1f} times less" if after <= before else f"{after / before:.1f} times more"
         lines.append(f"at {length:,} tokens: {size(before)} before, {size(after)} after, {change}")
     return lines
+
+
+def _experts(config: Any) -> list[str]:
+    """Of a mixture, how much of it is at work for a token."""
+    from linearize.errors import UnsupportedModelError
+    from linearize.models import experts
+    from linearize.surgery.inspection import skeleton
+
+    model = skeleton(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    try:
+        active = experts.active(model)
+    except UnsupportedModelError as error:
+        return [f"experts     {error}"]
+    if active == total:
+        return []
+    return [
+        f"experts     {active:,} of {total:,} parameters are at work for a token; experts and routers stay as they are"
+    ]
 
 
 def _others(plan: Plan) -> list[str]:

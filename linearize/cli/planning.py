@@ -63,7 +63,8 @@ def main(options: argparse.Namespace) -> int:
 def heading(plan: Plan) -> list[str]:
     """Parameters and cards."""
     return [
-        f"teacher     {plan.teacher:,} parameters",
+        f"teacher     {plan.teacher:,} parameters"
+        + (f", {plan.active:,} of them at work for a token" if plan.active < plan.teacher else ""),
         f"converted   {plan.converted:,} parameters, {plan.converted - plan.teacher:,} of them in mixers",
         f"cards       {plan.count} x {plan.card.name}, {plan.card.usable / 2**30:.0f} GiB of each to be had; "
         f"${plan.price:g} a card and hour",

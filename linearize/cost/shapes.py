@@ -24,9 +24,20 @@ LARGE: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 64, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128,
         "max_position_embeddings": 40_960, "rope_theta": 1_000_000.0, "tie_word_embeddings": False,
     },
+    "mixtral-8x7b": {
+        "model_type": "mixtral", "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32_768,
+        "rope_theta": 1_000_000.0, "num_local_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": False,
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe", "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144,
+        "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": 128, "max_position_embeddings": 40_960, "rope_theta": 1_000_000.0, "num_experts": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": True, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 """Name -> config, of their publishers' config.json (Llama 3 herd of models 2024, arXiv 2407.21783, table 3; Qwen3 2025,
-arXiv 2505.09388, table 1); a Llama where no type is said."""
+arXiv 2505.09388, tables 1 and 2; Mixtral 2024, arXiv 2401.04088, table 1); a Llama where no type is said."""
 
 
 def known() -> list[str]:

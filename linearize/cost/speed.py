@@ -41,11 +41,12 @@ def seconds(
     return again * (products + traffic) + LAUNCH * KERNELS[kind] * sizes.layers / tokens
 
 
-def rows(sizes: Sizes, kind: str, card: Card) -> str:
+def rows(sizes: Sizes, kind: str, card: Card, *, experts: bool = False) -> str:
     """Which measurements the speed rests on, in words."""
     base = kind.replace("mixers", "lora")
     said = f"train-h200.json, {base} up to {MEASURED[base] / 1e9:.3g}B"
     beyond = [f"{sizes.teacher / 1e9:.3g}B"] if sizes.teacher > 1.2 * MEASURED[base] else []
     beyond += [card.name] if card.name != "h200" else []
     beyond += ["mixers alone"] if kind != base else []
+    beyond += ["a mixture of experts, by what a token meets"] if experts else []
     return said + (f"; extrapolated to {', '.join(beyond)}" if beyond else "")

@@ -21,15 +21,12 @@ from linearize.distill.finetune import needs_teacher
 from linearize.distill.teachers import apart
 from linearize.distill.trainable import prepare, trained, unwrapped
 from linearize.distill.tying import untied
-from linearize.errors import LinearizeError
+from linearize.models import experts
 from linearize.surgery.inspection import skeleton
 from linearize.surgery.projections import linear_sizes
 
 PRICE = 3.0
 """US dollars a card and hour where none is given: a round number near what clouds ask for an H100 on demand."""
-
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""What configs call the number of experts; their module is called `experts` in most families, not in all."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,7 @@ class Plan:
 
     Attributes:
         teacher, converted: parameters of the model and of what becomes of it, without adapters.
+        active: of the model's, those at work for a token; all but in a mixture of experts.
     """
 
     model: str
@@ -77,6 +75,7 @@ class Plan:
     price: float
     teacher: int
     converted: int
+    active: int
     stages: list[StagePlan] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,14 +108,14 @@ def plan(
         price: US dollars a card and hour.
 
     Raises:
-        LinearizeError: a mixture of experts, whose share of active weights is not in the formulas.
-        UnsupportedModelError, RecipeError: as `surgery.plan`.
+        UnsupportedModelError: as `surgery.plan`, or a mixture of experts that does not say how many are at work.
+        RecipeError: as `surgery.plan`.
     """
-    base = _skeleton(config, model)
-    teacher = _count(base)
+    base: Any = skeleton(config)
+    teacher, active = _count(base), experts.active(base)
     with torch.device("meta"):
         student: Any = surgery.convert(base, recipe.mixer, recipe.layers, recipe.mixers).eval()
-    found = Plan(model, name, count, card, price, teacher, _count(student))
+    found = Plan(model, name, count, card, price, teacher, _count(student), active)
     for key, stage, prepared in _prepared(student, recipe):
         found.stages.append(_stage(prepared, stage, key, recipe, found))
     return found
@@ -131,7 +130,7 @@ def ways(config: Any, recipe: Recipe, count: int, card: Card) -> dict[str, str]:
     Raises:
         LinearizeError: as `plan`.
     """
-    base = _skeleton(config, "run.shard")
+    base: Any = skeleton(config)
     teacher, found = _count(base), {}
     with torch.device("meta"):
         student: Any = surgery.convert(base, recipe.mixer, recipe.layers, recipe.mixers).eval()
@@ -143,18 +142,6 @@ def ways(config: Any, recipe: Recipe, count: int, card: Card) -> dict[str, str]:
         asked = stage.gradient_checkpointing
         found[key] = fit(sizes, kind, batch, length, count, card, checkpointing=asked, micro=micro).way
     return found
-
-
-def _skeleton(config: Any, model: str) -> Any:
-    text = config.get_text_config()
-    base: Any = skeleton(config)
-    if any(getattr(text, key, None) for key in EXPERTS) or any(
-        name.rsplit(".", 1)[-1] == "experts" for name, _ in base.named_modules()
-    ):
-        raise LinearizeError(
-            f"{model}: a mixture of experts; plan has formulas for dense models alone so far"
-        )
-    return base
 
 
 def _teacher(recipe: Recipe, own: int) -> int:
@@ -211,7 +198,7 @@ def _stage(model: Any, stage: StageConfig, key: str, recipe: Recipe, of: Plan) -
         mfu=mfu,
         hours=hours,
         money=None if hours is None else hours * way.cards * of.price,
-        basis=speed.rows(sizes, kind, of.card),
+        basis=speed.rows(sizes, kind, of.card, experts=of.active < of.teacher),
         today=None if alone.way == "none" else course.tokens * seconds(alone) / 3600,
     )
 
@@ -260,8 +247,11 @@ def sizes_of(model: nn.Module, kind: str, recipe: str | None, teacher: int, *, a
 def _inner(model: nn.Module, text: Any) -> int:
     """Width inside the feed-forward layers; where the config has another name for it, of what leads back out of them.
 
-    Where a config has a width for each layer, the widest counts.
+    Where a config has a width for each layer, the widest counts; of a mixture, the experts that a token goes to.
     """
+    routed = experts.inner(model)
+    if routed:
+        return routed
     said = getattr(text, "intermediate_size", None)
     if said:
         return max(said) if isinstance(said, (list, tuple)) else said
