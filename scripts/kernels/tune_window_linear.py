@@ -4,9 +4,9 @@
 
 At the benchmark's size: 8 x 8,192 tokens, 16 heads of 64, window 64, bfloat16. Every kernel of the plan's table that
 runs there is timed as it is and in its variants (warps, stages, registers a thread), the others as they are:
-milliseconds of that kernel (median of twelve passes, events around each launch), and how far the output and the gradients
-are from those of the table's own configurations, since a configuration can also be wrong. A process a kernel: they
-compile at once, and time one after the other. A row of JSON is printed, and written, as it comes.
+milliseconds of that kernel (median of twelve passes, events around each launch), and how far the output and the
+gradients are from those of the table's own configurations, since a configuration can also be wrong. A process a kernel:
+they compile at once, and time one after the other. A row of JSON is printed, and written, as it comes.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/profile/window-linear-tuning.json"), help="all rows"
     )
+    parser.add_argument("--turn", type=Path, help="file that others who time on this device lock too")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = options.kernels.split(",")
@@ -53,16 +54,17 @@ def main() -> int:
     if unknown:
         parser.error(f"--kernels {unknown[0]}: not one of {', '.join(KERNELS)}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    turn = options.turn or options.out.with_suffix(".turn")
     if options.one:
         for name in names:
-            tuned(name, options.out, time.monotonic() + options.budget)
+            tuned(name, options.out, turn, time.monotonic() + options.budget)
         return 0
     started, waiting, running, codes = time.monotonic(), names, list[Any](), list[int]()
     while waiting or running:
         while waiting and len(running) < options.jobs:
             left = options.budget - (time.monotonic() - started)
             command = [sys.executable, __file__, "--one", "--kernels", waiting.pop(0), "--budget", str(left)]
-            running.append(subprocess.Popen([*command, "--out", str(options.out)]))
+            running.append(subprocess.Popen([*command, "--out", str(options.out), "--turn", str(turn)]))
         codes += [child.returncode for child in running if child.poll() is not None]
         running = [child for child in running if child.poll() is None]
         time.sleep(0.1)
@@ -88,7 +90,7 @@ def variants(found: Any) -> list[Any]:
     return sorted((x for x in every if distance(x) <= 2), key=distance)
 
 
-def tuned(name: str, out: Path, end: float) -> None:
+def tuned(name: str, out: Path, turn: Path, end: float) -> None:
     """Rows of one kernel."""
     import torch
     from profile_window_linear import call, inputs, profile
@@ -112,7 +114,7 @@ def tuned(name: str, out: Path, end: float) -> None:
         try:
             pairs = zip(results(), own, strict=True)
             apart = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
-            with FileLock(out.with_suffix(".turn")):
+            with FileLock(turn):
                 times = profile(tensors, WINDOW)
             row |= {"ms": round(times[KERNELS[name]], 4), "all_ms": round(sum(times.values()), 4)}
             row |= {"apart": float(f"{apart:.2e}"), "device": torch.cuda.get_device_name()}
