@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-import types
 from dataclasses import replace
 from functools import cache
 
@@ -263,33 +261,6 @@ def test_a_first_call_has_a_time_limit():
     assert rows[1].forward_note == "stopped: the first call was not done after 0.2 s (--warm-up)"
     with limit(5.0):
         pass
-
-
-def test_a_peer_tunes_among_few_of_its_configurations_and_its_row_says_so(monkeypatch):
-    """Others' tuners keep theirs, and so does a peer that nobody restricts."""
-    autotuner = pytest.importorskip("triton.runtime.autotuner")
-
-    class Tuner(autotuner.Autotuner):
-        def __init__(self, module, count):
-            self.base_fn = types.SimpleNamespace(__module__=module, __name__="some_kernel")
-            self.configs = list(range(count))
-
-    theirs, few, other = Tuner("fla.ops.gsa.chunk", 40), Tuner("fla.ops.gsa.chunk", 2), Tuner("torch.x", 40)
-    module = types.ModuleType("fla.ops.known")
-    module.known = lambda x: x
-    for name in ("fla", "fla.ops"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "fla.ops.known", module)
-    build = lambda inputs: lambda: fla("ops.known", "known")(inputs["x"])  # noqa: E731
-    contenders = [one("linearize", "ours"), one("fla", "tuned", build=build)]
-    rows = run([case(*contenders)], Fake(), Options())
-    assert len(theirs.configs) == 40 and rows[1].tuned_among is None
-    rows = run([case(*contenders)], Fake(), Options(configurations=5))
-    assert [len(tuner.configs) for tuner in (theirs, few, other)] == [5, 2, 40]
-    assert sorted(set(theirs.configs)) == theirs.configs
-    assert [row.tuned_among for row in rows] == [None, 5]
-    assert [row.get("tuned_among") for row in report.to_json(rows, CEILINGS)] == [None, 5]
-    assert "fla: tuned among 5 configurations" in report.text(rows, CEILINGS)
 
 
 def test_only_compiling_times_nothing():

@@ -77,12 +77,16 @@ def test_a_prompt_that_does_not_fit_is_halved(monkeypatch):
         read_prompt(model, 10_000)
 
 
-def test_nothing_is_begun_behind_the_budget():
+@pytest.mark.parametrize(
+    ("compiled", "ways"),
+    [(None, ["graph"]), ("too", ["graph", "graph, compiled"]), ("alone", ["graph, compiled"])],
+)
+def test_nothing_is_begun_behind_the_budget(compiled, ways):
     options = argparse.Namespace(
-        shape="tiny", prefill=(8,), batch=(1,), context=None, compile=True, only=False, profile=False
+        shape="tiny", prefill=(8,), batch=(1,), context=None, compile=compiled, only=False, profile=False
     )
     rows = list(decode_recipes.rows("lolcats", options, CPU, Budget(-1.0)))
-    assert [row["way"] for row in rows] == ["chunked", "graph", "graph, compiled"]
+    assert [row["way"] for row in rows] == ["chunked", *ways]
     assert all(row["note"] == "not run: the budget is spent" for row in rows)
 
 

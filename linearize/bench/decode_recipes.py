@@ -33,6 +33,8 @@ CONTEXT = (1024,)
 """Tokens before those that are decoded."""
 LOOKS = 16
 """Most blocks of EVERY tokens that are timed, so that kept softmax layers know how long their buffers are."""
+ALONE = "alone"
+"""`--compile alone`: without the step that is not compiled."""
 SMALLEST = 1024
 """Tokens of the smallest piece of a prompt that does not fit as a whole."""
 
@@ -42,8 +44,8 @@ def main(options: argparse.Namespace) -> int:
 
     Args:
         options: path ("random"), shape, recipes (names), batch, context (tuples, of decoding), prefill (lengths of
-            prompts), compile (also the compiled step), profile (of each decoding), only (without the teacher's own
-            rows), budget, device, out.
+            prompts), compile (also the compiled step; `ALONE`: only that), profile (of each decoding), only (without
+            the teacher's own rows), budget, device, out.
 
     Raises:
         LinearizeError: a model instead of random weights, no such recipe or shape, or no CUDA device.
@@ -72,10 +74,9 @@ def rows(name: str, options: argparse.Namespace, device: torch.device, budget: B
     """The rows of one recipe, or of the teacher: its prompts, then its tokens."""
     model: Any = None
     turn = options.out / "turn.lock" if options.only else None
-    ways: dict[str, dict[str, Any] | None] = {
-        "graph": None,
-        **({"graph, compiled": {}} if options.compile else {}),
-    }
+    ways: dict[str, dict[str, Any] | None] = {} if options.compile == ALONE else {"graph": None}
+    if options.compile:
+        ways["graph, compiled"] = {}
     todo: list[tuple[Row, Callable[[Any], Row]]] = []
     for length in options.prefill:
         key = {"measured": "prefill", "way": "chunked", "batch": 1, "length": length}

@@ -96,12 +96,14 @@ def rows(name: str, options: argparse.Namespace, device: torch.device, budget: B
                 yield row | empty("not run: the budget is spent")
                 continue
             found: Row = {}
+            with reported() as notes:
+                if step is None:
+                    model = build(name, options.shape, options.precision, device)
+                    step = Step(model, device, options.precision, captured=options.captured)
             with turn:
-                with reported() as notes:
-                    if step is None:
-                        model = build(name, options.shape, options.precision, device)
-                        step = Step(model, device, options.precision, captured=options.captured)
-                    found = step.measured(batch, length)
+                if step is not None:
+                    with reported() as notes:
+                        found = step.measured(batch, length)
                 profile: Row = {}
                 if not notes and options.profile and step is not None:
                     with reported() as unseen:

@@ -93,7 +93,13 @@ def decode(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="with --recipes: lengths of prompts whose reading is timed (default: 1024,8192,65536)",
     )
-    parser.add_argument("--compile", action="store_true", help="with --recipes: also the compiled step")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="too",
+        choices=("too", "alone"),
+        help="with --recipes: also the compiled step, or that alone (default: too)",
+    )
     parser.add_argument(
         "--profile",
         action="store_true",
