@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import replayed
+import torch
 from short_stages import same, trained
+from transformers import TrainerCallback
 
 from linearize.config.schema import StageDataConfig
 from linearize.distill.captured import WARM_UP
 from linearize.distill.window_dropout import draws
+from linearize.errors import NonFiniteLossError
 from linearize.mixers.combine import COMBINES
 
 LINEAR: dict[str, Any] = {"feature_map": {"name": "hedgehog", "dim": 16}}
@@ -57,12 +60,12 @@ def test_windows_that_are_drawn_off(rule, stage, tmp_path):
 def test_a_schedule_that_stops_and_goes_on(stage, tmp_path):
     """Clipping, accumulation, dropout of adapters and of windows at three rates; the second half from a checkpoint."""
     more = {"window_dropout": [1.0, 0.5, 0.0], "grad_clip": 0.05}
-    steps = 15
+    steps = 14
     recorded = both(tmp_path, OVERLAP, stage, steps, resume_at=7, **more)
     again = trained(
         tmp_path / "recorded", OVERLAP, stage, steps, capture=True, resume_at=7, device="cpu", **more
     )
-    assert len(again[0]) == 8 and again[2].graph is not None
+    assert len(again[0]) == 7 and again[2].graph is not None
     same((recorded[0][7:], recorded[1]), again, rtol=1e-4, atol=1e-5)
 
 
@@ -73,3 +76,28 @@ def test_batch_and_length_that_change(stage, tmp_path):
         "batch_size": [[0, 2], [6, 4]], "micro_batch": 2, "data": StageDataConfig(length=[[0, 32], [9, 96]]),
     }  # fmt: skip
     both(tmp_path, APART, stage, 12, **more)
+
+
+def test_a_number_that_is_none_stops_a_recorded_step(tmp_path):
+    """At the step that has it, which is not applied."""
+    seen: dict[str, Any] = {}
+
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 6:
+                trainer = seen["trainer"]
+                assert trainer.passes.captured.graph is not None
+                seen["before"] = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+                with torch.no_grad():
+                    trainer.trained_model.model.layers[1].self_attn.v_proj.weight.fill_(float("inf"))
+
+    def watches(trainer):
+        seen["trainer"] = trainer
+        trainer.add_callback(Spoil())
+
+    with pytest.raises(
+        NonFiniteLossError, match=r"step 7: the loss of layer 1 is .*The weight .* is not finite"
+    ):
+        trained(tmp_path, APART, "transfer", STEPS, capture=True, device="cpu", watches=watches)
+    for name, value in seen["before"].items():
+        assert torch.equal(seen["trainer"].parameters[name], value)
