@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def trained(
     capture: bool,
     resume_at: int = 0,
     device: str = "cuda",
+    watches: Callable[[Any], None] = lambda trainer: None,
     **more,
 ):
     """Losses of every step, the trained parameters, and the trainer's `Captured`; in float32 on the CPU."""
@@ -56,6 +58,7 @@ def trained(
     )  # fmt: skip
     with opened as trainer:
         trainer.add_callback(Losses(trainer, losses))
+        watches(trainer)
         start = folder / f"checkpoint-{resume_at}"
         trainer.train(resume_from_checkpoint=str(start) if start.is_dir() else None)
         found = {name: p.detach().clone() for name, p in trainer.parameters.items()}

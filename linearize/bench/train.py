@@ -64,8 +64,9 @@ def main(options: argparse.Namespace) -> int:
 
     Args:
         options: shapes, stages, recipes (names), batch, length (tuples or None), precision, weights, device, kernels
-            (auto or torch), checkpointing, only, window_dropout (a rate), no_capture, profile, seconds (of a row's repeats),
-            budget (seconds after which nothing new is begun), peak (TFLOP/s of the device, or None), out (folder).
+            (auto or torch), checkpointing, only, window_dropout (a rate), no_capture, profile, seconds (of a row's
+            repeats), budget (seconds after which nothing new is begun), peak (TFLOP/s of the device, or None), out
+            (folder).
 
     Raises:
         LinearizeError: no such shape, stage or recipe, or no CUDA device.

@@ -14,6 +14,7 @@ from linearize.distill import blocks
 from linearize.distill.finetune import predicts, teacher_predicts
 from linearize.distill.headless import recognize
 from linearize.distill.transfer import transfer_step
+from linearize.distill.window_dropout import windows_off
 
 SIZES = {"hidden_size": 64, "head_dim": 64, "num_hidden_layers": 4}
 
@@ -31,7 +32,7 @@ def packed() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "position_ids": torch.arange(40).repeat(2, 1) % 17, "labels": ids}
 
 
-def step(model, head) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def step(model, head) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
     batch = packed()
     model.zero_grad()
     theirs = teacher_predicts(model, batch, None, head)
@@ -40,7 +41,7 @@ def step(model, head) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     loss = objectives.token_backward(
         predicts(model, batch, head), targets, {"next_token": 1.0, "logits_kl": 1.0}, teacher=theirs
     )
-    return loss, {name: p.grad.clone() for name, p in model.named_parameters()}
+    return loss, {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("recipe", ["lolcats", "gated_delta_window", "arwkv", "softmax"])
@@ -63,6 +64,23 @@ def test_equal_to_their_parts(recipe):
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
     assert not any("forward" in vars(layer) for layer in compiled.layers)
+
+
+def test_windows_that_the_device_says_are_off():
+    """Layers and steps share one graph of the student, whichever windows are drawn."""
+    model = convert(random_model("cpu", torch.float32, "tiny", **SIZES), "hedgecats")
+    head, layers = recognize(model, torch.device("cpu")), surgery.converted(model)
+    compiled = blocks.Blocks(blocks.repeated(model), "probe")
+    for off in ([True, False, False, True], [False, True, False, False]):
+        with windows_off(layers, off):
+            loss, gradients = step(model, head)
+        with surgery.trusting(model), compiled.compiled(), windows_off(layers, torch.tensor(off).unbind()):
+            other, found = step(model, head)
+        torch.testing.assert_close(other, loss)
+        for name, gradient in found.items():
+            given = torch.zeros_like(gradient) if gradients[name] is None else gradients[name]
+            torch.testing.assert_close(gradient, given, rtol=1e-3, atol=1e-6, msg=name)
+    assert compiled.obstacle is None and counters["stats"]["unique_graphs"] == 2
 
 
 def test_what_cannot_be_compiled_goes_on(caplog):

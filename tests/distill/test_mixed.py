@@ -58,7 +58,7 @@ def trainer(model: Any, folder: Path, **changes: Any) -> TransferTrainer:
 
 def test_windows_are_dropped_where_there_are_both_branches(tmp_path):
     made = trainer(mixed(), tmp_path, window_dropout=0.999)
-    assert made._draw_windows() == [False, False, False, True, False]
+    assert made._draw_windows().off == [False, False, False, True, False]
     alone = surgery.convert(tiny.model(num_hidden_layers=6), MIXER, {"use": {"window": [1]}, "keep": [2]}, {
         "window": MIXERS["window"],
     })  # fmt: skip

@@ -44,7 +44,7 @@ def batch(turn: int, *, documents: bool) -> dict[str, torch.Tensor]:
 def stepping(model):
     """A micro-step on text and teacher."""
 
-    def step(part, count):
+    def step(part, count, off=()):
         teacher = predict_teacher(model, part)
         model.train()
         targets = objectives.next_targets(part["labels"], part["position_ids"])
@@ -123,7 +123,7 @@ def test_where_nothing_is_asked_for_nothing_is_trusted(monkeypatch):
     passes = Passes(model, "probe", StageConfig(), RunConfig(device="cpu"), CPU, 10_000, [], list)
     trusted = []
 
-    def step(part, count):
+    def step(part, count, off=()):
         trusted.append(surgery.converted(model)[0].linearize_switch.trusts)
         return torch.ones(1)
 
