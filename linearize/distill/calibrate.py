@@ -86,7 +86,7 @@ def calibrate(model: nn.Module, dataset: Any, *, autocast: torch.dtype | None) -
     judged = {key: value[-apart:] for key, value in batch.items()}
     computing = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
     start = _state(model)
-    outputs = {name: value for name, value in start.items() if ".output." in name}
+    outputs = {name: value for name, value in start.items() if ".mixer.output." in name}
     model.eval()
     with torch.no_grad(), Meter("calibrate", (3 if outputs else 2) * len(layers), "layers") as meter:
         with computing:
