@@ -47,7 +47,9 @@ def start(size: int, job: Callable[..., Any], *given: Any, folder: Path) -> Ende
     # the server imports these once; it looks at the environment alone for where they are
     tests = Path(__file__).parent
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (tests, tests.parent)))
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["several", "several_jobs", "shard_jobs"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["several", "several_jobs", "shard_jobs"]
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

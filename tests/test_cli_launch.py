@@ -45,7 +45,10 @@ def test_several_machines(capsys: pytest.CaptureFixture[str]) -> None:
         (["noed", "m", "lolcats"], "unknown preset 'noed': did you mean 'node'"),
         (["node", "m", "lolcat"], "unknown recipe 'lolcat'"),
         (["node", "m", "lolcats", "--set", "process=2"], "did you mean 'processes'"),
-        (["node", "m", "lolcats", "--set", "processes=0"], "--set processes=0: must be a whole number from 1"),
+        (
+            ["node", "m", "lolcats", "--set", "processes=0"],
+            "--set processes=0: must be a whole number from 1",
+        ),
         (["node", "m", "lolcats", "--set", "nodes=two"], "--set nodes=two: must be a whole number from 1"),
     ],
 )

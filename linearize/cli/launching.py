@@ -100,7 +100,14 @@ def torchrun(settings: Any, run: list[str], endpoint: str) -> list[str]:
     if nodes == 1:
         found += ["--standalone"]
     else:
-        meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", str(settings.get("id", 0))]
+        meet = [
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            endpoint,
+            "--rdzv-id",
+            str(settings.get("id", 0)),
+        ]
         found += ["--nnodes", str(nodes), *meet]
     return [*found, "-m", "linearize", "run", *run]
 
