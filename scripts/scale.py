@@ -1,4 +1,4 @@
-"""Tokens a second of stages with one process and with several, row by row into docs/results/scale-<device>.json and .md.
+"""Tokens a second of stages with one process and with several, row by row into docs/results/scale-*.json and .md.
 
     python scripts/scale.py --out docs/results/scale-h200x2.json --shapes llama-3-8b --stages all_kl --shard full
     python scripts/scale.py --out docs/results/scale-h200x2.json --shapes smollm2-135m llama-3.2-1b llama-3-8b
@@ -103,7 +103,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--shard", default="none", choices=["none", "full"], help="of rows of several processes"
     )
-    parser.add_argument("--only", choices=["one", "several"], help="rows of one process, or of several, alone")
+    parser.add_argument(
+        "--only", choices=["one", "several"], help="rows of one process, or of several, alone"
+    )
     parser.add_argument("--batch", type=int, default=0, help="sequences of a step for each process")
     parser.add_argument("--at-once", type=int, default=0, help="of these; default: as many as fit")
     parser.add_argument("--length", type=int, default=1024)
@@ -269,7 +271,9 @@ class _Alarm:
 def _work(rows: list[Row], options: argparse.Namespace) -> None:
     """All rows, one after the other; what cannot be shared with other processes ends this one."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: torchrun's end is this one's, however it came
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGKILL
+        )  # PR_SET_PDEATHSIG: torchrun's end is this one's, however it came
     run = RunConfig(device=options.device)
     device = resolve_device(run)
     with processes.joined(device):
@@ -294,9 +298,7 @@ def _empty(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     return {"batch": batch, "length": options.length, "tokens_per_second": None, "peak_gib": None}
 
 
-def _measured(
-    row: Row, run: RunConfig, device: torch.device, options: argparse.Namespace
-) -> dict[str, Any]:
+def _measured(row: Row, run: RunConfig, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     found = _empty(row, options)
     batch, weights, passes = found["batch"], resolve_weights(run, device), resolve_precision(run, device)
     settings = StageConfig(

@@ -14,9 +14,9 @@ S = 2 (T + 1) x heads x head dim for the scores and values of each softmax layer
 | all | 6 N | 6 V D | | 6 P | |
 | all_kl | 8 N | 8 V D | S | 6 P | |
 
-Of a mixture's experts those count that a token goes to. Layers that stay softmax have S forward and 2 S backward in the student too. What a recurrent branch does with its state
-and a window with its keys is not counted, nor what checkpointing computes again: MFU of a converted model is a lower
-bound of what the card did.
+Of a mixture's experts those count that a token goes to. Layers that stay softmax have S forward and 2 S backward in the
+student too. What a recurrent branch does with its state and a window with its keys is not counted, nor what
+checkpointing computes again: MFU of a converted model is a lower bound of what the card did.
 """
 
 from __future__ import annotations

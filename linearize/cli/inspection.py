@@ -138,7 +138,7 @@ def _experts(config: Any) -> list[str]:
     if active == total:
         return []
     return [
-        f"experts     {active:,} of {total:,} parameters are at work for a token; experts and routers stay as they are"
+        f"experts     {active:,} of {total:,} parameters are at work for a token; surgery leaves experts alone"
     ]
 
 

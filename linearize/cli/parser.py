@@ -13,6 +13,7 @@ from linearize.cli import (
     bench_options,
     export_options,
     given,
+    launch_options,
     plan_options,
     push_options,
     run_options,
@@ -38,6 +39,7 @@ examples:
   linearize run ./my-llama lolcats --budget 10m              as much training as ten minutes hold
   linearize run ./my-llama my_recipe.yaml --resume           go on after an interruption
   linearize inspect smollm2-135m hedgehog                    what would change; loads no weights
+  linearize launch node ./my-llama lolcats                   on every card of this machine
   linearize plan llama-3-70b lolcats --gpus 8xH100           what each stage would need and cost
   linearize select smollm2-135m lolcats --keep 7             which layers stay softmax; writes a recipe
   linearize eval runs/small --suite quick                    beside its teacher and the controls
@@ -162,6 +164,13 @@ def build_parser() -> Parser:
         metavar="TOKENS",
         help="also compare the memory at this context length",
     )
+
+    launch = _add(commands, "launch", "`run` in several processes, by a preset", "linearize.cli.launching")
+    launch.add_argument(
+        "preset", metavar="PRESET", help="node (one machine), nodes (several) or slurm (its queue)"
+    )
+    _recipe_arguments(launch)
+    launch_options.add(launch)
 
     planning = _add(commands, "plan", "what each stage would need and cost", "linearize.cli.planning")
     plan_options.plan(planning, _recipe_arguments)

@@ -34,7 +34,9 @@ def check(model: Any) -> None:
         UnsupportedModelError: it is of such a family.
     """
     held = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
-    apart = {key: part.shape for name, tensor in held.items() for key, part in _stored(model, name, tensor).items()}
+    apart = {
+        key: part.shape for name, tensor in held.items() for key, part in _stored(model, name, tensor).items()
+    }
     together = {key: part.shape for key, part in revert_weight_conversion(model, held).items()}
     if apart != together:
         raise UnsupportedModelError(
@@ -82,7 +84,9 @@ class _Parts:
             found = _tensor(self.model, name, self.like[name].dtype, self.merges)
             self._newest = (name, _stored(self.model, name, found))
         part = self._newest[1][stored]
-        return part if len(self._newest[1]) == 1 else part.clone()  # a file refuses tensors that share their memory
+        return (
+            part if len(self._newest[1]) == 1 else part.clone()
+        )  # a file refuses tensors that share their memory
 
     def fingerprint(self, name: str, written: Mapping[str, list[Any]]) -> list[Any]:
         """That of the model's own tensor, from those of what was written: bits are summed, in any order."""
@@ -127,7 +131,9 @@ def checkpoint(
         except (OSError, SafetensorError) as error:
             raise storing.could_not_write(partial, error) from error
         if written:
-            found.update({name: parts.fingerprint(once[id(tensor)], written) for name, tensor in like.items()})
+            found.update(
+                {name: parts.fingerprint(once[id(tensor)], written) for name, tensor in like.items()}
+            )
 
     processes.each(stream)
 

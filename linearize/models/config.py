@@ -29,8 +29,8 @@ OF_A_CALL = {
 }
 """Options of one call that a config can hold; saved by chance, they change what calls return, or forbid saving.
 
-The last one adds a loss of load balancing to what transformers makes of labels, which no objective here reads, and fails
-with a cache beside padding.
+The last one adds a loss of load balancing to what transformers makes of labels, which no objective here reads, and
+fails with a cache beside padding.
 """
 
 MOST_LAYERS = 2_000

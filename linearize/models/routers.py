@@ -20,7 +20,9 @@ _classes: dict[type, type] = {}
 
 def routers(model: nn.Module) -> list[nn.Module]:
     """The modules that choose experts; none in a dense model."""
-    return [module for module in model.modules() if any(NAMES.search(c.__name__) for c in type(module).__mro__)]
+    return [
+        module for module in model.modules() if any(NAMES.search(c.__name__) for c in type(module).__mro__)
+    ]
 
 
 def widen(model: nn.Module) -> None:

@@ -31,14 +31,19 @@ def test_every_recipe(part: int, teacher_folder: Path, tmp_path: Path) -> None:
         recipes[name] = compose(name, short(shipped, 40, 2) + small(shipped) + texts)
     ended = start(2, several_jobs.all_recipes, str(teacher_folder), recipes, tmp_path, folder=tmp_path)
     assert ended.codes == [0, 0], ended.said[-4000:]
-    for name in recipes:
+    for name, recipe in recipes.items():
+        assert (tmp_path / "two" / name / "results.json").is_file(), name
+        if not recipe.stages:
+            continue
         one, two = tmp_path / "one" / name, tmp_path / "two" / name
         found, expected = lines(two), lines(one)
         assert [line["stage"] for line in found] == [line["stage"] for line in expected], name
-        losses = [[line["loss"] for line in rows] for rows in (found, expected)]
-        assert losses[0] == pytest.approx(losses[1], rel=2e-3), name
+        for key in ("loss", "grad_norm"):
+            values = [[line[key] for line in rows] for rows in (found, expected)]
+            assert values[0] == pytest.approx(values[1], rel=1e-4), (name, key)
+        others = finals(two)
         for stage, tensors in finals(one).items():
             for key, tensor in tensors.items():
-                torch.testing.assert_close(
-                    finals(two)[stage][key], tensor, rtol=1e-2, atol=1e-4, msg=f"{name} {stage} {key}"
-                )
+                # a gradient that is rounding alone has a sign alone in AdamW's steps, of 1e-2 at most
+                slack = {"rtol": 1e-2, "atol": 1e-3}
+                torch.testing.assert_close(others[stage][key], tensor, **slack, msg=f"{name} {stage} {key}")

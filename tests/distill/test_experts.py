@@ -72,9 +72,7 @@ def test_in_shards(teacher: Path, stages: tuple[str, ...], every_stage: Recipe, 
 
 
 @pytest.mark.parametrize("teacher", ["mixtral"], indirect=True)
-def test_what_nobody_can_write_is_refused_first(
-    teacher: Path, every_stage: Recipe, tmp_path: Path
-) -> None:
+def test_what_nobody_can_write_is_refused_first(teacher: Path, every_stage: Recipe, tmp_path: Path) -> None:
     recipe = few(every_stage, "transfer")
     recipe = replace(recipe, run=replace(recipe.run, shard="full"))
     ended = start(2, shard_jobs.written_together, str(teacher), recipe, tmp_path / "run", folder=tmp_path)
