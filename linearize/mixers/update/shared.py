@@ -36,8 +36,8 @@ def overwritten(end: Callable[[Tensor, Tensor], Tensor], v: Tensor, empty: Tenso
         return end(v.new_zeros(*v.shape[:3], width), eye.contiguous())
 
     # made anew in backward: the rule keeps as much of a run as of that which gives the outputs
-    kept = checkpoint(of_identity, use_reentrant=False)
-    added = checkpoint(end, v, empty, use_reentrant=False)
+    kept = checkpoint(of_identity, use_reentrant=False, preserve_rng_state=False)
+    added = checkpoint(end, v, empty, use_reentrant=False, preserve_rng_state=False)
     return Transition(kept, {"sums": added}, mixes=True)
 
 
