@@ -154,7 +154,7 @@ def families(out: Path) -> None:
                 processes.add_up(found.values())
                 for name, gradient in expected.items():
                     _alike(f"{family}, {mode}: {name}", found[name], gradient, 1e-3)
-    (out / f"refused-{dist.get_rank() if dist.is_initialized() else 0}.txt").write_text("\n".join(refused))
+        (out / f"refused-{processes.rank()}.txt").write_text("\n".join(refused))
 
 
 def _taken(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:

@@ -62,14 +62,23 @@ class FinetuneTrainer(StageTrainer):
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
         """The step's loss [1], this micro-batch's share of it."""
         targets = objectives.next_targets(batch["labels"], batch.get("position_ids"))
+        fused = objectives.fused(self.stage.objective) and answers.of_batch(batch) is None
+        if fused:  # heads are told by a pass over one token, which is nobody else's
+            with self.computing():
+                self._recognized(model, batch["input_ids"].device)
         with self.sequences.spread({**batch, "targets": targets}, [model, self.teacher]) as (own, _):
-            return self._backward(model, own, own["targets"], count)
+            return self._backward(model, own, own["targets"], count, fused=fused)
 
     def _backward(
-        self, model: nn.Module, batch: dict[str, Tensor], targets: Tensor, count: Tensor | None
+        self,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        targets: Tensor,
+        count: Tensor | None,
+        *,
+        fused: bool,
     ) -> Tensor:
         known = answers.of_batch(batch)
-        fused = objectives.fused(self.stage.objective) and known is None
         teacher: Tensor | Final | TopK | None
         student, teacher = self.predictions(model, batch, teacher=self.needs_teacher, fused=fused)
         teacher = teacher if known is None else known

@@ -48,6 +48,8 @@ class Place:
         self.sharded = processes.several() and processes.alone(self._wanted)
         if recipe.run.shard == "full" and not processes.several():
             log.info("run.shard: one process has nobody to share weights with, and keeps them whole")
+        if recipe.run.sequence > 1 and not processes.several():
+            log.info("run.sequence: one process has nobody to share sequences with, and keeps them whole")
 
     def _wanted(self) -> bool:
         if self.recipe.run.shard != "auto" or self.device.type != "cuda":

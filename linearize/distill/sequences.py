@@ -79,6 +79,7 @@ class Sequences:
         if self._mesh is None:
             yield batch, None
             return
+        assert "attention_mask" not in batch, "packed sequences have no padding"
         group = self._mesh["sequence"]
         across = Across(group.get_group(), group.get_local_rank(), self.size, batch["position_ids"])
         with spreading([model for model in models if model is not None], across):

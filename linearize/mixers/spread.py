@@ -109,6 +109,7 @@ def chunked(
         valid, starts, gaps: what a mask of this process's tokens alone would say; there is no padding.
     """
     assert valid is None, "spread sequences have no padding"
+    assert k.shape[1] == across.tokens, "a pass over other tokens than those of the batch"
     starts = across.starts
     docs = None if starts is None else documents(starts, k.shape[0], k.shape[1], k.device)
     way = _at_once if at_once(mixer) else _in_turn

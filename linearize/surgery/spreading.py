@@ -124,6 +124,7 @@ def attention(
     """
     processes = across.active()
     assert processes is not None, "called outside of `spreading`"
+    assert query.shape[2] == processes.tokens, "a pass over other tokens than those of the batch"
     why = arguments.refusal(kwargs, tokens=query.shape[2], mask=attention_mask)
     for name in ("softcap", "sliding_window", "s_aux"):
         if why is None and kwargs.get(name) is not None:

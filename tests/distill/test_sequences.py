@@ -209,3 +209,16 @@ def test_a_launcher(every_stage: Recipe, recipe: Recipe, teacher_folder: Path, t
         assert ended.returncode == 0, ended.stderr[-3000:]
     assert_equal(tmp_path / "two", tmp_path / "one")
     assert (tmp_path / "two" / "checkpoint" / "config.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["delta", "in turn"])
+def test_a_killed_process(kind: str, recipe: Recipe, teacher_folder: Path, tmp_path: Path) -> None:
+    """The other one, which waits for its tokens, says so in our words."""
+    stages = {"whole": recipe.stages["whole"]}
+    changed = replace(recipe, stages=stages, mixer=MIXERS[kind], calibrate=CalibrateConfig(tokens=0))
+    given = (str(teacher_folder), spread(changed), tmp_path / "run", signal.SIGKILL, 1, ("whole", 3), False)
+    ended = start(2, jobs.signalled, *given, folder=tmp_path)
+    assert ended.codes == [2, -signal.SIGKILL], ended.said
+    once(ended, "another process of this run has ended, or does not answer")
+    once(ended, "Go on with:\n  torchrun --nproc-per-node 2 -m linearize run")

@@ -90,3 +90,5 @@ def test_every_family(tmp_path: Path) -> None:
     """Those that are not refused by name; of a mask, a window or a bias that was overlooked numbers would tell."""
     ended = start(2, spread_jobs.families, tmp_path, folder=tmp_path)
     assert ended.codes == [0, 0], ended.said
+    refused = (tmp_path / "refused-0.txt").read_text().splitlines()
+    assert [line.partition(":")[0] for line in refused] == ["mistral", "gemma2", "gemma3"]

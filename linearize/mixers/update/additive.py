@@ -137,7 +137,7 @@ class Additive(Update):
         """LASP-2's chunk state (Sun et al. 2025, arXiv 2502.07563, eq. 7 and 8), and what is left of one before it."""
         given = self.keys(stream), stream.v, stream.log_decay, stream.docs
         # made anew in backward: keys times decays are as large as the keys, in float32
-        kept, sums, norms = checkpoint(_sums, *given, use_reentrant=False)
+        kept, sums, norms = checkpoint(_sums, *given, use_reentrant=False, preserve_rng_state=False)
         added = {"sums": sums, "norms": norms} if self.running_sum else {"sums": sums}
         return Transition(kept, added)
 

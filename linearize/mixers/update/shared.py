@@ -31,10 +31,13 @@ def overwritten(end: Callable[[Tensor, Tensor], Tensor], v: Tensor, empty: Tenso
     """
     width = empty.shape[2]
     eye = torch.eye(width, dtype=empty.dtype, device=empty.device).expand(*empty.shape[:3], width)
-    nothing = v.new_zeros(*v.shape[:3], width)
+
+    def of_identity() -> Tensor:
+        return end(v.new_zeros(*v.shape[:3], width), eye.contiguous())
+
     # made anew in backward: the rule keeps as much of a run as of that which gives the outputs
-    kept = checkpoint(end, nothing, eye.contiguous(), use_reentrant=False)
-    added = checkpoint(end, v, empty, use_reentrant=False)
+    kept = checkpoint(of_identity, use_reentrant=False, preserve_rng_state=False)
+    added = checkpoint(end, v, empty, use_reentrant=False, preserve_rng_state=False)
     return Transition(kept, {"sums": added}, mixes=True)
 
 
