@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_gather
-from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.models.transformers.utils import replace_linear_class
 from vllm.model_executor.models.utils import maybe_prefix
 
@@ -107,6 +107,19 @@ def _load(here: Here, whole: torch.Size, runs: int, parameter: Tensor, read: Ten
             "download it again"
         )
     parameter.data.copy_(cut(read, tuple(parameter.shape), here.rank, here.ranks, runs))
+
+
+def kept(module: nn.Module) -> None:
+    """Let the output projection of a softmax layer take its own process's heads, where those are all that there are.
+
+    vLLM 0.32 shares out the heads of Phi-3's packed projection, and leaves the other one as the family's plan has it,
+    which takes all heads and cuts them.
+    """
+    children = list(module.children())
+    if any(isinstance(child, QKVParallelLinear) for child in children):
+        for child in children:
+            if isinstance(child, RowParallelLinear):
+                child.input_is_parallel = True
 
 
 def parted(modules: dict[str, Any], sections: dict[int, dict[str, Any]], group: Any) -> Iterator[Parted]:
