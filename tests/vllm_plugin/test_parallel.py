@@ -33,9 +33,9 @@ def test_one_head_of_keys(start, tmp_path):
     assert answers(llm, checkpoint.prompts) == checkpoint.answers
 
 
-@pytest.mark.parametrize("family", ["olmo2", "phi3"])
-def test_projections_that_are_whole(start, tmp_path, family):
+@pytest.mark.parametrize(("family", "layers"), [("olmo2", [0, 2]), ("phi3", "all")])
+def test_projections_that_are_whole(start, tmp_path, family, layers):
     """OLMo 2's queries and keys are made whole in every process, for its norms, and Phi-3's as they are packed."""
-    checkpoint = exported(lolcats([0, 2], family), tmp_path / "out", lengths=(1, 3, 33, 100))
+    checkpoint = exported(lolcats(layers, family), tmp_path / "out", lengths=(1, 3, 33, 100))
     llm = start(checkpoint, tensor_parallel_size=2)
     assert answers(llm, checkpoint.prompts) == checkpoint.answers

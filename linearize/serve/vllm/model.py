@@ -23,7 +23,7 @@ from linearize.export.registration import register
 from linearize.mixers.base import wide
 from linearize.mixers.window.full import FullWindow
 from linearize.mixers.window.length import log_scaled
-from linearize.serve.vllm.group import Here, kept, parted
+from linearize.serve.vllm.group import Here, check_kept, parted
 from linearize.serve.vllm.kinds import as_exported, number, sections
 from linearize.serve.vllm.layer import MixerLayer
 from linearize.serve.vllm.settings import page_bytes
@@ -159,7 +159,7 @@ class LinearizedForCausalLM(TransformersForCausalLM, HasInnerState, IsHybrid):
         super().recursive_replace()
         if self.parted:
             for name, _ in self.attention_fusers.values():
-                kept(self.get_submodule(name))
+                check_kept(name, self.get_submodule(name))
         for name, module in self.converted.items():
             module.mixer, module.linearize_here = mixers[name], Here()
             module.config._attn_implementation_internal = FUNCTION
