@@ -49,7 +49,7 @@ def attend(
         why = "has attention sinks of its own, which are not served; use linearize generate"
     if why is not None:
         raise UnsupportedModelError(f"{module.named()}: {why}")
-    here: Here = module.linearize_here
+    here = cast(Here, module.linearize_here)
     shape = module.mixer.shape
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     q, k, v = here.own(q, shape.heads), here.own(k, shape.kv_heads), here.own(v, shape.kv_heads)
@@ -161,7 +161,8 @@ class LinearizedForCausalLM(TransformersForCausalLM, HasInnerState, IsHybrid):
             for name, _ in self.attention_fusers.values():
                 check_kept(name, self.get_submodule(name))
         for name, module in self.converted.items():
-            module.mixer, module.linearize_here = mixers[name], Here()
+            module.mixer = mixers[name]
+            cast(Any, module).linearize_here = Here()
             module.config._attn_implementation_internal = FUNCTION
             module.linearize_switch.trusts = True
             self.attention_fusers[module.layer_idx] = (name, AttentionFuser(type(module).__name__))
