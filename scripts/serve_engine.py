@@ -143,7 +143,9 @@ def _continuous(model: Any, rows: int, options: argparse.Namespace) -> dict[str,
     pages: dict[str, Any] = {}
     if model.device.type == "cpu":  # where it would take nine tenths of the machine's memory
         blocks = rows * (options.context + options.tokens + 512) // 256 + 1
-        pages["continuous_batching_config"] = ContinuousBatchingConfig(num_blocks=blocks, max_batch_tokens=512)
+        pages["continuous_batching_config"] = ContinuousBatchingConfig(
+            num_blocks=blocks, max_batch_tokens=512
+        )
     model.generate_batch(prompts[:1], generation_config=config, **pages)
     made = model.generate_batch(prompts, generation_config=config, record_timestamps=True, **pages)
     texts = list(made.values())

@@ -140,7 +140,7 @@ class Part(nn.Module):
         return []
 
     def runs(self) -> dict[str, int]:
-        """Parameters that hold all heads several times along an axis (one step of a token after another) -> how often."""
+        """Parameters that hold all heads several times along an axis, one step after another -> how often."""
         return {}
 
     def take(self, whole: Part, rank: int, ranks: int) -> None:

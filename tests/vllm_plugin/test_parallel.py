@@ -26,13 +26,16 @@ def test_mixers(start, mixers):
 
 def test_one_head_of_keys(start, tmp_path):
     """Both processes hold the one key-value head, in states as in kept layers' pages."""
-    checkpoint = exported(mixed.mixed(num_key_value_heads=1, **WIDE), tmp_path / "out", lengths=(1, 3, 33, 100))
+    checkpoint = exported(
+        mixed.mixed(num_key_value_heads=1, **WIDE), tmp_path / "out", lengths=(1, 3, 33, 100)
+    )
     llm = start(checkpoint, tensor_parallel_size=2)
     assert answers(llm, checkpoint.prompts) == checkpoint.answers
 
 
-def test_norms_over_all_heads(start, tmp_path):
-    """OLMo 2's queries and keys are made whole in every process, for its norms, and each takes its heads."""
-    checkpoint = exported(lolcats("all", "olmo2"), tmp_path / "out", lengths=(1, 3, 33, 100))
+@pytest.mark.parametrize(("family", "layers"), [("olmo2", [0, 2]), ("phi3", "all")])
+def test_projections_that_are_whole(start, tmp_path, family, layers):
+    """OLMo 2's queries and keys are made whole in every process, for its norms, and Phi-3's as they are packed."""
+    checkpoint = exported(lolcats(layers, family), tmp_path / "out", lengths=(1, 3, 33, 100))
     llm = start(checkpoint, tensor_parallel_size=2)
     assert answers(llm, checkpoint.prompts) == checkpoint.answers

@@ -116,9 +116,7 @@ def test_decoding_in_memory_that_stays(section):
         real = sum(slot > 0 for slot in slots)
         starts = [min(row, real) for row in range(6)]
         assert decodes.fits(starts)
-        out, expected = (
-            torch.full((5, SHAPE.heads, SHAPE.value_dim), torch.nan).double() for _ in range(2)
-        )
+        out, expected = (torch.full((5, SHAPE.heads, SHAPE.value_dim), torch.nan).double() for _ in range(2))
         place, length = torch.tensor(slots, dtype=torch.int32), torch.tensor(seen, dtype=torch.int32)
         run(mixer, given, [decodes.group(place, length)], layout.views(pages), out)
         run(mixer, given, groups(starts, place, length), layout.views(other), expected)

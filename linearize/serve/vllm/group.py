@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_gather
-from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.models.transformers.utils import replace_linear_class
 from vllm.model_executor.models.utils import maybe_prefix
 
@@ -107,6 +107,21 @@ def _load(here: Here, whole: torch.Size, runs: int, parameter: Tensor, read: Ten
             "download it again"
         )
     parameter.data.copy_(cut(read, tuple(parameter.shape), here.rank, here.ranks, runs))
+
+
+def check_kept(name: str, module: nn.Module) -> None:
+    """A softmax layer's output projection has to take what vLLM's attention gives: its own process's heads.
+
+    Raises:
+        UnsupportedModelError: vLLM has left the layer's projections whole, as it does with those of Phi-3.
+    """
+    children = list(module.children())
+    own = any(isinstance(child, RowParallelLinear) and child.input_is_parallel for child in children)
+    if not own or any(isinstance(child, ColumnParallelLinear) and child.gather_output for child in children):
+        raise UnsupportedModelError(
+            f"tensor_parallel_size is above 1, and {name} ({type(module).__name__}) stays softmax with projections "
+            "that vLLM's transformers backend does not cut by heads; convert every layer, or leave it at 1"
+        )
 
 
 def parted(modules: dict[str, Any], sections: dict[int, dict[str, Any]], group: Any) -> Iterator[Parted]:

@@ -23,7 +23,7 @@ from linearize.export.registration import register
 from linearize.mixers.base import wide
 from linearize.mixers.window.full import FullWindow
 from linearize.mixers.window.length import log_scaled
-from linearize.serve.vllm.group import Here, parted
+from linearize.serve.vllm.group import Here, check_kept, parted
 from linearize.serve.vllm.kinds import as_exported, number, sections
 from linearize.serve.vllm.layer import MixerLayer
 from linearize.serve.vllm.settings import page_bytes
@@ -49,7 +49,7 @@ def attend(
         why = "has attention sinks of its own, which are not served; use linearize generate"
     if why is not None:
         raise UnsupportedModelError(f"{module.named()}: {why}")
-    here: Here = module.linearize_here
+    here = cast(Here, module.linearize_here)
     shape = module.mixer.shape
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     q, k, v = here.own(q, shape.heads), here.own(k, shape.kv_heads), here.own(v, shape.kv_heads)
@@ -157,8 +157,12 @@ class LinearizedForCausalLM(TransformersForCausalLM, HasInnerState, IsHybrid):
         for module in self.converted.values():
             del module.mixer
         super().recursive_replace()
+        if self.parted:
+            for name, _ in self.attention_fusers.values():
+                check_kept(name, self.get_submodule(name))
         for name, module in self.converted.items():
-            module.mixer, module.linearize_here = mixers[name], Here()
+            module.mixer = mixers[name]
+            cast(Any, module).linearize_here = Here()
             module.config._attn_implementation_internal = FUNCTION
             module.linearize_switch.trusts = True
             self.attention_fusers[module.layer_idx] = (name, AttentionFuser(type(module).__name__))

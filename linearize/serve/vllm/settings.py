@@ -72,7 +72,9 @@ def problems(vllm_config: Any) -> list[str]:
         ("decode_context_parallel_size", getattr(parallel, "decode_context_parallel_size", 1)),
     ):
         if size > 1:
-            found.append(f"{what} is {size}, and a mixer's state is not cut along layers or tokens; leave it at 1")
+            found.append(
+                f"{what} is {size}, and a mixer's state is not cut along layers or tokens; leave it at 1"
+            )
     if vllm_config.speculative_config is not None:
         found.append("speculative decoding takes tokens back, which a state cannot; leave it out")
     if vllm_config.lora_config is not None:
