@@ -11,7 +11,10 @@ import yaml
 from byte_llama import MIXER, byte_tokenizer, tiny_llama
 
 from linearize import cli, export, surgery
+from linearize.cli.checkpoint import load
 from linearize.eval import lm_tasks
+from linearize.eval.lm_tasks import Items
+from linearize.eval.measurement import Setting
 
 lm_eval = pytest.importorskip("lm_eval")
 DEFINITIONS = Path(lm_eval.__file__).parent / "tasks"
@@ -64,7 +67,7 @@ def tasks(tmp_path_factory) -> Path:
     for subject in SUBJECTS:
         questions = [
             {
-                "question": f" {words(7)}? ",
+                "question": f" {words(5)}? ",
                 "choices": [words(2) for _ in range(4)],
                 "answer": int(random.integers(4)),
             }
@@ -78,6 +81,12 @@ def tasks(tmp_path_factory) -> Path:
         local(
             f"mmlu_{subject}_here", definition, files, dataset_name=None, num_fewshot=5, tag="mmlu_here_all"
         )
+    sums = [{"question": f"{words(5)} {n} and 3?", "answer": f"{words(3)} #### {n + 3}"} for n in range(9)]
+    files = {"train": lines("gsm-train.jsonl", sums[:5]), "test": lines("gsm-test.jsonl", sums[5:])}
+    local(
+        "gsm8k_here", "gsm8k/gsm8k.yaml", files, dataset_name=None, num_fewshot=2,
+        generation_kwargs={"until": ["Question:"], "do_sample": False, "max_gen_toks": 12},
+    )  # fmt: skip
     group = {
         "group": "mmlu_here",
         "task": [f"mmlu_{subject}_here" for subject in SUBJECTS],
@@ -92,7 +101,7 @@ def converted(tmp_path_factory) -> Path:
     """A conversion with its teacher, which holds 5 worked examples of bytes."""
     folder = tmp_path_factory.mktemp("models")
     teacher = tiny_llama()
-    teacher.config.max_position_embeddings = 4096
+    teacher.config.max_position_embeddings = 1024
     teacher.save_pretrained(folder / "teacher")
     byte_tokenizer().save_pretrained(folder / "teacher")
     model = surgery.convert(teacher, MIXER)
@@ -119,7 +128,7 @@ def theirs(model: Path, tasks: Path, batch_size: int | str) -> dict[tuple[str, s
     names = ["hellaswag_here", "mmlu_here"]
     found = lm_eval.simple_evaluate(
         "hf", model_args=arguments, tasks=names, task_manager=manager, batch_size=batch_size, device="cpu",
-        bootstrap_iters=0,
+        bootstrap_iters=0, max_batch_size=16,
     )["results"]  # fmt: skip
     return {
         (task, metric): found[task][f"{metric},none"]
@@ -151,3 +160,20 @@ def test_the_worked_examples_are_mmlus_own(converted, tasks, ours, tmp_path):
         str(context).index(item["question"].strip()) for item in dev
     )
     assert str(context).count("Answer:") == 6
+
+
+def test_what_is_written_is_what_lm_evals_own_model_writes(converted, tasks, tmp_path):
+    """GSM8K's form, whose answers are decoded; the numbers of a model of two layers are all wrong."""
+    model, tokenizer = load(str(converted / "mine"), "cpu")
+    [unit] = lm_tasks.suite(["gsm8k_here"], shots=None, limit=0, include=tasks, data=None).units
+    ours = lm_tasks.evaluate(model, Setting(tokenizer, {}, tmp_path), unit.settings)
+    found = lm_eval.simple_evaluate(
+        "hf", model_args={"pretrained": str(converted / "mine"), "dtype": "float32"}, tasks=["gsm8k_here"],
+        task_manager=lm_tasks._manager(tasks), batch_size=1, device="cpu", bootstrap_iters=0,
+    )  # fmt: skip
+    mine, other = (
+        {sample["doc_id"]: sample["resps"][0][0] for sample in one["samples"]["gsm8k_here"]}
+        for one in (ours, found)
+    )
+    assert len(mine) == 4 and mine == other and all(mine.values())
+    assert len(Items.of(ours, "gsm8k_here").values["exact_match, strict-match"]) == 4
