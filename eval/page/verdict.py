@@ -231,8 +231,8 @@ def _caveats(subjects: Sequence[Subject]) -> Iterator[Finding]:
         if missing(subject):
             yield Finding(
                 OPEN,
-                f"The teacher trained as {subject.name} was is not among the controls: what the text taught cannot be "
-                "told from what the method did.",
+                f"No control was trained as {subject.name} was, without surgery: what the text taught is not told from "
+                "what the method did.",
             )
         if not subject.rows:
             yield Finding(OPEN, f"{subject.name} has no scores yet: `linearize eval` measures it.")

@@ -257,12 +257,12 @@ RECIPE = {
 
 def test_a_run_whose_teacher_was_not_trained_the_same_way_says_so(tmp_path):
     folder = trained(tmp_path / "mine")
-    assert not [one for one in made(folder).findings if "was is not among the controls" in one.text]
+    assert not [one for one in made(folder).findings if "without surgery" in one.text]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    assert [one for one in made(folder).findings if "trained as mine was is not among" in one.text]
+    assert [one for one in made(folder).findings if "No control was trained as mine was" in one.text]
     again = [replace(row, role="control", key=f"control {row.key}") for row in page.read([folder])[0].rows]
     Scores(folder / "eval" / "results.json").add([row for row in again if row.role == "control"][:3])
-    assert not [one for one in made(folder).findings if "not among the controls" in one.text]
+    assert not [one for one in made(folder).findings if "without surgery" in one.text]
 
 
 def test_the_teacher_is_trained_in_the_stages_that_teach_it_something(tmp_path):
