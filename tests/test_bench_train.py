@@ -123,7 +123,8 @@ def test_time_between_kernels():
     ],
 )
 def test_a_misspelt_name_is_told(option, value, says, capsys):
-    assert cli.main(["bench", "train", *TINY, option, value]) == 2
+    asked = dict(zip(TINY[::2], TINY[1::2], strict=True)) | {option: value}
+    assert cli.main(["bench", "train", *(part for pair in asked.items() for part in pair)]) == 2
     assert f"did you mean {says}" in capsys.readouterr().err
 
 

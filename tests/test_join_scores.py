@@ -1,4 +1,4 @@
-"""scripts/join_scores.py: what several processes measured of one model lies in one folder, and is not measured again."""
+"""scripts/join_scores.py: what several processes measured of one model lies in one folder, not to be measured again."""
 
 from __future__ import annotations
 

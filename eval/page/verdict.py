@@ -12,6 +12,7 @@ from linearize.eval.cast import SINKS
 from linearize.eval.page.blocks import Finding
 from linearize.eval.page.contestants import Contestant, place
 from linearize.eval.page.paired import difference
+from linearize.eval.page.same_training import missing
 from linearize.eval.page.sources import Subject
 from linearize.eval.rows import STUDENT, TEACHER, Score
 from linearize.eval.tables import number
@@ -227,5 +228,11 @@ def _caveats(subjects: Sequence[Subject]) -> Iterator[Finding]:
         where = ", ".join(f"{task} at {length:,} from {windows}" for (task, length), windows in few.items())
         yield Finding(OPEN, f"Few windows, whose intervals are too narrow: {where}; measure more of them.")
     for subject in subjects:
+        if missing(subject):
+            yield Finding(
+                OPEN,
+                f"No control was trained as {subject.name} was, without surgery: what the text taught is not told from "
+                "what the method did.",
+            )
         if not subject.rows:
             yield Finding(OPEN, f"{subject.name} has no scores yet: `linearize eval` measures it.")

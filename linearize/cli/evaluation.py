@@ -92,6 +92,7 @@ def _judge(
     from linearize.eval.judge import judge
     from linearize.eval.limits import learned_positions
     from linearize.eval.measurement import Setting
+    from linearize.eval.page import same_training
     from linearize.eval.rows import Scores
 
     scores = Scores(out / "results.json")
@@ -138,7 +139,14 @@ def _judge(
             "reasons above; take another --suite, or a longer --text"
         )
     console().print(f"scores  {scores.path}", markup=False, soft_wrap=True)
-    comparison.show(page.compose(page.read([scores.path])), out)
+    subjects = page.read([scores.path])
+    comparison.show(page.compose(subjects), out)
+    if against is not None and len(subjects) == 1 and same_training.missing(subjects[0]):
+        console().print(
+            "\nThe teacher trained the same way, without which a gain of the text is read as the method's:"
+        )
+        for line in same_training.commands(subjects[0], out.parent, against, options.suite):
+            console().print(f"  {line}", markup=False, soft_wrap=True, highlight=False)
 
 
 def _lm_tasks(options: argparse.Namespace) -> Any:

@@ -1,4 +1,4 @@
-"""Values of options: numbers in their ranges, names of files and folders, lists."""
+"""Values of options: numbers in their ranges, names of files and folders, lists; and no option twice."""
 
 from __future__ import annotations
 
@@ -86,3 +86,26 @@ def lengths(text: str) -> tuple[int, ...]:
 def names(text: str) -> list[str]:
     """A,B as a list."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+GIVEN = "_given"
+"""Where a namespace keeps the options that were read, while it is made."""
+
+
+class Once(argparse._StoreAction):
+    """An option with one value: of two, argparse would keep the last in silence."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        seen = namespace.__dict__.setdefault(GIVEN, {})
+        if option_string is not None and self.dest in seen:
+            raise argparse.ArgumentError(
+                self, f"given twice ({seen[self.dest]!s:.60} and {values!s:.60}); it takes one value"
+            )
+        seen[self.dest] = values
+        super().__call__(parser, namespace, values, option_string)

@@ -56,36 +56,13 @@ class UsageError(LinearizeError):
     """The command line cannot be understood."""
 
 
-class _Once(argparse._StoreAction):
-    """An option with one value: of two, argparse would keep the last in silence."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        given = namespace.__dict__.setdefault(_GIVEN, {})
-        if option_string is not None and self.dest in given:
-            raise argparse.ArgumentError(
-                self, f"given twice ({given[self.dest]!s:.60} and {values!s:.60}); it takes one value"
-            )
-        given[self.dest] = values
-        super().__call__(parser, namespace, values, option_string)
-
-
-_GIVEN = "_given"
-"""Where a namespace keeps the options that were read, while it is made."""
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with errors as exceptions, a did-you-mean for commands and choices, and no option twice."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.register("action", None, _Once)
-        self.register("action", "store", _Once)
+        self.register("action", None, given.Once)
+        self.register("action", "store", given.Once)
 
     def error(self, message: str) -> NoReturn:
         wrong = re.search(r"argument (\S+): invalid choice: '([^']*)' \(choose from (.*)\)", message)
@@ -104,7 +81,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
         UsageError: unknown command, option or argument, each with the nearest valid one.
     """
     options, rest = parser.parse_known_args(list(arguments))
-    vars(options).pop(_GIVEN, None)
+    vars(options).pop(given.GIVEN, None)
     if not hasattr(options, "overrides"):
         if rest:
             _refuse(options, rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -11,11 +12,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 from judged import judged, score, trained
 
 from linearize import cli
+from linearize.config import compose
 from linearize.eval import page
-from linearize.eval.page import blocks, figures
+from linearize.eval.page import blocks, figures, same_training
 from linearize.eval.rows import STUDENT, TEACHER, Scores
 
 HOSTILE = (
@@ -231,3 +234,46 @@ def test_two_students_of_one_file_are_two_subjects(tmp_path, monkeypatch):
         row.value for row in other.rows if row.role == TEACHER
     ]
     assert "first is better than second" in page.compose([one, other]).headline.text
+
+
+STAGE = {"tokens": 4000, "batch_size": 1, "lr": 1e-3}
+RECIPE = {
+    "layers": "all",
+    "mixer": compose("demo").mixer,
+    "stages": {
+        "transfer": {**STAGE, "objective": {"attention_output": 1000.0}, "train": ["mixers"]},
+        "distill": {**STAGE, "objective": {"logits_kl": 1.0}, "train": ["all"]},
+        "recover": {
+            **STAGE,
+            "objective": {"logits_kl": 1.0, "next_token": 0.1},
+            "train": ["mixers", "lora"],
+            "lora": {"rank": 2},
+            "lr_mixers": 1e-2,
+            "window_dropout": 0.5,
+        },
+    },
+}
+
+
+def test_a_run_whose_teacher_was_not_trained_the_same_way_says_so(tmp_path):
+    folder = trained(tmp_path / "mine")
+    assert not [one for one in made(folder).findings if "without surgery" in one.text]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    assert [one for one in made(folder).findings if "No control was trained as mine was" in one.text]
+    again = [replace(row, role="control", key=f"control {row.key}") for row in page.read([folder])[0].rows]
+    Scores(folder / "eval" / "results.json").add([row for row in again if row.role == "control"][:3])
+    assert not [one for one in made(folder).findings if "without surgery" in one.text]
+
+
+def test_the_teacher_is_trained_in_the_stages_that_teach_it_something(tmp_path):
+    changes = same_training.without_surgery(RECIPE)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"defaults": ["base", "_self_"], **RECIPE}))
+    recipe = compose(str(tmp_path / "mine.yaml"), changes)  # is a recipe, and what it says holds together
+    assert list(recipe.stages) == ["recover"] and recipe.calibrate.tokens == 0
+    assert recipe.mixer["window"]["name"] == "full" and recipe.layers == "all"
+    stage = recipe.stages["recover"]
+    assert stage.train == ["lora"] and stage.window_dropout == 0 and stage.lr_mixers is None
+    only = copy.deepcopy(RECIPE)
+    del only["stages"]["recover"]["objective"]["next_token"]  # what is left aims at the teacher, which it is
+    assert same_training.without_surgery(only) == []
+    assert same_training.without_surgery({"stages": "none"}) == []
