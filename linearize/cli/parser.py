@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from linearize.cli import (
     bench_options,
+    blocks_options,
     export_options,
     given,
     plan_options,
@@ -136,6 +137,13 @@ def build_parser() -> Parser:
 
     planning = _add(commands, "plan", "what each stage would need and cost", "linearize.cli.planning")
     plan_options.plan(planning, _recipe_arguments)
+    blocks = _add(commands, "blocks", "attention transfer of a model that fits nowhere", "linearize.cli.blocks")
+    blocks.set_defaults(command=_show_help)
+    steps = blocks.add_subparsers(title="steps", metavar="STEP", parser_class=Parser)
+    for step, summary in blocks_options.STEPS.items():
+        getattr(blocks_options, step)(
+            _add(steps, step, summary, "linearize.cli.blocks", step), _recipe_arguments
+        )
     _select_arguments(
         _add(commands, "select", "choose the layers that stay softmax", "linearize.cli.selection")
     )

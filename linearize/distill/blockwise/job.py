@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 
 from linearize import models, objectives, storing, surgery
-from linearize.config.course import Course
 from linearize.config.schedule import Over
 from linearize.config.schema import Recipe, StageConfig
 from linearize.distill import calibrate, memory, texts
@@ -134,16 +134,21 @@ class Job:
 
     # The folder
 
+    def command(self, what: str) -> str:
+        """The command that does something with the folder; its own recipe holds the overrides."""
+        out = shlex.quote(str(self.folder.path))
+        return f"linearize {what} {shlex.quote(self.source)} {out}/recipe.yaml --out {out}"
+
     @property
     def file(self) -> Path:
         """What the folder says of its blocks."""
         return self.folder.path / FILE
 
-    def begin(self, size: int, place: Path | None) -> None:
+    def begin(self, size: int | None, place: Path | None) -> None:
         """Make the folder a block-wise run, or go on with the one that it holds.
 
         Args:
-            size: layers of a block.
+            size: layers of a block; None for those of the folder, or one.
             place: folder of the streams; None for the run folder's own.
 
         Raises:
@@ -159,7 +164,7 @@ class Job:
         if self.file.is_file():
             self._read()
             differing = [
-                f"--layers {size}, it has {self.said['size']}" if size != self.said["size"] else "",
+                f"--layers {size}, it has {self.said['size']}" if size not in (None, self.said["size"]) else "",
                 f"--streams {place}, it has {self.said['streams']}"
                 if place and str(place.absolute()) != self.said["streams"]
                 else "",
@@ -170,7 +175,7 @@ class Job:
                     "that out, or choose another folder with --out"
                 )
         else:
-            self.said = {"size": size, "streams": str(where.absolute()), "tuples": None, **self._now(found)}
+            self.said = {"size": size or 1, "streams": str(where.absolute()), "tuples": None, **self._now(found)}
         self._known()
         self.folder.create(self.recipe, plan_json(self._plan()), {**facts(self), **found})
         self.write()
@@ -310,8 +315,8 @@ class Job:
             name=stage.name,
             folder=folder,
             metrics=folder / "metrics.jsonl",
-            resume_command="the same command again",
-            less_memory=lambda: memory.advice(less, "smaller blocks in a new run folder", "the same command"),
+            resume_command=self.command("blocks train"),
+            less_memory=lambda: memory.advice(less, "smaller blocks in a new run folder", self.command("blocks train")),
             part=f", block {number}",
         )
 
@@ -353,8 +358,3 @@ def digest(dataset: Any) -> str:
             if key in item:
                 found.update(torch.as_tensor(item[key]).to(torch.int64).numpy().tobytes())
     return found.hexdigest()[:16]
-
-
-def steps(stage: BlockStage) -> int:
-    """Optimizer steps of a stage."""
-    return Course.of(stage.stage, stage.length).steps

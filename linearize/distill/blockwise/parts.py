@@ -90,7 +90,10 @@ class Parts:
         if self._head is not None and not head:
             away[self._head] = "meta"
         wanted = {
-            name for part, names in self._stored.items() if part is None or part not in away for name in names
+            name
+            for part, names in self._stored.items()
+            if part is None or part not in away
+            for name in names.values()
         }
         with (
             quiet(),
@@ -116,12 +119,31 @@ class Parts:
         whole: PreTrainedModel = model.eval()
         return whole
 
-    def _names(self, model: PreTrainedModel) -> dict[str | None, set[str]]:
-        """Module -> its tensors in the checkpoint; of what stands beside all layers, table and head under None."""
+    @property
+    def stored(self) -> dict[str, str]:
+        """Name of a tensor as transformers writes it -> its name in this checkpoint; of all that the model reads."""
+        return {name: own for names in self._stored.values() for name, own in names.items()}
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the checkpoint by its own name.
+
+        Raises:
+            CheckpointError: its file cannot be read.
+        """
+        [file] = [file for file, names in self._files.items() if name in names]
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensor: Tensor = opened.get_tensor(name)
+                return tensor
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file} cannot be read ({error}); fetch the checkpoint again") from error
+
+    def _names(self, model: PreTrainedModel) -> dict[str | None, dict[str, str]]:
+        """Module -> its tensors, see `stored`; of what stands beside all layers, table and head under None."""
         from transformers.core_model_loading import revert_weight_conversion
 
         parts = [*self.layers, self._table, *([] if self._head is None else [self._head])]
-        found: dict[str | None, set[str]] = {}
+        found: dict[str | None, dict[str, str]] = {}
         own: dict[str | None, dict[str, Tensor]] = {None: {}}
         for name, tensor in model.state_dict().items():
             part = next((path for path in parts if name.startswith(f"{path}.")), None)
@@ -130,8 +152,9 @@ class Parts:
         for part, tensors in own.items():
             names = revert_weight_conversion(model, tensors)
             # checkpoints of a base model leave its name out
-            ways = [(name, name.removeprefix(prefix), prefix + name) for name in names]
-            found[part] = {next((way for way in three if way in self.tensors), "") for three in ways} - {""}
+            ways = {name: (name, name.removeprefix(prefix), prefix + name) for name in names}
+            held = {name: [way for way in three if way in self.tensors] for name, three in ways.items()}
+            found[part] = {name: there[0] for name, there in held.items() if there}
         missing = [path for path in self.layers if not found.get(path)]
         if missing:
             raise UnsupportedModelError(

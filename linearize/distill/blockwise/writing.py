@@ -48,12 +48,12 @@ class Written:
     waits: bool
 
 
-def write(job: Job, *, size: int, place: Path | None = None, keep: int | None = None) -> Written:
+def write(job: Job, *, size: int | None = None, place: Path | None = None, keep: int | None = None) -> Written:
     """Write what the blocks of a run are trained on, as far as `keep` lets it.
 
     Args:
         job: recipe, model and run folder; the folder is made, or gone on with.
-        size: layers of a block.
+        size: layers of a block; None for those of the folder, or one.
         place: folder of the streams; None for the run folder's own.
         keep: streams of a stage on the disk at most; those of trained blocks go where the next one is there.
 
