@@ -24,7 +24,7 @@ from linearize.distill.blockwise.joining import join
 from linearize.distill.blockwise.training import train
 from linearize.distill.blockwise.writing import write
 
-COMMON: dict[str, Any] = {"tokens": 6 * 2 * 64, "batch_size": 2, "log_every": 1, "save_every": 2}
+COMMON: dict[str, Any] = {"tokens": 4 * 2 * 64, "batch_size": 2, "log_every": 1, "save_every": 2}
 
 
 def teacher(folder: Path, layers: int = 4) -> str:
@@ -32,7 +32,7 @@ def teacher(folder: Path, layers: int = 4) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     tiny_llama(layers=layers).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    (folder / "text.txt").write_text(TEXT[:3000], encoding="utf-8")
+    (folder / "text.txt").write_text(TEXT[:600], encoding="utf-8")
     return str(folder)
 
 
@@ -55,7 +55,7 @@ def recipe(source: str, *, stages: int = 1, calibrate: int = 0, **changes: Any) 
         calibrate=CalibrateConfig(tokens=calibrate),
         stages=dict(list(every.items())[:stages]),
         data=DataConfig(source=text, validation=text, length=64),
-        eval=EvalConfig(length=64, max_windows=2, ablations=False),
+        eval=EvalConfig(length=64, max_windows=1, ablations=False),
         run=RunConfig(device="cpu"),
     )
 

@@ -1,7 +1,8 @@
 """Some layers of a model as a module of their own, run by the forward pass of the model's own family.
 
 The family's forward makes masks, positions and rotary tables for every layer as ever. Layers before the block hand on
-what they get, the block's first one is given the stored residual stream in its place, and the pass ends behind its last.
+what they get, the block's first one is given the stored residual stream in its place, and the pass ends where the layer
+behind the block would begin: what a family does between two layers belongs to the block before.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Block(nn.Module):
         self.paths = [paths[number] for number in numbers]
         layers = [model.get_submodule(path) for path in paths]
         self._ends = (layers[numbers[0]], layers[numbers[-1]]) if len(numbers) else (layers[0], layers[-1])
-        self._front = (layers[0],)
+        self._front, self._back = (layers[0],), (layers[-1],)
+        self._behind = tuple(layers[numbers[-1] + 1 : numbers[-1] + 2]) if len(numbers) else ()
         for number, (path, layer) in enumerate(zip(paths, layers, strict=True)):
             if number in numbers:
                 self._hang(path, layer)
@@ -101,13 +103,20 @@ class Block(nn.Module):
 
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self.tuples = isinstance(output, tuple)
-            found.append(output[0] if isinstance(output, tuple) else output)
+            if not self._behind:
+                found.append(output[0] if isinstance(output, tuple) else output)
+                raise _Enough
+
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(_hidden(args, kwargs))
             raise _Enough
 
         first, last = self._ends
         with ExitStack() as stack:
             stack.callback(first.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(last.register_forward_hook(leave).remove)
+            for following in self._behind:
+                stack.callback(following.register_forward_pre_hook(begin, with_kwargs=True).remove)
             self._pass(self.whole.base_model, self._nothing(stream), batch)
         return found[0], shared[0].values if shared else None
 
@@ -128,9 +137,8 @@ class Block(nn.Module):
 
     def finish(self, stream: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Logits [B, T, V] of the stream behind all layers; the head has to be loaded, and the block be empty."""
-        hook = self._front[0].register_forward_pre_hook(
-            lambda module, args, kwargs: _with_hidden(args, kwargs, stream), with_kwargs=True
-        )
+        answer: Any = (stream,) if self.tuples else stream
+        hook = self._back[0].register_forward_hook(lambda module, args, output: answer)
         try:
             logits: Tensor = self._pass(self.whole, self._nothing(stream), batch).logits
         finally:

@@ -14,8 +14,9 @@ from transformers import set_seed
 from linearize import surgery
 from linearize.config.schema import Recipe
 from linearize.distill.blockwise.block import Block
+from linearize.distill.blockwise.division import named
 from linearize.distill.blockwise.parts import Parts
-from linearize.errors import UnsupportedModelError
+from linearize.errors import NotFiniteError, UnsupportedModelError
 from linearize.mixers import calibration
 from linearize.surgery.convert import check_rotation
 from linearize.surgery.inspection import rotations
@@ -106,6 +107,7 @@ class Maker:
 
         Raises:
             UnsupportedModelError: the converted block is not the untouched one.
+            NotFiniteError: the untouched one overflows, or reads more than the stream.
         """
         model = self.parts.load(numbers, device=self.device)
         block = Block(model, self.parts.layers, numbers, tuples)
@@ -116,6 +118,7 @@ class Maker:
         values = None if values is None else values[:ROWS].to(self.device)
         with torch.no_grad(), self.computing():
             untouched, _ = block.run(stream, few)
+            check_finite(untouched, f"the residual stream behind {named(numbers)}")
             self._look_at_rotations(block, own, stream)
         # of all layers, in their order, so that the random start is that of a whole run
         set_seed(self.recipe.run.seed)
@@ -151,6 +154,19 @@ class Maker:
         return next(n for n, layer in enumerate(self.parts.layers) if path.startswith(f"{layer}."))
 
 
+def check_finite(values: Tensor, what: str) -> None:
+    """Refuse a stream with NaN, which families that hand more than it to their layers give (`Block`).
+
+    Raises:
+        NotFiniteError: says what it may come from.
+    """
+    if not bool(values.isfinite().all()):
+        raise NotFiniteError(
+            f"{what}: is not finite. The weights overflow in this precision, or the family's layers read more than the "
+            "residual stream before them, and then its blocks cannot be taken apart: use linearize run"
+        )
+
+
 def _hold(expected: Tensor, found: Tensor, batch: dict[str, Tensor], numbers: range, view: str) -> None:
     mask = batch.get("attention_mask")
     known = expected.isfinite().all(-1) & (torch.ones_like(expected[..., 0]) if mask is None else mask).bool()
@@ -160,7 +176,6 @@ def _hold(expected: Tensor, found: Tensor, batch: dict[str, Tensor], numbers: ra
     difference, scale = (ours - theirs).abs().max().item(), ours.abs().max().item()
     if not difference <= tolerance(expected) * scale:
         raise UnsupportedModelError(
-            f"layers {numbers[0]} to {numbers[-1]}: differ from the untouched model by {difference:.2g} (the stream "
-            f"reaches {scale:.2g}) {view}: their attention depends on more than linearize sees, so they cannot be "
-            "converted"
+            f"{named(numbers)}: differs from the untouched model by {difference:.2g} (the stream reaches {scale:.2g}) "
+            f"{view}: its attention depends on more than linearize sees, so it cannot be converted"
         )

@@ -22,10 +22,11 @@ from linearize.distill.blockwise.block import INPUTS, Block
 from linearize.distill.blockwise.calibrating import calibrate
 from linearize.distill.blockwise.division import named
 from linearize.distill.blockwise.job import VALUES, BlockStage, Job
+from linearize.distill.blockwise.making import check_finite
 from linearize.distill.blockwise.streams import Layout, Stream, Writer
 from linearize.distill.lock import held
 from linearize.distill.positions import counted_from_zero
-from linearize.errors import LinearizeError, NotFiniteError
+from linearize.errors import LinearizeError
 from linearize.progress import Meter, count
 
 log = logging.getLogger(__name__)
@@ -257,11 +258,7 @@ def _sound(values: Tensor, what: str, layout: Layout) -> Tensor:
             f"{what}: is {str(values.dtype)[6:]} where the embeddings are {layout.dtype}: set run.weights=float32 in a "
             "new run folder"
         )
-    if not bool(values.isfinite().all()):
-        raise NotFiniteError(
-            f"{what}: is not finite. The weights overflow in this precision, or the family's layers read more than the "
-            "residual stream before them, and then its blocks cannot be taken apart: use linearize run"
-        )
+    check_finite(values, what)
     return values
 
 

@@ -37,10 +37,10 @@ def compared(tmp_path: Path, unexported: None) -> Callable[..., None]:
 
 
 def test_calibrated_two_stages_and_what_goes_on_from_them(tmp_path: Path, unexported: None) -> None:
-    source = blocked.teacher(tmp_path / "teacher")
-    recipe = blocked.recipe(source, stages=3, calibrate=512)
+    source = blocked.teacher(tmp_path / "teacher", layers=3)
+    recipe = blocked.recipe(source, stages=3, calibrate=256)
     distill.run(source, recipe, tmp_path / "whole")
-    blocked.in_blocks(source, recipe, tmp_path / "blocks", size=3)
+    blocked.in_blocks(source, recipe, tmp_path / "blocks", size=2)
     summary = distill.run(source, recipe, tmp_path / "blocks", resume=True)
     stages = ["stage-0-calibrate", "stage-1-transfer", "stage-2-align", "stage-3-recover"]
     blocked.assert_equal(tmp_path / "blocks", tmp_path / "whole", stages)
@@ -62,6 +62,7 @@ def test_a_hybrid_without_clipping(compared: Callable[..., None]) -> None:
     compared(change, size=1)
 
 
+@pytest.mark.slow  # test_families has its losses and gradients
 def test_another_mixer_in_another_layer(compared: Callable[..., None]) -> None:
     def change(recipe: Recipe) -> None:
         recipe.mixers = {
@@ -77,6 +78,7 @@ def test_another_mixer_in_another_layer(compared: Callable[..., None]) -> None:
     compared(change, size=2, calibrate=128)
 
 
+@pytest.mark.slow  # test_families has its losses and gradients
 def test_values_of_the_first_layer(compared: Callable[..., None]) -> None:
     def change(recipe: Recipe) -> None:
         recipe.mixer = {

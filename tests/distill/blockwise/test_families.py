@@ -107,7 +107,13 @@ def saved(family: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+FEW = ("smollm3", "gemma3", "gpt2", "qwen3_moe")
+"""Layers without RoPE, sliding ones, learned positions, experts; the others are slow."""
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in tiny.FAMILIES]
+)
 def test_every_family(family: str, tmp_path: Path) -> None:
     recipe = Recipe(mixer=tiny.LAWCAT if family != "gpt2" else tiny.LOLCATS)
     hold(saved(family, tmp_path), recipe, 1, packed() if family == "gpt2" else batch())
