@@ -37,9 +37,15 @@ def teacher(folder: Path, layers: int = 4) -> str:
 
 
 def recipe(source: str, *, stages: int = 1, calibrate: int = 0, **changes: Any) -> Recipe:
-    """Transfer, and of more stages an alignment in another order and LoRA; the text is short, so that it comes again."""
+    """Transfer, and of more stages an alignment in another order and LoRA; the text is short, so that it repeats."""
     text = str(Path(source) / "text.txt")
-    stage = {"objective": {"attention_output": 10.0}, "lr": 1e-2, "clip_by": "layer", "grad_clip": 0.1, **COMMON}
+    stage = {
+        "objective": {"attention_output": 10.0},
+        "lr": 1e-2,
+        "clip_by": "layer",
+        "grad_clip": 0.1,
+        **COMMON,
+    }
     every = {
         "transfer": StageConfig(**{**stage, "window_dropout": [0.9, 0.3], **changes}),
         "align": StageConfig(

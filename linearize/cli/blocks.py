@@ -42,7 +42,9 @@ def write(options: argparse.Namespace) -> int:
     lines = [f"blocks      {found.blocks}, {len(found.trained)} of them trained, {len(found.ready)} ready"]
     if found.ready:
         lines.append(f"train them  {job.command('blocks train')}")
-        lines.append("            as many at once as there are cards; each takes blocks that nobody else is at")
+        lines.append(
+            "            as many at once as there are cards; each takes blocks that nobody else is at"
+        )
     if found.waits:
         lines.append("then        give this command again: more is written when some of these are trained")
     if not found.ready and not found.waits:

@@ -23,16 +23,17 @@ def plan(parser: argparse.ArgumentParser, arguments: Callable[[Any], None]) -> N
     parser.usage = "%(prog)s MODEL RECIPE [key=value ...] [--gpus 8xH100]"
     parser.epilog = "MODEL may also be the name of a shape, as for linearize plan"
     parser.add_argument(
-        "--gpus", default="h100", metavar="NxCARD", help="how many of which card work at once (default: one h100)"
+        "--gpus",
+        default="h100",
+        metavar="NxCARD",
+        help="how many of which card work at once (default: one h100)",
     )
 
 
 def write(parser: argparse.ArgumentParser, arguments: Callable[[Any], None]) -> None:
     """Of `blocks write`."""
     arguments(parser)
-    parser.usage = (
-        "%(prog)s MODEL RECIPE [key=value ...] [--out DIR] [--layers K] [--keep N] [--streams DIR]"
-    )
+    parser.usage = "%(prog)s MODEL RECIPE [key=value ...] [--out DIR] [--layers K] [--keep N] [--streams DIR]"
     _out(parser)
     parser.add_argument(
         "--layers",
@@ -47,7 +48,10 @@ def write(parser: argparse.ArgumentParser, arguments: Callable[[Any], None]) -> 
         help="streams on the disk at most; give the command again when their blocks are trained (default: all)",
     )
     parser.add_argument(
-        "--streams", type=given.folder, metavar="DIR", help="where they go (default: streams in the run folder)"
+        "--streams",
+        type=given.folder,
+        metavar="DIR",
+        help="where they go (default: streams in the run folder)",
     )
 
 

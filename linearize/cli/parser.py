@@ -137,7 +137,9 @@ def build_parser() -> Parser:
 
     planning = _add(commands, "plan", "what each stage would need and cost", "linearize.cli.planning")
     plan_options.plan(planning, _recipe_arguments)
-    blocks = _add(commands, "blocks", "attention transfer of a model that fits nowhere", "linearize.cli.blocks")
+    blocks = _add(
+        commands, "blocks", "attention transfer of a model that fits nowhere", "linearize.cli.blocks"
+    )
     blocks.set_defaults(command=_show_help)
     steps = blocks.add_subparsers(title="steps", metavar="STEP", parser_class=Parser)
     for step, summary in blocks_options.STEPS.items():

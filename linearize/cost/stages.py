@@ -112,7 +112,7 @@ def plan(
         LinearizeError: a mixture of experts, whose share of active weights is not in the formulas.
         UnsupportedModelError, RecipeError: as `surgery.plan`.
     """
-    base = _skeleton(config, model)
+    base = skeleton_of(config, model)
     teacher = _count(base)
     with torch.device("meta"):
         student: Any = surgery.convert(base, recipe.mixer, recipe.layers, recipe.mixers).eval()
@@ -131,7 +131,7 @@ def ways(config: Any, recipe: Recipe, count: int, card: Card) -> dict[str, str]:
     Raises:
         LinearizeError: as `plan`.
     """
-    base = _skeleton(config, "run.shard")
+    base = skeleton_of(config, "run.shard")
     teacher, found = _count(base), {}
     with torch.device("meta"):
         student: Any = surgery.convert(base, recipe.mixer, recipe.layers, recipe.mixers).eval()
@@ -145,7 +145,7 @@ def ways(config: Any, recipe: Recipe, count: int, card: Card) -> dict[str, str]:
     return found
 
 
-def _skeleton(config: Any, model: str) -> Any:
+def skeleton_of(config: Any, model: str) -> Any:
     text = config.get_text_config()
     base: Any = skeleton(config)
     if any(getattr(text, key, None) for key in EXPERTS) or any(

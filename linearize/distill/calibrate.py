@@ -113,9 +113,7 @@ def _pass(
     return found
 
 
-def observer(
-    found: list[dict[str, float]], own_stream: bool, meter: Meter
-) -> Callable[[Any], Tensor]:
+def observer(found: list[dict[str, float]], own_stream: bool, meter: Meter) -> Callable[[Any], Tensor]:
     """Sets each layer's mixer as the layer shows itself.
 
     Args:

@@ -138,7 +138,9 @@ def train(
     processes.alone(lambda: _finish(trainer, place))
     [wish] = processes.most([trainer.interrupt.wish])
     if wish:
-        raise RunStopped(f"stopped after stage '{place.name}'{place.part}. Go on with:\n  {place.resume_command}", wish)
+        raise RunStopped(
+            f"stopped after stage '{place.name}'{place.part}. Go on with:\n  {place.resume_command}", wish
+        )
     model.requires_grad_(False)
     return model.eval()
 
@@ -268,13 +270,14 @@ def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> None:
         if trainer.profiles:
             trainer.add_callback(Traced(place.metrics.parent, place.name, trainer.args.device))
         with memory.watched(
-            lambda: f"in stage '{place.name}'{place.part}, step {trainer.state.global_step + 1}", place.less_memory
+            lambda: f"in stage '{place.name}'{place.part}, step {trainer.state.global_step + 1}",
+            place.less_memory,
         ):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
     if trainer.state.global_step < trainer.course.steps:
         raise RunStopped(
-            f"stopped in stage '{place.name}'{place.part} after step {trainer.state.global_step} of {trainer.course.steps}; "
-            f"everything up to it is saved. Go on with:\n  {place.resume_command}",
+            f"stopped in stage '{place.name}'{place.part} after step {trainer.state.global_step} of "
+            f"{trainer.course.steps}; everything up to it is saved. Go on with:\n  {place.resume_command}",
             interrupt.exit_code,
         )
 

@@ -119,7 +119,9 @@ def transfer_step(
     def observe(call: Any) -> None:
         alone = window_dropout.window_off(call) if call.layer_idx in off else nullcontext(call)
         with torch.enable_grad(), alone as call:
-            losses[call.layer_idx] = objectives.layer_backward(call, objective, scale / (layers or len(converted)))
+            losses[call.layer_idx] = objectives.layer_backward(
+                call, objective, scale / (layers or len(converted))
+            )
 
     model.eval()  # the teacher that is imitated has no dropout
     # Without gradient: only `observe` takes some.

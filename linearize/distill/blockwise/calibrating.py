@@ -1,9 +1,9 @@
 """The mixers' start in closed form, block after block: what `distill.calibrate` does with the whole model.
 
-It asks three passes over all layers, of the student as it starts, of one that is set on its own stream and of one that is
-set on the teacher's. Here the three students go through a block side by side, beside the teacher, before the next block
-is loaded; behind the last one the head says which of them is nearest. Between two blocks all that is needed stands in
-one file, from which a process that was killed goes on.
+That asks three passes over all layers, of the student as it starts, of one that is set on its own stream and of one
+that is set on the teacher's. Here the three students go through a block side by side, beside the teacher, before the
+next block is loaded; behind the last one the head says which of them is nearest. Between two blocks all that is needed
+stands in one file, from which a process that was killed goes on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -132,7 +133,7 @@ class _Sweep:
             given = torch.cat([values["teacher"], values["own"]]) if values else None
             rows: list[dict[str, float]] = []
             try:
-                silent = Meter("", None)
+                silent = Meter("", None, console=Console(quiet=True))
                 with computing(), surgery.observe(block, whole.observer(rows, True, silent)):
                     out, first = block.run(pair, both, given)
                 behind["own"] = out.chunk(2)[1]

@@ -1,4 +1,4 @@
-"""The checkpoint of a model that fits nowhere: the teacher's own tensors, one after the other, and the mixers beside."""
+"""The checkpoint of a model that fits nowhere: the teacher's own tensors, one after the other, and the mixers."""
 
 from __future__ import annotations
 

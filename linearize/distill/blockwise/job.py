@@ -88,7 +88,7 @@ def block_stages(recipe: Recipe) -> list[BlockStage]:
                 f"{path}.data: the teacher writes its text as a whole model: let linearize sample write it where it "
                 "fits, and give data.source those files"
             )
-        batch = min(Over.of(stage.batch_size).values)
+        batch = int(min(Over.of(stage.batch_size).values))
         at_once = batch if stage.micro_batch == "auto" else int(stage.micro_batch)
         found.append(BlockStage(index, name, stage, data.length, at_once))
     if recipe.calibrate.tokens and texts.of_teacher(recipe.data) and not problems:
@@ -164,7 +164,9 @@ class Job:
         if self.file.is_file():
             self._read()
             differing = [
-                f"--layers {size}, it has {self.said['size']}" if size not in (None, self.said["size"]) else "",
+                f"--layers {size}, it has {self.said['size']}"
+                if size not in (None, self.said["size"])
+                else "",
                 f"--streams {place}, it has {self.said['streams']}"
                 if place and str(place.absolute()) != self.said["streams"]
                 else "",
@@ -175,7 +177,12 @@ class Job:
                     "that out, or choose another folder with --out"
                 )
         else:
-            self.said = {"size": size or 1, "streams": str(where.absolute()), "tuples": None, **self._now(found)}
+            self.said = {
+                "size": size or 1,
+                "streams": str(where.absolute()),
+                "tuples": None,
+                **self._now(found),
+            }
         self._known()
         self.folder.create(self.recipe, plan_json(self._plan()), {**facts(self), **found})
         self.write()
@@ -316,7 +323,9 @@ class Job:
             folder=folder,
             metrics=folder / "metrics.jsonl",
             resume_command=self.command("blocks train"),
-            less_memory=lambda: memory.advice(less, "smaller blocks in a new run folder", self.command("blocks train")),
+            less_memory=lambda: memory.advice(
+                less, "smaller blocks in a new run folder", self.command("blocks train")
+            ),
             part=f", block {number}",
         )
 

@@ -86,8 +86,8 @@ def _join(job: Job, stage: BlockStage) -> None:
     if sorted(tensors) != sorted(job.maker.names):
         missing = sorted(set(job.maker.names) ^ set(tensors))[0]
         raise CheckpointError(
-            f"{job.folder.path / stage.folder}: its blocks are not those of this model (first that differs: {missing}). "
-            "Delete it and give linearize blocks train again"
+            f"{job.folder.path / stage.folder}: its blocks are not those of this model (first that differs: "
+            f"{missing}). Delete it and give linearize blocks train again"
         )
     forget_lines(job.folder.metrics, stage.name, after=0)
     lines = _merged(job, stage, numbers)
@@ -109,7 +109,7 @@ def _join(job: Job, stage: BlockStage) -> None:
 
 
 def _merged(job: Job, stage: BlockStage, numbers: list[int]) -> list[dict[str, Any]]:
-    """Lines of metrics as one process writes them: layers in order, the norm of all gradients, the time of all blocks."""
+    """Lines of metrics as one process writes them: layers in order, the norm of all gradients, all blocks' time."""
     found = [_lines(job.block_place(stage, number).metrics) for number in numbers]
     merged = []
     for parts in zip(*found, strict=False):

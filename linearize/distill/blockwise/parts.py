@@ -1,7 +1,7 @@
 """A checkpoint of which some layers are loaded at a time; everything else stays on the meta device.
 
-What is loaded goes through transformers as a whole checkpoint does, so that renamed and fused tensors (experts) come out
-as they do there; only the tensors of other layers are given without their numbers.
+What is loaded goes through transformers as a whole checkpoint does, so that renamed and fused tensors (experts) come
+out as they do there; only the tensors of other layers are given without their numbers.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class Parts:
             CheckpointError: a file cannot be read, or a weight is not finite.
         """
         table = table or (head and self._tied)
-        away = {path: "meta" for number, path in enumerate(self.layers) if number not in layers}
+        own = [path for number, path in enumerate(self.layers) if number in layers]
+        away = {path: "meta" for path in self.layers if path not in own}
         if not table:
             away[self._table] = "meta"
         if self._head is not None and not head:
@@ -105,7 +106,8 @@ class Parts:
                 None,
                 config=copy.deepcopy(self.config),
                 state_dict=self._state(wanted),
-                device_map={"": "cpu", **away},
+                # the block's own by name as well: transformers takes layer 10 for a part of layer 1
+                device_map={"": "cpu", **away, **dict.fromkeys(own, "cpu")},
                 dtype=self.dtype,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -114,6 +116,13 @@ class Parts:
         check_report(self.folder, report, model)
         check_finite(self.folder, model)
         check_trainable(self.folder, model)
+        for path in own:
+            empty = [name for name, x in model.get_submodule(path).state_dict().items() if x.is_meta]
+            if empty:
+                raise UnsupportedModelError(
+                    f"{path}.{empty[0]}: its numbers are not found in {self.folder} for this layer alone; use "
+                    "linearize run"
+                )
         place(model, device)
         model.requires_grad_(False)
         whole: PreTrainedModel = model.eval()
@@ -170,7 +179,9 @@ class Parts:
                 with safe_open(file, framework="pt") as opened:
                     state |= {name: opened.get_tensor(name) for name in names if name in wanted}
             except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{file} cannot be read ({error}); fetch the checkpoint again") from error
+                raise CheckpointError(
+                    f"{file} cannot be read ({error}); fetch the checkpoint again"
+                ) from error
         for name, stored in self.tensors.items():
             if name not in state:
                 kind = getattr(torch, FLOATS.get(stored.dtype, "int64"))

@@ -31,7 +31,7 @@ CHUNK = 2**26
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape of a stream: `rows` sequences of `tokens` vectors of `width` numbers of torch's `dtype`, in chunks of rows."""
+    """Shape of a stream: `rows` sequences of `tokens` vectors of `width` numbers of torch's `dtype`, in chunks."""
 
     rows: int
     tokens: int
@@ -161,9 +161,12 @@ class Stream:
             raise CheckpointError(
                 f"{self.manifest}: is of {', '.join(differing)} than this run's. {self._again}"
             )
-        self._sums = said.get("sha256")
-        if not isinstance(self._sums, list) or len(self._sums) != len(layout.chunks):
-            raise CheckpointError(f"{self.manifest}: its checksums are not those of its chunks. {self._again}")
+        sums = said.get("sha256")
+        self._sums: list[str] = sums if isinstance(sums, list) else []
+        if len(self._sums) != len(layout.chunks):
+            raise CheckpointError(
+                f"{self.manifest}: its checksums are not those of its chunks. {self._again}"
+            )
         size = self.path.stat().st_size if self.path.is_file() else 0
         if size != layout.size:
             raise CheckpointError(

@@ -156,7 +156,9 @@ def _train(job: Job, number: int) -> None:
             continue
         for read in (stream, *([] if first is None else [first])):
             read.check(f"block {number}: checking {read.path.name}")
-        log.info("stage '%s', block %d of %d: %s", stage.name, number, len(job.blocks), named(job.blocks[number]))
+        log.info(
+            "stage '%s', block %d of %d: %s", stage.name, number, len(job.blocks), named(job.blocks[number])
+        )
         with storing.writing(place.folder):
             stages.train(
                 block,
@@ -169,4 +171,3 @@ def _train(job: Job, number: int) -> None:
                 teacher=None,
                 transfer=BlockTrainer,
             )
-

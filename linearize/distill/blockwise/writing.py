@@ -49,7 +49,9 @@ class Written:
     waits: bool
 
 
-def write(job: Job, *, size: int | None = None, place: Path | None = None, keep: int | None = None) -> Written:
+def write(
+    job: Job, *, size: int | None = None, place: Path | None = None, keep: int | None = None
+) -> Written:
     """Write what the blocks of a run are trained on, as far as `keep` lets it.
 
     Args:
@@ -152,15 +154,19 @@ def _tidy(job: Job, last: int) -> None:
 def _embed(job: Job, stage: BlockStage, table: Block, writer: Writer) -> None:
     dataset = job.dataset(stage)
     title = f"{stage.name}: embeddings"
-    with Meter(title, writer.layout.rows * stage.length, done=_tokens(writer)) as meter, torch.no_grad():
-        with counted_from_zero(table.whole), job.maker.computing():
-            for rows in writer.layout.chunks[writer.done :]:
-                found = [
-                    table.embed(batch["input_ids"], batch).cpu()
-                    for batch in _batches(job, dataset, rows, stage.batch)
-                ]
-                writer.put(_sound(torch.cat(found), "the embeddings", writer.layout))
-                meter.advance(len(rows) * stage.length)
+    with (
+        torch.no_grad(),
+        counted_from_zero(table.whole),
+        job.maker.computing(),
+        Meter(title, writer.layout.rows * stage.length, done=_tokens(writer)) as meter,
+    ):
+        for rows in writer.layout.chunks[writer.done :]:
+            found = [
+                table.embed(batch["input_ids"], batch).cpu()
+                for batch in _batches(job, dataset, rows, stage.batch)
+            ]
+            writer.put(_sound(torch.cat(found), "the embeddings", writer.layout))
+            meter.advance(len(rows) * stage.length)
 
 
 def _behind(job: Job, stage: BlockStage, number: int, block: Block | None, writer: Writer) -> Block:

@@ -62,6 +62,15 @@ def test_a_hybrid_without_clipping(compared: Callable[..., None]) -> None:
     compared(change, size=1)
 
 
+def test_sixteen_bits(compared: Callable[..., None], tmp_path: Path) -> None:
+    def change(recipe: Recipe) -> None:
+        recipe.run.precision, recipe.run.weights = "bf16", "bfloat16"
+
+    compared(change, size=2)
+    said = (tmp_path / "blocks/blocks.json").read_text()
+    assert '"weights": "bfloat16"' in said and '"passes": "bfloat16"' in said
+
+
 @pytest.mark.slow  # test_families has its losses and gradients
 def test_another_mixer_in_another_layer(compared: Callable[..., None]) -> None:
     def change(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""Blocks of every family: the streams, losses and gradients of the whole model, padding, documents and kept layers too."""
+"""Blocks of every family: streams, losses and gradients of the whole model, with padding, documents and kept layers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,11 @@ def hold(folder: Path, recipe: Recipe, size: int, given: dict[str, torch.Tensor]
         others = [p for n, p in enumerate(maker.parts.layers) if n not in numbers]
         assert not [name for name in real if name.startswith(tuple(f"{path}." for path in others))]
         with torch.no_grad():
-            behind, handed = block.run(stream, given, values) if not block.places else teacher(block, stream, given, values)
+            behind, handed = (
+                block.run(stream, given, values)
+                if not block.places
+                else teacher(block, stream, given, values)
+            )
         if block.places:
             for layer in surgery.converted(block):
                 layer.mixer.requires_grad_(True)
@@ -124,6 +128,11 @@ def test_blocks_of_several_layers_some_of_them_softmax(tmp_path: Path) -> None:
     folder = saved("gemma3", tmp_path, num_hidden_layers=5)
     for size in (1, 2, 5):
         hold(folder, recipe, size, batch())
+
+
+def test_more_layers_than_ten(tmp_path: Path) -> None:
+    """Numbers of layers that begin with other layers' numbers."""
+    hold(saved("llama", tmp_path, num_hidden_layers=12), Recipe(mixer=tiny.LOLCATS), 5, packed())
 
 
 def test_another_mixer_in_another_layer(tmp_path: Path) -> None:
