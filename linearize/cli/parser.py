@@ -40,6 +40,7 @@ examples:
   linearize run ./my-llama my_recipe.yaml --resume           go on after an interruption
   linearize inspect smollm2-135m hedgehog                    what would change; loads no weights
   linearize plan llama-3-70b lolcats --gpus 8xH100           what each stage would need and cost
+  linearize blocks plan llama-3-405b lolcats stages.transfer.clip_by=layer    transfer where no card holds it
   linearize select smollm2-135m lolcats --keep 7             which layers stay softmax; writes a recipe
   linearize eval runs/small --suite quick                    beside its teacher and the controls
   linearize compare runs/small runs/large                    on one page, offline

@@ -54,7 +54,7 @@ def calibrate(job: Job) -> None:
     }
     storing.make_folder(folder)
     sweep = _Sweep(job, batch, digest(dataset))
-    with torch.no_grad(), Meter("calibrate", len(job.maker.converted), "layers") as meter:
+    with torch.no_grad(), Meter("calibrate", len(job.maker.layers_converted), "layers") as meter:
         for number in range(sweep.begun(), len(job.blocks)):
             sweep.block(number, meter)
         mixers, found = sweep.best()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from linearize.distill.pieces import Pieces
 from linearize.distill.stages import DONE, FINAL
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.models.cache import sha256
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,18 +114,26 @@ def _join(job: Job, stage: BlockStage) -> None:
 def _merged(job: Job, stage: BlockStage, numbers: list[int]) -> list[dict[str, Any]]:
     """Lines of metrics as one process writes them: layers in order, the norm of all gradients, all blocks' time."""
     found = [_lines(job.block_place(stage, number).metrics) for number in numbers]
+    inside = {layer for number in numbers for layer in job.blocks[number]}
+    unseen = [layer for layer in job.maker.layers_converted if layer not in inside]
+    if unseen:
+        log.warning(
+            "stage '%s': layers %s have nothing that trains and were in blocks of their own, so their losses are not "
+            "known and metrics have none layer by layer", stage.name, ", ".join(map(str, unseen)),
+        )  # fmt: skip
     merged = []
     for parts in zip(*found, strict=False):
         if len({part["step"] for part in parts}) != 1:
             break  # blocks went on with another log_every
         layers = [loss for part in parts for loss in part["layers"]]
+        first = {key: value for key, value in parts[0].items() if key != "layers"}
         merged.append(
             {
-                **parts[0],
+                **first,
                 "tokens_per_second": round(1 / sum(1 / part["tokens_per_second"] for part in parts), 1),
                 "loss": sum(layers) / len(layers),
                 "grad_norm": math.sqrt(sum(part["grad_norm"] ** 2 for part in parts)),
-                "layers": layers,
+                **({} if unseen else {"layers": layers}),
             }
         )
     return merged

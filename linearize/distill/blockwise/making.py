@@ -56,7 +56,8 @@ class Maker:
         """Of all mixers' parameters, in the order of a whole run."""
         self.can_calibrate = any(calibration.can(layer.mixer) for layer in surgery.converted(empty))
         """Whether any mixer has a start in closed form."""
-        self.converted = [layer.layer_idx for layer in surgery.converted(empty)]
+        self.layers_converted = sorted(self._layer_of(path) for path in self.plan["layers"])
+        """Numbers of the layers that are."""
         self.width: int = empty.config.get_text_config().hidden_size
         handing = [layer for layer in surgery.converted(empty) if layer.linearize_hands]
         self.hands: int | None = None

@@ -274,6 +274,19 @@ def test_a_result_that_is_damaged_is_not_joined(source: str, reference: Path, tm
         join(Job(source, blocked.recipe(source), out))
 
 
+def test_a_layer_without_anything_that_trains(
+    source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe, out = blocked.recipe(source), tmp_path / "run"
+    recipe.mixers = {"plain": {"feature_map": {"name": "none"}}}
+    recipe.layers = {"use": {"plain": [1]}}
+    write(Job(source, recipe, out))
+    assert train(Job(source, recipe, out)).trained == [0, 2]
+    join(Job(source, recipe, out))
+    assert "layers 1 have nothing that trains" in caplog.text
+    assert {"loss", "grad_norm"} < blocked.lines(out)[0].keys() and "layers" not in blocked.lines(out)[0]
+
+
 def test_recipes_that_blocks_cannot_train(source: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"stages.transfer.clip_by: all clips by the norm over all layers"):
         Job(source, blocked.recipe(source, clip_by="all"), tmp_path)
