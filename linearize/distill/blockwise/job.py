@@ -162,7 +162,7 @@ class Job:
             )
         where = place or self.folder.path / "streams"
         if self.file.is_file():
-            self._read()
+            self.read()
             differing = [
                 f"--layers {size}, it has {self.said['size']}"
                 if size not in (None, self.said["size"])
@@ -198,14 +198,19 @@ class Job:
                 f"{self.folder.path} holds no blocks: write their inputs first, with linearize blocks write"
             )
         self.folder.check(self.source, self.recipe, resume=True)
-        self._read()
+        self.read()
         self._known()
 
     def write(self) -> None:
         """Keep what is known of the blocks."""
         storing.write_json(self.file, self.said)
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """What the folder says now, while others write.
+
+        Raises:
+            RunFolderError: its streams are of another precision.
+        """
         remedy = f"Delete {self.file} and give linearize blocks write again"
         self.said = storing.read_json(self.file, remedy)
         now = self._now(self.said)

@@ -137,6 +137,7 @@ def train(job: Job, wanted: list[int] | None = None) -> Worked:
 
 def _train(job: Job, number: int) -> None:
     """One block, in all stages."""
+    job.read()  # what writing has shown since
     block: Block | None = None
     for stage in job.stages:
         place, layout, source = job.block_place(stage, number), job.layout(stage), job.source_of(stage)

@@ -71,7 +71,8 @@ def write(
         if job.calibrates:
             calibrate(job)
         number = 0
-        while number < len(job.blocks) and _next(job, number, keep):
+        finished = all(job.trained(n) for n in range(len(job.blocks)))
+        while number < len(job.blocks) and (finished or _next(job, number, keep)):
             number += 1
         ready = [n for n in range(len(job.blocks)) if job.written(n) and not job.trained(n)]
         done = [n for n in range(len(job.blocks)) if job.trained(n)]
@@ -112,12 +113,19 @@ def announce(job: Job, keep: int | None) -> None:
         )
 
 
-def _next(job: Job, number: int, keep: int | None) -> bool:
-    """Write the inputs of a block; false where there is no room before others are trained."""
+def _next(job: Job, number: int, keep: int | None, *, again: bool = False) -> bool:
+    """Write the inputs of a block; false where there is no room before others are trained.
+
+    Args:
+        job, number, keep: see `write`.
+        again: also where the block is trained, since the next one's inputs come from them and were lost.
+    """
     name = f"{number:03d}"
-    gone = job.trained(number) and number + 1 < len(job.blocks) and _passed(job, number)
+    gone = not again and job.trained(number) and _passed(job, number)
     if job.written(number) or gone:
         return True
+    if number and not job.written(number - 1) and not _next(job, number - 1, keep, again=True):
+        return False
     if keep is not None:
         _tidy(job, number - 1)
         there = [n for n in range(len(job.blocks)) if job.written(n)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -181,7 +182,13 @@ def test_streams_of_two_blocks_at_once(source: str, reference: Path, tmp_path: P
         seen.append((found.ready, found.waits, len(list((out / "streams").rglob("*.bin")))))
         train(Job(source, recipe, out), found.ready[:1])
     assert seen == [([0, 1], True, 2), ([1, 2], False, 2), ([2], False, 2)]
+    # inputs that were lost are made from the first ones again
+    (out / "streams/stage-1-transfer/001.json").unlink()
+    (out / "streams/stage-1-transfer/002.json").unlink()
+    shutil.rmtree(out / "stage-1-transfer/block-002")
+    assert write(Job(source, recipe, out), keep=2).ready == [2]
     train(Job(source, recipe, out))
+    assert write(Job(source, recipe, out)).trained == [0, 1, 2]
     join(Job(source, recipe, out))
     same(out, reference)
 
@@ -263,8 +270,6 @@ def test_another_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_result_that_is_damaged_is_not_joined(source: str, reference: Path, tmp_path: Path) -> None:
-    import shutil
-
     out = tmp_path / "run"
     shutil.copytree(reference, out)
     (out / "stage-1-transfer/done.json").unlink()
