@@ -1,10 +1,10 @@
-"""The steps of docs/blocks.md on a model of Llama 3 70B's depth and grouping whose widths are 128 times smaller.
+"""The steps of docs/blocks.md on a model of Llama 3 70B's grouping whose widths are 128 times smaller.
 
-80 layers in blocks of 10, two workers, joined and exported without anybody holding the model; then the same recipe as
-one run with the whole model, and what differs. The closed-form start is left out, which takes minutes at 80 layers
-(`tests/distill/blockwise` holds it equal). On two CPU cores it takes some minutes:
+Blocks of an eighth of the layers, two workers, joined and exported without anybody holding the model; then the same
+recipe as one run with the whole model, and what differs. The closed-form start is left out, which takes minutes at 80
+layers (`tests/distill/blockwise` holds it equal):
 
-PYTHONPATH=. python scripts/results/blocks_small.py --out runs/blocks-small
+PYTHONPATH=. python scripts/results/blocks_small.py --out runs/blocks-small --depth 16
 """
 
 import argparse
@@ -42,13 +42,14 @@ SETTINGS = [
 ]
 
 
-def teacher(folder: Path) -> None:
-    """A random checkpoint of that depth, with the tokenizer of smollm2-135m."""
+def teacher(folder: Path, depth: int) -> None:
+    """A random checkpoint of so many layers, with the tokenizer of smollm2-135m."""
     shape = dict(LARGE["llama-3-70b"])
     for key in ("hidden_size", "intermediate_size"):
         shape[key] //= SMALLER
     tokenizer = AutoTokenizer.from_pretrained(models.resolve("smollm2-135m"))
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": len(tokenizer)}
+    shape["num_hidden_layers"] = depth
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.1)).save_pretrained(
         folder, max_shard_size="5MB"
@@ -69,14 +70,18 @@ def main() -> int:
     """Print what each step took, and in what the two results differ."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    out = parser.parse_args().out
+    parser.add_argument("--depth", type=int, default=80, help="layers (default: those of Llama 3 70B)")
+    options = parser.parse_args()
+    out, depth = options.out, options.depth
     shutil.rmtree(out, ignore_errors=True)
-    teacher(out / "teacher")
+    teacher(out / "teacher", depth)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     model, blocks, whole = str(out / "teacher"), out / "blocks", out / "whole"
     given = [model, "lolcats", *SETTINGS]
     again = [model, str(blocks / "recipe.yaml"), "--out", str(blocks)]
-    seconds = {"write": steps([["blocks", "write", *given, "--out", str(blocks), "--layers", "10"]])}
+    seconds = {
+        "write": steps([["blocks", "write", *given, "--out", str(blocks), "--layers", str(depth // 8)]])
+    }
     streams = sorted((blocks / "streams").rglob("*.bin"))
     size = sum(file.stat().st_size for file in streams)
     seconds["train, two workers"] = steps([["blocks", "train", *again]] * 2)

@@ -112,9 +112,9 @@ def _twin(job: Job, dtype: torch.dtype) -> Any:
 
 
 def _expected(job: Job, own: dict[str, Tensor]) -> dict[str, list[Any]]:
-    """Fingerprints of the base model's tensors as a reader will have them, loaded a layer at a time."""
+    """Fingerprints of the base model's tensors as a reader will have them, loaded a block at a time."""
     found: dict[str, list[Any]] = {}
-    for layers, ends in [*(((number,), False) for number in range(len(job.parts.layers))), ((), True)]:
+    for layers, ends in [*((block, False) for block in job.blocks), (range(0), True)]:
         model = job.parts.load(layers, table=ends, head=ends, device=CPU)
         for name, tensor in model.state_dict().items():
             if not tensor.is_meta and name in own and name not in found:
