@@ -186,6 +186,18 @@ def sweep(stage_folder: Path) -> None:
         prune(stage_folder, keep=len(list(stage_folder.iterdir())))
 
 
+def make_folder(folder: Path) -> None:
+    """A folder, unless it is there.
+
+    Raises:
+        CheckpointError: the disk is full or refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise could_not_write(folder, error) from error
+
+
 def make_anew(folder: Path) -> None:
     """An empty folder in the place of whatever is there.
 

@@ -8,11 +8,12 @@ import torch
 import transformers
 from tiny import config as family_config
 
+from linearize import cli
 from linearize.bench.subjects import SHAPES, TEACHER, convert, random_model
 from linearize.bench.train import STAGES
 from linearize.config import compose
 from linearize.config.schema import StageConfig
-from linearize.cost import memory, speed
+from linearize.cost import blocks, memory, speed
 from linearize.cost.cards import CARDS, cards
 from linearize.cost.shapes import config_of
 from linearize.cost.stages import plan, sizes_of, ways
@@ -173,3 +174,35 @@ def test_experts_that_do_not_say_how_many_work(monkeypatch):
     monkeypatch.setattr("linearize.models.experts.CHOSEN", ("experts_at_work", "chosen"))
     with pytest.raises(UnsupportedModelError, match="does not say in its config how many"):
         plan(config, compose("lolcats"), 1, CARDS["h100"], model="one", name="lolcats")
+
+
+def test_blocks_of_every_size():
+    recipe = compose("lolcats", ["stages.transfer.clip_by=layer"])
+    count, card = cards("4xh100")
+    found = blocks.plan(config_of("llama-3-70b"), recipe, count, card, name="lolcats")
+    # whole steps of 8 x 1,024 tokens in 20 M, 8192 numbers of two bytes each
+    assert found.stream == {"transfer": 20_000_000 // 8192 * 8192 * 8192 * 2}
+    assert [row.blocks for row in found.rows] == [80, 40, 20, 16, 10, 8, 5, 4, 1]
+    whole = plan(config_of("llama-3-70b"), recipe, 8, card, model="llama-3-70b", name="lolcats").stages[0]
+    for row in found.rows:
+        assert row.disk == row.blocks * found.stream["transfer"]
+        assert row.least == min(2, row.blocks) * found.stream["transfer"]
+        # a card holds its layers and little else
+        own = 2 * row.layers * (found.teacher - 2 * 128_256 * 8192) / 80
+        assert own < row.train < 1.2 * own + 4 * 2**30 and own < row.write < 1.2 * own + 4 * 2**30
+        # all blocks one after the other are the whole stage on as many cards, at full efficiency
+        if row.layers <= 20:
+            hours = row.block_hours * row.blocks / 8 / speed.SCALING
+            assert hours == pytest.approx(whole.hours, rel=0.1)
+    assert found.rows[0].hours == pytest.approx(20 * found.rows[0].block_hours)
+    assert found.cells()[-1]["hours, a block"] == "does not fit"
+
+
+def test_blocks_are_planned_on_the_command_line(capsys):
+    assert cli.main(["blocks", "plan", "llama-3-8b", "lolcats", "stages.transfer.clip_by=layer"]) == 0
+    out = capsys.readouterr().out
+    assert "one stream  transfer 163.8 GB" in out and "32 │" in out
+    assert cli.main(["blocks", "plan", "llama-3-8b", "lolcats"]) == 2
+    assert "stages.transfer.clip_by=layer" in capsys.readouterr().err
+    assert cli.main(["blocks", "writ", "llama-3-8b", "lolcats"]) == 2
+    assert "did you mean 'write'" in capsys.readouterr().err

@@ -77,6 +77,9 @@ def _interrupted(arguments: list[str], stop: KeyboardInterrupt) -> str:
     if arguments[:1] == ["sample"]:
         command = shlex.join(["linearize", *arguments])
         return f"{what}; what was written is kept, and the same command goes on: {command}"
+    if arguments[:1] == ["blocks"]:
+        command = shlex.join(["linearize", *arguments])
+        return f"{what}; what was written is kept, and the same command goes on: {command}"
     if arguments[:1] != ["run"]:
         return what
     again = arguments if "--resume" in arguments else [*arguments, "--resume"]

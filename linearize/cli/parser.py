@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from linearize.cli import (
     bench_options,
+    blocks_options,
     export_options,
     given,
     launch_options,
@@ -41,6 +42,7 @@ examples:
   linearize inspect smollm2-135m hedgehog                    what would change; loads no weights
   linearize launch node ./my-llama lolcats                   on every card of this machine
   linearize plan llama-3-70b lolcats --gpus 8xH100           what each stage would need and cost
+  linearize blocks plan llama-3-405b lolcats stages.transfer.clip_by=layer    transfer where no card holds it
   linearize select smollm2-135m lolcats --keep 7             which layers stay softmax; writes a recipe
   linearize eval runs/small --suite quick                    beside its teacher and the controls
   linearize compare runs/small runs/large                    on one page, offline
@@ -151,6 +153,15 @@ def build_parser() -> Parser:
 
     planning = _add(commands, "plan", "what each stage would need and cost", "linearize.cli.planning")
     plan_options.plan(planning, _recipe_arguments)
+    blocks = _add(
+        commands, "blocks", "attention transfer of a model that fits nowhere", "linearize.cli.blocks"
+    )
+    blocks.set_defaults(command=_show_help)
+    steps = blocks.add_subparsers(title="steps", metavar="STEP", parser_class=Parser)
+    for step, summary in blocks_options.STEPS.items():
+        getattr(blocks_options, step)(
+            _add(steps, step, summary, "linearize.cli.blocks", step), _recipe_arguments
+        )
     _select_arguments(
         _add(commands, "select", "choose the layers that stay softmax", "linearize.cli.selection")
     )

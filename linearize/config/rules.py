@@ -14,6 +14,7 @@ TEMPLATES = ("none", "rendered", "alpaca", "chat")
 CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     schema.DataConfig: {"template": TEMPLATES},
     schema.StageDataConfig: {"template": (*TEMPLATES, "preference")},
+    schema.StageConfig: {"clip_by": ("all", "layer")},
     schema.RunConfig: {
         "device": ("auto", "cpu", "cuda"),
         "precision": ("auto", "fp32", "bf16"),

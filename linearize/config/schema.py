@@ -75,6 +75,9 @@ class StageConfig:
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     """Largest gradient norm; 0 switches clipping off."""
+    clip_by: str = "all"
+    """Whose norm: all (of all gradients together) or, in per-layer stages, layer: each layer's by itself, at most
+    grad_clip / sqrt(converted layers), so that no layer looks at another one (`linearize blocks` asks for it)."""
     train: list[str] = field(default_factory=lambda: ["mixers"])
     """What trains: mixers, lora, all."""
     lr_mixers: float | None = None

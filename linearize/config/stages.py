@@ -302,6 +302,11 @@ def _objective(path: str, stage: StageConfig, *, train_known: bool) -> list[str]
             f"{path}.train: {used['layer']} is per layer and reaches the mixers alone; "
             f"train: [mixers], or an objective of the whole model ({', '.join(sorted(objectives.names('model')))})"
         )
+    if stage.clip_by == "layer" and used and "layer" not in used:
+        found.append(
+            f"{path}.clip_by: layer is for stages in which layers learn by themselves, and "
+            f"{next(iter(used.values()))} is not per layer; remove clip_by, or set it to all"
+        )
     return found
 
 

@@ -7,6 +7,7 @@ go through the model at once, so that a layer is done when the pass has left it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,24 @@ def _pass(
     `how` is that of `calibration.calibrate`.
     """
     found: list[dict[str, float]] = []
+    if own_stream:
+        batch = {key: value.repeat(2, 1) for key, value in batch.items()}
+    with surgery.observe(model, observer(found, own_stream, meter, **how)):
+        shards.run_body(model, **batch, use_cache=False)
+    return found
+
+
+def observer(
+    found: list[dict[str, float]], own_stream: bool, meter: Meter, **how: bool
+) -> Callable[[Any], Tensor]:
+    """Sets each layer's mixer as the layer shows itself.
+
+    Args:
+        found: gets a row for each layer.
+        own_stream: the batch is the text twice, as the teacher's stream and the student's.
+        meter: moved by a layer.
+        how: of `calibration.calibrate`.
+    """
 
     def observe(call: Any) -> Tensor:
         teacher, student = _halves(call) if own_stream else (call, call)
@@ -134,11 +153,16 @@ def _pass(
                 return call.teacher
             return torch.cat([teacher.teacher, student.student().to(teacher.teacher.dtype)])
 
-    if own_stream:
-        batch = {key: value.repeat(2, 1) for key, value in batch.items()}
-    with surgery.observe(model, observe):
-        shards.run_body(model, **batch, use_cache=False)
-    return found
+    return observe
+
+
+def divergence(teacher: Tensor, student: Tensor) -> float:
+    """Mean KL of a student's next-token distributions to the teacher's, of logits [T, V]."""
+    total = 0.0
+    for rows in zip(teacher.split(ROWS), student.split(ROWS), strict=True):
+        wanted, had = (logits.float().log_softmax(-1) for logits in rows)
+        total += float((wanted.exp() * (wanted - had)).sum()) / len(teacher)
+    return total
 
 
 def _divergence(model: nn.Module, batch: dict[str, Tensor]) -> float:
@@ -150,9 +174,7 @@ def _divergence(model: nn.Module, batch: dict[str, Tensor]) -> float:
         with surgery.mode(model, "teacher"):
             teacher = whole(**given).logits[0]
         student = whole(**given).logits[0]
-        for rows in zip(teacher.split(ROWS), student.split(ROWS), strict=True):
-            wanted, had = (logits.float().log_softmax(-1) for logits in rows)
-            total += float((wanted.exp() * (wanted - had)).sum()) / len(teacher)
+        total += divergence(teacher, student)
     mean = total / len(batch["input_ids"])
     return mean if mean == mean else float("inf")
 
@@ -171,11 +193,17 @@ def write(model: nn.Module, folder: Path, found: list[dict[str, float]]) -> None
     Raises:
         CheckpointError: the disk is full or refuses.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storing.could_not_write(folder, error) from error
-    storing.write_tensors_file(folder / FINAL, surgery.mixer_state(model))
+    write_mixers(surgery.mixer_state(model), folder, found)
+
+
+def write_mixers(mixers: Mapping[str, Tensor], folder: Path, found: list[dict[str, float]]) -> None:
+    """`write`, of what `surgery.mixer_state` would give.
+
+    Raises:
+        CheckpointError: the disk is full or refuses.
+    """
+    storing.make_folder(folder)
+    storing.write_tensors_file(folder / FINAL, mixers)
     storing.write_json(folder / DONE, {"stage": NAME, "layers": found, "sha256": sha256(folder / FINAL)})
 
 
@@ -184,8 +212,13 @@ def is_done(folder: Path) -> bool:
     return (folder / DONE).is_file()
 
 
-def restore(model: nn.Module, folder: Path) -> None:
+def restore(model: nn.Module, folder: Path, part: bool = False) -> None:
     """Put a written result into a converted model.
+
+    Args:
+        model: converted.
+        folder: of the result.
+        part: the model is a part of the one that was calibrated.
 
     Raises:
         CheckpointError: it is damaged or of another recipe.
@@ -195,6 +228,9 @@ def restore(model: nn.Module, folder: Path) -> None:
     tensors = storing.read_tensors(folder / FINAL)
     if said != sha256(folder / FINAL):
         raise CheckpointError(f"{folder / FINAL}: is not what was written (another checksum). {remedy}")
+    if part:
+        own = surgery.mixer_state(model)
+        tensors = {name: value for name, value in tensors.items() if name in own}
     try:
         surgery.load_mixer_state(model, tensors)
     except (LinearizeError, RuntimeError) as error:

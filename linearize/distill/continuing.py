@@ -28,7 +28,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from linearize.config.schema import RunConfig, TeacherConfig
+from linearize.config.schema import RunConfig, StageConfig, TeacherConfig
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.errors import LinearizeError
 
@@ -118,7 +118,8 @@ def _in_todays_words(recipe: dict[str, Any]) -> dict[str, Any]:
         if type(batch) is int and type(parts) is int:
             rest = {key: value for key, value in stage.items() if key != "grad_accum"}
             stage = {**rest, "batch_size": batch * parts, "micro_batch": batch}
-        stages[name] = stage
+        # and one from before gradients could be clipped layer by layer clips them together
+        stages[name] = {"clip_by": StageConfig.clip_by, **stage} if isinstance(stage, dict) else stage
     # a run from before there was a calibration has none
     recipe = {"calibrate": {"tokens": 0}, **recipe}
     # and one from before a teacher wrote text reads what it read

@@ -85,7 +85,7 @@ class StageTrainer(Trainer):
         self.course = Course.of(stage, length)
         self.off: Sequence[Off] = []
         self.drops_windows = Over.of(stage.window_dropout).most > 0
-        self.droppable = window_dropout.check(surgery.converted(model)) if self.drops_windows else []
+        self.droppable = self.find_droppable(model) if self.drops_windows else []
         self.profiles = run.profile
         self.in_shards = shards.in_shards(model)
         self.parameters = trained(model)
@@ -138,7 +138,7 @@ class StageTrainer(Trainer):
         if not self.drops_windows:
             return Draw()
         rate, step = self.now(self.stage.window_dropout), self.state.global_step
-        drawn = window_dropout.draws(rate, len(self.droppable), self.seed, step)
+        drawn = self.draw(rate, step)
         off = [able and off for able, off in zip(self.droppable, drawn, strict=True)]
         return Draw(off, self.droppable, rate in (0, 1))
 
@@ -157,6 +157,18 @@ class StageTrainer(Trainer):
             micro-batches to the step's losses.
         """
         raise NotImplementedError
+
+    def find_droppable(self, model: nn.Module) -> list[bool]:
+        """Which converted layers can have their window off, see `window_dropout.check`."""
+        return window_dropout.check(surgery.converted(model))
+
+    def draw(self, rate: float, step: int) -> list[bool]:
+        """Which converted layers have their window off in a step, those that cannot among them."""
+        return window_dropout.draws(rate, len(self.droppable), self.seed, step)
+
+    def clip(self, norm: Tensor) -> None:
+        """Scale the gradients, whose norm is `norm`, to `grad_clip`."""
+        shards.clip(self.parameters.values(), self.args.max_grad_norm, norm)
 
     def compiled_parts(self) -> list[nn.Module]:
         """What may be compiled in a micro-step, see `blocks`."""
@@ -213,7 +225,7 @@ class StageTrainer(Trainer):
         finite = torch.stack([self._step_values.isfinite().all(), norm.isfinite()])
         if not finite.all():
             self._stop_on_non_finite()
-        shards.clip(self.parameters.values(), self.args.max_grad_norm, norm)
+        self.clip(norm)
         self._window_values = (
             self._step_values if self._window_values is None else self._window_values + self._step_values
         )

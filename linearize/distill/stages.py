@@ -54,6 +54,9 @@ class StagePlace:
     track: Callable[[dict[str, Any]], None] = lambda line: None
     """Takes each line of metrics, in the first process."""
 
+    part: str = ""
+    """Which part of the stage it is, behind its name in messages."""
+
     @property
     def done(self) -> bool:
         """Whether an earlier run has finished this stage."""
@@ -88,6 +91,7 @@ def train(
     length: int,
     autocast: torch.dtype | None,
     teacher: Callable[[], nn.Module] | None,
+    transfer: type[TransferTrainer] = TransferTrainer,
 ) -> nn.Module:
     """Train a stage, from its newest intact checkpoint when there is one, and write its result.
 
@@ -100,6 +104,7 @@ def train(
         length: tokens in a sequence.
         autocast: compute dtype, or None.
         teacher: gives the original model, for a stage that needs it after the base weights have changed.
+        transfer: trainer of a stage whose objectives are per layer.
 
     Returns:
         The model to go on with, in evaluation mode and with nothing marked as trainable.
@@ -122,6 +127,7 @@ def train(
         length=length,
         autocast=autocast,
         teacher=teacher,
+        transfer=transfer,
     )
     with opened as trainer:
         model = trainer.trained_model
@@ -132,7 +138,9 @@ def train(
     processes.alone(lambda: _finish(trainer, place))
     [wish] = processes.most([trainer.interrupt.wish])
     if wish:
-        raise RunStopped(f"stopped after stage '{place.name}'. Go on with:\n  {place.resume_command}", wish)
+        raise RunStopped(
+            f"stopped after stage '{place.name}'{place.part}. Go on with:\n  {place.resume_command}", wish
+        )
     model.requires_grad_(False)
     return model.eval()
 
@@ -175,6 +183,7 @@ def training(
     length: int,
     autocast: torch.dtype | None,
     teacher: Callable[[], nn.Module] | None,
+    transfer: type[TransferTrainer] = TransferTrainer,
 ) -> Iterator[StageTrainer]:
     """Inside, a stage's trainer, with the model as the stage wants it; afterwards no gradients are left.
 
@@ -182,7 +191,7 @@ def training(
         name: of the stage.
         folder: of its checkpoints.
         seed: of this stage.
-        model, stage, run, dataset, length, autocast, teacher: see `train`.
+        model, stage, run, dataset, length, autocast, teacher, transfer: see `train`.
     """
     set_seed(seed)
     shards.settle(model)
@@ -203,7 +212,7 @@ def training(
         level = objectives.level_of(stage.objective)
         try:
             if level == "layer":
-                yield TransferTrainer(model, **settings)
+                yield transfer(model, **settings)
             else:
                 if stage.top_k:
                     settings["dataset"], teacher = _answered(model, stage, settings, teacher), None
@@ -247,7 +256,7 @@ def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> None:
     processes.alone(lambda: forget_lines(place.metrics, place.name, after=steps_before))
     interrupt = trainer.interrupt
     meter = Meter(
-        f"stage {place.index}/{place.count} {place.name}",
+        f"stage {place.index}/{place.count} {place.name}{place.part}",
         trainer.course.tokens,
         done=trainer.course.trained(steps_before),
     )
@@ -261,13 +270,14 @@ def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> None:
         if trainer.profiles:
             trainer.add_callback(Traced(place.metrics.parent, place.name, trainer.args.device))
         with memory.watched(
-            lambda: f"in stage '{place.name}', step {trainer.state.global_step + 1}", place.less_memory
+            lambda: f"in stage '{place.name}'{place.part}, step {trainer.state.global_step + 1}",
+            place.less_memory,
         ):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
     if trainer.state.global_step < trainer.course.steps:
         raise RunStopped(
-            f"stopped in stage '{place.name}' after step {trainer.state.global_step} of {trainer.course.steps}; "
-            f"everything up to it is saved. Go on with:\n  {place.resume_command}",
+            f"stopped in stage '{place.name}'{place.part} after step {trainer.state.global_step} of "
+            f"{trainer.course.steps}; everything up to it is saved. Go on with:\n  {place.resume_command}",
             interrupt.exit_code,
         )
 

@@ -9,7 +9,7 @@ quadratic memory).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,13 +33,40 @@ class TransferTrainer(StageTrainer):
     def compiled_parts(self) -> list[nn.Module]:
         return around_attention(self.trained_model)
 
+    @property
+    def count(self) -> int:
+        """Converted layers of the model, over which the loss is a mean."""
+        return len(self.layers)
+
+    def clip(self, norm: Tensor) -> None:
+        if self.stage.clip_by != "layer":
+            return super().clip(norm)
+        most = self.args.max_grad_norm / math.sqrt(self.count)
+        for layer in surgery.converted(self.trained_model):
+            own: Any = list(layer.mixer.parameters())
+            gradients = [p.grad for p in own if p.grad is not None]
+            if gradients:
+                shards.clip(own, most, shards.total_norm(gradients))
+
+    def pass_on(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
+        """The teacher's pass over a batch, see `transfer_step`."""
+        run_teacher(model, batch)
+
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
         """Losses [L] in layer order; see `transfer_step`."""
         rows = len(batch["input_ids"])
         # a loss is a mean over a process's own tokens
         share = rows / self.course.phase(self.state.global_step).batch / self.sequences.size
         with self.computing(), self.sequences.spread(batch, [model]) as (own, _):
-            losses = transfer_step(model, own, self.stage.objective, scale=share, window_off=self.off)
+            losses = transfer_step(
+                model,
+                own,
+                self.stage.objective,
+                scale=share,
+                window_off=self.off,
+                layers=self.count,
+                run=self.pass_on,
+            )
         if all(parameter.grad is None for parameter in self.parameters.values()):
             raise RecipeError(
                 [
@@ -69,6 +96,8 @@ def transfer_step(
     *,
     scale: float = 1.0,
     window_off: Sequence[window_dropout.Off] = (),
+    layers: int | None = None,
+    run: Callable[[nn.Module, dict[str, Tensor]], None] | None = None,
 ) -> Tensor:
     """One pass of attention transfer: adds the gradient of ``scale * mean over layers of the layer's loss``.
 
@@ -79,6 +108,8 @@ def transfer_step(
         scale: factor on the gradient, not on what is returned.
         window_off: whether each layer trains its recurrent branch alone, or a [] bool tensor that says so on the
             device; none does by default.
+        layers: of the mean, where `model` is a part of a model.
+        run: the teacher's pass; `run_teacher` by default.
 
     Returns:
         [L] detached losses of the converted layers, in layer order.
@@ -90,16 +121,23 @@ def transfer_step(
     def observe(call: Any) -> None:
         alone = window_dropout.window_off(call, off.get(call.layer_idx, False))
         with torch.enable_grad(), alone as call:
-            losses[call.layer_idx] = objectives.layer_backward(call, objective, scale / len(converted))
+            losses[call.layer_idx] = objectives.layer_backward(
+                call, objective, scale / (layers or len(converted))
+            )
 
     model.eval()  # the teacher that is imitated has no dropout
     # Without gradient: only `observe` takes some.
     with torch.no_grad(), surgery.observe(model, observe):
-        shards.run_body(
-            model,
-            input_ids=batch["input_ids"],
-            attention_mask=batch.get("attention_mask"),
-            position_ids=batch.get("position_ids"),
-            use_cache=False,
-        )
+        (run or run_teacher)(model, batch)
     return torch.stack([losses[index] for index in sorted(losses)])
+
+
+def run_teacher(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    """The model on a batch of token ids, but for its logits."""
+    shards.run_body(
+        model,
+        input_ids=batch["input_ids"],
+        attention_mask=batch.get("attention_mask"),
+        position_ids=batch.get("position_ids"),
+        use_cache=False,
+    )

@@ -46,7 +46,7 @@ def check(layers: Iterable[Any]) -> list[bool]:
         RecipeError: none can; a mixer has one branch, or no parameters in its recurrent branch.
     """
     mixers = [layer.mixer for layer in layers]
-    learns = [mixer.has_both_branches and any(True for _ in mixer.recurrent.parameters()) for mixer in mixers]
+    learns = able(mixers)
     if not any(learns):
         both = any(mixer.has_both_branches for mixer in mixers)
         what = "no parameters in its recurrent branch" if both else "one branch alone"
@@ -56,6 +56,11 @@ def check(layers: Iterable[Any]) -> list[bool]:
             ]
         )
     return learns
+
+
+def able(mixers: Iterable[Any]) -> list[bool]:
+    """Whether something is learned in each without its window."""
+    return [mixer.has_both_branches and any(True for _ in mixer.recurrent.parameters()) for mixer in mixers]
 
 
 def draws(rate: float, layers: int, seed: int, step: int) -> list[bool]:

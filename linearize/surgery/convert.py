@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from linearize.config.layers import assign
 from linearize.config.names import SOFTMAX
 from linearize.errors import UnsupportedModelError
-from linearize.surgery.inspection import AttentionLayer, attention_layers
+from linearize.surgery.inspection import attention_layers
 from linearize.surgery.model import honor_softcap, linearized, refuse_converted
 from linearize.surgery.plan import checked
 from linearize.surgery.schema import mixer_of, stored
@@ -55,7 +55,7 @@ def convert(
     plan = stored(whole, {layer.path: (given[layer.index], layer.shape) for layer in layers_to_convert})
     for layer in layers_to_convert:
         if layer.shape.rotary == "other":
-            _check_rotation(layer, plan)
+            check_rotation(layer.path, layer.module, plan)
     with _whole_or_not_at_all(model, [layer.module for layer in layers_to_convert]):
         honor_softcap(model, plan)
         if next(model.parameters()).is_meta:
@@ -66,13 +66,21 @@ def convert(
     return model
 
 
-def _check_rotation(layer: AttentionLayer, plan: dict[str, Any]) -> None:
-    """Refuse to take a rotation back that is not of the rotate-half kind."""
+def check_rotation(path: str, module: nn.Module, plan: dict[str, Any]) -> None:
+    """Refuse to take a rotation back that is not of the rotate-half kind.
+
+    Args:
+        path, module: of an attention layer with another rotation.
+        plan: what a converted model's config holds.
+
+    Raises:
+        UnsupportedModelError: the layer's mixer asks for queries and keys as they were before.
+    """
     with torch.device("meta"):
-        asked = mixer_of(plan, layer.path).needs_plain
+        asked = mixer_of(plan, path).needs_plain
     if asked:
         raise UnsupportedModelError(
-            f"{layer.path} ({type(layer.module).__name__}): its rotary embedding is not of the rotate-half kind, "
+            f"{path} ({type(module).__name__}): its rotary embedding is not of the rotate-half kind, "
             "so queries and keys cannot be rotated back; leave mixer.position at its default"
         )
 

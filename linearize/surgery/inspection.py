@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,16 @@ from linearize.errors import UnsupportedModelError
 from linearize.mixers import LayerShape
 from linearize.mixers.position import rotate_back
 from linearize.surgery import arguments
-from linearize.surgery.probe import FAILURES, Call, Probe, made_elsewhere, place, probe
+from linearize.surgery.probe import (
+    FAILURES,
+    Call,
+    Probe,
+    evaluating,
+    made_elsewhere,
+    place,
+    probe,
+    recording,
+)
 
 
 @dataclass
@@ -187,6 +197,21 @@ def _shape(module: nn.Module, seen: Probe, *, loaded: bool) -> LayerShape | str:
         rotary=_rotary(call, visit.rotation, loaded=loaded),
         **numbers,
     )
+
+
+def rotations(model: PreTrainedModel, modules: list[nn.Module], run: Callable[[], Any]) -> list[str]:
+    """How queries are rotated in some layers that have their weights, as `LayerShape.rotary` has it.
+
+    Args:
+        model: that they stand in; other layers may have none.
+        modules: attention modules.
+        run: a pass over a few tokens that runs them.
+    """
+    seen = Probe()
+    with recording(model, modules, seen, own=False), evaluating(model), torch.no_grad():
+        run()
+    visits = [seen.visits[id(module)][0] for module in modules]
+    return [_rotary(visit.calls[0], visit.rotation, loaded=True) for visit in visits]
 
 
 def _in_chunks(module: nn.Module) -> bool:

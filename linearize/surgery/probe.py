@@ -101,7 +101,7 @@ def probe(model: PreTrainedModel, modules: list[nn.Module], *, own: bool = False
             for inputs in _inputs(model):
                 seen = Probe()
                 try:
-                    with _recording(model, modules, seen, own=own), evaluating(model), torch.no_grad():
+                    with recording(model, modules, seen, own=own), evaluating(model), torch.no_grad():
                         model(**inputs, use_cache=False)
                     return seen
                 except FAILURES as error:
@@ -155,7 +155,7 @@ def _inputs(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def _recording(model: PreTrainedModel, modules: list[nn.Module], seen: Probe, *, own: bool) -> Iterator[None]:
+def recording(model: PreTrainedModel, modules: list[nn.Module], seen: Probe, *, own: bool) -> Iterator[None]:
     """Inside, every attention function that `modules` ask for is the recorder."""
     known = {id(module) for module in modules}
     real = AttentionInterface.get_interface

@@ -108,9 +108,9 @@ def _watch(seen: dict[str, Tensor], path: str, given: Tensor | None) -> Callable
 
 
 @contextmanager
-def softmax_view(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, every converted layer is a softmax over what its mixer sees, with the mixer's masks and states."""
-    layers = converted(model)
+def softmax_view(model: nn.Module, chosen: list[Any] | None = None) -> Iterator[None]:
+    """Inside, converted layers, all of them or some, are a softmax over what their mixers see."""
+    layers = converted(model) if chosen is None else chosen
     mixers = [layer.mixer for layer in layers]
     try:
         for layer in layers:
@@ -167,7 +167,7 @@ class Reference:
             ]
             for layer, ours, theirs in [*pairs, (None, expected.logits, answer.logits)]:
                 difference, scale = _difference(ours, theirs, expected.valid)
-                if difference <= _tolerance(ours) * scale:
+                if difference <= tolerance(ours) * scale:
                     continue
                 if first is None:
                     first = layer, expected, difference, scale
@@ -208,6 +208,7 @@ def _difference(ours: Tensor, theirs: Tensor, valid: Tensor) -> tuple[float, flo
     return (a - b).abs().max().item(), a.abs().max().item()
 
 
-def _tolerance(values: Tensor) -> float:
+def tolerance(values: Tensor) -> float:
+    """Largest difference that rounding explains, as a part of the largest value."""
     rounded = values.is_cuda and torch.get_float32_matmul_precision() != "highest"
     return COARSE if rounded else TOLERANCE.get(values.dtype, COARSE)

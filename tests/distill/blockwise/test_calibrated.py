@@ -1,0 +1,96 @@
+"""The closed-form start block by block, and a checkpoint that nobody holds whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import blocked
+import pytest
+import tiny
+import torch
+from interrupted import Crash
+from transformers import AutoModelForCausalLM
+
+from linearize import surgery
+from linearize.distill import calibrate as whole
+from linearize.distill.blockwise import exporting
+from linearize.distill.blockwise.calibrating import _Sweep
+from linearize.distill.blockwise.job import Job
+from linearize.distill.blockwise.writing import write
+from linearize.errors import LinearizeError
+from linearize.models import load_teacher
+
+
+def test_a_calibration_that_is_killed_goes_on_with_the_next_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = blocked.teacher(tmp_path / "teacher", layers=3)
+    recipe, out = blocked.recipe(source, calibrate=256), tmp_path / "run"
+    went: list[int] = []
+    block = _Sweep.block
+
+    def failing(self: _Sweep, number: int, meter: Any) -> None:
+        if number == 2 and 2 not in went:
+            went.append(2)
+            raise Crash
+        went.append(number)
+        block(self, number, meter)
+
+    monkeypatch.setattr(_Sweep, "block", failing)
+    with pytest.raises(Crash):
+        write(Job(source, recipe, out))
+    write(Job(source, recipe, out))
+    assert went == [0, 1, 2, 2]
+    model: Any = surgery.convert(load_teacher(source)[0], recipe.mixer)
+    torch.manual_seed(0)
+    surgery.reset_mixers(model)
+    job = Job(source, recipe, out)
+    found = whole.calibrate(model, whole.text(recipe, job.tokenizer), autocast=None)
+    expected = {name: x.clone() for name, x in surgery.mixer_state(model).items()}
+    whole.restore(model, out / "stage-0-calibrate")
+    assert found
+    for name, value in surgery.mixer_state(model).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    assert not list((out / "stage-0-calibrate").glob(".partial*"))
+
+
+@pytest.mark.parametrize("checked", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_checkpoint_written_tensor_by_tensor(
+    family: str, checked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the check in a fresh process, which takes most of the time, or without."""
+    source = blocked.teacher(tmp_path / "teacher", layers=2)
+    if family != "llama":
+        made = tiny.model(family, vocab_size=259, num_hidden_layers=2, tie_word_embeddings=True)
+        made.save_pretrained(source)
+    recipe, out = blocked.recipe(source), tmp_path / "run"
+    blocked.in_blocks(source, recipe, out, size=2)
+    save = exporting.export.save
+    monkeypatch.setattr(
+        exporting.export, "save", lambda *args, **given: save(*args, **{**given, "check": checked})
+    )
+    path = exporting.checkpoint(Job(source, recipe, out))
+    assert path == out / "checkpoint"
+    found: Any = AutoModelForCausalLM.from_pretrained(path)
+    teacher: Any = AutoModelForCausalLM.from_pretrained(source)
+    ids = torch.arange(20)[None] % 250
+    with torch.no_grad(), surgery.mode(found, "teacher"):
+        torch.testing.assert_close(found(ids).logits, teacher(ids).logits)
+    from linearize.distill.pieces import Pieces
+
+    result = Pieces(out / "stage-1-transfer/final.safetensors")
+    state = surgery.mixer_state(found)
+    assert sorted(state) == sorted(result.shapes)
+    assert all(torch.equal(state[name], result.whole(name)) for name in state)
+
+
+def test_other_stages_come_before_the_checkpoint(tmp_path: Path) -> None:
+    source = blocked.teacher(tmp_path / "teacher", layers=2)
+    recipe, out = blocked.recipe(source, stages=3), tmp_path / "run"
+    write(Job(source, recipe, out), size=2)
+    with pytest.raises(
+        LinearizeError, match=r"stage 'recover' is still to be trained: go on with linearize run"
+    ):
+        exporting.checkpoint(Job(source, recipe, out))
