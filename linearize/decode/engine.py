@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from linearize.decode.cache import tensors
 from linearize.decode.masks import Masks, token_masks
-from linearize.decode.newest import UnknownScores, attending, fits, newest_numbers
 from linearize.decode.prefix import Prefix
 from linearize.decode.reader import Reader
 from linearize.decode.sampling import Sampling
@@ -82,7 +81,6 @@ class Decoder(Reader):
         self._graph: torch.cuda.CUDAGraph | None = None
         self._capturing = capture
         self._ready = False
-        self._newest = self.keeps_softmax and fits(model, self.config)
 
     @torch.no_grad()
     def generate(
@@ -146,16 +144,6 @@ class Decoder(Reader):
         """
         if self._ready:
             return
-        try:
-            self._make()
-        except UnknownScores:
-            if not self._newest:
-                raise
-            self._newest = False
-            self._make()
-        self._ready = True
-
-    def _make(self) -> None:
         self._reset()
         self.clock.start(0)
         captures = self.device.type == "cuda" and self._capturing
@@ -164,6 +152,7 @@ class Decoder(Reader):
                 self._capture()
             else:
                 self._twice()
+        self._ready = True
 
     @torch.no_grad()
     def read(self, ids: Tensor, mask: Tensor | None, prefix: Prefix | None = None) -> None:
@@ -175,11 +164,6 @@ class Decoder(Reader):
         Raises:
             LinearizeError: padding behind a prefix.
         """
-        if self._newest and mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
-            # keys that are seen do not lie side by side then: only a mask can say which they are
-            self._newest = False
-            if self._ready:
-                self._make()
         self._reset()
         self._take(self.fill(ids, mask, prefix))
 
@@ -194,18 +178,9 @@ class Decoder(Reader):
                     self._graph.replay()
         self.steps += steps
 
-    def _decoding(self) -> AbstractContextManager[Any]:
-        stack = ExitStack()
-        stack.enter_context(super()._decoding())
-        if self._newest:
-            stack.enter_context(attending(self.config))
-        return stack
-
     def _eager_step(self) -> None:
         masks: Masks = self._no_masks
-        if self._newest:
-            masks = newest_numbers(self.config, self.clock.tokens, self.positions + 1)
-        elif self.keeps_softmax:
+        if self.keeps_softmax:
             masks = token_masks(self.config, self.seen, self.clock.tokens, self.dtype)
         logits = self._forward(self.tokens, self.positions, attention_mask=masks)
         self.clock.tokens.add_(1)
