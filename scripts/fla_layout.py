@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fla-layout-") as scratch:
         pairs = [(options.pair[0].name, *options.pair)] if options.pair else list(cases(Path(scratch)))
-        # short texts of all layers first: long ones compile fla's chunks, for minutes
+        # short texts of all layers first: long ones take fla's chunks, which are tuned for minutes
         for lengths in (LENGTHS[:1], LENGTHS[1:]):
             for name, ours, theirs in pairs if lengths else ():
                 for found in compared(name, ours, theirs, lengths):

@@ -1,9 +1,9 @@
 """What rounding a model's linear layers costs it: a teacher, and the same with mixers that nothing has trained.
 
 The weights are rounded as `linearize export --quantize` rounds them, and as torchao does with other groups and for CUDA
-(packed: two codes a byte, ranges by tinygemm or HQQ), then computed in float32, so that no card is needed. For each form:
-how far the logits are from those of plain weights (norm of the difference, as a share), and KL, on held-out text and on
-ids drawn at random; perplexity on the text.
+(packed: two codes a byte, ranges by tinygemm or HQQ), then computed in float32, so that no card is needed. Printed for
+each form: how far the logits are from those of plain weights (norm of the difference, as a share), and KL, on held-out
+text and on ids drawn at random; perplexity on the text.
 
     python scripts/quantized_figures.py smollm2-135m demo
 
@@ -60,10 +60,14 @@ def main() -> None:
     ids = {"text": text, "random": torch.randint(teacher.config.vocab_size, text.shape, generator=dice)}
     named = {"teacher": teacher, f"{options.recipe}, untrained": converted}
     layers = {name: _layers(model) for name, model in named.items()}
-    plain = {name: found for name, found in layers["teacher"].items() if all(name in x for x in layers.values())}
+    plain = {
+        name: found for name, found in layers["teacher"].items() if all(name in x for x in layers.values())
+    }
     weights = {name: layer.weight.data for name, layer in plain.items()}
     wanted = {key: _logits(model, ids) for key, model in named.items()}
-    print(f"{len(weights)} layers; logits apart and KL on {text.numel()} tokens of text; the same on random ids; perplexity")
+    print(
+        f"{len(weights)} layers; logits apart, KL: on {text.numel()} tokens of text, on random ids; perplexity"
+    )
     for key in named:
         print(f"{'plain':22} {key:20} {'':32} {_perplexity(wanted[key]['text'], text):8.2f}", flush=True)
     for form in options.forms:
@@ -132,10 +136,17 @@ def _packed(group: int, *, hqq: bool = False) -> Round:
             scale, zero = (x.reshape(len(weight), -1) for x in (scale, zero))
         else:
             scale, zero = primitives._choose_qparams_affine_tinygemm(
-                weight, MappingType.ASYMMETRIC, block, *limits, scale_dtype=weight.dtype, zero_point_dtype=weight.dtype
+                weight,
+                MappingType.ASYMMETRIC,
+                block,
+                *limits,
+                scale_dtype=weight.dtype,
+                zero_point_dtype=weight.dtype,
             )
             codes = primitives._quantize_affine_tinygemm(weight, block, scale, zero, *limits)
-        return primitives._dequantize_affine_tinygemm(codes, block, scale, zero, *limits, output_dtype=torch.float32)
+        return primitives._dequantize_affine_tinygemm(
+            codes, block, scale, zero, *limits, output_dtype=torch.float32
+        )
 
     return rounded
 

@@ -6,8 +6,8 @@ decode, and "all" is the whole job, reading included. A way that does not fit, o
     python scripts/serve_engine.py runs/demo --against smollm2-135m --slots 1 64 512 --context 8192 \
         --out docs/results/serve.json
 
-Rows that FILE has already, of the same machine and lengths, stay beside the new ones, so that a way may have a call of its own
-(--ways), which may be cut off.
+Rows that FILE has already, of the same machine and lengths, stay beside the new ones, so that a way may have a call of
+its own (--ways), which may be cut off.
 """
 
 from __future__ import annotations
@@ -204,9 +204,9 @@ def _table(found: dict[str, Any]) -> str:
         *(f"    {command}" for command in found["commands"]),
         "",
         f"{found['date']}, commit {found['commit']}, {found['machine']}, {settings['dtype']}. "
-        f"{settings['context']:,} tokens of prompt and {settings['tokens']} new ones for every text; tokens/s while all "
-        "rows decode, and of the whole job, reading included. An empty cell: not told, or not all rows ever decoded "
-        "at once.",
+        f"{settings['context']:,} tokens of prompt and {settings['tokens']} new ones for every text; tokens/s while "
+        "all rows decode, and of the whole job, reading included. An empty cell: not told, or not all rows ever "
+        "decoded at once.",
         "",
         *(line for note in found["notes"] for line in (note, "")),
         "| way | texts at once | tokens/s, decoding | tokens/s, whole job | prompt tokens/s | slot, MiB | peak, GiB |",

@@ -15,7 +15,9 @@ def part(file: Path, name: str) -> dict[str, Any]:
         file: JSON, an object of parts.
         name: of the part.
     """
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get(name, {}) if file.is_file() else {}
+    found: dict[str, Any] = (
+        json.loads(file.read_text(encoding="utf-8")).get(name, {}) if file.is_file() else {}
+    )
     return found
 
 
@@ -32,6 +34,10 @@ def put(file: Path, name: str, found: dict[str, Any], section: str) -> None:
     file.write_text(json.dumps({**parts, name: found}, indent=1) + "\n", encoding="utf-8")
     page = file.with_suffix(".md")
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    sections = {each.split("\n", 1)[0]: each.strip() for each in re.split(r"^(?=# )", text, flags=re.M) if each.strip()}
+    sections = {
+        each.split("\n", 1)[0]: each.strip()
+        for each in re.split(r"^(?=# )", text, flags=re.M)
+        if each.strip()
+    }
     sections[section.split("\n", 1)[0]] = section.strip()
     page.write_text("\n\n".join(sections.values()) + "\n", encoding="utf-8")
