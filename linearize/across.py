@@ -21,6 +21,13 @@ from torch import Tensor
 _gathered = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
 
 
+def even_gradient(x: Tensor) -> Tensor:
+    """The same tensor, whose gradient arrives contiguous: NCCL's reduce-scatter takes no other, and gloo takes any."""
+    if x.requires_grad:
+        x.register_hook(Tensor.contiguous)
+    return x
+
+
 @dataclass(frozen=True)
 class Across:
     """One batch of sequences over the processes of a group.
@@ -81,8 +88,7 @@ class Across:
 
     def gathered(self, x: Tensor) -> Tensor:
         """[size, *x.shape] of all processes; backward adds up what they want of each (all-gather, reduce-scatter)."""
-        found = _gathered(x.contiguous()[None], 0, self.group)
-        return collectives.wait_tensor(found)
+        return even_gradient(collectives.wait_tensor(_gathered(x.contiguous()[None], 0, self.group)))
 
     def whole(self, x: Tensor) -> Tensor:
         """[B, T, ...] of all processes, side by side: [B, size * T, ...]."""

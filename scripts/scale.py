@@ -2,12 +2,15 @@
 
     python scripts/scale.py --out docs/results/scale-h200x2.json --shapes llama-3-8b --stages all_kl --shard full
     python scripts/scale.py --out docs/results/scale-h200x2.json --shapes smollm2-135m llama-3.2-1b llama-3-8b
+    python scripts/scale.py --out docs/results/scale-h200x2.json --shapes smollm2-360m --stages all_kl --sequence 2 \\
+        --recipe gated_deltanet --batch 1 --length 131072
     python scripts/scale.py --shapes tiny --device cpu --length 64 --batch 2 --seconds 1 --out /tmp/scale.json
 
-Each row is a stage's own trainer: random weights of the shape, random text, as many sequences for each process. Rows of
-one process come first, one for each card side by side, so that a card is as warm as beside its neighbours; then one
-`torchrun` makes all rows of several. `scaling` is tokens a second over those of one process. Rows that are there
-already are kept, so that a machine that is lent for minutes goes on where it ended.
+Each row is a stage's own trainer: random weights of the shape, random text, as many sequences for each process, or with
+--sequence for so many of them together. Rows of one process come first, one for each card side by side, so that a card
+is as warm as beside its neighbours; then one `torchrun` makes all rows of several. `scaling` is tokens a second over
+those of one process. Rows that are there already are kept, so that a machine that is lent for minutes goes on where it
+ended.
 """
 
 from __future__ import annotations
@@ -47,8 +50,8 @@ AT_ONCE = {("llama-3-8b", "all_kl"): 2}
 TOO_LARGE = "out of memory"
 COLUMNS = {
     "shape": "shape", "stage": "stage", "processes": "cards", "shard": "shards", "batch": "batch", "length": "length",
-    "micro_batch": "at once", "tokens_per_second": "tokens/s", "peak_gib": "peak GiB", "scaling": "times one card",
-    "note": "note",
+    "sequence": "cards a sequence", "micro_batch": "at once", "tokens_per_second": "tokens/s", "peak_gib": "peak GiB",
+    "scaling": "times one card", "note": "note",
 }  # fmt: skip
 
 
@@ -60,6 +63,8 @@ class Row:
     stage: str
     processes: int
     shard: str
+    length: int
+    sequence: int
 
 
 def main() -> None:
@@ -75,8 +80,12 @@ def main() -> None:
     if options.shard == "none" and options.device == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory
         asked = [(shape, stage) for shape, stage in asked if too_large(stage, shape, memory) is None]
-    several = [] if options.only == "one" else [Row(*pair, count, options.shard) for pair in asked]
-    alone = [] if options.only == "several" else [Row(*pair, 1, "none") for pair in asked]
+    several = (
+        []
+        if options.only == "one"
+        else [Row(*pair, count, options.shard, options.length, options.sequence) for pair in asked]
+    )
+    alone = [] if options.only == "several" else [Row(*pair, 1, "none", options.length, 1) for pair in asked]
     several, alone = page.missing(several), page.missing(alone)
     # shards are for what one card does not hold: there the rows that say so come last
     for rows in (several, alone) if options.shard == "full" else (alone, several):
@@ -108,6 +117,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, default=0, help="sequences of a step for each process")
     parser.add_argument("--at-once", type=int, default=0, help="of these; default: as many as fit")
+    parser.add_argument(
+        "--sequence", type=int, default=1, help="processes that hold each sequence, of rows of several"
+    )
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--limit", type=int, default=100, help="seconds that a row may take")
@@ -130,7 +142,7 @@ class Page:
         return [row for row in rows if not any(map(_settled, self._of(row)))]
 
     def _of(self, row: Row) -> list[dict[str, Any]]:
-        return [old for old in self.rows if vars(row).items() <= old.items()]
+        return [old for old in self.rows if vars(row).items() <= ({"sequence": 1} | old).items()]
 
     def add(self, row: Row, found: dict[str, Any]) -> None:
         """Write and say a row."""
@@ -138,13 +150,9 @@ class Page:
             old = self._of(row)
             self.rows = [other for other in self.rows if other not in old]
             self.rows.append({**vars(row), **found})
-            alone = {
-                (one["shape"], one["stage"]): one["tokens_per_second"]
-                for one in self.rows
-                if one["processes"] == 1
-            }
+            alone = {_what(one): one["tokens_per_second"] for one in self.rows if one["processes"] == 1}
             for one in self.rows:
-                base, rate = alone.get((one["shape"], one["stage"])), one["tokens_per_second"]
+                base, rate = alone.get(_what(one)), one["tokens_per_second"]
                 one["scaling"] = round(rate / base, 3) if base and rate else None
             name = torch.cuda.get_device_name() if self.device == "cuda" else self.device
             command = " ".join(["python", *sys.argv])
@@ -162,6 +170,10 @@ class Page:
         return f"{head}\n{tables.markdown(shown)}\n"
 
 
+def _what(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["shape"], row["stage"], row["length"]
+
+
 def _settled(row: dict[str, Any]) -> bool:
     return bool(row["tokens_per_second"]) or row["note"].startswith(TOO_LARGE)
 
@@ -177,7 +189,7 @@ def _launched(rows: list[Row], card: int, options: argparse.Namespace, page: Pag
             page.add(row, found)
         rows = rows[len(done.found) :]
         if rows:
-            empty = {"length": options.length, "tokens_per_second": None, "peak_gib": None}
+            empty = {"tokens_per_second": None, "peak_gib": None}
             page.add(rows[0], {**empty, "note": done.failure[-300:]})
             print(f"{rows[0]} failed:\n{done.failure[-6000:]}", flush=True)
             rows = rows[1:]
@@ -271,14 +283,16 @@ class _Alarm:
 def _work(rows: list[Row], options: argparse.Namespace) -> None:
     """All rows, one after the other; what cannot be shared with other processes ends this one."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGKILL
-        )  # PR_SET_PDEATHSIG: torchrun's end is this one's, however it came
+        # PR_SET_PDEATHSIG: torchrun's end is this one's, however it came
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() == 1:
+        os._exit(1)  # it came while this was importing
     run = RunConfig(device=options.device)
     device = resolve_device(run)
     with processes.joined(device):
         torch.set_float32_matmul_precision("high")
         for row in rows:
+            run = RunConfig(device=options.device, sequence=row.sequence)
             try:
                 found = _measured(row, run, device, options)
             except Exception as error:
@@ -294,8 +308,8 @@ def _work(rows: list[Row], options: argparse.Namespace) -> None:
 
 
 def _empty(row: Row, options: argparse.Namespace) -> dict[str, Any]:
-    batch = (options.batch or BATCH.get(row.shape, 16)) * row.processes
-    return {"batch": batch, "length": options.length, "tokens_per_second": None, "peak_gib": None}
+    batch = (options.batch or BATCH.get(row.shape, 16)) * (row.processes // row.sequence)
+    return {"batch": batch, "length": row.length, "tokens_per_second": None, "peak_gib": None}
 
 
 def _measured(row: Row, run: RunConfig, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,6 +20,15 @@ from linearize.distill import passes as passes_module
 from linearize.distill.captured import Captured
 
 LOOKS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
+COPIES = ("tolist", "item", "cpu", "numpy", "__array__")
+"""Methods that bring numbers to the host; of a tensor that is there already, no operation tells."""
+
+
+class _Watching(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in COPIES:
+            raise RuntimeError(f"{function.__name__} copies from the device")
+        return function(*args, **(kwargs or {}))
 
 
 class _Listing(TorchDispatchMode):
@@ -79,7 +89,7 @@ def record(call: Callable[[], Any]) -> tuple[Graph, Any]:
     """In the place of `linearize.recording.record`."""
     random, listing = torch.get_rng_state(), _Listing()
     try:
-        with listing:
+        with listing, _Watching():
             made = call()
     finally:
         torch.set_rng_state(random)

@@ -6,6 +6,7 @@ import argparse
 import json
 
 import pytest
+import replayed
 import torch
 from filelock import FileLock, Timeout
 
@@ -204,6 +205,24 @@ def test_a_step_that_cannot_be_recorded_says_why(monkeypatch):
     step = recipes.Step(recipes.build("lolcats", "tiny", "bf16", device), device, "bf16", captured=True)
     with pytest.raises(LinearizeError, match="cannot be recorded: something looks at the host"):
         step.measured(1, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [(TEACHER, "bf16"), ("lolcats", "autocast"), ("gla", "bf16"), ("halo", "bf16")]
+)
+def test_a_recorded_step_reads_nothing_back(name, precision, monkeypatch):
+    """With masks that are trusted, as a stage has it: checking one copies what was found to the host."""
+    replayed.on_cpu(monkeypatch)
+    device = torch.device("cpu")
+    model = recipes.build(name, "tiny", precision, device)
+    recorded = recipes.Step(model, device, precision, captured=True)
+    row = recorded.measured(2, 24)
+    loss = recorded.call(2, 24)()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(recipes.Step(model, device, precision).call(2, 24)(), loss)
+    assert row["loss"] == pytest.approx(float(loss), abs=1e-3) and gradients
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found, gradients, rtol=5e-2, atol=1e-3)
 
 
 def test_warming_measures_nothing(tmp_path, capsys):

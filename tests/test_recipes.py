@@ -66,7 +66,8 @@ def short(recipe: Recipe, length: int, batch: int) -> list[str]:
 def small(recipe: Recipe) -> list[str]:
     """Overrides that shrink a recipe's mixers to the tiny model."""
     found = [
-        f"{path}.{part}.{key}={SMALL[key]}"
+        # what a named mixer differs in stays different
+        f"{path}.{part}.{key}={SMALL[key] * (2 if key == 'size' and path != 'mixer' else 1)}"
         for path, mixer in {
             "mixer": recipe.mixer,
             **{f"mixers.{n}": m for n, m in recipe.mixers.items()},

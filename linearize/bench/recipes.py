@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ def main(options: argparse.Namespace) -> int:
                     options.length,
                     options.precision,
                     device,
+                    captured=options.captured,
                 )
             )
         return 0
@@ -85,7 +86,15 @@ def rows(name: str, options: argparse.Namespace, device: torch.device, budget: B
     if options.only and not budget.spent:
         # what fails here fails again where it makes a row
         with reported():
-            compiled_ahead(name, options.shape, options.batch, options.length, options.precision, device)
+            compiled_ahead(
+                name,
+                options.shape,
+                options.batch,
+                options.length,
+                options.precision,
+                device,
+                captured=options.captured,
+            )
     for length in options.length:
         batches = sorted(options.batch, reverse=options.largest)[: 1 if options.largest else None]
         while batches:
@@ -151,11 +160,19 @@ class Step:
         with self.computing():
             self.head = recognize(model, device)
 
-    def computing(self) -> AbstractContextManager[Any]:
-        """Around a forward pass, as in the stages of a run."""
-        if self.precision != "autocast":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=False)
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around a forward pass, as in the stages of a run: what is recorded looks at no mask."""
+        from linearize.distill.passes import waiting_for_nothing
+
+        with ExitStack() as stack:
+            if self.captured:
+                stack.enter_context(waiting_for_nothing(self.model))
+            if self.precision == "autocast":
+                stack.enter_context(
+                    torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=False)
+                )
+            yield
 
     def call(self, batch: int, length: int) -> Callable[[], Tensor]:
         """One step on these many tokens; gives the loss."""
@@ -234,6 +251,8 @@ def warmed(
     lengths: tuple[int, ...],
     precision: str,
     device: torch.device,
+    *,
+    captured: bool = False,
 ) -> str:
     """Compile what a recipe's training and decoding need, in a model of few layers; gives a line to print.
 
@@ -243,7 +262,7 @@ def warmed(
 
     started, layers = time.monotonic(), layers_of_each(name)
     with reported() as notes:
-        compiled_ahead(name, shape, batches, lengths, precision, device)
+        compiled_ahead(name, shape, batches, lengths, precision, device, captured=captured)
         model = build(name, shape, "bf16", device, num_hidden_layers=layers).requires_grad_(False)
         for batch in (1, 64):
             ids = torch.zeros(batch, 128, dtype=torch.int64, device=device)
@@ -260,10 +279,15 @@ def compiled_ahead(
     lengths: tuple[int, ...],
     precision: str,
     device: torch.device,
+    *,
+    captured: bool = False,
 ) -> None:
-    """Compile what this process' training steps of these sizes need, in a model of few layers."""
+    """Compile what this process' training steps of these sizes need, in a model of few layers.
+
+    Steps that will be recorded have masks, and so other compiled forms (`Step.computing`).
+    """
     model = build(name, shape, precision, device, num_hidden_layers=layers_of_each(name))
-    step = Step(model, device, precision)
+    step = Step(model, device, precision, captured=captured)
     for batch in dict.fromkeys(batches):
         for length in lengths:
             step.call(batch, length)()

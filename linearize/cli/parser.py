@@ -6,12 +6,12 @@ import argparse
 import importlib
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from linearize.cli import (
     bench_options,
     blocks_options,
+    eval_options,
     export_options,
     given,
     launch_options,
@@ -165,7 +165,7 @@ def build_parser() -> Parser:
     _select_arguments(
         _add(commands, "select", "choose the layers that stay softmax", "linearize.cli.selection")
     )
-    _eval_arguments(
+    eval_options.add(
         _add(
             commands, "eval", "judge a model beside its teacher and the controls", "linearize.cli.evaluation"
         )
@@ -334,76 +334,3 @@ def _select_arguments(parser: Parser) -> None:
         help="where recipe, scores and picture go (default: runs/select-<model>-<recipe>); what it holds is not "
         "measured again",
     )
-
-
-def _eval_arguments(parser: Parser) -> None:
-    parser.add_argument("path", metavar="PATH", help=given.PATH_HELP)
-    parser.add_argument(
-        "--suite",
-        default="quick",
-        metavar="NAME|FILE",
-        help="quick (minutes on two cores; default), standard, long, efficiency, all, or a suite of your own (YAML)",
-    )
-    parser.add_argument(
-        "--against",
-        metavar="MODEL",
-        help="the teacher (default: what the checkpoint says that it was converted from)",
-    )
-    parser.add_argument(
-        "--control",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="measure this checkpoint as well, such as the teacher trained the same way without surgery; repeatable",
-    )
-    parser.add_argument(
-        "--text",
-        action="append",
-        default=[],
-        metavar="NAME=FILE",
-        type=given.named_file,
-        help="text to measure on (parquet, JSONL, txt); repeatable; default: the package's held-out sample",
-    )
-    parser.add_argument(
-        "--only", type=given.names, default=[], metavar="A,B", help="these tasks of the suite alone"
-    )
-    tasks = parser.add_argument_group("tasks of lm-eval")
-    tasks.add_argument(
-        "--tasks",
-        type=given.names,
-        default=[],
-        metavar="A,B",
-        help="any task or group of lm-eval, beside the suite or with `--suite tasks` alone; `all`: the five local ones",
-    )
-    tasks.add_argument(
-        "--include-path",
-        type=Path,
-        metavar="DIR",
-        help="folder with further task YAMLs, such as offline ones",
-    )
-    tasks.add_argument(
-        "--task-data",
-        type=Path,
-        metavar="DIR",
-        help="folder of the five local tasks' JSONL files, read offline",
-    )
-    tasks.add_argument(
-        "--shots",
-        type=given.count,
-        metavar="N",
-        help="worked examples before an item (default: as published, such as 5 for mmlu)",
-    )
-    tasks.add_argument(
-        "--limit", type=given.count, default=0, metavar="N", help="items of each task (default: all)"
-    )
-    parser.add_argument(
-        "--out",
-        type=given.folder,
-        metavar="DIR",
-        help="where results.json is kept (default: eval in the run folder, or runs/eval-NAME); what it holds is not "
-        "measured again",
-    )
-    parser.add_argument(
-        "--seed", type=given.count, default=0, metavar="N", help="of the items and the intervals (default: 0)"
-    )
-    given.device(parser)

@@ -121,3 +121,9 @@ def cut(item: dict[str, Tensor], first: int, length: int) -> dict[str, Tensor]:
     positions[:own] -= positions[0].clone()
     labels[0] = IGNORED
     return {**piece, "position_ids": positions, "labels": labels}
+
+
+def only(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A step's batch, which is one item of `Batches`."""
+    [batch] = items
+    return batch

@@ -37,13 +37,14 @@ class Blocks:
     Attributes:
         layers: what is compiled.
         obstacle: why they run part by part, or None.
+        full: whether torch compiles them for no further size of batch and text.
     """
 
     def __init__(self, layers: Iterable[nn.Module], name: str) -> None:
         self.name = name
         self.layers = list(layers)
         self.obstacle: str | None = None if self.layers else "no block repeats"
-
+        self.full = False
         self._calls: dict[tuple[str, ...], Callable[..., Any]] = {}
 
     @contextmanager
@@ -62,6 +63,13 @@ class Blocks:
         if self.obstacle is None:
             try:
                 return self._call_of(layer)(layer, *args, **kwargs)
+            except torch._dynamo.exc.FailOnRecompileLimitHit:
+                # sizes that are compiled stay so
+                if not self.full:
+                    log.info(
+                        "stage '%s': blocks are compiled for no more sizes; others are slower", self.name
+                    )
+                self.full = True
             except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
                 if isinstance(error.__cause__, torch.cuda.OutOfMemoryError | KernelError):
                     raise error.__cause__ from error

@@ -126,13 +126,27 @@ class Passes:
         if self.blocks is None:
             self.blocks = Blocks(self.parts() if self.compiles else [], self.name)
         with ExitStack() as stack:
-            if surgery.converted(self.model):
-                stack.enter_context(surgery.trusting(self.model))
-            if not looks and (self.captured.obstacle is None or self.compiles):
-                # as while it records or compiles: masks are made without a look at where documents begin
-                stack.enter_context(changed(masking_utils, "is_tracing", lambda *_: True))
+            told = not looks and (self.captured.obstacle is None or self.compiles)
+            stack.enter_context(waiting_for_nothing(self.model, looks=not told))
             stack.enter_context(self.blocks.compiled())
             yield
+
+
+@contextmanager
+def waiting_for_nothing(model: nn.Module, *, looks: bool = False) -> Iterator[None]:
+    """Around passes that may be recorded or compiled: over texts without padding, whose masks are taken at their word.
+
+    Args:
+        model: that runs, converted or not.
+        looks: masks are made only where documents are packed, which waits for the device.
+    """
+    with ExitStack() as stack:
+        if surgery.converted(model):
+            stack.enter_context(surgery.trusting(model))
+        if not looks:
+            # as while it records or compiles: masks are made without a look at where documents begin
+            stack.enter_context(changed(masking_utils, "is_tracing", lambda *_: True))
+        yield
 
 
 def _obstacle(run: RunConfig, device: torch.device) -> str | None:

@@ -26,7 +26,7 @@ from linearize.config.course import Course
 from linearize.config.schedule import Over
 from linearize.config.schema import RunConfig, StageConfig
 from linearize.distill import non_finite, pieces, processes, shards, state, together, window_dropout
-from linearize.distill.batches import Batches, part
+from linearize.distill.batches import Batches, only, part
 from linearize.distill.callbacks import Interrupt
 from linearize.distill.micro import MicroBatch
 from linearize.distill.optimizer import build_optimizer, build_scheduler
@@ -121,7 +121,7 @@ class StageTrainer(Trainer):
         super().__init__(
             model=model,
             args=_arguments(stage, run, folder, self.course, seed, device),
-            data_collator=_only,
+            data_collator=only,
             train_dataset=Batches(dataset, self.course, seed, shares, self.sequences.size),
             optimizers=(self.adamw, self.schedule),
         )
@@ -393,9 +393,3 @@ def workers(run: RunConfig, device: torch.device) -> int:
     if run.workers != "auto":
         return int(run.workers)
     return min(2, (os.cpu_count() or 1) - 1) if device.type == "cuda" else 0
-
-
-def _only(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A step's batch, which is one item of `Batches`."""
-    [batch] = items
-    return batch

@@ -31,11 +31,14 @@ VARIABLE = "LINEARIZE_COMPILE"
 CHOICES = ("auto", "always", "never")
 BACKEND = "inductor"
 SHAPES = 6
-"""Sizes of batch and text for which one composition is compiled; at others the parts run one by one."""
+"""Kinds of calls for which one composition is compiled (`_kind`); at others the parts run one by one.
+
+torch gives a function eight forms (`torch._dynamo.config.recompile_limit`) and raises at the ninth.
+"""
 
 
 class _Compiled:
-    """One composition's compiled form, and the sizes that it has met.
+    """One composition's compiled form, and the kinds of calls that it has met.
 
     Args:
         name: shown by profilers.
@@ -51,7 +54,8 @@ class _Compiled:
         self.call: Callable[..., Tensor] = torch.compile(
             own, backend=keeping_little, dynamic=False, fullgraph=True
         )
-        self.sizes: set[tuple[Any, ...]] = set()
+        self.kinds: set[tuple[Any, ...]] = set()
+        self.full = False
         self.failed = False
 
 
@@ -96,14 +100,22 @@ def compiled(mixer: nn.Module, q: Tensor) -> Callable[..., Tensor] | None:
     found = _made.get(key)
     if found is None:
         found = _made[key] = _Compiled(f"mixer_{len(_made)}")
-    size = (*q.shape, q.dtype, q.device)
-    if found.failed or (size not in found.sizes and len(found.sizes) >= SHAPES):
+    if found.failed:
         return None
-    found.sizes.add(size)
 
     def call(*arguments: Any) -> Tensor:
+        kind = _kind(arguments)
+        if kind not in found.kinds:
+            if found.full or len(found.kinds) >= SHAPES:
+                return mixer._run(*arguments)  # type: ignore[operator, no-any-return]
+            found.kinds.add(kind)
         try:
             return found.call(mixer, *arguments)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            # torch tells apart what `_kind` does not; what it has compiled stays in use
+            found.full = True
+            found.kinds.discard(kind)
+            return mixer._run(*arguments)  # type: ignore[operator, no-any-return]
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             if isinstance(error.__cause__, torch.cuda.OutOfMemoryError | KernelError):
                 raise error.__cause__ from error
@@ -117,6 +129,17 @@ def compiled(mixer: nn.Module, q: Tensor) -> Callable[..., Tensor] | None:
             return mixer._run(*arguments)  # type: ignore[operator, no-any-return]
 
     return call
+
+
+def _kind(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What torch compiles a call of one composition for: each tensor's size, type and place, and which there are."""
+    found: list[Any] = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            found.append((x.shape, x.dtype, x.device, x.requires_grad))
+        else:
+            found.append(_kind(x) if isinstance(x, tuple) else x is None)
+    return tuple(found)
 
 
 def wanted(q: Tensor) -> bool:

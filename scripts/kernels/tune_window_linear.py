@@ -4,9 +4,9 @@
 
 At the benchmark's size: 8 x 8,192 tokens, 16 heads of 64, window 64, bfloat16. Every kernel of the plan's table that
 runs there is timed as it is and in its variants (warps, stages, registers a thread), the others as they are:
-milliseconds of that kernel (median of twelve passes, events around each launch), and how far the output and the gradients
-are from those of the table's own configurations, since a configuration can also be wrong. A process a kernel: they
-compile at once, and time one after the other. A row of JSON is printed, and written, as it comes.
+milliseconds of that kernel (median of twelve passes, events around each launch), and how far the output and the
+gradients are from those of the table's own configurations, since a configuration can also be wrong. A process a
+kernel: they compile at once, and time one after the other. A row of JSON is printed, and written, as it comes.
 """
 
 from __future__ import annotations

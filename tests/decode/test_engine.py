@@ -120,18 +120,13 @@ def test_longer_than_the_buffer_of_fetched_tokens(device):
     assert torch.equal(made, expected(model, ids, mask, 2 * BLOCK + 9, eos_token_id=None, pad_token_id=0))
 
 
-@pytest.mark.parametrize(
-    ("layers", "told"), [("all", False), ([1], False), ([1], True)], ids=["all", "masks", "told"]
-)
-def test_the_step_compiles_in_one_piece(layers, told, monkeypatch):
-    """With softmax layers that are given masks, or told how many keys are seen."""
-    monkeypatch.setattr(engine, "fits", lambda model, config: told)
+@pytest.mark.parametrize("layers", ["all", [1]], ids=str)
+def test_the_step_compiles_in_one_piece(layers):
     model = hybrid("llama", layers, HEDGEHOG, num_hidden_layers=2)
     ids, mask = prompts("cpu")
     options = {"backend": "aot_eager", "fullgraph": True}
     decoder = Decoder(model, 2, eos=[2], pad=0, length=64, compile=options)
     assert torch.equal(decoder.generate(ids, mask, NEW), expected(model, ids, mask))
-    assert decoder.obstacle is None
 
 
 def test_a_step_that_does_not_compile_goes_on_without(caplog):

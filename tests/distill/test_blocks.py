@@ -103,6 +103,20 @@ def test_what_cannot_be_compiled_goes_on(caplog):
     torch.testing.assert_close(found, expected)
 
 
+def test_a_size_that_torch_compiles_no_more_runs_by_parts(caplog):
+    model = random_model("cpu", torch.float32, "tiny", **SIZES)
+    head = recognize(model, torch.device("cpu"))
+    compiled = blocks.Blocks(blocks.repeated(model), "probe")
+    with torch._dynamo.config.patch(recompile_limit=2), caplog.at_level(logging.INFO):
+        for tokens in (8, 9, 10, 11, 8):
+            batch = {name: x[:, :tokens] for name, x in packed().items()}
+            expected = predicts(model, batch, head).hidden
+            with compiled.compiled():
+                torch.testing.assert_close(predicts(model, batch, head).hidden, expected)
+    assert compiled.full and compiled.obstacle is None
+    assert caplog.text.count("compiled for no more sizes") == 1 and counters["stats"]["unique_graphs"] == 2
+
+
 @pytest.mark.parametrize("how", ["forward", "hook"])
 def test_where_somebody_else_is_blocks_are_left_alone(how):
     model = random_model("cpu", torch.float32, "tiny", **SIZES)

@@ -105,6 +105,26 @@ def test_what_cannot_be_compiled_runs_by_parts(monkeypatch):
     assert torch.equal(found[0], expected[0])
 
 
+@pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("most", [2, 6])
+def test_sizes_beyond_what_is_compiled_run_by_parts(most, monkeypatch):
+    """Whether we count them, or torch does, whose limit is three here."""
+    monkeypatch.setattr(compiled, "SHAPES", most)
+    mixer = build(MIXERS["liger"], SHAPE)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for tokens in (17, 18, 19, 20, 21, 17):
+            expected, found = (trained(mixer, choice, monkeypatch, tokens) for choice in ("never", "always"))
+            torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
+    (made,) = compiled._made.values()
+    assert not made.failed and len(made.kinds) == min(most, 3) and made.full == (most > 3)
+
+
+def test_calls_with_and_without_documents_or_gradients_are_two_kinds():
+    x = torch.zeros(2, 3)
+    kinds = [(x, None), (x, x), (x.clone().requires_grad_(), None), (x.half(), None), (x, (None, x))]
+    assert len({compiled._kind(kind) for kind in kinds}) == len(kinds)
+
+
 def test_an_unknown_choice_is_refused(monkeypatch):
     monkeypatch.setitem(os.environ, compiled.VARIABLE, "alway")
     with pytest.raises(dispatch.KernelError, match="always"):

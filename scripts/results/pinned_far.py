@@ -1,0 +1,77 @@
+"""Perplexity by position of an untouched Llama teacher that sees a window and its first tokens alone.
+
+    python scripts/results/pinned_far.py smollm2-135m ../shared/data/text/books.long.parquet --tokens 11264
+
+Nothing is converted or trained: it says whether first tokens that stay at their own positions, further away than the
+teacher has ever seen, are what breaks long texts (docs/results/best-h200.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import pyarrow.parquet
+import torch
+from torch import Tensor
+from transformers.models.llama import modeling_llama
+
+from linearize import models
+
+
+def attention(window: int, first: int) -> Any:
+    """Softmax over the last `window` tokens and the `first` ones, a block of queries at a time."""
+
+    def forward(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        made = torch.empty_like(q)
+        for begin in range(0, q.shape[2], window):
+            rows = torch.arange(begin, min(begin + window, q.shape[2]))[:, None]
+            keys = torch.arange(max(0, begin - window + 1), rows[-1, 0] + 1)
+            pinned = torch.arange(first)[torch.arange(first) < keys[0]]
+            keys = torch.cat([pinned, keys])
+            seen = (keys <= rows) & ((keys > rows - window) | (keys < first))
+            scores = q[:, :, rows[:, 0]] @ k[:, :, keys].mT * scaling
+            made[:, :, rows[:, 0]] = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v[:, :, keys]
+        return made.transpose(1, 2).contiguous(), None
+
+    return forward
+
+
+def main() -> None:
+    """Print a line for each stretch of the text."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("text", help="parquet file with a column text, whose first row is read")
+    parser.add_argument("--tokens", type=int, default=11_264)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--first", type=int, default=4)
+    options = parser.parse_args()
+    folder = models.resolve(options.model)
+    model, _ = models.load_teacher(str(folder), dtype=torch.float32, device="cpu")
+    model.set_attn_implementation("eager")
+    text = pyarrow.parquet.read_table(options.text)["text"][0].as_py()
+    ids = torch.tensor(
+        models.load_tokenizer(folder)(text[: 8 * options.tokens])["input_ids"][: options.tokens]
+    )
+    modeling_llama.eager_attention_forward = attention(options.window, options.first)
+    modeling_llama.create_causal_mask = lambda *_, **__: None
+    with torch.no_grad():
+        hidden = model.model(ids[None]).last_hidden_state[0, :-1]
+        nll = torch.cat(
+            [
+                torch.nn.functional.cross_entropy(model.lm_head(x), wanted, reduction="none")
+                for x, wanted in zip(hidden.split(512), ids[1:].split(512), strict=True)
+            ]
+        )
+    begin = 1024
+    while begin < len(nll):
+        end = min(2 * begin, len(nll))
+        print(f"{begin:,} to {end:,}: perplexity {nll[begin:end].mean().exp():.2f}", flush=True)
+        begin = end
+
+
+if __name__ == "__main__":
+    main()
