@@ -4,10 +4,10 @@ So many texts of one length are read, then all of them decode together; tokens/s
 decode, and "all" is the whole job, reading included. A way that does not fit, or fails, is a row that says so.
 
     python scripts/serve_engine.py runs/demo --against smollm2-135m --slots 1 64 512 --context 8192 \
-        --out docs/results/serve-h200.json
+        --out docs/results/serve.json
 
-Rows that FILE has already, of the same machine, stay beside the new ones, so that a way may have a call of its own
-(--ways), which may be cut off.
+Rows that FILE has already, of the same machine and lengths, stay beside the new ones, so that a way may have a call of
+its own (--ways), which may be cut off.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import transformers
+from serve_results import part, put
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from linearize.cli.checkpoint import load
@@ -55,9 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--note", metavar="TEXT", help="a sentence for the table, such as what else the machine had to do"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
-    kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+    kept = part(options.out, "engine")
     found: dict[str, Any] = {
         "commands": [],
         "date": datetime.now(UTC).date().isoformat(),
@@ -65,11 +69,14 @@ def main(arguments: list[str] | None = None) -> int:
             ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
         ).stdout.strip(),
         "machine": _machine(options.device),
+        "settings": {name: getattr(options, name) for name in ("context", "tokens", "dtype")},
+        "notes": [],
         "rows": [],
     }
-    if kept.get("machine") == found["machine"]:
-        found |= {"commands": kept["commands"], "rows": kept["rows"]}
+    if all(kept.get(name) == found[name] for name in ("machine", "settings")):
+        found |= {name: kept[name] for name in ("commands", "notes", "rows")}
     found["commands"].append(shlex.join(["python", "scripts/serve_engine.py", *(arguments or sys.argv[1:])]))
+    found["notes"] += [options.note] if options.note else []
     for name in options.ways:
         _, way, of_teacher = WAYS[name]
         path = options.against if of_teacher else options.path
@@ -103,8 +110,7 @@ def _write(found: dict[str, Any], row: dict[str, Any], options: argparse.Namespa
     found["rows"] = [each for each in found["rows"] if (each["way"], each["slots"]) != key] + [row]
     order = list(WAYS)
     found["rows"].sort(key=lambda each: (order.index(each["way"]), each["slots"]))
-    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    options.out.with_suffix(".md").write_text(_table(found, options), encoding="utf-8")
+    put(options.out, "engine", found, _table(found))
 
 
 def _prompts(model: Any, slots: int, context: int) -> list[list[int]]:
@@ -190,17 +196,19 @@ def _empty() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _table(found: dict[str, Any], options: argparse.Namespace) -> str:
+def _table(found: dict[str, Any]) -> str:
+    settings = found["settings"]
     lines = [
         "# The engine of `linearize serve`",
         "",
         *(f"    {command}" for command in found["commands"]),
         "",
-        f"{found['date']}, commit {found['commit']}, {found['machine']}, {options.dtype}. "
-        f"{options.context:,} tokens of prompt and {options.tokens} new ones for every text; tokens/s while all "
-        "rows decode, and of the whole job, reading included. An empty cell: not told, or not all rows ever decoded "
-        "at once.",
+        f"{found['date']}, commit {found['commit']}, {found['machine']}, {settings['dtype']}. "
+        f"{settings['context']:,} tokens of prompt and {settings['tokens']} new ones for every text; tokens/s while "
+        "all rows decode, and of the whole job, reading included. An empty cell: not told, or not all rows ever "
+        "decoded at once.",
         "",
+        *(line for note in found["notes"] for line in (note, "")),
         "| way | texts at once | tokens/s, decoding | tokens/s, whole job | prompt tokens/s | slot, MiB | peak, GiB |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]

@@ -33,6 +33,7 @@ from typing import Any
 
 import openai
 import pyarrow.parquet
+from serve_results import put
 
 from linearize import models
 from linearize.data import builtin
@@ -94,8 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         },
         "rows": [asdict(row) for row in rows],
     }
-    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    options.out.with_suffix(".md").write_text(_table(found, rows), encoding="utf-8")
+    put(options.out, "server", found, _table(found, rows))
     return 0
 
 

@@ -53,7 +53,7 @@ def exported(model, folder: Path, lengths=LENGTHS) -> Checkpoint:
 
 def lolcats(layers="all", family: str = "llama", **changes):
     """Converted layers of window and features, the others softmax."""
-    model = surgery.convert(tiny.model(family, **WIDE, **changes), tiny.LOLCATS, layers)
+    model = surgery.convert(tiny.model(family, **{**WIDE, **changes}), tiny.LOLCATS, layers)
     tiny.randomize(layer.mixer for layer in surgery.converted(model))
     return model
 

@@ -35,7 +35,7 @@ def test_settings(start, linear, options, named):
 
 def test_heads_that_cannot_be_shared_out(start, tmp_path):
     """Twelve query heads over four of keys and values, for three processes."""
-    model = lolcats(num_attention_heads=12, num_key_value_heads=4)
+    model = lolcats(hidden_size=96, num_attention_heads=12, num_key_value_heads=4)
     folder = linearize.save(model, tmp_path / "out")
     with pytest.raises(Exception, match=r"12 query heads over 4 of keys and values .* take 1, 2, 4 or 12"):
         start(Checkpoint(folder, []), tensor_parallel_size=3)
