@@ -212,6 +212,19 @@ def test_sizes_are_found(part):
     assert torch.allclose(made.mixer.state_dict()[name], wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("output", ["norm", "gated_norm"])
+@pytest.mark.parametrize("update", ["delta", "gdn2"])
+def test_a_size_in_front_of_a_norm_stays(update, output):
+    """Nothing says what it should be, and many values compete: a factor for each would bring it to nothing."""
+    features = {"name": "identity", "l2_normalize": True}
+    parts = {"gate": {"name": "kda", "rank": 2}, "update": {"name": update}, "output": {"name": output}}
+    made = call({"feature_map": features, "normalizer": {"name": "none"}, **parts})
+    made.teacher = 0.1 * torch.randn(2, 96, 4, 8)
+    calibration.calibrate(made)
+    assert bool((made.mixer.update.scale == 1).all())
+    assert bool((made.mixer.output.scale.abs() < 10).all())
+
+
 def test_a_plain_start_sets_sizes_alone():
     mixer = {
         "feature_map": {"name": "relu"},
@@ -301,6 +314,31 @@ def test_every_recipe_comes_nearer_and_twice_alike(name):
     again, same = observed(tiny_llama(), recipe)
     assert again == found
     assert all(torch.equal(value, same[key]) for key, value in state.items())
+
+
+def stepped(seen: Any) -> tuple[float, float]:
+    """A calibrated layer's error, and that after a step of 1e-3 on every parameter, up and down in turn."""
+    after = calibration.calibrate(seen).after
+    kept = {name: value.clone() for name, value in seen.mixer.state_dict().items()}
+    for parameter in seen.mixer.parameters():
+        signs = 1 - 2 * (torch.arange(parameter.numel()) % 2).view_as(parameter)
+        parameter.add_(1e-3 * signs.to(parameter))
+    moved = calibration._Layer(seen).error()
+    seen.mixer.load_state_dict(kept)
+    return after, moved
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_first_step_leaves_a_calibrated_start_near_the_teacher(name):
+    """Optimizers move every number by about the learning rate at first, however small the number is."""
+    torch.manual_seed(0)
+    recipe = compose(name)
+    model = surgery.convert(tiny_llama(), recipe.mixer, "all")
+    ids = torch.randint(3, 90, (2, 80), generator=torch.Generator().manual_seed(1))
+    found: list[tuple[float, float]] = []
+    with torch.no_grad(), surgery.observe(model, lambda seen: found.append(stepped(seen))):
+        model.base_model(input_ids=ids, use_cache=False)
+    assert all(moved < 1.2 * after + 0.1 for after, moved in found), found
 
 
 @pytest.mark.parametrize("family", ["gemma2", "qwen3", "mistral", "gpt2"])
