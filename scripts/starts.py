@@ -46,6 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     sheet = Sheet(options.out, table)
     found = sheet.found
+    if options.join:
+        join(found, [json.loads(path.read_text()) for path in options.join])
+        sheet.write()
+        return 0
     sheet.about(
         "starts.py",
         list(arguments or sys.argv[1:]),
@@ -269,6 +273,26 @@ class _Start:
         return recipe
 
 
+def join(found: dict[str, Any], sheets: list[dict[str, Any]]) -> None:
+    """Sheets of one model and the same texts in one: the newest row under its recipe's name, older ones beside it.
+
+    Args:
+        found: filled, in place.
+        sheets: what `--out` wrote, the oldest first.
+    """
+    if len({json.dumps([sheet["settings"], sheet["teacher"]]) for sheet in sheets}) > 1:
+        raise SystemExit("these sheets were made with other settings, or have another teacher")
+    rows: dict[str, dict[str, Any]] = {}
+    for sheet in sheets:
+        for name, row in sheet["rows"].items():
+            if name in rows:
+                rows[f"{name} @{rows[name]['commit']}"] = rows[name]
+            rows[name] = {"commit": sheet["commit"], **row}
+    runs = [{key: sheet[key] for key in ("command", "date", "commit")} for sheet in sheets]
+    found |= {key: sheets[-1][key] for key in ("command", "date", "commit", "settings", "teacher")}
+    found |= {"runs": runs, "rows": rows}
+
+
 def _out(options: argparse.Namespace, name: str, *, on: bool) -> Path:
     runs: Path = options.runs
     return runs / f"{name.replace(' ', '+')}-{'calibrated' if on else 'published'}"
@@ -328,11 +352,15 @@ def table(found: dict[str, Any]) -> str:
     keys = [(key, title) for key, title in keys if any(row.get(key) for row in found["rows"].values())]
     titles = ["recipe", *(f"{title}, {text}" for text in texts for _, title in keys)]
     titles += ["seconds", "state KiB", "tokens/s"]
+    titles += ["commit"] if found.get("runs") else []
     speeds = _speeds()
+    made = [
+        f"`{run['command']}`, {run['date']}, commit {run['commit']}" for run in found.get("runs", [found])
+    ]
     lines = [
         f"# Where every recipe starts: {found['settings']['model']}",
         "",
-        f"`{found['command']}`, {found['date']}, commit {found['commit']}. Perplexity on "
+        "; ".join(made) + ". Perplexity on "
         f"{found['settings']['windows']} windows of {found['settings']['length']} tokens of each text; the teacher has "
         + ", ".join(f"{value} ({text})" for text, value in found["teacher"].items())
         + ". Seconds are those of the calibration; state is one sequence's, in bfloat16, less softmax layers' caches; "
@@ -341,13 +369,25 @@ def table(found: dict[str, Any]) -> str:
         "| " + " | ".join(titles) + " |",
         "|---" + "|---:" * (len(titles) - 1) + "|",
     ]
-    for name, row in sorted(found["rows"].items(), key=lambda pair: _rank(pair[1])):
+    rows = found["rows"]
+    newest = {key: rows[_recipe_of(key)] for key in rows}
+    for key, row in sorted(rows.items(), key=lambda pair: (_rank(newest[pair[0]]), pair[0])):
+        name = _recipe_of(key)
         if row.get("swapped"):
-            cells = [number((row.get(key) or {}).get(text)) for text in texts for key, _ in keys]
+            cells = [number((row.get(column) or {}).get(text)) for text in texts for column, _ in keys]
             kib = f"{row['state_bytes'] / 1024:,.0f}" if row.get("state_bytes") else ""
             cells += [str(row.get("seconds", "")), kib, speeds.get(name, "")]
+            cells += [row["commit"]] if found.get("runs") else []
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    notes = [
+        f"{_recipe_of(key)} ({row['commit']}): {row['note']}" for key, row in rows.items() if row.get("note")
+    ]
+    return "\n".join([*lines, *(f"\n{note}" for note in [*found.get("notes", []), *notes])]) + "\n"
+
+
+def _recipe_of(key: str) -> str:
+    """The recipe of a row, whose key has the commit behind it where a newer row has the recipe's name."""
+    return key.split(" @")[0]
 
 
 def _speeds() -> dict[str, str]:
@@ -366,6 +406,14 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "starts.json")
+    parser.add_argument(
+        "--join",
+        nargs="*",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="sheets into --out, the oldest first; measures nothing",
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument(
         "--recipes", nargs="*", default=[], help="all by default; 'NAME KEY=VALUE' changes one"

@@ -261,10 +261,13 @@ class _Layer:
             assert seen.recurrent is not None
             y = self._partial(seen.recurrent).normalized()[0]
             output = self.mixer.output
-            if output is not None and output.normalizes:
+            normed = output is not None and output.normalizes
+            if normed:
                 y = y * y.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
             factor = fits.scale(y, self.target)
-            if self._resize(factor) or output is not None:  # an output part has sizes of its own
+            # a size in front of a norm is not seen: each call would multiply it anew, until the norm's epsilon rules
+            resized = not normed and self._resize(factor)
+            if resized or output is not None:  # an output part has sizes of its own
                 y = y * factor.to(y.dtype)[:, None]
             return fits.squared_error(y, self.target)
         assert seen.window is not None and seen.recurrent is not None
