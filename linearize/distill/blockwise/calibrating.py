@@ -163,8 +163,8 @@ class _Sweep:
             one = {key: value[row : row + 1] for key, value in self.texts["judged"].items()}
             values = None if stream.values is None else stream.values[row : row + 1]
             found.append(_run(block, _Stream(stream.hidden[row : row + 1], values), one))
-        values = [each.values for each in found if each.values is not None]
-        return _Stream(torch.cat([each.hidden for each in found]), torch.cat(values) if values else None)
+        first = [each.values for each in found if each.values is not None]
+        return _Stream(torch.cat([each.hidden for each in found]), torch.cat(first) if first else None)
 
     def _text(self) -> str:
         """What the streams are of."""

@@ -87,6 +87,7 @@ def test_all_ways_are_those_of_a_whole_run(
     monkeypatch.setattr(whole, "over", lambda found: sign * over(found))
     monkeypatch.setattr(whole, "nearest", nearest)
     job = Job(source, recipe, tmp_path / "run")
+    job.folder.path.mkdir()
     job.begin(1, None)
     calibrate(job)
     model: Any = surgery.convert(load_teacher(source)[0], recipe.mixer, recipe.layers)
