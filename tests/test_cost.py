@@ -198,6 +198,13 @@ def test_blocks_of_every_size():
     assert found.cells()[-1]["hours, a block"] == "does not fit"
 
 
+def test_blocks_of_experts_are_not_planned():
+    count, card = cards("8xH100")
+    recipe = compose("lolcats", ["stages.transfer.clip_by=layer"])
+    with pytest.raises(LinearizeError, match="mixtral: a mixture of experts"):
+        blocks.plan(config_of("mixtral-8x7b"), recipe, count, card, name="lolcats")
+
+
 def test_blocks_are_planned_on_the_command_line(capsys):
     assert cli.main(["blocks", "plan", "llama-3-8b", "lolcats", "stages.transfer.clip_by=layer"]) == 0
     out = capsys.readouterr().out

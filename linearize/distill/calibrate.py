@@ -7,8 +7,8 @@ go through the model at once, so that a layer is done when the pass has left it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ ROWS = 128
 """Tokens whose distributions over the vocabulary are held at once."""
 JUDGED, FEWEST = 8, 4
 """One sequence of so many is judged by and not fitted, from so many sequences on."""
+START = "start"
+"""Name of the mixers as they came."""
+OUTPUT = ".mixer.output."
+"""In the names of output parts' parameters."""
 
 
 def wanted(recipe: Recipe, model: nn.Module) -> bool:
@@ -53,6 +57,76 @@ def text(recipe: Recipe, tokenizer: Any) -> Any:
     given = recipe.data
     short = dataclasses.replace(given, length=min(given.length, LENGTH), echo=0.0)
     return data.packed(tokenizer, short, tokens=recipe.calibrate.tokens, seed=recipe.run.seed, split="train")
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to set all mixers.
+
+    Attributes:
+        own_stream: layers are seen on what the layers set before them give, else on the teacher's own inputs.
+        how: of `calibration.calibrate`.
+        begins: the way whose mixers it begins with, but for their output parts, which are those of the start.
+    """
+
+    name: str
+    own_stream: bool = False
+    how: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+    begins: str = START
+
+    def begin(self, states: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The mixers before it, of those that the start and other ways have left."""
+        start = states[START]
+        return states[self.begins] | {name: value for name, value in start.items() if OUTPUT in name}
+
+    def may_overflow(self) -> AbstractContextManager[None]:
+        """What it stands in: sixteen bits may overflow behind poor layers, and then the way is none."""
+        return suppress(NotFiniteError) if self.own_stream else nullcontext()
+
+
+FULL = Way("full")
+PLAIN = Way("plain", how={"plain": True, "sizes_only": True}, begins="full")
+OWN = Way("own", own_stream=True, how={"plain": False})
+OWN_PLAIN = Way("own plain", own_stream=True, how={"plain": True})
+
+
+def every_way(outputs: bool) -> tuple[Way, ...]:
+    """All that `ways` may give, for mixers with output parts or without."""
+    return (FULL, PLAIN, OWN, OWN_PLAIN) if outputs else (FULL, OWN)
+
+
+def ways(away: Mapping[str, float], outputs: bool) -> Iterator[Way]:
+    """The ways in which mixers are set, in order; the last one is as plain as what came nearer before.
+
+    Args:
+        away: name of a way -> how far its distributions are from the teacher's; read as far as ways were given.
+        outputs: whether any mixer has an output part.
+    """
+    yield FULL
+    if outputs:
+        yield PLAIN
+    yield OWN_PLAIN if outputs and away[PLAIN.name] < away[FULL.name] else OWN
+
+
+def nearest(away: Mapping[str, float]) -> str:
+    """Whose distributions are nearest the teacher's, the first of equals: a way's name, or START."""
+    return min(away, key=lambda name: away[name])
+
+
+def has_outputs(names: Iterable[str]) -> bool:
+    """Whether mixers with parameters of these names have output parts."""
+    return any(OUTPUT in name for name in names)
+
+
+def sequences(dataset: Any, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What is fitted and what is judged by: the last eighth, or everything both times where there is little."""
+    items = [dataset[index] for index in range(len(dataset))]
+    batch = {
+        key: torch.stack([item[key] for item in items]).to(device) for key in ("input_ids", "position_ids")
+    }
+    apart = max(1, len(items) // JUDGED) if len(items) >= FEWEST else 0
+    fitted = {key: value[: len(items) - apart] for key, value in batch.items()}
+    return fitted, {key: value[-apart:] for key, value in batch.items()}
 
 
 def calibrate(model: nn.Module, dataset: Any, *, autocast: torch.dtype | None) -> list[dict[str, float]]:
@@ -78,41 +152,28 @@ def calibrate(model: nn.Module, dataset: Any, *, autocast: torch.dtype | None) -
     """
     layers = surgery.converted(model)
     device = device_of(layers[0])
-    items = [dataset[index] for index in range(len(dataset))]
-    batch = {
-        key: torch.stack([item[key] for item in items]).to(device) for key in ("input_ids", "position_ids")
-    }
-    apart = max(1, len(items) // JUDGED) if len(items) >= FEWEST else 0
-    fitted = {key: value[: len(items) - apart] for key, value in batch.items()}
-    judged = {key: value[-apart:] for key, value in batch.items()}
+    fitted, judged = sequences(dataset, device)
     computing = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
-    start = _state(model)
-    outputs = {name: value for name, value in start.items() if ".mixer.output." in name}
+    states = {START: state(model)}
+    found: dict[str, list[dict[str, float]]] = {START: []}
+    outputs = has_outputs(states[START])
     model.eval()
     with torch.no_grad(), Meter("calibrate", (3 if outputs else 2) * len(layers), "layers") as meter:
         with computing:
-            best, least, found = start, _divergence(model, judged), []
-
-        def tried(begin: dict[str, Tensor], own_stream: bool, **how: bool) -> float:
-            nonlocal best, least, found
-            surgery.load_mixer_state(model, begin)
-            with computing:
-                made = _pass(model, fitted, own_stream, meter, **how)
-                away = _divergence(model, judged)
-            if away < least:
-                best, least, found = _state(model), away, made
-            return away
-
-        full, plain = tried(start, own_stream=False), False
-        if outputs:
-            plain = tried(_state(model) | outputs, own_stream=False, plain=True, sizes_only=True) < full
-        with suppress(NotFiniteError):  # sixteen bits may overflow behind poor layers
-            tried(start, own_stream=True, plain=plain)
-        surgery.load_mixer_state(model, best)
-    return found
+            away = {START: _divergence(model, judged)}
+        for way in ways(away, outputs):
+            surgery.load_mixer_state(model, way.begin(states))
+            with way.may_overflow(), computing:
+                found[way.name] = _pass(model, fitted, way.own_stream, meter, **way.how)
+                away[way.name] = _divergence(model, judged)
+                states[way.name] = state(model)
+        best = nearest(away)
+        surgery.load_mixer_state(model, states[best])
+    return found[best]
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all mixers' parameters."""
     return {name: value.detach().clone() for name, value in surgery.mixer_state(model).items()}
 
 
@@ -125,10 +186,15 @@ def _pass(
     """
     found: list[dict[str, float]] = []
     if own_stream:
-        batch = {key: value.repeat(2, 1) for key, value in batch.items()}
+        batch = twice(batch)
     with surgery.observe(model, observer(found, own_stream, meter, **how)):
         shards.run_body(model, **batch, use_cache=False)
     return found
+
+
+def twice(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The text as the teacher's stream and as the student's."""
+    return {key: value.repeat(2, 1) for key, value in batch.items()}
 
 
 def observer(
@@ -165,18 +231,23 @@ def divergence(teacher: Tensor, student: Tensor) -> float:
     return total
 
 
+def over(sequences: list[float]) -> float:
+    """The mean of divergences, infinite where it is not a number."""
+    mean = sum(sequences) / len(sequences)
+    return mean if mean == mean else float("inf")
+
+
 def _divergence(model: nn.Module, batch: dict[str, Tensor]) -> float:
     """Mean KL to the teacher's next-token distribution, a sequence at a time; infinite where it is not a number."""
     whole: Any = model
-    total = 0.0
+    found = []
     for ids, places in zip(batch["input_ids"], batch["position_ids"], strict=True):
         given = {"input_ids": ids[None], "position_ids": places[None], "use_cache": False}
         with surgery.mode(model, "teacher"):
             teacher = whole(**given).logits[0]
         student = whole(**given).logits[0]
-        total += divergence(teacher, student)
-    mean = total / len(batch["input_ids"])
-    return mean if mean == mean else float("inf")
+        found.append(divergence(teacher, student))
+    return over(found)
 
 
 def _halves(call: Any) -> tuple[Any, Any]:

@@ -71,7 +71,9 @@ def in_shards(model: nn.Module) -> bool:
 
 def class_of(model: nn.Module) -> type[nn.Module]:
     """A model's class, behind those that `fully_shard` puts in front."""
-    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+    return next(
+        cls for cls in type(model).__mro__ if issubclass(cls, nn.Module) and not issubclass(cls, FSDPModule)
+    )
 
 
 def settle(model: nn.Module) -> None:

@@ -1,35 +1,33 @@
 """The mixers' start in closed form, block after block: what `distill.calibrate` does with the whole model.
 
-That asks three passes over all layers, of the student as it starts, of one that is set on its own stream and of one
-that is set on the teacher's. Here the three students go through a block side by side, beside the teacher, before the
-next block is loaded; behind the last one the head says which of them is nearest. Between two blocks all that is needed
-stands in one file, from which a process that was killed goes on.
+A whole run tries one way after the other, and what the last one does depends on which of those before came nearer. Here
+the students of all ways that there might be go through a block side by side, beside the teacher, before the next block
+is loaded; behind the last one the head says which a whole run would have tried, and which is nearest. Between two
+blocks all that is needed stands in one file, from which a process that was killed goes on.
 """
 
 from __future__ import annotations
 
 import json
-import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from linearize import storing, surgery
 from linearize.distill import calibrate as whole
-from linearize.distill.blockwise.block import INPUTS, Block
+from linearize.distill.blockwise.block import Block
 from linearize.distill.blockwise.job import Job, digest
 from linearize.distill.positions import counted_from_zero
-from linearize.errors import NotFiniteError
 from linearize.progress import Meter
 
-STREAMS = ("teacher", "start", "own", "given")
-"""The teacher, and students: untouched, set on what set layers before them give, set on the teacher's stream."""
+TEACHER = "teacher"
 STATE = ".partial-streams.safetensors"
 """Between two blocks; it goes with what a cut-off process leaves where it is not needed any more."""
+KINDS = ("fitted", "judged")
 
 
 def calibrate(job: Job) -> None:
@@ -46,15 +44,10 @@ def calibrate(job: Job) -> None:
     if whole.is_done(folder):
         return
     dataset = whole.text(job.recipe, job.tokenizer)
-    items = [dataset[index] for index in range(len(dataset))]
-    batch = {
-        key: torch.stack([torch.as_tensor(item[key]) for item in items]).to(job.device)
-        for key in ("input_ids", *INPUTS)
-        if key in items[0]
-    }
     storing.make_folder(folder)
-    sweep = _Sweep(job, batch, digest(dataset))
-    with torch.no_grad(), Meter("calibrate", len(job.maker.layers_converted), "layers") as meter:
+    sweep = _Sweep(job, *whole.sequences(dataset, job.device), digest(dataset))
+    layers = len(sweep.ways) * len(job.maker.layers_converted)
+    with torch.no_grad(), Meter("calibrate", layers, "layers") as meter:
         for number in range(sweep.begun(), len(job.blocks)):
             sweep.block(number, meter)
         mixers, found = sweep.best()
@@ -62,144 +55,156 @@ def calibrate(job: Job) -> None:
     storing.remove(folder / STATE)
 
 
+@dataclass
+class _Stream:
+    """Between two blocks: hidden states [B, T, D], and the first converted layer's values where they are mixed."""
+
+    hidden: Tensor
+    values: Tensor | None = None
+
+
 class _Sweep:
-    """The four streams on their way, and what the students' mixers are."""
+    """All streams on their way, and what the students' mixers are.
 
-    def __init__(self, job: Job, batch: dict[str, Tensor], text: str) -> None:
-        self.job, self.batch, self.text = job, batch, text
-        self.streams: dict[str, Tensor] = {}
-        self.values: dict[str, Tensor] = {}
-        self.mixers: dict[str, dict[str, Tensor]] = {name: {} for name in STREAMS[1:]}
-        self.found: dict[str, list[dict[str, float]]] = {"own": [], "given": []}
+    Attributes:
+        ways: all that a whole run might try.
+        fitted: the teacher's stream, and for a way with streams of its own the teacher's and the student's together,
+            as they go through a whole model.
+        judged: the streams of teacher, start and what each way has made of it.
+        mixers, found: of start and ways.
+    """
 
-    @property
-    def names(self) -> list[str]:
-        """The students that are left: one whose own stream overflows is out."""
-        return [name for name in STREAMS if name in self.streams]
+    def __init__(self, job: Job, fitted: dict[str, Tensor], judged: dict[str, Tensor], text: str) -> None:
+        self.job, self.texts, self.text = job, {"fitted": fitted, "judged": judged}, text
+        self.ways = whole.every_way(whole.has_outputs(job.maker.names))
+        self.fitted: dict[str, _Stream] = {}
+        self.judged: dict[str, _Stream] = {}
+        self.mixers: dict[str, dict[str, Tensor]] = {}
+        self.found: dict[str, list[dict[str, float]]] = {}
 
     def begun(self) -> int:
         """The block that comes next; reads what an earlier process has left."""
-        if (said := _left(self.job.calibration / STATE)) and said[0].get("text") == self.text:
+        if (said := _left(self.job.calibration / STATE)) and said[0].get("text") == self._text():
             for key, tensor in said[1].items():
-                kind, _, name = key.partition("/")
-                if kind in ("streams", "values"):
-                    getattr(self, kind)[name] = tensor.to(self.job.device)
+                kind, name, part = key.split("/", 2)
+                if kind == "mixers":
+                    self.mixers.setdefault(name, {})[part] = tensor
                 else:
-                    self.mixers[kind][name] = tensor
+                    stream = getattr(self, kind).setdefault(name, _Stream(tensor))
+                    setattr(stream, part, tensor.to(self.job.device))
             self.found = json.loads(said[0]["found"])
             return int(said[0]["blocks"])
         table = self.job.maker.table()
         with counted_from_zero(table.whole), self.job.maker.computing():
-            stream = table.embed(self.batch["input_ids"], self.batch)
-        self.streams = dict.fromkeys(STREAMS, stream)
+            fitted, judged = (table.embed(text["input_ids"], text) for text in self.texts.values())
+        own = [way.name for way in self.ways if way.own_stream]
+        self.fitted = {TEACHER: _Stream(fitted), **{name: _Stream(fitted.repeat(2, 1, 1)) for name in own}}
+        students = [whole.START, *(way.name for way in self.ways)]
+        self.judged = {name: _Stream(judged) for name in (TEACHER, *students)}
+        self.mixers = {name: {} for name in students}
+        self.found = {name: [] for name in students}
         return 0
 
     def block(self, number: int, meter: Meter) -> None:
-        """Take all streams through a block."""
-        job, numbers = self.job, self.job.blocks[number]
-        inside = job.maker.hands is not None and job.maker.hands < numbers[0]
-        values = self.values if inside else {}
-        block = job.maker.block(
-            numbers, job.said["tuples"], self.streams["teacher"], self.batch, values.get("teacher")
-        )
+        """Take all streams through a block, whose mixers are set in every way."""
+        job, teacher = self.job, self.fitted[TEACHER]
+        said = teacher.hidden, self.texts["fitted"], teacher.values
+        block = job.maker.block(job.blocks[number], job.said["tuples"], *said)
         job.said["tuples"] = block.tuples
         job.learned(job.maker)
-        handed: dict[str, Tensor] = {}
         if block.places:
-            behind = self._converted(block, values, handed, meter)
+            states = self._set(block, meter)
+            self._judge(block, states)
         else:
-            behind = {}
             with job.maker.computing():
-                for name in self.names:
-                    if name == "teacher":
-                        behind[name], _ = block.run(self.streams[name], self.batch)
-                    else:
-                        behind[name], _ = self._rows(block, name, values)
-        self.streams = behind
-        self.values = self.values if inside else handed
+                self.fitted = {name: self._through(block, name) for name in self.fitted}
+                self.judged = {name: self._rows(block, stream) for name, stream in self.judged.items()}
         self._save(number + 1)
 
-    def _converted(
-        self, block: Block, values: dict[str, Tensor], handed: dict[str, Tensor], meter: Meter
-    ) -> dict[str, Tensor]:
-        """A block with mixers, which are set on the way."""
-        behind: dict[str, Tensor] = {}
-        start = _state(block)
-        states = {"start": start}
-        both = {key: value.repeat(2, 1) for key, value in self.batch.items()}
-        computing = self.job.maker.computing
-        if "own" in self.streams:
-            pair = torch.cat([self.streams["teacher"], self.streams["own"]])
-            given = torch.cat([values["teacher"], values["own"]]) if values else None
+    def _set(self, block: Block, meter: Meter) -> dict[str, dict[str, Tensor]]:
+        """Mixers by way, as they come out; a way whose own stream overflows has none."""
+        states = {whole.START: whole.state(block)}
+        behind: dict[str, _Stream] = {}
+        for way in self.ways:
+            name = way.name if way.own_stream else TEACHER
+            if name not in self.fitted:
+                continue
+            surgery.load_mixer_state(block, way.begin(states))
             rows: list[dict[str, float]] = []
-            try:
-                silent = Meter("", None, console=Console(quiet=True))
-                with computing(), surgery.observe(block, whole.observer(rows, True, silent)):
-                    out, first = block.run(pair, both, given)
-                behind["own"] = out.chunk(2)[1]
-                states["own"] = _state(block)
-                self.found["own"] += rows
-                if first is not None:
-                    handed["own"] = first.chunk(2)[1]
-            except NotFiniteError:
-                pass  # as in a whole run: sixteen bits may overflow behind poor layers
-            surgery.load_mixer_state(block, start)
-        rows = []
-        with computing(), surgery.observe(block, whole.observer(rows, False, meter)):
-            behind["teacher"], first = block.run(self.streams["teacher"], self.batch, values.get("teacher"))
-        self.found["given"] += rows
-        states["given"] = _state(block)
-        if first is not None:
-            handed["teacher"] = first
-        for name in ("start", "given"):
-            surgery.load_mixer_state(block, states[name])
-            with computing(), surgery.mode(block, "student"):
-                behind[name], first = self._rows(block, name, values)
-            if first is not None:
-                handed[name] = first
-        for name, state in states.items():
-            self.mixers[name] |= {key: value.cpu() for key, value in state.items()}
-        return behind
+            observer = whole.observer(rows, way.own_stream, meter, **way.how)
+            with way.may_overflow(), self.job.maker.computing(), surgery.observe(block, observer):
+                behind[name] = self._through(block, name)
+                states[way.name] = whole.state(block)
+                self.found[way.name] += rows
+        self.fitted = behind
+        return states
 
-    def _rows(self, block: Block, name: str, values: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """A student's stream, a sequence at a time, as distributions are compared."""
-        outs, firsts = [], []
-        for row in range(len(self.streams[name])):
-            one = {key: value[row : row + 1] for key, value in self.batch.items()}
-            taken = values[name][row : row + 1] if name in values else None
-            out, first = block.run(self.streams[name][row : row + 1], one, taken)
-            outs.append(out)
-            firsts += [] if first is None else [first]
-        return torch.cat(outs), torch.cat(firsts) if firsts else None
+    def _judge(self, block: Block, states: dict[str, dict[str, Tensor]]) -> None:
+        """Take what is judged through a block that is set."""
+        behind: dict[str, _Stream] = {}
+        for name in (TEACHER, *states):
+            if name != TEACHER:
+                surgery.load_mixer_state(block, states[name])
+                self.mixers[name] |= {key: value.cpu() for key, value in states[name].items()}
+            mode = "teacher" if name == TEACHER else "student"
+            with self.job.maker.computing(), surgery.mode(block, mode):
+                behind[name] = self._rows(block, self.judged[name])
+        self.judged = behind
+
+    def _through(self, block: Block, name: str) -> _Stream:
+        """A stream of what is fitted, all sequences at once."""
+        text = self.texts["fitted"]
+        return _run(block, self.fitted[name], text if name == TEACHER else whole.twice(text))
+
+    def _rows(self, block: Block, stream: _Stream) -> _Stream:
+        """A stream of what is judged, a sequence at a time, as distributions are compared."""
+        found = []
+        for row in range(len(stream.hidden)):
+            one = {key: value[row : row + 1] for key, value in self.texts["judged"].items()}
+            values = None if stream.values is None else stream.values[row : row + 1]
+            found.append(_run(block, _Stream(stream.hidden[row : row + 1], values), one))
+        first = [each.values for each in found if each.values is not None]
+        return _Stream(torch.cat([each.hidden for each in found]), torch.cat(first) if first else None)
+
+    def _text(self) -> str:
+        """What the streams are of."""
+        return " ".join([self.text, *(way.name for way in self.ways)])
 
     def _save(self, done: int) -> None:
         job = self.job
-        tensors = {f"streams/{name}": value for name, value in self.streams.items()}
-        tensors |= {f"values/{name}": value for name, value in self.values.items()}
-        for kind, held in self.mixers.items():
-            if kind in self.streams:
-                tensors |= {f"{kind}/{name}": value for name, value in held.items()}
+        tensors: dict[str, Tensor] = {}
+        for kind in KINDS:
+            for name, stream in getattr(self, kind).items():
+                tensors[f"{kind}/{name}/hidden"] = stream.hidden
+                if stream.values is not None:
+                    tensors[f"{kind}/{name}/values"] = stream.values
+        for name in self.judged:
+            for key, value in self.mixers.get(name, {}).items():
+                tensors[f"mixers/{name}/{key}"] = value
         job.write()
-        said = {"blocks": str(done), "found": json.dumps(self.found), "text": self.text}
+        said = {"blocks": str(done), "found": json.dumps(self.found), "text": self._text()}
         storing.write_tensors_file(job.calibration / STATE, tensors, said)
 
     def best(self) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-        """The mixers of the student whose distributions are nearest the teacher's, and its layers' errors."""
+        """The mixers that a whole run would have kept, and its layers' errors."""
         head = self.job.maker.head(self.job.said["tuples"])
-        away = dict.fromkeys(self.names[1:], 0.0)
+        rows: dict[str, list[float]] = {name: [] for name in self.judged if name != TEACHER}
         with self.job.maker.computing():
-            for row in range(len(self.streams["teacher"])):
-                one = {key: value[row : row + 1] for key, value in self.batch.items()}
-                logits = {
-                    name: head.finish(stream[row : row + 1], one)[0] for name, stream in self.streams.items()
-                }
-                for name in away:
-                    away[name] += whole.divergence(logits["teacher"], logits[name])
-        chosen, least = "start", _known(away["start"])
-        for name in ("own", "given"):  # in this order, as a whole run tries them
-            if name in away and _known(away[name]) < least:
-                chosen, least = name, away[name]
-        return self.mixers[chosen], self.found.get(chosen, [])
+            for row in range(len(self.judged[TEACHER].hidden)):
+                one = {key: value[row : row + 1] for key, value in self.texts["judged"].items()}
+                teacher = head.finish(self.judged[TEACHER].hidden[row : row + 1], one)[0]
+                for name, found in rows.items():
+                    student = head.finish(self.judged[name].hidden[row : row + 1], one)[0]
+                    found.append(whole.divergence(teacher, student))
+        away = {name: whole.over(found) for name, found in rows.items()}
+        tried = [whole.START, *(way.name for way in whole.ways(away, whole.PLAIN in self.ways))]
+        chosen = whole.nearest({name: away[name] for name in tried if name in away})
+        return self.mixers[chosen], self.found[chosen]
+
+
+def _run(block: Block, stream: _Stream, text: dict[str, Tensor]) -> _Stream:
+    hidden, values = block.run(stream.hidden, text, stream.values)
+    return _Stream(hidden, values if stream.values is None else stream.values)
 
 
 def _left(path: Path) -> tuple[dict[str, str], dict[str, Tensor]] | None:
@@ -209,14 +214,6 @@ def _left(path: Path) -> tuple[dict[str, str], dict[str, Tensor]] | None:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
-
-
-def _known(value: float) -> float:
-    return value if value == value else math.inf
-
-
-def _state(block: Block) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in surgery.mixer_state(block).items()}
 
 
 def load_start(job: Job, block: Any) -> None:

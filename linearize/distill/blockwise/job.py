@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from linearize import models, objectives, storing, surgery
+from linearize import launched, models, objectives, storing, surgery
 from linearize.config.schedule import Over
 from linearize.config.schema import Recipe, StageConfig
 from linearize.distill import calibrate, memory, texts
@@ -116,13 +116,19 @@ class Job:
         name: what the user called the recipe.
 
     Raises:
-        LinearizeError: recipe and model do not go together, or ask for what blocks cannot give.
+        LinearizeError: recipe and model do not go together, or ask for what blocks cannot give; or this process was
+            launched with others.
     """
 
     def __init__(self, model: str, recipe: Recipe, out: str | Path, name: str = "") -> None:
         self.source, self.recipe, self.recipe_name = model, recipe, name or recipe.description
         self.folder = RunFolder(Path(out))
         self.stages = block_stages(recipe)
+        if launched.several():
+            raise LinearizeError(
+                f"linearize blocks in {launched.count()} processes that were launched together: each of its workers is "
+                "a process by itself; give the command once for each card, without torchrun"
+            )
         self.device = resolve_device(recipe.run)
         self.autocast = resolve_precision(recipe.run, self.device)
         self.weights = resolve_weights(recipe.run, self.device)

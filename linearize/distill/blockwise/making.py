@@ -116,8 +116,8 @@ class Maker:
         honor_softcap(model, self.plan)
         few = {key: value[:ROWS].to(self.device) for key, value in batch.items() if key != "input_ids"}
         stream = stream[:ROWS].to(self.device)
-        values = None if values is None else values[:ROWS].to(self.device)
-        with torch.no_grad(), self.computing():
+        values = None if values is None else values[:ROWS].to(self.device, stream.dtype)
+        with torch.no_grad():  # and in the weights' own precision, as a whole model is held
             untouched, _ = block.run(stream, few)
             check_finite(untouched, f"the residual stream behind {named(numbers)}")
             self._look_at_rotations(block, own, stream)
@@ -127,7 +127,7 @@ class Maker:
         model.eval()
         block.number_layers()
         if own:
-            with torch.no_grad(), self.computing():
+            with torch.no_grad():
                 with surgery.mode(block, "teacher"):
                     given, _ = block.run(stream, few, values)
                 _hold(untouched, given, few, numbers, "in teacher mode")

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, modeling_utils
 from linearize import models
 from linearize.distill import shards
 from linearize.errors import CheckpointError, UnsupportedModelError
+from linearize.models import routers
 from linearize.models.boundary import boundary
 from linearize.models.check import INDEX, WEIGHTS, check_checkpoint
 from linearize.models.config import causal_class, read_config, refuse_quantized
@@ -116,6 +117,7 @@ class Parts:
         check_report(self.folder, report, model)
         check_finite(self.folder, model)
         check_trainable(self.folder, model)
+        routers.widen(model)  # as a whole run
         for path in own:
             empty = [name for name, x in model.get_submodule(path).state_dict().items() if x.is_meta]
             if empty:

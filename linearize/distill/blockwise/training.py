@@ -111,6 +111,10 @@ def train(job: Job, wanted: list[int] | None = None) -> Worked:
         LinearizeError: as `Job`, and as training raises.
     """
     job.open()
+    shared = [f"run.{field}" for field, alone in (("shard", "none"), ("sequence", 1))
+              if getattr(job.recipe.run, field) not in ("auto", alone)]  # fmt: skip
+    if shared:
+        log.info("%s: a block trains in one process; it is the later stages' alone", " and ".join(shared))
     numbers = list(range(len(job.blocks))) if wanted is None else wanted
     trained: list[int] = []
     others: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from linearize import surgery
 from linearize.distill import calibrate as whole
 from linearize.distill.blockwise import exporting
-from linearize.distill.blockwise.calibrating import _Sweep
+from linearize.distill.blockwise.calibrating import _Sweep, calibrate
 from linearize.distill.blockwise.job import Job
 from linearize.distill.blockwise.writing import write
 from linearize.errors import LinearizeError
@@ -53,6 +54,51 @@ def test_a_calibration_that_is_killed_goes_on_with_the_next_block(
     for name, value in surgery.mixer_state(model).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
     assert not list((out / "stage-0-calibrate").glob(".partial*"))
+
+
+GATED = {
+    "feature_map": {"name": "identity", "l2_normalize": True},
+    "gate": {"name": "mamba2"},
+    "update": {"name": "delta"},
+    "normalizer": {"name": "none"},
+    "output": {"name": "gate", "rank": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("kept", "sign", "sixteen"), [(1, 1, False), (2, 1, True), (3, 1, False), (3, -1, True)]
+)
+def test_all_ways_are_those_of_a_whole_run(
+    kept: int, sign: int, sixteen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever is kept, and whether plain outputs come nearer or not; on sequences that were not fitted."""
+    source = blocked.teacher(tmp_path / "teacher", layers=3)
+    recipe = blocked.recipe(source, calibrate=512, window_dropout=0.0)
+    recipe.mixer, recipe.layers = GATED, [0, 2]
+    if sixteen:
+        recipe.run.precision = "bf16"
+    tried: list[list[str]] = []
+
+    def nearest(away: dict[str, float]) -> str:
+        tried.append(list(away))
+        return tried[-1][kept]
+
+    over = whole.over
+    monkeypatch.setattr(whole, "over", lambda found: sign * over(found))
+    monkeypatch.setattr(whole, "nearest", nearest)
+    job = Job(source, recipe, tmp_path / "run")
+    job.folder.path.mkdir()
+    job.begin(1, None)
+    calibrate(job)
+    model: Any = surgery.convert(load_teacher(source)[0], recipe.mixer, recipe.layers)
+    torch.manual_seed(recipe.run.seed)
+    surgery.reset_mixers(model)
+    found = whole.calibrate(model, whole.text(recipe, job.tokenizer), autocast=job.autocast)
+    expected = whole.state(model)
+    whole.restore(model, job.calibration)
+    assert all(torch.equal(value, expected[name]) for name, value in whole.state(model).items())
+    assert json.loads((job.calibration / whole.DONE).read_text())["layers"] == found
+    assert tried[0] == tried[1] and len(tried[0]) == 4
 
 
 @pytest.mark.parametrize("checked", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -17,6 +17,7 @@ from linearize.distill.blockwise.making import Maker
 from linearize.distill.blockwise.parts import Parts
 from linearize.distill.positions import counted_from_zero
 from linearize.distill.transfer import transfer_step
+from linearize.models.routers import routers
 
 CPU = torch.device("cpu")
 OBJECTIVE = {"attention_output": 10.0}
@@ -146,3 +147,18 @@ def test_another_mixer_in_another_layer(tmp_path: Path) -> None:
 def test_values_of_the_first_converted_layer(size: int, tmp_path: Path) -> None:
     recipe = compose("arwkv", ["mixer.update.first_rank=4", "mixer.output.rank=4", "layers=[1,2,3]"])
     hold(saved("qwen3", tmp_path), recipe, size, packed())
+
+
+def test_routers_choose_in_float32(tmp_path: Path) -> None:
+    """As in a whole run, and the stream stays in the weights' own dtype."""
+    folder = saved("qwen3_moe", tmp_path)
+    parts = Parts(str(folder), torch.bfloat16)
+    maker, given = Maker(parts, Recipe(mixer=tiny.LOLCATS), CPU, torch.bfloat16), packed()
+    table = maker.table()
+    with torch.no_grad(), maker.computing():
+        stream = table.embed(given["input_ids"], given)
+        block = maker.block(range(1), None, stream, given, None)
+        behind, _ = teacher(block, stream, given)
+    found = [parameter for router in routers(block) for parameter in router.parameters(recurse=False)]
+    assert found and all(parameter.dtype == torch.float32 for parameter in found)
+    assert behind.dtype == stream.dtype == torch.bfloat16

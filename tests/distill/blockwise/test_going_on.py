@@ -308,6 +308,15 @@ def test_recipes_that_blocks_cannot_train(source: str, tmp_path: Path) -> None:
         Job(source, taught, tmp_path)
 
 
+def test_workers_are_processes_by_themselves(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LinearizeError, match=r"2 processes .* once for each card, without torchrun"):
+        Job(source, blocked.recipe(source), tmp_path)
+
+
 @pytest.mark.parametrize("where", ["inside", "between"])
 def test_layers_that_read_more_than_the_stream_are_refused(
     where: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
