@@ -71,7 +71,7 @@ def in_shards(model: nn.Module) -> bool:
 
 def class_of(model: nn.Module) -> type[nn.Module]:
     """A model's class, behind those that `fully_shard` puts in front."""
-    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+    return cast(type[nn.Module], next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule)))
 
 
 def settle(model: nn.Module) -> None:
