@@ -266,8 +266,8 @@ class _Layer:
                 y = y * y.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
             factor = fits.scale(y, self.target)
             # a size in front of a norm is not seen: each call would multiply it anew, until the norm's epsilon rules
-            resized = not normed and self._resize(factor)
-            if resized or output is not None:  # an output part has sizes of its own
+            sized = not normed and self._resize(factor)
+            if sized or output is not None:  # an output part has sizes of its own
                 y = y * factor.to(y.dtype)[:, None]
             return fits.squared_error(y, self.target)
         assert seen.window is not None and seen.recurrent is not None
