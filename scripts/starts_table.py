@@ -1,0 +1,89 @@
+"""The sheets of `starts.py`: several in one, and the rows as markdown."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sheet import ROOT, number
+
+
+def join(found: dict[str, Any], sheets: list[dict[str, Any]]) -> None:
+    """Sheets of one model and the same texts in one: the newest row under its recipe's name, older ones beside it.
+
+    Args:
+        found: filled, in place.
+        sheets: what `--out` wrote, the oldest first.
+    """
+    if len({json.dumps([sheet["settings"], sheet["teacher"]]) for sheet in sheets}) > 1:
+        raise SystemExit("these sheets were made with other settings, or have another teacher")
+    rows: dict[str, dict[str, Any]] = {}
+    for sheet in sheets:
+        for name, row in sheet["rows"].items():
+            if name in rows:
+                rows[f"{name} @{rows[name]['commit']}"] = rows[name]
+            rows[name] = {"commit": sheet["commit"], **row}
+    runs = [{key: sheet[key] for key in ("command", "date", "commit")} for sheet in sheets]
+    found |= {key: sheets[-1][key] for key in ("command", "date", "commit", "settings", "teacher")}
+    found |= {"runs": runs, "rows": rows}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The rows as markdown, worst calibrated start last."""
+    texts = list(found["teacher"])
+    keys = [
+        ("swapped", "swapped"),
+        ("calibrated", "calibrated"),
+        ("after, published start", "trained from the swap"),
+        ("after", "trained from the calibrated start"),
+    ]
+    keys = [(key, title) for key, title in keys if any(row.get(key) for row in found["rows"].values())]
+    titles = ["recipe", *(f"{title}, {text}" for text in texts for _, title in keys)]
+    titles += ["seconds", "state KiB", "tokens/s"]
+    titles += ["commit"] if found.get("runs") else []
+    speeds = _speeds()
+    made = [
+        f"`{run['command']}`, {run['date']}, commit {run['commit']}" for run in found.get("runs", [found])
+    ]
+    lines = [
+        f"# Where every recipe starts: {found['settings']['model']}",
+        "",
+        "; ".join(made) + ". Perplexity on "
+        f"{found['settings']['windows']} windows of {found['settings']['length']} tokens of each text; the teacher has "
+        + ", ".join(f"{value} ({text})" for text, value in found["teacher"].items())
+        + ". Seconds are those of the calibration; state is one sequence's, in bfloat16, less softmax layers' caches; "
+        "tokens/s forward and backward of the whole model at 64 x 1,024 ([recipes-h200.json](recipes-h200.json)).",
+        "",
+        "| " + " | ".join(titles) + " |",
+        "|---" + "|---:" * (len(titles) - 1) + "|",
+    ]
+    rows = found["rows"]
+    newest = {key: rows[_recipe_of(key)] for key in rows}
+    for key, row in sorted(rows.items(), key=lambda pair: (_rank(newest[pair[0]]), pair[0])):
+        name = _recipe_of(key)
+        if row.get("swapped"):
+            cells = [number((row.get(column) or {}).get(text)) for text in texts for column, _ in keys]
+            kib = f"{row['state_bytes'] / 1024:,.0f}" if row.get("state_bytes") else ""
+            cells += [str(row.get("seconds", "")), kib, speeds.get(name, "")]
+            cells += [row["commit"]] if found.get("runs") else []
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    notes = [
+        f"{_recipe_of(key)} ({row['commit']}): {row['note']}" for key, row in rows.items() if row.get("note")
+    ]
+    return "\n".join([*lines, *(f"\n{note}" for note in [*found.get("notes", []), *notes])]) + "\n"
+
+
+def _recipe_of(key: str) -> str:
+    """The recipe of a row, whose key has the commit behind it where a newer row has the recipe's name."""
+    return key.split(" @")[0]
+
+
+def _speeds() -> dict[str, str]:
+    path = ROOT / "docs" / "results" / "recipes-h200.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    chosen = [row for row in rows if (row["measured"], row["batch"], row["length"]) == ("train", 64, 1024)]
+    return {row["recipe"]: f"{row['tokens_per_second']:,.0f}" for row in chosen}
+
+
+def _rank(row: dict[str, Any]) -> float:
+    return float(max((row.get("calibrated") or row.get("swapped") or {"": 0.0}).values()))
