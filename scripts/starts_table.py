@@ -1,4 +1,4 @@
-"""The rows of scripts/starts.py: several sheets of them in one, and their table in markdown."""
+"""The sheets of `starts.py`: several in one, and the rows as markdown."""
 
 from __future__ import annotations
 
