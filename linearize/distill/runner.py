@@ -40,13 +40,12 @@ from linearize.distill.device import resolve_device, resolve_precision, resolve_
 from linearize.distill.folder import RunFolder, facts, plan_json
 from linearize.distill.lock import held
 from linearize.distill.placing import Place
-from linearize.distill.positions import check_lengths
+from linearize.distill.planned import planned
 from linearize.distill.processes import ProcessLost, alone
 from linearize.distill.results import Measurer, Results
 from linearize.distill.stages import StagePlace
 from linearize.distill.summary import RunSummary
 from linearize.distill.tracking import Trackers
-from linearize.distill.trainable import check_ranks, check_reach, needs
 from linearize.errors import LinearizeError, RecipeError, UnsupportedModelError, collected, raise_together
 from linearize.eval.report import write_report
 from linearize.models.sound import check_trainable
@@ -294,15 +293,8 @@ class _Job:
 
     def _plan(self, model: Any, errors: list[LinearizeError] | None) -> surgery.Plan:
         """The plan of a model, loaded or not, with adapters and lengths held against it; `errors` as `surgery.plan`."""
-        recipe, wrong = self.recipe, [] if errors is None else errors
-        asked = needs(recipe.stages.values())
-        plan = surgery.plan(model, recipe.mixer, recipe.layers, **asked, errors=wrong, mixers=recipe.mixers)
-        with collected(wrong):
-            check_ranks(recipe, plan, getattr(model.config.get_text_config(), "hidden_size", None))
-        with collected(wrong):
-            check_reach(recipe, plan)
-        with collected(wrong):
-            check_lengths(recipe, model)
+        wrong = [] if errors is None else errors
+        plan = planned(model, self.recipe, wrong)
         if errors is None:
             raise_together(wrong, f"{self.recipe_name} on {self.source}")
         return plan

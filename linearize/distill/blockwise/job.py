@@ -24,10 +24,9 @@ from linearize.distill.blockwise.parts import Parts
 from linearize.distill.blockwise.streams import Layout
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.distill.folder import RunFolder, facts, plan_json
-from linearize.distill.positions import check_lengths
+from linearize.distill.planned import planned
 from linearize.distill.stages import StagePlace
-from linearize.distill.trainable import check_ranks, check_reach, needs
-from linearize.errors import LinearizeError, RecipeError, RunFolderError, collected, raise_together
+from linearize.errors import LinearizeError, RecipeError, RunFolderError, raise_together
 from linearize.surgery.inspection import skeleton
 
 log = logging.getLogger(__name__)
@@ -269,16 +268,8 @@ class Job:
         self.said["rotary"] = {path: layer["rotary"] for path, layer in made.plan["layers"].items()}
 
     def _plan(self) -> surgery.Plan:
-        recipe, wrong = self.recipe, list[LinearizeError]()
-        model = skeleton(self.parts.config)
-        asked = needs(recipe.stages.values())
-        plan = surgery.plan(model, recipe.mixer, recipe.layers, **asked, errors=wrong, mixers=recipe.mixers)
-        with collected(wrong):
-            check_ranks(recipe, plan, getattr(model.config.get_text_config(), "hidden_size", None))
-        with collected(wrong):
-            check_reach(recipe, plan)
-        with collected(wrong):
-            check_lengths(recipe, model)
+        wrong = list[LinearizeError]()
+        plan = planned(skeleton(self.parts.config), self.recipe, wrong)
         raise_together(wrong, f"{self.recipe_name} on {self.source}")
         return plan
 
