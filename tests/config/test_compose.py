@@ -11,7 +11,7 @@ from linearize.config.check import check
 from linearize.config.compose import RECIPES
 from linearize.errors import RecipeError
 
-FILES = sorted(path.stem for path in Path(RECIPES).rglob("*.yaml"))
+FILES = sorted(path.stem for path in Path(RECIPES).rglob("*.yaml") if path.parent.name != "launch")
 SHIPPED = [name for name in FILES if name != "base" and not name.startswith("base_")]
 
 

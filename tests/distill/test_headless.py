@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize import objectives, surgery
-from linearize.config.schema import LoraConfig, StageConfig
+from linearize.config.schema import LoraConfig, RunConfig, StageConfig
 from linearize.distill.finetune import FinetuneTrainer, predict, predict_teacher, teacher_predicts
 from linearize.distill.headless import predict_final, recognize
+from linearize.distill.sequences import Sequences
 from linearize.distill.trainable import prepare, trained
 from linearize.kernels.distill import operator
 from linearize.objectives import Final
@@ -240,6 +241,7 @@ def trainer(objective: dict[str, float], model: nn.Module) -> Any:
         None,
         None,
     )
+    made.sequences = Sequences(RunConfig(), CPU)
     return made
 
 

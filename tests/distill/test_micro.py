@@ -227,7 +227,7 @@ def test_a_run_from_when_there_was_grad_accum_goes_on() -> None:
     new = {
         "calibrate": {"tokens": 0},
         "data": data,
-        "stages": {"s": {"batch_size": 8, "micro_batch": "auto"}},
+        "stages": {"s": {"batch_size": 8, "micro_batch": "auto", "clip_by": "all"}},
     }
     found = changes(old, new)
     assert found.accepted == ["stages.s.micro_batch: 2 -> auto"] and not found.refused
