@@ -2,7 +2,7 @@
 
 Without a draft a model decodes in the same engine, one CUDA graph for each token where there is CUDA. Times are of
 decoding alone, from the first new token to the last. Where the greedy texts differ, which rounding may do, the row says
-after how many tokens, and by how much the model preferred its own token there. Rows that FILE has are not measured again.
+after how many tokens, and by how much the model preferred its own token there. Rows that FILE has are not made again.
 
     python scripts/speculative.py smollm2-135m --drafts runs/demo/checkpoint --context 512 4096 16384 \
         --draft-tokens 2 4 8 --batch 1 --temperature 0 0.8 --out docs/results/speculative-h200.json
