@@ -265,7 +265,7 @@ class _Start:
             row["after"] = _results(out)[f"after {list(recipe.stages)[-1]}"]
             keep()
             if self.options.judge:
-                row["judged"] = self._judged(given[0], out)
+                row["judged"] = self.judged(name, given[0])
             checkpoint: Path = given[3].checkpoint
             return checkpoint
 
@@ -277,12 +277,10 @@ class _Start:
             row |= _starts_of(out)
         return _results(out)["teacher"]
 
-    def judged(self, name: str) -> dict[str, Any]:
-        """Of a recipe that trains nothing."""
-        return self._judged(self._converted(self._recipe(name)), _out(self.options, name, on=True))
-
-    def _judged(self, model: Any, out: Path) -> dict[str, Any]:
-        """What the judge finds of a model in memory, or why it found nothing: the training stands without it."""
+    def judged(self, name: str, model: Any = None) -> dict[str, Any]:
+        """What the judge finds of a model in memory, by default the untrained one, or why it found nothing."""
+        out = _out(self.options, name, on=True)
+        model = self._converted(self._recipe(name)) if model is None else model
         texts = {"" if name == "demo" else name: source for name, source in self.sources.items()}
         dtype = resolve_weights(self.run, self.device)
         how = Judgement(self.options.judge, self.options.model, texts, self.autocast, dtype)

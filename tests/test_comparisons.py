@@ -87,8 +87,9 @@ def test_what_starts_trains_is_judged_before_it_goes(scripts: None, place: Path)
         )
     )
     given = ["--model", str(place / "teacher"), "--device", "cpu", "--length", "64", "--windows", "2",
-             "--train", "1024", "--source", str(place / "text.txt"), "--texts", f"river={place / 'text.txt'}", "--tokens", "128",
-             "--calibrated-only", "--judge", str(suite), "--runs", str(place / "starts")]  # fmt: skip
+             "--train", "1024", "--source", str(place / "text.txt"), "--texts", f"river={place / 'text.txt'}",
+             "--tokens", "128", "--calibrated-only", "--judge", str(suite),
+             "--runs", str(place / "starts")]  # fmt: skip
     sheet = place / "starts.json"
     assert (
         starts.main([*given, "--out", str(sheet), "--recipes", "swa_sinks", "lolcats mixer.window.size=8"])
