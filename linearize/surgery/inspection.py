@@ -266,13 +266,14 @@ def _rotary(call: Call, rotation: Any, *, loaded: bool) -> str:
     """How the probe's queries [1, H, T, K] were rotated.
 
     Every token is the same, so the queries differ by their rotation alone: rotating back must make them equal. Without
-    weights a pair of cos and sin is taken for the rotate-half kind.
+    weights, or of queries that are zero, a pair of cos and sin is taken for the rotate-half kind.
     """
     pair = isinstance(rotation, (tuple, list)) and len(rotation) == 2
     pair = pair and all(isinstance(x, Tensor) and not x.is_complex() for x in rotation)
-    if not loaded:
-        return "none" if rotation is None else "half" if pair else "other"
     query = call.query.float().transpose(1, 2)
+    # the embedding of a token for padding may be zero, whose queries show nothing either
+    if not loaded or not bool(query.any()):
+        return "none" if rotation is None else "half" if pair else "other"
     near = 1e-2 * query.abs().max().item()
     if torch.allclose(query, query[:, :1], atol=near, rtol=0.0):
         return "none"

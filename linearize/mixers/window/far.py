@@ -17,6 +17,7 @@ from torch import Tensor
 from linearize.kernels.window import NOWHERE, Seen
 from linearize.mixers.base import accumulator
 from linearize.mixers.window.runs import Line
+from linearize.mixers.window.softmax import Asked
 
 
 class Far:
@@ -53,22 +54,23 @@ class Far:
         near, other, rest = wide.split([half, half, q.shape[-1] - 2 * half], -1)
         return torch.cat([near * cos + other * sin, other * cos - near * sin, rest], -1).to(q.dtype)
 
-    def parted(self, seen: Seen, count: Tensor) -> tuple[Seen, Seen]:
-        """What queries see as they are, and the pinned keys that they see turned back.
+    def parted(self, q: Tensor, seen: Seen, sink: Tensor | None, count: Tensor) -> list[Asked]:
+        """What queries see as they are, and the pinned keys that those far away see turned back.
 
         Args:
+            q: [B, T, H, K].
             seen: with `first` and `pin`.
+            sink: see `Asked`.
             count: [B, T], see `turned_back`.
         """
         assert seen.first is not None and seen.pin is not None
         far = count > self.most
         own = torch.arange(seen.prefix, seen.prefix + count.shape[1], device=count.device)
         behind = torch.where(seen.first == NOWHERE, NOWHERE, own + 1).to(torch.int32)
-        nobody = torch.full_like(seen.pin, NOWHERE)
-        return (
-            replace(seen, pin=torch.where(far, nobody, seen.pin)),
-            replace(seen, window=1, first=behind, pin=torch.where(far, seen.pin, nobody)),
-        )
+        near = replace(seen, pin=torch.where(far, NOWHERE, seen.pin).to(torch.int32))
+        # kernels know by a pinned token's own query that it is pinned, so no query's pins are taken away here
+        pinned = replace(seen, window=1, first=behind)
+        return [Asked(q, near, sink), Asked(self.turned_back(q, count), pinned, only=far)]
 
     @staticmethod
     def counts(line: Line, pinned: Tensor, since: Tensor | None) -> Tensor:

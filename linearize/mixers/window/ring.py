@@ -245,8 +245,7 @@ class RingWindow(Window):
             count = self.far.counts(line, pinned, None if fresh else state["window_since"])
         asked = [Asked(q, seen, self.sinks(sink))]
         if count is not None and self.far is not None:
-            near, far = self.far.parted(seen, count)
-            asked = [Asked(q, near, self.sinks(sink)), Asked(self.far.turned_back(q, count), far)]
+            asked = self.far.parted(q, seen, self.sinks(sink), count)
         made = softmax(asked, line.k, line.v, self.alone, kernel=self._runs_kernel(q, k, v), **self._scores)
         handed = Handed(k, v, valid)
         if not self.overlap:

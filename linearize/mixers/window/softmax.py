@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
+import torch
 from torch import Tensor
 
 from linearize.kernels.window import Seen, add_sink, merge, window_chunk
 from linearize.kernels.window.merge import Normalized, merge_normalized
+from linearize.kernels.window.reference import Weighted
 from linearize.mixers.base import Partial
 
 
@@ -22,11 +24,37 @@ class Scores(TypedDict):
 
 @dataclass
 class Asked:
-    """Queries [B, T, H, K], the keys that they see, and a logit [H] that takes weight without a value, or None."""
+    """Queries and what they see.
+
+    Attributes:
+        q: [B, T, H, K].
+        seen: their keys.
+        sink: [H], a logit that takes weight without a value, or None.
+        only: [B, T] bool, the queries that count, or None for all.
+    """
 
     q: Tensor
     seen: Seen
     sink: Tensor | None = None
+    only: Tensor | None = None
+
+    def kept(self, made: Normalized) -> Normalized:
+        """A kernel's answer for the queries that count."""
+        if self.only is None:
+            return made
+        out, log_sum, top = made
+        only = self.only[..., None]
+        top = None if top is None else top.masked_fill(~only, 0.0)
+        return out.masked_fill(~only[..., None], 0.0), log_sum.masked_fill(~only, -torch.inf), top
+
+    def summed(self, made: Weighted) -> Weighted:
+        """The same of sums, with the sink."""
+        if self.only is not None:
+            numerator, denominator, top = made
+            only = self.only[..., None]
+            numerator = numerator.masked_fill(~only[..., None], 0.0)
+            made = (numerator, denominator.masked_fill(~only, 0.0), top.masked_fill(~only, 0.0))
+        return made if self.sink is None else add_sink(made, self.sink)
 
 
 def softmax(
@@ -51,7 +79,7 @@ def softmax(
         from linearize.kernels.window.operator import window_triton
 
         made: list[Normalized] = [
-            window_triton(one.q, k, v, one.seen, sink=one.sink, wants_top=not alone, **scores)
+            one.kept(window_triton(one.q, k, v, one.seen, sink=one.sink, wants_top=not alone, **scores))
             for one in asked
         ]
         whole = made[0]
@@ -60,8 +88,7 @@ def softmax(
         return normalized(whole, alone)
     weighted = None
     for one in asked:
-        part = window_chunk(one.q, k, v, one.seen, **scores)
-        part = part if one.sink is None else add_sink(part, one.sink)
+        part = one.summed(window_chunk(one.q, k, v, one.seen, **scores))
         weighted = part if weighted is None else merge(weighted, part)
     assert weighted is not None, "nothing is asked"
     return Partial(*weighted)
