@@ -90,7 +90,10 @@ def shorten(file: Path, digits: int) -> None:
     """Write a file of rows again, a line each, with so many digits of every number that is none of a count."""
     document = json.loads(file.read_text(encoding="utf-8"))
     rows = [
-        {name: float(f"{value:.{digits}g}") if isinstance(value, float) else value for name, value in row.items()}
+        {
+            name: float(f"{value:.{digits}g}") if isinstance(value, float) else value
+            for name, value in row.items()
+        }
         for row in document["rows"]
     ]
     lines = ",\n".join(json.dumps(row, separators=(",", ":"), ensure_ascii=False) for row in rows)

@@ -91,8 +91,14 @@ def test_suites_one_after_the_other_and_some_roles_alone(run, capsys):
     both = f"{run.parent / 'small.yaml'},{run.parent / 'over.yaml'}"
     assert cli.main(["eval", str(run), "--suite", both, "--roles", "student,swa_sinks"]) == 0
     rows = json.loads((run / "eval" / "results.json").read_text())["rows"]
-    assert {(row["role"], row["length"]) for row in rows} == {("student", 48), ("swa_sinks", 48), ("student", 40)}
-    kl = [row["value"] for row in rows if row["metric"] == "kl" and row["role"] == "student" and not row["by"]]
+    assert {(row["role"], row["length"]) for row in rows} == {
+        ("student", 48),
+        ("swa_sinks", 48),
+        ("student", 40),
+    }
+    kl = [
+        row["value"] for row in rows if row["metric"] == "kl" and row["role"] == "student" and not row["by"]
+    ]
     assert len(kl) == 2 and min(kl) > 0.01  # the teacher predicts, though nobody asked for its own rows
     keys = {row["key"] for row in rows}
     assert cli.main(["eval", str(run), "--suite", both]) == 0
