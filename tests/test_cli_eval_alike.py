@@ -1,4 +1,4 @@
-"""`linearize eval` and the control that costs a training: taken along where it lies, its one command printed where not."""
+"""`linearize eval` and the control that costs a training: taken along where it lies, told of where not."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_control_is_told_then_made_by_that_command_then_taken_along(run, cap
     assert "No control was trained" not in (run / "eval" / "page.md").read_text()
     before = len(rows)
     assert len(measured(run, "--control", str(control))) == before  # named as well, it stands there once
-    assert all("mine-control (2)" != row["role"] for row in rows)
+    assert "mine-control (2)" not in {row["role"] for row in rows}
 
 
 def test_a_folder_of_another_recipe_is_no_control(run, capsys):

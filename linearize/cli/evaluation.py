@@ -147,10 +147,9 @@ def _judge(
     comparison.show(page.compose(subjects), out)
     run = trained_alike.run_of(options.path)
     if run is not None and against is not None and not options.control and surgery.converted(student):
-        for number, line in enumerate(trained_alike.advice(run, against)):
-            console().print(
-                f"{'' if number else chr(10)}{line}", markup=False, soft_wrap=True, highlight=False
-            )
+        console().print()
+        for line in trained_alike.advice(run, against):  # a command is one line, to be copied
+            console().print(line, markup=False, soft_wrap=line.startswith(" "), highlight=False)
 
 
 def _with_trained_alike(path: str, controls: list[str]) -> list[str]:
