@@ -21,7 +21,7 @@ slots=$((${SLOTS:-5} * ${#cards[@]}))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 mkdir -p "$runs" "$out"
 
-run() { timeout --kill-after=10 "$limit" "$python" -m linearize "$@"; }
+run() { timeout --kill-after=15 "$limit" "$python" -m linearize "$@"; }
 convert() {  # NAME [overrides]; the recipe has the same name
     local to=$runs/$1 recipe=$1; shift
     [ -f "$to/done.json" ] && return
@@ -37,7 +37,7 @@ judge() {  # MODEL PART [options]: into a folder of its own, so that parts run s
     local model=$1 to=$runs/parts/$1-$2; shift 2
     mkdir -p "$runs/parts"
     run eval "$runs/$model" --out "$to" --device "$device" $(control_of "$model") "$@" >"$to.log" 2>&1 ||
-        echo "$to: $(tail -n 3 "$to.log")"
+        echo "$to ended with $?: $(tail -n 3 "$to.log")"
 }
 part() {  # CARD MODEL PART [options]: as soon as there is room, for as long as there is time
     local card=$1; shift
@@ -51,16 +51,12 @@ part() {  # CARD MODEL PART [options]: as soon as there is room, for as long as 
     fi
 }
 join() {  # MODEL
-    local part
-    for part in text recall decoding tasks cost; do
-        [ -f "$runs/parts/$1-$part/results.json" ] &&
-            "$python" scripts/join_scores.py "$runs/$1/eval" "$runs/parts/$1-$part"
-    done
+    local part found=()
     # what the models have in common was measured beside the first
-    for part in beside decoding-teacher; do
-        [ -f "$runs/parts/${models[0]}-$part/results.json" ] &&
-            "$python" scripts/join_scores.py "$runs/$1/eval" "$runs/parts/${models[0]}-$part"
+    for part in "$1"-{text,recall,decoding,tasks,cost} "${models[0]}"-{beside,decoding-teacher}; do
+        [ -f "$runs/parts/$part/results.json" ] && found+=("$runs/parts/$part")
     done
+    [ ${#found[@]} -eq 0 ] || "$python" scripts/join_scores.py "$runs/$1/eval" "${found[@]}"
 }
 
 for step in "$@"; do
