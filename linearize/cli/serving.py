@@ -43,6 +43,7 @@ def main(options: argparse.Namespace) -> int:
         prompt=options.max_prompt_tokens,
         new=options.max_new_tokens,
         piece=options.piece,
+        prompts=options.prompts,
         body=options.max_body,
         seconds=options.timeout,
         grace=options.grace,

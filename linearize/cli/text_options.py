@@ -150,6 +150,13 @@ def serve(parser: argparse.ArgumentParser) -> None:
         "lets the others wait for a shorter time (default: 512, on a GPU 2048)",
     )
     parser.add_argument(
+        "--prompts",
+        type=given.positive,
+        default=8,
+        metavar="N",
+        help="that are read together, each with the memory of a slot (default: 8)",
+    )
+    parser.add_argument(
         "--no-graph", action="store_true", help="run steps one by one also where CUDA graphs could hold them"
     )
     given.device(parser)

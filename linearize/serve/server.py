@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 STREAM_EVERY = 4
 """Tokens between two looks of the host on a GPU, where a look stalls the device."""
+WIDE = 256
+"""Tokens of a prompt in one call that fill a GPU's rows; on a CPU others only join where a prompt leaves room."""
 BACKLOG = 2048
 """Connections that wait to be taken on."""
 TICKS = 10
@@ -51,6 +53,7 @@ class Settings:
         queue: texts that wait beyond those.
         prompt, new: most tokens of a prompt and after it.
         piece: tokens of prompts that are read between two steps of the others; None: 512, on a GPU 2048.
+        prompts: that are read together at most.
         body: bytes of a request.
         seconds: that a request may take.
         grace: seconds that running texts have once the server is asked to stop.
@@ -66,6 +69,7 @@ class Settings:
     prompt: int = 4096
     new: int = 1024
     piece: int | None = None
+    prompts: int = 8
     body: int = 2**20
     seconds: float = 300.0
     grace: float = 10.0
@@ -90,7 +94,14 @@ class Served:
         both = settings.prompt + settings.new
         both = both if room is None else min(both, room)
         limits = Limits(settings.prompt, settings.new, both, settings.body, settings.seconds)
-        self.slots = Slots(model, settings.slots, both, most=room, capture=settings.graph)
+        self.slots = Slots(
+            model,
+            settings.slots,
+            both,
+            most=room,
+            prompts=min(settings.prompts, settings.slots),
+            capture=settings.graph,
+        )
         self.slots.prepare()
         rows = model.get_input_embeddings().weight.shape[0]
         reader = Reader(tokenizer, rows, settings.name, limits)
@@ -105,6 +116,7 @@ class Served:
             eos=_ends(model, tokenizer),
             queue=settings.queue,
             piece=self.piece,
+            wide=min(WIDE, self.piece) if on_gpu else self.piece,
             every=STREAM_EVERY if on_gpu else 1,
             metrics=metrics,
             post=self._post,
@@ -147,7 +159,16 @@ class Served:
         longest = min(piece, self.settings.prompt)
         for tokens in sorted({1, min(17, longest), longest}):
             self.slots.begin()
-            self.slots.read([0] * tokens)
+            self.slots.read([[0] * tokens])
+            self.slots.forget(0)
+        together = self.slots.prompts
+        if together > 1 and longest > together:
+            for _ in range(together):
+                self.slots.begin()
+            for short in (0, 1):  # without padding and with
+                self.slots.read([[0] * (longest // together - short * (row % 2)) for row in range(together)])
+            for prompt in reversed(range(together)):
+                self.slots.forget(prompt)
 
     def stop(self) -> None:
         """As a signal does, from any thread."""
