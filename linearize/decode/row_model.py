@@ -31,8 +31,8 @@ class RowModel:
     Attributes:
         keeps: some layers were not converted.
         length: tokens of a text.
-        held: places that softmax layers have for a text, at least one more than it may have tokens, where what is padding
-            goes; 0 where nothing that a layer holds depends on the length.
+        held: places that softmax layers have for a text, at least one more than it may have tokens, for padding; 0 where
+            nothing that a layer holds depends on the length.
     """
 
     def __init__(self, model: Any, length: int, most: int | None) -> None:
@@ -52,7 +52,7 @@ class RowModel:
         self._seen = seen.expand(1, self.held)
 
     def one(self) -> Cache:
-        """A cache of one row in which two tokens have been read, so that names, shapes and dtypes of states are known."""
+        """A cache of one row in which two tokens have been read: names, shapes and dtypes of the states."""
         places = torch.arange(2, device=self.device)[None]
         at = Places(places[0, :1], places, 0)
         kinds = (RowState if i in self._converted else RowKeys for i in range(self.config.num_hidden_layers))

@@ -1,9 +1,9 @@
 """Decoding of texts that come and go: each has a slot, a row of every state, and all slots take a token in one step.
 
-Prompts are read piece by piece beside the rows, several together (`Prompts`), and each is copied into the first free row
-when it is whole: states have constant size, so that is a copy of some megabytes whatever the prompt's length (softmax
-layers copy the prompt's keys). Live rows always are the first ones; one that ends is replaced by the last. On a GPU the step over
-the first 1, 2, 4, ... rows is a CUDA graph each; elsewhere it runs over exactly those that live.
+Prompts are read piece by piece beside the rows, several together (`Prompts`), and each is copied into the first free
+row when it is whole: states have constant size, so that is a copy of some megabytes whatever the prompt's length
+(softmax layers copy the prompt's keys). Live rows always are the first ones; one that ends is replaced by the last. On a
+GPU the step over the first 1, 2, 4, ... rows is a CUDA graph each; elsewhere it runs over exactly those that live.
 """
 
 from __future__ import annotations
@@ -138,11 +138,13 @@ class Slots:
 
     @torch.no_grad()
     def read(self, pieces: Sequence[Sequence[int]]) -> Tensor:
-        """The next piece of every prompt that is being read, at least one token of each; logits [P, V] of what follows."""
+        """The next piece of every prompt being read, at least one token of each; logits [P, V] of what follows."""
         assert self._reading is not None
         for read, piece in zip(self._reading.read_of, pieces, strict=True):
             if read + len(piece) > self.length:
-                raise LinearizeError(f"a prompt of more than {self.length:,} tokens, which is what a slot holds")
+                raise LinearizeError(
+                    f"a prompt of more than {self.length:,} tokens, which is what a slot holds"
+                )
         return self._reading.read(pieces)
 
     @torch.no_grad()

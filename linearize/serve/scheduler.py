@@ -1,4 +1,4 @@
-"""Whose turn it is: one thread reads prompts piece by piece, several together, decodes all slots, and hands out tokens."""
+"""Whose turn it is: one thread reads prompts piece by piece, several at once, decodes all slots, hands out tokens."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ class Scheduler:
                     self._refuse(ticket, *found)
 
     def _take(self, budget: int) -> bool:
-        """Whether prompts are to be read: those begun, and as many of those that wait as have a slot to go to and fit."""
+        """Whether prompts are to be read: those begun, and of those that wait what fits and has a slot to go to."""
         taken = sum(min(len(ticket.prompt) - ticket.read, self.wide) for ticket in self._reading)
         while len(self._reading) < min(self.slots.prompts, self.slots.rows - len(self._running)):
             with self._changed:

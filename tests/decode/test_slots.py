@@ -185,7 +185,7 @@ def test_a_row_without_numbers_says_so_and_its_slot_is_clean_afterwards():
 
 
 def test_prompts_of_one_call_do_not_hear_of_each_other():
-    """A neighbour without numbers, read before in the same place and beside it, changes nothing, and padding neither."""
+    """A neighbour without numbers, read before in the same place and beside, changes nothing; nor does padding."""
     model = hybrid("llama", [1], num_hidden_layers=3)
     good, bad = prompt(9, 1), [7, 5, 9, 8, 6, 5, 4, 3, 9, 8, 5, 7, 4]
     slots = Slots(model, 3, 64, prompts=3)
