@@ -31,8 +31,8 @@ class RowModel:
     Attributes:
         keeps: some layers were not converted.
         length: tokens of a text.
-        held: places that softmax layers have for a text, at least one more than it may have tokens, for padding; 0 where
-            nothing that a layer holds depends on the length.
+        held: places that softmax layers have for a text, at least one more than it may have tokens, for padding; 0
+            where nothing that a layer holds depends on the length.
     """
 
     def __init__(self, model: Any, length: int, most: int | None) -> None:

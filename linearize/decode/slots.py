@@ -2,8 +2,8 @@
 
 Prompts are read piece by piece beside the rows, several together (`Prompts`), and each is copied into the first free
 row when it is whole: states have constant size, so that is a copy of some megabytes whatever the prompt's length
-(softmax layers copy the prompt's keys). Live rows always are the first ones; one that ends is replaced by the last. On a
-GPU the step over the first 1, 2, 4, ... rows is a CUDA graph each; elsewhere it runs over exactly those that live.
+(softmax layers copy the prompt's keys). Live rows always are the first ones; one that ends is replaced by the last. On
+a GPU the step over the first 1, 2, 4, ... rows is a CUDA graph each; elsewhere it runs over exactly those that live.
 """
 
 from __future__ import annotations
