@@ -96,6 +96,12 @@ def serve(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="what clients must give (default: that of LINEARIZE_TOKEN, which no list of processes shows, or none)",
     )
+    parser.add_argument(
+        "--engine",
+        choices=["auto", "slots", "vllm"],
+        default="auto",
+        help="vLLM's server, or this package's slots; auto is vLLM where it is installed and has all that is asked for",
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--slots",

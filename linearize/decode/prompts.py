@@ -1,8 +1,8 @@
 """Prompts that are read together, a piece of each in one call, beside the texts that decode.
 
 A recurrence runs along a text, and rows side by side, so a card is better filled by eight pieces of 1,000 tokens than
-by one of 8,000. Pieces of unequal length are padded in front. Mixers leave padding out; softmax layers put its keys behind
-the row's text, where nothing looks before a token of the text lies there.
+by one of 8,000. Pieces of unequal length are padded in front. Mixers leave padding out; softmax layers put its keys
+behind the row's text, where nothing looks before a token of the text lies there.
 """
 
 from __future__ import annotations
