@@ -18,7 +18,7 @@ from linearize.decode.row_choice import Wish
 from linearize.decode.sampling import Sampling
 from linearize.errors import LinearizeError
 from linearize.serve.connections import Patience
-from linearize.serve.server import Settings, bound
+from linearize.serve.settings import Settings, bound
 
 HALF = "\ud800"
 USER = {"role": "user", "content": "hi"}

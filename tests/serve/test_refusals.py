@@ -20,7 +20,7 @@ from serving import CHAT, COMPLETIONS, byte_model, served
 from linearize.errors import LinearizeError
 from linearize.serve.asked import Limits, Reader
 from linearize.serve.refusal import Refusal
-from linearize.serve.server import Settings, bound
+from linearize.serve.settings import Settings, bound
 
 LIMITS = {"prompt": 40, "new": 30, "body": 4000, "seconds": 20.0}
 USER = [{"role": "user", "content": "hi"}]
