@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -230,7 +231,7 @@ def _says(found: dict[str, Any]) -> list[str]:
 
 def picture(rows: dict[str, Any], path: Path) -> None:
     """Ratio of perplexities of every recipe, of each text and their mean, and the untrained window as a line."""
-    shown = ranked(rows)[::-1]
+    shown = [(name, row) for name, row in ranked(rows)[::-1] if math.isfinite(ratio(row))]
     if not shown:
         return
     figure, axes = new_figure(8, 1.2 + 0.24 * len(shown))
