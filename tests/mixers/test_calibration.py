@@ -238,7 +238,12 @@ OUTPUTS = [
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_constant_is_told_from_what_tokens_change(output, plain):
     """A teacher that adds the same to every token; without the constant, sizes alone would bend to it."""
-    mixer = {**LINEAR, "window": {"name": "none"}, "normalizer": {"name": "none"}, "update": {"name": "delta"}}
+    mixer = {
+        **LINEAR,
+        "window": {"name": "none"},
+        "normalizer": {"name": "none"},
+        "update": {"name": "delta"},
+    }
     made = call({**mixer, "output": output})
     with torch.no_grad():
         own = made.student()
