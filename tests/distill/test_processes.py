@@ -168,6 +168,7 @@ def test_refusals_are_said_once(teacher_folder: Path, transfer: Recipe, tmp_path
 
 def test_a_budget_of_time(teacher_folder: Path, transfer: Recipe, tmp_path: Path) -> None:
     """The first process's clock decides for both, whose steps it times together."""
+    transfer.run = replace(transfer.run, compile="never")
     ended = start(2, jobs.in_a_time, str(teacher_folder), transfer, tmp_path / "run", folder=tmp_path)
     assert ended.codes == [130, 130], ended.said
     plans = [json.loads((tmp_path / f"planned-{rank}.json").read_text()) for rank in (0, 1)]
