@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 
-import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
