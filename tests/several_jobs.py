@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from several import run
 from several_recipes import DEVICE
 from torch import nn
 
-from linearize import distill, launched
+from linearize import cli, distill, launched
 from linearize.config.budget import parse
 from linearize.config.schema import RunConfig, StageConfig
 from linearize.distill import processes, rates, runner, together, watch
@@ -192,3 +193,10 @@ def all_recipes(model: str, recipes: dict[str, Any], out: Path) -> None:
         runner.processes.joined = lambda device: nullcontext()  # once for all, since a store outlives its run
         for name, recipe in recipes.items():
             run(model, recipe, out / "two" / name)
+
+
+def command(line: list[str]) -> None:
+    """`linearize` with these arguments; all that it says is kept."""
+    with redirect_stdout(sys.stderr):
+        code = cli.main(line)
+    assert code == 0, code
