@@ -32,8 +32,8 @@ def in_order() -> Iterator[None]:
     """What is compiled inside keeps the order of the model's own operations.
 
     Inductor moves an operation to the one that needs it, and may move one that reads a state behind the kernel that
-    writes into it; the kernel is then given a copy of the state, which is copied back afterwards: a window's whole ring,
-    keys and values, for the sake of the one key that leaves it.
+    writes into it; the kernel is then given a copy of the state, which is copied back afterwards: a window's whole
+    ring, keys and values, for the sake of the one key that leaves it.
     """
     from torch._inductor import config
 

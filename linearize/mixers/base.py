@@ -239,7 +239,8 @@ def summed(values: Tensor) -> Tensor:
     """values.cumsum(1) of [B, T, ...]; where it is compiled, in pieces of PIECE tokens, and the pieces' sums likewise.
 
     A sum over more tokens with few numbers beside it Inductor gives to several programs, and then fails to write their
-    code ("Error in codegen for ComputedBuffer ... SplitScan", torch 2.11), so that the whole mixer would run part by part.
+    code ("Error in codegen for ComputedBuffer ... SplitScan", torch 2.11), so that the whole mixer would run part by
+    part.
     """
     tokens = values.shape[1]
     if tokens <= PIECE or not torch.compiler.is_compiling():
