@@ -81,3 +81,28 @@ def test_nothing_imports_in_circles():
 
 def test_a_circle_is_found():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c", "b"]
+
+
+def test_what_decides_and_what_runs_know_each_other_one_way():
+    """Inside functions too. What one kernel computes is decided in `mixers.fused`, asked in `mixers.mixer` alone."""
+    for knows, known in (("mixers.mixer", "mixers.fused"), ("surgery.attention", "surgery.projections")):
+        texts = [
+            (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8") for name in (knows, known)
+        ]
+        names = [
+            [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+            for text in texts
+        ]
+        imported = [
+            {f"{getattr(node, 'module', '')}.{alias.name}" for node in found for alias in node.names}
+            for found in names
+        ]
+        assert any(f"linearize.{known}" in name for name in imported[0])
+        assert not any(f"linearize.{knows}" in name for name in imported[1])
+    asking = [
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.rglob("*.py")
+        if "fused.find(" in path.read_text(encoding="utf-8")
+        or ".fused = fused" in path.read_text(encoding="utf-8")
+    ]
+    assert [path for path in asking if path != "mixers/seams.py"] == ["mixers/mixer.py"]

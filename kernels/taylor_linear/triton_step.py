@@ -29,18 +29,18 @@ def load_features(x, first, second, has_first, has_second, factor):
 
 @triton.jit
 def taylor_linear_step_kernel(
-    q, k, v, valid, sums, norms, out, denominator, root,
+    q, k, v, valid, sums, norms, out, denominator, root, q_row, q_head, k_row, k_head,
     state_heads: tl.constexpr, value_heads: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
     FP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, HAS_VALID: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Names as in `recurrent.taylor_linear_step`."""
+    """Names as in `recurrent.taylor_linear_step`; q_row and so on are strides."""
     line = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     batch, head = line // state_heads, line % state_heads
     places, values = tl.arange(0, FP), tile * BV + tl.arange(0, BV)
     tall, wide = places < F, values < V
     first, second, has_first, has_second, factor = feature_table(0, root, D, FP)
-    key = load_features(k + line * D, first, second, has_first, has_second, factor)
+    key = load_features(k + batch * k_row + head * k_head, first, second, has_first, has_second, factor)
     if HAS_VALID:
         key = tl.where(tl.load(valid + batch) != 0, key, 0.0)
     value_line = batch * value_heads + head // (state_heads // value_heads)
@@ -53,7 +53,9 @@ def taylor_linear_step_kernel(
         norm = tl.load(norms + line * F + places, mask=tall, other=0.0) + key
     for member in tl.static_range(GROUP):
         at = line * GROUP + member
-        query = load_features(q + at * D, first, second, has_first, has_second, factor)
+        query = load_features(
+            q + batch * q_row + (head * GROUP + member) * q_head, first, second, has_first, has_second, factor
+        )
         read = tl.sum(query[:, None] * state, 0)
         tl.store(out + at * V + values, read.to(out.dtype.element_ty), mask=wide)
         if NORMALIZE:
@@ -80,9 +82,11 @@ def step(
     # few heads: narrow columns, so that there are more programs
     columns = 16 if padded > 256 else 32 if batch * state_heads >= 128 else 16
     columns = min(columns, triton.next_power_of_2(value_dim))
+    # a map's product leaves heads in front of rows; copying that would be two launches more
+    q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
     launch(
         taylor_linear_step_kernel, (batch * state_heads, -(-value_dim // columns)),
-        q=q.contiguous(), k=k.contiguous(), v=v.contiguous(),
+        q=q, k=k, v=v.contiguous(), q_row=q.stride(0), q_head=q.stride(1), k_row=k.stride(0), k_head=k.stride(1),
         valid=None if valid is None else valid.contiguous(), sums=sums, norms=norms, out=out, denominator=denominator,
         root=math.sqrt(scale), state_heads=state_heads, value_heads=value_heads, GROUP=heads // state_heads, D=dim,
         F=features(dim), FP=padded, V=value_dim, BV=columns, HAS_VALID=valid is not None, NORMALIZE=norms is not None,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +25,20 @@ BLOCK = 64
 """Tokens of each row that stay on the device until the host fetches them."""
 WARM_UP = 3
 """Steps before the capture: kernels compile, libraries allocate."""
+
+
+@contextmanager
+def in_order() -> Iterator[None]:
+    """What is compiled inside keeps the order of the model's own operations.
+
+    Inductor moves an operation to the one that needs it, and may move one that reads a state behind the kernel that
+    writes into it; the kernel is then given a copy of the state, which is copied back afterwards: a window's whole
+    ring, keys and values, for the sake of the one key that leaves it.
+    """
+    from torch._inductor import config
+
+    with config.patch(reorder_for_locality=False):
+        yield
 
 
 class Decoder(Reader):
@@ -210,12 +224,14 @@ class Decoder(Reader):
         self._eager_step()
         before = {name: x.data_ptr() for name, x in tensors(self.cache).items()}
         try:
-            self._step()
+            with in_order():
+                self._step()
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             if isinstance(error.__cause__, torch.cuda.OutOfMemoryError | KernelError):
                 raise error.__cause__ from error
             self.obstacle = " ".join(str(error).split())[:200] or type(error).__name__
             log.warning("the step is not compiled, which is slower: %s", self.obstacle)
+            log.debug("where it could not be compiled", exc_info=error)
             self._step = self._eager_step
             self._step()
         moved = [name for name, x in tensors(self.cache).items() if before.get(name) != x.data_ptr()]

@@ -226,7 +226,7 @@ def running(values: Tensor, docs: Tensor, carried: Tensor | None = None) -> Tens
         as `values`, float32 or wider.
     """
     values = wide(values)
-    total = values.cumsum(1)
+    total = summed(values)
     own = (docs != 0).view(*docs.shape, *[1] * (values.dim() - 2))
     if docs.shape[1] > 1:
         before = torch.cat([torch.zeros_like(docs[:, :1]), docs[:, :-1]], 1)
@@ -237,6 +237,25 @@ def running(values: Tensor, docs: Tensor, carried: Tensor | None = None) -> Tens
     return total if carried is None else total + torch.where(own, 0.0, carried[:, None].to(total.dtype))
 
 
+def summed(values: Tensor) -> Tensor:
+    """values.cumsum(1) of [B, T, ...]; where it is compiled, in pieces of PIECE tokens, and the pieces' sums likewise.
+
+    A sum over more tokens with few numbers beside it Inductor gives to several programs, and then fails to write their
+    code ("Error in codegen for ComputedBuffer ... SplitScan", torch 2.11), so that the whole mixer would run part by
+    part.
+    """
+    tokens = values.shape[1]
+    if tokens <= PIECE or not torch.compiler.is_compiling():
+        return values.cumsum(1)
+    filled = torch.cat([values, values.new_zeros(values.shape[0], -tokens % PIECE, *values.shape[2:])], 1)
+    pieces = filled.unflatten(1, (-1, PIECE)).cumsum(2)
+    ends = summed(pieces[:, :, -1])
+    before = torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1)
+    return (pieces + before[:, :, None]).flatten(1, 2)[:, :tokens]
+
+
+PIECE = 32
+"""Tokens of a sum that Inductor never gives to several programs."""
 NARROW = (torch.bfloat16, torch.float16)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -12,7 +13,7 @@ from torch._higher_order_ops.auto_functionalize import can_auto_functionalize
 
 from linearize import kernels
 from linearize.bench.subjects import convert, random_model
-from linearize.decode import Decoder
+from linearize.decode import Decoder, engine
 from linearize.kernels import dispatch
 
 SIZES = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 2}
@@ -55,3 +56,30 @@ def test_a_compiled_token_equals_one_that_is_not(recipe):
     with dispatch.kernels("triton"):
         expected = Decoder(model, 2, length=32).generate(ids, mask, 4)
         assert torch.equal(Decoder(model, 2, length=32, compile=options).generate(ids, mask, 4), expected)
+
+
+@pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("ordered", [True, False])
+def test_what_reads_a_state_stays_before_what_writes_into_it(ordered, monkeypatch):
+    """Else Inductor gives the kernel a copy of the state; it does so by itself, which shows that the check sees it."""
+    moved, kernels_met = [], []
+
+    def look(graph):
+        late = set()
+        for node in graph.nodes:
+            if node.op == "call_function" and "auto_functionalized" in str(node.target):
+                kernels_met.append(node)
+                late |= set(node.kwargs["_all_bases"])
+            elif node.op == "call_function" and node.target is not torch.ops.aten.copy_.default:
+                moved.extend(x for x in node.all_input_nodes if x in late)
+        raise RuntimeError("that is all")
+
+    if not ordered:
+        monkeypatch.setattr(engine, "in_order", nullcontext)
+    model = convert(random_model("cpu", torch.bfloat16, "tiny", **{**SIZES, "num_hidden_layers": 1}), "based")
+    torch._dynamo.reset()
+    with dispatch.kernels("triton"), torch._inductor.config.patch(post_grad_custom_post_pass=look):
+        decoder = Decoder(model, 2, length=32, compile={})
+        decoder.prepare()
+    assert "that is all" in decoder.obstacle
+    assert kernels_met and bool(moved) is not ordered

@@ -195,6 +195,21 @@ def test_one_token_in_place_equals_torch(dim, dtype):
     )
 
 
+def test_heads_may_stand_in_front_of_rows():
+    """As the product of a feature map leaves them; nothing is copied for it."""
+    q, k, v = (normal(2, heads, 8, seed=heads).to(DEVICE) for heads in (4, 2, 1))
+    sums = normal(2, 2, features(8), 8, seed=4).float().to(DEVICE)
+    turned = [x.transpose(0, 1).contiguous().transpose(0, 1).float() for x in (q, k)]
+    assert not any(x.is_contiguous() for x in turned)
+    made = []
+    for pair in ((q.float(), k.float()), turned):
+        state = sums.clone()
+        with dispatch.kernels("triton"):
+            made.append((*taylor_linear_step(*pair, v.float(), 0.3, state, None), state))
+    for one, other in zip(*made, strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_tokens_one_by_one_equal_the_sequence(normalize):
     case = Case(tokens=9, heads=2, padding=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linearize.kernels import dispatch
 from linearize.mixers import LayerShape, build, compiled
+from linearize.mixers.base import PIECE, summed
 
 SHAPE = LayerShape(heads=2, kv_heads=1, key_dim=16, value_dim=16, scaling=0.25, model_dim=10)
 WINDOW = {"name": "sliding", "size": 16, "first": 2, "overlap": True}
@@ -142,3 +143,23 @@ def test_a_mixer_is_walked_once_and_a_change_of_dtype_or_branch_is_seen(monkeypa
     mixer.branch_off = None
     half = mixer.to(torch.bfloat16)
     assert compiled._structure(half) != key
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 33, 100, 1100])
+@pytest.mark.parametrize("rest", [(), (2, 3)])
+def test_a_sum_over_a_text_is_compiled_in_short_pieces(tokens, rest):
+    """Inductor gives longer ones to several programs and cannot write their code (torch 2.11); uncompiled it is one."""
+    lengths: list[int] = []
+
+    def look(graph, inputs):
+        for node in graph.graph.nodes:
+            if node.op == "call_method" and node.target == "cumsum":
+                lengths.append(node.args[0].meta["example_value"].shape[node.args[1]])
+        return graph.forward
+
+    torch._dynamo.reset()
+    values = torch.randn(2, tokens, *rest, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    made = torch.compile(lambda x: summed(x), backend=look, fullgraph=True, dynamic=False)(values)
+    assert lengths and max(lengths) <= PIECE
+    torch.testing.assert_close(made, values.cumsum(1), rtol=0, atol=1e-12)
+    assert torch.equal(summed(values), values.cumsum(1))

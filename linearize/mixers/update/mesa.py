@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from linearize.kernels import dispatch
 from linearize.kernels.conjugate import conjugate_solve
 from linearize.kernels.gated_linear import gated_linear_step
-from linearize.mixers.base import LayerShape, Part, Partial, fill, product, wide
+from linearize.mixers.base import LayerShape, Part, Partial, fill, product, summed, wide
 from linearize.mixers.options import number
 from linearize.mixers.state import State
 from linearize.mixers.update import UPDATES, WIDEST, Stream
@@ -113,7 +113,7 @@ def _decayed(stream: Stream) -> Tensor:
     """What has decayed of each key under each query [B, M, T, T]; zero where the query does not see it."""
     tokens = stream.k.shape[1]
     log_decay = stream.k.new_zeros(stream.k.shape[:3]) if stream.log_decay is None else stream.log_decay
-    since = log_decay.double().cumsum(1).transpose(1, 2)  # differences of sums over the text
+    since = summed(log_decay.double()).transpose(1, 2)  # differences of sums over the text
     order = torch.arange(tokens, device=stream.k.device)
     seen = (order[:, None] >= order) & (stream.docs[:, :, None] == stream.docs[:, None])
     left = (since[..., None] - since[..., None, :]).masked_fill(~seen[:, None], -torch.inf)
