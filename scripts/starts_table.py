@@ -81,7 +81,13 @@ def _recipe_of(key: str) -> str:
 def _speeds() -> dict[str, str]:
     path = ROOT / "docs" / "results" / "recipes-h200.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    chosen = [row for row in rows if (row["measured"], row["batch"], row["length"]) == ("train", 64, 1024)]
+    chosen = [
+        row
+        for row in rows
+        if (row["measured"], row["batch"], row["length"]) == ("train", 64, 1024) and row["tokens_per_second"]
+    ]
+    # recorded steps behind the others, so that they stay
+    chosen.sort(key=lambda row: "captured" in row["way"])
     return {row["recipe"]: f"{row['tokens_per_second']:,.0f}" for row in chosen}
 
 
