@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,14 @@ from conversions import (
     ratio,
     titles,
 )
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from sheet import ROOT, Sheet, markdown, number
 
 from linearize.config import compose, list_recipes
 from linearize.config.budget import parse
 from linearize.config.compose import is_file_name
 from linearize.errors import LinearizeError
-from linearize.eval.plots import COLORS, new_figure, save
+from linearize.eval.plots import COLORS, MARKERS, new_figure, save
 
 LEFT_OUT = ("demo", "softmax", "swa_sinks", "mamba_in_llama_dpo")
 """Not by default: another's budget, the teacher itself, a control of every row, and one that wants pairs of answers."""
@@ -228,25 +230,40 @@ def _says(found: dict[str, Any]) -> list[str]:
 
 
 def picture(rows: dict[str, Any], path: Path) -> None:
-    """Ratio of perplexities of every recipe as bars, and the untrained window as a line."""
-    shown = ranked(rows)
+    """Ratio of perplexities of every recipe, of each text and their mean, and the untrained window as a line."""
+    shown = [(name, row) for name, row in ranked(rows)[::-1] if math.isfinite(ratio(row))]
     if not shown:
         return
-    figure, axes = new_figure(8, 1.2 + 0.26 * len(shown))
-    names, values = [name for name, _ in shown][::-1], [ratio(row) for _, row in shown][::-1]
-    best = [COLORS[1] if name.startswith("best_") else COLORS[0] for name in names]
-    axes.barh(names, values, color=best)
-    for place, value in enumerate(values):
-        axes.text(value, place, f" {value:.2f}" if value < 100 else f" {value:.0f}", va="center", fontsize=8)
+    figure, axes = new_figure(8, 1.2 + 0.24 * len(shown))
+    texts = list(dict.fromkeys(key for _, row in shown for key in row["student"] if key.startswith("ppl")))
+    for place, (name, row) in enumerate(shown):
+        student, teacher, color = row["student"], row["teacher"], COLORS[name.startswith("best_")]
+        each = {key: student[key] / teacher[key] for key in texts if key in student and teacher.get(key)}
+        axes.plot([min(each.values()), max(each.values())], [place] * 2, color=color, lw=1.2, alpha=0.6)
+        for key, marker in zip(texts, MARKERS[1:], strict=False):
+            if key in each:
+                label = key.removeprefix("ppl ") if not place else None
+                axes.plot(each[key], place, marker, ms=4, mfc="white", mec=color, label=label)
+        axes.plot(
+            ratio(row), place, MARKERS[0], ms=6, color=color, label=None if place else "mean of the texts"
+        )
+        text = f"{ratio(row):.2f}" if ratio(row) < 100 else f"{ratio(row):,.0f}"
+        axes.annotate(
+            text, (max(each.values()), place), (7, 0), textcoords="offset points", va="center", fontsize=8
+        )
     window = controls(rows).get("**swa_sinks, untrained**")
     if window:
-        axes.axvline(
-            ratio(window), color=COLORS[-1], linestyle="--", linewidth=1, label="swa_sinks, untrained"
-        )
-        axes.legend(loc="lower right", frameon=False)
+        axes.axvline(ratio(window), color=COLORS[-1], ls="--", lw=1, label="swa_sinks, untrained", zorder=0)
+    axes.axvline(1.0, color=COLORS[-1], lw=1, label="the teacher", zorder=0)
+    axes.legend(loc="upper right", frameon=True, fontsize=8)
     axes.set_xscale("log")
-    axes.set_xlabel("perplexity over the teacher's (mean over texts; 1 is the teacher)")
-    axes.tick_params(axis="y", labelsize=8)
+    axes.margins(x=0.08)
+    axes.set_ylim(-0.8, len(shown) - 0.2)
+    axes.set_yticks(range(len(shown)), [name.replace("stages.", "") for name, _ in shown], fontsize=8)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("perplexity over the teacher's (log scale)")
     save(figure, path)
 
 

@@ -20,10 +20,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import paged_flash as flash
 import torch
 import transformers
 from serve_results import part, put
@@ -52,8 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=8192, metavar="TOKENS")
     parser.add_argument("--tokens", type=int, default=128, metavar="N", help="new ones of each text")
     parser.add_argument(
-        "--piece", type=int, default=8192, metavar="TOKENS", help="of a prompt that are read at once"
+        "--piece", type=int, default=8192, metavar="TOKENS", help="of prompts that are read at once"
     )
+    parser.add_argument("--prompts", type=int, default=8, metavar="N", help="that share these tokens")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="auto")
     parser.add_argument(
@@ -69,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
             ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
         ).stdout.strip(),
         "machine": _machine(options.device),
-        "settings": {name: getattr(options, name) for name in ("context", "tokens", "dtype")},
+        "settings": {name: getattr(options, name) for name in ("context", "dtype")},
         "notes": [],
         "rows": [],
     }
@@ -85,7 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
         model = in_dtype(load(path, options.device)[0], getattr(torch, options.dtype))
         for slots in options.slots:
             _empty()
-            row: dict[str, Any] = {"way": name, "slots": slots, "refused": "was cut off before it ended"}
+            row: dict[str, Any] = {"way": name, "slots": slots, "tokens": options.tokens}
+            row |= {"commit": found["commit"], "refused": "was cut off before it ended"}
             _write(found, row, options)
             del row["refused"]
             try:
@@ -106,8 +111,10 @@ def _machine(device: str) -> str:
 
 
 def _write(found: dict[str, Any], row: dict[str, Any], options: argparse.Namespace) -> None:
-    key = (row["way"], row["slots"])
-    found["rows"] = [each for each in found["rows"] if (each["way"], each["slots"]) != key] + [row]
+    def key(each: dict[str, Any]) -> tuple[Any, ...]:
+        return each["way"], each["slots"], each["tokens"]
+
+    found["rows"] = [each for each in found["rows"] if key(each) != key(row)] + [row]
     order = list(WAYS)
     found["rows"].sort(key=lambda each: (order.index(each["way"]), each["slots"]))
     put(options.out, "engine", found, _table(found))
@@ -121,13 +128,18 @@ def _prompts(model: Any, slots: int, context: int) -> list[list[int]]:
 
 @torch.no_grad()
 def _slots(model: Any, rows: int, options: argparse.Namespace) -> dict[str, Any]:
-    slots = Slots(model, rows, options.context + options.tokens)
+    together = min(options.prompts, rows)
+    slots = Slots(model, rows, options.context + options.tokens, prompts=together)
     slots.prepare()
     prompts = _prompts(model, rows, options.context)
-    _read(slots, prompts[0], options.piece)  # kernels compile
+    for count in {together, rows % together or together}:  # kernels compile
+        _read(slots, prompts[:count], options.piece)
+        for prompt in reversed(range(count)):
+            slots.forget(prompt)
     began = _now(model)
-    for ids in prompts:
-        slots.admit(_read(slots, ids, options.piece), Wish())
+    for first in range(0, rows, together):
+        group = prompts[first : first + together]
+        slots.admit(range(len(group)), _read(slots, group, options.piece), [Wish()] * len(group))
     read = _now(model)
     made = 1
     while made < options.tokens:
@@ -136,25 +148,38 @@ def _slots(model: Any, rows: int, options: argparse.Namespace) -> dict[str, Any]
     return _numbers(rows, options, began, read, ended) | {"slot_mib": round(slots.bytes / rows / 2**20, 2)}
 
 
-def _read(slots: Slots, ids: list[int], piece: int) -> torch.Tensor:
-    slots.begin()
-    for first in range(0, len(ids), piece):
-        logits = slots.read(ids[first : first + piece])
+def _read(slots: Slots, prompts: list[list[int]], piece: int) -> torch.Tensor:
+    for _ in prompts:
+        slots.begin()
+    width = max(1, piece // len(prompts))
+    for first in range(0, len(prompts[0]), width):
+        logits = slots.read([ids[first : first + width] for ids in prompts])
     return logits
 
 
-def _continuous(model: Any, rows: int, options: argparse.Namespace) -> dict[str, Any]:
+def _continuous(model: Any, rows: int, options: argparse.Namespace, *, own: bool = False) -> dict[str, Any]:
     config = GenerationConfig(max_new_tokens=options.tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
     prompts = _prompts(model, rows, options.context)
-    pages: dict[str, Any] = {}
-    if model.device.type == "cpu":  # where it would take nine tenths of the machine's memory
-        blocks = rows * (options.context + options.tokens + 512) // 256 + 1
-        pages["continuous_batching_config"] = ContinuousBatchingConfig(
-            num_blocks=blocks, max_batch_tokens=512
-        )
-    model.generate_batch(prompts[:1], generation_config=config, **pages)
-    made = model.generate_batch(prompts, generation_config=config, record_timestamps=True, **pages)
-    texts = list(made.values())
+    with torch.no_grad():
+        likely = model(torch.tensor(prompts[:1], device=model.device), logits_to_keep=1).logits[0, -1].float()
+    # as many pages as the texts need; without a number it would take nine tenths of the memory
+    pages = rows * (-(-(options.context + options.tokens) // 256) + 1) + 8
+    settings = {"num_blocks": pages, "max_batch_tokens": options.piece, "scheduler_type": "prefill_first"}
+
+    def made(prompts: list[list[int]]) -> list[Any]:
+        given = ContinuousBatchingConfig(**settings)
+        with nullcontext() if own else flash.used(model):
+            found = model.generate_batch(
+                prompts, generation_config=config, continuous_batching_config=given, record_timestamps=True
+            )
+        return list(found.values())
+
+    first = made(prompts[:1])  # kernels compile
+    if not first or not first[0].generated_tokens:
+        raise RuntimeError("nothing was made")
+    if likely.max() - likely[first[0].generated_tokens[0]] > 0.5:
+        raise RuntimeError("its first token is not what the model itself finds likely")
+    texts = made(prompts)
     short = [len(text.generated_tokens) for text in texts if len(text.generated_tokens) != options.tokens]
     if len(texts) != rows or short:
         raise RuntimeError(f"{rows - len(texts)} texts are missing and {len(short)} are short")
@@ -203,31 +228,37 @@ def _table(found: dict[str, Any]) -> str:
         "",
         *(f"    {command}" for command in found["commands"]),
         "",
-        f"{found['date']}, commit {found['commit']}, {found['machine']}, {settings['dtype']}. "
-        f"{settings['context']:,} tokens of prompt and {settings['tokens']} new ones for every text; tokens/s while "
-        "all rows decode, and of the whole job, reading included. An empty cell: not told, or not all rows ever "
-        "decoded at once.",
+        f"{found['date']}, {found['machine']}, {settings['dtype']}. {settings['context']:,} tokens of prompt for every "
+        "text; tokens/s while all rows decode, and of the whole job, reading included. An empty cell: not told, or not "
+        "all rows ever decoded at once.",
         "",
         *(line for note in found["notes"] for line in (note, "")),
-        "| way | texts at once | tokens/s, decoding | tokens/s, whole job | prompt tokens/s | slot, MiB | peak, GiB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| way | commit | texts at once | new tokens | tokens/s, decoding | tokens/s, whole job | prompt tokens/s "
+        "| slot, MiB | peak, GiB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in found["rows"]:
+        begins = f"| {WAYS[row['way']][0]} | {row['commit']} | {row['slots']} | {row['tokens']} | "
         if "refused" in row:
-            lines.append(f"| {WAYS[row['way']][0]} | {row['slots']} | {row['refused']} | | | | |")
+            lines.append(f"{begins}{row['refused']} | | | | |")
             continue
         names = (
             "tokens_per_second", "all_tokens_per_second", "prompt_tokens_per_second", "slot_mib", "peak_gib",
         )  # fmt: skip
         cells = (f"{row[name]:,}" if name in row else "" for name in names)
-        lines.append(f"| {WAYS[row['way']][0]} | {row['slots']} | " + " | ".join(cells) + " |")
+        lines.append(begins + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 WAYS: dict[str, tuple[str, Callable[..., dict[str, Any]], bool]] = {
     "conversion": ("conversion in slots", _slots, False),
     "teacher": ("teacher in slots", _slots, True),
-    "continuous": ("teacher in transformers' continuous batching", _continuous, True),
+    "continuous": (
+        "teacher in transformers' continuous batching, on torch's flash attention",
+        _continuous,
+        True,
+    ),
+    "continuous_sdpa": ("the same as it comes, `paged\\|sdpa`", partial(_continuous, own=True), True),
 }
 """Name -> in words, what measures it, and whether the teacher is measured."""
 

@@ -123,8 +123,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 @contextmanager
 def _server(path: str, options: argparse.Namespace) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """A server process; its address, and the model's name."""
-    command = [sys.executable, "-m", "linearize", "serve", path, "--port", "0", "--device", options.device]
-    command += ["--slots", str(max(options.at)), *shlex.split(options.server)]
+    command = [sys.executable, "-m", "linearize", "serve", path, "--port", "0", "--engine", "slots"]
+    command += ["--device", options.device, "--slots", str(max(options.at)), *shlex.split(options.server)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stderr is not None
     said = ""

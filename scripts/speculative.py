@@ -57,8 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     model, tokenizer = load(options.path, options.device)
     model = model.to(getattr(torch, options.dtype))
+    rows, before = _before(options)
+    command = shlex.join(["python", "scripts/speculative.py", *(arguments or sys.argv[1:])])
     found: dict[str, Any] = {
-        "command": shlex.join(["python", "scripts/speculative.py", *(arguments or sys.argv[1:])]),
+        "command": before if command in before else "; ".join(filter(None, [before, command])),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
@@ -67,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         + f", torch {torch.__version__}",
         "dtype": options.dtype,
         "tokens": options.tokens,
-        "rows": _measured(options),
+        "rows": rows,
     }
     places = [
         (context, batch, heat)
@@ -100,12 +102,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _measured(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of an earlier call that was cut."""
-    rows: list[dict[str, Any]] = (
-        json.loads(options.out.read_text(encoding="utf-8"))["rows"] if options.out.is_file() else []
-    )
-    return rows
+def _before(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    """Rows of earlier calls with the same FILE, and their commands."""
+    if not options.out.is_file():
+        return [], ""
+    found = json.loads(options.out.read_text(encoding="utf-8"))
+    return found["rows"], found["command"]
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -1,10 +1,10 @@
 """Tokens per second of checkpoints in vLLM at growing context and concurrency, in the environment of `make test-vllm`.
 
-    .venv-vllm/bin/python scripts/vllm_figures.py teacher=FOLDER converted=FOLDER --out docs/results/serve-vllm
+    .venv-vllm/bin/python scripts/vllm_figures.py teacher=FOLDER converted=FOLDER --out docs/results/serve.json
 
 Each checkpoint and context runs in a process of its own: random prompts of one length, all asked at once, greedy.
-Prefill is timed by the first tokens, decode by the others. Texts that fit is how many of that length the given memory
-holds.
+Prefill is timed by the first tokens, decode by the others, the best of so many turns. Texts that fit is how many of
+that length the given memory holds. Checkpoints take turns at each context, and every process adds its rows to the file.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ import json
 import os
 import platform
 import random
+import resource
+import shlex
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from serve_results import put
 
 COLUMNS = {
     "name": "checkpoint",
@@ -28,6 +33,8 @@ COLUMNS = {
     "prefill": "prefill tokens/s",
     "decode": "decode tokens/s",
     "fit": "texts that fit",
+    "mib": "MiB a text",
+    "peak": "peak of the process, MiB",
 }
 
 
@@ -65,20 +72,31 @@ def measure(asked: dict[str, Any]) -> list[dict[str, Any]]:
     timed(1, 2)
     rows = []
     for texts in asked["texts"]:
-        first = min(timed(texts, 1) for _ in range(2))
-        whole = min(timed(texts, new) for _ in range(2))
+        first = min(timed(texts, 1) for _ in range(asked["turns"]))
+        whole = min(timed(texts, new) for _ in range(asked["turns"]))
         row = {"name": asked["name"], "context": context, "texts": texts, "prefill": texts * context / first}
-        rows.append({**row, "decode": texts * (new - 1) / (whole - first), "fit": fit})
+        row |= {
+            "decode": texts * (new - 1) / (whole - first),
+            "fit": fit,
+            "mib": asked["memory"] * 1024 / fit,
+        }
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        rows.append({**{name: _short(value) for name, value in row.items()}, "peak": round(peak)})
         print(rows[-1], file=sys.stderr)
     return rows
 
 
+def _short(value: Any) -> Any:
+    return round(value, 1) if isinstance(value, float) else value
+
+
 def table(result: dict[str, Any]) -> str:
-    """The page."""
-    lines = ["# In vLLM", "", result["machine"], "", f"```\n{result['command']}\n```", ""]
+    """The section of the page."""
+    told = f"{result['date']}, commit {result['commit']}, {result['machine']}"
+    lines = ["# In vLLM", "", f"    {result['command']}", "", f"{told}. {result['note']}".strip(), ""]
     lines += ["| " + " | ".join(COLUMNS.values()) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
     for row in result["rows"]:
-        shown = (f"{row[key]:,.0f}" if isinstance(row[key], float) else f"{row[key]}" for key in COLUMNS)
+        shown = (f"{row[key]:,}" if isinstance(row[key], int | float) else row[key] for key in COLUMNS)
         lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 
@@ -91,34 +109,39 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32, help="tokens that each text is continued by")
     parser.add_argument("--memory", type=int, default=2, help="GiB for states, keys and values")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--turns", type=int, default=2, help="of which the best counts")
+    parser.add_argument(
+        "--note", default="", help="a sentence for the page, such as what else the machine had to do"
+    )
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     if "=" not in given.checkpoints[0]:  # a process of our own
         Path(given.out).write_text(json.dumps(measure(json.loads(Path(given.checkpoints[0]).read_text()))))
         return
-    rows = []
-    asked, answer = Path(f"{given.out}.asked"), Path(f"{given.out}.answer")
-    for checkpoint, context in itertools.product(given.checkpoints, given.contexts):
-        name, path = checkpoint.split("=", 1)
-        asked.write_text(
-            json.dumps({**vars(given), "out": "", "context": context, "name": name, "path": path})
-        )
-        subprocess.run([sys.executable, __file__, str(asked), "--out", str(answer)], check=True)
-        rows += json.loads(answer.read_text())
-        asked.unlink(), answer.unlink()
     import torch
     import transformers
     import vllm
 
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     versions = f"vllm {vllm.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-    result = {
+    result: dict[str, Any] = {
+        "command": shlex.join(["python", "scripts/vllm_figures.py", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit.stdout.strip(),
         "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}; {versions}; {given.dtype}",
-        "command": "python scripts/vllm_figures.py " + " ".join(sys.argv[1:]),
-        "rows": rows,
+        "note": given.note,
+        "rows": [],
     }
-    given.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    given.out.with_suffix(".md").write_text(table(result))
+    asked, answer = Path(f"{given.out}.asked"), Path(f"{given.out}.answer")
+    for context, checkpoint in itertools.product(given.contexts, given.checkpoints):
+        name, path = checkpoint.split("=", 1)
+        own = {**vars(given), "out": "", "context": context, "name": name, "path": path}
+        asked.write_text(json.dumps(own))
+        subprocess.run([sys.executable, __file__, str(asked), "--out", str(answer)], check=True)
+        result["rows"] += json.loads(answer.read_text())
+        asked.unlink(), answer.unlink()
+        put(given.out, "vllm", result, table(result))
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ class Client:
 @contextmanager
 def served(model: Any, tokenizer: Any = None, **settings: Any) -> Iterator[Client]:
     """Serve a model as long as the block runs; it has to have stopped by itself in the end."""
-    from linearize.serve.server import Served, Settings, bound
+    from linearize.serve.server import Served
+    from linearize.serve.settings import Settings, bound
 
     chosen = Settings(**{"name": "tiny", "port": 0, "slots": 3, "piece": 16, "grace": 0.5, **settings})
     with bound(chosen) as listening:

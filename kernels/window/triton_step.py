@@ -196,9 +196,9 @@ def step(
     valid, turned = (None if x is None else x.contiguous() for x in (valid, turned))
     launch(
         step_kernel, (batch * heads,), q=q, k=k, v=v, valid=valid, reach=reach, sink=sink, turned=turned, out=out,
-        log_sum=log_sum, HAS_TURNED=turned is not None, top_out=top, scaling=scaling, cap=cap or 1.0, span=int(span), W=min(tile, padded(slots)),
-        HAS_REACH=reach is not None, HAS_SINK=sink is not None, HAS_CAP=cap > 0, num_warps=4, num_stages=1,
-        **ring, **fixed,
+        log_sum=log_sum, top_out=top, scaling=scaling, cap=cap or 1.0, span=int(span), W=min(tile, padded(slots)),
+        HAS_REACH=reach is not None, HAS_SINK=sink is not None, HAS_CAP=cap > 0, HAS_TURNED=turned is not None,
+        num_warps=4, num_stages=1, **ring, **fixed,
     )  # fmt: skip
     if first:
         launch(

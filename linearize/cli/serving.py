@@ -18,15 +18,10 @@ PARTS = ("prometheus_client", "starlette", "uvicorn")
 
 def main(options: argparse.Namespace) -> int:
     """Load the model, say where it is served, and answer until asked to stop."""
-    try:
-        from linearize.serve.server import Served, Settings, bound
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in PARTS:
-            raise
-        raise LinearizeError(
-            f"serving needs {error.name}, which is not installed: pip install 'linearize[serve]'"
-        ) from None
-    from linearize.cli.checkpoint import load
+    from linearize.cli.checkpoint import export_of, load
+    from linearize.models import resolve
+    from linearize.serve import through_vllm
+    from linearize.serve.settings import Settings, bound
 
     token = options.token if options.token is not None else os.environ.get(TOKEN)
     if token is not None and (not token.strip() or not token.isascii() or token != token.strip()):
@@ -43,11 +38,39 @@ def main(options: argparse.Namespace) -> int:
         prompt=options.max_prompt_tokens,
         new=options.max_new_tokens,
         piece=options.piece,
+        prompts=options.prompts,
         body=options.max_body,
         seconds=options.timeout,
         grace=options.grace,
         graph=not options.no_graph,
     )
+    if options.engine == "vllm" and not through_vllm.installed():
+        raise LinearizeError(
+            "--engine vllm: vLLM is not installed; pip install 'linearize[vllm]', or take --engine slots"
+        )
+    if options.engine != "slots" and through_vllm.installed():
+        folder = Path(resolve(export_of(options.path)))
+        obstacles = through_vllm.obstacles(settings, folder, options.device)
+        if not obstacles:
+            with bound(settings) as listening:
+                port = listening.getsockname()[1]
+            log.info(
+                "serving '%s' by vLLM's server on port %d; --engine slots takes ours", settings.name, port
+            )
+            through_vllm.replace_process(settings, folder, port)
+        if options.engine == "vllm":
+            raise LinearizeError(
+                f"--engine vllm: {'; '.join(obstacles)}; leave that out, or take --engine slots"
+            )
+        log.info("by slots, though vLLM is installed: %s", "; ".join(obstacles))
+    try:
+        from linearize.serve.server import Served
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in PARTS:
+            raise
+        raise LinearizeError(
+            f"serving needs {error.name}, which is not installed: pip install 'linearize[serve]'"
+        ) from None
     with bound(settings) as listening:  # before the seconds that the model takes
         model, tokenizer = load(options.path, options.device)
         served = Served(model, tokenizer, settings)

@@ -96,6 +96,12 @@ def serve(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="what clients must give (default: that of LINEARIZE_TOKEN, which no list of processes shows, or none)",
     )
+    parser.add_argument(
+        "--engine",
+        choices=["auto", "slots", "vllm"],
+        default="auto",
+        help="vLLM's server, or this package's slots; auto is vLLM where it is installed and has all that is asked for",
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--slots",
@@ -148,6 +154,13 @@ def serve(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="of prompts that are read between two steps of the texts in slots: more reads long prompts sooner, less "
         "lets the others wait for a shorter time (default: 512, on a GPU 2048)",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=given.positive,
+        default=8,
+        metavar="N",
+        help="that are read together, each with the memory of a slot (default: 8)",
     )
     parser.add_argument(
         "--no-graph", action="store_true", help="run steps one by one also where CUDA graphs could hold them"

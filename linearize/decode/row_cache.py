@@ -6,7 +6,6 @@ softmax layers write their token's key at its row's place, and masks tell each r
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,28 +13,26 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from linearize.decode.cache import FixedKeys, FixedState, tensors
-from linearize.mixers import State
+from linearize.mixers import Mixer, State
 
 
 class Places:
-    """Where the tokens of a call go: a piece of one text, or one token of each of several.
+    """Where the tokens of a call go: several of each row's text, or one of each.
 
     Attributes:
-        first: place of the piece's first token, or None where every row gets one token.
-        rows, each: [B] int64 on the device, the rows' numbers and their tokens' places.
+        rows: [B] int64 on the device, the rows' numbers.
+        each: [B, T] int64 on the device, places of their tokens; those of padding lie behind the row's text.
+        before: tokens of the longest of these texts before the call; models are given positions and masks and only ask
+            whether there are any.
+        valid: [B, T] bool, false on the padding in front of rows that have fewer tokens in the call; None: all have T.
     """
 
-    def __init__(self, first: int | None, rows: Tensor, each: Tensor) -> None:
-        self.first, self.rows, self.each = first, rows, each
-
-    @property
-    def length(self) -> int:
-        """Tokens before those of the call; models are given positions and masks and only ask whether there are any."""
-        return 1 if self.first is None else self.first
+    def __init__(self, rows: Tensor, each: Tensor, before: int, valid: Tensor | None = None) -> None:
+        self.rows, self.each, self.before, self.valid = rows, each, before, valid
 
 
 class RowState(FixedState):
-    """A converted layer; no token of a call is padding."""
+    """A converted layer."""
 
     clock: Places  # type: ignore[assignment]
 
@@ -43,11 +40,20 @@ class RowState(FixedState):
         super().__init__(places, length)  # type: ignore[arg-type]
         self.state, self.is_initialized = state, state is not None
 
+    def attend(self, mixer: Mixer, *args: Any, **kwargs: Any) -> Tensor:
+        if self.clock.valid is not None:
+            # what the rows have read before stands in front of the padding
+            kwargs |= {"valid": self.clock.valid, "gaps": True}
+        return super().attend(mixer, *args, **kwargs)
+
     def mask_offset(self, tokens: int) -> int | None:
         return None
 
+    def get_seq_length(self) -> int:
+        return self.clock.before
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.clock.length + query_length, 0
+        return self.clock.before + query_length, 0
 
 
 class RowKeys(FixedKeys):
@@ -68,18 +74,16 @@ class RowKeys(FixedKeys):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        first = self.clock.first
-        if first is None:
-            self.keys[self.clock.rows, :, self.clock.each] = key_states[:, :, 0]
-            self.values[self.clock.rows, :, self.clock.each] = value_states[:, :, 0]
-            return self.keys, self.values
-        end = first + key_states.shape[2]
-        self.keys[:, :, first:end].copy_(key_states)
-        self.values[:, :, first:end].copy_(value_states)
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        rows = self.clock.rows[:, None]
+        self.keys[rows, :, self.clock.each] = key_states.transpose(1, 2)
+        self.values[rows, :, self.clock.each] = value_states.transpose(1, 2)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.clock.before
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.clock.length + query_length, 0
+        return self.clock.before + query_length, 0
 
 
 class RowCache:
@@ -103,15 +107,15 @@ class RowCache:
         """Memory held."""
         return sum(x.numel() * x.element_size() for x in self.held.values())
 
-    def first(self, rows: int, width: int, each: Tensor) -> Cache:
+    def first(self, width: int, each: Tensor, before: int, valid: Tensor | None = None) -> Cache:
         """The first rows as a cache that shares the memory.
 
         Args:
-            rows: how many.
             width: tokens of softmax layers that are looked at, at least those of the longest of these rows.
-            each: [rows] places of the tokens that come, on the device; written from outside.
+            each, before, valid: see `Places`; `each` may be written from outside.
         """
-        places = Places(None, self._numbers[:rows], each)
+        rows = each.shape[0]
+        places = Places(self._numbers[:rows], each, before, valid)
         layers: list[Any] = []
         for index, is_state in enumerate(self._kinds):
             prefix = f"{index}."
@@ -127,26 +131,25 @@ class RowCache:
                 layers.append(RowKeys(places, self.length, keys, values))
         return Cache(layers=layers)
 
-    def fill(self, row: int, source: Cache, tokens: int) -> None:
-        """Copy the text of another cache, of one row and so many tokens, into a row, which forgets what it held."""
-        self._copy(row, ((name, x[0]) for name, x in tensors(source).items()), tokens)
+    def fill(self, row: int, source: RowCache, its: int, tokens: int) -> None:
+        """Copy row `its` of another such cache, a text of so many tokens, into a row, which forgets what it held."""
+        for name, x in source.held.items():
+            target, own = self.held[name][row], x[its]
+            if name in self._growing:  # [N, S, K]; what lies behind the text is masked
+                target, own = target[:, :tokens], own[:, :tokens]
+            target.copy_(own)
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy a row of so many tokens over another."""
-        self._copy(target, ((name, x[source]) for name, x in self.held.items()), tokens)
+        self.fill(target, self, source, tokens)
 
-    def zero(self, row: int) -> None:
-        """Overwrite a row: a masked value that is no number would still pass through a weight of zero."""
-        for x in self.held.values():
-            x[row].zero_()
+    def zero(self, row: int, tokens: int | None = None) -> None:
+        """Overwrite a row, or the first so many of its places: a masked value that is no number would still pass
+        through a weight of zero."""
+        for name, x in self.held.items():
+            (x[row, :, :tokens] if name in self._growing else x[row]).zero_()
 
-    def moved(self, cache: Cache) -> list[str]:
+    def moved(self, cache: Cache) -> dict[str, Tensor]:
         """Tensors of `first`'s cache that are no longer the memory that it was given, by layer and name."""
-        return [name for name, x in tensors(cache).items() if x.data_ptr() != self.held[name].data_ptr()]
-
-    def _copy(self, row: int, source: Iterable[tuple[str, Tensor]], tokens: int) -> None:
-        for name, x in source:
-            target = self.held[name][row]
-            if name in self._growing:  # [N, S, K]; what lies behind the text is masked
-                target, x = target[:, :tokens], x[:, :tokens]
-            target.copy_(x)
+        found = tensors(cache).items()
+        return {name: x for name, x in found if x.data_ptr() != self.held[name].data_ptr()}

@@ -1,14 +1,13 @@
 """Decoding of texts that come and go: each has a slot, a row of every state, and all slots take a token in one step.
 
-A prompt is read piece by piece beside the rows, in a cache of its own, and copied into the first free row when it is
-whole: states have constant size, so that is a copy of some megabytes whatever the prompt's length (softmax layers copy
-the prompt's keys). Live rows always are the first ones; one that ends is replaced by the last. On a GPU the step over
-the first 1, 2, 4, ... rows is a CUDA graph each; elsewhere it runs over exactly those that live.
+Prompts are read piece by piece beside the rows, several together (`Prompts`), and each is copied into the first free
+row when it is whole: states have constant size, so that is a copy of some megabytes whatever the prompt's length
+(softmax layers copy the prompt's keys). Live rows always are the first ones; one that ends is replaced by the last. On
+a GPU the step over the first 1, 2, 4, ... rows is a CUDA graph each; elsewhere it runs over exactly those that live.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,22 +17,17 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from linearize.decode.bounded import holds_tokens
 from linearize.decode.choice import unknown_steps
-from linearize.decode.masks import Masks, token_masks
-from linearize.decode.row_cache import Places, RowCache, RowKeys, RowState
+from linearize.decode.prompts import Prompts
+from linearize.decode.row_cache import RowCache
 from linearize.decode.row_choice import Scores, Wish, Wishes, likelihoods
+from linearize.decode.row_model import WIDTH, RowModel
 from linearize.errors import LinearizeError
 from linearize.models.boundary import MEMORY
 from linearize.recording import record
-from linearize.surgery import converted
 
-WIDTH = 64
-"""Without graphs, softmax layers look at the longest row's tokens, rounded up to this."""
 WARM_UP = 2
 """Steps before a capture: kernels compile, libraries allocate."""
-ENDLESS = 2**31
-"""Length where nothing depends on it."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +46,8 @@ class Made:
 class Slots:
     """A model with rows for texts.
 
-    One thread uses it. A text goes through `begin`, `read` (as often as its prompt has pieces), `admit`, which gives
-    its row and its first token, `run`, and `drop`.
+    One thread uses it. A text goes through `begin`, `read` (as often as its prompt has pieces, beside others), `admit`,
+    which gives its row and its first token, `run`, and `drop`; or `begin`, `read` and `forget`.
 
     Args:
         model: a causal language model of transformers in evaluation mode, on one device; converted layers, kept softmax
@@ -61,6 +55,7 @@ class Slots:
         rows: texts at once.
         length: tokens of a text, prompt included, that softmax layers hold; without such layers it is not read.
         most: places beyond which a text cannot go, such as those of a table of learned positions.
+        prompts: that are read together at most; each takes the memory of a row more.
         capture: capture CUDA graphs where there is CUDA.
 
     Attributes:
@@ -71,32 +66,26 @@ class Slots:
     """
 
     def __init__(
-        self, model: Any, rows: int, length: int, *, most: int | None = None, capture: bool = True
+        self,
+        model: Any,
+        rows: int,
+        length: int,
+        *,
+        most: int | None = None,
+        prompts: int = 1,
+        capture: bool = True,
     ) -> None:
         problems = unknown_steps(model)
         if problems:
             raise LinearizeError(f"this model cannot decode rows that come and go: {'; '.join(problems)}")
-        self.model, self.rows, self.config = model, rows, model.config.get_text_config()
-        parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
-        self._converted = {layer.layer_idx for layer in converted(model)}
-        self._keeps = len(self._converted) < self.config.num_hidden_layers
-        self._length = length if holds_tokens(model) else 0
-        self.length = min(self._length or ENDLESS, most or ENDLESS)
-        names = inspect.signature(model.forward).parameters
-        # the second name is that of transformers before 5.24
-        self._cache_name = "cache" if "cache" in names else "past_key_values"
-        self._optional = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
+        self.model, self.rows, self.prompts = model, rows, prompts
+        self._rows = RowModel(model, length, most)
+        self.device, self.length = self._rows.device, self._rows.length
         self._captures = capture and self.device.type == "cuda"
-        seen = torch.ones(1, 1, dtype=torch.bool, device=self.device)
-        # masks are read by kept softmax layers alone
-        self._no_masks = token_masks(self.config, seen, self._whole(), self.dtype)
-        self._seen = seen.expand(1, self._length)
         self._tokens, self._places, self._alive = self._whole(rows), self._whole(rows), self._whole(rows)
         self._wishes = Wishes(rows, self.device)
         self._ends: list[int] = []
-        self._read = 0
-        self._prompt: Cache = self._one()
+        self._reading: Prompts | None = None
         self._held: RowCache | None = None
         self._cache: tuple[tuple[int, int], Cache] | None = None
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -121,15 +110,17 @@ class Slots:
         if self._held is not None:
             return
         try:
-            self._piece(torch.zeros(2, dtype=torch.int64, device=self.device))
-            self._held = RowCache(self._prompt, self.rows, self._length)
+            like = self._rows.one()
+            self._reading = Prompts(self._rows, like, self.prompts)
+            self._held = RowCache(like, self.rows, self._rows.held)
+            del like
             with self._decoding():
                 self._forward(self.rows)
                 self._check()
                 for rows in self._sizes() if self._captures else ():
                     self._capture(rows)
         except RuntimeError as error:
-            self._held = None
+            self._held = self._reading = None
             if not isinstance(error, torch.OutOfMemoryError) and not MEMORY.search(str(error)):
                 raise
             raise LinearizeError(
@@ -139,35 +130,56 @@ class Slots:
         self._places.zero_()
 
     @torch.no_grad()
-    def begin(self) -> None:
-        """A prompt comes; what was read of another is forgotten."""
+    def begin(self) -> int:
+        """A prompt comes; its number among those that are being read, the last."""
         self.prepare()
-        for layer in self._prompt.layers:
-            if isinstance(layer, RowState):
-                layer.reset()
-        self._read = 0
+        assert self._reading is not None and len(self._reading.read_of) < self.prompts
+        return self._reading.begin()
 
     @torch.no_grad()
-    def read(self, ids: Sequence[int]) -> Tensor:
-        """The next piece of the prompt, at least one token; logits [1, V] of what follows it."""
-        if self._read + len(ids) > self.length:
-            raise LinearizeError(f"a prompt of more than {self.length:,} tokens, which is what a slot holds")
-        return self._piece(torch.tensor(ids, dtype=torch.int64, device=self.device))
+    def read(self, pieces: Sequence[Sequence[int]]) -> Tensor:
+        """The next piece of every prompt being read, at least one token of each; logits [P, V] of what follows."""
+        assert self._reading is not None
+        for read, piece in zip(self._reading.read_of, pieces, strict=True):
+            if read + len(piece) > self.length:
+                raise LinearizeError(
+                    f"a prompt of more than {self.length:,} tokens, which is what a slot holds"
+                )
+        return self._reading.read(pieces)
 
     @torch.no_grad()
-    def admit(self, logits: Tensor, wish: Wish) -> tuple[int, Made]:
-        """Give the prompt that has been read a row, the first behind the live ones, and choose its first token."""
-        assert self._held is not None and self.live < self.rows
-        row = self.live
-        self._held.fill(row, self._prompt, self._read)
-        self._ends.append(self._read)
-        self._wishes[row] = wish
-        draws = torch.tensor(wish.draws(1), device=self.device) if wish.sampling.sample else None
-        chosen = self._wishes.choose(logits, draws, row)
-        self._places[row], self._alive[row] = self._read, 1
-        self._tokens[row] = chosen[0].clamp_min(0)
-        scores = None if wish.scores is None else [likelihoods(logits, chosen, wish.scores).cpu()]
-        return row, Made(chosen[:, None].cpu(), scores)
+    def admit(self, done: Sequence[int], logits: Tensor, wishes: Sequence[Wish]) -> Made:
+        """Give prompts that have been read the first rows behind the live ones, in this order, and choose first tokens.
+
+        Args:
+            done: their numbers, in rising order; `forget` is called of each, from the last to the first.
+            logits: [D, V] of what follows each.
+            wishes: one for each.
+        """
+        assert self._held is not None and self._reading is not None and self.live + len(done) <= self.rows
+        first, end = self.live, self.live + len(done)
+        for row, prompt, wish in zip(range(first, end), done, wishes, strict=True):
+            self._reading.give(prompt, self._held, row)
+            self._ends.append(self._reading.read_of[prompt])
+            self._wishes[row] = wish
+        draws = None
+        if any(wish.sampling.sample for wish in wishes):
+            draws = torch.tensor([wish.draws(1)[0] for wish in wishes], device=self.device)
+        chosen = self._wishes.choose(logits, draws, first)
+        self._places[first:end] = torch.tensor(self._ends[first:], device=self.device)
+        self._alive[first:end] = 1
+        self._tokens[first:end] = chosen.clamp_min(0)
+        wanted = max((wish.scores for wish in wishes if wish.scores is not None), default=None)
+        scores = None if wanted is None else [likelihoods(logits, chosen, wanted).cpu()]
+        for prompt in reversed(done):
+            self.forget(prompt)
+        return Made(chosen[:, None].cpu(), scores)
+
+    @torch.no_grad()
+    def forget(self, prompt: int) -> None:
+        """A prompt is not read any more; the last one takes its number."""
+        assert self._reading is not None
+        self._reading.leave(prompt)
 
     @torch.no_grad()
     def run(self, steps: int) -> Made:
@@ -213,29 +225,8 @@ class Slots:
         """Drop everything, as after an error whose reach is not known."""
         while self.live:
             self.drop(self.live - 1, broken=True)
-        self._prompt = self._one()
-
-    def _one(self) -> Cache:
-        """An empty cache of one row for a prompt."""
-        self._reading = places = Places(0, self._whole(1), self._whole(1))
-        kinds = (RowState if i in self._converted else RowKeys for i in range(self.config.num_hidden_layers))
-        return Cache(layers=[kind(places, self._length) for kind in kinds])
-
-    def _piece(self, ids: Tensor) -> Tensor:
-        first, end = self._read, self._read + len(ids)
-        self._reading.first = first
-        positions = torch.arange(first, end, device=self.device)[None]
-        masks: Masks = self._no_masks
-        if self._keeps:
-            masks = token_masks(self.config, self._seen[:, :end], positions, self.dtype)
-        logits = self._call(ids[None], positions, self._prompt, masks)
-        self._read = end
-        return logits
-
-    def _call(self, ids: Tensor, positions: Tensor, cache: Cache, masks: Masks) -> Tensor:
-        """Logits [B, V] of the last column."""
-        given = {self._cache_name: cache, "use_cache": True, "attention_mask": masks, **self._optional}
-        return self.model(input_ids=ids, position_ids=positions, **given).logits[:, -1]
+        if self._reading is not None:
+            self._reading.clear()
 
     def _step(self) -> Tensor:
         """One token for all live rows, logits [B, V] of at least those."""
@@ -248,22 +239,19 @@ class Slots:
     def _forward(self, rows: int) -> Tensor:
         cache, width = self._view(rows)
         places = self._places[:rows]
-        masks: Masks = self._no_masks
-        if self._keeps:
-            masks = token_masks(self.config, self._seen[:, :width], places[:, None], self.dtype)
-        logits = self._call(self._tokens[:rows, None], places[:, None], cache, masks)
+        logits = self._rows(self._tokens[:rows, None], places[:, None], cache, width)
         places.add_(self._alive[:rows]).clamp_max_(self.length - 1)
         return logits
 
     def _view(self, rows: int) -> tuple[Cache, int]:
         """The first rows' cache, and how wide its softmax layers are."""
         assert self._held is not None
-        width = self._length
-        if self._length and not self._captures:
+        width = self._rows.held
+        if width and not self._captures:
             longest = max(self._ends, default=0) + 1
-            width = min(-(-longest // WIDTH) * WIDTH, self._length)
+            width = min(-(-longest // WIDTH) * WIDTH, width)
         if self._cache is None or self._cache[0] != (rows, width):
-            self._cache = (rows, width), self._held.first(rows, width, self._places[:rows])
+            self._cache = (rows, width), self._held.first(width, self._places[:rows, None], 1)
         return self._cache[1], width
 
     def _sizes(self) -> list[int]:
@@ -288,7 +276,7 @@ class Slots:
         moved = self._held.moved(self._cache[1])
         if moved:
             raise LinearizeError(
-                f"states that are not written in place cannot be shared: {', '.join(moved[:3])}"
+                f"states that are not written in place cannot be shared: {', '.join(list(moved)[:3])}"
             )
 
     def _decoding(self) -> AbstractContextManager[Any]:

@@ -1,4 +1,4 @@
-"""Whose turn it is: one thread reads prompts piece by piece, decodes all slots together, and hands out the tokens."""
+"""Whose turn it is: one thread reads prompts piece by piece, several at once, decodes all slots, hands out tokens."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from linearize.decode.prompts import widest
 from linearize.decode.row_choice import NO_NUMBER, Wish
 from linearize.decode.slots import Made, Slots
 from linearize.serve.metrics import Metrics
@@ -81,13 +82,14 @@ Outbox = list[tuple[Ticket, Piece]]
 
 
 class Scheduler:
-    """Texts that wait, the one that is being read, and those in slots.
+    """Texts that wait, those that are being read, and those in slots.
 
     Args:
         slots: prepared.
         eos: tokens that end a text.
         queue: texts that may wait beyond those that fit into slots.
-        piece: tokens of prompts that are read between two looks at the slots.
+        piece: tokens of prompts that are read between two looks at the slots, padding included.
+        wide: tokens of a prompt that are worth a row in a call; another begins where its own still fit into `piece`.
         every: tokens between two looks of the host at what was made.
         metrics: to count in.
         post: runs a function of no arguments where tickets' `put` may be called.
@@ -100,16 +102,18 @@ class Scheduler:
         eos: Collection[int],
         queue: int,
         piece: int,
+        wide: int,
         every: int,
         metrics: Metrics,
         post: Callable[[Callable[[], None]], None],
     ) -> None:
         self.slots, self.eos, self.queue = slots, frozenset(eos), queue
-        self.piece, self.every, self.metrics, self._post = piece, every, metrics, post
+        self.piece, self.wide, self.every = piece, wide, every
+        self.metrics, self._post = metrics, post
         self.failure: str | None = None
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
-        self._reading: Ticket | None = None
+        self._reading: list[Ticket] = []
         self._running: list[Ticket] = []
         self._outbox: Outbox = []
         self._closing: float | None = None
@@ -167,7 +171,7 @@ class Scheduler:
     @property
     def open(self) -> int:
         """Texts that were taken on and have not ended."""
-        return len(self._waiting) + (self._reading is not None) + len(self._running)
+        return len(self._waiting) + len(self._reading) + len(self._running)
 
     @property
     def alive(self) -> bool:
@@ -190,9 +194,10 @@ class Scheduler:
 
     def _turn(self) -> None:
         self._sweep()
-        budget = self.piece
-        while budget > 0 and self._next() is not None:
-            budget -= self._read(budget)
+        left = self.piece
+        # what a last piece would leave is too little to share out
+        while 2 * left > self.piece and self._take(left):
+            left -= self._read(left)
         if self._running:
             self._decode()
         self._count()
@@ -219,9 +224,11 @@ class Scheduler:
             found = verdict(self._running[row])
             if found is not None:
                 self._refuse(self._leave(row), *found)
-        if self._reading is not None and (found := verdict(self._reading)) is not None:
-            self._refuse(self._reading, *found)
-            self._reading = None
+        for prompt in reversed(range(len(self._reading))):
+            found = verdict(self._reading[prompt])
+            if found is not None:
+                self.slots.forget(prompt)
+                self._refuse(_without(self._reading, prompt), *found)
         with self._changed:
             waiting, self._waiting = self._waiting, deque()
             for ticket in waiting:
@@ -231,31 +238,40 @@ class Scheduler:
                 else:
                     self._refuse(ticket, *found)
 
-    def _next(self) -> Ticket | None:
-        """The text whose prompt is to be read: the one begun, or the first that waits if there is a slot for it."""
-        if self._reading is None and len(self._running) < self.slots.rows:
+    def _take(self, budget: int) -> bool:
+        """Whether prompts are to be read: those begun, and of those that wait what fits and has a slot to go to."""
+        taken = sum(min(len(ticket.prompt) - ticket.read, self.wide) for ticket in self._reading)
+        while len(self._reading) < min(self.slots.prompts, self.slots.rows - len(self._running)):
             with self._changed:
-                self._reading = self._waiting.popleft() if self._waiting else None
-            if self._reading is not None:
-                self.slots.begin()
-        return self._reading
+                if not self._waiting:
+                    break
+                taken += min(len(self._waiting[0].prompt), self.wide)
+                if self._reading and taken > budget:
+                    break
+                self._reading.append(self._waiting.popleft())
+            self.slots.begin()
+        return bool(self._reading)
 
-    def _read(self, most: int) -> int:
-        """A piece of the prompt that is being read; with the last one it gets its slot. Returns its tokens."""
-        ticket = self._reading
-        assert ticket is not None
-        ids = ticket.prompt[ticket.read : ticket.read + most]
-        logits = self.slots.read(ids)
-        ticket.read += len(ids)
-        self.metrics.prompt_tokens.inc(len(ids))
-        if ticket.read == len(ticket.prompt):
-            row, made = self.slots.admit(logits, ticket.wish)
-            assert row == len(self._running)
-            self._running.append(ticket)
-            self._reading = None
-            self.metrics.first.observe(time.monotonic() - ticket.born)
-            self._give(row, made, 0)
-        return len(ids)
+    def _read(self, budget: int) -> int:
+        """A piece of every prompt that is being read; with its last one each gets its slot. Returns tokens computed."""
+        reading = self._reading
+        width = widest([len(ticket.prompt) - ticket.read for ticket in reading], budget)
+        pieces = [ticket.prompt[ticket.read : ticket.read + width] for ticket in reading]
+        logits = self.slots.read(pieces)
+        for ticket, piece in zip(reading, pieces, strict=True):
+            ticket.read += len(piece)
+            self.metrics.prompt_tokens.inc(len(piece))
+        done = [prompt for prompt, ticket in enumerate(reading) if ticket.read == len(ticket.prompt)]
+        if done:
+            first = len(self._running)
+            made = self.slots.admit(done, logits[done], [reading[prompt].wish for prompt in done])
+            self._running += [reading[prompt] for prompt in done]
+            for prompt in reversed(done):
+                ticket = _without(reading, prompt)
+                self.metrics.first.observe(time.monotonic() - ticket.born)
+            for row in reversed(range(first, len(self._running))):
+                self._give(row, made, row - first)
+        return width * len(pieces)
 
     def _decode(self) -> None:
         made = self.slots.run(min(self.every, max(ticket.most - ticket.made for ticket in self._running)))
@@ -297,12 +313,8 @@ class Scheduler:
 
     def _leave(self, row: int, *, broken: bool = False) -> Ticket:
         """Free a row; the last text takes it."""
-        ticket = self._running[row]
         self.slots.drop(row, broken=broken)
-        last = self._running.pop()
-        if last is not ticket:
-            self._running[row] = last
-        return ticket
+        return _without(self._running, row)
 
     def _refuse(self, ticket: Ticket, reason: str, refusal: Refusal) -> None:
         self._outbox.append((ticket, Piece([], refusal=refusal)))
@@ -337,8 +349,8 @@ class Scheduler:
             "there is too little memory; start the server with fewer --slots" if memory else repr(error)
         )
         log.error("texts in slots are lost: %s", self.failure, exc_info=None if memory else error)
-        lost = [*self._running, *([] if self._reading is None else [self._reading])]
-        self._running, self._reading = [], None
+        lost = [*self._running, *self._reading]
+        self._running, self._reading = [], []
         usable = True
         try:
             self.slots.clear()
@@ -352,6 +364,14 @@ class Scheduler:
             self._refuse(ticket, "failed", Refusal(500, f"the decoding failed: {self.failure}"))
         self._deliver()
         return usable
+
+
+def _without(tickets: list[Ticket], index: int) -> Ticket:
+    """Take one out; the last fills its place, as it does in the slots."""
+    ticket, last = tickets[index], tickets.pop()
+    if last is not ticket:
+        tickets[index] = last
+    return ticket
 
 
 def _scores(made: Made, row: int, ids: list[int], most: int) -> list[Score]:

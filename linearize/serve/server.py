@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 import socket
@@ -11,65 +10,33 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
 from linearize.decode.slots import Slots
-from linearize.errors import LinearizeError
 from linearize.eval.limits import learned_positions
 from linearize.serve.app import Service, build
 from linearize.serve.asked import Limits, Reader
 from linearize.serve.connections import Patience, drop
 from linearize.serve.metrics import Metrics
 from linearize.serve.scheduler import Scheduler
+from linearize.serve.settings import Settings, taken
 from linearize.signals import STOPPING
 
 log = logging.getLogger(__name__)
 
 STREAM_EVERY = 4
 """Tokens between two looks of the host on a GPU, where a look stalls the device."""
+WIDE = 256
+"""Tokens of a prompt in one call that fill a GPU's rows; on a CPU others only join where a prompt leaves room."""
 BACKLOG = 2048
 """Connections that wait to be taken on."""
 TICKS = 10
 """uvicorn's ticks, ten a second, between two looks at connections that stand still."""
 LAST_WORDS = 5.0
 """Seconds that answers have to be sent once every text has ended."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a model is served.
-
-    Attributes:
-        name: what clients call the model.
-        host, port: where; port 0 takes a free one.
-        token: that clients give, or None.
-        slots: texts at once.
-        queue: texts that wait beyond those.
-        prompt, new: most tokens of a prompt and after it.
-        piece: tokens of prompts that are read between two steps of the others; None: 512, on a GPU 2048.
-        body: bytes of a request.
-        seconds: that a request may take.
-        grace: seconds that running texts have once the server is asked to stop.
-        graph: capture CUDA graphs where there is CUDA.
-    """
-
-    name: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    token: str | None = None
-    slots: int = 16
-    queue: int = 256
-    prompt: int = 4096
-    new: int = 1024
-    piece: int | None = None
-    body: int = 2**20
-    seconds: float = 300.0
-    grace: float = 10.0
-    graph: bool = True
 
 
 class Served:
@@ -90,7 +57,14 @@ class Served:
         both = settings.prompt + settings.new
         both = both if room is None else min(both, room)
         limits = Limits(settings.prompt, settings.new, both, settings.body, settings.seconds)
-        self.slots = Slots(model, settings.slots, both, most=room, capture=settings.graph)
+        self.slots = Slots(
+            model,
+            settings.slots,
+            both,
+            most=room,
+            prompts=min(settings.prompts, settings.slots),
+            capture=settings.graph,
+        )
         self.slots.prepare()
         rows = model.get_input_embeddings().weight.shape[0]
         reader = Reader(tokenizer, rows, settings.name, limits)
@@ -105,6 +79,7 @@ class Served:
             eos=_ends(model, tokenizer),
             queue=settings.queue,
             piece=self.piece,
+            wide=min(WIDE, self.piece) if on_gpu else self.piece,
             every=STREAM_EVERY if on_gpu else 1,
             metrics=metrics,
             post=self._post,
@@ -125,7 +100,7 @@ class Served:
         try:
             listening.listen(BACKLOG)
         except OSError as error:
-            raise _taken(self.settings, error) from None
+            raise taken(self.settings, error) from None
         config = uvicorn.Config(
             self.app,
             log_config=None,
@@ -147,7 +122,16 @@ class Served:
         longest = min(piece, self.settings.prompt)
         for tokens in sorted({1, min(17, longest), longest}):
             self.slots.begin()
-            self.slots.read([0] * tokens)
+            self.slots.read([[0] * tokens])
+            self.slots.forget(0)
+        together = self.slots.prompts
+        if together > 1 and longest > together:
+            for _ in range(together):
+                self.slots.begin()
+            for short in (0, 1):  # without padding and with
+                self.slots.read([[0] * (longest // together - short * (row % 2)) for row in range(together)])
+            for prompt in reversed(range(together)):
+                self.slots.forget(prompt)
 
     def stop(self) -> None:
         """As a signal does, from any thread."""
@@ -212,45 +196,6 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
         self._closing()
-
-
-def bound(settings: Settings) -> socket.socket:
-    """A socket at the host and port, which nobody can reach before `Served.run`.
-
-    Raises:
-        LinearizeError: the host is not this machine's alone and there is no token; the port is taken or forbidden.
-    """
-    if settings.token is None and not _is_loopback(settings.host):
-        raise LinearizeError(
-            f"--host {settings.host}: others could reach the server, and it has no token; set LINEARIZE_TOKEN (or "
-            "--token), or leave --host at 127.0.0.1"
-        )
-    if not settings.host.strip():
-        raise LinearizeError("--host is empty; give an address such as 127.0.0.1, or 0.0.0.0 for all of them")
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((settings.host, settings.port))
-    except (OSError, TypeError, ValueError) as error:  # the latter two of names that no address can have
-        made.close()
-        raise _taken(settings, error) from None
-    return made
-
-
-def _taken(settings: Settings, error: Exception) -> LinearizeError:
-    reason = getattr(error, "strerror", None) or error
-    return LinearizeError(
-        f"cannot listen on {settings.host}:{settings.port}: {reason}; take another --port (0 takes a free one) or "
-        "--host"
-    )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:

@@ -10,6 +10,7 @@ import torch
 from decoding import HEDGEHOG, LOLCATS, MIXERS, devices, hybrid
 
 from linearize.bench.subjects import convert, random_model, subjects
+from linearize.decode.prompts import widest
 from linearize.decode.row_choice import NO_NUMBER, Wish
 from linearize.decode.sampling import Sampling
 from linearize.decode.slots import Slots
@@ -29,30 +30,58 @@ def prompt(length: int, seed: int) -> list[int]:
     return tiny.tokens(1, length, seed)[0].tolist()
 
 
-def read(slots: Slots, ids: list[int], piece: int):
+def admitted(slots: Slots, ids: list[int], piece: int = 50, wish: Wish | None = None):
+    """Read a prompt alone and give it a row; what `admit` made."""
     slots.begin()
     for first in range(0, len(ids), piece):
-        logits = slots.read(ids[first : first + piece])
-    return logits
+        logits = slots.read([ids[first : first + piece]])
+    return slots.admit([0], logits, [wish or Wish()])
 
 
 class Served:
-    """A text in a slot, beside what it is to be."""
+    """A text that is made, beside what it is to be."""
 
-    def __init__(self, slots: Slots, ids: list[int], tokens: int, piece: int) -> None:
-        self.ids, self.tokens = ids, tokens
-        _, made = slots.admit(read(slots, ids, piece), Wish())
-        self.made = made.tokens[0].tolist()
+    def __init__(self, ids: list[int], tokens: int) -> None:
+        self.ids, self.tokens, self.read = ids, tokens, 0
+        self.made: list[int] = []
+
+
+def without(texts: list[Served], index: int) -> Served:
+    """Take one out; the last fills its place."""
+    text, texts[index] = texts[index], texts[-1]
+    texts.pop()
+    return text
 
 
 def together(model, slots: Slots, seed: int, texts: int = 14, abort: float = 0.2, longest: int = 30) -> int:
-    """Random arrivals, lengths, pieces, steps and aborts; checks every text that ends."""
-    dice, rows, checked, started = random.Random(seed), [], 0, 0
-    while started < texts or rows:
-        while started < texts and slots.live < slots.rows and dice.random() < 0.7:
+    """Random arrivals, lengths, pieces read together, steps and aborts; checks every text that ends."""
+    dice, checked, started = random.Random(seed), 0, 0
+    reading: list[Served] = []
+    rows: list[Served] = []
+    while started < texts or reading or rows:
+        room = min(slots.prompts, slots.rows - slots.live)
+        while started < texts and len(reading) < room and dice.random() < 0.8:
             started += 1
             ids = prompt(dice.choice([1, 2, dice.randint(3, longest)]), 100 * seed + started)
-            rows.append(Served(slots, ids, dice.randint(1, NEW), dice.choice([1, 3, 8, 50])))
+            assert slots.begin() == len(reading)
+            reading.append(Served(ids, dice.randint(1, NEW)))
+        if reading and dice.random() < abort / 4:
+            gone = dice.randrange(len(reading))
+            slots.forget(gone)
+            without(reading, gone)
+        if reading:
+            pieces = [text.ids[text.read :][: dice.choice([1, 3, 8, 50])] for text in reading]
+            logits = slots.read(pieces)
+            for text, piece in zip(reading, pieces, strict=True):
+                text.read += len(piece)
+            done = [index for index, text in enumerate(reading) if text.read == len(text.ids)]
+            if done:
+                first = slots.admit(done, logits[done], [Wish()] * len(done)).tokens.tolist()
+                for index, tokens in zip(done, first, strict=True):
+                    reading[index].made += tokens
+                    rows.append(reading[index])
+                for index in reversed(done):
+                    without(reading, index)
         if rows:
             block = slots.run(dice.randint(1, 3)).tokens.tolist()
             for row, tokens in zip(rows, block, strict=True):
@@ -65,8 +94,7 @@ def together(model, slots: Slots, seed: int, texts: int = 14, abort: float = 0.2
                     assert row.made[: row.tokens] == alone(model, row.ids, row.tokens), (seed, row.ids)
                     checked += 1
                 slots.drop(index)
-                rows[index] = rows[-1]
-                rows.pop()
+                without(rows, index)
     return checked
 
 
@@ -76,14 +104,14 @@ def together(model, slots: Slots, seed: int, texts: int = 14, abort: float = 0.2
 def test_gives_the_tokens_of_generate(family, layers, device):
     """Kept softmax layers with and without a sliding window, learned positions, and a model that nobody converted."""
     model = hybrid(family, layers, device=device) if layers else tiny.model(family).to(device)
-    assert together(model, Slots(model, 3, 48, most=48), seed=1, texts=8) >= 3
+    assert together(model, Slots(model, 3, 48, most=48, prompts=3), seed=1, texts=8) >= 3
 
 
 @devices
 @pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
 def test_every_kind_of_state(mixer, device):
     model = hybrid("llama", "all", mixer, device, num_hidden_layers=2)
-    assert together(model, Slots(model, 3, 64), seed=2) >= 5
+    assert together(model, Slots(model, 3, 64, prompts=3), seed=2) >= 5
 
 
 @pytest.mark.parametrize("name", subjects())
@@ -94,7 +122,7 @@ def test_of_every_recipe(name):
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
-    assert together(model.eval(), Slots(model, 3, 64), seed=5, texts=5) >= 2
+    assert together(model.eval(), Slots(model, 3, 64, prompts=3), seed=5, texts=5) >= 2
 
 
 @pytest.mark.slow
@@ -102,7 +130,7 @@ def test_of_every_recipe(name):
 @pytest.mark.parametrize("seed", range(20))
 def test_many_arrivals(seed, device):
     model = hybrid("llama", [0, 2], device=device)
-    assert together(model, Slots(model, 5, 64), seed=10 + seed, texts=60) >= 20
+    assert together(model, Slots(model, 5, 64, prompts=4), seed=10 + seed, texts=60) >= 20
 
 
 @devices
@@ -110,7 +138,7 @@ def test_a_row_that_ends_leaves_its_place_to_the_last(device):
     model = hybrid("llama", [1], device=device)
     slots = Slots(model, 4, 64)
     texts = [prompt(length, length) for length in (5, 17, 9)]
-    made = [Served(slots, ids, NEW, 8).made for ids in texts]
+    made = [admitted(slots, ids, 8).tokens[0].tolist() for ids in texts]
     for row, tokens in enumerate(slots.run(2).tokens.tolist()):
         made[row] += tokens
     slots.drop(0)
@@ -127,9 +155,9 @@ def test_a_draw_is_the_rows_own():
 
     def made(others: int) -> list[int]:
         for other in range(others):
-            slots.admit(read(slots, prompt(4 + other, other), 8), Wish(Sampling(bool(other % 2)), other))
-        row, first = slots.admit(read(slots, prompt(7, 50), 8), Wish(wish, seed=3))
-        tokens = first.tokens[0].tolist() + slots.run(NEW).tokens[row].tolist()
+            admitted(slots, prompt(4 + other, other), 8, Wish(Sampling(bool(other % 2)), other))
+        first = admitted(slots, prompt(7, 50), 8, Wish(wish, seed=3))
+        tokens = first.tokens[0].tolist() + slots.run(NEW).tokens[-1].tolist()
         slots.clear()
         return tokens
 
@@ -144,24 +172,86 @@ def test_a_row_without_numbers_says_so_and_its_slot_is_clean_afterwards():
     with torch.no_grad():
         sound = model.get_input_embeddings().weight[5].clone()
         model.get_input_embeddings().weight[5] = float("nan")
-    slots.admit(read(slots, good, 50), Wish())
-    assert slots.admit(read(slots, [7, 5, 9], 50), Wish())[1].tokens.item() == NO_NUMBER
+    admitted(slots, good)
+    assert admitted(slots, [7, 5, 9]).tokens.item() == NO_NUMBER
     tokens = slots.run(2).tokens
     assert (tokens[1] == NO_NUMBER).all() and (tokens[0] != NO_NUMBER).all()
     slots.drop(1, broken=True)
     with torch.no_grad():
         model.get_input_embeddings().weight[5] = sound
-    row = Served(slots, prompt(2, 3), NEW, 50)
-    row.made += slots.run(NEW - 1).tokens[1].tolist()
-    assert row.made == alone(model, row.ids, NEW)
+    ids = prompt(2, 3)
+    made = admitted(slots, ids).tokens[0].tolist() + slots.run(NEW - 1).tokens[1].tolist()
+    assert made == alone(model, ids, NEW)
+
+
+def test_prompts_of_one_call_do_not_hear_of_each_other():
+    """A neighbour without numbers, read before in the same place and beside, changes nothing; nor does padding."""
+    model = hybrid("llama", [1], num_hidden_layers=3)
+    good, bad = prompt(9, 1), [7, 5, 9, 8, 6, 5, 4, 3, 9, 8, 5, 7, 4]
+    slots = Slots(model, 3, 64, prompts=3)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = float("nan")
+
+    def read(*texts: list[int]) -> list[torch.Tensor]:
+        for _ in texts:
+            slots.begin()
+        logits = list(slots.read(texts))
+        for index in reversed(range(len(texts))):
+            slots.forget(index)
+        return logits
+
+    ids = [token for token in good if token != 5]
+    wanted = read(ids)[0]
+    broken, beside = read(bad, ids)
+    assert beside.isfinite().all() and broken.isnan().any()
+    torch.testing.assert_close(beside, wanted, rtol=1e-5, atol=1e-5)
+    for place in range(3):  # where the broken one has been
+        torch.testing.assert_close(read(*([ids] * 3))[place], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_several_rows_are_given_at_once():
+    """Each with its own settings and scores; what the others still read goes on."""
+    model = hybrid("llama", [1], num_hidden_layers=3)
+    slots = Slots(model, 4, 64, prompts=3)
+    texts = [prompt(length, length) for length in (6, 20, 9)]
+    for _ in texts:
+        slots.begin()
+    logits = slots.read([ids[:9] for ids in texts])
+    drawn = Wish(Sampling(True, 0.9, 12, 0.95), seed=3)
+    first = slots.admit([0, 2], logits[[0, 2]], [Wish(scores=2), drawn])
+    assert first.scores is not None and first.scores[0].top.shape == (2, 2)
+    made = first.tokens.tolist()
+    for row, tokens in zip(made, slots.run(3).tokens.tolist(), strict=True):
+        row += tokens
+    assert made[0] == alone(model, texts[0], 4)
+    last = slots.admit([0], slots.read([texts[1][9:]]), [Wish()]).tokens[0].tolist()
+    assert last + slots.run(4).tokens[2].tolist() == alone(model, texts[1], 5)
+    slots.clear()
+    same = admitted(slots, texts[2], 9, Wish(Sampling(True, 0.9, 12, 0.95), seed=3)).tokens[0].tolist()
+    assert same + slots.run(3).tokens[0].tolist() == made[1]
+
+
+@pytest.mark.parametrize(
+    ("left", "budget", "width"),
+    [
+        ([8192], 512, 512),
+        ([8192] * 8, 8192, 1024),
+        ([8192, 32, 32, 32], 4096, 32),  # short ones do not wait, nor are they padded to a long one's length
+        ([100, 110, 120, 150], 2048, 150),
+        ([5, 5, 5, 5], 2, 1),
+        ([9, 1], 512, 1),
+    ],
+)
+def test_how_wide_prompts_are_read(left, budget, width):
+    assert widest(left, budget) == width
 
 
 def test_scores_are_those_of_the_model():
     model = hybrid(num_hidden_layers=2)
     slots = Slots(model, 2, 64)
     ids = prompt(6, 2)
-    slots.admit(read(slots, prompt(9, 4), 50), Wish())
-    _, first = slots.admit(read(slots, ids, 50), Wish(scores=3))
+    admitted(slots, prompt(9, 4))
+    first = admitted(slots, ids, wish=Wish(scores=3))
     block = slots.run(2)
     text = ids + first.tokens[0].tolist() + block.tokens[1].tolist()
     with torch.no_grad():
@@ -180,12 +270,12 @@ def test_what_cannot_be_is_refused():
         Slots(chunked, 2, 32)
     slots = Slots(hybrid("llama", [1]), 2, 32)
     with pytest.raises(LinearizeError, match="more than 32 tokens"):
-        read(slots, prompt(33, 1), 16)
+        admitted(slots, prompt(33, 1), 16)
 
 
 def test_nothing_grows(monkeypatch):
     model = hybrid("llama", "all", LOLCATS, num_hidden_layers=2)
-    slots = Slots(model, 3, 0)
+    slots = Slots(model, 3, 0, prompts=2)
     together(model, slots, seed=3, texts=4)
     places = {name: (x.data_ptr(), x.shape) for name, x in slots._held.held.items()}
     together(model, slots, seed=4, texts=6, longest=90)

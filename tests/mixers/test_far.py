@@ -156,7 +156,7 @@ LLAMA3 = {
         ("stablelm", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, 1),
         ("gemma3_text", {"head_dim": 16, "sliding_window": 8, "layer_types": KINDS}, 2),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, 0),
-        ("gptj", {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 4}, 0),
+        ("cohere", {}, 0),
     ],
     ids=["llama", "llama3", "partial", "by_layer", "dynamic", "interleaved"],
 )  # fmt: skip

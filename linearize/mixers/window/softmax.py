@@ -9,6 +9,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from linearize.kernels import dispatch
 from linearize.kernels.window import Seen, add_sink, merge, window_chunk
 from linearize.kernels.window.merge import Normalized, merge_normalized
 from linearize.kernels.window.reference import Weighted
@@ -63,7 +64,7 @@ def softmax(
     v: Tensor,
     alone: bool,
     *,
-    kernel: bool,
+    fits: bool,
     scaling: float,
     softcap: float | None,
 ) -> Partial:
@@ -72,10 +73,10 @@ def softmax(
     Args:
         k, v: [B, P + T, N, K or V].
         alone: see `Window.alone`.
-        kernel: run Triton's.
+        fits: Triton's kernels take heads so wide; otherwise they run where they are asked for by name.
     """
     scores: Scores = {"scaling": scaling, "softcap": softcap}
-    if kernel:
+    if dispatch.use_triton(asked[0].q, k, v) and (fits or not dispatch.automatic()):
         from linearize.kernels.window.operator import window_triton
 
         made: list[Normalized] = [

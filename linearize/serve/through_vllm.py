@@ -1,0 +1,68 @@
+"""The same model behind vLLM's own server of OpenAI's interface, in the place of this process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+from linearize.errors import LinearizeError
+from linearize.serve.settings import Settings
+
+NAMES = {
+    "queue": "--queue",
+    "body": "--max-body",
+    "seconds": "--timeout",
+    "grace": "--grace",
+    "piece": "--piece",
+    "prompts": "--prompts",
+}
+"""Settings of the slots that vLLM's server has no counterpart of, as the command line calls them."""
+
+
+def installed() -> bool:
+    """Whether vLLM can be imported."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def obstacles(settings: Settings, folder: Path, device: str) -> list[str]:
+    """What was asked for that vLLM's server would pass over, each a phrase."""
+    usual = Settings(name="")
+    asked = [option for name, option in NAMES.items() if getattr(settings, name) != getattr(usual, name)]
+    asked += [f"--device {device}"] if device != "auto" else []
+    found = [f"it has no {', '.join(asked)}"] if asked else []
+    if (folder / "adapter").is_dir():
+        found.append(f"the adapter in {folder} is not merged")
+    return found
+
+
+def command(settings: Settings, folder: Path, port: int) -> list[str]:
+    """The command line of vLLM's server; the token goes by VLLM_API_KEY, which no list of processes shows."""
+    made = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    made += ["--served-model-name", settings.name, "--host", settings.host, "--port", str(port)]
+    most = settings.prompt + settings.new
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    most = min(most, config.get("max_position_embeddings") or most)  # it refuses more
+    made += ["--max-num-seqs", str(settings.slots), "--max-model-len", str(most)]
+    return made + ([] if settings.graph else ["--enforce-eager"])
+
+
+def replace_process(settings: Settings, folder: Path, port: int) -> None:
+    """Become vLLM's server; does not return.
+
+    Raises:
+        LinearizeError: the process cannot be started.
+    """
+    if settings.token is not None:
+        os.environ["VLLM_API_KEY"] = settings.token
+    sys.stdout.flush()
+    sys.stderr.flush()
+    line = command(settings, folder, port)
+    try:
+        os.execv(line[0], line)
+    except OSError as error:
+        raise LinearizeError(
+            f"vLLM's server cannot be started: {error.strerror}; take --engine slots"
+        ) from error
