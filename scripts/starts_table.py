@@ -8,7 +8,7 @@ from typing import Any
 from sheet import ROOT, number
 
 SPEEDS = "bf16, captured"
-"""Way of the bench whose tokens/s the tables show: replayed from a CUDA graph, as a run has it; rows without are another one."""
+"""Way of the bench whose tokens/s the tables show: replayed from a CUDA graph, as a run has it."""
 
 
 def join(found: dict[str, Any], sheets: list[dict[str, Any]]) -> None:
