@@ -1,0 +1,76 @@
+"""Rows measured elsewhere: joined by scripts/results/join_rows.py, shown by scripts/results/recipes_page.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "results"
+
+
+def row(recipe, speed, **more):
+    kept = {"measured": "train", "shape": "tiny", "recipe": recipe, "way": "bf16", "batch": 1, "length": 8}
+    return kept | {"tokens_per_second": speed} | more
+
+
+@pytest.fixture
+def join(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import join_rows
+
+    def joined(before, *cards, options=()):
+        files = [tmp_path / f"{card}.json" for card in range(len(cards))]
+        for file, rows in zip(files, cards, strict=True):
+            file.write_text(json.dumps(rows))
+        to = tmp_path / "to.json"
+        if before is not None:
+            to.write_text(json.dumps(before))
+        assert join_rows.main([str(to), *map(str, files), "--commit", "new", *options]) == 0
+        return [(x["recipe"], x["tokens_per_second"], x["commit"]) for x in json.loads(to.read_text())]
+
+    joined.main = join_rows.main
+    return joined
+
+
+def test_newer_rows_take_the_place_of_older_ones(join, tmp_path):
+    old = [row("a", 1, commit="old"), row("b", 2, commit="old"), row("a", 3, commit="old", batch=2)]
+    expected = [("b", 2, "old"), ("a", 3, "old"), ("a", 4, "new")]
+    assert join(old, [row("a", 4)]) == expected
+    assert join(None, [row("a", 4)]) == expected  # once more: nothing is there twice
+    assert join(old, [row("a", 4)], options=["--beside"])[:3] == [
+        ("a", 1, "old"),
+        ("b", 2, "old"),
+        ("a", 3, "old"),
+    ]
+
+
+def test_cards_stand_beside_one_another(join, tmp_path):
+    assert join([], [row("a", 1)], [row("a", 2)]) == [("a", 1, "new"), ("a", 2, "new")]
+    assert [x["card"] for x in json.loads((tmp_path / "to.json").read_text())] == [0, 1]
+
+
+def test_what_was_not_measured_takes_nothings_place(join):
+    assert join([row("a", 1, commit="old")], [row("a", None), row("b", None)]) == [
+        ("a", 1, "old"),
+        ("b", None, "new"),
+    ]
+
+
+def test_a_missing_file_is_named(join, tmp_path, capsys):
+    assert join.main([str(tmp_path / "to.json"), str(tmp_path / "no.json"), "--commit", "new"]) != 0
+    assert "no.json" in capsys.readouterr().err
+
+
+def test_the_page_is_made_of_the_rows(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import recipes_page as page
+
+    text = (page.RESULTS / page.PAGE).read_text(encoding="utf-8")
+    rows, profiles = page.read(page.RESULTS / page.ROWS), page.read(page.RESULTS / page.PROFILES)
+    assert page.written(text, rows, profiles) == text
+    slow = [x for x in rows if x["recipe"] == "mesanet" and x["measured"] == "train"]
+    assert f"**{slow[-1]['tokens_per_second']:,.0f}**" in page.training(rows)
+    with pytest.raises(ValueError, match="0 places for decoding"):
+        page.written(text.replace("<!-- decoding -->", ""), rows, profiles)
