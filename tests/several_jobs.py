@@ -18,7 +18,7 @@ from several import run
 from several_recipes import DEVICE
 from torch import nn
 
-from linearize import cli, distill, launched
+from linearize import cli, distill, launched, storing
 from linearize.config.budget import parse
 from linearize.config.schema import RunConfig, StageConfig
 from linearize.distill import processes, rates, runner, together, watch
@@ -44,6 +44,23 @@ def signalled(
 
     StageCallback.on_step_end = on_step_end  # type: ignore[method-assign]
     run(model, recipe, out, resume)
+
+
+def slow_to_write(model: str, recipe: Any, out: Path) -> None:
+    """SIGTERM, and a first process whose checkpoint takes a while; the second says which one is there when it ends."""
+    original = StageTrainer._save_checkpoint
+
+    def save(self: StageTrainer, *given: Any) -> None:
+        if launched.first() and self.interrupt.obeyed:
+            time.sleep(2)
+        original(self, *given)
+
+    StageTrainer._save_checkpoint = save  # type: ignore[method-assign]
+    try:
+        signalled(model, recipe, out, signal.SIGTERM, 1, ("transfer", 2), False)
+    finally:
+        if not launched.first():
+            (out.parent / "seen.txt").write_text(storing.latest(out / "stage-1-transfer").name)
 
 
 def pressed_twice(model: str, recipe: Any, out: Path) -> None:

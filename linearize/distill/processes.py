@@ -99,7 +99,7 @@ def joined(
         store, number, size = next(iter(dist.rendezvous("env://")))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=TOGETHER)
-        groups = [dist.new_group(backend="gloo", timeout=time) for time in (TOGETHER, ALONE)]
+        steps, waits = (dist.new_group(backend="gloo", timeout=time) for time in (TOGETHER, ALONE))
     told = dist.PrefixStore("linearize", store)
     launched.speaks.append(lambda: _first_to_tell(told))
     watch = Watch(
@@ -109,7 +109,7 @@ def joined(
         partial(_last_words, last_words),
         ProcessLost.exit_code,
     )
-    _joined.append(_Groups(*groups, watch))
+    _joined.append(_Groups(steps, waits, watch))
     done = False
     try:
         yield

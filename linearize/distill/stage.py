@@ -80,8 +80,7 @@ class StageTrainer(Trainer):
         self.trained_model = model
         self.stage_name = name
         self.stage = stage
-        self.seed = seed
-        self.autocast_dtype = autocast
+        self.seed, self.autocast_dtype = seed, autocast
         self.course = Course.of(stage, length)
         self.off: Sequence[Off] = []
         self.drops_windows = Over.of(stage.window_dropout).most > 0
@@ -190,13 +189,12 @@ class StageTrainer(Trainer):
         batch, phase = self._prepare_inputs(inputs), self.course.phase(self.state.global_step)
         draw = self._draw_windows()
         processes.random_apart(self.seed, self.state.global_step)
+        run = partial(self._pass, model)
         with processes.in_pass():
             self._step_values = self.micro.run(
                 batch,
                 # a share of the batch is a number of the recording
-                lambda part: self.passes(
-                    partial(self._pass, model), part, num_items_in_batch, draw, phase.batch
-                ),
+                lambda part: self.passes(run, part, num_items_in_batch, draw, phase.batch),
                 undo=self._begin_again,
             )
         window_dropout.forget(surgery.converted(self.trained_model) if draw.off else [], draw.off)
@@ -235,8 +233,7 @@ class StageTrainer(Trainer):
         )
         self._window_steps += 1
         self._step_values = None
-        self._step_norm = norm
-        self._step_lr = self._rates()
+        self._step_norm, self._step_lr = norm, self._rates()
         self._changing = self._changes()
         return norm
 
@@ -360,6 +357,9 @@ class StageTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the original counts all parameters on every micro-batch
+
+    def store_flos(self) -> None:
+        pass  # the original asks the others for theirs, on the device, and waits there for one that is still writing
 
 
 def _arguments(

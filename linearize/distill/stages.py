@@ -275,6 +275,8 @@ def _fit(trainer: StageTrainer, place: StagePlace, start: Path | None) -> None:
         ):
             trainer.train(resume_from_checkpoint=str(start) if start else None)
     if trainer.state.global_step < trainer.course.steps:
+        # a launcher ends all with the first that ends, and one of them may still be writing
+        processes.most([0])
         raise RunStopped(
             f"stopped in stage '{place.name}'{place.part} after step {trainer.state.global_step} of "
             f"{trainer.course.steps}; everything up to it is saved. Go on with:\n  {place.resume_command}",

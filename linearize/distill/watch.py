@@ -80,8 +80,8 @@ class Watch:
 
     def _listen(self) -> None:
         with selectors.DefaultSelector() as waiting:
-            for peer in self._peers:
-                waiting.register(peer, selectors.EVENT_READ)
+            for each in self._peers:
+                waiting.register(each, selectors.EVENT_READ)
             while waiting.get_map():
                 for key, _ in waiting.select():
                     peer: Any = key.fileobj

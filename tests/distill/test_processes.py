@@ -82,6 +82,15 @@ def test_stopped_and_resumed_on_other_numbers(
     assert_equal(out, reference)
 
 
+def test_nobody_ends_before_the_checkpoint_is_there(
+    teacher_folder: Path, transfer: Recipe, tmp_path: Path
+) -> None:
+    """A launcher ends all with the first that ends, the one that writes among them."""
+    ended = start(2, jobs.slow_to_write, str(teacher_folder), transfer, tmp_path / "run", folder=tmp_path)
+    assert ended.codes == [143, 143], ended.said
+    assert (tmp_path / "seen.txt").read_text() == "checkpoint-3"
+
+
 @pytest.mark.slow
 def test_ctrl_c_that_a_launcher_hands_on(teacher_folder: Path, transfer: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "run"
