@@ -44,7 +44,7 @@ def step(
         x_out=out[0], rest_out=out[1], direction_out=out[2], size_out=out[3], rows=rows, H=rest.shape[-2], F=width,
         FP=padded, R=block, num_warps=4, num_stages=1,
     )  # fmt: skip
-    return out
+    return out[0], out[1], out[2], out[3]
 
 
 @step.register_fake
