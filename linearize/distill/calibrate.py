@@ -114,8 +114,11 @@ def nearest(away: Mapping[str, float]) -> str:
 
 
 def has_outputs(names: Iterable[str]) -> bool:
-    """Whether mixers with parameters of these names have output parts."""
-    return any(OUTPUT in name for name in names)
+    """Whether mixers with parameters of these names have output parts, which a plain way leaves as they are.
+
+    A constant is set in every way.
+    """
+    return any(OUTPUT in name and not name.endswith(f"{OUTPUT}constant") for name in names)
 
 
 def sequences(dataset: Any, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -230,3 +230,12 @@ def test_a_run_from_before_has_none(make_recipe: Callable[..., Recipe]) -> None:
     assert not changes(old, new).accepted and not changes(old, new).refused
     new["calibrate"]["tokens"] = 512
     assert changes(old, new).refused == ["calibrate.tokens: 0 -> 512"]
+
+
+def test_a_constant_alone_asks_for_no_plain_way():
+    """It is set in every way, so that a plain one would be the full one once more."""
+    name = "model.layers.0.self_attn.mixer.output."
+    assert not calibrate.has_outputs(
+        [f"{name}constant", "model.layers.0.self_attn.mixer.recurrent.update.scale"]
+    )
+    assert calibrate.has_outputs([f"{name}constant", f"{name}up"])
