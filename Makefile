@@ -34,7 +34,7 @@ aot: dev  ## Compile every kernel for sm_80 and sm_90 without a GPU (a quarter o
 	$(BIN)/python scripts/kernels/aot.py --jobs $(JOBS) $(ARGS)
 
 test: dev  ## All tests but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 $(VENV_VLLM)/.installed: pyproject.toml scripts/venv_vllm.sh
 	scripts/venv_vllm.sh $(VENV_VLLM) && touch $@
@@ -43,7 +43,7 @@ test-vllm: $(VENV_VLLM)/.installed  ## The vLLM plugin's tests against the newes
 	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest tests/vllm_plugin $(ARGS)
 
 slow: dev  ## The slow tests: every family of transformers, every kill point, thousands of damaged inputs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow $(ARGS)
 
 test-quantize: dev  ## Quantized exports, with torchao in a folder of its own: it slows every process that imports transformers
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/quantize 'torchao>=0.18'

@@ -30,9 +30,6 @@ from linearize.mixers.offloaded import device_of
 
 log = logging.getLogger(__name__)
 
-STEP = 16
-"""Tokens of a prefill that take as long as a step of decoding, roughly."""
-
 
 class Efficiency:
     """Settings: `batches`; `repeats` of a prefill or `steps` of decoding; `cpu_most`, the longest context on a CPU.
@@ -42,6 +39,7 @@ class Efficiency:
     """
 
     reads: ClassVar = False
+    compares: ClassVar = False
 
     def __init__(self, task: str) -> None:
         self.task = task
@@ -62,7 +60,7 @@ class Efficiency:
 
     def tokens(self, unit: Unit, setting: Setting) -> int:
         """Of every repetition and batch."""
-        return sum(self._tokens(unit, batch) for batch in self._batches(unit, setting))
+        return sum(self._tokens(unit, batch, setting) for batch in self._batches(unit, setting))
 
     def measure(self, model: Any, call: Call, setting: Setting, meter: Any) -> list[Score]:
         """Milliseconds, tokens a second, bytes of one sequence's cache, and on a GPU the most memory."""
@@ -82,16 +80,16 @@ class Efficiency:
                     batch,
                     call.unit.length,
                 )
-            meter.advance(self._tokens(call.unit, batch))
+            meter.advance(self._tokens(call.unit, batch, setting))
         return made
 
     def _batches(self, unit: Unit, setting: Setting) -> Sequence[int]:
         return unit.settings["batches"][: 1 if setting.device == "cpu" else None]
 
-    def _tokens(self, unit: Unit, batch: int) -> int:
+    def _tokens(self, unit: Unit, batch: int, setting: Setting) -> int:
         if self.task == "prefill":
             return batch * unit.length * (1 + unit.settings["repeats"])
-        return batch * unit.length + STEP * unit.settings["steps"]
+        return batch * unit.length + setting.step * unit.settings["steps"]
 
     def _one(self, model: Any, unit: Unit, batch: int, device: torch.device) -> list[Score]:
         if device.type == "cuda":

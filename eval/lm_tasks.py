@@ -125,6 +125,7 @@ class LmTasks:
     """One task or group of lm-eval. Its settings are those of `suite`, which checks them."""
 
     reads: ClassVar = False
+    compares: ClassVar = True
     takes: ClassVar[dict[str, Takes]] = {}
 
     def room(self, unit: Unit) -> int:

@@ -17,6 +17,9 @@ from linearize.eval.rows import Score, key_of
 from linearize.eval.suite import Takes, Unit
 from linearize.eval.token_scores import Predictor
 
+STEP, GPU_STEP = 16, 1024
+"""Tokens of a prefill that take as long as a step of decoding, roughly: a GPU waits for launches in both."""
+
 
 @dataclass
 class Setting:
@@ -44,6 +47,11 @@ class Setting:
     teacher: Predictor | None = None
     key_of: Callable[[str, Unit], str] = lambda role, unit: ""
     _made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """What a step of decoding counts for in an estimate, in tokens."""
+        return STEP if self.device == "cpu" else GPU_STEP
 
     def windows(self, text: str, length: int, most: int | None = None) -> Tensor:
         """Windows [N, length] of a text, as `perplexity.windows` cuts them; cut once, since every model reads the same.
@@ -90,6 +98,10 @@ class Measurement(Protocol):
     @property
     def reads(self) -> bool:
         """Whether it is measured on the setting's texts."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether scores of the teacher or the student stand in another model's rows."""
 
     def room(self, unit: Unit) -> int:
         """Tokens that may follow the unit's context, for models whose positions end somewhere."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,30 +80,60 @@ def names() -> list[str]:
     return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
-def load(name: str, only: Sequence[str] = ()) -> list[Suite]:
-    """The suites of a name, `all` being every one.
+def load(name: str | Sequence[str], only: Sequence[str] = ()) -> list[Suite]:
+    """The suites of one name or several, `all` being every one, in the order in which they are measured.
 
     Args:
-        name: of a suite, "all", or a YAML file of the same form.
+        name: of suites, "all", or YAML files of the same form.
         only: keep these tasks alone; () keeps all of them.
 
     Raises:
-        LinearizeError: no such suite, a file that is none, or a task that none of them has.
+        LinearizeError: no such suite, one that is named twice, a file that is none, or a task that none of them has.
     """
-    if name.endswith((".yaml", ".yml")):
-        suites = [_read(Path(name))]
-    elif name == ALL or name in names():
-        suites = [_read(FOLDER / f"{one}.yaml") for one in (names() if name == ALL else [name])]
-    else:
-        raise LinearizeError(f"unknown suite '{name}'; {closest(name, [*names(), ALL])}")
+    given = [name] if isinstance(name, str) else list(name)
+    suites = [suite for one in given for suite in _named(one)]
+    twice = next((one.name for number, one in enumerate(suites) if one in suites[:number]), None)
+    if twice is not None:
+        raise LinearizeError(f"--suite: '{twice}' stands there twice; once is enough")
     known = {unit.task for suite in suites for unit in suite.units}
     for task in only:
         if task not in known:
-            raise LinearizeError(f"--only: suite '{name}' has no task '{task}'; {closest(task, known)}")
+            raise LinearizeError(
+                f"--only: suite '{', '.join(given)}' has no task '{task}'; {closest(task, known)}"
+            )
     if not only:
         return suites
     kept = [Suite(s.name, s.about, tuple(unit for unit in s.units if unit.task in only)) for s in suites]
     return [suite for suite in kept if suite.units]
+
+
+def _named(name: str) -> list[Suite]:
+    if name.endswith((".yaml", ".yml")):
+        return [_read(Path(name))]
+    if name == ALL or name in names():
+        return [_read(FOLDER / f"{one}.yaml") for one in (names() if name == ALL else [name])]
+    raise LinearizeError(f"unknown suite '{name}'; {closest(name, [*names(), ALL])}")
+
+
+def of_roles(suites: Sequence[Suite], roles: Sequence[str]) -> list[Suite]:
+    """What suites measure of some roles alone.
+
+    Args:
+        suites: from `load`.
+        roles: such as "student".
+
+    Raises:
+        LinearizeError: nothing.
+    """
+    made = []
+    for suite in suites:
+        units = [(unit, tuple(role for role in roles if unit.concerns(role))) for unit in suite.units]
+        kept = tuple(replace(unit, roles=own) for unit, own in units if own)
+        made += [replace(suite, units=kept)] if kept else []
+    if not made:
+        names = ", ".join(suite.name for suite in suites)
+        raise LinearizeError(f"--roles: nothing in suite '{names}' is measured of {', '.join(roles)}")
+    return made
 
 
 def _read(path: Path) -> Suite:

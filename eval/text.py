@@ -25,6 +25,7 @@ class Text:
     """Settings of a unit: `windows`, how many at most, 0 for all; `text`, which of the texts, is added here."""
 
     reads: ClassVar = True
+    compares: ClassVar = True
     takes: ClassVar = {"length": Takes(least=2), "windows": Takes(least=0, needed=False)}
 
     def room(self, unit: Unit) -> int:

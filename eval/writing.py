@@ -18,8 +18,8 @@ from linearize.eval.suite import Takes, Unit
 from linearize.eval.token_scores import Predictor
 from linearize.storing import write_json
 
-STEP = 16
-"""Tokens of a prefill that take as long as a step of decoding, roughly."""
+TOGETHER = 64
+"""Steps that are compared with the prefill at once: each comparison waits for the device."""
 SAMPLES = "samples"
 """Folder of the written texts."""
 
@@ -28,6 +28,7 @@ class Decoding:
     """Step by step over `length` tokens of real text: does the state that it carries predict what prefill does?"""
 
     reads: ClassVar = True
+    compares: ClassVar = False
     takes: ClassVar = {"length": Takes(least=2)}
 
     def room(self, unit: Unit) -> int:
@@ -40,7 +41,7 @@ class Decoding:
 
     def tokens(self, unit: Unit, setting: Setting) -> int:
         """A prefill, and a step for each token."""
-        return int(_text(unit, setting, unit.length, 1).numel()) * (1 + STEP)
+        return int(_text(unit, setting, unit.length, 1).numel()) * (1 + setting.step)
 
     def measure(self, model: Any, call: Call, setting: Setting, meter: Any) -> list[Score]:
         """Share of tokens with the same most likely follower, and the largest difference of a log-probability."""
@@ -49,12 +50,12 @@ class Decoding:
         prefill = Predictor(model).window(ids)
         meter.advance(len(ids))
         cached, same, apart = Cached(model), 0, 0.0
-        for place in range(len(ids)):
-            step = cached(ids[place : place + 1][None])[0].log_softmax(-1)
-            whole = prefill(slice(place, place + 1))
-            same += int(step.argmax() == whole.argmax())
-            apart = max(apart, float((step - whole).abs().max()))
-            meter.advance(STEP)
+        for places in torch.arange(len(ids)).split(TOGETHER):
+            steps = torch.cat([cached(ids[None, place : place + 1]) for place in places.tolist()])
+            whole = prefill(slice(int(places[0]), int(places[-1]) + 1))
+            same += int((steps.argmax(-1) == whole.argmax(-1)).sum())
+            apart = max(apart, float((steps.log_softmax(-1) - whole).abs().max()))
+            meter.advance(setting.step * len(places))
         n = len(ids)
         return [
             score("decode_agreement", same / n, wilson(same, n), n),
@@ -66,6 +67,7 @@ class Writing:
     """Greedy continuations. Settings: `items` beginnings of `length` tokens, `new_tokens` behind each."""
 
     reads: ClassVar = True
+    compares: ClassVar = False
     takes: ClassVar = {"length": Takes(), "items": Takes(), "new_tokens": Takes()}
 
     def room(self, unit: Unit) -> int:
@@ -80,18 +82,19 @@ class Writing:
         """Prompts, and the steps of the batch."""
         return (
             int(_text(unit, setting, unit.length, unit.settings["items"]).numel())
-            + STEP * unit.settings["new_tokens"]
+            + setting.step * unit.settings["new_tokens"]
         )
 
     def measure(self, model: Any, call: Call, setting: Setting, meter: Any) -> list[Score]:
         """Repetition, distinct n-grams and length; the texts go into the setting's folder."""
         prompts = _text(call.unit, setting, call.unit.length, call.unit.settings["items"])
-        cached = Cached(model, setting.autocast)
-        made = [cached(prompts).argmax(-1)]
-        meter.advance(prompts.numel())
-        for _ in range(call.unit.settings["new_tokens"] - 1):
-            made.append(cached(made[-1][:, None]).argmax(-1))
-            meter.advance(STEP)
+        cached, step = Cached(model, setting.autocast), setting.step
+        with cached.together():
+            made = [cached(prompts).argmax(-1)]
+            meter.advance(prompts.numel())
+            for _ in range(call.unit.settings["new_tokens"] - 1):
+                made.append(cached(made[-1][:, None]).argmax(-1))
+                meter.advance(step)
         end = setting.tokenizer.eos_token_id
         rows = [_until(row, end) for row in torch.stack(made, 1).tolist()]
         folder = setting.folder / SAMPLES

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sheet import ROOT
+from sheet import ROOT, number
 
 from linearize.eval import summary
 from linearize.eval.ablation import NO_LINEAR
@@ -108,8 +108,8 @@ def made(conversions: Sequence[Conversion], jobs: int, *, stop_after: float) -> 
     """
     began, devices = time.monotonic(), max(1, torch.cuda.device_count())
     free: queue.Queue[int] = queue.Queue()
-    for number in range(jobs):
-        free.put(number % devices)
+    for job in range(jobs):
+        free.put(job % devices)
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if jobs > 1 else {}
 
     def one(conversion: Conversion) -> tuple[str, Row | None]:
@@ -160,27 +160,37 @@ def training(run: Path) -> Row:
 
 def figures(scores: Sequence[Score], role: str) -> dict[str, float]:
     """The numbers of one model by what they are: "ppl demo 1024", "recall passkey 2048", "decode bytes 4096 x1"."""
-    found: dict[str, float] = {}
+    return {key: score.value for key, score in named(scores, role)}
+
+
+def bounds(scores: Sequence[Score], role: str) -> dict[str, list[float | None]]:
+    """The 95 % intervals of `figures`, of those that have one."""
+    return {key: [x.low, x.high] for key, x in named(scores, role) if x.low is not None}
+
+
+def named(scores: Sequence[Score], role: str) -> Iterator[tuple[str, Score]]:
+    """What of a model's scores a table shows, each under its name."""
     for score in (score for score in scores if score.role == role):
         where = f"{score.length or ''}".strip()
         if summary.is_text(score):
             text = score.task.partition(":")[2].strip() or "demo"
             if score.metric in ("ppl", "kl") and not score.by:
-                found[f"{score.metric} {text} {where}"] = score.value
+                yield f"{score.metric} {text} {where}", score
             elif score.metric == "ppl_hit" and summary.is_beyond(score):
-                found[f"hit ppl {text} {where}"] = score.value
+                yield f"hit ppl {text} {where}", score
         elif "lm-eval" in score.version:
             if score.metric == "acc":
-                found[f"task {score.task.split(' ')[0]}"] = score.value
+                yield f"task {score.task.split(' ')[0]}", score
         elif score.task in ("decode", "prefill"):
             name = {"tokens_per_second": "tokens/s", "cache_bytes": "bytes"}.get(score.metric)
             if name:
-                found[f"{score.task} {name} {where} x{score.bucket or 1}"] = score.value
+                yield f"{score.task} {name} {where} x{score.bucket or 1}", score
         elif not score.by and score.metric in RECALL:
             known = [s.metric for s in scores if (s.task, s.length, s.by) == (score.task, score.length, "")]
             if score.metric == next(metric for metric in RECALL if metric in known):
-                found[f"recall {score.task} {where}"] = score.value
-    return found
+                yield f"recall {score.task} {where}", score
+            elif score.metric == "choice":
+                yield f"choice {score.task} {where}", score
 
 
 def columns(found: Row) -> dict[str, float | None]:
@@ -201,7 +211,9 @@ def columns(found: Row) -> dict[str, float | None]:
         ratio = kept(key)
         cells[f"nats at recalled, {key[8:]}"] = None if not ratio else math.log(ratio)
     for key in [key for key in student if key.startswith("recall")]:
-        cells[f"{key[7:]}, %"] = 100 * student[key]
+        cells[_title(key)] = 100 * student[key]
+    for key in [key for key in student if key.startswith("choice")]:
+        cells[_title(key)] = 100 * student[key]
     tasks = [key for key in student if key.startswith("task") and teacher.get(key)]
     shares = {key[5:]: student[key] / teacher[key] for key in tasks}
     if "lambada_openai" in shares:
@@ -210,10 +222,35 @@ def columns(found: Row) -> dict[str, float | None]:
         cells[f"{len(shares)} tasks kept, %"] = 100 * sum(shares.values()) / len(shares)
     for key in [key for key in student if key.startswith(("decode", "prefill"))]:
         cells[key.replace("bytes", "KiB")] = student[key] / (1024 if "bytes" in key else 1)
+    if "held_bytes" in found:
+        cells["MiB held at 8,192 tokens"] = found["held_bytes"] / 2**20
+    if "decoding" in found:
+        cells["decode tokens/s, 64 x 8,192"] = found["decoding"]
     if "training" in found:
         cells["M tokens"] = found["training"]["tokens"] / 1e6
-        cells["seconds"] = found["training"]["seconds"]
-    return cells
+        cells["seconds"] = found["training"].get("seconds")
+    return {title: value for title, value in cells.items() if value is not None}
+
+
+def intervals(found: Row) -> dict[str, str]:
+    """Title of a cell -> its 95 % interval behind the value, where the row has one."""
+    shown = {}
+    for key, (low, high) in found.get("bounds", {}).items():
+        scale, digits = (
+            (100, 0) if key.startswith(("recall", "choice")) else (1, 3 if key.startswith("kl") else 2)
+        )
+        if (title := _title(key)) and low is not None and high is not None:
+            shown[title] = f" [{number(scale * low, digits)}, {number(scale * high, digits)}]"
+    return shown
+
+
+def _title(key: str) -> str:
+    """Of the cell that shows a figure as it is."""
+    if key.startswith("recall"):
+        return f"{key[7:]}, %"
+    if key.startswith("choice"):
+        return f"{key[7:]}, the right one likeliest, %"
+    return key if key.startswith(("ppl", "kl")) else ""
 
 
 def titles(cells: Sequence[dict[str, float | None]]) -> list[str]:

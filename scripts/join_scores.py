@@ -4,18 +4,21 @@
     linearize eval runs/mine --suite long --only passkey --out runs/mine-passkey & wait
     python scripts/join_scores.py runs/mine/eval runs/mine-text runs/mine-passkey
 
+With `--digits 5` a .json file has a line a row and so many digits of each number, for a repository.
 With `--role teacher` only the teacher's are taken, so that the next conversion of it need not measure them again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
 
 from linearize.errors import LinearizeError
 from linearize.eval.rows import Scores
+from linearize.storing import write_file
 
 BESIDE = ("tokens", "samples", "items")
 """What a measurement leaves beside its rows, each in files of its key."""
@@ -31,11 +34,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("source", type=Path, nargs="+", help="folders that `linearize eval` wrote")
     parser.add_argument("--role", help="rows of this role alone")
+    parser.add_argument("--digits", type=int, metavar="N", help="of each number, with a .json file")
     options = parser.parse_args(arguments)
+    if options.digits is not None and (options.to.suffix != ".json" or options.digits < 1):
+        parser.error("--digits N takes a number above 0, and a .json file to write into")
     try:
         for source in options.source:
             found = join(options.to, source, options.role)
             print(f"{source}: {found} measurements")
+        if options.digits is not None:
+            shorten(options.to, options.digits)
     except LinearizeError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -76,6 +84,20 @@ def join(to: Path, source: Path, role: str | None = None) -> int:
                 shutil.copy2(file, to / name / file.name)
     target.add(taken)  # last: rows whose files are missing would never be measured again
     return len(keys)
+
+
+def shorten(file: Path, digits: int) -> None:
+    """Write a file of rows again, a line each, with so many digits of every number that is none of a count."""
+    document = json.loads(file.read_text(encoding="utf-8"))
+    rows = [
+        {
+            name: float(f"{value:.{digits}g}") if isinstance(value, float) else value
+            for name, value in row.items()
+        }
+        for row in document["rows"]
+    ]
+    lines = ",\n".join(json.dumps(row, separators=(",", ":"), ensure_ascii=False) for row in rows)
+    write_file(file, f'{{"format": {document["format"]}, "rows": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

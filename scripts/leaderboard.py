@@ -2,6 +2,8 @@
 
     python scripts/leaderboard.py --minutes 10 --text wikitext2=wikitext2.test.parquet
     python scripts/leaderboard.py --recipes best_constant,lolcats --minutes 1 --jobs 8    # one recipe a GPU
+    python scripts/leaderboard.py --tokens 1M               # where cards are shared, so that minutes are not alike
+    python scripts/leaderboard.py --starts mixers-h200.json # rows of `starts.py --train 1M --judge SUITE`
 
 Writes leaderboard.json, .md and .png in docs/results (`--out`); what is there is not made again.
 """
@@ -9,19 +11,32 @@ Writes leaderboard.json, .md and .png in docs/results (`--out`); what is there i
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from conversions import Conversion, columns, controls, failures, made, ranked, ratio, titles
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from conversions import (
+    Conversion,
+    Row,
+    columns,
+    controls,
+    failures,
+    intervals,
+    made,
+    ranked,
+    ratio,
+    titles,
+)
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from sheet import ROOT, Sheet, markdown, number
 
 from linearize.config import compose, list_recipes
 from linearize.config.budget import parse
 from linearize.config.compose import is_file_name
 from linearize.errors import LinearizeError
+from linearize.eval.plots import COLORS, MARKERS, new_figure, save
 
 LEFT_OUT = ("demo", "softmax", "swa_sinks", "mamba_in_llama_dpo")
 """Not by default: another's budget, the teacher itself, a control of every row, and one that wants pairs of answers."""
@@ -32,9 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _options(given)
     sheet = Sheet(options.out, table)
-    sheet.about(
-        "leaderboard.py", given, {"model": options.model, "minutes": options.minutes, "jobs": options.jobs}
-    )
+    if options.starts:
+        return _of_starts(sheet, options, given)
+    budget = {"tokens": options.tokens} if options.tokens else {"minutes": f"{options.minutes:g}"}
+    sheet.about("leaderboard.py", given, {"model": options.model, **budget, "jobs": options.jobs})
     try:
         wanted = [one for one in conversions(options) if "student" not in sheet.rows.get(one.name, {})]
     except LinearizeError as error:
@@ -44,10 +60,67 @@ def main(arguments: list[str] | None = None) -> int:
         sheet.rows[name] = row
         sheet.write()
         print(f"{name:24} {row.get('failed') or f'{ratio(row):.3f} x the perplexity'}", flush=True)
+    return _show(sheet)
+
+
+def _show(sheet: Sheet) -> int:
     sheet.write()
-    picture(sheet.rows, options.out.with_suffix(".png"))
+    picture(sheet.rows, sheet.path.with_suffix(".png"))
     print(sheet.table(sheet.found))
     return int(bool(failures(sheet.rows)))
+
+
+def _of_starts(sheet: Sheet, options: argparse.Namespace, given: list[str]) -> int:
+    """Rows that `starts.py --judge` trained and judged, with how fast each decodes on the card."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in options.starts]
+    settings = found[0]["settings"]
+    if any({**one["settings"], "source": 0} != {**settings, "source": 0} for one in found):
+        print("--starts: these were made with other settings", file=sys.stderr)
+        return 2
+    tokens = f"{int(settings['train']) / 1e6:g}M"
+    sheet.about("leaderboard.py", given, {"model": settings["model"], "tokens": tokens})
+    runs = [run for one in found for run in one.get("runs", [one])]
+    sheet.found["runs"] = [{key: run[key] for key in ("command", "date", "commit")} for run in runs]
+    sheet.found["rows"] = starts_rows([one["rows"] for one in found], speeds())
+    if not ranked(sheet.rows):
+        print(
+            "--starts: nothing in there was judged; starts.py --train TOKENS --judge SUITE does",
+            file=sys.stderr,
+        )
+        return 2
+    return _show(sheet)
+
+
+def starts_rows(sheets: list[dict[str, Row]], speed: dict[str, float]) -> dict[str, Row]:
+    """Rows of `starts.py` as rows of the leaderboard; the untrained window's beside each.
+
+    Args:
+        sheets: rows by recipe, a newer sheet's in the place of an older one's.
+        speed: of decoding by recipe.
+    """
+    rows = {name: row for sheet in sheets for name, row in sheet.items() if row.get("judged")}
+    window = rows.get("swa_sinks", {}).get("judged", {}).get("student", {})
+    made = {}
+    for name, row in rows.items():
+        recipe = name.split()[0]
+        if recipe == "softmax":
+            continue  # the teacher, in this package's machinery
+        made[name] = dict(row["judged"])
+        if "training" in made[name]:  # beside other runs, so its seconds are nobody's
+            made[name]["training"] = {key: x for key, x in made[name]["training"].items() if key != "seconds"}
+        made[name] |= {"swa_sinks": window} if window and "student" in made[name] else {}
+        made[name] |= {"decoding": speed[recipe]} if recipe in speed else {}
+    return made
+
+
+def speeds(path: Path = ROOT / "docs" / "results" / "recipes-h200.json") -> dict[str, float]:
+    """Recipe -> tokens/s of 64 texts of 8,192 tokens, the quicker way of the engine; measured alone on a card."""
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    found: dict[str, float] = {}
+    for row in rows:
+        if (row["measured"], row["batch"], row["length"]) == ("decode", 64, 8192):
+            found[row["recipe"]] = max(found.get(row["recipe"], 0.0), row["tokens_per_second"] or 0.0)
+    return found
 
 
 def conversions(options: argparse.Namespace) -> list[Conversion]:
@@ -57,11 +130,11 @@ def conversions(options: argparse.Namespace) -> list[Conversion]:
         LinearizeError: a recipe or an override that is none.
     """
     names = options.recipes or [name for name, _ in list_recipes() if name not in LEFT_OUT]
-    budget = f"{options.minutes:g}m"
+    budget = f"{options.tokens}-tokens" if options.tokens else f"{options.minutes:g}m"
     try:
         parse(budget)
     except ValueError as error:
-        raise LinearizeError(f"--minutes {error}") from error
+        raise LinearizeError(f"--{'tokens' if options.tokens else 'minutes'} {error}") from error
     found = []
     for name in names:
         overrides = ["eval.ablations=false", "eval.max_windows=16", *options.overrides]
@@ -102,19 +175,25 @@ def table(found: dict[str, Any]) -> str:
     rows = found["rows"]
     shown = [*controls(rows).items(), *ranked(rows)]
     cells = {name: columns(row) for name, row in shown}
+    spans = {name: intervals(row) for name, row in shown}
     heads = titles(list(cells.values()))
-    lines = [[name, *(number(row.get(title)) for title in heads)] for name, row in cells.items()]
-    settings = found.get("settings", {})
-    devices = {row["training"]["device"] for _, row in ranked(rows)}
+    lines = [
+        [name, *(number(row.get(title)) + spans[name].get(title, "") for title in heads)]
+        for name, row in cells.items()
+    ]
+    devices = {row["training"]["device"] for _, row in ranked(rows) if "training" in row}
+    made = found.get("runs", [])
+    how = [
+        f"`{run['command']}`, {run['date']}, commit {run['commit']}"
+        for run in [*made, found]
+        if "command" in run
+    ]
     head = [
-        f"# Every recipe at {settings.get('minutes')} minutes of training: {settings.get('model')}",
+        f"# {_title(found)}",
         "",
-        f"`{found.get('command')}`, {found.get('date')}, commit {found.get('commit')}, "
-        f"{', '.join(sorted(map(str, devices))) or 'nothing measured yet'}, {settings.get('jobs')} at once, one a GPU "
-        "where there are several.",
+        f"{'; '.join(how)}. {', '.join(sorted(map(str, devices))) or 'Nothing measured yet'}.",
         "",
-        "Published rates and batches are scaled by `--budget` (docs/training.md); evaluation, calibration and "
-        "writing of text are not in the minutes. Sorted by the mean ratio of perplexities to the teacher's.",
+        *_says(found),
         "",
     ]
     failed = failures(rows)
@@ -122,30 +201,70 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([*head, ""]) + markdown(["recipe", *heads], lines) + "\n".join(tail)
 
 
+def _title(found: dict[str, Any]) -> str:
+    settings = found.get("settings", {})
+    much = f"{settings['tokens']} tokens" if "tokens" in settings else f"{settings.get('minutes')} minutes"
+    return f"Every recipe after {much} of training: {settings.get('model')}"
+
+
+def _says(found: dict[str, Any]) -> list[str]:
+    """What is alike in all rows, and what is not."""
+    settings, order = found.get("settings", {}), "Sorted by the mean ratio of perplexities to the teacher's."
+    if "runs" in found:
+        return [
+            "All rows have the same tokens, not the same minutes: the runs shared cards, so their seconds say "
+            "nothing of a recipe. Each trains at its published rates, in the proportions of its stages and 8 "
+            "sequences a step, and begins at its calibrated start; a line with `KEY=VALUE` has that instead. "
+            f"{order} Brackets are 95 % intervals. Decoding is of recipes-h200.json, measured alone. MiB are the "
+            "decode engine's states and caches of one text.",
+        ]
+    if "tokens" in settings:
+        return [
+            "All rows have the same tokens, not the same minutes. Published rates and batches are scaled by `--budget` "
+            f"(docs/training.md). {order}"
+        ]
+    return [
+        f"{settings.get('jobs')} at once, one a GPU where there are several. Published rates and batches are scaled by "
+        f"`--budget` (docs/training.md); evaluation, calibration and writing of text are not in the minutes. {order}"
+    ]
+
+
 def picture(rows: dict[str, Any], path: Path) -> None:
-    """Ratio of perplexities of every recipe as bars, and the untrained window as a line."""
-    shown = ranked(rows)
+    """Ratio of perplexities of every recipe, of each text and their mean, and the untrained window as a line."""
+    shown = [(name, row) for name, row in ranked(rows)[::-1] if math.isfinite(ratio(row))]
     if not shown:
         return
-    figure = Figure(figsize=(8, 1.2 + 0.26 * len(shown)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    names, values = [name for name, _ in shown][::-1], [ratio(row) for _, row in shown][::-1]
-    best = ["#D55E00" if name.startswith("best_") else "#0072B2" for name in names]
-    axes.barh(names, values, color=best)
-    for place, value in enumerate(values):
-        axes.text(value, place, f" {value:.2f}" if value < 100 else f" {value:.0f}", va="center", fontsize=8)
+    figure, axes = new_figure(8, 1.2 + 0.24 * len(shown))
+    texts = list(dict.fromkeys(key for _, row in shown for key in row["student"] if key.startswith("ppl")))
+    for place, (name, row) in enumerate(shown):
+        student, teacher, color = row["student"], row["teacher"], COLORS[name.startswith("best_")]
+        each = {key: student[key] / teacher[key] for key in texts if key in student and teacher.get(key)}
+        axes.plot([min(each.values()), max(each.values())], [place] * 2, color=color, lw=1.2, alpha=0.6)
+        for key, marker in zip(texts, MARKERS[1:], strict=False):
+            if key in each:
+                label = key.removeprefix("ppl ") if not place else None
+                axes.plot(each[key], place, marker, ms=4, mfc="white", mec=color, label=label)
+        axes.plot(
+            ratio(row), place, MARKERS[0], ms=6, color=color, label=None if place else "mean of the texts"
+        )
+        text = f"{ratio(row):.2f}" if ratio(row) < 100 else f"{ratio(row):,.0f}"
+        axes.annotate(
+            text, (max(each.values()), place), (7, 0), textcoords="offset points", va="center", fontsize=8
+        )
     window = controls(rows).get("**swa_sinks, untrained**")
     if window:
-        axes.axvline(
-            ratio(window), color="#000000", linestyle="--", linewidth=1, label="swa_sinks, untrained"
-        )
-        axes.legend(loc="lower right", frameon=False)
+        axes.axvline(ratio(window), color=COLORS[-1], ls="--", lw=1, label="swa_sinks, untrained", zorder=0)
+    axes.axvline(1.0, color=COLORS[-1], lw=1, label="the teacher", zorder=0)
+    axes.legend(loc="upper right", frameon=True, fontsize=8)
     axes.set_xscale("log")
-    axes.set_xlabel("perplexity over the teacher's (mean over texts; 1 is the teacher)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(axis="y", labelsize=8)
-    figure.savefig(path, dpi=120)
+    axes.margins(x=0.08)
+    axes.set_ylim(-0.8, len(shown) - 0.2)
+    axes.set_yticks(range(len(shown)), [name.replace("stages.", "") for name, _ in shown], fontsize=8)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("perplexity over the teacher's (log scale)")
+    save(figure, path)
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -158,6 +277,17 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--recipes", type=_names, default=[], metavar="A,B", help="names or files; all by default"
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, each")
+    parser.add_argument(
+        "--tokens", default="", metavar="N", help="of training, each, in the place of minutes; 1M"
+    )
+    parser.add_argument(
+        "--starts",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="rows of `starts.py --judge`; runs nothing",
+    )
     parser.add_argument(
         "--jobs", type=int, default=1, help="at once: alone on a GPU for numbers that are alike"
     )

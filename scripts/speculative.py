@@ -2,7 +2,7 @@
 
 Without a draft a model decodes in the same engine, one CUDA graph for each token where there is CUDA. Times are of
 decoding alone, from the first new token to the last. Where the greedy texts differ, which rounding may do, the row says
-after how many tokens, and by how much the model preferred its own token there.
+after how many tokens, and by how much the model preferred its own token there. Rows that FILE has are not made again.
 
     python scripts/speculative.py smollm2-135m --drafts runs/demo/checkpoint --context 512 4096 16384 \
         --draft-tokens 2 4 8 --batch 1 --temperature 0 0.8 --out docs/results/speculative-h200.json
@@ -57,8 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     model, tokenizer = load(options.path, options.device)
     model = model.to(getattr(torch, options.dtype))
+    rows, before = _before(options)
+    command = shlex.join(["python", "scripts/speculative.py", *(arguments or sys.argv[1:])])
     found: dict[str, Any] = {
-        "command": shlex.join(["python", "scripts/speculative.py", *(arguments or sys.argv[1:])]),
+        "command": before if command in before else "; ".join(filter(None, [before, command])),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
@@ -67,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         + f", torch {torch.__version__}",
         "dtype": options.dtype,
         "tokens": options.tokens,
-        "rows": [],
+        "rows": rows,
     }
     places = [
         (context, batch, heat)
@@ -75,21 +77,42 @@ def main(arguments: list[str] | None = None) -> int:
         for batch in options.batch
         for heat in options.temperature
     ]
-    alone = {}
-    for place in places:
-        row, alone[place] = _without(model, _prompts(tokenizer, *place[:2]), place, options)
-        _add(found, row, options)
+    known = {_key(row) for row in found["rows"]}
+    drafts = {}
     for name in options.drafts:
         other, its = load(name, options.device)
-        draft = Draft(other.to(getattr(torch, options.dtype)), its)
-        draft.check(model, tokenizer)
-        for place in places:
-            for ahead in options.draft_tokens:
-                ids = _prompts(tokenizer, *place[:2])
-                row = _with(model, draft.model, ids, place, ahead, alone[place], options)
-                _add(found, {"draft": name, **row}, options)
-        del other, draft
+        drafts[name] = Draft(other.to(getattr(torch, options.dtype)), its)
+        drafts[name].check(model, tokenizer)
+    for place in places:
+        wanted = [
+            (name, ahead)
+            for name in drafts
+            for ahead in options.draft_tokens
+            if _key({**_row(place), "draft": name, "draft_tokens": ahead}) not in known
+        ]
+        if not wanted and _key(_row(place)) in known:
+            continue
+        ids = _prompts(tokenizer, *place[:2])
+        row, alone = _without(model, ids, place, options)
+        if _key(row) not in known:
+            _add(found, row, options)
+        for name, ahead in wanted:
+            made = _with(model, drafts[name].model, ids, place, ahead, alone, options)
+            _add(found, {"draft": name, **made}, options)
     return 0
+
+
+def _before(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    """Rows of earlier calls with the same FILE, and their commands."""
+    if not options.out.is_file():
+        return [], ""
+    found = json.loads(options.out.read_text(encoding="utf-8"))
+    return found["rows"], found["command"]
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    names = ("context", "batch", "temperature", "draft", "draft_tokens")
+    return tuple(row.get(name) for name in names)
 
 
 def _prompts(tokenizer: Any, context: int, rows: int) -> Tensor:

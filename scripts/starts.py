@@ -4,6 +4,8 @@ Writes a JSON file row by row, and a table of it beside; what is in the file is 
 
     python scripts/starts.py --out docs/results/starts.json
     python scripts/starts.py --out docs/results/starts-h100.json --train 1M --windows 16 --length 1024 --jobs 8
+
+With `--calibrated-only --judge SUITE` each trained model is judged as well, before it goes: rows of the leaderboard.
 """
 
 from __future__ import annotations
@@ -13,15 +15,19 @@ import dataclasses
 import json
 import os
 import queue
+import shlex
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from judging import Judgement, state_bytes
 from sheet import ROOT, Sheet
 from starts_table import join, table
 from transformers import set_seed
@@ -32,6 +38,7 @@ from linearize.config.schema import DataConfig, EvalConfig, Recipe
 from linearize.config.values import as_number
 from linearize.distill import calibrate, exporting
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
+from linearize.errors import LinearizeError
 from linearize.eval.perplexity import perplexity, windows
 
 TOO_LONG = 124
@@ -69,9 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in names:
         row = found["rows"].setdefault(name, {})
         if options.train and options.calibrated_only and _composed(name).stages:
-            if "after" not in row:
+            if not _whole(row, options):
                 try:
-                    found["teacher"] |= measured.whole(name, row)
+                    found["teacher"] |= measured.whole(name, row, sheet.write)
                 finally:
                     sheet.write()
             print(f"{name:18} {json.dumps({key: row[key] for key in row if key != 'layers'})}", flush=True)
@@ -94,6 +101,9 @@ def main(arguments: list[str] | None = None) -> int:
             ):
                 row[key] = measured.trained(name, on=on)
                 sheet.write()
+        if options.judge and "judged" not in row and not _composed(name).stages:
+            row["judged"] = measured.judged(name)
+            sheet.write()
         print(f"{name:18} {json.dumps({key: row[key] for key in row if key != 'layers'})}", flush=True)
     return 0
 
@@ -134,7 +144,7 @@ def _side_by_side(sheet: Sheet, names: list[str], options: argparse.Namespace, a
 
     failed = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        waiting = [name for name in names if "after" not in found["rows"].get(name, {})]
+        waiting = [name for name in names if not _whole(found["rows"].get(name, {}), options)]
         for done in as_completed([pool.submit(one, name) for name in waiting]):
             name, code = done.result()
             part = parts / f"{name.replace(' ', '+')}.json"
@@ -211,7 +221,7 @@ class _Start:
     def swapped(self, name: str) -> dict[str, Any]:
         """Without anything, and the state."""
         model = self._converted(self._recipe(name))
-        return {"state_bytes": _state_bytes(model), "swapped": self._measure(model)}
+        return {"state_bytes": state_bytes(model), "swapped": self._measure(model)}
 
     def calibrated(self, name: str) -> dict[str, Any]:
         """Without training, and what the calibration took and left; {} where a recipe has nothing to set."""
@@ -236,22 +246,49 @@ class _Start:
             distill.run(self.options.model, recipe, out, resume=out.is_dir(), recipe_name=name)
         return list(_results(out).values())[-1]
 
-    def whole(self, name: str, row: dict[str, Any]) -> dict[str, float]:
+    def whole(self, name: str, row: dict[str, Any], keep: Callable[[], None]) -> dict[str, float]:
         """All of a row from one run, without its checkpoint; what a run that failed had measured is in the row too.
+
+        Args:
+            name, row: of the recipe; the row is filled.
+            keep: writes the row down.
 
         Returns:
             The teacher's perplexities.
         """
         recipe, out = self._training(name, on=True), _out(self.options, name, on=True)
         recipe.run.compile = "never"  # compiling takes longer than a million tokens do
-        row["state_bytes"] = _state_bytes(self._converted(recipe))
-        exporting.checkpoint = _no_checkpoint
+        row["state_bytes"] = state_bytes(self._converted(recipe))
+
+        def instead(*given: Any, **also: Any) -> Path:
+            """In the place of a run's export: its rows, and its judgement, are all that is wanted."""
+            row["after"] = _results(out)[f"after {list(recipe.stages)[-1]}"]
+            keep()
+            if self.options.judge:
+                row["judged"] = self.judged(name, given[0])
+            checkpoint: Path = given[3].checkpoint
+            return checkpoint
+
+        exporting.checkpoint = instead
         try:
             distill.run(self.options.model, recipe, out, resume=out.is_dir(), recipe_name=name)
             row["after"] = _results(out)[f"after {list(recipe.stages)[-1]}"]
         finally:
             row |= _starts_of(out)
         return _results(out)["teacher"]
+
+    def judged(self, name: str, model: Any = None) -> dict[str, Any]:
+        """What the judge finds of a model in memory, by default the untrained one, or why it found nothing."""
+        out = _out(self.options, name, on=True)
+        model = self._converted(self._recipe(name)) if model is None else model
+        texts = {"" if name == "demo" else name: source for name, source in self.sources.items()}
+        dtype = resolve_weights(self.run, self.device)
+        how = Judgement(self.options.judge, self.options.model, texts, self.autocast, dtype)
+        try:
+            return how.of(model, self.tokenizer, out, shlex.join(["python", *sys.argv]))
+        except (LinearizeError, RuntimeError) as error:
+            traceback.print_exc()
+            return {"failed": " ".join(str(error).split())[:300]}
 
     def _training(self, name: str, *, on: bool) -> Recipe:
         recipe = self._recipe(name)
@@ -272,6 +309,10 @@ class _Start:
             length=self.options.length, max_windows=self.options.windows, texts=texts, ablations=False
         )
         return recipe
+
+
+def _whole(row: dict[str, Any], options: argparse.Namespace) -> bool:
+    return "after" in row and (not options.judge or "judged" in row)
 
 
 def _out(options: argparse.Namespace, name: str, *, on: bool) -> Path:
@@ -310,17 +351,6 @@ def _results(out: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def _state_bytes(model: Any) -> int:
-    """Of one sequence's state in bfloat16, layers that grow left out."""
-    layers = surgery.converted(model)
-    return sum(layer.mixer.state_bytes() for layer in layers if layer.mixer.has_fixed_state)
-
-
-def _no_checkpoint(*given: Any, **also: Any) -> Path:
-    """In the place of a run's export: its rows are all that is wanted."""
-    return given[3].checkpoint
-
-
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -356,6 +386,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train", type=lambda text: int(as_number(text) or 0), default=0, help="tokens, 1M")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/starts"), help="folder of the runs of --train"
+    )
+    parser.add_argument(
+        "--judge", metavar="SUITE", default="", help="of trained models, with --calibrated-only"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args(arguments)

@@ -7,6 +7,9 @@ from typing import Any
 
 from sheet import ROOT, number
 
+SPEEDS = "bf16"
+"""Way of the bench whose tokens/s the tables show; rows replayed from a CUDA graph are another one."""
+
 
 def join(found: dict[str, Any], sheets: list[dict[str, Any]]) -> None:
     """Sheets of one model and the same texts in one: the newest row under its recipe's name, older ones beside it.
@@ -52,7 +55,8 @@ def table(found: dict[str, Any]) -> str:
         f"{found['settings']['windows']} windows of {found['settings']['length']} tokens of each text; the teacher has "
         + ", ".join(f"{value} ({text})" for text, value in found["teacher"].items())
         + ". Seconds are those of the calibration; state is one sequence's, in bfloat16, less softmax layers' caches; "
-        "tokens/s forward and backward of the whole model at 64 x 1,024 ([recipes-h200.json](recipes-h200.json)).",
+        f"tokens/s forward and backward of the whole model at 64 x 1,024, way `{SPEEDS}` of "
+        "[recipes-h200.json](recipes-h200.json).",
         "",
         "| " + " | ".join(titles) + " |",
         "|---" + "|---:" * (len(titles) - 1) + "|",
@@ -81,7 +85,8 @@ def _recipe_of(key: str) -> str:
 def _speeds() -> dict[str, str]:
     path = ROOT / "docs" / "results" / "recipes-h200.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    chosen = [row for row in rows if (row["measured"], row["batch"], row["length"]) == ("train", 64, 1024)]
+    wanted = ("train", SPEEDS, 64, 1024)
+    chosen = [row for row in rows if (row["measured"], row["way"], row["batch"], row["length"]) == wanted]
     return {row["recipe"]: f"{row['tokens_per_second']:,.0f}" for row in chosen}
 
 

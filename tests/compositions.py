@@ -13,12 +13,15 @@ from linearize.config.variants import sections
 from linearize.mixers import PARTS, LayerShape, Mixer, build, check, normalize
 
 SHAPES = {
-    "grouped": LayerShape(heads=4, kv_heads=2, key_dim=8, value_dim=6, scaling=8**-0.5, model_dim=10),
-    "capped": LayerShape(
-        heads=3, kv_heads=1, key_dim=8, value_dim=8, scaling=0.3, softcap=4.0, sliding_window=11, model_dim=10
+    "grouped": LayerShape(
+        heads=4, kv_heads=2, key_dim=8, value_dim=6, scaling=8**-0.5, model_dim=10, turns=(1.0, 0.1, 0.01, 0.001)
     ),
-}
-SMALL = {"dim": 8, "size": 5, "rank": 3, "slots": 4}
+    "capped": LayerShape(
+        heads=3, kv_heads=1, key_dim=8, value_dim=8, scaling=0.3, softcap=4.0, sliding_window=11, model_dim=10,
+        turns=(1.0, 0.03),
+    ),
+}  # fmt: skip
+SMALL = {"dim": 8, "size": 5, "rank": 3, "slots": 4, "within": 13}
 """Sizes that every part is shrunk to."""
 
 HEDGEHOG = {"name": "hedgehog", "dim": 8}
@@ -68,16 +71,19 @@ VARIANTS: list[dict] = [
     {"feature_map": HEDGEHOG, "position": {"name": "rope", "recurrent": False}},
     {"window": SLIDING, "position": {"name": "rope", "window": False}},
     {"window": {"name": "full", "log_base": 3.0}, "position": {"name": "rope", "window": False}},
-    {"feature_map": HEDGEHOG, "window": {**SLIDING, "first": 3, "sinks": "learned"}},
+    {"feature_map": HEDGEHOG, "window": {**SLIDING, "first": 3, "sinks": "learned", "within": 30}},
     {
         "feature_map": HEDGEHOG,
-        "window": {**SLIDING, "first": 7, "overlap": True},
+        "window": {**SLIDING, "first": 7, "overlap": True, "within": 1},
         "combine": {"name": "weighted"},
     },
     {"window": {**SLIDING, "first": 2}},
-    {"feature_map": HEDGEHOG, "window": {"name": "terraced", "size": 8, "first": 3, "sinks": "learned"}},
+    {
+        "feature_map": HEDGEHOG,
+        "window": {"name": "terraced", "size": 8, "first": 3, "sinks": "learned", "within": 20},
+    },
     {"feature_map": {"name": "cosformer"}, "window": {"name": "terraced", "size": 3}},
-    {"window": {"name": "block", "size": 4, "first": 3, "sinks": "learned"}},
+    {"window": {"name": "block", "size": 4, "first": 3, "sinks": "learned", "within": 25}},
     {"window": {"name": "block", "size": 6}},
     {
         "feature_map": HEDGEHOG,

@@ -5,8 +5,12 @@ And the check of an export runs in the test's own process, since starting anothe
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +19,24 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Leave what collecting made out of the garbage collector's sight.
+
+    Every training ends in a whole collection; half a second each, over the objects of thousands of tests.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
+
+
 @pytest.fixture(autouse=True)
-def packed_apart(monkeypatch, tmp_path_factory):
-    """Tokenized text of a test is kept for that test alone."""
+def packed_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tokenized text of a test is kept for that test alone; also behind the test's own `monkeypatch.undo()`."""
     from linearize.data import store
 
     made = []
@@ -27,17 +46,57 @@ def packed_apart(monkeypatch, tmp_path_factory):
             made.append(tmp_path_factory.mktemp("cache"))
         return made[0]
 
-    monkeypatch.setattr(store, "cache_dir", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "cache_dir", folder)
+        yield
 
 
-@pytest.fixture(autouse=True)
-def check_in_this_process(monkeypatch):
-    """Compare an export with its model here; `tests/export/test_verify.py` has it done in a fresh process."""
+@pytest.fixture(autouse=True, scope="session")
+def check_in_this_process() -> Iterator[None]:
+    """Compare an export with its model here; `tests/export/test_verify_process.py` has it done in a fresh process.
+
+    For the whole session, so that it holds for what modules make once and behind a test's own `monkeypatch.undo()`.
+    """
     from linearize.export import reloading, verify
 
-    monkeypatch.setattr(
-        verify, "in_new_process", lambda settings, work: reloading.compare(settings, package=True)
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            verify, "in_new_process", lambda settings, work: reloading.compare(settings, package=True)
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def pictures_unrendered() -> Iterator[None]:
+    """Draw a report's figures and do not render them, for tests of runs whose subject is not the report."""
+    from linearize.eval import plots
+
+    def save(figure: object, path: Path) -> Path:
+        path.write_bytes(b"")
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "save", save)
+        yield
+
+
+@pytest.fixture(scope="session")
+def own_tasks_once() -> Iterator[None]:
+    """Let lm-eval read the fourteen thousand tasks that it ships once, and a folder that is given each time."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+    index = pytest.importorskip("lm_eval.tasks._index").TaskIndex
+    shipped, build = Path(tasks.__file__).parent, index.build
+    read = functools.cache(lambda: build([shipped]))
+
+    def merged(paths: Iterable[Path], **options: bool) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for path in paths:
+            found |= read() if path == shipped and not options else build([path], **options)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "build", staticmethod(merged))
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

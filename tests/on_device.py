@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 META = torch.device("meta")
+COPIES = ("_to_copy", "copy_")
 
 
 class OnDevice(TorchDispatchMode):
@@ -26,6 +27,10 @@ class OnDevice(TorchDispatchMode):
             assert not isinstance(x, torch.Tensor) or x.device == META or not x.dim(), (
                 f"{function}: {x.device}"
             )
+        if function.overloadpacket.__name__ in COPIES:
+            # a number of the host is an argument of a kernel; one that is copied is not
+            places = {x.device for x in flat if isinstance(x, torch.Tensor)}
+            assert len(places) == 1, f"{function} copies between {places}"
         return made
 
 

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.utils import import_utils
 
 from linearize.distill import captured as captured_module
 from linearize.distill import passes as passes_module
 from linearize.distill.captured import Captured
+from linearize.patch import changed
 
 LOOKS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
 COPIES = ("tolist", "item", "cpu", "numpy", "__array__")
@@ -89,7 +91,8 @@ def record(call: Callable[[], Any]) -> tuple[Graph, Any]:
     """In the place of `linearize.recording.record`."""
     random, listing = torch.get_rng_state(), _Listing()
     try:
-        with listing, _Watching():
+        # transformers asks for it, and does other things
+        with listing, _Watching(), changed(import_utils, "is_cuda_stream_capturing", lambda: True):
             made = call()
     finally:
         torch.set_rng_state(random)

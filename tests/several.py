@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ from typing import Any
 from linearize import distill, launched
 from linearize.errors import LinearizeError
 
-PATIENCE = int(os.environ.get("LINEARIZE_TEST_PATIENCE", "120"))
+PATIENCE = int(os.environ.get("LINEARIZE_TEST_PATIENCE", "400"))
 """Seconds after which processes that still run count as hanging; each says where, some time before."""
 
 server = multiprocessing.get_context(os.environ.get("LINEARIZE_TEST_START", "forkserver"))
@@ -87,6 +88,7 @@ def start(size: int, job: Callable[..., Any], *given: Any, folder: Path) -> Ende
 def _one(environment: dict[str, str], path: Path, job: Callable[..., Any], given: tuple[Any, ...]) -> None:
     import torch
 
+    gc.freeze()  # what the server has imported, which every training's collection would go through
     os.environ.update(environment)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from over_nccl import OverNccl
 from several import run
+from several_recipes import DEVICE
 from torch import nn
 
-from linearize import distill, launched
+from linearize import cli, distill, launched
 from linearize.config.budget import parse
-from linearize.config.schema import StageConfig
-from linearize.distill import processes, rates, runner, together
+from linearize.config.schema import RunConfig, StageConfig
+from linearize.distill import processes, rates, runner, together, watch
 from linearize.distill.callbacks import Interrupt, StageCallback
+from linearize.distill.device import resolve_device
 from linearize.distill.finetune import FinetuneTrainer
 from linearize.distill.micro import MicroBatch
 from linearize.distill.stage import StageTrainer
@@ -104,14 +108,16 @@ def failing_first(model: str, recipe: Any, out: Path) -> None:
 
 def experts(out: Path) -> None:
     """Parameters that get gradients in one process, in none, and in all; an odd layout among them."""
-    with processes.joined(torch.device("cpu")):
+    device = resolve_device(RunConfig(device=DEVICE))
+    with processes.joined(device), OverNccl() as spoken:
         rank = processes.rank()
         sizes = [(3,), (2, 2), (5,), (4, 3)]
-        parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
-        parameters[0].grad = torch.full((3,), 1.0 + rank)
-        parameters[1].grad = torch.ones(2, 2) if rank == 1 else None
-        parameters[3].grad = torch.arange(12.0).view(3, 4).t() * (1 + rank)
-        values = torch.tensor([0.25, 0.5]) * (1 + rank)
+        parameters = [nn.Parameter(torch.zeros(size, device=device)) for size in sizes]
+        parameters[0].grad = torch.full((3,), 1.0 + rank, device=device)
+        parameters[1].grad = torch.ones(2, 2, device=device) if rank == 1 else None
+        turned = torch.arange(12.0, device=device).view(3, 4).t()
+        parameters[3].grad = turned * (1 + rank)
+        values = torch.tensor([0.25, 0.5], device=device) * (1 + rank)
         stage = StageConfig(batch_size=4, micro_batch="auto")
         micro = MicroBatch(stage, "experts", [(4, 8)], torch.device("cpu"))
         micro.size, micro.halved = 1, rank == 1
@@ -123,13 +129,23 @@ def experts(out: Path) -> None:
         assert parameters[0].grad.tolist() == [3.0] * 3
         assert parameters[1].grad.tolist() == [[1.0] * 2] * 2
         assert parameters[2].grad is None
-        assert torch.equal(parameters[3].grad, torch.arange(12.0).view(3, 4).t() * 3)
+        assert torch.equal(parameters[3].grad, 3 * turned)
+        single = turned * (1 + rank)
+        processes.add_up([single])
+        assert torch.equal(single, 3 * turned)
+        processes.same([single.mul_(1 + rank)])
+        assert torch.equal(single, 3 * turned) and not single.is_contiguous()
+        assert {"allreduce_", "broadcast_"} <= {name.partition(".")[0] for name in spoken.seen}
         assert micro.sizes == {(4, 8): 1} and interrupt.obeyed and interrupt.wish == 130
         drawn = []
         for step in (0, 1):
             processes.random_apart(7, step)
             drawn.append(float(torch.rand(())))
         (out / f"drawn-{rank}.txt").write_text(" ".join(map(str, drawn)))
+
+
+SECONDS = 8 if DEVICE == "cpu" else 300
+"""Of a budget: a card's first steps compile."""
 
 
 def in_a_time(model: str, recipe: Any, out: Path) -> None:
@@ -147,7 +163,23 @@ def in_a_time(model: str, recipe: Any, out: Path) -> None:
         raise KeyboardInterrupt
 
     runner._Job._fit = stop  # type: ignore[method-assign]
-    distill.run(model, recipe, out, budget=parse("8s"))
+    distill.run(model, recipe, out, budget=parse(f"{SECONDS}s"))
+
+
+def waiting_on_a_card(model: str, recipe: Any, out: Path) -> None:
+    """The second process dies in a pass, and the first one's waits for it without an error, as NCCL does."""
+    original = FinetuneTrainer.micro_step
+
+    def micro_step(self: FinetuneTrainer, *given: Any) -> torch.Tensor:
+        if self.state.global_step == 2:
+            if launched.rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1000)
+        return original(self, *given)
+
+    FinetuneTrainer.micro_step = micro_step  # type: ignore[method-assign]
+    watch.PATIENCE = 1.0
+    run(model, recipe, out)
 
 
 def all_recipes(model: str, recipes: dict[str, Any], out: Path) -> None:
@@ -161,3 +193,10 @@ def all_recipes(model: str, recipes: dict[str, Any], out: Path) -> None:
         runner.processes.joined = lambda device: nullcontext()  # once for all, since a store outlives its run
         for name, recipe in recipes.items():
             run(model, recipe, out / "two" / name)
+
+
+def command(line: list[str]) -> None:
+    """`linearize` with these arguments; all that it says is kept."""
+    with redirect_stdout(sys.stderr):
+        code = cli.main(line)
+    assert code == 0, code

@@ -9,11 +9,13 @@ import tiny
 import torch
 from byte_llama import MIXER, tiny_llama
 from several import run
+from several_recipes import DEVICE, SLACK
 from torch import Tensor, nn
 
 from linearize import launched, objectives, surgery
-from linearize.config.schema import LoraConfig, StageConfig
+from linearize.config.schema import LoraConfig, RunConfig, StageConfig
 from linearize.distill import gathering, non_finite, pieces, processes, shards
+from linearize.distill.device import resolve_device
 from linearize.distill.finetune import FinetuneTrainer, predict, predict_teacher
 from linearize.distill.pieces import Pieces
 from linearize.distill.trainable import prepare, trained, unwrapped
@@ -32,10 +34,11 @@ def converted() -> Any:
 
 def parts(out: Path) -> None:
     """A model in shards beside the same one whole: what is held, what it gives, its gradients, its norm, its file."""
-    whole, model = converted(), converted()
-    ids = torch.arange(32).view(2, 16)
-    with processes.joined(CPU):
-        shards.into_shards(model, CPU)
+    device = resolve_device(RunConfig(device=DEVICE))
+    whole, model = converted().to(device), converted()
+    ids = torch.arange(32, device=device).view(2, 16)
+    with processes.joined(device):
+        shards.into_shards(model, device)
         assert shards.in_shards(model) and not shards.in_shards(whole)
         base = {n: p for n, p in model.named_parameters() if shards.is_sharded(p)}
         own = sum(shards.own(p).numel() for p in base.values())
@@ -76,11 +79,15 @@ def _gradients(whole: nn.Module, model: nn.Module, ids: Tensor) -> None:
     processes.add_up(p.grad for p in kept if p.grad is not None)
     for name, gradient in expected.items():
         torch.testing.assert_close(
-            shards.whole(own[name].grad), gradient, rtol=2e-4, atol=1e-6, msg=lambda text, name=name: name
+            shards.whole(own[name].grad),
+            gradient,
+            rtol=2e-4 * SLACK,
+            atol=1e-6 * SLACK,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
     norm = torch.nn.utils.get_total_norm(list(expected.values()))
     found = shards.total_norm(p.grad for p in own.values() if p.grad is not None)
-    torch.testing.assert_close(found, norm, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found, norm, rtol=1e-4 * SLACK, atol=0)
     shards.clip(own.values(), float(norm) / 3, found)
     torch.testing.assert_close(
         shards.total_norm(p.grad for p in own.values() if p.grad is not None), norm / 3, rtol=1e-3, atol=0
@@ -97,9 +104,9 @@ def _file(out: Path, whole: nn.Module, model: nn.Module) -> None:
     found = Pieces(path)
     assert set(found.shapes) == {name for name, _ in whole.named_parameters()}
     for name, parameter in whole.named_parameters():
-        assert found.shapes[name] == parameter.shape and torch.equal(found.whole(name), parameter), name
+        assert found.shapes[name] == parameter.shape and torch.equal(found.whole(name), parameter.cpu()), name
         part = dict(model.named_parameters())[name]
-        assert torch.equal(found.of(name, part), shards.own(part)), name
+        assert torch.equal(found.of(name, part), shards.own(part).cpu()), name
     processes.most([0])
     if launched.first():
         pieces.name_of(path, 1, processes.count()).unlink()

@@ -8,11 +8,13 @@ from typing import Any
 import tiny
 import torch
 import torch.distributed as dist
+from over_nccl import OverNccl
 from several_recipes import DEVICE
 from torch import Tensor, nn
 
+from linearize import across as across_module
 from linearize import surgery
-from linearize.across import Across
+from linearize.across import Across, _received, _sent
 from linearize.config.schema import RunConfig
 from linearize.distill import processes
 from linearize.distill.device import resolve_device
@@ -110,6 +112,42 @@ def softmax(model: Any, out: Path) -> None:
                     _alike(name, found[name], gradient, 1e-3)
             again = model(input_ids=ids, position_ids=places, use_cache=False).logits
             assert torch.equal(again, whole), "nothing stays changed"
+
+
+def layouts(out: Path) -> None:
+    """Tensors and gradients that are not contiguous: everything goes to the others as NCCL takes it."""
+    device, gathered = resolve_device(RunConfig(device=DEVICE)), across_module._gathered
+    across_module._gathered = lambda *given: _Looking.apply(gathered(*given))
+    with processes.joined(device), OverNccl() as spoken:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        across = Across(dist.group.WORLD, rank, size, torch.arange(4 * size, device=device)[None])
+        x = torch.arange(12.0, device=device).view(3, 4).t().requires_grad_()
+        weights = torch.arange(12.0 * size, device=device).view(size, 3, 4)
+        made = across.gathered(x)
+        assert torch.equal(made, x.detach().expand(size, 4, 3))
+        (made.transpose(1, 2) * weights).sum().backward()
+        assert x.grad is not None and torch.equal(x.grad, size * weights[rank].t())
+        if rank == 0:
+            _sent(across, x, 1)
+            _sent(across, x > 5, 1)
+        elif rank == 1:
+            assert torch.equal(_received(across, x.detach(), 0), x)
+            assert torch.equal(_received(across, x > 5, 0), x > 5)
+        names = {name.partition(".")[0] for name in spoken.seen}
+        assert any("reduce_scatter" in name for name in names) and any("gather" in name for name in names)
+
+
+class _Looking(torch.autograd.Function):
+    """Around a collective: the gradient that comes to its backward pass; torch 2.13 mends it there, 2.11 does not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        assert grad.is_contiguous(), grad.stride()
+        return grad
 
 
 def _flash(model: nn.Module, device: torch.device) -> None:

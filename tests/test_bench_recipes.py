@@ -9,6 +9,7 @@ import pytest
 import replayed
 import torch
 from filelock import FileLock, Timeout
+from on_device import META, OnDevice, no_autocast
 
 from linearize import cli
 from linearize.bench import recipes, whole
@@ -23,8 +24,10 @@ from linearize.bench.subjects import (
     random_model,
     subjects,
 )
-from linearize.distill import captured
+from linearize.distill import captured, headless
 from linearize.errors import LinearizeError
+from linearize.kernels import dispatch
+from linearize.kernels.distill import Head
 from linearize.mixers import check
 
 TINY = ["--device", "cpu", "--shape", "tiny", "--length", "32"]
@@ -195,23 +198,56 @@ def test_a_graph_needs_a_gpu(tmp_path, capsys):
     assert "--captured records CUDA graphs" in capsys.readouterr().err
 
 
-def test_a_step_that_cannot_be_recorded_says_why(monkeypatch):
+def test_a_step_that_cannot_be_recorded_is_measured_without(monkeypatch, tmp_path):
+    """And its row says so: it has the way of steps that are not recorded, and the reason."""
+
     def forgo(self, run, batch, count, kind=None):
         self.obstacle = "something looks at the host"
         return run(batch, count)
 
     monkeypatch.setattr(captured.Captured, "__call__", forgo)
     device = torch.device("cpu")
+    options = argparse.Namespace(
+        length=(8,), batch=(1, 2), largest=False, shape="tiny", precision="bf16", only=False, captured=True,
+        profile=False, out=tmp_path,
+    )  # fmt: skip
+    for row in recipes.rows("lolcats", options, device, whole.Budget(None)):
+        assert row["tokens_per_second"] > 0 and row["way"] == "bf16"
+        assert row["note"] == "not recorded: something looks at the host"
+
+
+def test_a_recording_that_raises_is_measured_without(monkeypatch):
+    """Whatever it raises but for want of memory, of which the row says nothing else."""
+
+    def fails(self, run, batch, count, kind=None):
+        run(batch, count)
+        raise raised("no such thing")
+
+    monkeypatch.setattr(captured.Captured, "__call__", fails)
+    device = torch.device("cpu")
     step = recipes.Step(recipes.build("lolcats", "tiny", "bf16", device), device, "bf16", captured=True)
-    with pytest.raises(LinearizeError, match="cannot be recorded: something looks at the host"):
-        step.measured(1, 16)
+    for raised in (AssertionError, RuntimeError):
+        row = step.measured(1, 16)
+        assert row["tokens_per_second"] > 0 and row["way"] == "bf16"
+        assert row["note"] == f"not recorded: {raised.__name__}: no such thing"
+        assert step.captured, "the next size is recorded if it can be"
+    for raised, text in ((torch.OutOfMemoryError, "no such thing"), (RuntimeError, "illegal memory access")):
+        monkeypatch.setattr(
+            captured.Captured, "__call__", lambda *_, raised=raised, text=text: _raise(raised(text))
+        )
+        with pytest.raises(raised, match=text):
+            step.measured(1, 16)
+
+
+def _raise(error):
+    raise error
 
 
 @pytest.mark.parametrize(
     ("name", "precision"), [(TEACHER, "bf16"), ("lolcats", "autocast"), ("gla", "bf16"), ("halo", "bf16")]
 )
 def test_a_recorded_step_reads_nothing_back(name, precision, monkeypatch):
-    """With masks that are trusted, as a stage has it: checking one copies what was found to the host."""
+    """And makes no mask while it is recorded, as transformers does by itself: reading one copies it to the host."""
     replayed.on_cpu(monkeypatch)
     device = torch.device("cpu")
     model = recipes.build(name, "tiny", precision, device)
@@ -223,6 +259,34 @@ def test_a_recorded_step_reads_nothing_back(name, precision, monkeypatch):
     assert row["loss"] == pytest.approx(float(loss), abs=1e-3) and gradients
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     torch.testing.assert_close(found, gradients, rtol=5e-2, atol=1e-3)
+
+
+QUICK = ("arwkv", "best_constant", "halo", "lolcats", "mesanet", "sse", TEACHER)
+"""Of all that are asked in minutes, some of each kind."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in (TEACHER, *subjects())],
+)
+def test_a_step_on_kernels_waits_for_nothing(name, monkeypatch):
+    """A whole step on the meta device, with what the kernels say of their shapes: data that are read, or come from the
+    host, raise there. Every parameter gets a gradient, so that what is recorded has met them all."""
+    no_autocast(monkeypatch)
+    asked = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind="cpu": kind != "meta" and asked(kind))
+    monkeypatch.setenv("LINEARIZE_COMPILE", "never")
+    monkeypatch.setattr(dispatch, "use_triton", lambda *_: True)
+    monkeypatch.setattr(
+        headless, "recognize", lambda model, device: Head(model.lm_head.weight, None, 1.0, None)
+    )
+    sizes = {"hidden_size": 64, "head_dim": 64, "num_hidden_layers": layers_of_each(name)}
+    step = recipes.Step(recipes.build(name, "tiny", "bf16", META, **sizes), META, "bf16")
+    call = step.call(2, 96)
+    with OnDevice() as mode:
+        call()
+    assert "linearize" in mode.seen
+    assert all(p.grad is not None for p in step.model.parameters())
 
 
 def test_warming_measures_nothing(tmp_path, capsys):

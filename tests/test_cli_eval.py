@@ -157,6 +157,7 @@ def test_every_kind_of_measurement_ends_in_rows_and_tables(converted, files, tmp
     assert (tmp_path / "out" / "results.json").read_bytes() == before and capsys.readouterr().out == said.out
 
 
+@pytest.mark.usefixtures("own_tasks_once")
 def test_tasks_of_lm_eval_stand_beside_the_suite(converted, tmp_path, capsys):
     pytest.importorskip("lm_eval")
     items = [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ import pytest
 
 from linearize.cli import launching, main
 
-COMMAND = f"{shlex.quote(sys.executable)} -m torch.distributed.run --nproc-per-node 2"
+COMMAND = f"{shlex.quote(sys.executable)} -m linearize.cli.torchrun --nproc-per-node 2"
 WHERE = ["stages.transfer.lr=5e-3", "layers=[0, 2]", "--out", "runs/some where"]
 RUN = "-m linearize run me/model lolcats stages.transfer.lr=5e-3 'layers=[0, 2]' --out 'runs/some where'"
 
@@ -83,6 +85,31 @@ def test_a_job_s_task(monkeypatch: pytest.MonkeyPatch) -> None:
     assert started[0][-4:] == run and "a:29500" in started[0]
     with pytest.raises(RuntimeError, match="ended with code 2"):
         launching.task(config)
+
+
+@pytest.mark.parametrize(
+    "program, code, said",
+    [
+        ("import sys; sys.exit(2 * (1 - int(__import__('os').environ['RANK'])))", 2, ""),
+        pytest.param("raise ValueError('odd')", 1, "ValueError: odd", marks=pytest.mark.slow),
+        ("print('begun', flush=True); __import__('time').sleep(60)", 143, ""),
+    ],
+)
+def test_it_ends_as_its_processes_do(program: str, code: int, said: str, tmp_path: Path) -> None:
+    """The code of the process that failed first, or of the signal, and no word of torchrun's own where one was said."""
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, "-m", "linearize.cli.torchrun", "--nproc-per-node", "2", "--standalone"]
+    with subprocess.Popen(
+        [*command, str(tmp_path / "program.py")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        if code == 143:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begun\n"
+            process.send_signal(signal.SIGTERM)
+        _, words = process.communicate(timeout=100)
+    assert process.returncode == code, words
+    assert said in words
+    assert "SignalException" not in words and "raise ChildFailedError" not in words
 
 
 def test_what_it_starts_and_how_it_ends(tmp_path: Path) -> None:

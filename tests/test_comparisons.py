@@ -73,6 +73,97 @@ def test_a_leaderboard_of_one_recipe_and_the_window(
     assert leaderboard.main([*given, *shared(place)]) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.job
+def test_what_starts_trains_is_judged_before_it_goes(scripts: None, place: Path) -> None:
+    """One training for both tables: the judge's rows of a run's folder, without a checkpoint in it."""
+    import leaderboard
+    import starts
+
+    suite = place / "brief.yaml"
+    suite.write_text(
+        SUITE.replace(
+            "decode, length: 32, batches: [1], steps: 2, cpu_most: 64", "mqar, length: 64, items: 2"
+        )
+    )
+    given = ["--model", str(place / "teacher"), "--device", "cpu", "--length", "64", "--windows", "2",
+             "--train", "1024", "--source", str(place / "text.txt"), "--texts", f"river={place / 'text.txt'}",
+             "--tokens", "128", "--calibrated-only", "--judge", str(suite),
+             "--runs", str(place / "starts")]  # fmt: skip
+    sheet = place / "starts.json"
+    assert (
+        starts.main([*given, "--out", str(sheet), "--recipes", "swa_sinks", "lolcats mixer.window.size=8"])
+        == 0
+    )
+    row = json.loads(sheet.read_text())["rows"]["lolcats mixer.window.size=8"]
+    run = place / "starts" / "lolcats+mixer.window.size=8-calibrated"
+    assert not (run / "checkpoint").exists() and (run / "eval" / "results.json").is_file()
+    judged = row["judged"]
+    # the same windows, once by the run and once by the judge
+    assert judged["student"]["ppl river 64"] == pytest.approx(row["after"]["river"], rel=1e-3)
+    assert judged["linear_off"]["ppl river 64"] != judged["student"]["ppl river 64"]
+    low, high = judged["bounds"]["kl river 64"]
+    assert low <= judged["student"]["kl river 64"] <= high and judged["student"]["kl river 64"] > 0
+    assert judged["held_bytes"] == row["state_bytes"] and judged["training"]["tokens"] >= 1024
+    out = place / "starts-board.json"
+    assert leaderboard.main(["--starts", str(sheet), "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["rows"]
+    assert found["lolcats mixer.window.size=8"]["swa_sinks"] == found["swa_sinks"]["student"]
+    assert "seconds" not in found["lolcats mixer.window.size=8"]["training"]
+
+
+def test_rows_of_starts_on_the_leaderboard(
+    scripts: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Same tokens are called so; intervals, bytes, speed; what was not judged is left out, what failed is said."""
+    import leaderboard
+
+    def row(value: float) -> dict[str, object]:
+        return {"judged": {
+            "student": {"ppl demo 64": value, "kl demo 64": 0.2, "recall mqar 64": 0.25},
+            "teacher": {"ppl demo 64": 2.0}, "linear_off": {"ppl demo 64": 2 * value},
+            "bounds": {"kl demo 64": [0.1, 0.3], "recall mqar 64": [0.0, 0.5]},
+            "held_bytes": 3 * 2**20, "training": {"tokens": 1000000, "seconds": 77.0, "device": "NVIDIA"},
+        }}  # fmt: skip
+
+    settings = {"model": "m", "train": "1000000", "source": "here"}
+    about = {"command": "python scripts/starts.py", "date": "today", "commit": "abc", "settings": settings}
+    first = {"swa_sinks": row(4.0), "gla": row(9.0), "kda": {"swapped": {}}, "softmax": row(2.0)}
+    second = {
+        "gla": row(3.0),
+        "gla stages.uptrain.lr=1e-3": row(5.0),
+        "sse": {"judged": {"failed": "it diverged"}},
+    }
+    for number, rows in enumerate((first, second)):
+        (tmp_path / f"{number}.json").write_text(json.dumps({**about, "rows": rows}))
+    given = [
+        "--starts",
+        *(str(tmp_path / f"{n}.json") for n in (0, 1)),
+        "--out",
+        str(tmp_path / "board.json"),
+    ]
+    assert leaderboard.main(given) == 1
+    page = capsys.readouterr().out
+    lines = [line for line in page.splitlines() if line.startswith("| ")]
+    names = [line.split(" | ")[0].removeprefix("| ") for line in lines]
+    assert names == [
+        "recipe",
+        "**teacher**",
+        "**swa_sinks, untrained**",
+        "gla",
+        "swa_sinks",
+        "gla stages.uptrain.lr=1e-3",
+    ]
+    assert "after 1M tokens" in page and "the same tokens, not the same minutes" in page and "77" not in page
+    assert "0.20 [0.100, 0.300]" in lines[3] and "25.00 [0, 50]" in lines[3] and "| 3.00 |" in lines[3]
+    assert f"{leaderboard.speeds()['gla']:,.0f}" in lines[3] and "- sse: it diverged" in page
+    assert (tmp_path / "board.png").stat().st_size > 1000
+    (tmp_path / "1.json").write_text(
+        json.dumps({**about, "settings": {**settings, "train": "5"}, "rows": second})
+    )
+    assert leaderboard.main(given) == 2
+
+
 def test_the_committed_ablations_can_all_be_run(scripts: None) -> None:
     import ablate
 

@@ -182,9 +182,9 @@ def check(sources: dict[str, Path], case: tuple[str, dict[str, bytes]], folder: 
     shutil.copytree(sources[source], folder)
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    started = time.monotonic()
+    started = time.process_time()
     said = load_all(folder, source)
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
     for message in said:
         assert "trust_remote_code=True" not in message and len(message) < 2000, message
 

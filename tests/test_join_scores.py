@@ -56,3 +56,16 @@ def test_the_teachers_alone(main, tmp_path):
 def test_a_folder_without_scores_is_named(main, tmp_path, capsys):
     assert main(tmp_path / "to", tmp_path) == 2
     assert "holds no results.json" in capsys.readouterr().err and not (tmp_path / "to").exists()
+
+
+def test_digits_for_a_repository(main, tmp_path):
+    whole = judged(tmp_path / "whole")
+    file = tmp_path / "rows.json"
+    assert main(file, whole, "--digits", 3) == 0
+    rows, joined = Scores(whole / "results.json").rows, Scores(file).rows
+    assert len(file.read_text().splitlines()) == len(rows) + 2
+    for row, one in zip(rows, joined, strict=True):
+        assert one.value == pytest.approx(row.value, rel=5e-3) and (one.key, one.n) == (row.key, row.n)
+    assert any(row.value != one.value for row, one in zip(rows, joined, strict=True))
+    with pytest.raises(SystemExit):
+        main(tmp_path / "folder", whole, "--digits", 3)

@@ -80,6 +80,7 @@ def small(recipe: Recipe) -> list[str]:
     return found + [f"layers.use.{name}.every=2" for name, where in use.items() if "every" in where]
 
 
+@pytest.mark.usefixtures("pictures_unrendered")
 @pytest.mark.parametrize("name", RECIPES)
 def test_end_to_end(name: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exported: list[Any] = []

@@ -67,19 +67,23 @@ def missing(subject: Subject) -> bool:
     )
 
 
-def commands(subject: Subject, folder: Path, teacher: str, suite: str) -> list[str]:
-    """How the control is made, and how it is measured.
+def command(recipe: Mapping[str, Any], file: Path, teacher: str, control: Path) -> str:
+    """How the control is made.
 
     Args:
-        subject: of a run.
-        folder: of the run.
+        recipe: of the run.
+        file: that holds it.
         teacher: MODEL of the command line that made the run.
-        suite: what was measured of the run.
+        control: folder of the control.
     """
-    assert subject.run is not None
-    control = str(folder.with_name(f"{folder.name}-control"))
-    changes = without_surgery(subject.run.recipe)
-    return [
-        shlex.join(["linearize", "run", teacher, str(folder / "recipe.yaml"), *changes, "--out", control]),
-        shlex.join(["linearize", "eval", str(folder), "--suite", suite, "--control", control]),
-    ]
+    changes = without_surgery(recipe)
+    return shlex.join(["linearize", "run", teacher, str(file), *changes, "--out", str(control)])
+
+
+def tokens(recipe: Mapping[str, Any]) -> int:
+    """What the control is trained on, 0 where the recipe does not say."""
+    dropped = {
+        change[len("~stages.") :] for change in without_surgery(recipe) if change.startswith("~stages.")
+    }
+    counts = [stage.get("tokens") for name, stage in recipe["stages"].items() if name not in dropped]
+    return sum(counts) if counts and all(type(count) is int for count in counts) else 0

@@ -64,6 +64,12 @@ class Cached:
         """Logits [B, n, V] behind each of them."""
         return self._run(ids, {})
 
+    def together(self) -> Any:
+        """A context for many calls: autocast casts the weights once, and not for every token again."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
     def copy(self) -> Cached:
         """Another one that remembers the same; the mixers that converted layers point at stay the model's."""
         other = copy.copy(self)
@@ -73,10 +79,7 @@ class Cached:
 
     @torch.no_grad()
     def _run(self, ids: Tensor, options: dict[str, int]) -> Tensor:
-        context: Any = nullcontext()
-        if self.autocast is not None:
-            context = torch.autocast(self.device.type, dtype=self.autocast)
-        with context:
+        with self.together():
             given = {self._name: self.cache, "use_cache": True, **options}
             return self.model(input_ids=ids.to(self.device), **given).logits.float()
 
@@ -98,11 +101,12 @@ def answers(
         autocast: dtype for torch.autocast, or None.
     """
     read = Cached(model, autocast)
-    first = read(torch.tensor([prompt.ids for prompt in prompts]))
-    candidates = [_likelihood(read, prompts, number, first) for number in range(len(prompts[0].answers))]
-    written = [first.argmax(-1)]
-    while len(written) < new_tokens:
-        written.append(read(written[-1][:, None]).argmax(-1))
+    with read.together():
+        first = read(torch.tensor([prompt.ids for prompt in prompts]))
+        candidates = [_likelihood(read, prompts, number, first) for number in range(len(prompts[0].answers))]
+        written = [first.argmax(-1)]
+        while len(written) < new_tokens:
+            written.append(read(written[-1][:, None]).argmax(-1))
     texts = tokenizer.batch_decode(torch.stack(written, 1), skip_special_tokens=True)
     return [
         Answer(text, [found[row] for found in candidates], [len(candidate) for candidate in prompt.answers])

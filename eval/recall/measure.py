@@ -41,8 +41,6 @@ ITEMS = 20
 """Where a suite does not say how many."""
 ROOM = 128
 """Tokens that an answer may take; none is as long."""
-STEP = 16
-"""Tokens of a prefill that take as long as a step of decoding, roughly."""
 
 
 class Retrieval:
@@ -53,6 +51,7 @@ class Retrieval:
     """
 
     reads: ClassVar = False
+    compares: ClassVar = False
     takes: ClassVar = {
         "length": Takes(),
         "items": Takes(needed=False),
@@ -75,7 +74,9 @@ class Retrieval:
         """Of the prompts, and what decoding costs in such tokens."""
         prompts = self._prompts(unit, setting)
         batches = -(-len(prompts) // _batch(unit, setting))
-        return len(prompts) * unit.length + batches * STEP * (_new_tokens(prompts) + len(prompts[0].answers))
+        return len(prompts) * unit.length + batches * setting.step * (
+            _new_tokens(prompts) + len(prompts[0].answers)
+        )
 
     def measure(self, model: Any, call: Call, setting: Setting, meter: Any) -> list[Score]:
         """Generated and by likelihood; with even depths also by depth."""
@@ -101,6 +102,7 @@ class Mqar:
     """Zoology's task on the tokenizer's own words. Settings: `items`, and `pairs` or tokens `per_pair` (16)."""
 
     reads: ClassVar = False
+    compares: ClassVar = False
     takes: ClassVar = {
         "length": Takes(),
         "items": Takes(needed=False),

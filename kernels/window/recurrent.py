@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linearize.kernels.window.merge import add_sink
+from linearize.kernels.window.merge import add_sink, merge
 from linearize.kernels.window.reference import Weighted, window_reference
 
 
@@ -46,6 +46,7 @@ def window_step(
     softcap: float | None = None,
     reach: Tensor | None = None,
     sink: Tensor | None = None,
+    turned: Tensor | None = None,
 ) -> Weighted:
     """The softmax over the last `span` tokens and the pinned ones, the new token's own key included; torch.
 
@@ -57,6 +58,7 @@ def window_step(
         valid: [B, 1] bool, false on padding.
         reach: [B, 1] int64, tokens that the query sees, at most `span`, which all see without it.
         sink: [H] or None.
+        turned: [B, 1, H, K], what the pinned keys are asked in place of q, or None.
 
     Returns:
         numerator [B, 1, H, V], denominator and maximum [B, 1, H].
@@ -74,7 +76,16 @@ def window_step(
     held.valid[rows, slot] = valid[:, 0]
     held.next.add_(valid.to(torch.int64))
     seen = held.valid[:, first:] & (age < (span if reach is None else reach))
-    visible = torch.cat([held.valid[:, :first], seen], 1) if first else seen
     keys, values = held.k.to(q.dtype), held.v.to(q.dtype)
-    weighted = window_reference(q, keys, values, visible[:, None], scaling=scaling, softcap=softcap)
+
+    def read(asks: Tensor, kept: slice, visible: Tensor) -> Weighted:
+        return window_reference(
+            asks, keys[:, kept], values[:, kept], visible[:, None], scaling=scaling, softcap=softcap
+        )
+
+    if turned is None:
+        weighted = read(q, slice(None), torch.cat([held.valid[:, :first], seen], 1) if first else seen)
+    else:
+        weighted = read(q, slice(first, None), seen)
+        weighted = merge(weighted, read(turned, slice(first), held.valid[:, :first]))
     return weighted if sink is None else add_sink(weighted, sink)

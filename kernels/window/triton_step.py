@@ -43,10 +43,11 @@ def read_tile(
 
 @triton.jit
 def step_kernel(
-    q, k, v, valid, reach, sink, ring_k, ring_v, ring_valid, counter, out, log_sum, top_out, scaling, cap, span,
-    heads: tl.constexpr, kv_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, FIRST: tl.constexpr,
+    q, k, v, valid, reach, sink, turned, ring_k, ring_v, ring_valid, counter, out, log_sum, top_out, scaling, cap,
+    span, heads: tl.constexpr, kv_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, FIRST: tl.constexpr,
     SLOTS: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_REACH: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_TURNED: tl.constexpr,
 ):  # fmt: skip
     """One query head of one row: its answer, and without pinned keys the ring's new entry."""
     head = tl.program_id(0) % heads
@@ -98,6 +99,8 @@ def step_kernel(
             FIRST + at, K, V, HAS_CAP,
         )  # fmt: skip
     if FIRST > 0:
+        if HAS_TURNED:
+            query = tl.load(turned + (row * heads + head) * K + dims, mask=dims < K, other=0.0).to(tl.float32)
         for start in range(0, FIRST, P):
             at = start + tl.arange(0, P)
             stood = tl.load(flags + at, mask=at < FIRST, other=0).to(tl.int32) != 0
@@ -165,6 +168,7 @@ def step(
     valid: Tensor | None,
     reach: Tensor | None,
     sink: Tensor | None,
+    turned: Tensor | None,
     ring_k: Tensor,
     ring_v: Tensor,
     ring_valid: Tensor,
@@ -189,12 +193,12 @@ def step(
     }  # fmt: skip
     ring = {"ring_k": ring_k, "ring_v": ring_v, "ring_valid": ring_valid, "counter": counter}
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    valid = None if valid is None else valid.contiguous()
+    valid, turned = (None if x is None else x.contiguous() for x in (valid, turned))
     launch(
-        step_kernel, (batch * heads,), q=q, k=k, v=v, valid=valid, reach=reach, sink=sink, out=out, log_sum=log_sum,
-        top_out=top, scaling=scaling, cap=cap or 1.0, span=int(span), W=min(tile, padded(slots)),
-        HAS_REACH=reach is not None, HAS_SINK=sink is not None, HAS_CAP=cap > 0, num_warps=4, num_stages=1,
-        **ring, **fixed,
+        step_kernel, (batch * heads,), q=q, k=k, v=v, valid=valid, reach=reach, sink=sink, turned=turned, out=out,
+        log_sum=log_sum, top_out=top, scaling=scaling, cap=cap or 1.0, span=int(span), W=min(tile, padded(slots)),
+        HAS_REACH=reach is not None, HAS_SINK=sink is not None, HAS_CAP=cap > 0, HAS_TURNED=turned is not None,
+        num_warps=4, num_stages=1, **ring, **fixed,
     )  # fmt: skip
     if first:
         launch(
@@ -213,7 +217,7 @@ def step(
 
 
 @step.register_fake
-def _(q, k, v, valid, reach, sink, ring_k, ring_v, ring_valid, counter, numbers):
+def _(q, k, v, valid, reach, sink, turned, ring_k, ring_v, ring_valid, counter, numbers):
     sums = q.new_empty(q.shape[:2], dtype=torch.float32)
     out = torch.empty(*q.shape[:2], v.shape[2], dtype=v.dtype, device=v.device)
     return out, sums, torch.empty_like(sums)
@@ -231,6 +235,7 @@ def window_step_triton(
     softcap: float | None = None,
     reach: Tensor | None = None,
     sink: Tensor | None = None,
+    turned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same in one launch (two with pinned keys), normalized: out, log of the sum, maximum, as `window_triton`."""
     covered(q, k, v)
@@ -243,7 +248,7 @@ def window_step_triton(
         ),
     )
     out, log_sum, top = step(
-        q[:, 0], k[:, 0], v[:, 0], valid[:, 0], None if reach is None else reach[:, 0].contiguous(), sink, *tensors,
-        [float(held.first), float(span), scaling, softcap or 0.0],
+        q[:, 0], k[:, 0], v[:, 0], valid[:, 0], None if reach is None else reach[:, 0].contiguous(), sink,
+        None if turned is None else turned[:, 0], *tensors, [float(held.first), float(span), scaling, softcap or 0.0],
     )  # fmt: skip
     return out[:, None], log_sum[:, None], top[:, None]

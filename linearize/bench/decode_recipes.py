@@ -60,7 +60,8 @@ def main(options: argparse.Namespace) -> int:
     random_model("meta", torch.float32, options.shape)
     table = Table(options.out, say, about(device), report.given(options))
     budget = Budget(options.budget)
-    for name in names if options.only else [TEACHER, *names]:
+    beside = not options.only or TEACHER in options.recipes
+    for name in [TEACHER, *names] if beside else names:
         try:
             for row in rows(name, options, device, budget):
                 table.add(row)

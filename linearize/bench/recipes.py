@@ -23,10 +23,12 @@ from torch import Tensor
 
 from linearize.bench import report, whole
 from linearize.bench.profiles import kept, profiled
+from linearize.bench.runner import LOST
 from linearize.bench.subjects import TEACHER, chosen, convert, layers_of_each, random_model
 from linearize.bench.whole import Budget, Row, Stopped, Stopwatch, Table, empty, reported
 from linearize.cli.console import console, quiet_libraries
 from linearize.errors import LinearizeError
+from linearize.patch import changed
 
 WARM_BATCH = 2
 """Of the model that only compiles: a batch of one would be another kernel, since Triton makes constants of ones."""
@@ -68,7 +70,8 @@ def main(options: argparse.Namespace) -> int:
         return 0
     table = Table(options.out, say, about(device), report.given(options))
     budget = Budget(options.budget)
-    for name in names if options.only else [TEACHER, *names]:
+    beside = not options.only or TEACHER in options.recipes
+    for name in [TEACHER, *names] if beside else names:
         try:
             for row in rows(name, options, device, budget):
                 table.add(row)
@@ -122,6 +125,7 @@ def rows(name: str, options: argparse.Namespace, device: torch.device, budget: B
                     step.release()
                 whole.release()  # the frames of a failure are gone only now
             budget.leave_out(found)
+            row["way"] = found.get("way", way)
             yield row | (empty(notes[0]) if notes else found)
             if notes and options.largest and batch > 1 and "out of memory" in notes[0]:
                 batches = [batch // 2]
@@ -149,25 +153,26 @@ class Step:
         device: where it is.
         precision: bf16 or autocast.
         captured: whether a step is recorded and replayed.
+
+    Attributes:
+        obstacle: why the steps that are measured are not recorded, though they were to be, or None.
     """
 
     def __init__(self, model: Any, device: torch.device, precision: str, *, captured: bool = False) -> None:
-        from linearize.distill.headless import recognize
+        from linearize.distill import headless
 
         self.model, self.device, self.precision, self.captured = model, device, precision, captured
         self.watch = Stopwatch(device)
+        self.obstacle: str | None = None
         self._call: Callable[[], Any] | None = None
         with self.computing():
-            self.head = recognize(model, device)
+            self.head = headless.recognize(model, device)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Around a forward pass, as in the stages of a run: what is recorded looks at no mask."""
-        from linearize.distill.passes import waiting_for_nothing
-
+        """Around a forward pass, as in the stages of a run, over rows of one text each."""
         with ExitStack() as stack:
-            if self.captured:
-                stack.enter_context(waiting_for_nothing(self.model))
+            stack.enter_context(without_masks())
             if self.precision == "autocast":
                 stack.enter_context(
                     torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=False)
@@ -186,6 +191,7 @@ class Step:
         given = {"input_ids": ids, "targets": next_targets(ids)}
         self.model.train()
         recording = Captured(self.model.parameters(), "benchmark") if self.captured else None
+        self.obstacle = None
 
         def run(given: dict[str, Tensor], count: Tensor | None) -> Tensor:
             with self.computing():
@@ -197,8 +203,7 @@ class Step:
             if recording is None:
                 return run(given, None)
             loss = recording(run, given, None)
-            if recording.obstacle is not None:
-                raise LinearizeError(f"a step cannot be recorded: {recording.obstacle}")
+            self.obstacle = recording.obstacle
             return loss
 
         return step
@@ -206,8 +211,44 @@ class Step:
     def measured(self, batch: int, length: int) -> Row:
         """What a row holds: tokens a second, milliseconds, peak GiB, and seconds of the first step, which compiles.
 
+        A step that cannot be recorded is measured as it runs without; the row says so, and why.
+
         Raises:
-            LinearizeError: the loss is no number, or the step cannot be recorded.
+            LinearizeError: the loss is no number.
+        """
+        if not self.captured:
+            return self._measured(batch, length)
+        why: str | None
+        try:
+            found, why = self._measured(batch, length), self.obstacle
+        except (torch.OutOfMemoryError, LinearizeError):
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split())
+            if any(sign in text for sign in LOST):
+                raise
+            found, why = {}, f"{type(error).__name__}: {text[:200]}"
+        if not found:
+            # outside of the handler, which holds the frames of what failed
+            self.release()
+            whole.release()
+            self.captured = False
+            try:
+                found = self._measured(batch, length)
+            finally:
+                self.captured = True
+        if why is not None:
+            found |= {
+                "way": self.precision,
+                "note": f"not recorded: {why}{'; ' * bool(found['note'])}{found['note']}",
+            }
+        return found
+
+    def _measured(self, batch: int, length: int) -> Row:
+        """`measured`, recorded or not, as `captured` says.
+
+        Raises:
+            LinearizeError: see `measured`.
         """
         from linearize.distill.captured import WARM_UP
 
@@ -242,6 +283,22 @@ class Step:
         """Let go of gradients, and of what was recorded."""
         self._call = None
         self.model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def without_masks() -> Iterator[None]:
+    """Around passes over rows that hold one text each, without padding: no mask is made, and nobody looks for one.
+
+    As transformers has it where it may look: it waits for the device to learn that no documents are packed, and while a
+    graph is recorded it makes a mask in place of looking, so that other kernels would run than in the steps before.
+    """
+    from transformers import masking_utils
+
+    with (
+        changed(masking_utils, "find_packed_sequence_indices", lambda *_: None),
+        changed(masking_utils, "is_tracing", lambda *_: False),
+    ):
+        yield
 
 
 def warmed(
@@ -284,7 +341,7 @@ def compiled_ahead(
 ) -> None:
     """Compile what this process' training steps of these sizes need, in a model of few layers.
 
-    Steps that will be recorded have masks, and so other compiled forms (`Step.computing`).
+    A step that will be recorded runs once as it does before its recording, and leaves nothing behind.
     """
     model = build(name, shape, precision, device, num_hidden_layers=layers_of_each(name))
     step = Step(model, device, precision, captured=captured)

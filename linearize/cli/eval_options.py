@@ -13,9 +13,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help=given.PATH_HELP)
     parser.add_argument(
         "--suite",
-        default="quick",
-        metavar="NAME|FILE",
-        help="quick (minutes on two cores; default), standard, long, efficiency, all, or a suite of your own (YAML)",
+        default=["quick"],
+        type=given.names,
+        metavar="A,B",
+        help="quick (minutes on two cores; default), standard, long, efficiency, all, or a suite of your own (a YAML "
+        "file); of several one after the other",
     )
     parser.add_argument(
         "--against",
@@ -39,6 +41,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--only", type=given.names, default=[], metavar="A,B", help="these tasks of the suite alone"
+    )
+    parser.add_argument(
+        "--roles",
+        type=given.names,
+        default=[],
+        metavar="A,B",
+        help="measure these alone: teacher, student, a control",
     )
     tasks = parser.add_argument_group("tasks of lm-eval")
     tasks.add_argument(

@@ -29,12 +29,15 @@ def main(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     _check(options)
-    suites = [] if options.suite == "tasks" else suite.load(options.suite, options.only)
+    options.control = _with_trained_alike(options.path, options.control)
+    suites = suite.load(named, options.only) if (named := _without_tasks(options.suite)) else []
     if options.tasks:
         suites.append(_lm_tasks(options))
-    elif options.suite == "tasks":
+    elif named != options.suite:
         raise LinearizeError("--suite tasks: name them with --tasks A,B")
     tasks_known.check(suites)
+    if options.roles:
+        suites = suite.of_roles(suites, _roles(options))
     if options.text and not any(tasks_known.TASKS[unit.task].reads for one in suites for unit in one.units):
         measured = ", ".join(dict.fromkeys(unit.task for one in suites for unit in one.units))
         raise LinearizeError(
@@ -59,7 +62,9 @@ def main(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse options that would change nothing."""
-    if options.suite == "tasks" and options.only:
+    if not options.suite:
+        raise LinearizeError("--suite: names no suite; leave it out for quick")
+    if options.only and not _without_tasks(options.suite):
         raise LinearizeError("--only with --suite tasks: --tasks A,B says which; leave out --only")
     beside = {
         "--include-path": options.include_path is not None,
@@ -84,7 +89,7 @@ def _judge(
 ) -> None:
     """Load, measure, print."""
     from linearize import surgery
-    from linearize.cli import comparison
+    from linearize.cli import comparison, trained_alike
     from linearize.cli.checkpoint import load
     from linearize.distill.memory import watched
     from linearize.eval import page, side_by_side, summary
@@ -92,7 +97,6 @@ def _judge(
     from linearize.eval.judge import judge
     from linearize.eval.limits import learned_positions
     from linearize.eval.measurement import Setting
-    from linearize.eval.page import same_training
     from linearize.eval.rows import Scores
 
     scores = Scores(out / "results.json")
@@ -141,12 +145,40 @@ def _judge(
     console().print(f"scores  {scores.path}", markup=False, soft_wrap=True)
     subjects = page.read([scores.path])
     comparison.show(page.compose(subjects), out)
-    if against is not None and len(subjects) == 1 and same_training.missing(subjects[0]):
-        console().print(
-            "\nThe teacher trained the same way, without which a gain of the text is read as the method's:"
-        )
-        for line in same_training.commands(subjects[0], out.parent, against, options.suite):
-            console().print(f"  {line}", markup=False, soft_wrap=True, highlight=False)
+    run = trained_alike.run_of(options.path)
+    if run is not None and against is not None and not options.control and surgery.converted(student):
+        console().print()
+        for line in trained_alike.advice(run, against):  # a command is one line, to be copied
+            console().print(line, markup=False, soft_wrap=line.startswith(" "), highlight=False)
+
+
+def _with_trained_alike(path: str, controls: list[str]) -> list[str]:
+    """The named controls, and the teacher that was trained the same way, if it lies where a run has it."""
+    from linearize.cli import trained_alike
+
+    run = trained_alike.run_of(path)
+    control = None if run is None else trained_alike.found(run)
+    if control is None or Path(control).resolve() in [Path(source).resolve() for source in controls]:
+        return controls
+    log.info("%s: the teacher trained the same way without surgery, measured as well", control)
+    return [*controls, control]
+
+
+def _without_tasks(suites: list[str]) -> list[str]:
+    return [name for name in suites if name != "tasks"]
+
+
+def _roles(options: argparse.Namespace) -> list[str]:
+    """Of --roles, all of them known."""
+    from linearize.eval.cast import CONTROLS
+    from linearize.eval.rows import STUDENT, TEACHER
+    from linearize.registry import closest
+
+    known = [TEACHER, STUDENT, *CONTROLS, *(_name(source) for source in options.control)]
+    for role in options.roles:
+        if role not in known:
+            raise LinearizeError(f"--roles: no role '{role}'; {closest(role, known)}")
+    return list(options.roles)
 
 
 def _lm_tasks(options: argparse.Namespace) -> Any:

@@ -96,7 +96,7 @@ def torchrun(settings: Any, run: list[str], endpoint: str) -> list[str]:
     for key, value in (("nodes", nodes), ("processes", processes)):
         if not isinstance(value, int) or value < 1:
             raise LaunchError(f"--set {key}={value}: must be a whole number from 1 on")
-    found = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    found = [sys.executable, "-m", "linearize.cli.torchrun", "--nproc-per-node", str(processes)]
     if nodes == 1:
         found += ["--standalone"]
     else:
@@ -121,7 +121,7 @@ def _cards() -> int:
 
 
 def _run(command: list[str], settings: Any) -> int:
-    """Start it and wait; what this process is asked for goes to all of them."""
+    """Start it and wait; what this process is asked for goes to all of them. Gives its exit code."""
     patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(settings["seconds_to_stop"])}
     ours = [signal.SIGINT, signal.SIGTERM]
     # the queue's own signal ends whoever does not know it

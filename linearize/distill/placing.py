@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -98,6 +99,14 @@ class Place:
         frozen: nn.Module = model
         return frozen
 
-    def by_holders(self, job: Callable[[], Made]) -> Made:
-        """Do what computes with the model: by the first process for all, or by all together where each has a part."""
-        return job() if self.sharded else processes.alone(job)
+    def by_holders(self, job: Callable[[], Made], computes: bool = True) -> Made:
+        """Do what needs the model: by the first process for all, or by all together where each has a part.
+
+        Args:
+            job: to be done.
+            computes: whether it is passes and nothing but passes, which end where a process is gone.
+        """
+        if not self.sharded:
+            return processes.alone(job)
+        with processes.in_pass() if computes else nullcontext():
+            return job()

@@ -1,16 +1,18 @@
 """Several processes of one run: they train together, and the first of them does whatever is done once.
 
 What they say to each other on the host goes over gloo, which notices at once that a process is gone. It comes before
-anything that goes over NCCL, where one that waits for a process that is gone waits for minutes.
+anything that goes over NCCL, where one that waits for a process that is gone waits for minutes; within a pass `watch`
+ends such a wait.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,12 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from linearize import launched, signals
+from linearize.distill.watch import Watch
 from linearize.errors import LinearizeError
 
 TOGETHER = timedelta(minutes=30)
 """How long one waits for the others in a step: a checkpoint may be written in between."""
 ALONE = timedelta(days=7)
 """How long the others wait for what the first does alone, an evaluation for one."""
+GONE = "has ended, or does not answer"
 BUCKET = 2**24
 """Numbers that are added up in one go."""
 
@@ -52,6 +56,7 @@ class FirstFailed(LinearizeError):
 class _Groups:
     steps: Any
     waits: Any
+    watch: Watch
 
 
 _joined: list[_Groups] = []
@@ -75,11 +80,14 @@ def rank() -> int:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[None]:
+def joined(
+    device: torch.device, last_words: Callable[[ProcessLost], Exception] | None = None
+) -> Iterator[None]:
     """Inside, the processes that a launcher has started know each other; nothing happens where there is one.
 
     Args:
         device: of this process.
+        last_words: makes what is shown of a loss that ends this process in the middle of a pass.
 
     Raises:
         ProcessLost: they do not find each other.
@@ -94,15 +102,36 @@ def joined(device: torch.device) -> Iterator[None]:
         groups = [dist.new_group(backend="gloo", timeout=time) for time in (TOGETHER, ALONE)]
     told = dist.PrefixStore("linearize", store)
     launched.speaks.append(lambda: _first_to_tell(told))
-    _joined.append(_Groups(*groups))
+    watch = Watch(
+        dist.PrefixStore("watch", store),
+        number,
+        size,
+        partial(_last_words, last_words),
+        ProcessLost.exit_code,
+    )
+    _joined.append(_Groups(*groups, watch))
+    done = False
     try:
         yield
         most([0])  # nobody leaves before all are done
+        watch.leave(done := True)
         dist.destroy_process_group()
         launched.speaks.clear()
     finally:
         # after a failure the others are not there to say goodbye to: the process ends without
+        if not done:
+            watch.leave(done)
         _joined.clear()
+
+
+def _last_words(of: Callable[[ProcessLost], Exception] | None, why: str) -> str:
+    lost = ProcessLost(f"another process of this run {GONE} ({why})")
+    return str(lost if of is None else of(lost))
+
+
+def in_pass() -> AbstractContextManager[None]:
+    """Around what waits for the others on the device, and is worth nothing where one is gone: this process ends too."""
+    return _joined[0].watch.passing() if several() else nullcontext()
 
 
 def _first_to_tell(store: Any) -> bool:
@@ -238,8 +267,12 @@ def same(tensors: Iterable[Tensor]) -> None:
     if not several():
         return
     for tensor in tensors:
+        found = tensor.detach()
+        sent = found.contiguous()  # NCCL takes no other
         with _lost():
-            dist.broadcast(tensor.detach(), src=0)
+            dist.broadcast(sent, src=0)
+        if sent is not found:
+            found.copy_(sent)
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -281,7 +314,7 @@ def passing() -> Iterator[None]:
 
 
 @contextmanager
-def _lost(what: str = "has ended, or does not answer") -> Iterator[None]:
+def _lost(what: str = GONE) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:  # gloo's and the store's are plain RuntimeErrors

@@ -95,7 +95,7 @@ def run(
     job = _Job(model, recipe, folder, recipe_name or recipe.description)
     with ExitStack() as stack:
         try:
-            stack.enter_context(processes.joined(job.device))
+            stack.enter_context(processes.joined(job.device, job.lost))
             processes.alone(folder.look)
             processes.alone(lambda: stack.enter_context(held(folder.path)))
             stack.enter_context(writing(folder.path))
@@ -111,9 +111,7 @@ def run(
                 exit_code(stop),
             ) from None
         except ProcessLost as lost:
-            raise ProcessLost(
-                f"{lost}. What was saved before is intact. Go on with:\n  {job.resume_command}"
-            ) from lost
+            raise job.lost(lost) from lost
 
 
 class _Job:
@@ -134,6 +132,10 @@ class _Job:
         self.resume_command = (
             f"{launched.command()} run {shlex.quote(model)} {out}/recipe.yaml --out {out} --resume"
         )
+
+    def lost(self, lost: ProcessLost) -> ProcessLost:
+        """The same with the command that goes on."""
+        return ProcessLost(f"{lost}. What was saved before is intact. Go on with:\n  {self.resume_command}")
 
     def run(self, *, resume: bool, budget: Budget | None, stack: ExitStack) -> RunSummary:
         started = time.monotonic()
@@ -187,7 +189,9 @@ class _Job:
         with self._watched("exporting", [], "free memory; only the export is left"):
             write = gathering.checkpoint if self.place.sharded else exporting.checkpoint
             facts_of: Any = {"rows": results.rows, "dtype": dtype, "base": self.source}
-            checkpoint = self.place.by_holders(lambda: write(model, tokenizer, recipe, folder, **facts_of))
+            checkpoint = self.place.by_holders(
+                lambda: write(model, tokenizer, recipe, folder, **facts_of), computes=False
+            )
         report = alone(lambda: write_report(folder.path))
         alone(lambda: write_json(folder.done, {"checkpoint": checkpoint.name}))
         rows = alone(lambda: results.rows)

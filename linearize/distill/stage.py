@@ -190,12 +190,15 @@ class StageTrainer(Trainer):
         batch, phase = self._prepare_inputs(inputs), self.course.phase(self.state.global_step)
         draw = self._draw_windows()
         processes.random_apart(self.seed, self.state.global_step)
-        self._step_values = self.micro.run(
-            batch,
-            # a share of the batch is a number of the recording
-            lambda part: self.passes(partial(self._pass, model), part, num_items_in_batch, draw, phase.batch),
-            undo=self._begin_again,
-        )
+        with processes.in_pass():
+            self._step_values = self.micro.run(
+                batch,
+                # a share of the batch is a number of the recording
+                lambda part: self.passes(
+                    partial(self._pass, model), part, num_items_in_batch, draw, phase.batch
+                ),
+                undo=self._begin_again,
+            )
         window_dropout.forget(surgery.converted(self.trained_model) if draw.off else [], draw.off)
         rows = tuple(batch["input_ids"].shape)
         together.join(self.plain, self._step_values, self.micro, rows, self.interrupt)
@@ -221,9 +224,10 @@ class StageTrainer(Trainer):
         """Check that losses and gradients are finite, then clip. The one place a step waits for the device."""
         assert self._step_values is not None
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        norm = shards.total_norm(gradients)
-        finite = torch.stack([self._step_values.isfinite().all(), norm.isfinite()])
-        if not finite.all():
+        with processes.in_pass():
+            norm = shards.total_norm(gradients)
+            finite = bool(torch.stack([self._step_values.isfinite().all(), norm.isfinite()]).all())
+        if not finite:
             self._stop_on_non_finite()
         self.clip(norm)
         self._window_values = (

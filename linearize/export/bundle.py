@@ -10,6 +10,8 @@ module's name behind it in the second, and wherever it is imported. A module tha
 from __future__ import annotations
 
 import ast
+import copy
+import functools
 import importlib
 import importlib.util
 import pkgutil
@@ -56,7 +58,7 @@ class _Source:
     first: list[str] = field(default_factory=list)
     """Modules of the package that must stand before this one."""
     later: list[str] = field(default_factory=list)
-    """Modules that only functions use, and those that fill this module's registry."""
+    """Modules that only functions use."""
     names: set[str] = field(default_factory=set)
     imported: set[tuple[str, str]] = field(default_factory=set)
     """Modules of the package and the names taken from them."""
@@ -64,6 +66,8 @@ class _Source:
     """Modules of the package that are imported as such."""
     renamed: dict[str, str] = field(default_factory=dict)
     """Its names that have become others."""
+    parts: list[str] = field(default_factory=list)
+    """Modules that fill its registry, each under a name."""
 
 
 def bundle(model: PreTrainedModel) -> str:
@@ -154,14 +158,15 @@ def _collect(name: str, order: list[_Source], seen: set[str], used: set[str]) ->
     if name in seen:
         return
     seen.add(name)
-    source = _read(name, used)
+    source = copy.deepcopy(_read(name))
     for needed in source.first:
         _collect(needed, order, seen, used)
     order.append(source)
-    for needed in source.later:
+    for needed in (*source.later, *(part for part in source.parts if _registers(part, used))):
         _collect(needed, order, seen, used)
 
 
+@functools.cache
 def _text(name: str) -> str:
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.origin is not None, name
@@ -188,6 +193,7 @@ def _namespace(source: _Source) -> str:
     return f"{source.name.rpartition('.')[2]} = SimpleNamespace({members})"
 
 
+@functools.cache
 def _renamed(body: str, name: str, new: str) -> str:
     """Source text with a name of its module under another one; it may not be an argument's or an attribute's too."""
     places: set[tuple[int, int]] = set()
@@ -213,7 +219,9 @@ def _needs_triton(test: ast.expr) -> bool:
     return any(ast.unparse(condition).startswith("dispatch.use_triton(") for condition in conditions)
 
 
-def _read(name: str, used: set[str]) -> _Source:
+@functools.cache
+def _read(name: str) -> _Source:
+    """A module of the package, which does not change while it is loaded; to be copied before it is changed."""
     text = _text(name)
     lines = text.splitlines()
     tree = ast.parse(text)
@@ -267,8 +275,7 @@ def _read(name: str, used: set[str]) -> _Source:
             drop(node)
         elif isinstance(node, ast.Expr) and ast.unparse(node).startswith("discover("):
             folder = importlib.import_module(name).__path__
-            parts = [f"{name}.{module.name}" for module in pkgutil.iter_modules(folder)]
-            source.later += [part for part in parts if _registers(part, used)]
+            source.parts += [f"{name}.{module.name}" for module in pkgutil.iter_modules(folder)]
             drop(node)
     source.body = "\n".join(line for index, line in enumerate(lines) if index not in dropped).strip()
     return source

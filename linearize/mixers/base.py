@@ -38,6 +38,7 @@ class LayerShape:
         chunk: tokens in a chunk of the teacher's own layer, which sees nothing of earlier ones (Llama 4), or None.
         model_dim: width of the hidden states, D, or None where nobody measured it.
         rotary: how q and k have been rotated: "none", "half" (rotate-half, possibly partial), "other".
+        turns: radians by which a token turns each pair of dims of a rotate-half embedding, or None.
     """
 
     heads: int
@@ -50,6 +51,7 @@ class LayerShape:
     chunk: int | None = None
     model_dim: int | None = None
     rotary: str = "none"
+    turns: tuple[float, ...] | None = None
 
     @property
     def group(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,18 +18,16 @@ from torch import Tensor
 
 from linearize.errors import NotFiniteError, UnsupportedModelError
 from linearize.mixers import fits
+from linearize.mixers.attended import attended
 from linearize.mixers.base import Part, Partial, put
 from linearize.mixers.mixer import Mixer
 from linearize.mixers.seams import shown, some
-from linearize.mixers.spec import build
-from linearize.mixers.statistics import Moments, Statistics, finite
+from linearize.mixers.statistics import Statistics, finite
 
 TOKENS = 16_384
 """Tokens that enter the equations at most, spread evenly over those that were seen."""
 TRIED = 4096
 """Tokens that values compete on."""
-ROWS = 128
-"""Queries whose attention weights are held at once."""
 
 
 class Call(Protocol):
@@ -133,7 +132,7 @@ class _Layer:
             q=q.flatten(0, 1)[chosen].float(),
             k=k.flatten(0, 1)[chosen].float(),
             opens=opens.flatten()[chosen],
-            attention=self._attention,
+            attention=partial(attended, self.origin, self.mixer.shape, opens, chosen),
             scores=self._scores,
             where=where,
         )
@@ -155,33 +154,58 @@ class _Layer:
 
     def fit(self, *, plain: bool, sizes_only: bool) -> None:
         """All parts, in the order of their dependence; see `calibrate`."""
+        output = self.mixer.output
+        if output is not None and output.constant is not None:
+            put(output.constant, torch.zeros_like(output.constant))
         if not sizes_only:
             for part in _parts(self.mixer):
                 part.calibrate(self.statistics)
             self._start()
         self._join()
-        output = self.mixer.output
         if output is not None and not plain:
-            output.fit(self._before_output(), self.hidden, self.target)
+            y = self._before_output()
+            output.fit(y, self.hidden, self._less_constant(y))
         self._together(plain)
+        self._set_constant()
+
+    def _less_constant(self, y: Tensor) -> Tensor:
+        """The target less the constant that is best beside a factor on each dim of y [N, H, V]."""
+        if self._constant is None:
+            return self.target
+        apart = self._apart(y)
+        mean = y.mean(0)
+        factor = (apart * self._apart(self.target)).sum(0) / apart.square().sum(0).clamp_min(1e-30)
+        return self.target - (self.target.mean(0) - factor * mean)
+
+    def _set_constant(self) -> None:
+        if self._constant is not None:
+            put(self._constant, (self.target - self.rows(self.call.student())).mean(0))
+
+    @property
+    def _constant(self) -> Tensor | None:
+        return None if self.mixer.output is None else self.mixer.output.constant
+
+    def _apart(self, y: Tensor) -> Tensor:
+        """y [N, H, V] less its mean over the tokens, where a constant takes that on itself."""
+        return y if self._constant is None else y - y.mean(0)
 
     def _together(self, plain: bool) -> None:
         """The last sizes by what all heads make of each other in the model's own output projection."""
         mixer, output = self.mixer, self.mixer.output
-        y = self.rows(self.call.student())
+        y, target = self._apart(self.rows(self.call.student())), self._apart(self.target)
         stretches = output is not None and output.stretch(torch.ones_like(self.target[0]))
         if plain and output is not None and stretches:
-            factor = fits.scale(y, self.target)
+            factor = fits.scale(y, target)
             if self.projection is not None:
                 y = y * factor.to(y.dtype)[:, None]
-                factor = factor * fits.together(y, self.target, self.projection, dims=False)
+                factor = factor * fits.together(y, target, self.projection, dims=False)
             if not (output.scales and self._whole(factor)):
                 output.stretch(factor.to(y.dtype)[:, None].expand_as(self.target[0]))
             return
         if self.projection is None:
             return
         if output is not None and stretches:
-            factor = fits.together(y, self.target, self.projection, dims=True)
+            factor = fits.together(y, target, self.projection, dims=True)
             if output.scales:
                 # a gate says one plus something: near one it keeps its precision in sixteen bits
                 mean = factor.mean(1)
@@ -189,7 +213,7 @@ class _Layer:
                     factor = factor / mean[:, None]
             output.stretch(factor.to(y.dtype))
             return
-        factor = fits.together(y, self.target, self.projection, dims=False)
+        factor = fits.together(y, target, self.projection, dims=False)
         if mixer.combine is not None:
             mixer.combine.resize(factor)
         elif mixer.recurrent is not None:
@@ -264,12 +288,13 @@ class _Layer:
             normed = output is not None and output.normalizes
             if normed:
                 y = y * y.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
-            factor = fits.scale(y, self.target)
+            y, target = self._apart(y), self._apart(self.target)
+            factor = fits.scale(y, target)
             # a size in front of a norm is not seen: each call would multiply it anew, until the norm's epsilon rules
             sized = not normed and self._resize(factor)
             if sized or output is not None:  # an output part has sizes of its own
                 y = y * factor.to(y.dtype)[:, None]
-            return fits.squared_error(y, self.target)
+            return fits.squared_error(y, target)
         assert seen.window is not None and seen.recurrent is not None
         near, far = self._partial(seen.window), self._partial(seen.recurrent)
         hidden = self.hidden[None] if combine.uses_hidden else None
@@ -324,44 +349,6 @@ class _Layer:
             torch.einsum("nhk,hk->nh", self.rows(call.q), first.repeat_interleave(shape.group, 0))
             * shape.scaling
         )
-
-    def _attention(self) -> Moments:
-        """Moments of the teacher's weights, a block of queries at a time; the first token of a document apart."""
-        call = self.origin
-        softmax = build({"window": {"name": "full"}}, self.mixer.shape)
-        batch, tokens = call.q.shape[:2]
-        valid = call.valid
-        order = torch.arange(tokens, device=call.q.device)
-        place = order.expand(batch, tokens) if valid is None else valid.cumsum(1)
-        rest = ~self.opens[:, None, None, :]
-        sums = torch.zeros(3, self.mixer.shape.heads, dtype=torch.float64, device=call.q.device)
-        sinks, count = [], 0
-        for start in range(0, tokens, ROWS):
-            rows = slice(start, min(start + ROWS, tokens))
-            weights = softmax.parallel(
-                call.q,
-                call.k,
-                None,
-                valid=valid,
-                starts=call.starts,
-                rows=rows,
-                sink=call.context.get("sink"),
-            )
-            asked = 1.0 if valid is None else valid[:, rows, None, None].to(weights.dtype)
-            first = (weights * ~rest).sum(-1)
-            weights = weights * rest * asked  # [B, R, H, T]
-            sinks.append((first.clamp_min(1e-9) / weights.amax(-1).clamp_min(1e-9)).log())
-            mass = weights.sum(-1)
-            age = (place[:, rows, None] - place[:, None]).clamp_min(0)[:, :, None].to(weights.dtype)
-            shares = weights / mass[..., None].clamp_min(1e-9)
-            entropy = -(shares * shares.clamp_min(1e-12).log()).sum(-1)
-            sums[0] += (weights * age).sum((0, 1, 3)).double()
-            sums[1] += (entropy * mass).sum((0, 1)).double()
-            sums[2] += mass.sum((0, 1)).double()
-            count += batch * (rows.stop - rows.start) if valid is None else int(valid[:, rows].sum())
-        mass = sums[2].clamp_min(1e-9)
-        sink = torch.cat(sinks, 1).flatten(0, 1)[self.chosen].float()
-        return Moments(sums[0] / mass, sums[1] / mass, sums[2] / max(count, 1), sink)
 
 
 def _projection(call: Call, like: Tensor) -> Tensor | None:

@@ -73,6 +73,7 @@ class Mixer(nn.Module):
         if recurrent is not None:
             recurrent.by_products = fused.by_products(recurrent)
         window.alone = combine is None or not combine.needs_normalizer
+        window.far = window.far if position.window_rotated and not position.turns else None
 
     @property
     def feature_map(self) -> FeatureMap | None:

@@ -142,6 +142,8 @@ def _held(window: SlidingWindow, state: Entering, k: Tensor, v: Tensor, across: 
         keys, values = torch.cat([first_k, keys], 1), torch.cat([first_v, values], 1)
         there = torch.cat([pinned, there & (across.before(window.span)[2] >= window.first)], 1)
     window.refill(state, keys, values, there)
+    if "window_since" in state and across.rank:
+        state["window_since"] = across.positions[:, across.begin - 1] + 1
 
 
 def _recent(

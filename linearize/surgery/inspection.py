@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,12 @@ from transformers.cache_utils import CacheLayerMixin
 from linearize.errors import UnsupportedModelError
 from linearize.mixers import LayerShape
 from linearize.mixers.position import rotate_back
-from linearize.surgery import arguments
+from linearize.surgery import arguments, rotation
 from linearize.surgery.probe import (
     FAILURES,
     Call,
     Probe,
+    Visit,
     evaluating,
     made_elsewhere,
     place,
@@ -62,7 +64,7 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     layers: list[AttentionLayer] = []
     for path, module in modules:
         refused = _refusal(module, seen, own)
-        shape = None if refused else _shape(module, seen, loaded=loaded)
+        shape = None if refused else _shape(model, module, seen, loaded=loaded)
         if shape is None or isinstance(shape, str):
             raise UnsupportedModelError(f"{path} ({type(module).__name__}): {refused or shape}")
         index = getattr(module, "layer_idx", None)
@@ -161,10 +163,11 @@ def _refusal(module: nn.Module, seen: Probe, own: Probe) -> str | None:
     return None
 
 
-def _shape(module: nn.Module, seen: Probe, *, loaded: bool) -> LayerShape | str:
+def _shape(model: nn.Module, module: nn.Module, seen: Probe, *, loaded: bool) -> LayerShape | str:
     """A layer's numbers, or why they do not make a layer that a mixer could stand in for.
 
     Args:
+        model: that the layer stands in.
         module: the layer, which the probe has seen run once.
         seen: the probe.
         loaded: whether the model has its weights, so that numbers mean something.
@@ -187,20 +190,29 @@ def _shape(module: nn.Module, seen: Probe, *, loaded: bool) -> LayerShape | str:
         chunk = local
     if loaded and not bool(call.query.isfinite().all()):
         return "its queries are not finite; the weights hold NaN or infinite values"
-    return LayerShape(
+    shape = LayerShape(
         heads=heads,
         kv_heads=call.key.shape[1],
         key_dim=key_dim,
         value_dim=call.value.shape[3],
         chunk=chunk,
         model_dim=visit.hidden_states.shape[-1],
-        rotary=_rotary(call, visit.rotation, loaded=loaded),
         **numbers,
     )
+    return dataclasses.replace(shape, **_turning(model, visit, loaded=loaded))
 
 
-def rotations(model: PreTrainedModel, modules: list[nn.Module], run: Callable[[], Any]) -> list[str]:
-    """How queries are rotated in some layers that have their weights, as `LayerShape.rotary` has it.
+def _turning(model: nn.Module, visit: Visit, *, loaded: bool) -> dict[str, Any]:
+    """`rotary` and `turns` of a layer, of which the second is known of a model with its weights alone."""
+    made: dict[str, Any] = {"rotary": _rotary(visit.calls[0], visit.rotation, loaded=loaded)}
+    made["turns"] = rotation.turns(model, visit) if loaded and made["rotary"] == "half" else None
+    return made
+
+
+def rotations(
+    model: PreTrainedModel, modules: list[nn.Module], run: Callable[[], Any]
+) -> list[dict[str, Any]]:
+    """How queries are turned in some layers that have their weights: what `LayerShape` says of it, by name.
 
     Args:
         model: that they stand in; other layers may have none.
@@ -208,10 +220,13 @@ def rotations(model: PreTrainedModel, modules: list[nn.Module], run: Callable[[]
         run: a pass over a few tokens that runs them.
     """
     seen = Probe()
-    with recording(model, modules, seen, own=False), evaluating(model), torch.no_grad():
+    with (
+        recording(model, modules, seen, own=False),
+        evaluating(model),
+        torch.no_grad(),
+    ):
         run()
-    visits = [seen.visits[id(module)][0] for module in modules]
-    return [_rotary(visit.calls[0], visit.rotation, loaded=True) for visit in visits]
+    return [_turning(model, seen.visits[id(module)][0], loaded=True) for module in modules]
 
 
 def _in_chunks(module: nn.Module) -> bool:
@@ -251,13 +266,14 @@ def _rotary(call: Call, rotation: Any, *, loaded: bool) -> str:
     """How the probe's queries [1, H, T, K] were rotated.
 
     Every token is the same, so the queries differ by their rotation alone: rotating back must make them equal. Without
-    weights a pair of cos and sin is taken for the rotate-half kind.
+    weights, or of queries that are zero, a pair of cos and sin is taken for the rotate-half kind.
     """
     pair = isinstance(rotation, (tuple, list)) and len(rotation) == 2
     pair = pair and all(isinstance(x, Tensor) and not x.is_complex() for x in rotation)
-    if not loaded:
-        return "none" if rotation is None else "half" if pair else "other"
     query = call.query.float().transpose(1, 2)
+    # the embedding of a token for padding may be zero, whose queries show nothing either
+    if not loaded or not bool(query.any()):
+        return "none" if rotation is None else "half" if pair else "other"
     near = 1e-2 * query.abs().max().item()
     if torch.allclose(query, query[:, :1], atol=near, rtol=0.0):
         return "none"

@@ -15,7 +15,7 @@ from linearize.registry import closest
 
 FORMAT = 2
 """Version of `config.linearize`; raised when an older reader would misread it."""
-KEYS = ("format", "mixers", "layers")
+KEYS = ("format", "mixers", "layers", "turns")
 COUNTS = {"heads": 2**16, "kv_heads": 2**16, "key_dim": 2**16, "value_dim": 2**16, "model_dim": 2**24}
 """Whole numbers of a layer that are at least 1 -> the largest that anything has."""
 FACTORS = ("scaling", "softcap")
@@ -57,18 +57,43 @@ def stored(mixers: dict[str, dict[str, Any]], layers: dict[str, tuple[str, Layer
         layers: path of each converted module -> name of its mixer, and its numbers.
     """
     used = {name for name, _ in layers.values()}
-    return {
+    plan: dict[str, Any] = {
         "format": FORMAT,
         "mixers": {name: section for name, section in mixers.items() if name in used},
         "layers": {path: {"mixer": name, **shape.to_dict()} for path, (name, shape) in layers.items()},
     }
+    for path, (_, shape) in layers.items():
+        put(plan, path, {"turns": shape.turns})
+    return plan
+
+
+def put(plan: dict[str, Any], path: str, numbers: dict[str, Any]) -> None:
+    """Numbers of one layer into a plan; a table of `turns`, which many layers share, stands in the plan once.
+
+    Where nobody knows them, nothing is said, as in older plans.
+    """
+    numbers = dict(numbers)
+    if numbers.get("turns") is not None:
+        tables, table = plan.setdefault("turns", []), list(numbers["turns"])
+        if table not in tables:
+            tables.append(table)
+        numbers["turns"] = tables.index(table)
+    plan["layers"][path] |= numbers
+    if plan["layers"][path].get("turns") is None:
+        plan["layers"][path].pop("turns", None)
+
+
+def shape_of(plan: dict[str, Any], path: str) -> LayerShape:
+    """The numbers of one layer of a plan that has no `plan_problems`."""
+    numbers = {name: value for name, value in plan["layers"][path].items() if name != "mixer"}
+    if numbers.get("turns") is not None:
+        numbers["turns"] = tuple(plan["turns"][numbers["turns"]])
+    return LayerShape(**numbers)
 
 
 def mixer_of(plan: dict[str, Any], path: str) -> Mixer:
     """The freshly initialized mixer of one layer of a plan that has no `plan_problems`."""
-    numbers = dict(plan["layers"][path])
-    section = plan["mixers"][numbers.pop("mixer")]
-    return build(section, LayerShape(**numbers))
+    return build(plan["mixers"][plan["layers"][path]["mixer"]], shape_of(plan, path))
 
 
 def plan_problems(plan: dict[str, Any]) -> list[str]:
@@ -89,11 +114,21 @@ def plan_problems(plan: dict[str, Any]) -> list[str]:
             problems.append(f"mixers.{name}: must be a mapping of parts, got {_shown(mixer)}")
         elif sound:
             problems += [f"mixers.{name}{found.removeprefix('mixer')}" for found in check(mixer)]
+    tables = plan.get("turns", [])
+    if not _are_tables(tables):
+        problems.append(f"turns: must be a list of lists of numbers, got {_shown(tables)}")
+        tables = []
     if not isinstance(layers, dict) or not layers:
         return [*problems, f"layers: must map modules to their numbers, got {_shown(layers)}"]
     for path, numbers in layers.items():
-        problems += [f"layers.{path}{problem}" for problem in _layer_problems(numbers, mixers)]
+        problems += [f"layers.{path}{problem}" for problem in _layer_problems(numbers, mixers, tables)]
     return problems
+
+
+def _are_tables(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(table, list) and all(type(turn) in (int, float) for turn in table) for table in value
+    )
 
 
 def module_problems(model: nn.Module, names: dict[str, str]) -> list[str]:
@@ -148,7 +183,7 @@ def shape_problems(layers: dict[str, dict[str, Any]], measured: dict[str, LayerS
     return problems
 
 
-def _layer_problems(numbers: Any, mixers: dict[str, Any]) -> Iterator[str]:
+def _layer_problems(numbers: Any, mixers: dict[str, Any], tables: list[Any]) -> Iterator[str]:
     """Mistakes in the mixer's name and the numbers of one layer, each with the key in front."""
     if not isinstance(numbers, dict):
         yield f": must be a mapping of numbers, got {_shown(numbers)}"
@@ -162,7 +197,15 @@ def _layer_problems(numbers: Any, mixers: dict[str, Any]) -> Iterator[str]:
     types = typing.get_type_hints(LayerShape)
     required = [name for name in types if not hasattr(LayerShape, name)]
     yield from (f".{name}: missing" for name in required if name not in numbers)
-    wrong = False
+    wrong, turn = False, numbers.pop("turns", None)
+    if turn is not None and not (type(turn) is int and 0 <= turn < len(tables)):
+        yield f".turns: must be the place of one of {len(tables)} tables in `turns`, got {_shown(turn)}"
+    elif (
+        turn is not None
+        and type(numbers.get("key_dim")) is int
+        and 2 * len(tables[turn]) > numbers["key_dim"]
+    ):
+        yield f".turns: {len(tables[turn])} pairs of dims do not fit into heads of {numbers['key_dim']}"
     for name, value in numbers.items():
         problem = _field_problem(name, value, types)
         wrong = wrong or problem is not None

@@ -23,7 +23,7 @@ from linearize import across
 from linearize.across import Across
 from linearize.errors import UnsupportedModelError
 from linearize.mixers import spread
-from linearize.surgery import arguments
+from linearize.surgery import arguments, rotation
 from linearize.surgery.attention import LinearizedAttention
 from linearize.surgery.inspection import attention_layers
 from linearize.surgery.model import converted
@@ -32,8 +32,6 @@ NAME = "linearize_across"
 """Under which the attention function is registered with transformers; no mask function is, so that none is made."""
 ROWS = 1024
 """Query rows at once where sequences hold several documents, each block with a mask of its own."""
-ROPES = ("default", "linear", "llama3", "yarn", "proportional")
-"""Kinds of rotary embeddings whose angles follow from a token's position alone."""
 
 
 @contextmanager
@@ -91,19 +89,10 @@ def refusal(model: Any) -> str | None:
         ):
             if number is not None:
                 return f"its softmax has {what} of {number:g}"
-    strange = sorted(_ropes(getattr(config, "rope_parameters", None)) - set(ROPES))
+    strange = sorted(rotation.kinds(getattr(config, "rope_parameters", None)) - set(rotation.FIXED))
     if strange:
         return f"its rotary embedding ({strange[0]}) depends on the length that a process sees"
     return None
-
-
-def _ropes(parameters: Any) -> set[str]:
-    """Kinds of rotary embeddings that a config names, for all layers or each type of them."""
-    if not isinstance(parameters, dict):
-        return set()
-    if any(isinstance(value, dict) for value in parameters.values()):
-        return {kind for value in parameters.values() for kind in _ropes(value)}
-    return {str(parameters.get("rope_type", "default"))}
 
 
 def attention(

@@ -6,36 +6,57 @@
 # convert: both, and the teacher trained the same way without surgery. measure: text, recall, decoding and, where TASKS
 # names a folder of them, the five tasks. cost: latency and memory, which want the device alone. page: json, md and
 # html. What is there is not made again; MILLION, SUITES, MODEL, ITEMS and OVERRIDES make it small for a try.
+#
+# measure ends within LIMIT seconds, and goes on where it ended: parts begin in the order of how much they tell, SLOTS
+# of them at a time on each card (processes of one card take turns), and in each the near comes before the far.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 data=${DATA:-../shared/data}/text runs=${RUNS:-runs/judge} out=${OUT:-docs/results} name=${NAME:-judge-h200}
 python=${PYTHON:-python3} million=${MILLION:-M} device=${DEVICE:-auto}
-suites=${SUITES:-scripts/results}
+suites=${SUITES:-scripts/results} limit=${LIMIT:-300}
 texts=(--text "wikitext2=$data/wikitext2.test.parquet" --text "books=$data/books.long.parquet")
 read -ra models <<<"${MODELS:-lolcats gated_delta_window}" # other runs in RUNS may be measured likewise
+IFS=, read -ra cards <<<"${CUDA_VISIBLE_DEVICES:-0}"
+slots=$((${SLOTS:-5} * ${#cards[@]}))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 mkdir -p "$runs" "$out"
 
-run() { timeout "${LIMIT:-300}" "$python" -m linearize "$@"; }
+run() { timeout --kill-after=15 "$limit" "$python" -m linearize "$@"; }
 convert() {  # NAME [overrides]; the recipe has the same name
     local to=$runs/$1 recipe=$1; shift
     [ -f "$to/done.json" ] && return
-    OUT=$to RECIPE=$recipe DATA=${DATA:-../shared/data} PYTHON=$python timeout "${LIMIT:-300}" \
+    OUT=$to RECIPE=$recipe DATA=${DATA:-../shared/data} PYTHON=$python timeout "$limit" \
         scripts/results/convert.sh eval.ablations=false eval.max_windows=8 eval.batch_size=8 run.device="$device" "$@" \
         ${OVERRIDES:-} $([ -f "$to/recipe.yaml" ] && echo --resume) >"$to.log" 2>&1 ||
         echo "$to failed: $(tail -n 3 "$to.log")"
 }
+control_of() {  # MODEL: as lolcats' second stage, by the next token; distilled, the teacher stays what it is
+    [ "$1" = lolcats ] && [ -f "$runs/softmax/done.json" ] && echo --control "$runs/softmax"
+}
 judge() {  # MODEL PART [options]: into a folder of its own, so that parts run side by side
     local model=$1 to=$runs/parts/$1-$2; shift 2
     mkdir -p "$runs/parts"
-    run eval "$runs/$model" --out "$to" --device "$device" "$@" >"$to.log" 2>&1 || echo "$to: $(tail -n 3 "$to.log")"
+    run eval "$runs/$model" --out "$to" --device "$device" $(control_of "$model") "$@" >"$to.log" 2>&1 ||
+        echo "$to ended with $?: $(tail -n 3 "$to.log")"
+}
+part() {  # CARD MODEL PART [options]: as soon as there is room, for as long as there is time
+    local card=$1; shift
+    while [ "$(jobs -rp | wc -l)" -ge "$slots" ]; do wait -n; done
+    limit=$((until - SECONDS))
+    [ "$limit" -lt 20 ] && { echo "no time for $1 $2"; return; }
+    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+        CUDA_VISIBLE_DEVICES=${cards[$((card % ${#cards[@]}))]} judge "$@" &
+    else
+        judge "$@" &
+    fi
 }
 join() {  # MODEL
-    local part
-    for part in text recall decoding tasks cost; do
-        [ -f "$runs/parts/$1-$part/results.json" ] &&
-            "$python" scripts/join_scores.py "$runs/$1/eval" "$runs/parts/$1-$part"
+    local part found=()
+    # what the models have in common was measured beside the first
+    for part in "$1"-{text,recall,decoding,tasks,cost} "${models[0]}"-{beside,decoding-teacher}; do
+        [ -f "$runs/parts/$part/results.json" ] && found+=("$runs/parts/$part")
     done
+    [ ${#found[@]} -eq 0 ] || "$python" scripts/join_scores.py "$runs/$1/eval" "${found[@]}"
 }
 
 for step in "$@"; do
@@ -52,19 +73,28 @@ for step in "$@"; do
         wait
         ;;
     measure)
+        until=$((SECONDS + limit))
+        near=$suites/judge_recall_suite.yaml far=$suites/judge_far_suite.yaml
         recall=passkey,mqar,niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multikey_2,niah_multikey_3
         recall+=,niah_multivalue,niah_multiquery,variable_tracking,babilong_qa1,babilong_qa2,babilong_qa3,phonebook
-        for model in "${models[@]}"; do
-            control=()  # by the next token, as lolcats' second stage; distilled, the teacher stays what it is
-            [ $model = lolcats ] && [ -f "$runs/softmax/done.json" ] && control=(--control "$runs/softmax")
-            judge $model text --suite "$suites/judge_suite.yaml" --only text,generation "${texts[@]}" "${control[@]}" &
-            judge $model recall --suite "$suites/judge_suite.yaml" --only "$recall" "${control[@]}" &
-            judge $model decoding --suite "$suites/judge_decoding_suite.yaml" "${texts[@]:0:2}" &
-            if [ -n "${TASKS:-}" ] && "$python" -c 'import lm_eval' 2>/dev/null; then
-                judge $model tasks --suite tasks --tasks all --task-data "$TASKS" --limit "${ITEMS:-400}" "${control[@]}" &
-            fi
+        for index in "${!models[@]}"; do
+            part "$index" "${models[$index]}" text --suite "$suites/judge_suite.yaml,$far" --only text,generation "${texts[@]}"
+            part "$index" "${models[$index]}" recall --suite "$near,$far" --only "$recall" \
+                --roles "student,untrained swap,linear branch off$([ -n "$(control_of "${models[$index]}")" ] && echo ,softmax)"
         done
+        part 1 "${models[0]}" beside --suite "$near,$far" --only "$recall" --roles teacher,swa_sinks
+        for index in "${!models[@]}"; do
+            part "$index" "${models[$index]}" decoding --suite "$suites/judge_decoding_suite.yaml" "${texts[@]:0:2}" --roles student
+        done
+        if [ -n "${TASKS:-}" ] && "$python" -c 'import lm_eval' 2>/dev/null; then
+            for index in "${!models[@]}"; do
+                part "$index" "${models[$index]}" tasks --suite tasks --tasks all --task-data "$TASKS" --limit "${ITEMS:-400}" \
+                    --roles "teacher,student$([ -n "$(control_of "${models[$index]}")" ] && echo ,softmax)"
+            done
+        fi
+        part 0 "${models[0]}" decoding-teacher --suite "$suites/judge_decoding_suite.yaml" "${texts[@]:0:2}" --roles teacher
         wait
+        limit=${LIMIT:-300}
         for model in "${models[@]}"; do join $model; done
         ;;
     cost)
@@ -78,7 +108,7 @@ for step in "$@"; do
         have=()
         for model in "${models[@]}"; do join $model; [ -f "$runs/$model/eval/results.json" ] && have+=("$runs/$model"); done
         rm -f "$out/$name.json"
-        "$python" scripts/join_scores.py "$out/$name.json" "${have[@]/%//eval}"
+        "$python" scripts/join_scores.py --digits 5 "$out/$name.json" "${have[@]/%//eval}"
         run compare "${have[@]}" --out "$runs/page"
         for kind in md html; do [ -f "$runs/page/page.$kind" ] && cp "$runs/page/page.$kind" "$out/$name.$kind"; done
         ;;

@@ -19,7 +19,15 @@ from transformers.models.llama import modeling_llama
 from linearize import models
 
 
-def attention(window: int, first: int) -> Any:
+def turned_back(q: Tensor, rows: Tensor, inverse: Tensor, cap: int) -> Tensor:
+    """`q` of positions `rows`, rotated, as it would be if no position was above `cap`."""
+    angle = (rows[:, 0] - rows[:, 0].clamp(max=cap))[:, None] * -inverse
+    cos, sin = (torch.cat([x, x], -1) for x in (angle.cos(), angle.sin()))
+    half = q.shape[-1] // 2
+    return q * cos + torch.cat([-q[..., half:], q[..., :half]], -1) * sin
+
+
+def attention(window: int, first: int, inverse: Tensor, cap: int) -> Any:
     """Softmax over the last `window` tokens and the `first` ones, a block of queries at a time."""
 
     def forward(
@@ -33,7 +41,11 @@ def attention(window: int, first: int) -> Any:
             pinned = torch.arange(first)[torch.arange(first) < keys[0]]
             keys = torch.cat([pinned, keys])
             seen = (keys <= rows) & ((keys > rows - window) | (keys < first))
-            scores = q[:, :, rows[:, 0]] @ k[:, :, keys].mT * scaling
+            asked = q[:, :, rows[:, 0]]
+            scores = asked @ k[:, :, keys].mT * scaling
+            if len(pinned):
+                far = turned_back(asked, rows, inverse, cap) @ k[:, :, pinned].mT * scaling
+                scores = torch.cat([far, scores[..., len(pinned) :]], -1)
             made[:, :, rows[:, 0]] = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v[:, :, keys]
         return made.transpose(1, 2).contiguous(), None
 
@@ -48,6 +60,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=11_264)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--first", type=int, default=4)
+    parser.add_argument("--cap", type=int, default=2**30, help="no first token is further away than this")
     options = parser.parse_args()
     folder = models.resolve(options.model)
     model, _ = models.load_teacher(str(folder), dtype=torch.float32, device="cpu")
@@ -56,7 +69,9 @@ def main() -> None:
     ids = torch.tensor(
         models.load_tokenizer(folder)(text[: 8 * options.tokens])["input_ids"][: options.tokens]
     )
-    modeling_llama.eager_attention_forward = attention(options.window, options.first)
+    modeling_llama.eager_attention_forward = attention(
+        options.window, options.first, model.model.rotary_emb.inv_freq, options.cap
+    )
     modeling_llama.create_causal_mask = lambda *_, **__: None
     with torch.no_grad():
         hidden = model.model(ids[None]).last_hidden_state[0, :-1]

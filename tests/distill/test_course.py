@@ -23,6 +23,11 @@ from linearize.distill.optimizer import Rate
 from linearize.eval import plots
 
 
+@pytest.fixture(scope="module")
+def unrendered() -> None:
+    """Here the pictures are rendered."""
+
+
 def course(tokens: int, batch: Any = 2, length: Any = 8) -> Course:
     return Course.planned(tokens, Over.of(batch), Over.of(length))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+from byte_llama import TEXT
 
 from linearize import cli, distill, surgery
 from linearize.config import compose
@@ -13,8 +14,18 @@ from linearize.distill.trainable import check_ranks
 from linearize.errors import RecipeError
 
 
-def test_a_rank_wider_than_the_projections_is_refused_before_anything_is_written(teacher_folder, tmp_path):
-    recipe = compose("lolcats", ["stages.recover.lora.rank=60000", "run.device=cpu"])
+@pytest.fixture
+def texts(tmp_path):
+    """Overrides with a short text in place of the sample."""
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    source = f"'{tmp_path}/text.txt'"
+    return [f"data.source={source}", f"data.validation={source}", "data.length=64", "eval.length=64"]
+
+
+def test_a_rank_wider_than_the_projections_is_refused_before_anything_is_written(
+    teacher_folder, tmp_path, texts
+):
+    recipe = compose("lolcats", ["stages.recover.lora.rank=60000", "run.device=cpu", *texts])
     with pytest.raises(
         RecipeError, match=r"stages.recover.lora.rank: 60000 is wider than any projection"
     ) as caught:
@@ -37,11 +48,11 @@ def test_the_limit_is_that_of_the_widest_projection(teacher_folder):
 
 
 def test_stages_for_mixers_that_no_layer_of_the_model_gets_are_refused_beforehand(
-    teacher_folder, tmp_path, capsys
+    teacher_folder, tmp_path, capsys, texts
 ):
     """Two layers, both of which get the window: nothing of the recipe's own mixer is left."""
     given = ["layers.use.near.first=2", "mixers.near.feature_map=none", "stages.recover.window_dropout=0.5"]
-    given += ["mixer.window.overlap=true", "run.device=cpu"]
+    given += ["mixer.window.overlap=true", "run.device=cpu", *texts]
     with pytest.raises(RecipeError) as caught:
         run(str(teacher_folder), compose("lolcats", given), tmp_path / "run")
     said = str(caught.value)

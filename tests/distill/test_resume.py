@@ -17,18 +17,26 @@ from linearize.config.schema import Recipe, StageConfig, StageDataConfig
 from linearize.errors import CheckpointError
 
 
-@pytest.fixture
-def small(make_recipe: Callable[..., Recipe]) -> Recipe:
+def accumulating(make: Callable[..., Recipe]) -> Recipe:
     """Accumulation, lines that average two steps, and checkpoints that fall between lines."""
-    recipe = make_recipe(batch_size=4, micro_batch=2, tokens=8 * 2 * 2 * 64, log_every=2, save_every=3)
+    recipe = make(batch_size=4, micro_batch=2, tokens=8 * 2 * 2 * 64, log_every=2, save_every=3)
     recipe.eval.ablations = False
     return recipe
 
 
 @pytest.fixture
-def reference(teacher_folder: Path, small: Recipe, tmp_path: Path) -> Path:
-    out = tmp_path / "reference"
-    distill.run(str(teacher_folder), small, out)
+def small(make_recipe: Callable[..., Recipe]) -> Recipe:
+    return accumulating(make_recipe)
+
+
+@pytest.fixture(scope="module")
+def reference(
+    teacher_folder: Path, module_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run of it that nobody interrupts."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("reference") / "run"
+    distill.run(str(teacher_folder), accumulating(module_recipe), out)
     return out
 
 

@@ -32,6 +32,11 @@ ROWS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def unrendered() -> None:
+    """Here the pictures are rendered."""
+
+
 def test_two_stages_end_to_end(
     teacher_folder: Path,
     make_recipe: Callable[..., Recipe],

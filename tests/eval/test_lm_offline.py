@@ -37,7 +37,7 @@ SUBJECTS = ("astronomy", "virology")
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory) -> Path:
+def tasks(tmp_path_factory, own_tasks_once) -> Path:
     """The two tasks' YAMLs as lm-eval has them, with data of their form that lies beside them."""
     folder, random = tmp_path_factory.mktemp("tasks"), np.random.default_rng(0)
 

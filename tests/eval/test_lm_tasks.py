@@ -14,6 +14,7 @@ from linearize.eval.lm_tasks import Items, _relative, evaluate, suite
 from linearize.eval.measurement import Setting
 
 pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.usefixtures("own_tasks_once")
 
 CHOICES = ["red dog", "blue", "the cat sat", "tree"]
 

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 
-import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,55 +20,60 @@ import json, sys
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-folder, work = sys.argv[1:]
-try:
-    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-    loud = False
-except ValueError:
-    loud = True
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-ids = load_file(work + "/ids.safetensors")["ids"]
-with torch.no_grad():
-    out = {"logits": model(ids).logits, "generated": model.generate(ids, max_new_tokens=8, do_sample=False)}
-model.save_pretrained(work + "/again")
-again = AutoModelForCausalLM.from_pretrained(work + "/again", trust_remote_code=True)
-with torch.no_grad():
-    out["again"] = again(ids).logits
-save_file(out, work + "/out.safetensors")
-print(json.dumps({"loud": loud, "package": "linearize" in sys.modules, "class": type(model).__name__}))
+for work in sys.argv[1:]:
+    folder = work + "/out"
+    try:
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+        loud = False
+    except ValueError:
+        loud = True
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    ids = load_file(work + "/ids.safetensors")["ids"]
+    with torch.no_grad():
+        out = {"logits": model(ids).logits, "generated": model.generate(ids, max_new_tokens=8, do_sample=False)}
+    model.save_pretrained(work + "/again")
+    again = AutoModelForCausalLM.from_pretrained(work + "/again", trust_remote_code=True)
+    with torch.no_grad():
+        out["again"] = again(ids).logits
+    save_file(out, work + "/found.safetensors")
+    print(json.dumps({"loud": loud, "package": "linearize" in sys.modules, "class": type(model).__name__}))
 """
 
 
+FAMILIES = ("llama", "gemma3", "gpt2", "mixtral")
 TAYLOR = {**tiny.LOLCATS, "feature_map": {"name": "taylor", "dim": 8}}
 """On a GPU its recurrent branch takes another way than its feature map says."""
 
 
-@pytest.mark.parametrize(
-    ("family", "mixer"),
-    [*((family, tiny.LOLCATS) for family in ("llama", "gemma3", "gpt2", "mixtral")), ("llama", TAYLOR)],
-    ids=["llama", "gemma3", "gpt2", "mixtral", "llama-taylor"],
-)
-def test_loads_without_the_package(family, mixer, tmp_path):
-    model = surgery.convert(tiny.model(family), mixer, [0, 2])
-    tiny.randomize(layer.mixer for layer in surgery.converted(model))
-    folder = linearize.save(model, tmp_path / "out")
-    ids = tiny.tokens()
-    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+def test_loads_without_the_package(tmp_path):
+    """Every kind of family, and of mixer, in one process that knows torch and transformers alone."""
+    models = {}
+    for name in (*FAMILIES, "taylor"):
+        mixer = TAYLOR if name == "taylor" else tiny.LOLCATS
+        model = surgery.convert(tiny.model("llama" if name == "taylor" else name), mixer, [0, 2])
+        tiny.randomize(layer.mixer for layer in surgery.converted(model))
+        linearize.save(model, tmp_path / name / "out")
+        save_file({"ids": tiny.tokens()}, tmp_path / name / "ids.safetensors")
+        models[name] = model
     result = subprocess.run(
-        [sys.executable, "-I", "-c", SCRIPT, str(folder), str(tmp_path)],
+        [sys.executable, "-I", "-c", SCRIPT, *(str(tmp_path / name) for name in models)],
         capture_output=True,
         text=True,
         cwd=tmp_path,
         env={"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
     assert result.returncode == 0, result.stderr
-    said = json.loads(result.stdout.splitlines()[-1])
-    assert said == {"loud": True, "package": False, "class": type(model).__name__}
-    out = load_file(tmp_path / "out.safetensors")
-    with torch.no_grad():
-        assert torch.equal(out["logits"], model(ids).logits)
-    assert torch.equal(out["again"], out["logits"])
-    assert torch.equal(out["generated"], model.generate(ids, max_new_tokens=8, do_sample=False))
+    said = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert said == [
+        {"loud": True, "package": False, "class": type(model).__name__} for model in models.values()
+    ]
+    for name, model in models.items():
+        out = load_file(tmp_path / name / "found.safetensors")
+        ids = tiny.tokens()
+        with torch.no_grad():
+            assert torch.equal(out["logits"], model(ids).logits), name
+        assert torch.equal(out["again"], out["logits"]), name
+        assert torch.equal(out["generated"], model.generate(ids, max_new_tokens=8, do_sample=False)), name
 
 
 def test_saving_a_loaded_export_drops_the_auto_map(tmp_path):

@@ -12,14 +12,19 @@ import tiny
 import linearize
 from linearize import surgery
 from linearize.errors import CheckpointError
+from linearize.export import verify
+from linearize.export.verify import (
+    in_new_process as REAL_PROCESS,
+)  # the tests' conftest puts another in its place
 
 SAVING = importlib.import_module("linearize.export.save")
 """The module, whose name in the package is that of its function."""
 
 
-@pytest.fixture
-def check_in_this_process():
-    """Nothing: here the process is what is tested."""
+@pytest.fixture(autouse=True)
+def in_a_fresh_process(monkeypatch):
+    """Here the process is what is tested."""
+    monkeypatch.setattr(verify, "in_new_process", REAL_PROCESS)
 
 
 def trained(family: str = "llama"):

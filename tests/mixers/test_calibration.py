@@ -226,6 +226,37 @@ def test_a_size_in_front_of_a_norm_stays(update, output):
     assert bool((made.mixer.output.scale.abs() < 10).all())
 
 
+OUTPUTS = [
+    {"name": "constant"},
+    {"name": "gate", "rank": 2, "constant": True},
+    {"name": "norm", "constant": True},
+    {"name": "gated_norm", "rank": 2, "constant": True},
+]
+
+
+@pytest.mark.parametrize("output", OUTPUTS, ids=lambda output: output["name"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_constant_is_told_from_what_tokens_change(output, plain):
+    """A teacher that adds the same to every token; without the constant, sizes alone would bend to it."""
+    mixer = {
+        **LINEAR,
+        "window": {"name": "none"},
+        "normalizer": {"name": "none"},
+        "update": {"name": "delta"},
+    }
+    made = call({**mixer, "output": output})
+    with torch.no_grad():
+        own = made.student()
+        added = torch.randn_like(own[0, 0]) * own.std() * 3
+        made.teacher = own * 0.5 + added
+    fitted = calibration.calibrate(made, plain=plain)
+    assert fitted.after < 1e-4 < 0.5 < fitted.before
+    assert torch.allclose(made.mixer.output.constant, added, atol=0.05 * float(added.abs().max()))
+    without = call({**mixer, "output": {**output, "constant": False}})
+    without.teacher = made.teacher
+    assert calibration.calibrate(without, plain=plain).after > 0.05
+
+
 def test_a_plain_start_sets_sizes_alone():
     mixer = {
         "feature_map": {"name": "relu"},

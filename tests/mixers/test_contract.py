@@ -59,9 +59,18 @@ def test_steps_equal_parallel(mixer, shape):
         assert {name: state[name].data_ptr() for name in state} == before, "decoding must write in place"
 
 
+# two thirds of the calls are single tokens, whose arithmetic in float32 no other cut changes
+CUTS = [(70, 100), (3, 4), (64, 128), (1, 130)]
+PRECISE = [
+    pytest.param(cuts, dtype, tolerance, id=f"{name}-{cuts}", marks=marks)
+    for name, dtype, tolerance in (("f32", torch.float32, 1e-5), ("f64", torch.float64, 1e-10))
+    for cuts in CUTS
+    for marks in ([pytest.mark.slow] if name == "f32" and cuts != CUTS[0] else [],)
+]
+
+
 @mixers
-@precisions
-@pytest.mark.parametrize("cuts", [(70, 100), (3, 4), (64, 128), (1, 130)], ids=str)
+@pytest.mark.parametrize(("cuts", "dtype", "tolerance"), PRECISE)
 def test_state_carries_across_calls(mixer, dtype, tolerance, cuts):
     """Prefill, single tokens, and a second prefill, with left padding in the first call."""
     shape = SHAPES["grouped"]

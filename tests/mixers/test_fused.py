@@ -246,6 +246,9 @@ def test_padding_between_tokens_equals_the_parts(name):
 
 GROWING = {"gated_linear", "taylor_linear"}
 """Kernels whose answer is a sum over the text."""
+INTERPRETED = [] if DEVICE == "cuda" else [pytest.mark.slow]
+"""Marks of what Triton's interpreter alone makes slow."""
+QUICK = {"gdn2", "linear", "block", "lolcats"}
 NAMES = ["delta window", "kda", "gdn2", "slots", "liger", "taylor", "linear", "block", "lolcats"]
 
 
@@ -261,7 +264,10 @@ def sixteen_bit_run(mixer, given: dict[str, Tensor], dtype: torch.dtype) -> Tens
     return torch.cat(outputs, 1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=INTERPRETED) for name in NAMES],
+)
 def test_kernels_are_given_float16(name):
     mixer, given = made(name), inputs(75)
     given = {key: x.half().float() for key, x in given.items()}

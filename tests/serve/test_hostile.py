@@ -35,7 +35,7 @@ def client(model):
         yield made
 
 
-def until(condition, seconds: float = 20) -> None:
+def until(condition, seconds: float = 200) -> None:
     ends = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < ends, "it never came"

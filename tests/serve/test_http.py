@@ -185,7 +185,7 @@ def raw_stream(port: int, prompt: str, tokens: int) -> socket.socket:
     return connection
 
 
-def until(condition, seconds: float = 20) -> None:
+def until(condition, seconds: float = 200) -> None:
     ends = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < ends, "it never came"

@@ -56,12 +56,12 @@ class Process:
         """Exit code, what was said after the first line, and how long it took."""
         began = time.monotonic()
         self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=60)
+        _, said = self.process.communicate(timeout=300)
         return self.process.returncode, said, time.monotonic() - began
 
 
 def test_running_texts_end_and_then_it_stops(checkpoint):
-    served = Process(checkpoint, "--port", 0, "--slots", 2, "--grace", 20)
+    served = Process(checkpoint, "--port", 0, "--slots", 2, "--grace", 200)
     assert "serving 'tiny'" in served.said and "2 slots of" in served.said
     answers: list = []
     body = {"prompt": "abc", "max_tokens": 150, "ignore_eos": True}
@@ -70,7 +70,7 @@ def test_running_texts_end_and_then_it_stops(checkpoint):
     while not served.client.number("linearize_texts_running"):
         time.sleep(0.01)
     code, said, _ = served.stop(signal.SIGTERM)
-    thread.join(20)
+    thread.join(200)
     assert (code, said.strip()) == (0, "stopped")
     status, _, found = answers[0]
     assert status == 200 and found["usage"]["completion_tokens"] == 150
@@ -86,8 +86,8 @@ def test_what_runs_beyond_the_grace_is_told(checkpoint):
     while served.client.number("linearize_texts_running") < 2:
         time.sleep(0.01)
     code, said, took = served.stop(signal.SIGINT)
-    thread.join(20), stream.join(20)
-    assert (code, said.strip()) == (0, "stopped") and took < 10
+    thread.join(200), stream.join(200)
+    assert (code, said.strip()) == (0, "stopped") and took < 100
     whole = next(each for each in answers if isinstance(each, tuple))
     events = next(each for each in answers if isinstance(each, list))
     assert whole[0] == 503 and "shutting down" in whole[2]["error"]["message"]

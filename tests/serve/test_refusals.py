@@ -196,7 +196,7 @@ def test_no_room_for_more(model):
         ):
             one.sendall(head + body)
             two.sendall(head + body)
-            ends = time.monotonic() + 10
+            ends = time.monotonic() + 200
             while scheduler.open < 2 and time.monotonic() < ends:
                 time.sleep(0.01)
             answer = client.ask(COMPLETIONS, {"prompt": "a"})

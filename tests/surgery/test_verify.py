@@ -57,8 +57,8 @@ def test_a_difference_in_one_layer_names_that_layer(monkeypatch):
     """A wrong number in the third layer alone is found there, not in the layers after it."""
     real = inspection._shape
 
-    def wrong(visit, seen, **how):
-        shape = real(visit, seen, **how)
+    def wrong(*given, **how):
+        shape = real(*given, **how)
         wrong.calls += 1
         return (
             shape if wrong.calls != 3 else copy.copy(shape.__class__(**{**shape.to_dict(), "softcap": 0.5}))

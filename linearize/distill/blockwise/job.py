@@ -28,6 +28,7 @@ from linearize.distill.planned import planned
 from linearize.distill.stages import StagePlace
 from linearize.errors import LinearizeError, RecipeError, RunFolderError, raise_together
 from linearize.surgery.inspection import skeleton
+from linearize.surgery.schema import put, shape_of
 
 log = logging.getLogger(__name__)
 
@@ -249,8 +250,8 @@ class Job:
     def maker(self) -> Maker:
         """What makes blocks of it."""
         made = Maker(self.parts, self.recipe, self.device, self.autocast)
-        for path, kind in self.said.get("rotary", {}).items():
-            made.plan["layers"][path]["rotary"] = kind
+        for path, turning in self.said.get("turning", {}).items():
+            put(made.plan, path, turning)
         return made
 
     @cached_property
@@ -265,7 +266,10 @@ class Job:
 
     def learned(self, made: Maker) -> None:
         """Keep what loading a block has shown."""
-        self.said["rotary"] = {path: layer["rotary"] for path, layer in made.plan["layers"].items()}
+        shapes = {path: shape_of(made.plan, path) for path in made.plan["layers"]}
+        self.said["turning"] = {
+            path: {"rotary": shape.rotary, "turns": shape.turns} for path, shape in shapes.items()
+        }
 
     def _plan(self) -> surgery.Plan:
         wrong = list[LinearizeError]()

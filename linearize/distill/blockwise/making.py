@@ -21,6 +21,7 @@ from linearize.mixers import calibration
 from linearize.surgery.convert import check_rotation
 from linearize.surgery.inspection import rotations
 from linearize.surgery.model import honor_softcap, linearized
+from linearize.surgery.schema import put
 from linearize.surgery.verify import softmax_view, tolerance
 
 TOKENS = 4
@@ -144,10 +145,10 @@ class Maker:
         def run() -> None:
             block.run(stream[:1, :tokens], {"position_ids": positions})
 
-        kinds = rotations(block.whole, modules, run) if modules else []
-        for path, module, kind in zip(paths, modules, kinds, strict=True):
-            self.plan["layers"][path]["rotary"] = kind
-            if kind == "other":
+        found = rotations(block.whole, modules, run) if modules else []
+        for path, module, turning in zip(paths, modules, found, strict=True):
+            put(self.plan, path, turning)
+            if turning["rotary"] == "other":
                 check_rotation(path, module, self.plan)
 
     def _layer_of(self, path: str) -> int:

@@ -16,7 +16,7 @@ from linearize.export.load import load
 from linearize.export.plain import check_plain
 from linearize.mixers import LayerShape, normalize
 from linearize.surgery import attention_layers
-from linearize.surgery.schema import upgraded
+from linearize.surgery.schema import shape_of, upgraded
 
 ROLES = ("q", "k", "v", "o")
 
@@ -79,8 +79,8 @@ def read(folder: Path, layout: str) -> Source:
         if layer.path not in plan["layers"]:
             source.kept[layer.index] = layer.shape
             continue
-        numbers = dict(plan["layers"][layer.path])
-        given = Given(sections[numbers.pop("mixer")], LayerShape(**numbers), source.body.eps)
+        section = sections[plan["layers"][layer.path]["mixer"]]
+        given = Given(section, shape_of(plan, layer.path), source.body.eps)
         parts = {name.removeprefix(place): value for name, value in tensors.items() if name.startswith(place)}
         source.layers[layer.index] = Layer(layer.index, given, source.projections(layer.index), parts)
     return source

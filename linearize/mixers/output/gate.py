@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.mixers import fits
-from linearize.mixers.base import LayerShape, Part, fill, put, wide
+from linearize.mixers.base import LayerShape, fill, put, wide
 from linearize.mixers.options import WIDEST, number
 from linearize.mixers.output import OUTPUTS, Output
 
@@ -23,7 +23,7 @@ class OutputGate(Output):
     """Channels that a calibration sets at most: its equations grow with their square."""
 
     @dataclass
-    class Config(Part.Config):
+    class Config(Output.Config):
         rank: int = number(32, least=1, most=WIDEST)
         """Width between W1 [D, rank] and W2 [rank, H V]."""
 
@@ -34,6 +34,7 @@ class OutputGate(Output):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        super().reset_parameters()
         nn.init.normal_(self.down, std=0.02)
         fill(self.up, 0.0)
 
@@ -67,7 +68,7 @@ class OutputGate(Output):
         put(self.up, up)
         return True
 
-    def forward(self, y: Tensor, hidden: Tensor | None) -> Tensor:
+    def changed(self, y: Tensor, hidden: Tensor | None) -> Tensor:
         assert hidden is not None
         gate = (hidden @ self.down.to(hidden.dtype)).sigmoid()
         return wide(y) * (1 + wide(torch.einsum("btr,rhv->bthv", gate, self.up.to(gate.dtype))))

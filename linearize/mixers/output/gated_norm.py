@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Part, fill, put, wide
+from linearize.mixers.base import LayerShape, fill, put, wide
 from linearize.mixers.low_rank import LowRank
 from linearize.mixers.options import WIDEST, number
 from linearize.mixers.output import OUTPUTS, Output
@@ -29,7 +29,7 @@ class GatedNorm(Output):
     normalizes = True
 
     @dataclass
-    class Config(Part.Config):
+    class Config(Output.Config):
         rank: int = number(64, least=1, most=WIDEST)
         """Width between W1 [D, rank] and W2 [rank, H V]; published: the head's width."""
         start: float = number(1.0, above=0)
@@ -45,20 +45,21 @@ class GatedNorm(Output):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        super().reset_parameters()
         self.gate.start(self.config.bias)
         fill(self.scale, self.config.start * (1 + math.exp(-self.config.bias)))
 
     def fit(self, y: Tensor, hidden: Tensor, target: Tensor) -> None:
         """The scale of each head and dim by least squares, under the gate as it stands."""
         put(self.scale, torch.ones_like(self.scale))
-        unit = self(y[None], hidden[None])[0]
+        unit = self.changed(y[None], hidden[None])[0]
         put(self.scale, (unit * target).sum(0) / unit.square().sum(0).clamp_min(1e-30))
 
     def stretch(self, factor: Tensor) -> bool:
         put(self.scale, self.scale * factor)
         return True
 
-    def forward(self, y: Tensor, hidden: Tensor | None) -> Tensor:
+    def changed(self, y: Tensor, hidden: Tensor | None) -> Tensor:
         assert hidden is not None
         y = wide(y)
         y = y * (y.square().mean(-1, keepdim=True) + self.EPSILON).rsqrt()

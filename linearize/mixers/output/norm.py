@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from linearize.mixers.base import LayerShape, Part, fill, put, wide
+from linearize.mixers.base import LayerShape, fill, put, wide
 from linearize.mixers.options import number
 from linearize.mixers.output import OUTPUTS, Output
 
@@ -23,7 +23,7 @@ class OutputNorm(Output):
     normalizes = True
 
     @dataclass
-    class Config(Part.Config):
+    class Config(Output.Config):
         start: float = number(1.0, above=0)
         """Scale at the start; the rms of the teacher's outputs is the value that matches it."""
 
@@ -34,18 +34,19 @@ class OutputNorm(Output):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        super().reset_parameters()
         fill(self.scale, self.config.start)
 
     def fit(self, y: Tensor, hidden: Tensor, target: Tensor) -> None:
         """The scale of each head and dim by least squares."""
         put(self.scale, torch.ones_like(self.scale))
-        unit = self(y, None)
+        unit = self.changed(y, None)
         put(self.scale, (unit * target).sum(0) / unit.square().sum(0).clamp_min(1e-30))
 
     def stretch(self, factor: Tensor) -> bool:
         put(self.scale, self.scale * factor)
         return True
 
-    def forward(self, y: Tensor, hidden: Tensor | None) -> Tensor:
+    def changed(self, y: Tensor, hidden: Tensor | None) -> Tensor:
         y = wide(y)
         return y * (y.square().mean(-1, keepdim=True) + self.EPSILON).rsqrt() * self.scale.to(y.dtype)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from linearize.kernels import dispatch
+from linearize.kernels.conjugate import LOWEST, begun, conjugate_step
 from linearize.kernels.gated_linear import gated_linear_chunk
 from linearize.mixers.base import wide
 
-LOWEST = 0.25
-"""Of what stands on the diagonal, as in MesaNet: how well a system is conditioned, and how many steps it takes."""
+__all__ = ["LOWEST", "Systems", "conjugate_gradients", "solve"]
 
 
 class Systems(NamedTuple):
@@ -64,36 +64,19 @@ class Systems(NamedTuple):
             )
         return made, after
 
-    def times(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(H_t + diag(ridge)) x_t for every query [B, T, H, F], and the H that is carried on."""
-        made, after = self.read(x, self.values, self.before)
-        return wide(made) + x * self.ridge.to(x.dtype), after
+    def times(self, x: Tensor) -> Tensor:
+        """H_t x_t for every query [B, T, H, F]."""
+        return self.read(x, self.values, self.before)[0]
 
 
 def conjugate_gradients(
-    times: Callable[[Tensor], Tensor], target: Tensor, steps: int, dtype: torch.dtype
+    times: Callable[[Tensor], Tensor], target: Tensor, ridge: Tensor, steps: int, dtype: torch.dtype
 ) -> Tensor:
-    """x with A x = target after so many steps from zero; A is symmetric, and no eigenvalue is below `LOWEST`.
-
-    Args:
-        times: multiplies by A.
-        target: [..., F], float32 or wider.
-        steps: as many as F, or more, are as good as exact but for rounding.
-        dtype: that `times` takes; directions are rounded to it first, so that all sums are of the same direction.
-    """
-    tiny = torch.finfo(target.dtype).tiny
-    x, rest, direction = torch.zeros_like(target), target, target
-    size = rest.square().sum(-1, keepdim=True)
+    """`kernels.conjugate.conjugate_reference`, on its kernel where there is one."""
+    solving = begun(target, dtype)
     for _ in range(steps):
-        direction = direction.to(dtype).to(target.dtype)
-        turned = times(direction)
-        # once solved, all that is left is rounding, which may say anything of the direction
-        least = LOWEST * direction.square().sum(-1, keepdim=True)
-        length = size / (torch.maximum((direction * turned).sum(-1, keepdim=True), least) + tiny)
-        x, rest = x + length * direction, rest - length * turned
-        after = rest.square().sum(-1, keepdim=True)
-        direction, size = rest + after / (size + tiny) * direction, after
-    return x
+        solving = conjugate_step(solving, times(solving.direction), ridge)
+    return solving.x
 
 
 class _Solved(torch.autograd.Function):
@@ -113,7 +96,7 @@ class _Solved(torch.autograd.Function):
         (gradient,) = gradients
         with torch.no_grad():
             solved = conjugate_gradients(
-                lambda x: systems.times(x)[0], gradient, ctx.steps, systems.keys.dtype
+                systems.times, gradient, systems.ridge, ctx.steps, systems.keys.dtype
             )
         return (solved, *[None] * (3 + len(ctx.saved_tensors)))
 
@@ -129,8 +112,9 @@ def solve(systems: Systems, target: Tensor, steps: int) -> tuple[Tensor, Tensor 
         steps: see `conjugate_gradients`.
     """
     with torch.no_grad():
-        found = conjugate_gradients(lambda x: systems.times(x)[0], target, steps, systems.keys.dtype)
-    turned, after = systems.times(found)
+        found = conjugate_gradients(systems.times, target, systems.ridge, steps, systems.keys.dtype)
+    made, after = systems.read(found, systems.values, systems.before)
+    turned = wide(made) + found * systems.ridge.to(found.dtype)
     if not torch.is_grad_enabled():
         return found, after
     parts = [None if x is None else x.detach() for x in systems[:6]]

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linearize.kernels import dispatch
+from linearize.kernels.conjugate import conjugate_solve
 from linearize.kernels.gated_linear import gated_linear_step
 from linearize.mixers.base import LayerShape, Part, Partial, fill, product, wide
 from linearize.mixers.options import number
 from linearize.mixers.state import State
 from linearize.mixers.update import UPDATES, WIDEST, Stream
-from linearize.mixers.update.least_squares import LOWEST, Systems, conjugate_gradients, solve
+from linearize.mixers.update.least_squares import LOWEST, Systems, solve
 from linearize.mixers.update.shared import Overwriting
 
 
@@ -90,12 +91,7 @@ class Mesa(Overwriting):
         gram = state["gram"]
         with self.form():
             gated_linear_step(q.to(keys.dtype), keys, k, decay, gram)
-
-            def times(x: Tensor) -> Tensor:
-                turned = x.unflatten(1, (self.heads, -1)) @ gram.to(x.dtype)
-                return turned.flatten(1, 2) + x * ridge.to(x.dtype)
-
-            found = conjugate_gradients(times, q, self.steps, q.dtype)
+            found = conjugate_solve(gram, q, ridge, self.steps)
             out, _ = gated_linear_step(found.to(keys.dtype), keys, stream.v[:, 0], decay, state["sums"])
         return self._scaled(out[:, None])
 

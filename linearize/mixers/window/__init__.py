@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linearize.mixers.base import LayerShape, Part, Partial
 from linearize.mixers.state import State
+from linearize.mixers.window.far import Far
 from linearize.mixers.window.handed import Handed
 from linearize.registry import Registry, discover
 
@@ -20,10 +21,12 @@ class Window(Part):
     Attributes:
         size: tokens seen by the softmax, the query's own included, or tokens in a block; 0 = none, None = all.
         alone: whether nothing shares the branch's normalizer, so that a kernel may give its output without sums.
+        far: how far away its pinned tokens may seem, or None where they are as far as they are.
     """
 
     size: int | None
     alone = False
+    far: Far | None = None
 
     def __init__(self, config: Any, shape: LayerShape) -> None:
         super().__init__()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linearize.kernels import dispatch
-from linearize.kernels.window import Seen, add_sink, window_chunk, window_reference
+from linearize.kernels.window import Seen, add_sink, merge, window_reference
 from linearize.kernels.window.plan import WIDEST
 from linearize.kernels.window.recurrent import Held, window_step
 from linearize.kernels.window_linear.recurrent import Ring
@@ -19,19 +19,14 @@ from linearize.mixers.padding import behind, leading
 from linearize.mixers.state import State
 from linearize.mixers.statistics import Statistics
 from linearize.mixers.window import Window
+from linearize.mixers.window.far import Far
 from linearize.mixers.window.handed import Handed
 from linearize.mixers.window.length import log_scaled, seen_count
 from linearize.mixers.window.runs import Line
+from linearize.mixers.window.softmax import Asked, Scores, normalized, softmax
 
 SINKS = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
 """Quantiles, over queries, of the first token's score that a calibrated sink may have."""
-
-
-class Scores(TypedDict):
-    """How products of queries and keys become scores."""
-
-    scaling: float
-    softcap: float | None
 
 
 class RingWindow(Window):
@@ -70,6 +65,8 @@ class RingWindow(Window):
         """The recurrent branch sees every key at once, the window's too (Liger, LAWCAT)."""
         first: int = number(0, least=0, most=LONGEST)
         """First tokens of each document that never leave the softmax (StreamingLLM)."""
+        within: int = number(1024, least=1, most=LONGEST)
+        """Tokens from which pinned ones seem no further away, where the rotary embedding is a rotate-half one."""
         sinks: str = "none"
         """none, or learned: a logit per head that takes weight and gives no value."""
 
@@ -84,6 +81,11 @@ class RingWindow(Window):
         self.overlap, self.limit = config.overlap, shape.sliding_window
         # a layer whose own window fits into this one is the teacher without pinned tokens
         self.first = config.first if self.limit is None or size < self.limit else 0
+        self.far: Far | None = None
+        if self.first and shape.turns is not None:
+            # in a query's own run no token may seem nearer than it is
+            run = min(self.limit or span, span) + self.first
+            self.far = Far(shape.turns, max(run, min(config.within, self.limit or config.within)))
         learned = nn.Parameter(torch.empty(shape.heads)) if config.sinks == "learned" else None
         self.register_parameter("sink_logit", learned)
         self.reset_parameters()
@@ -106,7 +108,11 @@ class RingWindow(Window):
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         shape, held = self.shape, self.first + self.slots
-        return {
+        since = {}
+        if self.far is not None:
+            self.far.table(device)
+            since = {"window_since": torch.zeros(batch, dtype=torch.int64, device=device)}
+        return since | {
             "window_k": torch.zeros(batch, held, shape.kv_heads, shape.key_dim, dtype=dtype, device=device),
             "window_v": torch.zeros(batch, held, shape.kv_heads, shape.value_dim, dtype=dtype, device=device),
             "window_valid": torch.zeros(batch, held, dtype=torch.bool, device=device),
@@ -186,11 +192,18 @@ class RingWindow(Window):
         sink: Tensor | None = None,
     ) -> tuple[Partial | None, Tensor | None]:
         held = self.stays(visible, age)
-        near = held if self.limit is None else held & (age < self.limit)
+        near, far = held if self.limit is None else held & (age < self.limit), None
         if self.first:
             pinned = visible & (visible.cumsum(-1) <= self.first)
             held, near = held | pinned, near | pinned
+            if self.far is not None:
+                count = visible.sum(-1) - 1
+                far = pinned & (count > self.far.most)[..., None]
+                near = near & ~far
         weighted, sink = window_reference(q, k, v, near, **self._scores), self.sinks(sink)
+        if far is not None and self.far is not None:
+            turned = self.far.turned_back(q, count)
+            weighted = merge(weighted, window_reference(turned, k, v, far, **self._scores))
         partial = Partial(*(weighted if sink is None else add_sink(weighted, sink)))
         return partial, visible if self.overlap else visible & ~held
 
@@ -227,13 +240,22 @@ class RingWindow(Window):
             seen = line.seen(window, reach, pinned)
         if self.log_base:
             q = log_scaled(q, seen_count(seen, q.shape[1], q.device), self.log_base)
-        near = self._softmax(q, line.k, line.v, seen, sink)
+        count = None
+        if self.far is not None and pinned is not None and not (fresh and k.shape[1] <= self.far.most + 1):
+            count = self.far.counts(line, pinned, None if fresh else state["window_since"])
+        asked = [Asked(q, seen, self.sinks(sink))]
+        if count is not None and self.far is not None:
+            asked = self.far.parted(q, seen, self.sinks(sink), count)
+        made = softmax(asked, line.k, line.v, self.alone, fits=self._fits(), **self._scores)
         handed = Handed(k, v, valid)
         if not self.overlap:
             handed = self._leaving(line, k, v, valid, docs, state, position, front, pinned)
         if not fresh:
+            if count is not None:
+                since = torch.where(line.valid[:, -1], count[:, -1] + 1, state["window_since"])
+                state.write({"window_since": since})
             self._keep(line, state, pinned)
-        return near, handed
+        return made, handed
 
     def _line(
         self, state: State, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, front: Tensor | None
@@ -259,23 +281,6 @@ class RingWindow(Window):
             front=front,
             carried=carried,
         )
-
-    def _softmax(self, q: Tensor, k: Tensor, v: Tensor, seen: Seen, sink: Tensor | None) -> Partial:
-        sink = self.sinks(sink)
-        if dispatch.use_triton(q, k, v) and (self._fits() or not dispatch.automatic()):
-            from linearize.kernels.window.operator import window_triton
-
-            return self._normalized(
-                *window_triton(q, k, v, seen, sink=sink, wants_top=not self.alone, **self._scores)
-            )
-        weighted = window_chunk(q, k, v, seen, **self._scores)
-        return Partial(*(weighted if sink is None else add_sink(weighted, sink)))
-
-    def _normalized(self, out: Tensor, log_sum: Tensor, top: Tensor | None) -> Partial:
-        """A kernel's answer; sums of weights only where another branch is to share them."""
-        if self.alone or top is None:
-            return Partial(out, None)
-        return Partial(out, (log_sum - top).exp(), top, divided=True)
 
     def _leaving(
         self,
@@ -335,14 +340,19 @@ class RingWindow(Window):
         if self.log_base:
             seen = ring_valid.sum(1, keepdim=True) + 1
             q = log_scaled(q, seen.clamp_max(min(self.limit or self.span, self.span)), self.log_base)
+        turned = None
+        if self.far is not None:
+            since = state["window_since"]
+            turned = self.far.turned_back(q, since[:, None])
+            since.add_(valid[:, 0].to(torch.int64))
         options: dict[str, Any] = {
-            "valid": valid, "span": min(self.limit or self.span, self.span), "reach": self.reach(position),
-            "sink": self.sinks(sink), **self._scores,
+            "turned": turned, "valid": valid, "span": min(self.limit or self.span, self.span),
+            "reach": self.reach(position), "sink": self.sinks(sink), **self._scores,
         }  # fmt: skip
         if dispatch.use_triton(q, k, v) and (self._fits() or not dispatch.automatic()):
             from linearize.kernels.window.triton_step import window_step_triton
 
-            return self._normalized(*window_step_triton(q, k, v, held, **options)), handed
+            return normalized(window_step_triton(q, k, v, held, **options), self.alone), handed
         return Partial(*window_step(q, k, v, held, **options)), handed
 
     def behind(

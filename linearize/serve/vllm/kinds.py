@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from linearize.mixers import LayerShape
-from linearize.surgery.schema import upgraded
+from linearize.surgery.schema import shape_of, upgraded
 
 LINEAR = "linear_attention"
 """vLLM's name of a layer with a state; without one among `layer_types` it takes a model for all softmax."""
@@ -22,11 +22,8 @@ def sections(config: Any) -> dict[str, dict[str, Any]]:
 
 def layer_shapes(config: Any) -> dict[str, LayerShape]:
     """Path of each converted attention module -> its numbers."""
-    layers = upgraded(config.linearize)["layers"]
-    return {
-        path: LayerShape(**{name: value for name, value in numbers.items() if name != "mixer"})
-        for path, numbers in layers.items()
-    }
+    plan = upgraded(config.linearize)
+    return {path: shape_of(plan, path) for path in plan["layers"]}
 
 
 def number(path: str) -> int:

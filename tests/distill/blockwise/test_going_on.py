@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import blocked
 import pytest
+import several
+import several_jobs
 import torch
 from interrupted import Crash, at_step, crash, press_ctrl_c
 
@@ -133,27 +133,18 @@ def test_two_workers_in_processes_of_their_own(source: str, reference: Path, tmp
     settings = ["stages.transfer.micro_batch=2", "run.device=cpu"]
     recipe = reference / "recipe.yaml"
 
-    def command(step: str, *given: str) -> subprocess.Popen[str]:
-        line = [sys.executable, "-m", "linearize", "blocks", step, source, str(recipe), *settings]
-        return subprocess.Popen(
-            [*line, "--out", str(out), *given],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+    def said(step: str, name: str = "") -> str:
+        line = ["blocks", step, source, str(recipe), *settings, "--out", str(out)]
+        ended = several.start(1, several_jobs.command, line, folder=tmp_path / f"{step}{name}")
+        assert ended.codes == [0], ended.said
+        return ended.said
 
-    def done(process: subprocess.Popen[str]) -> str:
-        said, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, said
-        return said
-
-    assert "linearize blocks train" in done(command("write"))
-    workers = [command("train"), command("train")]
-    said = [done(worker) for worker in workers]
-    if "join them" not in "".join(said):  # each left the other's block alone and ended before it
-        done(command("train"))
-    assert "linearize run" in done(command("join"))
+    assert "linearize blocks train" in said("write")
+    with ThreadPoolExecutor(2) as threads:
+        workers = list(threads.map(lambda name: said("train", name), ("-one", "-two")))
+    if "join them" not in "".join(workers):  # each left the other's block alone and ended before it
+        said("train")
+    assert "linearize run" in said("join")
     found = [json.loads((out / f"stage-1-transfer/block-00{n}/done.json").read_text()) for n in range(3)]
     assert [one["micro_batch"] for one in found] == [2, 2, 2]
     assert not list((out / "streams").rglob("*.bin"))

@@ -1,0 +1,62 @@
+"""How a model's rotary embedding turns a layer's queries and keys with each token, read off the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.surgery.probe import Visit
+
+FIXED = ("default", "linear", "llama3", "yarn", "proportional")
+"""Kinds of rotary embeddings whose angles follow from a token's position alone."""
+NEAR = 2e-2
+"""cos and sin reach modules in the model's dtype, bfloat16 among them."""
+
+
+def kinds(parameters: Any) -> set[str]:
+    """Kinds of rotary embeddings that a config's `rope_parameters` name, for all layers or each type of them."""
+    if not isinstance(parameters, dict):
+        return set()
+    if any(isinstance(value, dict) for value in parameters.values()):
+        return {kind for value in parameters.values() for kind in kinds(value)}
+    return {str(parameters.get("rope_type", "default"))}
+
+
+def turns(model: nn.Module, visit: Visit) -> tuple[float, ...] | None:
+    """Radians by which a token turns each pair of dims of a layer, or None where that is not to be told.
+
+    The model's own tables of frequencies are held against the rotation that the layer was given.
+
+    Args:
+        model: with its weights.
+        visit: one run of a layer whose rotary embedding is of the rotate-half kind.
+    """
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if kinds(getattr(config, "rope_parameters", None)) - set(FIXED):
+        return None
+    cos, sin = (x[0].float().cpu() for x in visit.rotation)
+    size = (cos.square() + sin.square()).sqrt()
+    if cos.shape[-1] % 2 or not bool((size > 0).all()):
+        return None
+    place = torch.arange(len(cos), dtype=torch.float32)[:, None]
+    found = set[tuple[float, ...]]()
+    for table in _tables(model):
+        angles = (place * table).repeat(1, 2)
+        if angles.shape == cos.shape and all(
+            torch.allclose(given / size, made, rtol=0.0, atol=NEAR)
+            for given, made in ((cos, angles.cos()), (sin, angles.sin()))
+        ):
+            found.add(tuple(table.tolist()))
+    return found.pop() if len(found) == 1 else None
+
+
+def _tables(model: nn.Module) -> Iterator[Tensor]:
+    """Every table of frequencies in use; those of the beginning are kept beside by embeddings that change them."""
+    for name, table in model.named_buffers():
+        own = name.rpartition(".")[2]
+        if own.endswith("inv_freq") and "original" not in own and table.dim() == 1 and not table.is_meta:
+            yield table.detach().float().cpu()

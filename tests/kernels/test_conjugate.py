@@ -1,0 +1,111 @@
+"""Conjugate gradients: against matrices that are solved exactly, in torch and (interpreted) in Triton."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from linearize.kernels import dispatch
+from linearize.kernels.conjugate import begun, conjugate_reference, conjugate_solve, conjugate_step
+from linearize.kernels.dispatch import KernelError
+
+RUNS = dispatch.interpreted() or torch.cuda.is_available()
+DEVICE = "cpu" if dispatch.interpreted() or not torch.cuda.is_available() else "cuda"
+needs_triton = pytest.mark.skipif(not RUNS, reason="needs TRITON_INTERPRET=1 or a CUDA device")
+CASES = {
+    "grouped": (2, 6, 3, 16),
+    "odd width": (3, 4, 1, 20),
+    "one row": (1, 1, 1, 64),
+    "many rows": (70, 2, 2, 16),
+}
+"""B, H, M, F."""
+
+
+def drawn(case, dtype=torch.float64):
+    """Matrices [B, M, F, F], targets [B, H, F] of which one is zero, and ridges [H, F]."""
+    batch, heads, held, width = CASES[case]
+    generator = torch.Generator().manual_seed(5)
+    keys = torch.randn(batch, held, width // 2 + 3, width, generator=generator, dtype=torch.float64)
+    target = torch.randn(batch, heads, width, generator=generator, dtype=torch.float64)
+    target[0, 0] *= batch > 1
+    ridge = 0.25 + torch.rand(heads, width, generator=generator, dtype=torch.float64)
+    return (keys.mT @ keys).to(dtype), target.to(dtype), ridge.to(dtype)
+
+
+def exact(matrix, target, ridge):
+    each = matrix.double().repeat_interleave(target.shape[1] // matrix.shape[1], 1)
+    return torch.linalg.solve(each + torch.diag_embed(ridge.double()), target.double())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_as_many_steps_as_columns_solve_it(case):
+    given = drawn(case)
+    solved = exact(*given)
+    torch.testing.assert_close(conjugate_solve(*given, 2 * CASES[case][3]), solved, atol=1e-9, rtol=1e-7)
+    many = conjugate_solve(*given, 300)  # what is left is rounding, which leads nowhere
+    torch.testing.assert_close(many, solved, atol=1e-9, rtol=1e-7)
+    assert torch.equal(conjugate_solve(given[0], 0 * given[1], given[2], 4), 0 * given[1])
+
+
+def test_each_step_is_nearer():
+    """One step leads along the target, as far as least squares allows; no further one leads away."""
+    matrix, target, ridge = drawn("many rows")
+
+    def times(x):
+        return (x.unsqueeze(2) @ matrix).squeeze(2)
+
+    def whole(x):
+        return times(x) + x * ridge
+
+    one = conjugate_reference(times, target, ridge, 1, torch.float64)
+    moved = target.square().sum(-1) > 0
+    length = (target * target).sum(-1) / (target * whole(target)).sum(-1)
+    torch.testing.assert_close(one[moved], (length[..., None] * target)[moved])
+    solved = exact(matrix, target, ridge)
+    errors = [conjugate_reference(times, target, ridge, n, torch.float64) - solved for n in range(17)]
+    energies = [(error * whole(error)).sum(-1)[moved] for error in errors]
+    assert all((later < earlier).all() for earlier, later in itertools.pairwise(energies))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_in_triton(case, dtype):
+    """Three of them, each from where torch's was; directions and products in the dtype that matrices are read in."""
+    matrix, target, ridge = drawn(case, torch.float32)
+    batch, heads, held, _ = CASES[case]
+    solving = begun(target, dtype)
+    for _ in range(3):
+        made = (solving.direction.float().unflatten(1, (held, -1)) @ matrix).flatten(1, 2).to(dtype)
+        wanted = conjugate_step(solving, made, ridge)
+        with dispatch.kernels("triton"):
+            there = type(solving)(*(x.to(DEVICE) for x in solving))
+            got = conjugate_step(there, made.to(DEVICE), ridge.to(DEVICE))
+        assert got.direction.dtype == dtype and got.size.shape == (batch, heads)
+        close = 2e-5 if dtype == torch.float32 else 2e-3
+        for one, two in zip(got, wanted, strict=True):
+            torch.testing.assert_close(one.cpu(), two, atol=close, rtol=close)
+        solving = wanted
+
+
+@needs_triton
+@pytest.mark.parametrize("steps", [1, 5, 40])
+@pytest.mark.parametrize("case", CASES)
+def test_a_solution_in_triton(case, steps):
+    given = drawn(case, torch.float32)
+    wanted = conjugate_solve(*(x.double() for x in given), steps)
+    with dispatch.kernels("triton"):
+        got = conjugate_solve(*(x.to(DEVICE) for x in given), steps)
+    torch.testing.assert_close(got.cpu().double(), wanted, atol=2e-4, rtol=2e-4)
+
+
+@needs_triton
+def test_what_the_kernels_do_not_cover():
+    wide = torch.zeros(1, 1, 1, 200, 200), torch.ones(1, 1, 200), torch.ones(1, 200)
+    with dispatch.kernels("triton"), pytest.raises(KernelError, match="200 columns, and 128 is the most"):
+        conjugate_solve(*(x.to(DEVICE) for x in wide), 2)
+    half = begun(torch.ones(1, 1, 16, dtype=torch.float16), torch.float16)
+    with dispatch.kernels("triton"), pytest.raises(KernelError, match="solutions are float32"):
+        conjugate_step(type(half)(*(x.to(DEVICE) for x in half)), half.x.to(DEVICE), half.x[0].to(DEVICE))
