@@ -112,7 +112,7 @@ def _machine(device: str) -> str:
 
 def _write(found: dict[str, Any], row: dict[str, Any], options: argparse.Namespace) -> None:
     def key(each: dict[str, Any]) -> tuple[Any, ...]:
-        return each["way"], each["slots"], each["tokens"]
+        return each["way"], each["slots"], each["tokens"], each["commit"]
 
     found["rows"] = [each for each in found["rows"] if key(each) != key(row)] + [row]
     order = list(WAYS)

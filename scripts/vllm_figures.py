@@ -3,8 +3,8 @@
     .venv-vllm/bin/python scripts/vllm_figures.py teacher=FOLDER converted=FOLDER --out docs/results/serve.json
 
 Each checkpoint and context runs in a process of its own: random prompts of one length, all asked at once, greedy.
-Prefill is timed by the first tokens, decode by the others, the best of so many turns. Texts that fit is how many of
-that length the given memory holds. Checkpoints take turns at each context, and every process adds its rows to the file.
+Prefill ends where every text has its first token, decode is what comes after; the best of so many turns. Texts that fit
+is how many of that length the given memory holds. Every process adds its rows to the file.
 """
 
 from __future__ import annotations
@@ -62,24 +62,36 @@ def measure(asked: dict[str, Any]) -> list[dict[str, Any]]:
     fit = get_max_concurrency_for_kv_cache_config(llm.llm_engine.vllm_config, core.scheduler.kv_cache_config)
     words, dice = llm.llm_engine.vllm_config.model_config.get_vocab_size(), random.Random(0)
 
-    def timed(texts: int, tokens: int) -> float:
-        prompts = [{"prompt_token_ids": dice.choices(range(words), k=context)} for _ in range(texts)]
+    def timed(texts: int, tokens: int) -> tuple[float, float]:
+        """Tokens/s until every text has its first token, and of the tokens behind that."""
         given = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        made = {str(text): 0 for text in range(texts)}
         began = time.perf_counter()
-        llm.generate(prompts, given, use_tqdm=False)
-        return time.perf_counter() - began
+        for text in made:
+            prompt = {"prompt_token_ids": dice.choices(range(words), k=context)}
+            llm.llm_engine.add_request(text, prompt, given)
+        first, had = 0.0, 0
+        while llm.llm_engine.has_unfinished_requests():
+            made |= {each.request_id: len(each.outputs[0].token_ids) for each in llm.llm_engine.step()}
+            if not first and min(made.values()):
+                first, had = time.perf_counter(), sum(made.values())
+        if set(made.values()) != {tokens}:
+            raise RuntimeError(f"texts of other lengths than {tokens}: {made}")
+        return texts * context / (first - began), (texts * tokens - had) / (time.perf_counter() - first)
 
     timed(1, 2)
     rows = []
     for texts in asked["texts"]:
-        first = min(timed(texts, 1) for _ in range(asked["turns"]))
-        whole = min(timed(texts, new) for _ in range(asked["turns"]))
-        row = {"name": asked["name"], "context": context, "texts": texts, "prefill": texts * context / first}
-        row |= {
-            "decode": texts * (new - 1) / (whole - first),
-            "fit": fit,
-            "mib": asked["memory"] * 1024 / fit,
+        turns = [timed(texts, new) for _ in range(asked["turns"])]
+        prefill, decode = (max(each) for each in zip(*turns, strict=True))
+        row = {
+            "name": asked["name"],
+            "context": context,
+            "texts": texts,
+            "prefill": prefill,
+            "decode": decode,
         }
+        row |= {"fit": fit, "mib": asked["memory"] * 1024 / fit}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         rows.append({**{name: _short(value) for name, value in row.items()}, "peak": round(peak)})
         print(rows[-1], file=sys.stderr)

@@ -28,18 +28,37 @@ def check_reach(model: Any, tokens: int, beside: str = "a state") -> None:
             f"{tokens:,} tokens are more than the model's {table:,} learned positions; read a shorter text, or make "
             "fewer tokens"
         )
-    config = model.config.get_text_config(decoder=True)
-    for rope in _ropes(getattr(config, "rope_parameters", None)):
-        if rope.get("rope_type") not in CHANGING:
-            continue
-        own = (rope.get("original_max_position_embeddings"), getattr(config, "max_position_embeddings", None))
-        least = min((number for number in own if number), default=0)
+    for kind, least in _changes(model):
         if tokens > least:
             raise LinearizeError(
-                f"{tokens:,} tokens with the RoPE '{rope['rope_type']}', which rotates all of them otherwise beyond "
+                f"{tokens:,} tokens with the RoPE '{kind}', which rotates all of them otherwise beyond "
                 f"{least:,}: keys that are kept stay as they were rotated, so that would be another text; stay within "
                 f"{least:,} tokens, prompt, state and new ones together, or generate without {beside}"
             )
+
+
+def furthest(model: Any) -> int | None:
+    """Tokens up to which a text's positions are right whatever stands beside it, or None: there is no such end.
+
+    Those rotations change with the longest text of a call, so that a long one would turn its neighbours' keys.
+    """
+    table = learned_positions(model)
+    ends = [least for _, least in _changes(model)] + ([] if table is None else [table])
+    return min(ends, default=None)
+
+
+def _changes(model: Any) -> list[tuple[str, int]]:
+    """Kinds of rotations that are others for longer texts, and from how many tokens on."""
+    config = model.config.get_text_config(decoder=True)
+    found = []
+    for rope in _ropes(getattr(config, "rope_parameters", None)):
+        if rope.get("rope_type") in CHANGING:
+            own = (
+                rope.get("original_max_position_embeddings"),
+                getattr(config, "max_position_embeddings", None),
+            )
+            found.append((rope["rope_type"], min((number for number in own if number), default=0)))
+    return found
 
 
 def _ropes(parameters: Any) -> list[dict[str, Any]]:

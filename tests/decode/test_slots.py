@@ -273,6 +273,15 @@ def test_what_cannot_be_is_refused():
         admitted(slots, prompt(33, 1), 16)
 
 
+def test_rotations_that_change_with_the_length_end_where_they_do():
+    """A long text would have its neighbours' tokens rotated as its own."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = hybrid(num_hidden_layers=2, rope_parameters=rope, max_position_embeddings=16)
+    slots = Slots(model, 2, 64)
+    with pytest.raises(LinearizeError, match="more than 16 tokens"):
+        admitted(slots, prompt(17, 1))
+
+
 def test_nothing_grows(monkeypatch):
     model = hybrid("llama", "all", LOLCATS, num_hidden_layers=2)
     slots = Slots(model, 3, 0, prompts=2)

@@ -136,6 +136,10 @@ def test_vllm_where_it_is_installed(checkpoint, capsys, monkeypatch):
     line = started.pop()
     given = dict(zip(line[1::2], line[2::2], strict=False))
     assert given["-m"] == "vllm.entrypoints.openai.api_server" and given["--max-num-seqs"] == "3"
+    monkeypatch.setattr(through_vllm, "distribution", lambda name: name)
+    with pytest.raises(Started):
+        cli.main(["serve", str(checkpoint), "--port", "0"])
+    assert started.pop()[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint)]
     assert given["--model"] == str(checkpoint) and given["--host"] == "127.0.0.1" and int(given["--port"]) > 0
     assert line[-1] == "--enforce-eager" and "secret" not in line and os.environ["VLLM_API_KEY"] == "secret"
 
