@@ -207,7 +207,7 @@ def all_recipes(model: str, recipes: dict[str, Any], out: Path) -> None:
         run(model, recipe, out / "one" / name)
     os.environ.update(kept)
     with processes.joined(torch.device("cpu")):
-        runner.processes.joined = lambda device: nullcontext()  # once for all, since a store outlives its run
+        runner.processes.joined = lambda *_: nullcontext()  # once for all, since a store outlives its run
         for name, recipe in recipes.items():
             run(model, recipe, out / "two" / name)
 

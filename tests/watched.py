@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from linearize.mixers.mixer import Mixer
 
 NARROW = (torch.bfloat16, torch.float16)
+SUMMED = ("conjugate_step x", "conjugate_step rest")
+"""What a kernel adds to from one launch to the next, which is no copy of the text."""
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution")
 
 
@@ -56,7 +58,7 @@ class Watched(TorchDispatchMode):
                 self.casts[place()] += 1
             if space == "linearize" or name in PRODUCTS:
                 for key, value in named(function, args, kwargs or {}):
-                    if self._is_wide(value):
+                    if self._is_wide(value) and f"{name} {key}" not in SUMMED:
                         self.wide[f"{name} {key}"] += 1
         return made
 

@@ -111,6 +111,7 @@ class Scheduler:
         self.piece, self.wide, self.every = piece, wide, every
         self.metrics, self._post = metrics, post
         self.failure: str | None = None
+        self._unusable = False
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._reading: list[Ticket] = []
@@ -139,7 +140,7 @@ class Scheduler:
         with self._changed:
             if self._closing is not None:
                 raise Refusal(503, CLOSING, retry=5)
-            if not self._thread.is_alive():
+            if not self.alive:
                 raise Refusal(503, f"the decoding has stopped: {self.failure}; restart the server")
             if len(tickets) > most - self.open:
                 raise Refusal(
@@ -176,7 +177,7 @@ class Scheduler:
     @property
     def alive(self) -> bool:
         """Whether texts are being made."""
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._unusable
 
     def _work(self) -> None:
         while True:
@@ -357,7 +358,10 @@ class Scheduler:
         except Exception as second:
             usable, self.failure = False, f"{self.failure}; then {second!r}"
             log.error("the slots cannot be used any more: %s", second)
-            with self._changed:
+            with (
+                self._changed
+            ):  # before anybody is told, so that nobody comes in whom the thread would not see
+                self._unusable = True
                 lost += self._waiting
                 self._waiting.clear()
         for ticket in lost:
