@@ -170,6 +170,30 @@ def test_turns_are_read_off_the_model(family, options, tables):
     assert [("turns" in layer) for layer in plan["layers"].values()] == [tables > 0] * 2
 
 
+@pytest.mark.parametrize(
+    ("family", "options", "rotary"),
+    [
+        ("glm", {"head_dim": 8}, ["other", "other"]),
+        ("deepseek_v3", {}, ["other", "other"]),
+        ("smollm3", {"no_rope_layers": [1, 0]}, ["half", "none"]),
+        ("llama", {}, ["half", "half"]),
+    ],
+)
+def test_a_padding_token_of_zeros_hides_no_kind_of_rotation(family, options, rotary):
+    """Token 0 is padding and its embedding zero: nothing may be guessed of queries that show nothing."""
+    layers = surgery.attention_layers(model_of(family, **options))
+    assert [layer.shape.rotary for layer in layers] == rotary
+    assert [layer.shape.turns is not None for layer in layers] == [kind == "half" for kind in rotary]
+
+
+def test_of_queries_that_are_all_zero_no_turns_are_guessed():
+    model = model_of("llama")
+    torch.nn.init.zeros_(model.model.layers[1].self_attn.q_proj.weight)
+    first, second = surgery.attention_layers(model)
+    assert first.shape.turns is not None
+    assert (second.shape.rotary, second.shape.turns) == ("half", None)
+
+
 def test_through_files_in_another_process(tmp_path):
     """A text far longer than the pinned tokens may seem: fed whole, in pieces and token by token."""
     model = model_of("llama")
