@@ -79,7 +79,11 @@ def test_strategies():
 def test_a_stage_of_longer_and_longer_texts():
     """A pass takes a whole sequence at least, and the work of a token is the mean over the stage."""
     made, config = {}, config_of("smollm2-135m")
-    for name, length, batch in (("both", "[1024,8192]", "[64,2]"), ("short", "1024", "64"), ("long", "8192", "2")):
+    for name, length, batch in (
+        ("both", "[1024,8192]", "[64,2]"),
+        ("short", "1024", "64"),
+        ("long", "8192", "2"),
+    ):
         changed = [f"stages.distill.data.length={length}", f"stages.distill.batch_size={batch}"]
         recipe = compose("best_constant", changed)
         made[name] = plan(config, recipe, 1, CARDS["h100"], model="m", name="best_constant").stages[-1]
@@ -87,7 +91,10 @@ def test_a_stage_of_longer_and_longer_texts():
     assert (made["both"].batch, made["both"].length) == (2, 8192)
     assert made["both"].fit == made["long"].fit
     mean = (made["short"].flops + made["long"].flops) / 2
-    assert made["both"].flops == pytest.approx(mean, rel=1e-2) and made["short"].flops < 0.95 * made["long"].flops
+    assert (
+        made["both"].flops == pytest.approx(mean, rel=1e-2)
+        and made["short"].flops < 0.95 * made["long"].flops
+    )
 
 
 def test_what_a_run_asks_before_it_shards(tmp_path):

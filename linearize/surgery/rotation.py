@@ -58,7 +58,12 @@ def _tables(model: nn.Module) -> Iterator[Tensor]:
     """Every table of frequencies in use; those of the beginning are kept beside by embeddings that change them."""
     for module in model.modules():
         for name, table in module.named_buffers(recurse=False):
-            if name.endswith("inv_freq") and "original" not in name and table.dim() == 1 and not table.is_meta:
+            if (
+                name.endswith("inv_freq")
+                and "original" not in name
+                and table.dim() == 1
+                and not table.is_meta
+            ):
                 yield _unrounded(module, name, table).detach().float().cpu()
 
 

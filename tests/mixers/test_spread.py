@@ -30,8 +30,8 @@ AT_ONCE: dict[str, dict[str, Any]] = {
     "delta": {**DELTA, "window": NONE},
     "gated delta, convolved": {**DELTA, **GATED, **CONV, "window": NONE},
     "beside pinned tokens": {
-        **DELTA, **GATED, "window": {**WINDOW, "first": 2, "overlap": True, "within": 8}, "combine": {"name": "sigmoid"},
-        "position": {"name": "rope", "recurrent": False},
+        **DELTA, **GATED, "window": {**WINDOW, "first": 2, "overlap": True, "within": 8},
+        "combine": {"name": "sigmoid"}, "position": {"name": "rope", "recurrent": False},
     },
     "generalized delta": {**DELTA, "window": NONE, "update": {"name": "gdn2"}, "gate": {"name": "kda"}},
     "a window alone": {"feature_map": NONE, "window": {**WINDOW, "first": 3, "sinks": "learned"}},
