@@ -74,8 +74,9 @@ def _unrounded(module: nn.Module, name: str, table: Tensor) -> Tensor:
     """
     if torch.finfo(table.dtype).bits >= 32:
         return table
+    kind: Any = type(module)
     try:
-        made = dict(type(module)(config=module.config).named_buffers(recurse=False))[name]  # type: ignore[call-arg]
+        made: Tensor = dict(kind(config=module.config).named_buffers(recurse=False))[name]
     except (TypeError, AttributeError, KeyError, ValueError):
         return table
     return made if made.shape == table.shape else table
