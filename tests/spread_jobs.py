@@ -21,7 +21,16 @@ from linearize.distill.device import resolve_device
 from linearize.mixers import LayerShape, build, spread
 from linearize.surgery.spreading import refusal, spreading
 
-SHAPE = LayerShape(heads=4, kv_heads=2, key_dim=8, value_dim=8, scaling=8**-0.5, model_dim=16, rotary="half")
+SHAPE = LayerShape(
+    heads=4,
+    kv_heads=2,
+    key_dim=8,
+    value_dim=8,
+    scaling=8**-0.5,
+    model_dim=16,
+    rotary="half",
+    turns=(1.0, 0.2, 0.01),
+)
 EXACT = DEVICE == "cpu"
 BORDERS = {"one document": [[], []], "several": [[5, 16, 21], [13]], "at the border": [[16], [15, 17]]}
 """Where further documents begin in 32 tokens, in each of two rows."""

@@ -76,6 +76,27 @@ def test_strategies():
     assert ways == ["one card", "ddp"]
 
 
+def test_a_stage_of_longer_and_longer_texts():
+    """A pass takes a whole sequence at least, and the work of a token is the mean over the stage."""
+    made, config = {}, config_of("smollm2-135m")
+    for name, length, batch in (
+        ("both", "[1024,8192]", "[64,2]"),
+        ("short", "1024", "64"),
+        ("long", "8192", "2"),
+    ):
+        changed = [f"stages.distill.data.length={length}", f"stages.distill.batch_size={batch}"]
+        recipe = compose("best_constant", changed)
+        made[name] = plan(config, recipe, 1, CARDS["h100"], model="m", name="best_constant").stages[-1]
+    assert made["both"].shapes == [(64, 1024), (2, 8192)]
+    assert (made["both"].batch, made["both"].length) == (2, 8192)
+    assert made["both"].fit == made["long"].fit
+    mean = (made["short"].flops + made["long"].flops) / 2
+    assert (
+        made["both"].flops == pytest.approx(mean, rel=1e-2)
+        and made["short"].flops < 0.95 * made["long"].flops
+    )
+
+
 def test_what_a_run_asks_before_it_shards(tmp_path):
     """The ways of the plan itself; a teacher beside the model counts, unless it is kept elsewhere."""
     config, h100 = config_of("llama-3-8b"), CARDS["h100"]

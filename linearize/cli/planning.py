@@ -100,7 +100,7 @@ def time(plan: Plan) -> Table:
         grid.add_row(
             stage.name,
             way(stage),
-            f"{stage.batch} x {stage.length:,}",
+            "\n".join(f"{batch} x {length:,}" for batch, length in stage.shapes),
             str(stage.fit.micro),
             f"{stage.tokens / 1e6:,.1f}M",
             f"{stage.flops / 1e9:,.2f}",

@@ -178,8 +178,11 @@ def _longest(recipe: Recipe, stage: StageConfig) -> int:
 
 
 def _stage(recipe: Recipe, stage: StageConfig, share: float) -> StageConfig:
-    length, before = _longest(recipe, stage), Over.of(stage.batch_size).most
-    tokens = max(length, round(stage.tokens * share))
+    before = Over.of(stage.batch_size).most
+    tokens = max(_longest(recipe, stage), round(stage.tokens * share))
+    # the longest texts may come in smaller batches: the largest step in tokens for each sequence of the largest batch
+    steps = (batch * length for batch, length in Course.of(stage, recipe.data.length).shapes)
+    length = max(1, max(steps) // before)
     wanted = before * math.sqrt(share)
     few, most = min(before, -(-FEW_TOKENS // length)), max(before, MOST_TOKENS // length)
     batch = max(1, min(max(round(wanted), few), most, tokens // (LEAST_STEPS * length)))

@@ -98,6 +98,11 @@ class Course:
         """Batch and length of every phase, each pair once."""
         return list(dict.fromkeys((phase.batch, phase.length) for phase in self.phases))
 
+    @property
+    def heaviest(self) -> tuple[int, int]:
+        """The batch and length that memory has to hold: a pass takes a whole sequence at least."""
+        return max(self.shapes, key=lambda shape: (shape[1], shape[0]))
+
     def phase(self, step: int) -> Phase:
         """The phase of a step; the last one's for those behind the end."""
         return max((phase for phase in self.phases if phase.first <= step), key=lambda phase: phase.first)

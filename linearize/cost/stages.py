@@ -35,8 +35,9 @@ class StagePlan:
 
     Attributes:
         kind: key of `flops.PASSES`.
+        shapes: batch and length of its steps, one after the other; `batch` and `length` are the heaviest of them.
         fit: how it runs.
-        flops: of a token.
+        flops: of a token, the mean of all steps.
         rate: tokens a second over all cards; None where nothing fits.
         mfu: of one card.
         basis: the measurements that the speed rests on.
@@ -49,6 +50,7 @@ class StagePlan:
     tokens: int
     batch: int
     length: int
+    shapes: list[tuple[int, int]]
     fit: Fit
     flops: float
     rate: float | None
@@ -136,7 +138,7 @@ def ways(config: Any, recipe: Recipe, count: int, card: Card) -> dict[str, str]:
         student: Any = surgery.convert(base, recipe.mixer, recipe.layers, recipe.mixers).eval()
     for key, stage, prepared in _prepared(student, recipe):
         kind, course = kind_of(stage), Course.of(stage, recipe.data.of(stage).length)
-        batch, length = max(course.shapes, key=lambda shape: shape[0] * shape[1])
+        batch, length = course.heaviest
         sizes = sizes_of(prepared, kind, None, _teacher(recipe, teacher), apart=_beside(recipe, key))
         micro = None if stage.micro_batch == "auto" else int(stage.micro_batch)
         asked = stage.gradient_checkpointing
@@ -167,9 +169,13 @@ def _prepared(student: Any, recipe: Recipe) -> Iterator[tuple[str, StageConfig, 
 
 def _stage(model: Any, stage: StageConfig, key: str, recipe: Recipe, of: Plan) -> StagePlan:
     kind, course = kind_of(stage), Course.of(stage, recipe.data.of(stage).length)
-    batch, length = max(course.shapes, key=lambda shape: shape[0] * shape[1])
+    batch, length = course.heaviest
     sizes = sizes_of(model, kind, of.recipe, _teacher(recipe, of.teacher), apart=_beside(recipe, key))
-    needed = flops.per_token(model, kind, length)
+    works = (
+        flops.per_token(model, kind, phase.length) * phase.steps * phase.step_tokens
+        for phase in course.phases
+    )
+    needed = sum(works) / course.tokens
     micro = None if stage.micro_batch == "auto" else int(stage.micro_batch)
 
     def on(count: int) -> Fit:
@@ -192,6 +198,7 @@ def _stage(model: Any, stage: StageConfig, key: str, recipe: Recipe, of: Plan) -
         tokens=course.tokens,
         batch=batch,
         length=length,
+        shapes=course.shapes,
         fit=way,
         flops=needed,
         rate=rate,

@@ -203,9 +203,10 @@ def _shape(model: nn.Module, module: nn.Module, seen: Probe, *, loaded: bool) ->
 
 
 def _turning(model: nn.Module, visit: Visit, *, loaded: bool) -> dict[str, Any]:
-    """`rotary` and `turns` of a layer, of which the second is known of a model with its weights alone."""
-    made: dict[str, Any] = {"rotary": _rotary(visit.calls[0], visit.rotation, loaded=loaded)}
-    made["turns"] = rotation.turns(model, visit) if loaded and made["rotary"] == "half" else None
+    """`rotary` and `turns` of a layer, of which the second is known of queries that show a rotation alone."""
+    shown = loaded and bool(visit.calls[0].query.any())
+    made: dict[str, Any] = {"rotary": _rotary(visit.calls[0], visit.rotation, shown=shown)}
+    made["turns"] = rotation.turns(model, visit) if shown and made["rotary"] == "half" else None
     return made
 
 
@@ -262,17 +263,16 @@ def _check_cache(model: PreTrainedModel, layers: list[AttentionLayer]) -> None:
         taken[layer.index] = layer.path
 
 
-def _rotary(call: Call, rotation: Any, *, loaded: bool) -> str:
+def _rotary(call: Call, rotation: Any, *, shown: bool) -> str:
     """How the probe's queries [1, H, T, K] were rotated.
 
     Every token is the same, so the queries differ by their rotation alone: rotating back must make them equal. Without
-    weights, or of queries that are zero, a pair of cos and sin is taken for the rotate-half kind.
+    weights, or of queries that are zero (not `shown`), a pair of cos and sin is taken for the rotate-half kind.
     """
     pair = isinstance(rotation, (tuple, list)) and len(rotation) == 2
     pair = pair and all(isinstance(x, Tensor) and not x.is_complex() for x in rotation)
     query = call.query.float().transpose(1, 2)
-    # the embedding of a token for padding may be zero, whose queries show nothing either
-    if not loaded or not bool(query.any()):
+    if not shown:
         return "none" if rotation is None else "half" if pair else "other"
     near = 1e-2 * query.abs().max().item()
     if torch.allclose(query, query[:, :1], atol=near, rtol=0.0):

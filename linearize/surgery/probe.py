@@ -22,6 +22,8 @@ from linearize.errors import UnsupportedModelError
 
 NAME = "linearize_probe"
 TOKENS = 4
+FIRST = 512
+"""Tokens among which one is looked for whose embedding is not zero."""
 
 FAILURES = (
     RuntimeError,
@@ -145,13 +147,21 @@ def _inputs(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     ready made, which transformers passes through.
     """
     parameter = next(model.parameters())
-    ids = torch.zeros(1, TOKENS, dtype=torch.int64, device=parameter.device)
+    ids = torch.full((1, TOKENS), _token(model), dtype=torch.int64, device=parameter.device)
     mask = torch.ones(1, TOKENS, dtype=torch.int64, device=parameter.device)
     yield {"input_ids": ids, "attention_mask": mask}
     if parameter.is_meta:
         yield {"input_ids": ids, "attention_mask": torch.ones(1, TOKENS, dtype=torch.int64)}
     ready = torch.zeros(1, 1, TOKENS, TOKENS, dtype=parameter.dtype, device=parameter.device)
     yield {"input_ids": ids, "attention_mask": ready}
+
+
+def _token(model: PreTrainedModel) -> int:
+    """The first token whose embedding is not zero, as that of padding is at first: of zeros no rotation is seen."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if not isinstance(weight, Tensor) or weight.is_meta or weight.dim() != 2:
+        return 0
+    return int((weight[:FIRST] != 0).any(1).to(torch.int64).argmax())
 
 
 @contextmanager

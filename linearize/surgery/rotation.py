@@ -56,7 +56,27 @@ def turns(model: nn.Module, visit: Visit) -> tuple[float, ...] | None:
 
 def _tables(model: nn.Module) -> Iterator[Tensor]:
     """Every table of frequencies in use; those of the beginning are kept beside by embeddings that change them."""
-    for name, table in model.named_buffers():
-        own = name.rpartition(".")[2]
-        if own.endswith("inv_freq") and "original" not in own and table.dim() == 1 and not table.is_meta:
-            yield table.detach().float().cpu()
+    for module in model.modules():
+        for name, table in module.named_buffers(recurse=False):
+            if (
+                name.endswith("inv_freq")
+                and "original" not in name
+                and table.dim() == 1
+                and not table.is_meta
+            ):
+                yield _unrounded(module, name, table).detach().float().cpu()
+
+
+def _unrounded(module: nn.Module, name: str, table: Tensor) -> Tensor:
+    """A table as the model has it that is loaded from a file, where this one was cast to bfloat16 with its model.
+
+    Angles are kept with a checkpoint, and rounded ones would be whole turns off behind some thousand tokens.
+    """
+    if torch.finfo(table.dtype).bits >= 32:
+        return table
+    kind: Any = type(module)
+    try:
+        made: Tensor = dict(kind(config=module.config).named_buffers(recurse=False))[name]
+    except (TypeError, AttributeError, KeyError, ValueError):
+        return table
+    return made if made.shape == table.shape else table

@@ -206,6 +206,8 @@ def _layer_problems(numbers: Any, mixers: dict[str, Any], tables: list[Any]) -> 
         and 2 * len(tables[turn]) > numbers["key_dim"]
     ):
         yield f".turns: {len(tables[turn])} pairs of dims do not fit into heads of {numbers['key_dim']}"
+    elif turn is not None and numbers.get("rotary") in ("none", "other"):
+        yield f".turns: only a rotate-half embedding has them (rotary: half), and rotary is {_shown(numbers['rotary'])}"
     for name, value in numbers.items():
         problem = _field_problem(name, value, types)
         wrong = wrong or problem is not None

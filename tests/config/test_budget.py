@@ -78,6 +78,17 @@ def test_where_the_batch_is_bounded_the_rate_goes_with_its_root() -> None:
     assert made.batch_size == 1024 and made.lr == pytest.approx(1e-3 * math.sqrt(1024 / wanted), rel=1e-2)
 
 
+def test_longer_texts_in_smaller_batches_are_no_larger_steps() -> None:
+    """32 x 1,024, then 8 x 4,096, is scaled like 32 x 1,024."""
+    recipe = compose("best_constant")
+    assert Course.of(recipe.stages["distill"], 1024).shapes == [(32, 1024), (8, 4096)]
+    alike = compose("best_constant", ["stages.distill.data.length=1024", "stages.distill.batch_size=32"])
+    for tokens in (2_000_000, 20_000_000):
+        found, plain = (scaled(each, tokens).stages["distill"] for each in (recipe, alike))
+        assert found.batch_size == [plain.batch_size, plain.batch_size // 4]
+        assert (found.lr, found.lr_mixers) == (plain.lr, plain.lr_mixers)
+
+
 def test_the_warm_up_has_some_steps_and_no_more_than_a_tenth() -> None:
     assert one(10**9).stages["transfer"].warmup_ratio == 0.03
     short = one(2**20)

@@ -15,6 +15,7 @@ from linearize import export, surgery
 from linearize.kernels import dispatch
 from linearize.mixers import LayerShape, build
 from linearize.mixers.window.far import Far
+from linearize.surgery.schema import plan_problems
 
 TURNS = (1.0, 0.2, 0.01)
 SHAPE = LayerShape(4, 2, 8, 8, 8**-0.5, model_dim=10, rotary="half", turns=TURNS)
@@ -168,6 +169,58 @@ def test_turns_are_read_off_the_model(family, options, tables):
     for table in plan.get("turns", []):
         assert table[0] == pytest.approx(1.0) and table == sorted(table, reverse=True)
     assert [("turns" in layer) for layer in plan["layers"].values()] == [tables > 0] * 2
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "rotary"),
+    [
+        ("glm", {"head_dim": 8}, ["other", "other"]),
+        ("deepseek_v3", {}, ["other", "other"]),
+        ("smollm3", {"no_rope_layers": [1, 0]}, ["half", "none"]),
+        ("llama", {}, ["half", "half"]),
+    ],
+)
+def test_a_padding_token_of_zeros_hides_no_kind_of_rotation(family, options, rotary):
+    """Token 0 is padding and its embedding zero: nothing may be guessed of queries that show nothing."""
+    layers = surgery.attention_layers(model_of(family, **options))
+    assert [layer.shape.rotary for layer in layers] == rotary
+    assert [layer.shape.turns is not None for layer in layers] == [kind == "half" for kind in rotary]
+
+
+def test_of_queries_that_are_all_zero_no_turns_are_guessed():
+    model = model_of("llama")
+    torch.nn.init.zeros_(model.model.layers[1].self_attn.q_proj.weight)
+    first, second = surgery.attention_layers(model)
+    assert first.shape.turns is not None
+    assert (second.shape.rotary, second.shape.turns) == ("half", None)
+
+
+def test_turns_are_not_those_of_a_table_that_was_rounded():
+    exact = model_of("llama")
+    rounded = model_of("llama").bfloat16()
+    assert rounded.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+    expected, found = (surgery.attention_layers(model)[0].shape.turns for model in (exact, rounded))
+    assert found == expected
+
+
+def test_the_table_is_there_under_the_device_that_tensors_have():
+    """One that is made at the first step would be made while that is captured."""
+    made = build({"window": WINDOW}, SHAPE)
+    made.initial_state(1, torch.float32, torch.device("cpu:0"))
+    assert set(made.window.far._tables) == {torch.zeros(1).device}
+
+
+@pytest.mark.parametrize("rotary", ["none", "other"])
+def test_a_plan_with_turns_of_what_does_not_turn_is_refused(rotary):
+    model = model_of("llama")
+    surgery.convert(model, {"window": {"name": "sliding", "size": 4, "first": 2, "within": 6}})
+    plan = model.config.linearize
+    assert plan_problems(plan) == []
+    plan["layers"]["model.layers.0.self_attn"]["rotary"] = rotary
+    assert plan_problems(plan) == [
+        f"layers.model.layers.0.self_attn.turns: only a rotate-half embedding has them (rotary: half), and rotary is "
+        f"'{rotary}'"
+    ]
 
 
 def test_through_files_in_another_process(tmp_path):

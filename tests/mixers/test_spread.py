@@ -30,14 +30,20 @@ AT_ONCE: dict[str, dict[str, Any]] = {
     "delta": {**DELTA, "window": NONE},
     "gated delta, convolved": {**DELTA, **GATED, **CONV, "window": NONE},
     "beside pinned tokens": {
-        **DELTA, **GATED, "window": {**WINDOW, "first": 2, "overlap": True}, "combine": {"name": "sigmoid"},
-        "position": {"name": "rope", "recurrent": False},
+        **DELTA, **GATED, "window": {**WINDOW, "first": 2, "overlap": True, "within": 8},
+        "combine": {"name": "sigmoid"}, "position": {"name": "rope", "recurrent": False},
     },
     "generalized delta": {**DELTA, "window": NONE, "update": {"name": "gdn2"}, "gate": {"name": "kda"}},
     "a window alone": {"feature_map": NONE, "window": {**WINDOW, "first": 3, "sinks": "learned"}},
+    "pinned tokens far away": {"feature_map": NONE, "window": {**WINDOW, "first": 3, "within": 9}},
 }  # fmt: skip
 IN_TURN: dict[str, dict[str, Any]] = {
     "blocks": {"feature_map": {"name": "elu"}, "window": {"name": "block", "size": 4}, "combine": SHARED},
+    "blocks and pinned tokens far away": {
+        "feature_map": {"name": "elu"},
+        "window": {"name": "block", "size": 4, "first": 2, "within": 8},
+        "combine": SHARED,
+    },
     "slots": {
         "feature_map": {"name": "identity"},
         "window": NONE,

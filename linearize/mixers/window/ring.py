@@ -110,8 +110,8 @@ class RingWindow(Window):
         shape, held = self.shape, self.first + self.slots
         since = {}
         if self.far is not None:
-            self.far.table(device)
             since = {"window_since": torch.zeros(batch, dtype=torch.int64, device=device)}
+            self.far.table(since["window_since"].device)  # "cuda" is no tensor's device, and "cuda:0" is
         return since | {
             "window_k": torch.zeros(batch, held, shape.kv_heads, shape.key_dim, dtype=dtype, device=device),
             "window_v": torch.zeros(batch, held, shape.kv_heads, shape.value_dim, dtype=dtype, device=device),
