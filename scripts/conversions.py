@@ -259,7 +259,7 @@ def titles(cells: Sequence[dict[str, float | None]]) -> list[str]:
 
 
 def ranked(rows: dict[str, Row], key: Callable[[Row], float] | None = None) -> list[tuple[str, Row]]:
-    """Those that worked, the lowest mean ratio of perplexities first."""
+    """Those that worked, the lowest geometric mean of perplexities over the teacher's first."""
     worked = [(name, row) for name, row in rows.items() if "student" in row]
     return sorted(worked, key=lambda pair: (key or ratio)(pair[1]))
 

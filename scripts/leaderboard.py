@@ -209,7 +209,11 @@ def _title(found: dict[str, Any]) -> str:
 
 def _says(found: dict[str, Any]) -> list[str]:
     """What is alike in all rows, and what is not."""
-    settings, order = found.get("settings", {}), "Sorted by the mean ratio of perplexities to the teacher's."
+    settings = found.get("settings", {})
+    order = (
+        "Sorted by the geometric mean of the texts' perplexities over the teacher's; the text `demo` is the package's "
+        "own sample."
+    )
     if "runs" in found:
         return [
             "All rows have the same tokens, not the same minutes: the runs shared cards, so their seconds say "
