@@ -25,7 +25,7 @@ from linearize.eval.page.blocks import (
 )
 from linearize.eval.page.contestants import Contestant, contestants, short
 from linearize.eval.page.sources import Subject
-from linearize.eval.page.verdict import listed, texts, verdict, written
+from linearize.eval.page.verdict import listed, mean_of, recall_of, texts, verdict, written
 from linearize.eval.rows import METRICS, STUDENT, TEACHER, Score
 from linearize.eval.tables import number
 
@@ -71,8 +71,7 @@ def _summary(cast: Sequence[Contestant]) -> Iterator[Block]:
         for place in texts(one.rows, one.role):
             counted[place] = counted.get(place, 0) + 1
     unit = max(counted, key=lambda place: (counted[place], place[1])) if counted else None
-    shared = [set(written(one.rows)) for one in cast if written(one.rows)]
-    recall = sorted(set.intersection(*shared)) if shared else []
+    recall, left = recall_of(cast)
     rows = []
     for one in cast:
         line: Row = {"model": one.name}
@@ -96,7 +95,7 @@ def _summary(cast: Sequence[Contestant]) -> Iterator[Block]:
             "token before repeats one from 64 tokens back or more."
         )
         if recall:
-            said += f" Recall: mean of {listed(recall)} tokens."
+            said += f" Recall: {mean_of(recall, left)}."
         yield Words(said)
 
 

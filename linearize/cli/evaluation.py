@@ -284,4 +284,4 @@ def _control(source: str, options: argparse.Namespace, tokenizer: Any) -> Any:
         _same_tokens(tokenizer, other, options.path, source)
         yield model
 
-    return Entrant(_name(source), _name(source), _identity(source), opened)
+    return Entrant(_name(options.path), _name(source), _identity(source), opened)  # as every control is named
