@@ -207,7 +207,7 @@ def share(row: Score) -> Any:
 def _plainly(rows: Sequence[Score], roles: Sequence[str], tasks: Sequence[str]) -> list[Row]:
     """A line for each metric, context and batch."""
     made = []
-    here = [row for row in rows if row.task in tasks]
+    here = [row for row in rows if row.task.split(":")[0] in tasks]  # behind the colon stands the text's name
     for task, metric, length, bucket in dict.fromkeys((r.task, r.metric, r.length, r.bucket) for r in here):
         line: Row = {"task": task, "metric": metric, "tokens": length, "batch": bucket or None}
         found = {

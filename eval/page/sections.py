@@ -39,6 +39,8 @@ COSTS = {
     ("decode", "peak_bytes"): ("Most memory in decoding", "GB", 1e-9),
 }
 """(task, metric) -> title, unit, factor of what is drawn; the rest says the same in another way."""
+WRITTEN = ("decoding", "generation")
+"""Tasks of what a model writes."""
 
 
 def page(subjects: Sequence[Subject]) -> Page:
@@ -54,7 +56,7 @@ def page(subjects: Sequence[Subject]) -> Page:
         Section("Cost against context", list(_cost(main)), _legend([one for one in main if _costs(one)])),
         Section("Controls", list(controls.blocks(subjects))),
         training.section(subjects, cast),
-        Section("What they write", list(_samples(main))),
+        Section("What they write", [*_writing(main), *_samples(main)]),
         Section("How it was measured", list(_provenance(subjects))),
     ]
     title = " against ".join(subject.name for subject in subjects)
@@ -224,6 +226,22 @@ def _cost(cast: Sequence[Contestant]) -> Iterator[Block]:
         yield Table(
             _even(list(ahead.values())), "From which measured context on a student stays ahead of the teacher"
         )
+
+
+def _writing(cast: Sequence[Contestant]) -> Iterator[Block]:
+    """Decoding against prefill, and the plainest faults of what is written."""
+    scored = [(one, row) for one in cast for row in one.rows if row.task.split(":")[0] in WRITTEN]
+    rows = []
+    for task, length, metric in dict.fromkeys((row.task, row.length, row.metric) for _, row in scored):
+        line: Row = {"measured": f"{task}, {length:,} tokens", "metric": metric.replace("_", " ")}
+        for one, row in scored:
+            if (row.task, row.length, row.metric) == (task, length, metric):
+                known = METRICS.get(metric)
+                share = known is not None and known.share and math.isfinite(row.value)
+                line[one.name] = f"{100 * row.value:.2f} %" if share else row.value
+        rows.append(line)
+    if rows:
+        yield Table(_even(rows))
 
 
 def _samples(cast: Sequence[Contestant]) -> Iterator[Block]:

@@ -173,6 +173,18 @@ def test_a_checkpoint_that_several_were_judged_beside_stands_once_and_in_the_ver
     assert names == ["big (teacher)", "a", "b", "swa_sinks", "a: alike", "b: alike"]
 
 
+def test_decoding_and_written_text_stand_on_the_page_whatever_the_text_is_called(tmp_path):
+    folder = judged(tmp_path / "a")
+    more = [score(role, "decoding: books", "decode_agreement", value, length=2000, model=model, key=f"{role} decoding")
+            for role, model, value in ((TEACHER, "big", 1.0), (STUDENT, "mine", 0.9995))]  # fmt: skip
+    Scores(folder / "results.json").add(more)
+    [section] = [one for one in made(folder).sections if one.title == "What they write"]
+    lines = {(row["measured"], row["metric"]): row for row in section.blocks[0].rows}
+    decoding = lines["decoding: books, 2,000 tokens", "decode agreement"]
+    assert decoding["big (teacher)"] == "100.00 %" and decoding["mine"] == "99.95 %"
+    assert lines["generation, 16 tokens", "repetition"]["mine"] == "10.00 %"
+
+
 def test_what_was_measured_unlike_is_said(tmp_path):
     judged(tmp_path / "a", name="one")
     judged(tmp_path / "b", name="one", seed=3)
