@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "to", type=Path, help="folder of a results.json, or a .json file of rows alone; either may be missing"
     )
-    parser.add_argument("source", type=Path, nargs="+", help="folders that `linearize eval` wrote, or .json files of rows")
+    parser.add_argument(
+        "source", type=Path, nargs="+", help="folders that `linearize eval` wrote, or .json files of rows"
+    )
     parser.add_argument("--role", help="rows of this role alone")
     parser.add_argument("--digits", type=int, metavar="N", help="of each number, with a .json file")
     options = parser.parse_args(arguments)
@@ -75,11 +77,7 @@ def join(to: Path, source: Path, role: str | None = None) -> int:
     (to.parent if folder is None else folder).mkdir(parents=True, exist_ok=True)
     target = Scores(to if folder is None else to / "results.json")
     have = {row.key for row in target.rows}
-    taken = [
-        row
-        for row in Scores(rows).rows
-        if row.key not in have and role in (None, row.role)
-    ]
+    taken = [row for row in Scores(rows).rows if row.key not in have and role in (None, row.role)]
     keys = {row.key for row in taken}
     for name in BESIDE if folder is not None and rows != source else ():
         for file in sorted((source / name).glob("*")):
