@@ -6,7 +6,7 @@
 
 With `--digits 5` a .json file has a line a row and so many digits of each number, for a repository.
 With `--role teacher` only the teacher's are taken, so that the next conversion of it need not measure them again; a
-.json file of rows, as docs/results has them, is a source as well.
+.json file of rows, as docs/results has them, is a source as well, of what needs no files beside it: recall, decoding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from linearize.errors import LinearizeError
-from linearize.eval.rows import Scores
+from linearize.eval.rows import Score, Scores
 from linearize.storing import write_file
 
 BESIDE = ("tokens", "samples", "items")
@@ -77,15 +77,25 @@ def join(to: Path, source: Path, role: str | None = None) -> int:
     (to.parent if folder is None else folder).mkdir(parents=True, exist_ok=True)
     target = Scores(to if folder is None else to / "results.json")
     have = {row.key for row in target.rows}
-    taken = [row for row in Scores(rows).rows if row.key not in have and role in (None, row.role)]
+    bare = folder is not None and rows == source
+    taken = [
+        row
+        for row in Scores(rows).rows
+        if row.key not in have and role in (None, row.role) and (not bare or _stands_alone(row))
+    ]
     keys = {row.key for row in taken}
-    for name in BESIDE if folder is not None and rows != source else ():
+    for name in BESIDE if folder is not None and not bare else ():
         for file in sorted((source / name).glob("*")):
             if file.name.partition(".")[0] in keys:
                 (to / name).mkdir(exist_ok=True)
                 shutil.copy2(file, to / name / file.name)
     target.add(taken)  # last: rows whose files are missing would never be measured again
     return len(keys)
+
+
+def _stands_alone(row: Score) -> bool:
+    """Whether a row needs no files beside it: tokens and items that others are held against, or texts to show."""
+    return "lm-eval" not in row.version and row.task.split(":")[0] not in ("text", "generation")
 
 
 def shorten(file: Path, digits: int) -> None:
