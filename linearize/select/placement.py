@@ -27,7 +27,7 @@ def greedy(
     layers: Sequence[int],
     keep: int,
     score: Callable[[Kept], float],
-    near: Callable[[Kept], AbstractContextManager[None]] = nullcontext,
+    near: Callable[[Kept], AbstractContextManager[object]] = nullcontext,
 ) -> list[Restored]:
     """From all converted, restore the layer whose restoring scores lowest, `keep` times.
 
