@@ -5,7 +5,8 @@
     python scripts/join_scores.py runs/mine/eval runs/mine-text runs/mine-passkey
 
 With `--digits 5` a .json file has a line a row and so many digits of each number, for a repository.
-With `--role teacher` only the teacher's are taken, so that the next conversion of it need not measure them again.
+With `--role teacher` only the teacher's are taken, so that the next conversion of it need not measure them again; a
+.json file of rows, as docs/results has them, is a source as well.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "to", type=Path, help="folder of a results.json, or a .json file of rows alone; either may be missing"
     )
-    parser.add_argument("source", type=Path, nargs="+", help="folders that `linearize eval` wrote")
+    parser.add_argument("source", type=Path, nargs="+", help="folders that `linearize eval` wrote, or .json files of rows")
     parser.add_argument("--role", help="rows of this role alone")
     parser.add_argument("--digits", type=int, metavar="N", help="of each number, with a .json file")
     options = parser.parse_args(arguments)
@@ -55,7 +56,7 @@ def join(to: Path, source: Path, role: str | None = None) -> int:
 
     Args:
         to: folder, or .json file, which gets no files beside it.
-        source: folder of a results.json.
+        source: folder of a results.json, or a .json file of rows, which has no files beside it.
         role: whose; None takes all.
 
     Returns:
@@ -65,19 +66,22 @@ def join(to: Path, source: Path, role: str | None = None) -> int:
         LinearizeError: the source has no scores.
         CheckpointError: one of the two is damaged.
     """
-    if not (source / "results.json").is_file():
-        raise LinearizeError(f"{source} holds no results.json; name folders that `linearize eval` wrote")
+    rows = source if source.suffix == ".json" else source / "results.json"
+    if not rows.is_file():
+        raise LinearizeError(
+            f"{source} holds no results.json; name folders that `linearize eval` wrote, or a .json file of rows"
+        )
     folder = None if to.suffix == ".json" else to
     (to.parent if folder is None else folder).mkdir(parents=True, exist_ok=True)
     target = Scores(to if folder is None else to / "results.json")
     have = {row.key for row in target.rows}
     taken = [
         row
-        for row in Scores(source / "results.json").rows
+        for row in Scores(rows).rows
         if row.key not in have and role in (None, row.role)
     ]
     keys = {row.key for row in taken}
-    for name in BESIDE if folder is not None else ():
+    for name in BESIDE if folder is not None and rows != source else ():
         for file in sorted((source / name).glob("*")):
             if file.name.partition(".")[0] in keys:
                 (to / name).mkdir(exist_ok=True)
