@@ -154,7 +154,7 @@ def aligned_output_kernel(
         near_total = tl.zeros([C], tl.float32)
         if HAS_SINK:
             top = tl.zeros([C], tl.float32) + tl.load(sink + head) * LOG2E
-            near_total += tl.exp2(share)
+            near_total += 1.0
         if APART:
             result = tl.zeros([C, BV], tl.float32)
         if PINS > 0:
@@ -162,13 +162,13 @@ def aligned_output_kernel(
             asks = load_rows(
                 asking + (batch * tokens * heads + head) * K, chunk * C, rows, heads * K, dims, tokens
             )
-            # in units of the window's share, which weights have in their exponents
             top, near_total, result = attend_pinned(
-                asks.to(tl.float32), k, v, codes, batch, pinned, there, owner, top, near_total * tl.exp2(-share),
-                result, scale, key_tokens, dims, lanes, kv_heads * K, kv_heads * V, PINS,
+                asks.to(tl.float32), k, v, codes, batch, pinned, there, owner, top, near_total, result, scale,
+                key_tokens, dims, lanes, kv_heads * K, kv_heads * V, PINS,
             )  # fmt: skip
-            near_total *= tl.exp2(share)
             result *= tl.exp2(share)
+        # from here on weights have the window's share in their exponents
+        near_total *= tl.exp2(share)
         if LAG > 1:
             for i in range(1, LAG):
                 middle = oldest + i * C
