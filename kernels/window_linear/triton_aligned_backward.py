@@ -13,18 +13,21 @@ import triton.language as tl
 
 from linearize.kernels.window_linear.triton_aligned_forward import load_codes, square_of_scores
 from linearize.kernels.window_linear.triton_common import LOG2E, document, load_code, load_rows
+from linearize.kernels.window_linear.triton_pins import BEHIND, best_keys, pinned_gradient, pinned_rows
 
 
 @triton.jit
 def aligned_query_gradient_kernel(
-    q, k, v, out, do, query_map, key_map, weight, factor, sink, codes, key_lse, query_lse,
+    q, k, v, out, do, query_map, key_map, weight, factor, sink, codes, past_codes, pin, asking, key_lse,
+    query_lse,
     states, norms, carries, carry_norms, maximum, log_inverse,
-    dq, dy, delta, balance, share_gradient, place_of_top, dsink,
+    dq, dasking, pin_weights, pin_ds, dy, delta, balance, share_gradient, place_of_top, dsink,
     tokens, key_tokens, prefix, base, chunks, per_segment, segments, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, C: tl.constexpr, LAG: tl.constexpr,
     HAS_FACTOR: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CODES: tl.constexpr,
     HAS_CARRY: tl.constexpr, WIDE: tl.constexpr, TRAIN_MAPS: tl.constexpr, PRECISION: tl.constexpr,
+    PINS: tl.constexpr, HAS_ASKING: tl.constexpr,
 ):  # fmt: skip
     """dq, the gradient dy of q's projection, and per row: D, the sum of the window's ds, where its maximum is."""
     chunk = tl.program_id(0)
@@ -55,7 +58,7 @@ def aligned_query_gradient_kernel(
     owner = tl.zeros([C], tl.int32)
     if HAS_CODES:
         owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=inside, other=0))
-        old_code = load_codes(codes, batch, oldest + rows, key_tokens)
+        old_code = load_codes(past_codes, batch, oldest + rows, key_tokens)
     # of a zero that the compiler knows, selections would be made of sixteen-bit numbers, one by one
     nothing = scale - scale
     for_q = tl.zeros([C, K], tl.float32)
@@ -120,8 +123,8 @@ def aligned_query_gradient_kernel(
         for_y += sign * (for_phi - phi * spread[:, None])
     past *= alpha
     for_y *= alpha[:, None]
+    lines = (batch * tokens + place) * heads + head
     if TRAIN_MAPS:
-        lines = (batch * tokens + place) * heads + head
         tl.store(
             dy + lines[:, None] * F + columns[None, :],
             for_y.to(dy.dtype.element_ty),
@@ -173,6 +176,18 @@ def aligned_query_gradient_kernel(
                 sum_of_ds += tl.sum(ds, 1)
                 near_part += tl.sum(weights, 1)
                 for_q = tl.dot(ds.to(x.dtype), keys, for_q, input_precision=PRECISION)
+        for_pins = tl.zeros([C, K], tl.float32)
+        if PINS > 0:
+            pinned = tl.load(pin + batch * tokens + place, mask=inside, other=BEHIND)
+            asks = load_rows(
+                asking + (batch * tokens * heads + head) * K, chunk * C, rows, heads * K, dims, tokens
+            )
+            pin_row = (batch * heads + head) * PINS * tokens + place
+            for_pins, best, best_place, near_part, sum_of_ds = pinned_gradient(
+                asks.to(tl.float32), incoming.to(tl.float32), k, v, codes, batch, pinned, there, owner, offset, shift,
+                for_pins, best, best_place, near_part, sum_of_ds, pin_row, inside, pin_weights, pin_ds, scale, tokens,
+                key_tokens, dims, values, kv_heads * K, kv_heads * V, PINS,
+            )  # fmt: skip
         for_sink = tl.zeros([C], tl.float32)
         if HAS_SINK:
             logit = tl.load(sink + head) * LOG2E
@@ -183,16 +198,23 @@ def aligned_query_gradient_kernel(
             best_place = tl.where(best > logit, best_place, -1)
             best = tl.maximum(best, logit)
         best_place = tl.where(best == float("-inf"), -1, best_place)
-        there = (best_place >= 0) & inside
-        keys = tl.load(
-            k + best_place.to(tl.int64)[:, None] * (kv_heads * K) + dims[None, :],
-            mask=there[:, None],
-            other=0.0,
-        )
-        for_q -= sum_of_ds[:, None] * keys.to(tl.float32)
+        if PINS > 0:
+            best_key, is_pinned = best_keys(k, best_place, pinned, inside, kv_heads * K, dims)
+            if HAS_ASKING:
+                for_q -= tl.where(is_pinned, 0.0, sum_of_ds)[:, None] * best_key
+                for_pins -= tl.where(is_pinned, sum_of_ds, 0.0)[:, None] * best_key
+                tl.store(
+                    dasking + lines[:, None] * K + dims[None, :],
+                    (for_pins * (scale / LOG2E)).to(dasking.dtype.element_ty), mask=inside[:, None],
+                )  # fmt: skip
+            else:
+                for_q += for_pins - sum_of_ds[:, None] * best_key
+        else:
+            keys = pinned_rows(k, best_place, (best_place >= 0) & inside, kv_heads * K, dims)
+            for_q -= sum_of_ds[:, None] * keys
         tl.store(balance + row, sum_of_ds, mask=inside)
         tl.store(place_of_top + row, best_place, mask=inside)
-        for_sink = tl.where(best_place < 0, for_sink - sum_of_ds, for_sink)
+        for_sink = tl.where(best_place == -1, for_sink - sum_of_ds, for_sink)
         # two estimates of one number, whose errors come from the rounding of `out` in D and cancel like this
         tl.store(share_gradient + row, (1.0 - near_part) * sum_of_ds - near_part * past, mask=inside)
         if HAS_SINK:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from linearize.kernels.window_linear.triton_common import LOG2E, document, load_code, load_rows, row_features
+from linearize.kernels.window_linear.triton_pins import BEHIND, attend_pinned
 
 
 @triton.jit
@@ -44,20 +45,22 @@ def square_of_scores(
 
 @triton.jit
 def aligned_output_kernel(
-    q, k, v, query_map, key_map, weight, factor, sink, codes, key_lse,
+    q, k, v, query_map, key_map, weight, factor, sink, codes, past_codes, pin, asking, key_lse,
     states, norms, carries, carry_norms, out, maximum, log_inverse, query_lse,
     tokens, key_tokens, prefix, base, chunks, per_segment, segments, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LAG: tl.constexpr,
     HAS_FACTOR: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CODES: tl.constexpr,
-    HAS_CARRY: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_CARRY: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, PINS: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one query head: out [B, T, H, V]; by [B, H, T] the row maximum (times log2 e) and log2 of
     1 / denominator.
 
-    LAG is the window in chunks; zero leaves linear attention alone.
+    LAG is the window in chunks; zero leaves linear attention alone. APART: softmax weights are there before the chunk's
+    own tile, and what they weigh is scaled as its maximum rises.
     """
     parts: tl.constexpr = V // BV
+    APART: tl.constexpr = LAG > 1 or PINS > 0
     chunk = tl.program_id(0) // parts
     tile = tl.program_id(0) % parts
     batch = (tl.program_id(1) // heads).to(tl.int64)
@@ -139,7 +142,7 @@ def aligned_output_kernel(
             result = tl.dot(reading, tl.trans(sums), result, input_precision=PRECISION)
         pairs = tl.dot(phi.to(x.dtype), phi_k, pairs, input_precision=PRECISION)
     if HAS_CODES:
-        code = load_codes(codes, batch, there, key_tokens)
+        code = load_codes(past_codes, batch, there, key_tokens)
         pairs = tl.where(code[None, :] == owner[:, None], pairs, 0.0)
     old_values = load_rows(v, oldest, rows, kv_heads * V, lanes, key_tokens)
     # of a zero that the compiler knows, selections would be made of sixteen-bit numbers, one by one
@@ -151,9 +154,22 @@ def aligned_output_kernel(
         near_total = tl.zeros([C], tl.float32)
         if HAS_SINK:
             top = tl.zeros([C], tl.float32) + tl.load(sink + head) * LOG2E
-            near_total += tl.exp2(share)
-        if LAG > 1:
+            near_total += 1.0
+        if APART:
             result = tl.zeros([C, BV], tl.float32)
+        if PINS > 0:
+            pinned = tl.load(pin + batch * tokens + place, mask=inside, other=BEHIND)
+            asks = load_rows(
+                asking + (batch * tokens * heads + head) * K, chunk * C, rows, heads * K, dims, tokens
+            )
+            top, near_total, result = attend_pinned(
+                asks.to(tl.float32), k, v, codes, batch, pinned, there, owner, top, near_total, result, scale,
+                key_tokens, dims, lanes, kv_heads * K, kv_heads * V, PINS,
+            )  # fmt: skip
+            result *= tl.exp2(share)
+        # from here on weights have the window's share in their exponents
+        near_total *= tl.exp2(share)
+        if LAG > 1:
             for i in range(1, LAG):
                 middle = oldest + i * C
                 keys = load_rows(k, middle, rows, kv_heads * K, dims, key_tokens)
@@ -180,10 +196,10 @@ def aligned_output_kernel(
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(scores, 1))
         higher = tl.where(higher == float("-inf"), 0.0, higher)
-        if LAG > 1 or HAS_SINK:
+        if APART or HAS_SINK:
             decay = tl.exp2(top - higher)
             near_total *= decay
-        if LAG > 1:
+        if APART:
             result *= decay[:, None]
             result += past
         if tile == 0:

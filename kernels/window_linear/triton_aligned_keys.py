@@ -49,7 +49,7 @@ def without_spare(ds, balance, place_of_top, row, chunk, rows, position, tokens,
 
 @triton.jit
 def aligned_key_gradient_kernel(
-    q, k, v, do, query_map, key_map, weight, factor, codes, key_lse, query_lse,
+    q, k, v, do, query_map, key_map, weight, factor, codes, past_codes, key_lse, query_lse,
     states, norms, carries, carry_norms, maximum, log_inverse, delta, balance, place_of_top,
     dk, dv, dy,
     tokens, key_tokens, prefix, base, chunks, per_segment, segments, first, scale,
@@ -79,6 +79,7 @@ def aligned_key_gradient_kernel(
     code = tl.zeros([C], tl.int32)
     if HAS_CODES:
         code = load_codes(codes, batch, position, key_tokens)
+        past_code = load_codes(past_codes, batch, position, key_tokens)
     # in the own chunk a query sees a key of the window here, in the chunk a window later it has it behind
     mine = rows[:, None] >= rows[None, :]
     # of a zero that the compiler knows, selections would be made of sixteen-bit numbers, one by one
@@ -104,8 +105,8 @@ def aligned_key_gradient_kernel(
         if HAS_CODES:
             owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=there, other=0))
             ahead = load_code(codes, batch, prefix + (i + 1) * C, key_tokens)
-            reader = tl.where((code == ahead) & scanned, 1.0, 0.0)
-            seen = mine & (code[None, :] == owner[:, None])
+            reader = tl.where((past_code == ahead) & scanned, 1.0, 0.0)
+            seen = mine & (past_code[None, :] == owner[:, None])
         if HAS_CARRY:
             segment = last // per_segment
             origin = (line * segments + segment) * 2
