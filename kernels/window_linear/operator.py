@@ -148,9 +148,11 @@ def _(
 def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, query_map: Tensor, key_map: Tensor,
     window_weight: Tensor | None, linear_weight: Tensor | None, sink: Tensor | None,
-    codes: Tensor | None, reach: Tensor | None, saved: list[Tensor], train_maps: bool, numbers: list[float],
+    codes: Tensor | None, reach: Tensor | None, saved: list[Tensor], train_maps: bool, train_inputs: bool,
+    numbers: list[float],
 ) -> list[Tensor]:  # fmt: skip
-    """dq, dk, dv, and float32 gradients of the maps [H, K, f] twice and of the three factors [H]."""
+    """dq, dk, dv (of no numbers without `train_inputs`), float32 gradients of the maps [H, K, f] twice and factors [H].
+    """
     from linearize.kernels.window_linear.launches import launch_backward
 
     plan = make_plan(q, k, v, query_map, key_map, numbers)
@@ -160,7 +162,8 @@ def backward(
         None if x is None else x.float().contiguous() for x in (window_weight, linear_weight, sink)
     )
     masks = tuple(None if x is None else x.to(torch.int32).contiguous() for x in (codes, reach))
-    return launch_backward(plan, do, q, k, v, maps, factors, masks, saved, train_maps)
+    found = launch_backward(plan, do, q, k, v, maps, factors, masks, saved, train_maps, train_inputs)
+    return found if train_inputs else [x.new_empty(0) for x in (q, k, v)] + found[3:]
 
 
 @backward.register_fake
@@ -178,10 +181,14 @@ def _(
     reach,
     saved,
     train_maps,
+    train_inputs,
     numbers,
 ):
     plan = make_plan(q, k, v, query_map, key_map, numbers)
-    inputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    inputs = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if train_inputs else x.new_empty(0)
+        for x in (q, k, v)
+    ]
     return inputs + plan.gradients(q, train_maps)
 
 
@@ -197,17 +204,19 @@ def _backward(ctx, grads):
     q, k, v, query_map, key_map, window_weight, linear_weight, sink, codes, reach, *saved = ctx.saved_tensors
     if grads[0] is None:
         return (None,) * len(ctx.needs_input_grad)
-    train_maps = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    needs = ctx.needs_input_grad
+    train_maps, train_inputs = needs[3] or needs[4], any(needs[:3])
     found = backward(
         grads[0], q, k, v, query_map, key_map, window_weight, linear_weight, sink, codes, reach, saved, train_maps,
-        ctx.numbers,
+        train_inputs, ctx.numbers,
     )  # fmt: skip
     dq, dk, dv, for_query_map, for_key_map, for_weight, for_factor, for_sink = found
 
     def kept(gradient: Tensor, parameter: Tensor | None, needed: bool) -> Tensor | None:
         return gradient.to(parameter.dtype) if parameter is not None and needed else None
 
-    needs = ctx.needs_input_grad
+    if not train_inputs:
+        dq = dk = dv = None
     return (
         dq, dk, dv, kept(for_query_map, query_map, needs[3]), kept(for_key_map, key_map, needs[4]),
         kept(for_weight, window_weight, needs[5]), kept(for_factor, linear_weight, needs[6]),
