@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from linearize import objectives, surgery
 from linearize.distill import shards, window_dropout
-from linearize.distill.blocks import around_attention
+from linearize.distill.blocks import Place, around_attention, rotary
 from linearize.distill.stage import StageTrainer
 from linearize.errors import RecipeError
 
@@ -30,8 +30,14 @@ class TransferTrainer(StageTrainer):
         self.layers: list[int] = [module.layer_idx for module in converted]
         super().__init__(model, **settings)
 
-    def compiled_parts(self) -> list[nn.Module]:
-        return around_attention(self.trained_model)
+    def compiled_parts(self) -> Sequence[nn.Module | Place]:
+        return [*around_attention(self.trained_model), *self.functions()]
+
+    def functions(self) -> list[Place]:
+        """What is compiled by itself inside the attention."""
+        # an output projection is called as a module, which is not the loss's to compile
+        plain = not any(objectives.get(name).projects for name in self.stage.objective)
+        return rotary(self.trained_model) + [(objectives.layer, "joined")] * plain
 
     @property
     def count(self) -> int:

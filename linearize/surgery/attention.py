@@ -111,9 +111,7 @@ class LinearizedAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """The attention function that the model would run without surgery: q, k, v [B, H, T, K] -> [B, T, H, V]."""
-        own = (cls for cls in type(self).__mro__ if not issubclass(cls, LinearizedAttention))
-        base = next(cls for cls in own if cls is not nn.Module)
-        family = sys.modules[base.__module__]
+        family = sys.modules[family_of(self)]
         eager: Any = getattr(family, "eager_attention_forward", None)
         # a family may keep functions of its own under transformers' names
         functions = getattr(family, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
@@ -123,6 +121,12 @@ class LinearizedAttention(nn.Module):
     def named(self) -> str:
         """The layer, for messages."""
         return f"layer {self.layer_idx} ({type(self).__name__})"
+
+
+def family_of(layer: LinearizedAttention) -> str:
+    """Name of the module that a converted layer's own class comes from."""
+    own = (cls for cls in type(layer).__mro__ if not issubclass(cls, LinearizedAttention))
+    return next(cls for cls in own if cls is not nn.Module).__module__
 
 
 def _rotation(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from linearize import storing, surgery
 from linearize.distill import stages, window_dropout
+from linearize.distill.blocks import Place
 from linearize.distill.blockwise.block import Block
 from linearize.distill.blockwise.calibrating import load_start
 from linearize.distill.blockwise.division import named
@@ -87,15 +88,16 @@ class BlockTrainer(TransferTrainer):
         drawn = window_dropout.draws(rate, self.count, self.seed, step)
         return [drawn[place] for place in self.trained_model.places]
 
-    def compiled_parts(self) -> list[nn.Module]:
+    def compiled_parts(self) -> list[nn.Module | Place]:
         block = self.trained_model
         layers = [block.get_submodule(path) for path in block.paths]
-        return [
+        parts: list[nn.Module | Place] = [
             part
             for layer in layers
             for part in layer.children()
             if not any(isinstance(inner, LinearizedAttention) for inner in part.modules())
         ]
+        return parts + self.functions()
 
 
 def train(job: Job, wanted: list[int] | None = None) -> Worked:
