@@ -20,7 +20,7 @@ from linearize.errors import UnsupportedModelError
 from linearize.mixers import Mixer
 from linearize.mixers.offloaded import device_of
 from linearize.mixers.position import rotate_back
-from linearize.surgery import arguments, handed_on
+from linearize.surgery import arguments, handed_on, teaching
 from linearize.surgery.cache import LinearizedCacheLayer, adopt
 from linearize.surgery.generated import subclass
 from linearize.surgery.masks import read_mask
@@ -254,7 +254,11 @@ def linearized_attention(
     sink = kwargs.get("s_aux")
     if switch.mode == "observe":
         with torch.no_grad():
-            output, _ = module.teacher(query, key, value, attention_mask, **{**kwargs, "dropout": 0.0})
+            # before anybody has looked at a mask it may say more than where documents begin
+            known = starts if switch.trusts and switch.spread is None else None
+            output = teaching.by_documents(module.teacher_config, shape, q, k, v, known, sink)
+            if output is None:
+                output, _ = module.teacher(query, key, value, attention_mask, **{**kwargs, "dropout": 0.0})
         assert switch.observer is not None
         call = LayerCall(
             layer_idx=module.layer_idx,

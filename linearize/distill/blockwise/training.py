@@ -7,6 +7,7 @@ converted layers of the model, window dropout is drawn for all of them, and grad
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -78,8 +79,9 @@ class BlockTrainer(TransferTrainer):
     def count(self) -> int:
         return self.trained_model.total
 
-    def pass_on(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
-        self.trained_model.run(batch[STREAM], batch, batch.get(FIRST))
+    @property
+    def pass_on(self) -> Callable[[nn.Module, dict[str, Tensor]], None]:
+        return lambda model, batch: self.trained_model.run(batch[STREAM], batch, batch.get(FIRST))
 
     def find_droppable(self, model: nn.Module) -> list[bool]:
         return window_dropout.able([layer.mixer for layer in surgery.converted(model)])
