@@ -26,10 +26,13 @@ def aligned_query_gradient_kernel(
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, C: tl.constexpr, LAG: tl.constexpr,
     HAS_FACTOR: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CODES: tl.constexpr,
-    HAS_CARRY: tl.constexpr, WIDE: tl.constexpr, TRAIN_MAPS: tl.constexpr, PRECISION: tl.constexpr,
-    PINS: tl.constexpr, HAS_ASKING: tl.constexpr,
+    HAS_CARRY: tl.constexpr, WIDE: tl.constexpr, TRAIN_MAPS: tl.constexpr, INPUTS: tl.constexpr,
+    PRECISION: tl.constexpr, PINS: tl.constexpr, HAS_ASKING: tl.constexpr,
 ):  # fmt: skip
-    """dq, the gradient dy of q's projection, and per row: D, the sum of the window's ds, where its maximum is."""
+    """dq, the gradient dy of q's projection, and per row: D, the sum of the window's ds, where its maximum is.
+
+    Without `INPUTS` dy, D and the gradients of factors and sink alone.
+    """
     chunk = tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = tl.program_id(1) % heads
@@ -130,10 +133,11 @@ def aligned_query_gradient_kernel(
             for_y.to(dy.dtype.element_ty),
             mask=inside[:, None],
         )
-    if LAG > 0:
-        # in units of the scores' gradient, to which the window adds
-        for_y *= LOG2E / scale
-    narrow_y = for_y.to(x.dtype)
+    if INPUTS:
+        if LAG > 0:
+            # in units of the scores' gradient, to which the window adds
+            for_y *= LOG2E / scale
+        narrow_y = for_y.to(x.dtype)
     if LAG > 0:
         own_keys = load_rows(k, own, rows, kv_heads * K, dims, key_tokens)
         scores = square_of_scores(
@@ -141,8 +145,9 @@ def aligned_query_gradient_kernel(
             HAS_CODES, PRECISION,
         )  # fmt: skip
         best = tl.max(scores, 1)
-        best_place = tl.where(causal, own + rows[None, :], oldest + rows[None, :])
-        best_place = tl.min(tl.where(scores == best[:, None], best_place, 2147483647), 1)
+        if INPUTS or HAS_SINK or PINS > 0:
+            best_place = tl.where(causal, own + rows[None, :], oldest + rows[None, :])
+            best_place = tl.min(tl.where(scores == best[:, None], best_place, 2147483647), 1)
         top = tl.load(maximum + row, mask=inside, other=0.0)
         share = tl.log2(tl.load(weight + head))
         offset = share + log_over - top
@@ -153,9 +158,10 @@ def aligned_query_gradient_kernel(
         old_dw = tl.dot(incoming, tl.trans(old_values), input_precision=PRECISION)
         ds = weights * (tl.where(causal, dw, old_dw) - shift[:, None])
         sum_of_ds = tl.sum(ds, 1)
-        own_ds = tl.where(causal, ds, nothing)
-        for_q = tl.dot(own_ds.to(x.dtype), own_keys, for_q, input_precision=PRECISION)
-        for_q = tl.dot((ds - own_ds).to(x.dtype), old_keys, for_q, input_precision=PRECISION)
+        if INPUTS:
+            own_ds = tl.where(causal, ds, nothing)
+            for_q = tl.dot(own_ds.to(x.dtype), own_keys, for_q, input_precision=PRECISION)
+            for_q = tl.dot((ds - own_ds).to(x.dtype), old_keys, for_q, input_precision=PRECISION)
         if LAG > 1:
             for i in range(1, LAG):
                 middle = oldest + i * C
@@ -166,16 +172,18 @@ def aligned_query_gradient_kernel(
                     between = tl.where(code[None, :] == owner[:, None], between, float("-inf"))
                 else:
                     between = tl.where(middle >= 0, between, float("-inf"))
-                higher = tl.max(between, 1)
-                found = tl.min(tl.where(between == higher[:, None], middle + rows[None, :], 2147483647), 1)
-                best_place = tl.where(higher > best, found, best_place)
-                best = tl.maximum(best, higher)
+                if INPUTS or HAS_SINK or PINS > 0:
+                    higher = tl.max(between, 1)
+                    found = tl.min(tl.where(between == higher[:, None], middle + rows[None, :], 2147483647), 1)
+                    best_place = tl.where(higher > best, found, best_place)
+                    best = tl.maximum(best, higher)
                 weights = tl.exp2(between + offset[:, None])
                 y = load_rows(v, middle, rows, kv_heads * V, values, key_tokens)
                 ds = weights * (tl.dot(incoming, tl.trans(y), input_precision=PRECISION) - shift[:, None])
                 sum_of_ds += tl.sum(ds, 1)
                 near_part += tl.sum(weights, 1)
-                for_q = tl.dot(ds.to(x.dtype), keys, for_q, input_precision=PRECISION)
+                if INPUTS:
+                    for_q = tl.dot(ds.to(x.dtype), keys, for_q, input_precision=PRECISION)
         for_pins = tl.zeros([C, K], tl.float32)
         if PINS > 0:
             pinned = tl.load(pin + batch * tokens + place, mask=inside, other=BEHIND)
@@ -197,33 +205,38 @@ def aligned_query_gradient_kernel(
             sum_of_ds += for_sink
             best_place = tl.where(best > logit, best_place, -1)
             best = tl.maximum(best, logit)
-        best_place = tl.where(best == float("-inf"), -1, best_place)
-        if PINS > 0:
-            best_key, is_pinned = best_keys(k, best_place, pinned, inside, kv_heads * K, dims)
-            if HAS_ASKING:
-                for_q -= tl.where(is_pinned, 0.0, sum_of_ds)[:, None] * best_key
-                for_pins -= tl.where(is_pinned, sum_of_ds, 0.0)[:, None] * best_key
-                tl.store(
-                    dasking + lines[:, None] * K + dims[None, :],
-                    (for_pins * (scale / LOG2E)).to(dasking.dtype.element_ty), mask=inside[:, None],
-                )  # fmt: skip
+        if INPUTS or HAS_SINK:
+            best_place = tl.where(best == float("-inf"), -1, best_place)
+            for_sink = tl.where(best_place == -1, for_sink - sum_of_ds, for_sink)
+        if INPUTS:
+            if PINS > 0:
+                best_key, is_pinned = best_keys(k, best_place, pinned, inside, kv_heads * K, dims)
+                if HAS_ASKING:
+                    for_q -= tl.where(is_pinned, 0.0, sum_of_ds)[:, None] * best_key
+                    for_pins -= tl.where(is_pinned, sum_of_ds, 0.0)[:, None] * best_key
+                    tl.store(
+                        dasking + lines[:, None] * K + dims[None, :],
+                        (for_pins * (scale / LOG2E)).to(dasking.dtype.element_ty), mask=inside[:, None],
+                    )  # fmt: skip
+                else:
+                    for_q += for_pins - sum_of_ds[:, None] * best_key
             else:
-                for_q += for_pins - sum_of_ds[:, None] * best_key
-        else:
-            keys = pinned_rows(k, best_place, (best_place >= 0) & inside, kv_heads * K, dims)
-            for_q -= sum_of_ds[:, None] * keys
-        tl.store(balance + row, sum_of_ds, mask=inside)
-        tl.store(place_of_top + row, best_place, mask=inside)
-        for_sink = tl.where(best_place == -1, for_sink - sum_of_ds, for_sink)
+                keys = pinned_rows(k, best_place, (best_place >= 0) & inside, kv_heads * K, dims)
+                for_q -= sum_of_ds[:, None] * keys
+            tl.store(balance + row, sum_of_ds, mask=inside)
+            tl.store(place_of_top + row, best_place, mask=inside)
         # two estimates of one number, whose errors come from the rounding of `out` in D and cancel like this
         tl.store(share_gradient + row, (1.0 - near_part) * sum_of_ds - near_part * past, mask=inside)
         if HAS_SINK:
             tl.store(dsink + row, for_sink, mask=inside)
-    # until here in 16 bits: half as many registers as the product
-    for_q = tl.dot(narrow_y, tl.trans(projection), for_q, input_precision=PRECISION)
-    if LAG > 0:
-        for_q *= scale / LOG2E
-    dq += (batch * tokens * heads + head) * K
-    tl.store(
-        dq + place[:, None] * (heads * K) + dims[None, :], for_q.to(dq.dtype.element_ty), mask=inside[:, None]
-    )
+    if INPUTS:
+        # until here in 16 bits: half as many registers as the product
+        for_q = tl.dot(narrow_y, tl.trans(projection), for_q, input_precision=PRECISION)
+        if LAG > 0:
+            for_q *= scale / LOG2E
+        dq += (batch * tokens * heads + head) * K
+        tl.store(
+            dq + place[:, None] * (heads * K) + dims[None, :],
+            for_q.to(dq.dtype.element_ty),
+            mask=inside[:, None],
+        )

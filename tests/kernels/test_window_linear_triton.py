@@ -232,6 +232,32 @@ def test_equals_the_definition(name, form):
         assert max(found.values()) < limit, (dtype, found)
 
 
+@pytest.mark.parametrize(
+    "name", ["documents", "wide_window", "factor_and_sink", "segments_documents", "no_window", "terraced"]
+)
+def test_frozen_inputs_leave_the_other_gradients_as_they_are(name):
+    """Attention transfer: q, k and v come from frozen projections, and theirs are never made."""
+    case = CASES[name]
+    _, whole, _ = run(case, NARROW[0], "triton")
+    frozen = {n: x.to(NARROW[0] if n in "qkv" else torch.float32) for n, x in draw(case).items()}
+    learned = [x.requires_grad_() for n, x in frozen.items() if n not in "qkv"]
+    q, k, v, weights = split(frozen)
+    codes, reach = masks(case)
+    layer = Layer(case.window, case.window if case.least is None else case.least, 0.3, case.prefix)
+    state = carried(case)
+    state = None if state is None else tuple(x.float() for x in state)
+    far = reach if case.least is not None else None
+    with dispatch.kernels("triton"):
+        out, _ = window_linear_triton(
+            q, k, v, weights, layer, codes if case.documents else None, far, state, True, case.segments
+        )
+    found = torch.autograd.grad((out * normal(*out.shape, seed=11).to(out)).sum(), learned)
+    names = [n for n in frozen if n not in "qkv"]
+    for name, gradient in zip(names, found, strict=True):
+        assert gradient.abs().max() > 0
+        assert torch.equal(gradient, whole[name]), name
+
+
 @pytest.mark.parametrize("name", ["carried", "shared_maps", "no_window_documents"])
 def test_scans_with_one_half_of_the_features(name, monkeypatch):
     """What fills a device with few sequences: twice as many programs, with half of the features each."""
