@@ -20,11 +20,10 @@ import torch
 from torch import nn
 
 from linearize.kernels.dispatch import KernelError
+from linearize.mixers.compiled import keeping_little
 from linearize.surgery import LinearizedAttention
 
 log = logging.getLogger(__name__)
-
-BACKEND = "inductor"
 
 
 class Blocks:
@@ -33,6 +32,7 @@ class Blocks:
     Args:
         layers: from `repeated` or `around_attention`.
         name: of the stage, for the log and for profilers.
+        like: blocks of another model, whose compiled form these share.
 
     Attributes:
         layers: what is compiled.
@@ -40,12 +40,12 @@ class Blocks:
         full: whether torch compiles them for no further size of batch and text.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], name: str) -> None:
+    def __init__(self, layers: Iterable[nn.Module], name: str, like: Blocks | None = None) -> None:
         self.name = name
         self.layers = list(layers)
         self.obstacle: str | None = None if self.layers else "no block repeats"
         self.full = False
-        self._calls: dict[tuple[str, ...], Callable[..., Any]] = {}
+        self._calls: dict[tuple[str, ...], Callable[..., Any]] = {} if like is None else like._calls
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
@@ -90,7 +90,7 @@ class Blocks:
             # torch counts compilations by code object: each stage and mixer gets one of its own
             name = f"block_{self.name}_{len(self._calls)}" if self._calls else f"block_{self.name}"
             own = types.FunctionType(block.__code__.replace(co_name=name), globals(), name)
-            self._calls[key] = torch.compile(own, backend=BACKEND, dynamic=False, fullgraph=True)
+            self._calls[key] = torch.compile(own, backend=keeping_little, dynamic=False, fullgraph=True)
         return self._calls[key]
 
 
