@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.bench import report, whole
+from linearize.bench import quiet, report, whole
 from linearize.bench.decode_ways import EVERY
 from linearize.bench.profiles import kept, profiled
 from linearize.bench.recipes import about, device_of, say
@@ -61,12 +62,13 @@ def main(options: argparse.Namespace) -> int:
     table = Table(options.out, say, about(device), report.given(options))
     budget = Budget(options.budget)
     beside = not options.only or TEACHER in options.recipes
-    for name in [TEACHER, *names] if beside else names:
-        try:
-            for row in rows(name, options, device, budget):
-                table.add(row)
-        except Stopped as stop:
-            raise LinearizeError(f"{name}: {stop}; what was measured is in {table.path}") from stop
+    with quiet.known(options.out) if options.only else nullcontext():
+        for name in [TEACHER, *names] if beside else names:
+            try:
+                for row in rows(name, options, device, budget):
+                    table.add(row)
+            except Stopped as stop:
+                raise LinearizeError(f"{name}: {stop}; what was measured is in {table.path}") from stop
     say(f"recipes.json and recipes.md in {options.out}")
     return 0
 

@@ -23,12 +23,12 @@ from torch import nn
 
 from linearize import surgery
 from linearize.kernels.dispatch import KernelError
+from linearize.mixers.compiled import keeping_little
 from linearize.patch import changed
 from linearize.surgery import LinearizedAttention
 
 log = logging.getLogger(__name__)
 
-BACKEND = "inductor"
 ROTARY = "apply_rotary_pos_emb"
 """What the families of transformers call their rotary embedding of queries and keys."""
 Place = tuple[Any, str]
@@ -41,6 +41,7 @@ class Blocks:
     Args:
         parts: from `repeated` or `around_attention`, and places of functions, each compiled by itself.
         name: of the stage, for the log and for profilers.
+        like: blocks of another model, whose compiled form these share.
 
     Attributes:
         layers, functions: what is compiled.
@@ -48,7 +49,7 @@ class Blocks:
         full: whether torch compiles them for no further size of batch and text.
     """
 
-    def __init__(self, parts: Iterable[nn.Module | Place], name: str) -> None:
+    def __init__(self, parts: Iterable[nn.Module | Place], name: str, like: Blocks | None = None) -> None:
         self.name = name
         self.layers: list[nn.Module] = []
         self.functions: list[Place] = []
@@ -56,7 +57,7 @@ class Blocks:
             self.layers.append(part) if isinstance(part, nn.Module) else self.functions.append(part)
         self.obstacle: str | None = None if self.layers else "no block repeats"
         self.full = False
-        self._calls: dict[tuple[str, ...], Callable[..., Any]] = {}
+        self._calls: dict[tuple[str, ...], Callable[..., Any]] = {} if like is None else like._calls
         self._failed: set[str] = set()
 
     @contextmanager
@@ -117,7 +118,7 @@ class Blocks:
             # torch counts compilations by code object: each stage and mixer gets one of its own
             name = f"block_{self.name}_{len(self._calls)}" if self._calls else f"block_{self.name}"
             own = types.FunctionType(body.__code__.replace(co_name=name), globals(), name)
-            self._calls[key] = torch.compile(own, backend=BACKEND, dynamic=False, fullgraph=True)
+            self._calls[key] = torch.compile(own, backend=keeping_little, dynamic=False, fullgraph=True)
         return self._calls[key]
 
 

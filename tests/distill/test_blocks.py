@@ -15,6 +15,7 @@ from linearize.distill.finetune import predicts, teacher_predicts
 from linearize.distill.headless import recognize
 from linearize.distill.transfer import transfer_step
 from linearize.distill.window_dropout import windows_off
+from linearize.mixers import compiled as compiled_mixers
 from linearize.patch import changed
 
 SIZES = {"hidden_size": 64, "head_dim": 64, "num_hidden_layers": 4}
@@ -23,7 +24,7 @@ SIZES = {"hidden_size": 64, "head_dim": 64, "num_hidden_layers": 4}
 @pytest.fixture(autouse=True)
 def traced_alone(monkeypatch):
     """Tracing is what can fail; the compiler of the CPU would take minutes."""
-    monkeypatch.setattr(blocks, "BACKEND", "eager")
+    monkeypatch.setattr(compiled_mixers, "BACKEND", "eager")
     torch._dynamo.reset()
     counters.clear()
 
