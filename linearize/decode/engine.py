@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from linearize.decode.cache import tensors
 from linearize.decode.masks import Masks, token_masks
+from linearize.decode.newest import UnknownScores, attending, fits, newest_numbers
 from linearize.decode.prefix import Prefix
 from linearize.decode.reader import Reader
 from linearize.decode.sampling import Sampling
@@ -95,6 +96,7 @@ class Decoder(Reader):
         self._graph: torch.cuda.CUDAGraph | None = None
         self._capturing = capture
         self._ready = False
+        self._newest = self.keeps_softmax and fits(model, self.config)
 
     @torch.no_grad()
     def generate(
@@ -158,6 +160,18 @@ class Decoder(Reader):
         """
         if self._ready:
             return
+        try:
+            self._make()
+        except (UnknownScores, KernelError):
+            # masks say it to transformers' own attention then
+            if not self._newest:
+                raise
+            self._newest = False
+            self._make()
+        self._ready = True
+
+    def _make(self) -> None:
+        """The states and the step, by what is known of the softmax layers."""
         self._reset()
         self.clock.start(0)
         captures = self.device.type == "cuda" and self._capturing
@@ -166,7 +180,6 @@ class Decoder(Reader):
                 self._capture()
             else:
                 self._twice()
-        self._ready = True
 
     @torch.no_grad()
     def read(self, ids: Tensor, mask: Tensor | None, prefix: Prefix | None = None) -> None:
@@ -178,6 +191,11 @@ class Decoder(Reader):
         Raises:
             LinearizeError: padding behind a prefix.
         """
+        if self._newest and mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
+            # keys that are seen do not lie side by side then: only a mask can say which they are
+            self._newest = False
+            if self._ready:
+                self._make()
         self._reset()
         self._take(self.fill(ids, mask, prefix))
 
@@ -192,9 +210,19 @@ class Decoder(Reader):
                     self._graph.replay()
         self.steps += steps
 
+    def _decoding(self) -> AbstractContextManager[Any]:
+        """The same with softmax layers that are told how many keys are seen, where they can be."""
+        stack = ExitStack()
+        stack.enter_context(super()._decoding())
+        if self._newest:
+            stack.enter_context(attending(self.config))
+        return stack
+
     def _eager_step(self) -> None:
         masks: Masks = self._no_masks
-        if self.keeps_softmax:
+        if self._newest:
+            masks = newest_numbers(self.config, self.clock.tokens, self.positions + 1)
+        elif self.keeps_softmax:
             masks = token_masks(self.config, self.seen, self.clock.tokens, self.dtype)
         logits = self._forward(self.tokens, self.positions, attention_mask=masks)
         self.clock.tokens.add_(1)
