@@ -13,15 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from linearize.kernels import dispatch
-from linearize.kernels.launch import launch, processors
+from linearize.kernels.launch import launch
+from linearize.kernels.sharing import parts_of, tile_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 WIDEST = 256
 """Columns of a head."""
-WAVES, MOST = 4, 64
-"""Programs to a multiprocessor that there should be, and programs to a key head at most."""
-TILE = 16_384
-"""Bytes of the keys, and of the values, in a tile."""
 
 
 @triton.jit
@@ -105,16 +102,6 @@ def join_kernel(
     )
     answer = tl.sum(weight[:, None] * found, 0) / total
     tl.store(out + line * V + columns, answer.to(out.dtype.element_ty), mask=columns < V)
-
-
-def tile_of(widest: int, itemsize: int) -> int:
-    """Keys in a tile: as many bytes whatever the width, two tiles of keys and of values being on their way at once."""
-    return max(16, min(128, TILE // (widest * itemsize)))
-
-
-def parts_of(like: Tensor, heads: int, slots: int, tile: int) -> int:
-    """Programs that share one of so many key heads of all rows: enough for the device, each with two tiles or more."""
-    return max(1, min(MOST, WAVES * processors(like.device) // heads, slots // (2 * tile)))
 
 
 def covered(q: Tensor, keys: Tensor, values: Tensor) -> None:
