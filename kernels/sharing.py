@@ -8,12 +8,12 @@ from linearize.kernels.launch import processors
 
 WAVES, MOST = 4, 64
 """Programs to a multiprocessor that there should be, and programs to a key head at most."""
-TILE = 16_384
-"""Bytes of the keys, and of the values, in a tile."""
+TILE, STAGES = 16_384, 3
+"""Bytes of the keys, and of the values, in a tile, and tiles in flight with the one that is worked on."""
 
 
 def tile_of(widest: int, itemsize: int) -> int:
-    """Keys in a tile: as many bytes whatever the width, two tiles of keys and of values being on their way at once."""
+    """Keys in a tile: as many bytes whatever the width."""
     return max(16, min(128, TILE // (widest * itemsize)))
 
 

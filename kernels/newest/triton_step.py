@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linearize.kernels import dispatch
+from linearize.kernels import dispatch, sharing
 from linearize.kernels.launch import launch
 from linearize.kernels.sharing import parts_of, tile_of
 
@@ -134,7 +134,7 @@ def step(
         step_kernel, (batch * held, parts), q=q, keys=keys, values=values, newest=newest, seen=seen, out=found,
         tops=tops, totals=totals, scaling=scaling, cap=cap or 1.0, N=held, G=heads // held, S=slots, K=key_dim,
         V=value_dim, GP=widths[0], KP=widths[1], VP=widths[2], W=tile, PARTS=parts, HAS_CAP=cap > 0, num_warps=4,
-        num_stages=2,
+        num_stages=sharing.STAGES,
     )  # fmt: skip
     if parts > 1:
         launch(

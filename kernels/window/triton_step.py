@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linearize.kernels import dispatch
+from linearize.kernels import dispatch, sharing
 from linearize.kernels.launch import launch
 from linearize.kernels.sharing import parts_of, tile_of
 from linearize.kernels.window.operator import covered
@@ -220,7 +220,7 @@ def step(
         found["parts_sums"] = q.new_empty(batch, heads, parts, value_dim, dtype=torch.float32)
         launch(
             part_kernel, (batch * kv_heads, parts), GP=padded(heads // kv_heads), W=many, PARTS=parts, num_warps=4,
-            num_stages=2, **seeing, **has, **found, **ring, **{name: x for name, x in fixed.items() if name != "P"},
+            num_stages=sharing.STAGES, **seeing, **has, **found, **ring, **{name: x for name, x in fixed.items() if name != "P"},
         )  # fmt: skip
     launch(
         step_kernel, (batch * heads,), k=k, v=v, sink=sink, turned=turned, out=out, log_sum=log_sum, top_out=top,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from linearize.decode.cache import tensors
+from linearize.decode.joined import INDUCTOR, Joining
 from linearize.decode.masks import Masks, token_masks
 from linearize.decode.newest import UnknownScores, attending, fits, newest_numbers
 from linearize.decode.prefix import Prefix
@@ -91,8 +92,10 @@ class Decoder(Reader):
         self.eos = torch.tensor(list(eos), dtype=torch.int64, device=self.device)
         self.pad = whole(fill=pad)
         self._step: Callable[[], None] = self._eager_step
+        self._joining: Joining | None = None
+        self._compiling = compile
         if compile is not None:
-            self._step = torch.compile(self._eager_step, dynamic=False, **compile)
+            self._compile(join="mode" not in compile)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._capturing = capture
         self._ready = False
@@ -196,6 +199,8 @@ class Decoder(Reader):
             self._newest = False
             if self._ready:
                 self._make()
+        if self._joining is not None:
+            self._joining.refresh()
         self._reset()
         self._take(self.fill(ids, mask, prefix))
 
@@ -247,26 +252,43 @@ class Decoder(Reader):
         self.finished.zero_()
         self.column.zero_()
 
+    def _compile(self, *, join: bool) -> None:
+        """Let the next step be compiled, with products of one input joined or as they are."""
+        options = dict(self._compiling or {})
+        self._joining = Joining(options.get("backend", INDUCTOR)) if join else None
+        if self._joining is not None:
+            options["backend"] = self._joining
+        self._step = torch.compile(self._eager_step, dynamic=False, **options)
+
     def _twice(self) -> None:
         """Two steps; the first, never compiled, makes the states, the second must leave every tensor where it is."""
         self._eager_step()
         before = {name: x.data_ptr() for name, x in tensors(self.cache).items()}
-        try:
-            with in_order():
-                self._step()
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-            if isinstance(error.__cause__, torch.cuda.OutOfMemoryError | KernelError):
-                raise error.__cause__ from error
-            self.obstacle = " ".join(str(error).split())[:200] or type(error).__name__
-            log.warning("the step is not compiled, which is slower: %s", self.obstacle)
-            log.debug("where it could not be compiled", exc_info=error)
-            self._step = self._eager_step
-            self._step()
+        self._once_compiled()
         moved = [name for name, x in tensors(self.cache).items() if before.get(name) != x.data_ptr()]
         if moved:
             raise LinearizeError(
                 f"states that are not written in place cannot be replayed: {', '.join(moved[:3])}"
             )
+
+    def _once_compiled(self) -> None:
+        """A step by which it is compiled, in the model's own operations where it cannot be."""
+        while True:
+            try:
+                with in_order():
+                    return self._step()
+            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+                if isinstance(error.__cause__, torch.cuda.OutOfMemoryError | KernelError):
+                    raise error.__cause__ from error
+                why = " ".join(str(error).split())[:200] or type(error).__name__
+                log.debug("where it could not be compiled", exc_info=error)
+            if self._joining is not None:
+                log.warning("the step is compiled without joining products: %s", why)
+                self._compile(join=False)
+            else:
+                self.obstacle = why
+                log.warning("the step is not compiled, which is slower: %s", why)
+                self._step = self._eager_step
 
     def _capture(self) -> None:
         with torch.cuda.device(self.device):
