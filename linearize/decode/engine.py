@@ -60,6 +60,8 @@ class Decoder(Reader):
         length: most tokens, prompt included, if any layer is softmax.
         capture: capture a CUDA graph; without, the same steps run one by one (on any device).
         compile: options of `torch.compile` for the step, or None for the model's own operations.
+        newest: kept softmax layers read the keys that a row sees by a kernel, where there is one for them; False: all
+            that they hold, by transformers' own attention and a mask.
 
     Attributes:
         steps: one-token steps since the decoder was made, warm-up left out.
@@ -77,6 +79,7 @@ class Decoder(Reader):
         length: int = 0,
         capture: bool = True,
         compile: dict[str, Any] | None = None,  # noqa: A002 - torch's name
+        newest: bool = True,
     ) -> None:
         super().__init__(model, batch, length)
         self.sampling = sampling
@@ -99,7 +102,7 @@ class Decoder(Reader):
         self._graph: torch.cuda.CUDAGraph | None = None
         self._capturing = capture
         self._ready = False
-        self._newest = self.keeps_softmax and fits(model, self.config)
+        self._newest = newest and self.keeps_softmax and fits(model, self.config)
 
     @torch.no_grad()
     def generate(

@@ -50,6 +50,11 @@ def test_softmax_layers_that_are_told_how_many_keys_are_seen_need_no_mask(family
         ids, mask = prompts("cpu", length)
         assert torch.equal(decoder.generate(ids, mask, NEW, every=5), expected(model, ids, mask))
     assert model.config.get_text_config()._attn_implementation == before
+    monkeypatch.undo()
+    assert torch.equal(
+        Decoder(model, 2, eos=[2], pad=0, length=64, newest=False).generate(ids, mask, NEW),
+        expected(model, ids, mask),
+    )
 
 
 @devices
