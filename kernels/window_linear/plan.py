@@ -241,6 +241,6 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "unwindowed_query_gradient": {64: Config(64, 4, 1, 168), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "unwindowed_key_gradient": {64: Config(64, 4, 1), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "pinned_output": {64: Config(64, 4, 3), 128: Config(64, 4, 2), 256: Config(64, 8, 1)},
-    "pinned_parts": {64: Config(64, 4, 1), 128: Config(128, 4, 1), 256: Config(256, 8, 1)},
+    "pinned_parts": {64: Config(64, 4, 1), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "map_gradient": {64: Config(64, 4, 3), 128: Config(128, 8, 2), 256: Config(256, 8, 2)},
 }
