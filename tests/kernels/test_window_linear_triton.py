@@ -191,9 +191,9 @@ def test_equals_the_definition(name, form):
 )
 def test_frozen_inputs_leave_the_other_gradients_as_they_are(name):
     """Attention transfer: q, k and v come from frozen projections, and theirs are never made."""
-    case = CASES[name]
-    _, whole, _ = run(case, NARROW[0], "triton")
-    frozen = {n: x.to(NARROW[0] if n in "qkv" else torch.float32) for n, x in draw(case).items()}
+    case, dtype = CASES[name], NARROW[-1] if DEVICE == "cuda" else NARROW[0]
+    _, whole, _ = run(case, dtype, "triton")
+    frozen = {n: x.to(dtype if n in "qkv" else torch.float32) for n, x in draw(case).items()}
     learned = [x.requires_grad_() for n, x in frozen.items() if n not in "qkv"]
     q, k, v, weights = split(frozen)
     codes, reach = masks(case)
@@ -209,7 +209,10 @@ def test_frozen_inputs_leave_the_other_gradients_as_they_are(name):
     names = [n for n in frozen if n not in "qkv"]
     for name, gradient in zip(names, found, strict=True):
         assert gradient.abs().max() > 0
-        assert torch.equal(gradient, whole[name]), name
+        if DEVICE == "cuda":  # another kernel to the compiler, which may join other operations
+            assert error(gradient, whole[name]) < TOLERANCE[dtype] / 4, name
+        else:
+            assert torch.equal(gradient, whole[name]), name
 
 
 @pytest.mark.parametrize("name", ["carried", "shared_maps", "no_window_documents"])
