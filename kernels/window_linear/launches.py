@@ -107,7 +107,11 @@ def launch_backward(
         "balance": balance, "place_of_top": place_of_top, "TRAIN_MAPS": train_maps,
     }  # fmt: skip
     if aligned:
-        shared |= _aligned(plan, factor, codes) | {"query_lse": query_lse, "key_lse": key_lse, "INPUTS": train_inputs}
+        shared |= _aligned(plan, factor, codes) | {
+            "query_lse": query_lse,
+            "key_lse": key_lse,
+            "INPUTS": train_inputs,
+        }
     else:
         shared |= _general(plan, factor, codes, reach) | {"reach": reach}
     made = config(plan.kernel("query_gradient", aligned=aligned), plan)
@@ -141,7 +145,9 @@ def launch_backward(
         "states": states, "norms": norms, "carries": carries, "carry_norms": carry_norms, "first": first, "dy": key_dy,
     }  # fmt: skip
     frozen = aligned and plan.window > 0 and not train_inputs
-    options = config("frozen_key_gradient" if frozen else plan.kernel("key_gradient", aligned=aligned), plan).options()
+    options = config(
+        "frozen_key_gradient" if frozen else plan.kernel("key_gradient", aligned=aligned), plan
+    ).options()
     if aligned:
         launch(aligned_key_gradient_kernel, grid, dk=dk, dv=dv, **shared, **options)
     else:

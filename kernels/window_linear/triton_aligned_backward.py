@@ -172,7 +172,9 @@ def aligned_query_gradient_kernel(
                     between = tl.where(middle >= 0, between, float("-inf"))
                 if INPUTS or HAS_SINK:
                     higher = tl.max(between, 1)
-                    found = tl.min(tl.where(between == higher[:, None], middle + rows[None, :], 2147483647), 1)
+                    found = tl.min(
+                        tl.where(between == higher[:, None], middle + rows[None, :], 2147483647), 1
+                    )
                     best_place = tl.where(higher > best, found, best_place)
                     best = tl.maximum(best, higher)
                 weights = tl.exp2(between + offset[:, None])
