@@ -151,7 +151,7 @@ def backward(
     codes: Tensor | None, reach: Tensor | None, saved: list[Tensor], train_maps: bool, train_inputs: bool,
     numbers: list[float],
 ) -> list[Tensor]:  # fmt: skip
-    """dq, dk, dv (without `train_inputs` of no numbers), float32 gradients of the maps [H, K, f] and three factors [H]."""
+    """dq, dk, dv (without `train_inputs` of no numbers), float32 gradients of maps [H, K, f] and three factors [H]."""
     from linearize.kernels.window_linear.launches import launch_backward
 
     plan = make_plan(q, k, v, query_map, key_map, numbers)
