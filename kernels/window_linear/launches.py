@@ -89,9 +89,12 @@ def launch_forward(
 
 def launch_backward(
     plan: Plan, do: Tensor, q: Tensor, k: Tensor, v: Tensor, maps: tuple[Tensor, Tensor], factors: Some, masks: Some,
-    pinned: Pinned, saved: list[Tensor], train_maps: bool, train_keys: bool,
+    pinned: Pinned, saved: list[Tensor], train_maps: bool, train_inputs: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Queries' side, query states and their carries, keys' side, pinned keys, maps."""
+    """Queries' side, query states and their carries, keys' side, pinned keys, maps.
+
+    Without `train_inputs` the gradients of q, k, v and what pinned keys are asked hold nothing.
+    """
     out, maximum, log_inverse, states, norms, carries, carry_norms, query_lse, key_lse = saved
     query_map, key_map = maps
     weight, factor, sink = factors
@@ -115,11 +118,15 @@ def launch_backward(
     aligned = plan.whole_chunks and reach is None
     shared: dict[str, Any] = {
         "q": q, "k": k, "v": v, "do": do, "query_map": query_map, "key_map": key_map, "weight": weight,
-        "factor": factor, "codes": codes, "past_codes": past_codes, "maximum": maximum, "log_inverse": log_inverse, "delta": delta,
-        "balance": balance, "place_of_top": place_of_top, "TRAIN_MAPS": train_maps,
+        "factor": factor, "codes": codes, "past_codes": past_codes, "maximum": maximum, "log_inverse": log_inverse,
+        "delta": delta, "balance": balance, "place_of_top": place_of_top, "TRAIN_MAPS": train_maps,
     }  # fmt: skip
     if aligned:
-        shared |= _aligned(plan, factor, codes) | {"query_lse": query_lse, "key_lse": key_lse}
+        shared |= _aligned(plan, factor, codes) | {
+            "query_lse": query_lse,
+            "key_lse": key_lse,
+            "INPUTS": train_inputs,
+        }
     else:
         shared |= _general(plan, factor, codes, reach) | {"reach": reach}
     made = config(plan.kernel("query_gradient", aligned=aligned), plan)
@@ -153,13 +160,17 @@ def launch_backward(
     shared |= {
         "states": states, "norms": norms, "carries": carries, "carry_norms": carry_norms, "first": first, "dy": key_dy,
     }  # fmt: skip
-    made = config(plan.kernel("key_gradient", aligned=aligned), plan)
-    options = made.options()
+    frozen = aligned and plan.window > 0 and not train_inputs
+    options = config(
+        "frozen_key_gradient" if frozen else plan.kernel("key_gradient", aligned=aligned), plan
+    ).options()
     if aligned:
         launch(aligned_key_gradient_kernel, grid, dk=dk, dv=dv, **shared, **options)
     else:
-        split = plan.window > 0 and plan.value_dim * plan.key_dim > 64 * 64
-        parts = [(True, False, False), (False, True, True)] if split else [(plan.window > 0, True, False)]
+        # the window has a part in dk and dv alone
+        windowed = plan.window > 0 and train_inputs
+        split = windowed and plan.value_dim * plan.key_dim > 64 * 64
+        parts = [(True, False, False), (False, True, True)] if split else [(windowed, True, False)]
         for_k, for_v = (empty(x, dtype=torch.float32) for x in (dk, dv)) if split else (dk, dv)
         for do_window, do_linear, add in parts:
             launch(
@@ -169,7 +180,7 @@ def launch_backward(
         if split:
             dk.copy_(for_k)
             dv.copy_(for_v)
-    if plan.pins and plan.chunks and train_keys:
+    if plan.pins and plan.chunks and train_inputs:
         _pinned_gradient(plan, asking, do, (pin, codes), (pin_weights, pin_ds, balance, place_of_top), dk, dv)
     found = [x.zero_() for x in plan.gradients(q, train_maps)]
     if query_dy is not None and key_dy is not None:

@@ -177,9 +177,9 @@ def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, query_map: Tensor, key_map: Tensor,
     window_weight: Tensor | None, linear_weight: Tensor | None, sink: Tensor | None,
     codes: Tensor | None, reach: Tensor | None, pin: Tensor | None, past_codes: Tensor | None, asking: Tensor | None,
-    saved: list[Tensor], train_maps: bool, train_keys: bool, numbers: list[float],
+    saved: list[Tensor], train_maps: bool, train_inputs: bool, numbers: list[float],
 ) -> list[Tensor]:  # fmt: skip
-    """dq, dk, dv, gradient of `asking` (of no numbers without), and float32 gradients of the maps [H, K, f] twice and of the three factors [H]."""
+    """dq, dk, dv, of `asking` (without `train_inputs` of no numbers), float32 ones of maps [H, K, f], factors [H]."""
     from linearize.kernels.window_linear.launches import launch_backward
 
     plan = make_plan(q, k, v, query_map, key_map, numbers)
@@ -189,19 +189,24 @@ def backward(
         None if x is None else x.float().contiguous() for x in (window_weight, linear_weight, sink)
     )
     pinned = _pinned(q, codes, pin, past_codes, asking)
-    return launch_backward(
-        plan, do, q, k, v, maps, factors, _masks(codes, reach), pinned, saved, train_maps, train_keys
+    found = launch_backward(
+        plan, do, q, k, v, maps, factors, _masks(codes, reach), pinned, saved, train_maps, train_inputs
     )
+    return found if train_inputs else [x.new_empty(0) for x in (q, k, v, q)] + found[4:]
 
 
 @backward.register_fake
 def _(
     do, q, k, v, query_map, key_map, window_weight, linear_weight, sink, codes, reach, pin, past_codes, asking, saved,
-    train_maps, train_keys, numbers,
+    train_maps, train_inputs, numbers,
 ):  # fmt: skip
     plan = make_plan(q, k, v, query_map, key_map, numbers)
-    inputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    inputs.append(q.new_empty(0) if asking is None else torch.empty_like(inputs[0]))
+    inputs = [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        if train_inputs and x is not None
+        else q.new_empty(0)
+        for x in (q, k, v, asking)
+    ]
     return inputs + plan.gradients(q, train_maps)
 
 
@@ -218,17 +223,19 @@ def _backward(ctx, grads):
     masks, saved = rest[:5], rest[5:]
     if grads[0] is None:
         return (None,) * len(ctx.needs_input_grad)
-    train_keys, train_maps = any(ctx.needs_input_grad[1:3]), any(ctx.needs_input_grad[3:5])
+    needs = ctx.needs_input_grad
+    train_maps, train_inputs = needs[3] or needs[4], any(needs[:3]) or needs[14]
     found = backward(
         grads[0], q, k, v, query_map, key_map, window_weight, linear_weight, sink, *masks, saved, train_maps,
-        train_keys, ctx.numbers,
+        train_inputs, ctx.numbers,
     )  # fmt: skip
     dq, dk, dv, dasking, for_query_map, for_key_map, for_weight, for_factor, for_sink = found
 
     def kept(gradient: Tensor, parameter: Tensor | None, needed: bool) -> Tensor | None:
         return gradient.to(parameter.dtype) if parameter is not None and needed else None
 
-    needs = ctx.needs_input_grad
+    if not train_inputs:
+        dq = dk = dv = dasking = None
     return (
         dq, dk, dv, kept(for_query_map, query_map, needs[3]), kept(for_key_map, key_map, needs[4]),
         kept(for_weight, window_weight, needs[5]), kept(for_factor, linear_weight, needs[6]),

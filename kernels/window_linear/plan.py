@@ -237,6 +237,7 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "aligned_output": {64: Config(64, 4, 3, 168), 128: Config(64, 4, 2), 256: Config(64, 8, 1)},
     "aligned_query_gradient": {64: Config(64, 4, 1), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "aligned_key_gradient": {64: Config(64, 4, 2), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
+    "frozen_key_gradient": {64: Config(64, 4, 1), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "unwindowed_output": {64: Config(64, 4, 2, 168), 128: Config(64, 4, 2), 256: Config(64, 8, 1)},
     "unwindowed_query_gradient": {64: Config(64, 4, 1, 168), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "unwindowed_key_gradient": {64: Config(64, 4, 1), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},

@@ -87,7 +87,7 @@ def query_gradient_kernel(
             best, best_place, pin_part, sum_of_ds = pinned_gradient(
                 asks, incoming, k, v, codes, batch, pinned, mine - far, owner, tl.log2(share * over) - top * LOG2E,
                 drop, pin_row, inside, pin_weights, pin_ds, scale * LOG2E, tokens, key_tokens, dims, values,
-                kv_heads * K, kv_heads * V, PINS,
+                kv_heads * K, kv_heads * V, PINS, True,
             )  # fmt: skip
             best /= LOG2E
         if HAS_SINK:

@@ -72,8 +72,9 @@ def add_pinned(
 def pinned_gradient(
     asking, incoming, k, v, codes, batch, pinned, last, owner, offset, shift, row, inside, pin_weights, pin_ds, scale,
     tokens, key_tokens, dims, values, k_stride: tl.constexpr, v_stride: tl.constexpr, PINS: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Write each row's weights of the pinned keys and the gradients ds of their scores; give what rows need of them.
+    """What rows need of their pinned keys; with KEEP their weights and gradients ds of their scores are written too.
 
     Args:
         asking, incoming: [C, K] and [C, V].
@@ -95,8 +96,9 @@ def pinned_gradient(
         weight = tl.exp2(score + offset)
         dw = tl.sum(incoming.to(tl.float32) * pinned_rows(v, at, seen, v_stride, values), 1)
         ds = weight * (dw - shift)
-        tl.store(pin_weights + row + j * tokens, weight, mask=inside)
-        tl.store(pin_ds + row + j * tokens, ds, mask=inside)
+        if KEEP:
+            tl.store(pin_weights + row + j * tokens, weight, mask=inside)
+            tl.store(pin_ds + row + j * tokens, ds, mask=inside)
         near_part += weight
         sum_of_ds += ds
         best_place = tl.where(score > best, -2 - j, best_place)
