@@ -93,7 +93,7 @@ def launch_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Queries' side, query states and their carries, keys' side, pinned keys, maps.
 
-    Without `train_inputs` the gradients of q, k, v and of what asks hold nothing.
+    Without `train_inputs` the gradients of q, k, v and what pinned keys are asked hold nothing.
     """
     out, maximum, log_inverse, states, norms, carries, carry_norms, query_lse, key_lse = saved
     query_map, key_map = maps
@@ -118,11 +118,15 @@ def launch_backward(
     aligned = plan.whole_chunks and reach is None
     shared: dict[str, Any] = {
         "q": q, "k": k, "v": v, "do": do, "query_map": query_map, "key_map": key_map, "weight": weight,
-        "factor": factor, "codes": codes, "past_codes": past_codes, "maximum": maximum, "log_inverse": log_inverse, "delta": delta,
-        "balance": balance, "place_of_top": place_of_top, "TRAIN_MAPS": train_maps,
+        "factor": factor, "codes": codes, "past_codes": past_codes, "maximum": maximum, "log_inverse": log_inverse,
+        "delta": delta, "balance": balance, "place_of_top": place_of_top, "TRAIN_MAPS": train_maps,
     }  # fmt: skip
     if aligned:
-        shared |= _aligned(plan, factor, codes) | {"query_lse": query_lse, "key_lse": key_lse, "INPUTS": train_inputs}
+        shared |= _aligned(plan, factor, codes) | {
+            "query_lse": query_lse,
+            "key_lse": key_lse,
+            "INPUTS": train_inputs,
+        }
     else:
         shared |= _general(plan, factor, codes, reach) | {"reach": reach}
     made = config(plan.kernel("query_gradient", aligned=aligned), plan)
@@ -157,7 +161,9 @@ def launch_backward(
         "states": states, "norms": norms, "carries": carries, "carry_norms": carry_norms, "first": first, "dy": key_dy,
     }  # fmt: skip
     frozen = aligned and plan.window > 0 and not train_inputs
-    options = config("frozen_key_gradient" if frozen else plan.kernel("key_gradient", aligned=aligned), plan).options()
+    options = config(
+        "frozen_key_gradient" if frozen else plan.kernel("key_gradient", aligned=aligned), plan
+    ).options()
     if aligned:
         launch(aligned_key_gradient_kernel, grid, dk=dk, dv=dv, **shared, **options)
     else:

@@ -179,10 +179,7 @@ def backward(
     codes: Tensor | None, reach: Tensor | None, pin: Tensor | None, past_codes: Tensor | None, asking: Tensor | None,
     saved: list[Tensor], train_maps: bool, train_inputs: bool, numbers: list[float],
 ) -> list[Tensor]:  # fmt: skip
-    """dq, dk, dv, gradient of `asking`, float32 gradients of the maps [H, K, f] twice and of the three factors [H].
-
-    The first four have no numbers without `train_inputs`, nor the fourth without `asking`.
-    """
+    """dq, dk, dv, of `asking` (without `train_inputs` of no numbers), float32 ones of maps [H, K, f], factors [H]."""
     from linearize.kernels.window_linear.launches import launch_backward
 
     plan = make_plan(q, k, v, query_map, key_map, numbers)
@@ -205,8 +202,10 @@ def _(
 ):  # fmt: skip
     plan = make_plan(q, k, v, query_map, key_map, numbers)
     inputs = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if train_inputs and x is not None else q.new_empty(0)
-        for x in (q, k, v, None if asking is None else q)
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        if train_inputs and x is not None
+        else q.new_empty(0)
+        for x in (q, k, v, asking)
     ]
     return inputs + plan.gradients(q, train_maps)
 

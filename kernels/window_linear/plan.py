@@ -91,6 +91,8 @@ class Plan:
 
     def kernel(self, name: str, *, aligned: bool) -> str:
         """Its entry in the table: kernels for windows of whole chunks have others, and others again with no window."""
+        if aligned and self.pins and f"pinned_{name}" in CONFIGS:
+            return f"pinned_{name}"
         return (("aligned_" if self.window else "unwindowed_") if aligned else "") + name
 
     @property
@@ -239,6 +241,7 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "unwindowed_output": {64: Config(64, 4, 2, 168), 128: Config(64, 4, 2), 256: Config(64, 8, 1)},
     "unwindowed_query_gradient": {64: Config(64, 4, 1, 168), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "unwindowed_key_gradient": {64: Config(64, 4, 1), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
-    "pinned_parts": {64: Config(64, 2, 2), 128: Config(128, 4, 1), 256: Config(256, 8, 1)},
+    "pinned_output": {64: Config(64, 4, 3), 128: Config(64, 4, 2), 256: Config(64, 8, 1)},
+    "pinned_parts": {64: Config(64, 4, 1), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "map_gradient": {64: Config(64, 4, 3), 128: Config(128, 8, 2), 256: Config(256, 8, 2)},
 }

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from linearize.kernels.window_linear.triton_aligned_forward import load_codes, square_of_scores
 from linearize.kernels.window_linear.triton_common import LOG2E, document, load_code, load_rows
-from linearize.kernels.window_linear.triton_pins import BEHIND, best_keys, pinned_gradient, pinned_rows
+from linearize.kernels.window_linear.triton_pins import BEHIND, pinned_gradient, pinned_rows, pinned_to_queries
 
 
 @triton.jit
@@ -62,6 +62,17 @@ def aligned_query_gradient_kernel(
     if HAS_CODES:
         owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=inside, other=0))
         old_code = load_codes(past_codes, batch, oldest + rows, key_tokens)
+    if PINS > 0:
+        pinned = tl.load(pin + batch * tokens + place, mask=inside, other=BEHIND)
+        asking += (batch * tokens * heads + head) * K
+        asks = load_rows(asking, chunk * C, rows, heads * K, dims, tokens)
+        pin_row = (batch * heads + head) * PINS * tokens + place
+        top = tl.load(maximum + row, mask=inside, other=0.0)
+        best_pin, pin_place, pin_part, pin_sum = pinned_gradient(
+            asks, incoming, k, v, codes, batch, pinned, oldest + rows, owner,
+            tl.log2(tl.load(weight + head)) + log_over - top, shift, pin_row, inside, pin_weights, pin_ds, scale,
+            tokens, key_tokens, dims, values, kv_heads * K, kv_heads * V, PINS, INPUTS,
+        )  # fmt: skip
     # of a zero that the compiler knows, selections would be made of sixteen-bit numbers, one by one
     nothing = scale - scale
     for_q = tl.zeros([C, K], tl.float32)
@@ -145,7 +156,7 @@ def aligned_query_gradient_kernel(
             HAS_CODES, PRECISION,
         )  # fmt: skip
         best = tl.max(scores, 1)
-        if INPUTS or HAS_SINK or PINS > 0:
+        if INPUTS or HAS_SINK:
             best_place = tl.where(causal, own + rows[None, :], oldest + rows[None, :])
             best_place = tl.min(tl.where(scores == best[:, None], best_place, 2147483647), 1)
         top = tl.load(maximum + row, mask=inside, other=0.0)
@@ -172,9 +183,11 @@ def aligned_query_gradient_kernel(
                     between = tl.where(code[None, :] == owner[:, None], between, float("-inf"))
                 else:
                     between = tl.where(middle >= 0, between, float("-inf"))
-                if INPUTS or HAS_SINK or PINS > 0:
+                if INPUTS or HAS_SINK:
                     higher = tl.max(between, 1)
-                    found = tl.min(tl.where(between == higher[:, None], middle + rows[None, :], 2147483647), 1)
+                    found = tl.min(
+                        tl.where(between == higher[:, None], middle + rows[None, :], 2147483647), 1
+                    )
                     best_place = tl.where(higher > best, found, best_place)
                     best = tl.maximum(best, higher)
                 weights = tl.exp2(between + offset[:, None])
@@ -184,18 +197,11 @@ def aligned_query_gradient_kernel(
                 near_part += tl.sum(weights, 1)
                 if INPUTS:
                     for_q = tl.dot(ds.to(x.dtype), keys, for_q, input_precision=PRECISION)
-        for_pins = tl.zeros([C, K], tl.float32)
         if PINS > 0:
-            pinned = tl.load(pin + batch * tokens + place, mask=inside, other=BEHIND)
-            asks = load_rows(
-                asking + (batch * tokens * heads + head) * K, chunk * C, rows, heads * K, dims, tokens
-            )
-            pin_row = (batch * heads + head) * PINS * tokens + place
-            for_pins, best, best_place, near_part, sum_of_ds = pinned_gradient(
-                asks.to(tl.float32), incoming.to(tl.float32), k, v, codes, batch, pinned, there, owner, offset, shift,
-                for_pins, best, best_place, near_part, sum_of_ds, pin_row, inside, pin_weights, pin_ds, scale, tokens,
-                key_tokens, dims, values, kv_heads * K, kv_heads * V, PINS,
-            )  # fmt: skip
+            best_place = tl.where(best_pin > best, pin_place, best_place)
+            best = tl.maximum(best, best_pin)
+            near_part += pin_part
+            sum_of_ds += pin_sum
         for_sink = tl.zeros([C], tl.float32)
         if HAS_SINK:
             logit = tl.load(sink + head) * LOG2E
@@ -209,18 +215,7 @@ def aligned_query_gradient_kernel(
             best_place = tl.where(best == float("-inf"), -1, best_place)
             for_sink = tl.where(best_place == -1, for_sink - sum_of_ds, for_sink)
         if INPUTS:
-            if PINS > 0:
-                best_key, is_pinned = best_keys(k, best_place, pinned, inside, kv_heads * K, dims)
-                if HAS_ASKING:
-                    for_q -= tl.where(is_pinned, 0.0, sum_of_ds)[:, None] * best_key
-                    for_pins -= tl.where(is_pinned, sum_of_ds, 0.0)[:, None] * best_key
-                    tl.store(
-                        dasking + lines[:, None] * K + dims[None, :],
-                        (for_pins * (scale / LOG2E)).to(dasking.dtype.element_ty), mask=inside[:, None],
-                    )  # fmt: skip
-                else:
-                    for_q += for_pins - sum_of_ds[:, None] * best_key
-            else:
+            if PINS == 0:
                 keys = pinned_rows(k, best_place, (best_place >= 0) & inside, kv_heads * K, dims)
                 for_q -= sum_of_ds[:, None] * keys
             tl.store(balance + row, sum_of_ds, mask=inside)
@@ -234,6 +229,12 @@ def aligned_query_gradient_kernel(
         for_q = tl.dot(narrow_y, tl.trans(projection), for_q, input_precision=PRECISION)
         if LAG > 0:
             for_q *= scale / LOG2E
+            if PINS > 0:
+                for_q = pinned_to_queries(
+                    k, codes, batch, pinned, oldest + rows, owner, for_q, sum_of_ds, best_place, pin_row, inside,
+                    pin_ds, dasking + lines * K, scale / LOG2E, tokens, key_tokens, dims, kv_heads * K, PINS,
+                    HAS_ASKING,
+                )  # fmt: skip
         dq += (batch * tokens * heads + head) * K
         tl.store(
             dq + place[:, None] * (heads * K) + dims[None, :],

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from linearize.kernels.window_linear.triton_common import LOG2E, document, load_code, load_rows, row_features
-from linearize.kernels.window_linear.triton_pins import BEHIND, attend_pinned
+from linearize.kernels.window_linear.triton_pins import BEHIND, add_pinned, pinned_top
 
 
 @triton.jit
@@ -56,11 +56,9 @@ def aligned_output_kernel(
     """One chunk of one query head: out [B, T, H, V]; by [B, H, T] the row maximum (times log2 e) and log2 of
     1 / denominator.
 
-    LAG is the window in chunks; zero leaves linear attention alone. APART: softmax weights are there before the chunk's
-    own tile, and what they weigh is scaled as its maximum rises.
+    LAG is the window in chunks; zero leaves linear attention alone.
     """
     parts: tl.constexpr = V // BV
-    APART: tl.constexpr = LAG > 1 or PINS > 0
     chunk = tl.program_id(0) // parts
     tile = tl.program_id(0) % parts
     batch = (tl.program_id(1) // heads).to(tl.int64)
@@ -82,6 +80,13 @@ def aligned_output_kernel(
     owner = tl.zeros([C], tl.int32)
     if HAS_CODES:
         owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=inside, other=0))
+    if PINS > 0:
+        pinned = tl.load(pin + batch * tokens + place, mask=inside, other=BEHIND)
+        asking += (batch * tokens * heads + head) * K
+        asks = load_rows(asking, chunk * C, rows, heads * K, dims, tokens)
+        highest_pin = pinned_top(
+            asks, k, codes, batch, pinned, oldest + rows, owner, scale, key_tokens, dims, kv_heads * K, PINS
+        )
     row = (batch * heads + head) * tokens + place
     result = tl.zeros([C, BV], tl.float32)
     pairs = tl.zeros([C, C], tl.float32)
@@ -154,22 +159,14 @@ def aligned_output_kernel(
         near_total = tl.zeros([C], tl.float32)
         if HAS_SINK:
             top = tl.zeros([C], tl.float32) + tl.load(sink + head) * LOG2E
-            near_total += 1.0
-        if APART:
-            result = tl.zeros([C, BV], tl.float32)
+            near_total += tl.exp2(share)
         if PINS > 0:
-            pinned = tl.load(pin + batch * tokens + place, mask=inside, other=BEHIND)
-            asks = load_rows(
-                asking + (batch * tokens * heads + head) * K, chunk * C, rows, heads * K, dims, tokens
-            )
-            top, near_total, result = attend_pinned(
-                asks.to(tl.float32), k, v, codes, batch, pinned, there, owner, top, near_total, result, scale,
-                key_tokens, dims, lanes, kv_heads * K, kv_heads * V, PINS,
-            )  # fmt: skip
-            result *= tl.exp2(share)
-        # from here on weights have the window's share in their exponents
-        near_total *= tl.exp2(share)
+            higher = tl.maximum(top, highest_pin)
+            if HAS_SINK:
+                near_total *= tl.exp2(top - higher)
+            top = higher
         if LAG > 1:
+            result = tl.zeros([C, BV], tl.float32)
             for i in range(1, LAG):
                 middle = oldest + i * C
                 keys = load_rows(k, middle, rows, kv_heads * K, dims, key_tokens)
@@ -196,10 +193,10 @@ def aligned_output_kernel(
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(scores, 1))
         higher = tl.where(higher == float("-inf"), 0.0, higher)
-        if APART or HAS_SINK:
+        if LAG > 1 or HAS_SINK:
             decay = tl.exp2(top - higher)
             near_total *= decay
-        if APART:
+        if LAG > 1:
             result *= decay[:, None]
             result += past
         if tile == 0:
@@ -213,6 +210,13 @@ def aligned_output_kernel(
         mixed = tl.where(causal, pairs, nothing)
         total += tl.sum(mixed, 1)
     result = tl.dot(mixed.to(old_values.dtype), old_values, result, input_precision=PRECISION)
+    if LAG > 0:  # noqa: SIM102 (Triton knows both when compiling)
+        if PINS > 0:
+            asks = load_rows(asking, chunk * C, rows, heads * K, dims, tokens)
+            total, result = add_pinned(
+                asks, k, v, codes, batch, pinned, there, owner, share - higher, total, result, scale, key_tokens,
+                dims, lanes, kv_heads * K, kv_heads * V, PINS,
+            )  # fmt: skip
     over = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     lines = (batch * tokens + place) * heads + head
     tl.store(

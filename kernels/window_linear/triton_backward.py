@@ -22,7 +22,7 @@ from linearize.kernels.window_linear.triton_common import (
     row_maps,
     row_softmax,
 )
-from linearize.kernels.window_linear.triton_pins import BEHIND, best_keys, pinned_gradient, pinned_rows
+from linearize.kernels.window_linear.triton_pins import BEHIND, pinned_gradient, pinned_rows, pinned_to_queries
 
 
 @triton.jit
@@ -79,9 +79,21 @@ def query_gradient_kernel(
         near_part = tl.zeros([C], tl.float32)
         best = tl.full([C], float("-inf"), tl.float32)
         best_place = tl.full([C], -1, tl.int32)
+        if PINS > 0:
+            pinned = tl.load(pin + batch * tokens + place, mask=inside, other=BEHIND)
+            asking += (batch * tokens * heads + head) * K
+            asks = load_rows(asking, chunk * C, rows, heads * K, dims, tokens)
+            pin_row = (batch * heads + head) * PINS * tokens + place
+            best, best_place, pin_part, sum_of_ds = pinned_gradient(
+                asks, incoming, k, v, codes, batch, pinned, mine - far, owner, tl.log2(share * over) - top * LOG2E,
+                drop, pin_row, inside, pin_weights, pin_ds, scale * LOG2E, tokens, key_tokens, dims, values,
+                kv_heads * K, kv_heads * V, PINS, True,
+            )  # fmt: skip
+            best /= LOG2E
         if HAS_SINK:
             logit = tl.load(sink + head)
-            best = tl.zeros([C], tl.float32) + logit
+            best_place = tl.where(best > logit, best_place, -1)
+            best = tl.maximum(best, logit)
             weight_of_sink = share * tl.exp2((logit - top) * LOG2E)
             near_part += weight_of_sink
             for_sink = -weight_of_sink * shift
@@ -110,19 +122,6 @@ def query_gradient_kernel(
             near_part += tl.sum(weights, 1)
             keys = load_rows(k, here, rows, kv_heads * K, dims, key_tokens)
             for_q = tl.dot(ds.to(x.dtype), keys, for_q, input_precision=PRECISION)
-        for_pins = tl.zeros([C, K], tl.float32)
-        pin_part = tl.zeros([C], tl.float32)
-        if PINS > 0:
-            pinned = tl.load(pin + batch * tokens + place, mask=inside, other=BEHIND)
-            asks = load_rows(
-                asking + (batch * tokens * heads + head) * K, chunk * C, rows, heads * K, dims, tokens
-            )
-            for_pins, best, best_place, pin_part, sum_of_ds = pinned_gradient(
-                asks.to(tl.float32), incoming.to(tl.float32), k, v, codes, batch, pinned, mine - far, owner,
-                tl.log2(share * over) - top * LOG2E, drop, for_pins, best * LOG2E, best_place, pin_part, sum_of_ds,
-                (batch * heads + head) * PINS * tokens + place, inside, pin_weights, pin_ds, scale * LOG2E, tokens,
-                key_tokens, dims, values, kv_heads * K, kv_heads * V, PINS,
-            )  # fmt: skip
     columns = tl.arange(0, F)
     key_projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
     for_up = tl.zeros([C, F], tl.float32)
@@ -184,20 +183,13 @@ def query_gradient_kernel(
     if HAS_WINDOW:
         # two estimates of one number, whose errors come from the rounding of `out` in delta and cancel like this
         past = tl.sum(up * for_up, 1) + tl.sum(down * for_down, 1)
-        near_part = near_part * over + pin_part
+        near_part *= over
+        if PINS > 0:
+            near_part += pin_part
         tl.store(share_gradient + row, (1.0 - near_part) * sum_of_ds - near_part * past, mask=inside)
         tl.store(balance + row, sum_of_ds, mask=inside)
         tl.store(place_of_top + row, best_place, mask=inside)
-        if PINS > 0:
-            keys, is_pinned = best_keys(k, best_place, pinned, inside, kv_heads * K, dims)
-            if HAS_ASKING:
-                for_q -= tl.where(is_pinned, 0.0, sum_of_ds)[:, None] * keys
-                for_pins -= tl.where(is_pinned, sum_of_ds, 0.0)[:, None] * keys
-                to = dasking + lines[:, None] * K + dims[None, :]
-                tl.store(to, (for_pins * scale).to(dasking.dtype.element_ty), mask=inside[:, None])
-            else:
-                for_q += for_pins - sum_of_ds[:, None] * keys
-        else:
+        if PINS == 0:
             keys = pinned_rows(k, best_place, (best_place >= 0) & inside, kv_heads * K, dims)
             for_q -= sum_of_ds[:, None] * keys
         for_q *= scale
@@ -208,6 +200,11 @@ def query_gradient_kernel(
         tl.store(dy + lines[:, None] * F + columns[None, :], for_y, mask=inside[:, None])
     projection = tl.load(query_map + head * K * F + dims[None, :] * F + columns[:, None])
     for_q = tl.dot(for_y, projection, for_q, input_precision=PRECISION)
+    if PINS > 0:
+        for_q = pinned_to_queries(
+            k, codes, batch, pinned, mine - far, owner, for_q, sum_of_ds, best_place, pin_row, inside, pin_ds,
+            dasking + lines * K, scale, tokens, key_tokens, dims, kv_heads * K, PINS, HAS_ASKING,
+        )  # fmt: skip
     tl.store(dq + lines[:, None] * K + dims[None, :], for_q.to(dq.dtype.element_ty), mask=inside[:, None])
 
 

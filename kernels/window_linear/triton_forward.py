@@ -14,7 +14,7 @@ from linearize.kernels.window_linear.triton_common import (
     load_rows,
     row_maps,
 )
-from linearize.kernels.window_linear.triton_pins import BEHIND, attend_pinned
+from linearize.kernels.window_linear.triton_pins import BEHIND, add_pinned, pinned_top
 
 
 @triton.jit
@@ -67,14 +67,15 @@ def output_kernel(
             total += 1.0
         if PINS > 0:
             pinned = tl.load(pin + batch * tokens + place, mask=inside, other=BEHIND)
-            asks = load_rows(
-                asking + (batch * tokens * heads + head) * K, chunk * C, rows, heads * K, dims, tokens
+            asking += (batch * tokens * heads + head) * K
+            asks = load_rows(asking, chunk * C, rows, heads * K, dims, tokens)
+            highest_pin = pinned_top(
+                asks, k, codes, batch, pinned, mine - far, owner, scale, key_tokens, dims, kv_heads * K, PINS
             )
-            top, total, result = attend_pinned(
-                asks.to(tl.float32), k, v, codes, batch, pinned, mine - far, owner, top * LOG2E, total, result,
-                scale * LOG2E, key_tokens, dims, values, kv_heads * K, kv_heads * V, PINS,
-            )  # fmt: skip
-            top /= LOG2E
+            higher = tl.maximum(top, highest_pin)
+            if HAS_SINK:
+                total *= tl.exp2((top - higher) * LOG2E)
+            top = higher
         for i in range(first_tile, chunk + TILES):
             here = base + i * C
             other = here + rows
@@ -102,6 +103,12 @@ def output_kernel(
             top = higher
     top = tl.where(top == float("-inf"), 0.0, top)
     if HAS_WINDOW:
+        if PINS > 0:
+            asks = load_rows(asking, chunk * C, rows, heads * K, dims, tokens)
+            total, result = add_pinned(
+                asks, k, v, codes, batch, pinned, mine - far, owner, -top * LOG2E, total, result, scale * LOG2E,
+                key_tokens, dims, values, kv_heads * K, kv_heads * V, PINS,
+            )  # fmt: skip
         share = tl.load(weight + head)
         total *= share
         result *= share

@@ -33,67 +33,106 @@ def pinned_place(pinned, j, last, owner, codes, key_tokens, batch):
 
 
 @triton.jit
-def attend_pinned(
-    asking, k, v, codes, batch, pinned, last, owner, top, total, result, scale, key_tokens, dims, lanes,
-    k_stride: tl.constexpr, v_stride: tl.constexpr, PINS: tl.constexpr,
-):  # fmt: skip
-    """Maximum [C], sum of weights [C] and result [C, BV] with the pinned keys added, whatever they were before.
+def pinned_top(
+    asking, k, codes, batch, pinned, last, owner, scale, key_tokens, dims, k_stride: tl.constexpr, PINS: tl.constexpr
+):
+    """Each row's largest score [C] of the pinned keys.
 
     Args:
-        asking: [C, K] float32.
+        asking: [C, K].
         pinned, last, owner: [C] each row's first pinned key, last key behind its window, document.
+    """
+    top = tl.full([pinned.shape[0]], float("-inf"), tl.float32)
+    for j in range(PINS):
+        at, seen = pinned_place(pinned, j, last, owner, codes, key_tokens, batch)
+        score = tl.sum(asking.to(tl.float32) * pinned_rows(k, at, seen, k_stride, dims), 1) * scale
+        top = tl.maximum(top, tl.where(seen, score, float("-inf")))
+    return top
+
+
+@triton.jit
+def add_pinned(
+    asking, k, v, codes, batch, pinned, last, owner, offset, total, result, scale, key_tokens, dims, lanes,
+    k_stride: tl.constexpr, v_stride: tl.constexpr, PINS: tl.constexpr,
+):  # fmt: skip
+    """Sum of weights [C] and result [C, BV] with the pinned keys in them, whose weights are exp2(score + offset).
+
+    Scores are made again: a row's largest is known only now, and what they weigh would be scaled with each larger one.
     """
     for j in range(PINS):
         at, seen = pinned_place(pinned, j, last, owner, codes, key_tokens, batch)
-        score = tl.sum(asking * pinned_rows(k, at, seen, k_stride, dims), 1) * scale
-        score = tl.where(seen, score, float("-inf"))
-        higher = tl.maximum(top, score)
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        weight = tl.exp2(score - safe)
-        shrink = tl.exp2(top - safe)
-        total = total * shrink + weight
-        result = result * shrink[:, None] + weight[:, None] * pinned_rows(v, at, seen, v_stride, lanes)
-        top = higher
-    return top, total, result
+        score = tl.sum(asking.to(tl.float32) * pinned_rows(k, at, seen, k_stride, dims), 1) * scale
+        weight = tl.exp2(tl.where(seen, score + offset, float("-inf")))
+        total += weight
+        result += weight[:, None] * pinned_rows(v, at, seen, v_stride, lanes)
+    return total, result
 
 
 @triton.jit
 def pinned_gradient(
-    asking, incoming, k, v, codes, batch, pinned, last, owner, offset, shift, for_q, best, best_place, near_part,
-    sum_of_ds, row, inside, pin_weights, pin_ds, scale, tokens, key_tokens, dims, values,
-    k_stride: tl.constexpr, v_stride: tl.constexpr, PINS: tl.constexpr,
+    asking, incoming, k, v, codes, batch, pinned, last, owner, offset, shift, row, inside, pin_weights, pin_ds, scale,
+    tokens, key_tokens, dims, values, k_stride: tl.constexpr, v_stride: tl.constexpr, PINS: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
-    """What the pinned keys add to for_q [C, K] and to each row's sums; the largest score, and its place -2 - j here.
+    """What rows need of their pinned keys; with KEEP their weights and gradients ds of their scores are written too.
 
     Args:
-        asking, incoming: [C, K] and [C, V] float32.
+        asking, incoming: [C, K] and [C, V].
         offset: [C], what scores need to be logarithms of weights divided by their row's sum.
         shift: [C], do . o.
         row: [C], where the row's number for pinned key 0 goes; those of the next one are `tokens` further on.
+
+    Returns:
+        The largest score, its place -2 - j, and sums of the weights and of ds, [C] each.
     """
+    best = tl.full([inside.shape[0]], float("-inf"), tl.float32)
+    best_place = tl.full([inside.shape[0]], -1, tl.int32)
+    near_part = tl.zeros([inside.shape[0]], tl.float32)
+    sum_of_ds = tl.zeros([inside.shape[0]], tl.float32)
     for j in range(PINS):
         at, seen = pinned_place(pinned, j, last, owner, codes, key_tokens, batch)
-        keys = pinned_rows(k, at, seen, k_stride, dims)
-        score = tl.where(seen, tl.sum(asking * keys, 1) * scale, float("-inf"))
+        score = tl.sum(asking.to(tl.float32) * pinned_rows(k, at, seen, k_stride, dims), 1) * scale
+        score = tl.where(seen, score, float("-inf"))
         weight = tl.exp2(score + offset)
-        dw = tl.sum(incoming * pinned_rows(v, at, seen, v_stride, values), 1)
+        dw = tl.sum(incoming.to(tl.float32) * pinned_rows(v, at, seen, v_stride, values), 1)
         ds = weight * (dw - shift)
-        tl.store(pin_weights + row + j * tokens, weight, mask=inside)
-        tl.store(pin_ds + row + j * tokens, ds, mask=inside)
-        for_q += ds[:, None] * keys
+        if KEEP:
+            tl.store(pin_weights + row + j * tokens, weight, mask=inside)
+            tl.store(pin_ds + row + j * tokens, ds, mask=inside)
         near_part += weight
         sum_of_ds += ds
         best_place = tl.where(score > best, -2 - j, best_place)
         best = tl.maximum(best, score)
-    return for_q, best, best_place, near_part, sum_of_ds
+    return best, best_place, near_part, sum_of_ds
 
 
 @triton.jit
-def best_keys(k, best_place, pinned, inside, stride: tl.constexpr, dims):
-    """The key of each row's largest score [C, K] float32, zeros where a sink or nothing has it; whether a pinned has."""
+def pinned_to_queries(
+    k, codes, batch, pinned, last, owner, for_q, sum_of_ds, best_place, row, inside, pin_ds, dasking, factor, tokens,
+    key_tokens, dims, k_stride: tl.constexpr, PINS: tl.constexpr, HAS_ASKING: tl.constexpr,
+):  # fmt: skip
+    """for_q [C, K] with what the pinned keys add and what each row's largest score takes off, both times `factor`.
+
+    With HAS_ASKING what belongs to pinned keys goes into rows of `dasking` instead, [C] pointers.
+    """
+    tl.debug_barrier()  # ds is read by other threads than wrote it
+    for_pins = tl.zeros([for_q.shape[0], for_q.shape[1]], tl.float32) if HAS_ASKING else for_q
+    for j in range(PINS):
+        at, seen = pinned_place(pinned, j, last, owner, codes, key_tokens, batch)
+        ds = tl.load(pin_ds + row + j * tokens, mask=inside, other=0.0) * factor
+        for_pins += ds[:, None] * pinned_rows(k, at, seen, k_stride, dims)
     is_pinned = best_place < -1
     at = tl.where(is_pinned, pinned - 2 - best_place, best_place)
-    return pinned_rows(k, at, (best_place != -1) & inside, stride, dims), is_pinned
+    best_key = pinned_rows(k, at, (best_place != -1) & inside, k_stride, dims)
+    spare = sum_of_ds * factor
+    if HAS_ASKING:
+        for_pins -= tl.where(is_pinned, spare, 0.0)[:, None] * best_key
+        tl.store(
+            dasking[:, None] + dims[None, :], for_pins.to(dasking.dtype.element_ty), mask=inside[:, None]
+        )
+        return for_q - tl.where(is_pinned, 0.0, spare)[:, None] * best_key
+    else:
+        return for_pins - spare[:, None] * best_key
 
 
 @triton.jit

@@ -119,7 +119,7 @@ def window_linear_step_kernel(
         if FIRST > 0:
             before = tl.load(since + batch)
             pinned = tl.minimum(before, FIRST).to(tl.int32)
-            more = tl.maximum(before - most, 0)
+            too_far = tl.maximum(before - most, 0)
             own_slot = tl.where((pinned < FIRST) & (here != 0), pinned, own_slot)
     for tile in tl.static_range((V + BV - 1) // BV):
         # everything is asked for before the first reduction, what hangs on the token's number last
@@ -192,7 +192,7 @@ def window_linear_step_kernel(
                 if FIRST > 0:
                     asks = query
                     if TURNED > 0:
-                        asks = load_turned_back(q + line * K, more, turns, dims, K, TURNED)
+                        asks = load_turned_back(q + line * K, too_far, turns, dims, K, TURNED)
                     top, total, numerator = attend_pinned_slots(
                         asks, held_k, held_v, pinned, top, total, numerator, scaling, cap, dims, values, k_stride,
                         v_stride, K, V, PP, HAS_CAP,

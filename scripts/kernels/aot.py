@@ -54,6 +54,7 @@ H100; float32 was not tuned, which is where the window, taylor_linear and conjug
 Triton 3.6 and 3.9 give (the window: 3.9) and a tenth more, to go down alone.
 """
 NAMES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",

@@ -90,7 +90,9 @@ def test_the_head_does_not_run() -> None:
 
 
 @pytest.mark.parametrize("listened", [False, True])
-def test_nothing_runs_behind_the_last_converted_attention(listened: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_runs_behind_the_last_converted_attention(
+    listened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Unless somebody listens to what the model gives."""
     model = converted_model()
     ran = []

@@ -73,15 +73,19 @@ CASES = {
     "terraced_carried": Case(window=128, least=65, tokens=150, prefix=128, state=True),
     "wide_head": Case(key_dim=64, value_dim=64, map_dim=64, tokens=130, heads=2, kv_heads=1),
     "odd_dims": Case(key_dim=20, value_dim=24, tokens=90, state=True, prefix=64),
-    "pinned": Case(pins=4, tokens=200, kv_heads=1, batch=2),
-    "pinned_documents": Case(pins=3, tokens=330, documents=True, batch=2, heads=4, sink=True, factor=True),
-    "pinned_general": Case(pins=4, window=16, tokens=300, documents=True, batch=2, kv_heads=1, asking=True),
-    "pinned_asking": Case(pins=5, window=128, tokens=270, documents=True, asking=True, sink=True),
+    "pinned": Case(pins=4, tokens=200, kv_heads=1),
+    "pinned_documents": Case(pins=3, tokens=290, documents=True, heads=2, kv_heads=1, sink=True, factor=True),
+    "pinned_general": Case(pins=4, window=16, tokens=280, documents=True, kv_heads=1, asking=True),
+    "pinned_asking": Case(
+        pins=5, window=128, tokens=210, documents=True, asking=True, sink=True, heads=1, kv_heads=1
+    ),
     "pinned_carried": Case(pins=4, prefix=128, lead=60, state=True, tokens=140, kv_heads=1, asking=True),
     "pinned_carried_general": Case(
-        pins=4, window=48, prefix=52, state=True, tokens=140, documents=True, batch=2, maps="shared", kv_heads=1
+        pins=4, window=48, prefix=52, state=True, tokens=100, documents=True, batch=2, maps="shared", kv_heads=1
     ),
-    "pinned_terraced": Case(pins=4, window=64, least=33, prefix=68, state=True, tokens=150, asking=True),
+    "pinned_terraced": Case(
+        pins=4, window=64, least=33, prefix=68, state=True, tokens=150, asking=True, heads=1, kv_heads=1
+    ),
     "pinned_split_backward": Case(
         pins=4, key_dim=128, value_dim=64, tokens=100, window=32, prefix=36, heads=1, kv_heads=1
     ),
@@ -233,13 +237,13 @@ def test_equals_the_definition(name, form):
 
 
 @pytest.mark.parametrize(
-    "name", ["documents", "wide_window", "factor_and_sink", "segments_documents", "no_window", "terraced"]
+    "name", ["documents", "wide_window", "factor_and_sink", "segments_documents", "no_window", "terraced", "pinned"]
 )
 def test_frozen_inputs_leave_the_other_gradients_as_they_are(name):
     """Attention transfer: q, k and v come from frozen projections, and theirs are never made."""
-    case = CASES[name]
-    _, whole, _ = run(case, NARROW[0], "triton")
-    frozen = {n: x.to(NARROW[0] if n in "qkv" else torch.float32) for n, x in draw(case).items()}
+    case, dtype = CASES[name], NARROW[-1] if DEVICE == "cuda" else NARROW[0]
+    _, whole, _ = run(case, dtype, "triton")
+    frozen = {n: x.to(dtype if n in "qkv" else torch.float32) for n, x in draw(case).items()}
     learned = [x.requires_grad_() for n, x in frozen.items() if n not in "qkv"]
     q, k, v, weights = split(frozen)
     codes, reach = masks(case)
@@ -249,13 +253,17 @@ def test_frozen_inputs_leave_the_other_gradients_as_they_are(name):
     far = reach if case.least is not None else None
     with dispatch.kernels("triton"):
         out, _ = window_linear_triton(
-            q, k, v, weights, layer, codes if case.documents else None, far, state, True, case.segments
-        )
+            q, k, v, weights, layer, codes if case.documents or case.pins else None, far, state, True,
+            case.segments, pinned(case, codes, None),
+        )  # fmt: skip
     found = torch.autograd.grad((out * normal(*out.shape, seed=11).to(out)).sum(), learned)
     names = [n for n in frozen if n not in "qkv"]
     for name, gradient in zip(names, found, strict=True):
         assert gradient.abs().max() > 0
-        assert torch.equal(gradient, whole[name]), name
+        if DEVICE == "cuda":  # another kernel to the compiler, which may join other operations
+            assert error(gradient, whole[name]) < TOLERANCE[dtype] / 4, name
+        else:
+            assert torch.equal(gradient, whole[name]), name
 
 
 @pytest.mark.parametrize("name", ["carried", "shared_maps", "no_window_documents"])
