@@ -85,7 +85,12 @@ def test_products_that_must_stay_alone():
     odd = nn.Parameter(other.detach().as_subclass(Odd))
 
     def call(x, given):
-        return F.linear(x, weight), F.linear(x + 1, other), F.linear(x, given), F.linear(x.float(), weight.float())
+        return (
+            F.linear(x, weight),
+            F.linear(x + 1, other),
+            F.linear(x, given),
+            F.linear(x.float(), weight.float()),
+        )
 
     with torch.no_grad():
         x, given, eager = torch.randn(2, 8, dtype=torch.float64), other.detach().clone(), Eager()
