@@ -235,7 +235,8 @@ def step(
     launch(
         step_kernel, (batch * heads,), k=k, v=v, sink=sink, turned=turned, out=out, log_sum=log_sum, top_out=top,
         W=min(tile, padded(slots - 1)), PARTS=parts, PP=padded(max(parts, 1)), HAS_SINK=sink is not None,
-        HAS_TURNED=turned is not None, P=pinned, num_warps=4, num_stages=1, **seeing, **has, **(found or NONE), **ring, **fixed,
+        HAS_TURNED=turned is not None, P=pinned, num_warps=4, num_stages=1, **seeing, **has, **(found or NONE), **ring,
+        **fixed,
     )  # fmt: skip
     if first:
         launch(
