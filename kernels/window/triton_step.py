@@ -1,8 +1,8 @@
 """One token against the ring of a window and its pinned keys: the query reads, then the token takes its slot.
 
-A program owns a query head. Long rings are read by several programs to a key head before (`triton_parts`). The new token's slot is one that no query reads, and every program has the token in its
-registers, so whoever writes it needs no order. Where tokens may be pinned, the slot hangs on how many are, which a
-second launch settles.
+A program owns a query head. Long rings are read by several programs to a key head before (`triton_parts`). The new
+token's slot is one that no query reads, and every program has the token in its registers, so whoever writes it needs no
+order. Where tokens may be pinned, the slot hangs on how many are, which a last launch settles.
 """
 
 from __future__ import annotations
@@ -205,27 +205,38 @@ def step(
     fixed = {
         "heads": heads, "kv_heads": kv_heads, "K": key_dim, "V": value_dim, "FIRST": first, "SLOTS": slots,
         "KP": padded(key_dim), "VP": padded(value_dim), "HAS_VALID": valid is not None,
-        "P": min(tile, padded(max(first, 1))),
     }  # fmt: skip
+    pinned = min(tile, padded(max(first, 1)))
     ring = {"ring_k": ring_k, "ring_v": ring_v, "ring_valid": ring_valid, "counter": counter}
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     valid, turned = (None if x is None else x.contiguous() for x in (valid, turned))
-    seeing = {"q": q, "valid": valid, "reach": reach, "scaling": scaling, "cap": cap or 1.0, "span": int(span)}
+    seeing = {
+        "q": q,
+        "valid": valid,
+        "reach": reach,
+        "scaling": scaling,
+        "cap": cap or 1.0,
+        "span": int(span),
+    }
     has = {"HAS_REACH": reach is not None, "HAS_CAP": cap > 0}
     parts, found = 0, {}
     if slots > SHORT:
         many = tile_of(widest, ring_k.element_size())
         parts = parts_of(q, batch * kv_heads, slots, many)
-        found = {f"parts_{name}": q.new_empty(batch, heads, parts, dtype=torch.float32) for name in ("top", "total")}
+        found = {
+            f"parts_{name}": q.new_empty(batch, heads, parts, dtype=torch.float32)
+            for name in ("top", "total")
+        }
         found["parts_sums"] = q.new_empty(batch, heads, parts, value_dim, dtype=torch.float32)
         launch(
             part_kernel, (batch * kv_heads, parts), GP=padded(heads // kv_heads), W=many, PARTS=parts, num_warps=4,
-            num_stages=sharing.STAGES, **seeing, **has, **found, **ring, **{name: x for name, x in fixed.items() if name != "P"},
+            num_stages=sharing.STAGES, **seeing, **has, **found, **ring, **fixed,
         )  # fmt: skip
     launch(
         step_kernel, (batch * heads,), k=k, v=v, sink=sink, turned=turned, out=out, log_sum=log_sum, top_out=top,
         W=min(tile, padded(slots - 1)), PARTS=parts, PP=padded(max(parts, 1)), HAS_SINK=sink is not None,
-        HAS_TURNED=turned is not None, num_warps=4, num_stages=1, **seeing, **has, **(found or NONE), **ring, **fixed,
+        HAS_TURNED=turned is not None, P=pinned, num_warps=4, num_stages=1, **seeing, **has, **(found or NONE), **ring,
+        **fixed,
     )  # fmt: skip
     if first:
         launch(
@@ -235,6 +246,7 @@ def step(
             v=v,
             valid=valid,
             HP=padded(heads),
+            P=pinned,
             num_warps=1,
             num_stages=1,
             **ring,

@@ -1,9 +1,9 @@
 """Products of one input with several matrices as one product, where a step is compiled.
 
-One token a row makes products so small that starting them is what they cost: SmolLM2-135M's layer has projections to q,
-k and v, two into its MLP, and a mixer's own to decays, rates and shares, each of a few heads, whose matrices are brought
-to the model's dtype before. What `torch.compile` has traced says which of them have the same input. Their matrices are
-copied below each other once, in that dtype, and the products become parts of one.
+One token a row makes products so small that starting them is what they cost: a layer has projections to q, k and v, two
+into its MLP, and a mixer's own to decays, rates and shares of each head, whose matrices are brought to the model's
+dtype before. What `torch.compile` has traced says which of them have the same input. Their matrices are copied below
+each other once, in that dtype, and the products become parts of one.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Joining:
         with torch.no_grad():
             graph = self._rewritten(graph, inputs)
         self._known = self._versions()
-        compiler = torch._dynamo.lookup_backend(self.backend)
+        compiler: Callable[..., Any] = torch._dynamo.lookup_backend(self.backend)
         if self.backend == INDUCTOR:
             return compiler(graph, inputs, config_patches=options)
         return compiler(graph, inputs, **({} if options is None else {"options": options}))
@@ -163,7 +163,8 @@ class Joining:
             whole = nodes.call_function(F.linear, (shared, weight, added))
         for product, start, end in zip(products, starts, starts[1:], strict=False):
             with nodes.inserting_before(product.node):
-                part = nodes.call_function(operator.getitem, (whole, (..., slice(start, end))))
+                place: Any = (..., slice(start, end))
+                part = nodes.call_function(operator.getitem, (whole, place))
                 # as what follows has been given it: where it reads number by number nothing is copied
                 part = nodes.call_method("contiguous", (part,))
             part.meta.update(product.node.meta)

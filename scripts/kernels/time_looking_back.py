@@ -1,4 +1,4 @@
-"""One token that looks back on many keys: the kernels of kept softmax layers and of windows, beside the bytes that they read.
+"""One token that looks back on many keys: kernels of kept softmax layers and of windows, beside the bytes they read.
 
     python scripts/kernels/time_looking_back.py --out DIR [--tune] [--turn FILE]
 
@@ -48,15 +48,23 @@ CHOICES = {"TILE": (16_384, 8192), "STAGES": (3, 2, 4), "WAVES": (4, 8)}
 
 def main(arguments: list[str] | None = None) -> int:
     """Time, print and write rows as they come."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of looking-back.json")
     parser.add_argument("--tune", action="store_true", help="other configurations too")
-    parser.add_argument("--turn", type=Path, help="a file that processes who share the device lock while they time")
+    parser.add_argument(
+        "--turn", type=Path, help="a file that processes who share the device lock while they time"
+    )
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     own = {name: getattr(sharing, name) for name in CHOICES}
-    others = [dict(zip(CHOICES, x, strict=True)) for x in itertools.product(*CHOICES.values())] if options.tune else []
+    others = (
+        [dict(zip(CHOICES, x, strict=True)) for x in itertools.product(*CHOICES.values())]
+        if options.tune
+        else []
+    )
     todo = [(name, own) for name in SIZES]
     todo += [(name, chosen) for name in TUNED for chosen in others if chosen != own]
     for name, chosen in todo:

@@ -17,7 +17,15 @@ from linearize.decode import Decoder, engine
 from linearize.kernels import dispatch
 
 SIZES = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 2}
-RECIPES = ("lolcats", "gated_delta_window", "lawcat", "radlads_rwkv7", "liger_gsa", "mamba_in_llama", "softmax")
+RECIPES = (
+    "lolcats",
+    "gated_delta_window",
+    "lawcat",
+    "radlads_rwkv7",
+    "liger_gsa",
+    "mamba_in_llama",
+    "softmax",
+)
 """Between them every operator that makes a token in place, and softmax layers, kept and run by a mixer."""
 QUICK = ("lolcats", "gated_delta_window", "mamba_in_llama")
 """Of them, what is compiled at every change; the others take a minute together."""

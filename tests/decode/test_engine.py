@@ -38,7 +38,7 @@ def test_gives_the_tokens_of_generate(family, layers, device):
         assert torch.equal(decoder.generate(ids, mask, NEW, every=5), expected(model, ids, mask))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "qwen3_moe"])
 def test_softmax_layers_that_are_told_how_many_keys_are_seen_need_no_mask(family, monkeypatch):
     """As on a GPU, where a kernel reads those alone: left padding, windows, a second text."""
     monkeypatch.setattr(engine, "fits", lambda model, config: True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from decoding import devices
 from torch import nn
 from torch.nn import functional as F
 
@@ -84,7 +85,12 @@ def test_products_that_must_stay_alone():
     odd = nn.Parameter(other.detach().as_subclass(Odd))
 
     def call(x, given):
-        return F.linear(x, weight), F.linear(x + 1, other), F.linear(x, given), F.linear(x.float(), weight.float())
+        return (
+            F.linear(x, weight),
+            F.linear(x + 1, other),
+            F.linear(x, given),
+            F.linear(x.float(), weight.float()),
+        )
 
     with torch.no_grad():
         x, given, eager = torch.randn(2, 8, dtype=torch.float64), other.detach().clone(), Eager()
@@ -120,16 +126,17 @@ def test_nothing_is_copied_where_memory_is_short(monkeypatch):
     assert joining.joined == [] and joining.copies == []
 
 
+@devices
 @pytest.mark.parametrize("recipe", ["teacher", "xatl", "lizard"])
-def test_a_model_decodes_as_it_does_without(recipe, monkeypatch):
+def test_a_model_decodes_as_it_does_without(recipe, device):
     """q, k, v and the mixer's own projections in one product, those into the MLP in another, of every layer."""
     layers = 2
     sizes = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": layers}
-    model = convert(random_model("cpu", torch.float32, "tiny", **sizes), recipe)
-    ids = torch.arange(18).view(2, 9)
+    model = convert(random_model(device, torch.float32, "tiny", **sizes), recipe)
+    ids = torch.arange(18).view(2, 9).to(device)
     expected = Decoder(model, 2, length=32).generate(ids, None, 5)
     torch._dynamo.reset()
-    decoder = Decoder(model, 2, length=32, compile={"backend": "aot_eager"})
+    decoder = Decoder(model, 2, length=32, compile={"backend": "aot_eager"} if device == "cpu" else {})
     assert torch.equal(decoder.generate(ids, None, 5), expected)
     assert decoder.obstacle is None
     # xatl: decays and the output's gate; lizard: a gate
