@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from linearize.kernels import dispatch
@@ -31,7 +32,7 @@ def conjugate_chunk(
         log_decay: [B, T, M] or None.
         docs: [B, T] document numbers, non-decreasing, of which 0 goes on from `before`; None for one.
         before: [B, M, F, F], symmetric, or None for nothing.
-        target: [B, T, H, F], float32 or wider.
+        target: [B, T, H, F]; the solution is float32, or wider where this is.
         ridge: [H, F], at least `LOWEST`.
         steps: as many as F, or more, are as good as exact but for rounding.
 
@@ -43,7 +44,7 @@ def conjugate_chunk(
 
         if holds(keys, target):
             return chunk_triton(keys, values, log_decay, docs, before, target, ridge, steps)
-    solving = begun(target, keys.dtype)
+    solving = begun(target.to(torch.promote_types(target.dtype, torch.float32)), keys.dtype)
     state = None if before is None else (before, None)
     for _ in range(steps):
         made, *_ = gated_linear_chunk(

@@ -86,7 +86,7 @@ def _(matrix, target, ridge, steps):
 
 def holds(keys: Tensor, target: Tensor) -> bool:
     """Whether one program has all that a tile's steps read."""
-    return keys.shape[-1] <= HOLDS.get(keys.dtype, 0) and target.dtype == torch.float32
+    return keys.shape[-1] <= HOLDS.get(keys.dtype, 0) and target.dtype in HOLDS
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def chunk_triton(
     )
     width = keys.shape[-1]
     extra = max(16, triton.next_power_of_2(width)) - width
-    ridge, before = ridge.to(target.dtype), None if before is None else before.float()
+    ridge, before = ridge.float(), None if before is None else before.float()
     if extra:
         keys, values, target, ridge = (F.pad(x, (0, extra)) for x in (keys, values, target, ridge))
         before = None if before is None else F.pad(before, (0, extra, 0, extra))
@@ -157,7 +157,7 @@ def chunk(
     """See `chunk.conjugate_chunk`; F a power of two from 16 on."""
     keys, values, target, ridge = (x.contiguous() for x in (keys, values, target, ridge))
     log_decay, docs, before = (None if x is None else x.contiguous() for x in (log_decay, docs, before))
-    plan, out = make_tile_plan(target, keys, log_decay), torch.empty_like(target)
+    plan, out = make_tile_plan(target, keys, log_decay), torch.empty_like(target, dtype=torch.float32)
     if not out.numel():
         return out
     stored = plan.states(keys)
@@ -178,4 +178,4 @@ def _warps(width: int) -> int:
 
 @chunk.register_fake
 def _(keys, values, log_decay, docs, before, target, ridge, steps):
-    return torch.empty_like(target, memory_format=torch.contiguous_format)
+    return torch.empty_like(target, dtype=torch.float32, memory_format=torch.contiguous_format)

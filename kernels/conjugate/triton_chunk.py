@@ -78,7 +78,7 @@ def chunk_kernel(
     )
     diagonal = tl.load(ridge + head * K + dims)
     start = (batch * tokens * heads + head) * K
-    left = load_rows(target + start, first, rows, heads * K, dims, tokens)
+    left = load_rows(target + start, first, rows, heads * K, dims, tokens).to(tl.float32)
     found = tl.zeros([C, K], tl.float32)
     along = left.to(values.dtype)
     size = tl.sum(left * left, 1)

@@ -183,11 +183,11 @@ def test_the_systems_of_a_text_in_triton(case, dtype, poisoned_memory):
         pytest.skip("the interpreter's bfloat16 is not a card's")
     *given, target, ridge = text(case)
     keys, values = (x.to(dtype) for x in given[:2])
-    wanted = token_by_token(keys.double(), values.double(), *given[2:], target, ridge)
+    wanted = token_by_token(keys.double(), values.double(), *given[2:], target.to(dtype).double(), ridge)
     rest = [None if x is None else (x.float() if x.is_floating_point() else x).to(DEVICE) for x in given[2:]]
     with dispatch.kernels("triton"):
         got = conjugate_chunk(
-            keys.to(DEVICE), values.to(DEVICE), *rest, target.float().to(DEVICE), ridge.float().to(DEVICE), 25
+            keys.to(DEVICE), values.to(DEVICE), *rest, target.to(DEVICE, dtype), ridge.float().to(DEVICE), 25
         )
     assert got.dtype == torch.float32
     close = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}[dtype]

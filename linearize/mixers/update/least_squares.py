@@ -64,10 +64,10 @@ class Systems(NamedTuple):
         return made, after
 
     def solved(self, target: Tensor, steps: int) -> Tensor:
-        """x [B, T, H, F] after so many steps from zero, no gradient."""
+        """x [B, T, H, F], float32 or wider, after so many steps from zero, no gradient."""
         if self.dense:
             return conjugate_reference(
-                lambda x: self.read(x, self.values, None)[0], target, self.ridge, steps, self.keys.dtype
+                lambda x: self.read(x, self.values, None)[0], wide(target), self.ridge, steps, self.keys.dtype
             )
         with dispatch.kernels("torch") if self.in_torch else nullcontext():
             return conjugate_chunk(
@@ -102,7 +102,7 @@ def solve(systems: Systems, target: Tensor, steps: int) -> tuple[Tensor, Tensor 
 
     Args:
         systems: A of every token.
-        target: [B, T, H, F], float32 or wider.
+        target: [B, T, H, F], as narrow as it came: kernels widen what they read.
         steps: see `conjugate_chunk`.
     """
     with torch.no_grad():
@@ -112,4 +112,4 @@ def solve(systems: Systems, target: Tensor, steps: int) -> tuple[Tensor, Tensor 
     if not torch.is_grad_enabled():
         return found, after
     parts = [None if x is None else x.detach() for x in systems[:6]]
-    return _Solved.apply(target - turned, found, steps, systems[6:], *parts), after
+    return _Solved.apply(wide(target) - turned, found, steps, systems[6:], *parts), after
