@@ -77,7 +77,7 @@ def label(role: str, rows: Sequence[Score]) -> str:
 
 
 def verdicts(rows: Sequence[Score]) -> Iterator[str]:
-    """Sentences: is the student better than the plain window and than given controls; where the teacher itself fails."""
+    """Sentences: is the student better than the plain window and given controls, and where does the teacher fail."""
     for row in rows:
         beside = row.role == SINKS or is_given(row.role)
         if row.metric == "nll_difference" and beside and (not row.by or is_beyond(row)):

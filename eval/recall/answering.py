@@ -41,8 +41,8 @@ class Answer:
 class Cached:
     """A model that remembers what it was shown: a batch of prompts, then token after token.
 
-    One whose forward takes no cache of transformers (RWKV-4 has a state of its own, GPT-1 none) reads all of it again for
-    every token: the same answers, slowly.
+    One whose forward takes no cache of transformers (RWKV-4 has a state of its own, GPT-1 none) reads all of it again
+    for every token: the same answers, slowly.
 
     Args:
         model: in evaluation mode.

@@ -184,7 +184,9 @@ def _roles(options: argparse.Namespace) -> list[str]:
         elif role in known:
             roles.append(role)
         else:
-            raise LinearizeError(f"--roles: no role '{role}'; {closest(role, [*known, *([GIVEN] if given else [])])}")
+            raise LinearizeError(
+                f"--roles: no role '{role}'; {closest(role, [*known, *([GIVEN] if given else [])])}"
+            )
     return roles
 
 

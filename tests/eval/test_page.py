@@ -165,7 +165,9 @@ def test_a_checkpoint_that_several_were_judged_beside_stands_once_and_in_the_ver
     found = made(tmp_path / "a", tmp_path / "b")
     names = [row["model"] for row in found.sections[0].blocks[0].rows]
     assert names == ["big (teacher)", "a", "b", "swa_sinks", "alike"]
-    assert any("a is WORSE than alike over all tokens" in one.text and one.grade == "bad" for one in found.findings)
+    assert any(
+        "a is WORSE than alike over all tokens" in one.text and one.grade == "bad" for one in found.findings
+    )
     assert any("-0.200 nats" in one.text and "b is WORSE than alike" in one.text for one in found.findings)
     other = score("alike", "text", "ppl", 25.0, model="b", key="alike b later")
     Scores(tmp_path / "b" / "results.json").add([other])  # another checkpoint of the same name
