@@ -112,15 +112,14 @@ def starts_rows(sheets: list[dict[str, Row]], speed: dict[str, dict[str, float]]
     window = rows.get("swa_sinks", {}).get("judged", {}).get("student", {})
     made = {}
     for name, row in rows.items():
-        recipe = name.split()[0]
-        if recipe == "softmax":
+        if name == "softmax":
             continue  # the teacher, in this package's machinery
         made[name] = dict(row["judged"])
         if "training" in made[name]:  # beside other runs, so its seconds are nobody's
             made[name]["training"] = {key: x for key, x in made[name]["training"].items() if key != "seconds"}
         made[name] |= {"swa_sinks": window} if window and "student" in made[name] else {}
         made[name] |= {"commit": row["commit"]} if "commit" in row else {}
-        made[name] |= {what: found[recipe] for what, found in speed.items() if recipe in found}
+        made[name] |= {what: found[name] for what, found in speed.items() if name in found}
     return made
 
 
