@@ -49,9 +49,26 @@ def test_several_machines(capsys: pytest.CaptureFixture[str]) -> None:
         (["node", "m", "lolcats", "--set", "process=2"], "did you mean 'processes'"),
         (
             ["node", "m", "lolcats", "--set", "processes=0"],
-            "--set processes=0: must be a whole number from 1",
+            "--set processes=0: must be at least 1 and at most 1024",
         ),
-        (["node", "m", "lolcats", "--set", "nodes=two"], "--set nodes=two: must be a whole number from 1"),
+        (["node", "m", "lolcats", "--set", "nodes=two"], "--set nodes='two': must be a whole number"),
+        (["node", "m", "lolcats", "--set", "nodes=2"], "`linearize launch nodes` is for several"),
+        *(
+            (["nodes", "m", "lolcats", "--set", "endpoint=a:1", "--set", given, "--dry-run"], words)
+            for given, words in (
+                ("processes=[1", "brackets and quotes must close"),
+                ("processes='", "brackets and quotes must close"),
+                ("processes=${x}", "${...} asks for a value from elsewhere"),
+                ("processes=!!python/name:os", "must be a whole number, or auto"),
+                ("processes=true", "--set processes=true: must be a whole number, or auto"),
+                ("processes=", "must be a whole number, or auto"),
+                ("processes=99999999999999", "at most 1024"),
+                ("seconds_to_stop=abc", "--set seconds_to_stop='abc': must be a whole number"),
+                ("seconds_to_stop=-1", "must be at least 0"),
+                ("endpoint=node1", "must be HOST:PORT"),
+                ("id={a: 1}", "must be a name"),
+            )
+        ),
     ],
 )
 def test_refusals(given: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,10 +76,18 @@ def test_refusals(given: list[str], words: str, capsys: pytest.CaptureFixture[st
     assert code == 2 and words in err, err
 
 
+@pytest.mark.parametrize("others", [False, True])
 def test_a_queue_without_its_launcher(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    others: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    """Where other plugins of hydra's are, and where there is none, so that not even their folder is."""
+
+    def find(name: str) -> object:
+        if "." in name and not others:
+            raise ModuleNotFoundError(name)
+        return object() if name == "hydra_plugins" and others else None
+
+    monkeypatch.setattr("importlib.util.find_spec", find)
     code, _, err = said(capsys, "slurm", "m", "lolcats")
     assert code == 2 and "pip install hydra-submitit-launcher" in err
 
