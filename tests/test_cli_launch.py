@@ -49,26 +49,9 @@ def test_several_machines(capsys: pytest.CaptureFixture[str]) -> None:
         (["node", "m", "lolcats", "--set", "process=2"], "did you mean 'processes'"),
         (
             ["node", "m", "lolcats", "--set", "processes=0"],
-            "--set processes=0: must be at least 1 and at most 1024",
+            "--set processes=0: must be a whole number from 1",
         ),
-        (["node", "m", "lolcats", "--set", "nodes=two"], "--set nodes='two': must be a whole number"),
-        (["node", "m", "lolcats", "--set", "nodes=2"], "`linearize launch nodes` is for several"),
-        *(
-            (["nodes", "m", "lolcats", "--set", "endpoint=a:1", "--set", given, "--dry-run"], words)
-            for given, words in (
-                ("processes=[1", "brackets and quotes must close"),
-                ("processes='", "brackets and quotes must close"),
-                ("processes=${x}", "${...} asks for a value from elsewhere"),
-                ("processes=!!python/name:os", "must be a whole number, or auto"),
-                ("processes=true", "--set processes=true: must be a whole number, or auto"),
-                ("processes=", "must be a whole number, or auto"),
-                ("processes=99999999999999", "at most 1024"),
-                ("seconds_to_stop=abc", "--set seconds_to_stop='abc': must be a whole number"),
-                ("seconds_to_stop=-1", "must be at least 0"),
-                ("endpoint=node1", "must be HOST:PORT"),
-                ("id={a: 1}", "must be a name"),
-            )
-        ),
+        (["node", "m", "lolcats", "--set", "nodes=two"], "--set nodes=two: must be a whole number from 1"),
     ],
 )
 def test_refusals(given: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,18 +59,16 @@ def test_refusals(given: list[str], words: str, capsys: pytest.CaptureFixture[st
     assert code == 2 and words in err, err
 
 
-@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("others", [True, False])
 def test_a_queue_without_its_launcher(
-    others: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    others: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where other plugins of hydra's are, and where there is none, so that not even their folder is."""
-
-    def find(name: str) -> object:
-        if "." in name and not others:
-            raise ModuleNotFoundError(name)
-        return object() if name == "hydra_plugins" and others else None
-
-    monkeypatch.setattr("importlib.util.find_spec", find)
+    """Where hydra has other plugins, and where it has none: then the package of plugins is not there either."""
+    for name in [name for name in sys.modules if name.startswith("hydra_plugins")]:
+        monkeypatch.delitem(sys.modules, name)
+    folders = [path for path in sys.path if not (Path(path) / "hydra_plugins").exists()]
+    monkeypatch.setattr("sys.path", folders + [str(tmp_path)] * others)
+    (tmp_path / "hydra_plugins" / "hydra_another").mkdir(parents=True)
     code, _, err = said(capsys, "slurm", "m", "lolcats")
     assert code == 2 and "pip install hydra-submitit-launcher" in err
 

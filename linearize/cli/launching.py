@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -13,26 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from linearize.cli.run import composed, default_folder
-from linearize.config import overrides
 from linearize.config.budget import check
 from linearize.config.compose import RECIPES
-from linearize.config.literal import MISSING, without_foreign
-from linearize.config.ranges import at_least
-from linearize.config.values import shown
 from linearize.errors import LinearizeError
 from linearize.registry import closest
 
 PRESETS = RECIPES / "launch"
 QUEUE = "hydra-submitit-launcher"
-COUNTS = {
-    "nodes": at_least(1, 65_536),
-    "processes": at_least(1, 1024),
-    "seconds_to_stop": at_least(0, 86_400),
-}
-"""Fields of the presets that are numbers, and where they lie."""
 
 
 class LaunchError(LinearizeError):
@@ -79,48 +66,18 @@ def preset(name: str, given: list[str]) -> dict[str, Any]:
     Raises:
         LaunchError: no such key, or one that has to be given is missing.
     """
-    known: dict[str, Any] = yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
-    found = dict(known)
+    from omegaconf import OmegaConf
+
+    known = OmegaConf.load(PRESETS / f"{name}.yaml")
     for text in given:
         key = text.partition("=")[0]
-        if "=" not in text or key not in known:
-            raise LaunchError(f"--set {text}: must be KEY=VALUE; {closest(key, known)}")
-        changes, problems = overrides.parse([text])
-        for change in changes:
-            found[key] = without_foreign(change.value, f"--set {key}", problems)
-        if problems:
-            raise LaunchError("; ".join(problems))
-    for key, value in found.items():
-        if value == MISSING:
-            raise LaunchError(
-                f"preset '{name}' needs {key}: add --set {key}=..., see {PRESETS / f'{name}.yaml'}"
-            )
-        _check(key, value)
-    if found["nodes"] > 1 and "endpoint" not in found:
-        raise LaunchError(
-            f"--set nodes={found['nodes']}: preset '{name}' is for one machine; `linearize launch nodes` is for several"
-        )
+        if "=" not in text or key not in known.keys():  # noqa: SIM118 (one that is missing is not in it)
+            raise LaunchError(f"--set {text}: must be KEY=VALUE; {closest(key, [str(k) for k in known])}")
+    merged = OmegaConf.merge(known, OmegaConf.from_dotlist(given))
+    for key in OmegaConf.missing_keys(merged):
+        raise LaunchError(f"preset '{name}' needs {key}: add --set {key}=..., see {PRESETS / f'{name}.yaml'}")
+    found: dict[str, Any] = OmegaConf.to_container(merged)  # type: ignore[assignment]
     return found
-
-
-def _check(key: str, value: Any) -> None:
-    """Refuse what a field of a preset cannot be.
-
-    Raises:
-        LaunchError: naming the field, its value and the rule.
-    """
-    problem: str | None
-    if key in COUNTS:
-        problem = "must be a whole number" if type(value) is not int else COUNTS[key].problem(value)
-        if key == "processes":
-            problem = None if value == "auto" else problem and f"{problem}, or auto"
-    elif key == "endpoint":
-        fits = isinstance(value, str) and re.fullmatch(r"\S+:[0-9]{1,5}", value)
-        problem = None if fits else "must be HOST:PORT, such as node1:29500"
-    else:
-        problem = None if isinstance(value, (str, int)) and str(value).strip() else "must be a name"
-    if problem:
-        raise LaunchError(f"--set {key}={shown(value)}: {problem}")
 
 
 def torchrun(settings: Any, run: list[str], endpoint: str) -> list[str]:
@@ -135,9 +92,10 @@ def torchrun(settings: Any, run: list[str], endpoint: str) -> list[str]:
         LaunchError: a number that is none.
     """
     nodes, processes = settings["nodes"], settings["processes"]
-    for key, value in (("nodes", nodes), ("processes", processes)):
-        _check(key, value)
     processes = _cards() if processes == "auto" else processes
+    for key, value in (("nodes", nodes), ("processes", processes)):
+        if not isinstance(value, int) or value < 1:
+            raise LaunchError(f"--set {key}={value}: must be a whole number from 1 on")
     found = [sys.executable, "-m", "linearize.cli.torchrun", "--nproc-per-node", str(processes)]
     if nodes == 1:
         found += ["--standalone"]
@@ -184,13 +142,9 @@ def _run(command: list[str], settings: Any) -> int:
 
 
 def _queued(name: str, run: list[str], given: list[str], *, dry: bool) -> int:
-    import importlib.util
-
     import hydra
 
-    # of one plugin the folder of all is only there where another is
-    folder = importlib.util.find_spec("hydra_plugins")
-    if folder is None or importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+    if not _found("hydra_plugins.hydra_submitit_launcher"):
         raise LaunchError(f"preset '{name}' needs {QUEUE}: pip install {QUEUE}")
     # in hexadecimal digits, which hydra's grammar leaves alone
     line = f"line=x{json.dumps(run).encode().hex()}"
@@ -201,6 +155,15 @@ def _queued(name: str, run: list[str], given: list[str], *, dry: bool) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+def _found(module: str) -> bool:
+    import importlib.util
+
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False
 
 
 def task(config: Any) -> None:

@@ -82,7 +82,9 @@ def _check_part(part: str, given: dict[str, Any]) -> list[str]:
         if key == "name":
             continue
         if key not in types:
-            found.append(f"{where}: {given['name']} has no such option; {closest(str(key), types)}")
+            found.append(
+                f"{where}: {given['name']} has no such option; {closest(str(key), ['name', *types])}"
+            )
         elif not _fits(value, types[key]):
             found.append(f"{where}: {shown(value)} must be {types[key].__name__}")
         elif (limits := ranges.get(key)) is not None and (problem := limits.problem(value)):
