@@ -13,7 +13,12 @@ import triton.language as tl
 
 from linearize.kernels.window_linear.triton_aligned_forward import load_codes, square_of_scores
 from linearize.kernels.window_linear.triton_common import LOG2E, document, load_code, load_rows
-from linearize.kernels.window_linear.triton_pins import BEHIND, pinned_gradient, pinned_rows, pinned_to_queries
+from linearize.kernels.window_linear.triton_pins import (
+    BEHIND,
+    pinned_gradient,
+    pinned_rows,
+    pinned_to_queries,
+)
 
 
 @triton.jit

@@ -36,7 +36,9 @@ def call(
     given = torch.zeros(batch, tokens, dtype=torch.int32) if codes or pins else None
     pinned = None
     if pins and given is not None:
-        pinned = Pins(pins, torch.zeros_like(given), given, draw(batch, tokens, heads, dim) if asking else None)
+        pinned = Pins(
+            pins, torch.zeros_like(given), given, draw(batch, tokens, heads, dim) if asking else None
+        )
     out, _ = window_linear(
         q, k, v, *weights, window=window, scaling=0.125, window_weight=weight, codes=given, return_state=False,
         pins=pinned,
