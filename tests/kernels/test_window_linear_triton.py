@@ -97,6 +97,9 @@ CASES = {
     "pinned_split_backward": Case(
         pins=4, key_dim=128, value_dim=64, tokens=100, window=32, prefix=36, heads=1, kv_heads=1
     ),
+    "pinned_wide_head": Case(
+        pins=4, key_dim=64, value_dim=64, map_dim=64, tokens=180, kv_heads=1, documents=True, asking=True
+    ),
     "pinned_segments": Case(pins=2, tokens=700, heads=1, kv_heads=1, segments=2, window=64),
     "split_backward": Case(key_dim=128, value_dim=64, map_dim=16, tokens=100, heads=1, kv_heads=1),
 }
