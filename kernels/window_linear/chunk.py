@@ -9,7 +9,15 @@ from torch import Tensor
 from linearize.kernels import dispatch
 from linearize.kernels.linear import linear_chunk
 from linearize.kernels.window.reference import Weighted, softmax_scores, window_reference
-from linearize.kernels.window_linear.reference import Layer, Pins, Weights, blended, divide, document, hedgehog
+from linearize.kernels.window_linear.reference import (
+    Layer,
+    Pins,
+    Weights,
+    blended,
+    divide,
+    document,
+    hedgehog,
+)
 
 State = tuple[Tensor, Tensor]
 """Sums [B, M, 2 f, V] and norms [B, M, 2 f], float32 or wider."""
@@ -51,8 +59,8 @@ def window_linear(
       the queries ahead, one kernel for dq, one for dk and dv). Where rows and heads are few, a scan has one half
       of the features, and where they are fewer still it is cut into segments. Nothing is repeated for grouped heads,
       and no document boundary is read back to the host.
-    - Pinned keys behind a query's window have the window's weights and enter its maximum; in Triton each row gathers its
-      own, whose products are sums over registers, and two kernels add up what they get of later queries.
+    - Pinned keys behind a query's window have the window's weights and enter its maximum; in Triton each row gathers
+      its own, whose products are sums over registers, and two kernels add up what they get of later queries.
 
     Args:
         q: [B, T, H, K].
@@ -67,7 +75,7 @@ def window_linear(
         reach: [B, T] int32, tokens that each query's window sees, `least` to `window`; `window` by default.
         prefix: P, at most `window` and, in front of it, what carries the pinned keys.
         state: carried sums and norms of everything before the prefix; takes no gradient.
-        return_state: also give the state behind the last query: every key of its document that its softmax does not see.
+        return_state: also give the state behind the last query: every key of its document that no softmax sees again.
         pins: keys that the softmax never loses, see `Pins`; wants `codes`.
 
     Returns:
@@ -86,9 +94,7 @@ def window_linear(
         from linearize.kernels.window_linear.operator import room, window_linear_triton
 
         if not dispatch.automatic() or room(q, k, v, weights)[0]:
-            return window_linear_triton(
-                q, k, v, weights, layer, codes, reach, state, return_state, pins=pins
-            )
+            return window_linear_triton(q, k, v, weights, layer, codes, reach, state, return_state, pins=pins)
     return _torch(q, k, v, weights, layer, codes, reach, state, return_state, pins)
 
 

@@ -70,7 +70,8 @@ def launch_forward(
             _carry(plan, total, carry, last if plan.return_state else None, codes, reverse=False)
     shared = {
         "q": q, "k": k, "v": v, "query_map": query_map, "key_map": key_map, "weight": weight, "factor": factor,
-        "sink": sink, "codes": codes, "past_codes": past_codes, "pin": pin, "asking": asking, "states": states, "norms": norms, "carries": carries, "carry_norms": carry_norms,
+        "sink": sink, "codes": codes, "past_codes": past_codes, "pin": pin, "asking": asking,
+        "states": states, "norms": norms, "carries": carries, "carry_norms": carry_norms,
         "out": out, "maximum": maximum, "log_inverse": log_inverse, "query_lse": query_lse,
         "HAS_SINK": sink is not None, "PINS": plan.pins,
     }  # fmt: skip
@@ -203,7 +204,9 @@ def _pinned_gradient(
     pin, codes = masks
     pin_weights, pin_ds, balance, place_of_top = rows
     size = (plan.batch, plan.kv_heads, 2, plan.pin_segments, MOST_PINS)
-    parts_k, parts_v = (dk.new_empty(*size, width, dtype=torch.float32) for width in (plan.key_dim, plan.value_dim))
+    parts_k, parts_v = (
+        dk.new_empty(*size, width, dtype=torch.float32) for width in (plan.key_dim, plan.value_dim)
+    )
     shared: dict[str, Any] = {
         "pin": pin, "codes": codes, "parts_k": parts_k, "parts_v": parts_v, "dk": dk, "dv": dv, "tokens": plan.tokens,
         "key_tokens": plan.key_tokens, "prefix": plan.prefix, "segments": plan.pin_segments,

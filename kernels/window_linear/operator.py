@@ -149,7 +149,15 @@ def forward(
     )
     carried = tuple(None if x is None else x.contiguous() for x in (start, start_norm))
     return launch_forward(
-        plan, q, k, v, maps, factors, _masks(codes, reach), carried, _pinned(q, codes, pin, past_codes, asking)
+        plan,
+        q,
+        k,
+        v,
+        maps,
+        factors,
+        _masks(codes, reach),
+        carried,
+        _pinned(q, codes, pin, past_codes, asking),
     )
 
 
@@ -157,7 +165,9 @@ def _masks(*given: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else x.to(torch.int32).contiguous() for x in given)
 
 
-def _pinned(q: Tensor, codes: Tensor | None, pin: Tensor | None, past_codes: Tensor | None, asking: Tensor | None):
+def _pinned(
+    q: Tensor, codes: Tensor | None, pin: Tensor | None, past_codes: Tensor | None, asking: Tensor | None
+):
     """See `launches.Pinned`: without pinned keys the past sees what the window does, and nobody asks otherwise."""
     past_codes = codes if past_codes is None else past_codes
     return (*_masks(pin, past_codes), q if asking is None else asking.contiguous())

@@ -199,9 +199,7 @@ def _read(ring: Ring, q: Tensor, visible: Tensor, scaling: float, softcap: float
 
     def over(asks: Tensor, kept: slice) -> Weighted:
         seen = visible[:, None, kept]
-        return window_reference(
-            asks, keys[:, kept], values[:, kept], seen, scaling=scaling, softcap=softcap
-        )
+        return window_reference(asks, keys[:, kept], values[:, kept], seen, scaling=scaling, softcap=softcap)
 
     if ring.turns is None or ring.since is None:
         return over(q, slice(None))

@@ -13,7 +13,12 @@ import triton.language as tl
 
 from linearize.kernels.window_linear.triton_aligned_forward import load_codes, square_of_scores
 from linearize.kernels.window_linear.triton_common import LOG2E, document, load_code, load_rows
-from linearize.kernels.window_linear.triton_pins import BEHIND, pinned_gradient, pinned_rows, pinned_to_queries
+from linearize.kernels.window_linear.triton_pins import (
+    BEHIND,
+    pinned_gradient,
+    pinned_rows,
+    pinned_to_queries,
+)
 
 
 @triton.jit
@@ -198,8 +203,9 @@ def aligned_query_gradient_kernel(
                 if INPUTS:
                     for_q = tl.dot(ds.to(x.dtype), keys, for_q, input_precision=PRECISION)
         if PINS > 0:
-            best_place = tl.where(best_pin > best, pin_place, best_place)
-            best = tl.maximum(best, best_pin)
+            if INPUTS or HAS_SINK:
+                best_place = tl.where(best_pin > best, pin_place, best_place)
+                best = tl.maximum(best, best_pin)
             near_part += pin_part
             sum_of_ds += pin_sum
         for_sink = tl.zeros([C], tl.float32)

@@ -22,7 +22,12 @@ from linearize.kernels.window_linear.triton_common import (
     row_maps,
     row_softmax,
 )
-from linearize.kernels.window_linear.triton_pins import BEHIND, pinned_gradient, pinned_rows, pinned_to_queries
+from linearize.kernels.window_linear.triton_pins import (
+    BEHIND,
+    pinned_gradient,
+    pinned_rows,
+    pinned_to_queries,
+)
 
 
 @triton.jit

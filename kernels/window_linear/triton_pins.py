@@ -34,7 +34,18 @@ def pinned_place(pinned, j, last, owner, codes, key_tokens, batch):
 
 @triton.jit
 def pinned_top(
-    asking, k, codes, batch, pinned, last, owner, scale, key_tokens, dims, k_stride: tl.constexpr, PINS: tl.constexpr
+    asking,
+    k,
+    codes,
+    batch,
+    pinned,
+    last,
+    owner,
+    scale,
+    key_tokens,
+    dims,
+    k_stride: tl.constexpr,
+    PINS: tl.constexpr,
 ):
     """Each row's largest score [C] of the pinned keys.
 
@@ -190,7 +201,20 @@ def pinned_parts_kernel(
             if following > current:
                 if current >= prefix + first:
                     add_to_pinned(
-                        dk, dv, acc_k, acc_v, current, codes, batch, kv_head, key_tokens, kv_heads, K, V, PINS, PP
+                        dk,
+                        dv,
+                        acc_k,
+                        acc_v,
+                        current,
+                        codes,
+                        batch,
+                        kv_head,
+                        key_tokens,
+                        kv_heads,
+                        K,
+                        V,
+                        PINS,
+                        PP,
                     )
                 else:
                     tl.store(to_k, acc_k)

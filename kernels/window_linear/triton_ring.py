@@ -87,7 +87,9 @@ def attend_pinned_slots(
     order = tl.arange(0, PP)
     there = order < pinned
     rows = tl.load(
-        pin_k + order[:, None] * k_stride + dims[None, :], mask=there[:, None] & (dims < K)[None, :], other=0.0
+        pin_k + order[:, None] * k_stride + dims[None, :],
+        mask=there[:, None] & (dims < K)[None, :],
+        other=0.0,
     )
     kept = tl.load(
         pin_v + order[:, None] * v_stride + values[None, :],

@@ -81,13 +81,24 @@ CASES = {
     ),
     "pinned_carried": Case(pins=4, prefix=128, lead=60, state=True, tokens=140, kv_heads=1, asking=True),
     "pinned_carried_general": Case(
-        pins=4, window=48, prefix=52, state=True, tokens=100, documents=True, batch=2, maps="shared", kv_heads=1
+        pins=4,
+        window=48,
+        prefix=52,
+        state=True,
+        tokens=100,
+        documents=True,
+        batch=2,
+        maps="shared",
+        kv_heads=1,
     ),
     "pinned_terraced": Case(
         pins=4, window=64, least=33, prefix=68, state=True, tokens=150, asking=True, heads=1, kv_heads=1
     ),
     "pinned_split_backward": Case(
         pins=4, key_dim=128, value_dim=64, tokens=100, window=32, prefix=36, heads=1, kv_heads=1
+    ),
+    "pinned_wide_head": Case(
+        pins=4, key_dim=64, value_dim=64, map_dim=64, tokens=180, kv_heads=1, documents=True, asking=True
     ),
     "pinned_segments": Case(pins=2, tokens=700, heads=1, kv_heads=1, segments=2, window=64),
     "split_backward": Case(key_dim=128, value_dim=64, map_dim=16, tokens=100, heads=1, kv_heads=1),
@@ -120,7 +131,9 @@ def draw(case: Case) -> dict[str, Tensor | None]:
     if case.sink:
         found["sink"] = normal(heads, seed=8)
     if case.asking:
-        found["asking"] = (1.5 * normal(case.batch, case.tokens, heads, case.key_dim, seed=12)).bfloat16().double()
+        found["asking"] = (
+            (1.5 * normal(case.batch, case.tokens, heads, case.key_dim, seed=12)).bfloat16().double()
+        )
     return {name: None if x is None else x.to(DEVICE) for name, x in found.items()}
 
 
@@ -237,7 +250,8 @@ def test_equals_the_definition(name, form):
 
 
 @pytest.mark.parametrize(
-    "name", ["documents", "wide_window", "factor_and_sink", "segments_documents", "no_window", "terraced", "pinned"]
+    "name",
+    ["documents", "wide_window", "factor_and_sink", "segments_documents", "no_window", "terraced", "pinned"],
 )
 def test_frozen_inputs_leave_the_other_gradients_as_they_are(name):
     """Attention transfer: q, k and v come from frozen projections, and theirs are never made."""

@@ -257,9 +257,8 @@ class RingWindow(Window):
         lead: int = 0,
     ) -> tuple[Line, Tensor | None]:
         """What the state carries behind `lead` empty places, and the new tokens; `Line.pinned_from` of pinned ones."""
-        if state is None:
-            line = Line(k, v, valid, docs, 0)
-        else:
+        line = Line(k, v, valid, docs, 0)
+        if state is not None:
             line = self._carried(state, k, v, valid, docs, front, lead)
         if not self.first:
             return line, None

@@ -36,7 +36,9 @@ def call(
     given = torch.zeros(batch, tokens, dtype=torch.int32) if codes or pins else None
     pinned = None
     if pins and given is not None:
-        pinned = Pins(pins, torch.zeros_like(given), given, draw(batch, tokens, heads, dim) if asking else None)
+        pinned = Pins(
+            pins, torch.zeros_like(given), given, draw(batch, tokens, heads, dim) if asking else None
+        )
     out, _ = window_linear(
         q, k, v, *weights, window=window, scaling=0.125, window_weight=weight, codes=given, return_state=False,
         pins=pinned,
@@ -56,6 +58,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "dim 64, window of two chunks": partial(call, 64, window=128),
     "dim 64, pinned, grouped heads": partial(call, 64, heads=9, kv_heads=3, pins=4, batch=8, tokens=1024),
     "dim 64, pinned, seen from afar, segments": partial(call, 64, heads=9, kv_heads=3, pins=4, asking=True),
-    "dim 128, pinned": partial(call, 128, heads=8, kv_heads=2, pins=4),
+    "dim 64, pinned, transfer": partial(
+        call, 64, heads=9, kv_heads=3, pins=4, batch=8, tokens=1024, frozen=True
+    ),
     "dim 64, pinned, window of two chunks": partial(call, 64, window=128, pins=4),
 }

@@ -29,7 +29,10 @@ def call(
     slots = (2 * window if block else window) + 1
     q, k = (torch.zeros(batch, n, dim, dtype=dtype) for n in (heads, kv_heads))
     held = [torch.zeros(batch, first + slots, kv_heads, dim, dtype=dtype) for _ in range(2)]
-    valid, count = torch.zeros(batch, first + slots, dtype=torch.bool), torch.zeros(batch, heads, dtype=torch.int64)
+    valid, count = (
+        torch.zeros(batch, first + slots, dtype=torch.bool),
+        torch.zeros(batch, heads, dtype=torch.int64),
+    )
     ring = None
     if window:
         ring = Ring(*held, valid, count, count.clone() if block else None, block, slots - 1, first)
