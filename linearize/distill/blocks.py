@@ -113,7 +113,7 @@ class Blocks:
         )
         return self._compiled(key, _forward)
 
-    def _compiled(self, key: tuple[str, ...], body: types.FunctionType) -> Callable[..., Any]:
+    def _compiled(self, key: tuple[str, ...], body: Any) -> Callable[..., Any]:
         if key not in self._calls:
             # torch counts compilations by code object: each stage and mixer gets one of its own
             name = f"block_{self.name}_{len(self._calls)}" if self._calls else f"block_{self.name}"

@@ -60,7 +60,7 @@ class TransferTrainer(StageTrainer):
                 shards.clip(own, most, shards.total_norm(gradients))
 
     @property
-    def pass_on(self) -> Callable[[nn.Module, dict[str, Tensor]], None] | None:
+    def pass_on(self) -> Callable[[nn.Module, dict[str, Tensor]], Any] | None:
         """The teacher's pass over a batch, see `transfer_step`."""
         return None
 
@@ -109,7 +109,7 @@ def transfer_step(
     scale: float = 1.0,
     window_off: Sequence[window_dropout.Off] = (),
     layers: int | None = None,
-    run: Callable[[nn.Module, dict[str, Tensor]], None] | None = None,
+    run: Callable[[nn.Module, dict[str, Tensor]], Any] | None = None,
 ) -> Tensor:
     """One pass of attention transfer: adds the gradient of ``scale * mean over layers of the layer's loss``.
 

@@ -132,7 +132,7 @@ def test_where_somebody_else_is_blocks_are_left_alone(how):
 
 
 def test_transfer_with_what_stands_around_the_attention():
-    """Losses and gradients of the layers are those of the parts; norms, feed-forward, rotation and loss are compiled."""
+    """Losses and gradients of the layers are those of the parts; norms, MLPs, rotation and loss are compiled."""
     model = convert(random_model("cpu", torch.float32, "tiny", **SIZES), "lolcats")
     model.requires_grad_(False)
     for layer in surgery.converted(model):

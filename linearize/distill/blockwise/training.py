@@ -80,7 +80,7 @@ class BlockTrainer(TransferTrainer):
         return self.trained_model.total
 
     @property
-    def pass_on(self) -> Callable[[nn.Module, dict[str, Tensor]], None]:
+    def pass_on(self) -> Callable[[nn.Module, dict[str, Tensor]], Any]:
         return lambda model, batch: self.trained_model.run(batch[STREAM], batch, batch.get(FIRST))
 
     def find_droppable(self, model: nn.Module) -> list[bool]:
