@@ -72,11 +72,12 @@ def test_padding_between_tokens_is_left_to_masks(device, monkeypatch):
     assert torch.equal(made, Decoder(model, 2, eos=[2], pad=0, length=64).generate(ids, mask, NEW))
 
 
-def test_scores_that_are_not_known_are_left_to_masks(monkeypatch):
+@pytest.mark.parametrize("error", [newest.UnknownScores, dispatch.KernelError, RuntimeError])
+def test_scores_that_are_not_known_are_left_to_masks(error, monkeypatch):
     monkeypatch.setattr(engine, "fits", lambda model, config: True)
 
     def unknown(*given, **named):
-        raise newest.UnknownScores("sinks")
+        raise error("sinks")
 
     monkeypatch.setattr(newest, "newest_step", unknown)
     model, (ids, mask) = hybrid("llama", [1, 2]), prompts("cpu")
