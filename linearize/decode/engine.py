@@ -13,7 +13,7 @@ from torch import Tensor
 from linearize.decode.cache import tensors
 from linearize.decode.joined import INDUCTOR, Joining
 from linearize.decode.masks import Masks, token_masks
-from linearize.decode.newest import UnknownScores, attending, fits, newest_numbers
+from linearize.decode.newest import attending, fits, newest_numbers
 from linearize.decode.prefix import Prefix
 from linearize.decode.reader import Reader
 from linearize.decode.sampling import Sampling
@@ -168,10 +168,11 @@ class Decoder(Reader):
             return
         try:
             self._make()
-        except (UnknownScores, KernelError):
-            # masks say it to transformers' own attention then
+        except (LinearizeError, RuntimeError):
+            # a family may want a mask where it is given numbers, or have scores that are not known here
             if not self._newest:
                 raise
+            log.debug("kept softmax layers are given masks", exc_info=True)
             self._newest = False
             self._make()
         self._ready = True

@@ -12,6 +12,7 @@ from linearize.decode import Decoder, Sampling, engine, newest
 from linearize.decode.cache import tensors
 from linearize.decode.engine import BLOCK
 from linearize.errors import LinearizeError
+from linearize.kernels import dispatch
 
 NEW = 14
 
@@ -71,11 +72,12 @@ def test_padding_between_tokens_is_left_to_masks(device, monkeypatch):
     assert torch.equal(made, Decoder(model, 2, eos=[2], pad=0, length=64).generate(ids, mask, NEW))
 
 
-def test_scores_that_are_not_known_are_left_to_masks(monkeypatch):
+@pytest.mark.parametrize("error", [newest.UnknownScores, dispatch.KernelError, RuntimeError])
+def test_scores_that_are_not_known_are_left_to_masks(error, monkeypatch):
     monkeypatch.setattr(engine, "fits", lambda model, config: True)
 
     def unknown(*given, **named):
-        raise newest.UnknownScores("sinks")
+        raise error("sinks")
 
     monkeypatch.setattr(newest, "newest_step", unknown)
     model, (ids, mask) = hybrid("llama", [1, 2]), prompts("cpu")
@@ -92,6 +94,28 @@ def test_every_kind_of_state(mixer, device):
     made = decoder.generate(ids, mask, NEW)
     assert torch.equal(made, expected(model, ids, mask))
     assert torch.equal(decoder.generate(ids, mask, NEW), made), "the state of the text before is gone"
+
+
+@pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("mixer", ["softmax", "nope"])
+def test_rings_of_many_keys_are_read_in_parts(mixer, monkeypatch):
+    """Softmax over everything that a mixer runs, with scores that grow with the text too; padded prompts."""
+    from linearize.kernels import sharing
+    from linearize.kernels.window import triton_step
+
+    model, (ids, mask) = hybrid("llama", [0, 2], MIXERS[mixer]), prompts("cpu")
+    right = Decoder(model, 2, eos=[2], pad=0, length=96).generate(ids, mask, 4)
+    grids, launch = [], triton_step.launch
+    monkeypatch.setattr(
+        triton_step, "launch", lambda kernel, grid, **x: grids.append(grid) or launch(kernel, grid, **x)
+    )
+    monkeypatch.setattr(triton_step, "SHORT", 64)
+    monkeypatch.setattr(sharing, "TILE", 1024)
+    monkeypatch.setattr(sharing, "WAVES", 12)
+    with dispatch.kernels("triton"):
+        made = Decoder(model, 2, eos=[2], pad=0, length=96).generate(ids, mask, 4)
+    assert torch.equal(made, right)
+    assert {grid[1] for grid in grids if len(grid) == 2} == {3}
 
 
 @devices
