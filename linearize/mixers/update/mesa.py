@@ -77,6 +77,7 @@ class Mesa(Overwriting):
         q, k, keys, ridge = self._terms(stream)
         # a sum over the text, which can pass what float16 holds
         keys, k, v = stream.narrow(keys, k, stream.v, grows=True)
+        (q,) = stream.narrow(q)
         wider = max(self.feature_dim, self.value_dim) > WIDEST and dispatch.automatic()
         systems = Systems(keys, k, stream.log_decay, stream.docs, state["gram"], ridge, in_torch=wider)
         found, gram = solve(systems, q, self.steps)
