@@ -120,7 +120,7 @@ class Meter:
         parts = [f"{count(self.done)}/{count(self.total)}" if self.total else count(self.done)]
         parts += [f"{name} {value:.4g}" for name, value in self._numbers.items()]
         if self.speed > 0:
-            parts.append(f"{count(self.speed)} {self.unit}/s")
+            parts.append(f"{rate(self.speed)} {self.unit}/s")
             if self.total and self.done < self.total:
                 parts.append(f"ETA {duration((self.total - self.done) / self.speed)}")
         return "  ".join(parts)
@@ -143,6 +143,11 @@ def count(number: float | None) -> str:
         if number >= size:
             return f"{number / size:.3g}{suffix}" if number < 100 * size else f"{number / size:.0f}{suffix}"
     return f"{number:.0f}"
+
+
+def rate(speed: float) -> str:
+    """A short form of units per second, which below one are not none: 12.3k, 42, 4.2, 0.35."""
+    return count(speed) if speed >= 9.95 else f"{speed:.2g}"
 
 
 def duration(seconds: float) -> str:

@@ -142,11 +142,9 @@ def _run(command: list[str], settings: Any) -> int:
 
 
 def _queued(name: str, run: list[str], given: list[str], *, dry: bool) -> int:
-    import importlib.util
-
     import hydra
 
-    if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+    if not _found("hydra_plugins.hydra_submitit_launcher"):
         raise LaunchError(f"preset '{name}' needs {QUEUE}: pip install {QUEUE}")
     # in hexadecimal digits, which hydra's grammar leaves alone
     line = f"line=x{json.dumps(run).encode().hex()}"
@@ -157,6 +155,15 @@ def _queued(name: str, run: list[str], given: list[str], *, dry: bool) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+def _found(module: str) -> bool:
+    import importlib.util
+
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False
 
 
 def task(config: Any) -> None:

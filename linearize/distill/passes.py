@@ -13,7 +13,7 @@ from transformers import masking_utils
 from linearize import surgery
 from linearize.config.schema import RunConfig, StageConfig
 from linearize.distill import shards
-from linearize.distill.blocks import Blocks
+from linearize.distill.blocks import Blocks, Place
 from linearize.distill.captured import Captured
 from linearize.distill.window_dropout import Draw, Off
 from linearize.mixers.compiled import part_by_part
@@ -63,7 +63,7 @@ class Passes:
         device: torch.device,
         steps: int,
         parameters: list[nn.Parameter],
-        compiled: Callable[[], list[nn.Module]],
+        compiled: Callable[[], Sequence[nn.Module | Place]],
         spread: bool = False,
     ) -> None:
         self.model, self.name, self.parts = model, name, compiled

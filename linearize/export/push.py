@@ -13,17 +13,19 @@ from typing import Any
 import yaml
 
 from linearize import plain_json
+from linearize.config.values import shown
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.export.load import check_folder
 from linearize.export.origin import PATH, published
 from linearize.export.provenance import NOTE
 from linearize.models.aliases import ALIASES
-from linearize.models.files import read_json
+from linearize.models.files import read_json, read_words
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "modeling_*.py", "adapter/*")
 """What makes a model; anything else in the folder stays at home."""
 CARD = "README.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,10 @@ def gather(
     _check_name(repo, "REPO")
     if base_model is not None:
         _check_name(base_model, "--base-model")
+    if license is not None and LICENSE.fullmatch(license) is None:
+        raise LinearizeError(
+            f"--license {shown(license)}: must be as the hub writes it, such as apache-2.0 or other"
+        )
     _, config = check_folder(folder)
     if not isinstance(getattr(config, "linearize", None), dict):
         raise CheckpointError(
@@ -97,7 +103,7 @@ def gather(
     if NOTE in files and PATH in note:
         files.remove(NOTE)
         made[NOTE] = plain_json.dumps(published(note, base), indent=2) + "\n"
-    old = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+    old = read_words(folder / CARD, "convert or delete it") if (folder / CARD).is_file() else ""
     problems = []
     if not terms:
         problems.append(
@@ -200,7 +206,9 @@ def _card(
     front, body = _parted(old)
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", **front}
     tags: Sequence[str] = ["linearize", "linear-attention", *(["torchao"] if quantized else [])]
-    front["tags"] = list(dict.fromkeys([*front.get("tags", []), *tags]))
+    own = front.get("tags") or []
+    own = [str(tag) for tag in own] if isinstance(own, list) else [str(own)]
+    front["tags"] = list(dict.fromkeys([*own, *tags]))
     if terms:
         front["license"] = terms
     if base:

@@ -11,8 +11,8 @@ import re
 import sys
 from pathlib import Path
 
-from linearize.bench.recipes import CAPTURED
 from linearize.bench.subjects import TEACHER, subjects
+from linearize.bench.training_step import CAPTURED, COMPILED
 from linearize.bench.whole import Row, read
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
@@ -77,7 +77,7 @@ def written(page: str, rows: list[Row], profiles: list[Row]) -> str:
 
 
 def trained(rows: list[Row], batch: int) -> dict[str, Row]:
-    """Recipe -> its newest measured training row at a batch, a recorded one before one that is not."""
+    """Recipe -> its newest measured training row at a batch; recorded ones first, and compiled ones of these."""
     found: dict[str, Row] = {}
     for row in rows:
         known = found.get(row["recipe"], row)
@@ -85,7 +85,7 @@ def trained(rows: list[Row], batch: int) -> dict[str, Row]:
             (row["measured"], row["shape"], row["batch"], row["length"]) == ("train", SHAPE, batch, LENGTH)
             and row["tokens_per_second"]
             and row["recipe"] != TEACHER
-            and (_recorded(row) or not _recorded(known))
+            and _rank(row) >= _rank(known)
         ):
             found[row["recipe"]] = row
     return found
@@ -103,20 +103,23 @@ def decoded(rows: list[Row]) -> dict[str, Row]:
 
 
 def training(rows: list[Row]) -> str:
-    """Both batches of every recipe, the fastest first; teachers of both cards before them."""
+    """Both batches of every recipe, the fastest first; before them teachers, of each card and way."""
     both = [trained(rows, batch) for batch in BATCHES]
     titles = ["recipe"]
     for batch in BATCHES:
         titles += [f"{batch} x {LENGTH:,}: tokens/s", "x", "GiB"]
     lines = []
-    teachers = [
-        row for row in rows if row["recipe"] == TEACHER and row["measured"] == "train" and "card" in row
-    ]
-    for card in sorted({row["card"] for row in teachers}):
-        mine = {row["batch"]: row for row in teachers if row["card"] == card and row["shape"] == SHAPE}
-        lines.append(
-            [f"{TEACHER}, card {card}", *(cell for batch in BATCHES for cell in _step(mine.get(batch)))]
-        )
+    teachers: dict[str, dict[tuple[int, int], Row]] = {}
+    for row in rows:
+        kind = (row["recipe"], row["measured"], row["shape"], row["length"])
+        if kind == (TEACHER, "train", SHAPE, LENGTH) and _recorded(row) and row["tokens_per_second"]:
+            card = f", card {row['card']}" if "card" in row else ""
+            teachers.setdefault(f"{TEACHER}{card}", {})[row["batch"], _rank(row)] = row
+    for name in sorted(teachers):
+        for rank in sorted({rank for _, rank in teachers[name]}, reverse=True):
+            lines.append(
+                [name, *(cell for batch in BATCHES for cell in _step(teachers[name].get((batch, rank))))]
+            )
     names = sorted(set(both[0]) | set(both[1]), key=lambda name: (-_speed(both[0].get(name)), name))
     for name in names:
         cells = [*_step(both[0].get(name)), *_step(both[1].get(name))]
@@ -199,6 +202,8 @@ def training_profiles(profiles: list[Row]) -> str:
     return _table(titles, lines)
 
 
+PARTS = " °"
+"""Of a row whose model ran norms, rotary embeddings and feed-forward layers one operation after the other."""
 KINDS = ("ours", "products", "torch's attention", "fused by torch", "torch's own")
 
 
@@ -256,6 +261,11 @@ def _recorded(row: Row) -> bool:
     return CAPTURED in row["way"]
 
 
+def _rank(row: Row) -> int:
+    """How near to a run's own steps it was measured: recorded, and with compiled blocks."""
+    return 2 * _recorded(row) + (COMPILED in row["way"])
+
+
 def _speed(row: Row | None) -> float:
     return float(row["tokens_per_second"]) if row else 0.0
 
@@ -263,7 +273,7 @@ def _speed(row: Row | None) -> float:
 def _step(row: Row | None) -> list[str]:
     if row is None:
         return ["", "", ""]
-    older = "" if _recorded(row) else f" ({row['commit']})"
+    older = f" ({row['commit']})" if not _recorded(row) else PARTS if COMPILED not in row["way"] else ""
     ratio = "" if row.get("ratio") is None else f"{row['ratio']:.2f}"
     return [f"{row['tokens_per_second']:,.0f}{older}", ratio, f"{row['peak_gib']:.1f}"]
 

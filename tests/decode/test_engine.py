@@ -8,7 +8,7 @@ import torch
 from decoding import HEDGEHOG, MIXERS, devices, hybrid
 
 from linearize import surgery
-from linearize.decode import Decoder, Sampling
+from linearize.decode import Decoder, Sampling, engine, newest
 from linearize.decode.cache import tensors
 from linearize.decode.engine import BLOCK
 from linearize.errors import LinearizeError
@@ -36,6 +36,51 @@ def test_gives_the_tokens_of_generate(family, layers, device):
     for length in (20, 11):
         ids, mask = prompts(device, length)
         assert torch.equal(decoder.generate(ids, mask, NEW, every=5), expected(model, ids, mask))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "qwen3_moe"])
+def test_softmax_layers_that_are_told_how_many_keys_are_seen_need_no_mask(family, monkeypatch):
+    """As on a GPU, where a kernel reads those alone: left padding, windows, a second text."""
+    monkeypatch.setattr(engine, "fits", lambda model, config: True)
+    monkeypatch.setattr(engine, "token_masks", None)
+    model = hybrid(family, [1, 2])
+    before = model.config.get_text_config()._attn_implementation
+    decoder = Decoder(model, 2, eos=[2], pad=0, length=64)
+    for length in (20, 11):
+        ids, mask = prompts("cpu", length)
+        assert torch.equal(decoder.generate(ids, mask, NEW, every=5), expected(model, ids, mask))
+    assert model.config.get_text_config()._attn_implementation == before
+    monkeypatch.undo()
+    assert torch.equal(
+        Decoder(model, 2, eos=[2], pad=0, length=64, newest=False).generate(ids, mask, NEW),
+        expected(model, ids, mask),
+    )
+
+
+@devices
+def test_padding_between_tokens_is_left_to_masks(device, monkeypatch):
+    """Steps that have been recorded are recorded anew."""
+    monkeypatch.setattr(engine, "fits", lambda model, config: True)
+    model, (ids, mask) = hybrid("llama", [1, 2], device=device), prompts(device)
+    decoder = Decoder(model, 2, eos=[2], pad=0, length=64)
+    assert torch.equal(decoder.generate(ids, mask, NEW), expected(model, ids, mask))
+    mask[1, 4:7] = 0
+    made = decoder.generate(ids, mask, NEW)
+    assert torch.equal(made, Decoder(model, 2, eos=[2], pad=0, length=64).generate(ids, mask, NEW))
+    monkeypatch.setattr(engine, "fits", lambda model, config: False)
+    assert torch.equal(made, Decoder(model, 2, eos=[2], pad=0, length=64).generate(ids, mask, NEW))
+
+
+def test_scores_that_are_not_known_are_left_to_masks(monkeypatch):
+    monkeypatch.setattr(engine, "fits", lambda model, config: True)
+
+    def unknown(*given, **named):
+        raise newest.UnknownScores("sinks")
+
+    monkeypatch.setattr(newest, "newest_step", unknown)
+    model, (ids, mask) = hybrid("llama", [1, 2]), prompts("cpu")
+    made = Decoder(model, 2, eos=[2], pad=0, length=64).generate(ids, mask, NEW)
+    assert torch.equal(made, expected(model, ids, mask))
 
 
 @devices

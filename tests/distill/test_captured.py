@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from short_stages import SIZES, STAGES, same, trained
+from short_stages import SIZES, STAGES, alike, same, trained
 from torch import nn
 
 from linearize.bench.subjects import convert, random_model, subjects
@@ -23,15 +23,25 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 @CUDA
 @pytest.mark.parametrize("recipe", subjects())
 def test_of_every_recipe(recipe, tmp_path, monkeypatch):
-    """A few steps with accumulation and clipping of each stage."""
+    """Fifty steps of each stage with accumulation, clipping, checkpointing, and a run that goes on in the middle."""
     monkeypatch.setenv("LINEARIZE_COMPILE", "never")
     model = convert(random_model("meta", torch.float32, "tiny", **SIZES), recipe)
     trains = any(layer.mixer.added_parameters for layer in converted(model))
     for stage in ("transfer", "all_kl") if trains else ("all_kl",):
-        eager = trained(tmp_path / f"{stage}-eager", recipe, stage, 8, capture=False)
-        recorded = trained(tmp_path / stage, recipe, stage, 8, capture=True)
+        more = {"gradient_checkpointing": stage != "transfer"}
+        begun: dict[str, torch.Tensor] = {}
+        eager = trained(
+            tmp_path / f"{stage}-eager", recipe, stage, 50, capture=False, **more,
+            watches=lambda trainer, begun=begun: begun.update(
+                {name: p.detach().clone() for name, p in trainer.parameters.items()}
+            ),
+        )  # fmt: skip
+        recorded = trained(tmp_path / stage, recipe, stage, 50, capture=True, resume_at=30, **more)
         assert recorded[2].graph is not None, recorded[2].obstacle
-        same(eager, recorded)
+        again = trained(tmp_path / stage, recipe, stage, 50, capture=True, resume_at=30, **more)
+        assert len(again[0]) == 20
+        alike(eager, recorded, begun)
+        alike((recorded[0][30:], recorded[1]), again, begun)
 
 
 @pytest.mark.gpu

@@ -172,6 +172,15 @@ def test_count(number: float | None, text: str) -> None:
     assert progress.count(number) == text
 
 
+@pytest.mark.parametrize(
+    ("speed", "text"),
+    [(0.0123, "0.012"), (0.35, "0.35"), (4.21, "4.2"), (9.96, "10"), (42.4, "42"), (12_345, "12.3k")],
+)
+def test_rate(speed: float, text: str) -> None:
+    """A job of a few units a minute has a speed."""
+    assert progress.rate(speed) == text
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(42.4, "42s"), (200, "3m20s"), (7500, "2h05m")])
 def test_duration(seconds: float, text: str) -> None:
     assert progress.duration(seconds) == text

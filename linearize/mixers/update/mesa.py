@@ -87,6 +87,7 @@ class Mesa(Overwriting):
 
     def step(self, stream: Stream, state: State) -> Partial:
         q, k, keys, ridge = (x[:, 0] if x.dim() == 4 else x for x in self._terms(stream))
+        q = wide(q)
         decay = None if stream.log_decay is None else stream.log_decay[:, 0]
         gram = state["gram"]
         with self.form():
@@ -99,10 +100,10 @@ class Mesa(Overwriting):
         """q [B, T, H, F], k and k times b [B, T, M, F], and Lambda [H, F]."""
         assert stream.hidden is not None
         # the key of a token that nobody may see is zero
-        k, q = F.normalize(stream.k, dim=-1), wide(F.normalize(stream.q, dim=-1))
+        k, q = F.normalize(stream.k, dim=-1), F.normalize(stream.q, dim=-1)
         logits = product(stream.hidden, self.beta_weight)
         share = (logits + self.beta_bias.to(logits.dtype)).sigmoid()
-        ridge = LOWEST + F.softplus(self.ridge.to(q.dtype))
+        ridge = LOWEST + F.softplus(self.ridge.to(wide(q).dtype))
         return q, k, k * share[..., None].to(k.dtype), ridge.repeat_interleave(q.shape[2] // self.heads, 0)
 
     def _scaled(self, out: Tensor) -> Partial:
