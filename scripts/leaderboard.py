@@ -118,7 +118,7 @@ def starts_rows(sheets: list[dict[str, Row]], speed: dict[str, dict[str, float]]
         if "training" in made[name]:  # beside other runs, so its seconds are nobody's
             made[name]["training"] = {key: x for key, x in made[name]["training"].items() if key != "seconds"}
         made[name] |= {"swa_sinks": window} if window and "student" in made[name] else {}
-        made[name] |= {"commit": row["commit"]} if "commit" in row else {}
+        made[name] |= {key: row[key] for key in ("commit", "note") if key in row}
         made[name] |= {what: found[name] for what, found in speed.items() if name in found}
     return made
 
@@ -136,7 +136,7 @@ def trained_alone(
     rows = {name: row for sheet in sheets for name, row in sheet.items() if row.get("after")}
     return {
         name: {
-            "commit": row.get("commit", ""),
+            **{key: row[key] for key in ("commit", "note") if key in row},
             "student": {f"ppl {text}": value for text, value in row["after"].items()},
             "teacher": {f"ppl {text}": value for text, value in teacher.items()},
         }
@@ -232,6 +232,8 @@ def table(found: dict[str, Any]) -> str:
     ]
     failed = failures(rows)
     tail = _unjudged(found.get("unjudged", {})) + (["", "Failed:", "", *failed, ""] if failed else [])
+    for name, row in {**rows, **found.get("unjudged", {})}.items():
+        tail += ["", f"{name}: {row['note']}", ""] if "note" in row else []
     return "\n".join([*head, ""]) + markdown(["recipe", *heads], lines) + "\n".join(tail)
 
 
@@ -292,7 +294,7 @@ def _unjudged(rows: dict[str, Row]) -> list[str]:
         cells = [
             [number(value), number(value / beside if value and beside else None)] for value, beside in pairs
         ]
-        lines.append([name, *(cell for pair in cells for cell in pair), row["commit"]])
+        lines.append([name, *(cell for pair in cells for cell in pair), row.get("commit", "")])
     heads = [title for key in texts for title in (key, f"x teacher's, {key[4:]}")]
     return [
         "",
