@@ -46,7 +46,11 @@ def test_several_machines(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["noed", "m", "lolcats"], "unknown preset 'noed': did you mean 'node'"),
         (["node", "m", "lolcat"], "unknown recipe 'lolcat'"),
-        (["node", "m", "lolcats", "--set", "process=2"], "did you mean 'processes'"),
+        (["node", "m", "lolcats", "--set", "process=2"], "'node' has no process; did you mean 'processes'"),
+        (
+            ["node", "m", "lolcats", "--set", "processes"],
+            "--set processes: must be KEY=VALUE, such as processes=1",
+        ),
         (
             ["node", "m", "lolcats", "--set", "processes=0"],
             "--set processes=0: must be a whole number from 1",

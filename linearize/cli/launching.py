@@ -71,8 +71,10 @@ def preset(name: str, given: list[str]) -> dict[str, Any]:
     known = OmegaConf.load(PRESETS / f"{name}.yaml")
     for text in given:
         key = text.partition("=")[0]
-        if "=" not in text or key not in known.keys():  # noqa: SIM118 (one that is missing is not in it)
-            raise LaunchError(f"--set {text}: must be KEY=VALUE; {closest(key, [str(k) for k in known])}")
+        if key not in known.keys():  # noqa: SIM118 (one that is missing is not in it)
+            raise LaunchError(f"--set {text}: '{name}' has no {key}; {closest(key, [str(k) for k in known])}")
+        if "=" not in text:
+            raise LaunchError(f"--set {text}: must be KEY=VALUE, such as {key}=1")
     merged = OmegaConf.merge(known, OmegaConf.from_dotlist(given))
     for key in OmegaConf.missing_keys(merged):
         raise LaunchError(f"preset '{name}' needs {key}: add --set {key}=..., see {PRESETS / f'{name}.yaml'}")
