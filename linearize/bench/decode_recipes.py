@@ -180,7 +180,8 @@ def decode(
     watch = Stopwatch(device, spend=0.5, most=LOOKS, turn=turn)
     if compile is not None:
         torch._dynamo.reset()
-    length = context + 1 + EVERY * (LOOKS + 3)
+    # two runs to warm up, one behind the wait for the turn, those that are timed, and one that is profiled
+    length = context + 1 + EVERY * (LOOKS + 4)
     decoder = Decoder(model, batch, length=length, compile=compile, newest=newest)
     first = watch.once(decoder.prepare)
     if decoder.obstacle:

@@ -210,7 +210,18 @@ class Decoder(Reader):
 
     @torch.no_grad()
     def run(self, steps: int) -> None:
-        """So many tokens more for every row; the host waits for nothing."""
+        """So many tokens more for every row; the host waits for nothing.
+
+        Raises:
+            LinearizeError: softmax layers have no room for their keys.
+        """
+        expected = self.clock.expected + steps
+        if self.length and expected > self.length:
+            # beyond, a device would stop with an assertion of its own, and everything else on it
+            raise LinearizeError(
+                f"{expected:,} tokens for a decoder whose softmax layers hold {self.length:,}; make it with a longer `length`"
+            )
+        self.clock.expected = expected
         with nullcontext() if self._graph is not None else self._decoding():
             for _ in range(steps):
                 if self._graph is None:

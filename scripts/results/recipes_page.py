@@ -21,7 +21,7 @@ PAGE, ROWS, PROFILES = "recipes-h200.md", "recipes-h200.json", "recipes-profile-
 SHAPE, BATCHES, LENGTH, CONTEXT = "smollm2-135m", (64, 16), 1024, 8192
 LEAST, MOST_GIB, TIMES = 120_000, 20, 10
 """Issue 10's targets: tokens/s at 64 x 1,024, GiB at 16 x 1,024, times the compiled teacher in decoding."""
-COMPILED = "graph, compiled"
+STEP = "graph, compiled"
 """The way of decoding that the target is about; the teacher's is transformers' own attention."""
 BANDWIDTH = 4.25e12
 """Bytes a second that a copy of 1 GiB reaches on an H200 (docs/kernels.md)."""
@@ -94,7 +94,7 @@ def trained(rows: list[Row], batch: int) -> dict[str, Row]:
     return found
 
 
-def decoded(rows: list[Row], way: str = COMPILED) -> dict[str, Row]:
+def decoded(rows: list[Row], way: str = STEP) -> dict[str, Row]:
     """Recipe, or the teacher -> its newest decoding row of a way."""
     return {
         row["recipe"]: row
@@ -138,7 +138,7 @@ def decoding(rows: list[Row]) -> str:
     """The compiled step of every recipe as a multiple of the compiled teacher's, the fastest first."""
     found = decoded(rows)
     teacher = found[TEACHER]["tokens_per_second"]
-    by_kernel = decoded(rows, COMPILED + NEWEST).get(TEACHER)
+    by_kernel = decoded(rows, STEP + NEWEST).get(TEACHER)
     if by_kernel is not None:
         found[f"{TEACHER}{NEWEST}"] = by_kernel
     lines = []
@@ -167,7 +167,7 @@ def decoding_profiles(rows: list[Row], profiles: list[Row]) -> str:
     ]
     lines = []
     for profile in sorted(
-        (one for one in profiles if (one["measured"], one["way"]) == ("decode", COMPILED)),
+        (one for one in profiles if (one["measured"], one["way"]) == ("decode", STEP)),
         key=lambda one: one["milliseconds"] / one["tokens"],
     ):
         tokens = profile["tokens"]

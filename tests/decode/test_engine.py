@@ -233,3 +233,15 @@ def test_more_than_fits_is_refused():
     with pytest.raises(LinearizeError, match=r"34 tokens.*hold 32"):
         Decoder(hybrid("llama", [1]), 2, length=32).generate(ids, None, NEW)
     assert Decoder(hybrid(), 2, length=32).generate(ids, None, 0).shape == (2, 0)
+
+
+def test_no_room_is_said_before_the_device_stops():
+    """A step beyond what softmax layers hold would write behind their keys."""
+    decoder = Decoder(hybrid(layers=[0]), 1, length=12)
+    decoder.prepare()
+    decoder.read(tiny.tokens(1, 8, 0), None)
+    decoder.run(4)
+    with pytest.raises(LinearizeError, match="13 tokens for a decoder whose softmax layers hold 12"):
+        decoder.run(1)
+    decoder.read(tiny.tokens(1, 8, 0), None)
+    decoder.run(4)
