@@ -190,7 +190,7 @@ def _torch(
 
 def _counted(ring: Ring | None, here: Tensor | None) -> None:
     if ring is not None and ring.since is not None:
-        ring.since.add_(1 if here is None else here.to(ring.since.dtype))
+        ring.since.add_(1 if here is None else here)
 
 
 def _read(ring: Ring, q: Tensor, visible: Tensor, scaling: float, softcap: float | None) -> Weighted:

@@ -105,7 +105,16 @@ CASES = {
 }
 IN_HALF_ON_CPU = {"grouped", "small_window", "no_window_documents"}
 """The interpreter takes seconds a case, so only these run there in float16; on CUDA all do, and in bfloat16 too."""
-cases = pytest.mark.parametrize("name", CASES)
+AT_EVERY_CHANGE = {"pinned", "pinned_carried_general", "pinned_terraced"}
+"""Of those with pinned keys, what the interpreter runs at every change; the others are `slow` there."""
+INTERPRETED = [] if DEVICE == "cuda" else [pytest.mark.slow]
+cases = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=INTERPRETED) if case.pins and name not in AT_EVERY_CHANGE else name
+        for name, case in CASES.items()
+    ],
+)
 
 
 def draw(case: Case) -> dict[str, Tensor | None]:

@@ -139,9 +139,17 @@ def test_features_of_products_stay_in_the_kernel(name, monkeypatch):
         mixer.step(**{n: x[:, 19:] for n, x in given.items()}, state=state)
 
 
+INTERPRETED = [] if DEVICE == "cuda" else [pytest.mark.slow]
+"""Marks of what Triton's interpreter alone makes slow."""
+
+
 @pytest.mark.parametrize(
     ("name", "masked"),
-    [(name, True) for name in MIXERS] + [(name, False) for name in ("lolcats", "gla")],
+    [
+        pytest.param(name, True, marks=INTERPRETED if name in PINNED - {"pinned lolcats"} else [])
+        for name in MIXERS
+    ]
+    + [(name, False) for name in ("lolcats", "gla")],
 )
 def test_training_equals_the_parts(name, masked):
     """Outputs and gradients of inputs and parameters, with packed documents and left padding."""
@@ -258,8 +266,6 @@ def test_padding_between_tokens_equals_the_parts(name):
 
 GROWING = {"gated_linear", "taylor_linear"}
 """Kernels whose answer is a sum over the text."""
-INTERPRETED = [] if DEVICE == "cuda" else [pytest.mark.slow]
-"""Marks of what Triton's interpreter alone makes slow."""
 QUICK = {"gdn2", "linear", "block", "lolcats"}
 NAMES = ["delta window", "kda", "gdn2", "slots", "liger", "taylor", "linear", "block", "lolcats"]
 
