@@ -22,6 +22,7 @@ checkpointing computes again: MFU of a converted model is a lower bound of what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +107,7 @@ def per_token(model: nn.Module, stage: str, length: int) -> float:
     ) + softmax * (passes.teacher * run + passes.student * kept)
 
 
-def _behind(model: nn.Module, mixers: list[nn.Module]) -> frozenset[int]:
+def _behind(model: nn.Module, mixers: Sequence[nn.Module]) -> frozenset[int]:
     """Ids of the parameters that a pass meets behind the last converted layer's attention."""
     from linearize import surgery
     from linearize.distill.shards import blocks
