@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from linearize.bench import quiet, whole
+from linearize.bench import whole
 from linearize.bench.profiles import profiled
 from linearize.bench.runner import LOST
 from linearize.bench.whole import Row, Stopwatch
@@ -190,8 +190,7 @@ class Step:
     def profiled(self, milliseconds: float) -> Row:
         """See `profiles.profiled`; of the step that was measured last, which took so long."""
         assert self._call is not None, "nothing has been measured"
-        with quiet.others(self.watch.beside):
-            return profiled(self._call, self.watch, milliseconds)
+        return profiled(self._call, self.watch, milliseconds)
 
     def release(self) -> None:
         """Let go of gradients, and of what was recorded."""
