@@ -84,9 +84,10 @@ def _of_starts(sheet: Sheet, options: argparse.Namespace, given: list[str]) -> i
     sheet.found["unjudged"] = trained_alone(
         [one["rows"] for one in found], found[-1].get("teacher", {}), sheet.rows
     )
-    judged = {row.get("commit", run["commit"]) for row in sheet.rows.values() for run in runs}
+    shown = [*sheet.rows.values(), *sheet.found["unjudged"].values()]
+    commits = {row.get("commit", run["commit"]) for row in shown for run in runs}
     sheet.found["runs"] = [
-        {key: run[key] for key in ("command", "date", "commit")} for run in runs if run["commit"] in judged
+        {key: run[key] for key in ("command", "date", "commit")} for run in runs if run["commit"] in commits
     ]
     if not ranked(sheet.rows):
         print(
