@@ -219,7 +219,8 @@ class Decoder(Reader):
         if self.length and expected > self.length:
             # beyond, a device would stop with an assertion of its own, and everything else on it
             raise LinearizeError(
-                f"{expected:,} tokens for a decoder whose softmax layers hold {self.length:,}; make it with a longer `length`"
+                f"{expected:,} tokens for a decoder whose softmax layers hold {self.length:,}; make it with a longer "
+                "`length`"
             )
         self.clock.expected = expected
         with nullcontext() if self._graph is not None else self._decoding():
