@@ -111,8 +111,9 @@ class Efficiency:
         made = [
             here("milliseconds", 1e3 * middle, (slow, fast), n),
             here("tokens_per_second", tokens / middle, n=n),
-            here("cache_bytes", held / batch, n=1),
         ]
+        if held:  # none where the forward takes no cache of transformers
+            made.append(here("cache_bytes", held / batch, n=1))
         if device.type == "cuda":
             made.append(here("peak_bytes", torch.cuda.max_memory_allocated(device), n=1))
         return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,7 +82,7 @@ def judge(
         yield suite, [*rows, *derived]
 
 
-def _units(suite: Suite, setting: Setting, roles: Container[str]) -> Iterator[Unit]:
+def _units(suite: Suite, setting: Setting, roles: Collection[str]) -> Iterator[Unit]:
     """Those that can be measured; the others with a word."""
     for unit in suite.units:
         most = math.inf if setting.longest is None else setting.longest
@@ -91,7 +91,7 @@ def _units(suite: Suite, setting: Setting, roles: Container[str]) -> Iterator[Un
                 "%s: no %s at %d tokens: the model has %d positions", suite.name, unit.task, unit.length, most
             )
             continue
-        if unit.roles and not any(role in roles for role in unit.roles):
+        if unit.roles and not any(unit.concerns(role) for role in roles):
             log.info(
                 "%s: no %s: none of its roles is here (%s)", suite.name, unit.task, ", ".join(unit.roles)
             )

@@ -10,10 +10,16 @@ from typing import Any
 import yaml
 
 from linearize.errors import LinearizeError
+from linearize.eval.cast import CONTROLS
+from linearize.eval.rows import STUDENT, TEACHER
 from linearize.registry import closest
 
 FOLDER = Path(__file__).parent / "suites"
 ALL = "all"
+GIVEN = "control"
+"""In a suite's `roles`: every control that is a checkpoint of its own, whatever its name."""
+MADE = (TEACHER, STUDENT, *CONTROLS)
+"""Roles of all others."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Unit:
 
     def concerns(self, role: str) -> bool:
         """Whether a role takes part."""
-        return not self.roles or role in self.roles
+        return not self.roles or role in self.roles or (GIVEN in self.roles and role not in MADE)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from linearize.eval.ablation import NO_LINEAR, NO_WINDOW
-from linearize.eval.cast import SINKS, UNTRAINED
+from linearize.eval.cast import CONTROLS, SINKS, UNTRAINED
 from linearize.eval.recall_split import beyond, name
 from linearize.eval.rows import METRICS, STUDENT, TEACHER, Score
 from linearize.eval.suite import Suite
@@ -65,6 +65,11 @@ def is_text(row: Score) -> bool:
     return row.task.split(":")[0] == "text"
 
 
+def is_given(role: str) -> bool:
+    """Whether a role is a control that is a checkpoint of its own, such as the teacher trained the same way."""
+    return role not in (STUDENT, TEACHER, *CONTROLS)
+
+
 def label(role: str, rows: Sequence[Score]) -> str:
     """What a line is called: the models by their own names, controls by their roles."""
     found = next((row.model for row in rows if row.role == role), role)
@@ -72,9 +77,10 @@ def label(role: str, rows: Sequence[Score]) -> str:
 
 
 def verdicts(rows: Sequence[Score]) -> Iterator[str]:
-    """Sentences: is the student better than the plain window, and where does the teacher itself fail."""
+    """Sentences: is the student better than the plain window and given controls, and where does the teacher fail."""
     for row in rows:
-        if row.metric == "nll_difference" and row.role == SINKS and (not row.by or is_beyond(row)):
+        beside = row.role == SINKS or is_given(row.role)
+        if row.metric == "nll_difference" and beside and (not row.by or is_beyond(row)):
             yield _compared(row)
     failed = [
         f"{row.task} at {number(row.length)} ({100 * row.value:.0f} %)"
@@ -201,7 +207,7 @@ def share(row: Score) -> Any:
 def _plainly(rows: Sequence[Score], roles: Sequence[str], tasks: Sequence[str]) -> list[Row]:
     """A line for each metric, context and batch."""
     made = []
-    here = [row for row in rows if row.task in tasks]
+    here = [row for row in rows if row.task.split(":")[0] in tasks]  # behind the colon stands the text's name
     for task, metric, length, bucket in dict.fromkeys((r.task, r.metric, r.length, r.bucket) for r in here):
         line: Row = {"task": task, "metric": metric, "tokens": length, "batch": bucket or None}
         found = {

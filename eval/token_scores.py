@@ -61,8 +61,8 @@ class Predictor:
             nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
         )
 
-    def window(self, ids: Tensor, *, keep: bool = False) -> Callable[[slice], Tensor]:
-        """Run one window; the result gives log-probabilities [n, V], float32 or wider, of the tokens of a slice.
+    def window(self, ids: Tensor, *, keep: bool = False) -> Callable[[slice | Tensor], Tensor]:
+        """Run one window; the result gives log-probabilities [n, V], float32 or wider, of a slice's or places' tokens.
 
         Args:
             ids: int64 [T].
@@ -70,7 +70,7 @@ class Predictor:
         """
         return self.windows(ids[None], keep=keep)[0]
 
-    def windows(self, ids: Tensor, *, keep: bool = False) -> list[Callable[[slice], Tensor]]:
+    def windows(self, ids: Tensor, *, keep: bool = False) -> list[Callable[[slice | Tensor], Tensor]]:
         """The same for windows [B, T] that go through the model together, as far as their logits can be left out."""
         head = self.head
         with torch.no_grad(), evaluating(self.model), self._context():
@@ -92,11 +92,11 @@ class Predictor:
         )  # without a head, all logits would be there
         return max(1, TOKENS_AT_ONCE // length) if many else 1
 
-    def _whole(self, ids: Tensor) -> Callable[[slice], Tensor]:
+    def _whole(self, ids: Tensor) -> Callable[[slice | Tensor], Tensor]:
         logits = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0]
         return lambda part: F.log_softmax(_wide(logits[part]), -1)
 
-    def _part(self, head: Head, hidden: Tensor, part: slice) -> Tensor:
+    def _part(self, head: Head, hidden: Tensor, part: slice | Tensor) -> Tensor:
         return self._apply(head, hidden[part])
 
     def _apply(self, head: Head, hidden: Tensor) -> Tensor:
@@ -107,7 +107,12 @@ class Predictor:
 
 
 def score_tokens(
-    model: Predictor, windows: Tensor, teacher: Predictor | None = None, *, meter: Any = None
+    model: Predictor,
+    windows: Tensor,
+    teacher: Predictor | None = None,
+    *,
+    meter: Any = None,
+    where: Tensor | None = None,
 ) -> TokenScores:
     """Scores of every token but the first of each window.
 
@@ -116,6 +121,7 @@ def score_tokens(
         windows: int64 [N, T].
         teacher: what it is compared with; its passes over the same windows are kept for the next model.
         meter: object with `advance(tokens)`, called after each window.
+        where: bool [N, T - 1], the tokens that are scored, the others being 0; None scores all.
     """
     length = windows.shape[1]
     nll = torch.zeros(len(windows), length - 1)
@@ -127,7 +133,10 @@ def score_tokens(
         passes = model.windows(some)
         others = [None] * len(some) if teacher is None else teacher.windows(some, keep=True)
         for ids, own, other in zip(some, passes, others, strict=True):
-            for part in slices(length - 1, own(slice(0, 1)).shape[-1], most):
+            wanted = None if where is None else where[number].nonzero()[:, 0]
+            scored = length - 1 if wanted is None else len(wanted)
+            for cut in slices(scored, own(slice(0, 1)).shape[-1], most):
+                part = cut if wanted is None else wanted[cut]
                 found = own(part)
                 targets = ids[1:][part].to(found.device)
                 nll[number, part] = -found.gather(1, targets[:, None])[:, 0].float().cpu()

@@ -5,7 +5,8 @@
     python scripts/join_scores.py runs/mine/eval runs/mine-text runs/mine-passkey
 
 With `--digits 5` a .json file has a line a row and so many digits of each number, for a repository.
-With `--role teacher` only the teacher's are taken, so that the next conversion of it need not measure them again.
+With `--role teacher` only the teacher's are taken, so that the next conversion of it need not measure them again; a
+.json file of rows, as docs/results has them, is a source as well, of what needs no files beside it: recall, decoding.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 from pathlib import Path
 
 from linearize.errors import LinearizeError
-from linearize.eval.rows import Scores
+from linearize.eval.rows import Score, Scores
 from linearize.storing import write_file
 
 BESIDE = ("tokens", "samples", "items")
@@ -32,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "to", type=Path, help="folder of a results.json, or a .json file of rows alone; either may be missing"
     )
-    parser.add_argument("source", type=Path, nargs="+", help="folders that `linearize eval` wrote")
+    parser.add_argument(
+        "source", type=Path, nargs="+", help="folders that `linearize eval` wrote, or .json files of rows"
+    )
     parser.add_argument("--role", help="rows of this role alone")
     parser.add_argument("--digits", type=int, metavar="N", help="of each number, with a .json file")
     options = parser.parse_args(arguments)
@@ -55,7 +58,7 @@ def join(to: Path, source: Path, role: str | None = None) -> int:
 
     Args:
         to: folder, or .json file, which gets no files beside it.
-        source: folder of a results.json.
+        source: folder of a results.json, or a .json file of rows, which has no files beside it.
         role: whose; None takes all.
 
     Returns:
@@ -65,25 +68,34 @@ def join(to: Path, source: Path, role: str | None = None) -> int:
         LinearizeError: the source has no scores.
         CheckpointError: one of the two is damaged.
     """
-    if not (source / "results.json").is_file():
-        raise LinearizeError(f"{source} holds no results.json; name folders that `linearize eval` wrote")
+    rows = source if source.suffix == ".json" else source / "results.json"
+    if not rows.is_file():
+        raise LinearizeError(
+            f"{source} holds no results.json; name folders that `linearize eval` wrote, or a .json file of rows"
+        )
     folder = None if to.suffix == ".json" else to
     (to.parent if folder is None else folder).mkdir(parents=True, exist_ok=True)
     target = Scores(to if folder is None else to / "results.json")
     have = {row.key for row in target.rows}
+    bare = folder is not None and rows == source
     taken = [
         row
-        for row in Scores(source / "results.json").rows
-        if row.key not in have and role in (None, row.role)
+        for row in Scores(rows).rows
+        if row.key not in have and role in (None, row.role) and (not bare or _stands_alone(row))
     ]
     keys = {row.key for row in taken}
-    for name in BESIDE if folder is not None else ():
+    for name in BESIDE if folder is not None and not bare else ():
         for file in sorted((source / name).glob("*")):
             if file.name.partition(".")[0] in keys:
                 (to / name).mkdir(exist_ok=True)
                 shutil.copy2(file, to / name / file.name)
     target.add(taken)  # last: rows whose files are missing would never be measured again
     return len(keys)
+
+
+def _stands_alone(row: Score) -> bool:
+    """Whether a row needs no files beside it: tokens and items that others are held against, or texts to show."""
+    return "lm-eval" not in row.version and row.task.split(":")[0] not in ("text", "generation")
 
 
 def shorten(file: Path, digits: int) -> None:

@@ -51,6 +51,12 @@ def test_the_teachers_alone(main, tmp_path):
     assert joined == [row for row in Scores(whole / "results.json").rows if row.role == TEACHER]
     assert main(tmp_path / "rows.json", whole) == 0
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()].count("tokens") == 0
+    assert main(tmp_path / "from-file", tmp_path / "rows.json", "--role", TEACHER) == 0
+    alone = [row for row in joined if row.task in ("passkey", "prefill")]
+    assert (
+        alone and Scores(tmp_path / "from-file" / "results.json").rows == alone
+    )  # the others' files are not there
+    assert main(tmp_path / "to", tmp_path / "nowhere.json") == 2
 
 
 def test_a_folder_without_scores_is_named(main, tmp_path, capsys):

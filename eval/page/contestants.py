@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from linearize.eval.ablation import NO_LINEAR, NO_WINDOW
-from linearize.eval.cast import SINKS, UNTRAINED
+from linearize.eval.cast import CONTROLS, SINKS, UNTRAINED
 from linearize.eval.page.blocks import Style
 from linearize.eval.page.sources import Subject, Written
 from linearize.eval.plots import COLORS
@@ -47,8 +48,8 @@ class Contestant:
 def contestants(subjects: Sequence[Subject]) -> list[Contestant]:
     """Teachers, students, then controls.
 
-    With one subject every control is in all charts. With several, only the window without training is: what a branch
-    does is a question about one conversion, and has a section of its own.
+    With one subject every control is in all charts. With several, only the window without training is, and checkpoints
+    that were given as controls: what a branch does is a question about one conversion, and has a section of its own.
     """
     alone = len(subjects) == 1
     made = [*_shared(subjects, TEACHER, alone)]
@@ -62,14 +63,14 @@ def contestants(subjects: Sequence[Subject]) -> list[Contestant]:
             written = [one for one in subject.written if one.role == STUDENT]
             made.append(Contestant(subject.name, STUDENT, (subject.name,), rows, style, True, written))
     made += _shared(subjects, SINKS, alone)
+    made += _given(subjects, alone)
     for subject in subjects:
-        others = [row.role for row in subject.rows if row.role not in (TEACHER, STUDENT, SINKS)]
-        for number, role in enumerate(dict.fromkeys(others)):
-            style = CONTROL_STYLES.get(role, Style(COLORS[(number + 2) % len(COLORS)], "dot", "star"))
+        others = [row.role for row in subject.rows if row.role in CONTROLS and row.role != SINKS]
+        for role in dict.fromkeys(others):
             name = role if alone else f"{subject.name}: {role}"
             rows = [row for row in subject.rows if row.role == role]
             written = [one for one in subject.written if one.role == role]
-            made.append(Contestant(name, role, (subject.name,), rows, style, alone, written))
+            made.append(Contestant(name, role, (subject.name,), rows, CONTROL_STYLES[role], alone, written))
     return made
 
 
@@ -101,6 +102,34 @@ def _shared(subjects: Sequence[Subject], role: str, alone: bool) -> Iterator[Con
         written = [one for one in members[0].written if one.role == role]
         rows = [row for row in merged.values() if alone or row.metric != "nll_difference"]
         yield Contestant(name, role, tuple(one.name for one in members), rows, style, True, written)
+
+
+def _given(subjects: Sequence[Subject], alone: bool) -> Iterator[Contestant]:
+    """Checkpoints that were given as controls; one that several subjects were judged beside, by its scores, once."""
+    groups: list[tuple[str, list[Subject], dict[tuple[object, ...], Score]]] = []
+    for subject in subjects:
+        known = (TEACHER, STUDENT, *CONTROLS)
+        for role in dict.fromkeys(row.role for row in subject.rows if row.role not in known):
+            own = {place(row): row for row in subject.rows if row.role == role}
+            same = next((group for group in groups if group[0] == role and _agree(group[2], own)), None)
+            if same is None:
+                groups.append((role, [subject], own))
+            else:
+                same[1].append(subject)
+                same[2].update({where: row for where, row in own.items() if where not in same[2]})
+    roles = [role for role, _, _ in groups]
+    for number, (role, members, merged) in enumerate(groups):
+        name = role if roles.count(role) == 1 else f"{members[0].name}: {role}"
+        rows = [row for row in merged.values() if alone or row.metric != "nll_difference"]
+        style = Style(COLORS[(number + 2) % len(COLORS)], "dot", "star")
+        written = [one for one in members[0].written if one.role == role]
+        yield Contestant(name, role, tuple(one.name for one in members), rows, style, True, written)
+
+
+def _agree(one: Mapping[tuple[object, ...], Score], other: Mapping[tuple[object, ...], Score]) -> bool:
+    """Whether scores of a model alone are the same, to the rounding of another batch size."""
+    pairs = [(one[where], row) for where, row in other.items() if where in one and not row.against]
+    return bool(pairs) and all(math.isclose(a.value, b.value, rel_tol=2e-3, abs_tol=1e-9) for a, b in pairs)
 
 
 def place(row: Score) -> tuple[object, ...]:

@@ -25,7 +25,7 @@ from linearize.eval.page.blocks import (
 )
 from linearize.eval.page.contestants import Contestant, contestants, short
 from linearize.eval.page.sources import Subject
-from linearize.eval.page.verdict import listed, texts, verdict, written
+from linearize.eval.page.verdict import mean_of, recall_of, texts, verdict, written
 from linearize.eval.rows import METRICS, STUDENT, TEACHER, Score
 from linearize.eval.tables import number
 
@@ -39,6 +39,8 @@ COSTS = {
     ("decode", "peak_bytes"): ("Most memory in decoding", "GB", 1e-9),
 }
 """(task, metric) -> title, unit, factor of what is drawn; the rest says the same in another way."""
+WRITTEN = ("decoding", "generation")
+"""Tasks of what a model writes."""
 
 
 def page(subjects: Sequence[Subject]) -> Page:
@@ -54,7 +56,7 @@ def page(subjects: Sequence[Subject]) -> Page:
         Section("Cost against context", list(_cost(main)), _legend([one for one in main if _costs(one)])),
         Section("Controls", list(controls.blocks(subjects))),
         training.section(subjects, cast),
-        Section("What they write", list(_samples(main))),
+        Section("What they write", [*_writing(main), *_samples(main)]),
         Section("How it was measured", list(_provenance(subjects))),
     ]
     title = " against ".join(subject.name for subject in subjects)
@@ -71,8 +73,7 @@ def _summary(cast: Sequence[Contestant]) -> Iterator[Block]:
         for place in texts(one.rows, one.role):
             counted[place] = counted.get(place, 0) + 1
     unit = max(counted, key=lambda place: (counted[place], place[1])) if counted else None
-    shared = [set(written(one.rows)) for one in cast if written(one.rows)]
-    recall = sorted(set.intersection(*shared)) if shared else []
+    recall, left = recall_of(cast)
     rows = []
     for one in cast:
         line: Row = {"model": one.name}
@@ -96,7 +97,7 @@ def _summary(cast: Sequence[Contestant]) -> Iterator[Block]:
             "token before repeats one from 64 tokens back or more."
         )
         if recall:
-            said += f" Recall: mean of {listed(recall)} tokens."
+            said += f" Recall: {mean_of(recall, left)}."
         yield Words(said)
 
 
@@ -225,6 +226,22 @@ def _cost(cast: Sequence[Contestant]) -> Iterator[Block]:
         yield Table(
             _even(list(ahead.values())), "From which measured context on a student stays ahead of the teacher"
         )
+
+
+def _writing(cast: Sequence[Contestant]) -> Iterator[Block]:
+    """Decoding against prefill, and the plainest faults of what is written."""
+    scored = [(one, row) for one in cast for row in one.rows if row.task.split(":")[0] in WRITTEN]
+    rows = []
+    for task, length, metric in dict.fromkeys((row.task, row.length, row.metric) for _, row in scored):
+        line: Row = {"measured": f"{task}, {length:,} tokens", "metric": metric.replace("_", " ")}
+        for one, row in scored:
+            if (row.task, row.length, row.metric) == (task, length, metric):
+                known = METRICS.get(metric)
+                share = known is not None and known.share and math.isfinite(row.value)
+                line[one.name] = f"{100 * row.value:.2f} %" if share else row.value
+        rows.append(line)
+    if rows:
+        yield Table(_even(rows))
 
 
 def _samples(cast: Sequence[Contestant]) -> Iterator[Block]:

@@ -40,19 +40,18 @@ class _Comparison:
 
 def verdict(subjects: Sequence[Subject], cast: Sequence[Contestant]) -> tuple[Finding, list[Finding]]:
     """The headline, and the sentences that it stands on."""
-    window = {subject.name: list(_window(subject)) for subject in subjects}
+    window = {subject.name: list(_beside(subject, SINKS)) for subject in subjects}
     found: list[Finding] = []
     if len(subjects) == 1:
         [subject] = subjects
         headline = _headline(subject.name, window[subject.name])
     else:
-        headline, found = _between(subjects)
+        headline, found = _between(subjects, recall_of(cast))
     for name, pairs in window.items():
-        for far, where in (
-            (False, "over all tokens"),
-            (True, "at recalling what lies 64 tokens back or more"),
-        ):
-            found += _said([one for beyond, one in pairs if beyond is far], name, SINKS, where)
+        found += _twice(pairs, name, SINKS)
+    for subject in subjects:
+        for role in dict.fromkeys(row.role for row in subject.rows if summary.is_given(row.role)):
+            found += _twice(list(_beside(subject, role)), subject.name, role)
     for one in cast:
         if one.role == TEACHER:
             found += [Finding(OPEN, sentence) for sentence in summary.verdicts(one.rows)]
@@ -87,12 +86,34 @@ def listed(units: Collection[tuple[str, int]]) -> str:
     return f"{what} at {few if len(lengths) <= MANY else f'{lengths[0]:,} to {lengths[-1]:,}'}"
 
 
-def _window(subject: Subject) -> Iterator[tuple[bool, _Comparison]]:
-    """(whether it is about what lies beyond a window, comparison) with the plain window."""
+def recall_of(cast: Sequence[Contestant]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """What a mean of recall is over, for all means of a page: (task, length) of what teachers, students and the plain
+    window write, as far as they were measured on recall at all; and what only some of them do."""
+    roles = (TEACHER, STUDENT, SINKS)
+    found = [made for one in cast if one.role in roles and (made := set(written(one.rows)))]
+    shared = set.intersection(*found) if found else set()
+    return sorted(shared), sorted(set().union(*found) - shared)
+
+
+def mean_of(shared: Collection[tuple[str, int]], left: Collection[tuple[str, int]] = ()) -> str:
+    """What a mean over `recall_of` is of."""
+    measured = f"{len(shared)} measurements: " if len(shared) > 1 else ""
+    rest = f"; not of all models, so left out: {listed(left)}" if left else ""
+    return f"mean of {measured}{listed(shared)} tokens{rest}"
+
+
+def _beside(subject: Subject, role: str) -> Iterator[tuple[bool, _Comparison]]:
+    """(whether it is about what lies beyond a window, comparison) with a control."""
     for row in subject.rows:
-        if row.role == SINKS and row.metric == "nll_difference":
+        if row.role == role and row.metric == "nll_difference":
             for sentence in summary.verdicts([row]):  # none for the buckets
                 yield bool(row.by), _Comparison(row, _grade(row.low, row.high), row.value, sentence)
+
+
+def _twice(pairs: Sequence[tuple[bool, _Comparison]], first: str, second: str) -> Iterator[Finding]:
+    """Over all tokens, and beyond a window."""
+    for far, where in ((False, "over all tokens"), (True, "at recalling what lies 64 tokens back or more")):
+        yield from _said([one for beyond, one in pairs if beyond is far], first, second, where)
 
 
 def _said(made: Sequence[_Comparison], first: str, second: str, where: str) -> Iterator[Finding]:
@@ -138,7 +159,9 @@ def _grade(low: float | None, high: float | None) -> str:
     return GOOD if low > 0 else BAD
 
 
-def _between(subjects: Sequence[Subject]) -> tuple[Finding, list[Finding]]:
+def _between(
+    subjects: Sequence[Subject], recall: tuple[Collection[tuple[str, int]], Collection[tuple[str, int]]]
+) -> tuple[Finding, list[Finding]]:
     """Each student against the next best, by the texts and by recall, as far as all of them were measured."""
     scores = [(subject, texts(subject.rows)) for subject in subjects]
     units = [unit for unit in scores[0][1] if all(unit in found for _, found in scores)]
@@ -150,15 +173,13 @@ def _between(subjects: Sequence[Subject]) -> tuple[Finding, list[Finding]]:
         found += _said(made, first.name, second.name, "over all tokens")
         if made and rank == 0:
             headline = _first_of_all(first.name, second.name, {one.grade for one in made})
-    recall = [(subject, written([r for r in subject.rows if r.role == STUDENT])) for subject in subjects]
-    shared = [unit for unit in recall[0][1] if all(unit in one for _, one in recall)]
-    if shared:
-        means = {s.name: sum(one[unit].value for unit in shared) / len(shared) for s, one in recall}
+    shared, left = recall
+    wrote = [(subject, written([r for r in subject.rows if r.role == STUDENT])) for subject in subjects]
+    if shared and all(one for _, one in wrote):
+        means = {s.name: sum(one[unit].value for unit in shared) / len(shared) for s, one in wrote}
         ordered = sorted(means.items(), key=lambda entry: -entry[1])
         values = ", ".join(f"{name} {100 * mean:.0f} %" for name, mean in ordered)
-        found.append(
-            Finding(OPEN, f"Recall that is written right, mean of {listed(shared)} tokens: {values}.")
-        )
+        found.append(Finding(OPEN, f"Recall that is written right: {values} ({mean_of(shared, left)})."))
     return headline, found
 
 

@@ -41,6 +41,9 @@ class Answer:
 class Cached:
     """A model that remembers what it was shown: a batch of prompts, then token after token.
 
+    One whose forward takes no cache of transformers (RWKV-4 has a state of its own, GPT-1 none) reads all of it again
+    for every token: the same answers, slowly.
+
     Args:
         model: in evaluation mode.
         autocast: dtype for torch.autocast on the model's device, or None.
@@ -50,10 +53,11 @@ class Cached:
         self.model = model
         self.device = device_of(model)
         self.autocast = autocast
-        self.cache: Any = DynamicCache(config=model.config)
         known = inspect.signature(model.forward).parameters
         # the second name is that of transformers before 5.24
-        self._name = "cache" if "cache" in known else "past_key_values"
+        self._name = next((name for name in ("cache", "past_key_values") if name in known), None)
+        self.cache: Any = None if self._name is None else DynamicCache(config=model.config)
+        self._read: Tensor | None = None
         self._fewer = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -73,15 +77,21 @@ class Cached:
     def copy(self) -> Cached:
         """Another one that remembers the same; the mixers that converted layers point at stay the model's."""
         other = copy.copy(self)
+        if self.cache is None:
+            return other
         mixers = {id(layer.mixer): layer.mixer for layer in surgery.converted(self.model)}
         other.cache = copy.deepcopy(self.cache, mixers)
         return other
 
     @torch.no_grad()
     def _run(self, ids: Tensor, options: dict[str, int]) -> Tensor:
+        ids, new = ids.to(self.device), ids.shape[1]
+        given: dict[str, Any] = {self._name: self.cache, "use_cache": True} if self._name else {}
+        if self._name is None:
+            given["use_cache"] = False
+            self._read = ids = ids if self._read is None else torch.cat([self._read, ids], 1)
         with self.together():
-            given = {self._name: self.cache, "use_cache": True, **options}
-            return self.model(input_ids=ids.to(self.device), **given).logits.float()
+            return self.model(input_ids=ids, **given, **options).logits[:, -new:].float()
 
 
 def answers(

@@ -172,13 +172,22 @@ def _roles(options: argparse.Namespace) -> list[str]:
     """Of --roles, all of them known."""
     from linearize.eval.cast import CONTROLS
     from linearize.eval.rows import STUDENT, TEACHER
+    from linearize.eval.suite import GIVEN
     from linearize.registry import closest
 
-    known = [TEACHER, STUDENT, *CONTROLS, *(_name(source) for source in options.control)]
+    given = [_name(source) for source in options.control]
+    known = [TEACHER, STUDENT, *CONTROLS, *given]
+    roles = []
     for role in options.roles:
-        if role not in known:
-            raise LinearizeError(f"--roles: no role '{role}'; {closest(role, known)}")
-    return list(options.roles)
+        if role == GIVEN and given:
+            roles += given
+        elif role in known:
+            roles.append(role)
+        else:
+            raise LinearizeError(
+                f"--roles: no role '{role}'; {closest(role, [*known, *([GIVEN] if given else [])])}"
+            )
+    return roles
 
 
 def _lm_tasks(options: argparse.Namespace) -> Any:
@@ -277,4 +286,4 @@ def _control(source: str, options: argparse.Namespace, tokenizer: Any) -> Any:
         _same_tokens(tokenizer, other, options.path, source)
         yield model
 
-    return Entrant(_name(source), _name(source), _identity(source), opened)
+    return Entrant(_name(options.path), _name(source), _identity(source), opened)  # as every control is named

@@ -160,6 +160,12 @@ def _file_shards(path: Path, template: Template) -> list[Shard]:
         return [Shard(str(path), lambda: readers.READERS[kind](path), template)]
     names, groups = readers.parquet_columns(path)
     columns = template.columns(names, str(path))
+    twice = [column for column in columns if names.count(column) > 1]
+    if twice:
+        raise DataError(
+            f"{path} has {names.count(twice[0])} columns '{twice[0]}', and which of them is meant is not for guessing; "
+            "rename or drop one"
+        )
     return [
         Shard(str(path), _group_reader(path, group, first, columns), template)
         for group, first in enumerate(groups)

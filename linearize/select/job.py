@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 TRAINING_PASSES, CALIBRATION_PASSES = 3, 10
 """A token of the alignment, or of the calibration, takes about as long as so many tokens of a scored pass."""
+SAVED = 0.32
+"""Share of a pass that one which begins behind its first blocks leaves out: half of the blocks, not the head."""
 BY = {"kl": (TEXT, KL), "recall": (TEXT, KL_HIT), "passkey": (PASSKEYS, KL_PASSKEY)}
 """What greedy restoring lowers: the KL of all tokens, of those that could be recalled, or of pass keys."""
 SHARE = 4
@@ -194,8 +196,9 @@ def choose(scorer: Scorer, options: Options) -> Selection:
             raise DataError(
                 f"--by {options.by}: no token of the text repeats a pair of its window; take a larger --length"
             )
-        alone = {layer: _everywhere(scorer, tuple(x for x in layers if x != layer)) for layer in layers}
-        steps = greedy(layers, keep, lambda kept: scorer(kept, _choice(where))[by].value)
+        with scorer.near(tuple(layers)):
+            alone = {layer: _everywhere(scorer, tuple(x for x in layers if x != layer)) for layer in layers}
+        steps = greedy(layers, keep, lambda kept: scorer(kept, _choice(where))[by].value, scorer.near)
         chosen = [_everywhere(scorer, step.kept) for step in steps]
         cost = {layer: found[by].value for layer, found in alone.items()}
         placements: dict[str, list[Kept]] = {
@@ -329,7 +332,8 @@ def _announce(scorer: Scorer, options: Options, found: Any, seen: Any) -> None:
     placements, scored = _cost(scorer, keep, options)
     trained = 0 if found is None else options.tokens
     calibrated = 0 if seen is None else len(seen) * len(seen[0]["input_ids"])
-    tokens = scored + TRAINING_PASSES * trained + CALIBRATION_PASSES * calibrated
+    tokens = scored - SAVED * _near(scorer, keep, options)
+    tokens += TRAINING_PASSES * trained + CALIBRATION_PASSES * calibrated
     seconds = scorer.seconds_a_token() * tokens
     log.info(
         "select (%s of %s layers stay softmax; %s tokens of calibration and %s of alignment, then %s placements, %s "
@@ -342,6 +346,15 @@ def _announce(scorer: Scorer, options: Options, found: Any, seen: Any) -> None:
         count(scored),
         duration(seconds),
     )
+
+
+def _near(scorer: Scorer, keep: int, options: Options) -> int:
+    """Tokens of placements that are one layer away from another, see `Scorer.near`."""
+    if scorer.student.obstacle is not None:
+        return 0
+    layers, sizes = len(scorer.layers), {name: sample.ids.numel() for name, sample in scorer.samples.items()}
+    alone = layers * sum(sizes.get(_choice(kind), 0) for kind in (TEXT, PASSKEYS))
+    return alone + greedy_passes(layers, keep) * sizes.get(_choice(BY[options.by][0]), 0)
 
 
 def _meter(scorer: Scorer, keep: int, options: Options) -> Meter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 Kept = tuple[int, ...]
@@ -22,7 +23,12 @@ class Restored:
     """What every candidate of the step would have scored; lower is better."""
 
 
-def greedy(layers: Sequence[int], keep: int, score: Callable[[Kept], float]) -> list[Restored]:
+def greedy(
+    layers: Sequence[int],
+    keep: int,
+    score: Callable[[Kept], float],
+    near: Callable[[Kept], AbstractContextManager[object]] = nullcontext,
+) -> list[Restored]:
     """From all converted, restore the layer whose restoring scores lowest, `keep` times.
 
     KL-guided selection (Li et al. 2025, arXiv 2512.20569) restores one layer at a time as well, but scores each once.
@@ -31,11 +37,13 @@ def greedy(layers: Sequence[int], keep: int, score: Callable[[Kept], float]) -> 
         layers: numbers of the layers that may be restored.
         keep: how many are.
         score: of a placement; lower is better. Of equal ones, and among scores that are NaN, the first layer wins.
+        near: a context in which a step's placements, each one layer away from the given one, are scored.
     """
     steps: list[Restored] = []
     kept: Kept = ()
     for _ in range(keep):
-        found = {layer: score(with_layer(kept, layer)) for layer in layers if layer not in kept}
+        with near(kept):
+            found = {layer: score(with_layer(kept, layer)) for layer in layers if layer not in kept}
         (best,) = best_first(found, 1)
         kept = with_layer(kept, best)
         steps.append(Restored(best, kept, found))

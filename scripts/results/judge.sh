@@ -7,13 +7,15 @@
 # names a folder of them, the five tasks. cost: latency and memory, which want the device alone. page: json, md and
 # html. What is there is not made again; MILLION, SUITES, MODEL, ITEMS and OVERRIDES make it small for a try.
 #
-# measure ends within LIMIT seconds, and goes on where it ended: parts begin in the order of how much they tell, SLOTS
-# of them at a time on each card (processes of one card take turns), and in each the near comes before the far.
+# measure ends within LIMIT seconds, and goes on where it ended: PARTS begin in their order, SLOTS of them at a time on
+# each card (processes of one card take turns), and in each the near comes before the far. CONTROL=FOLDER is a control
+# of every model's. KNOWN=FILE.json has the teacher's scores of before, which are not measured again.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 data=${DATA:-../shared/data}/text runs=${RUNS:-runs/judge} out=${OUT:-docs/results} name=${NAME:-judge-h200}
 python=${PYTHON:-python3} million=${MILLION:-M} device=${DEVICE:-auto}
-suites=${SUITES:-scripts/results} limit=${LIMIT:-300}
+suites=${SUITES:-scripts/results} limit=${LIMIT:-300} known=${KNOWN:-}
+read -ra parts <<<"${PARTS:-text recall beside decoding tasks far reach beside-reach decoding-teacher}"
 texts=(--text "wikitext2=$data/wikitext2.test.parquet" --text "books=$data/books.long.parquet")
 read -ra models <<<"${MODELS:-lolcats gated_delta_window}" # other runs in RUNS may be measured likewise
 IFS=, read -ra cards <<<"${CUDA_VISIBLE_DEVICES:-0}"
@@ -30,12 +32,17 @@ convert() {  # NAME [overrides]; the recipe has the same name
         ${OVERRIDES:-} $([ -f "$to/recipe.yaml" ] && echo --resume) >"$to.log" 2>&1 ||
         echo "$to failed: $(tail -n 3 "$to.log")"
 }
-control_of() {  # MODEL: as lolcats' second stage, by the next token; distilled, the teacher stays what it is
-    [ "$1" = lolcats ] && [ -f "$runs/softmax/done.json" ] && echo --control "$runs/softmax"
+control_of() {  # MODEL: of lolcats as its second stage, by the next token; distilled, the teacher stays what it is
+    if [ -f "${CONTROL:-}/done.json" ]; then echo --control "$CONTROL"
+    elif [ "$1" = lolcats ] && [ -f "$runs/softmax/done.json" ]; then echo --control "$runs/softmax"; fi
+}
+with_control() {  # MODEL ROLES: and its controls, also one that lies beside it
+    [ -n "$(control_of "$1")" ] || [ -f "$runs/$1-control/done.json" ] && echo "$2,control" || echo "$2"
 }
 judge() {  # MODEL PART [options]: into a folder of its own, so that parts run side by side
     local model=$1 to=$runs/parts/$1-$2; shift 2
     mkdir -p "$runs/parts"
+    [ -z "$known" ] || [ -f "$to/results.json" ] || "$python" scripts/join_scores.py "$to" "$known" --role teacher >/dev/null
     run eval "$runs/$model" --out "$to" --device "$device" $(control_of "$model") "$@" >"$to.log" 2>&1 ||
         echo "$to ended with $?: $(tail -n 3 "$to.log")"
 }
@@ -50,10 +57,37 @@ part() {  # CARD MODEL PART [options]: as soon as there is room, for as long as 
         judge "$@" &
     fi
 }
+begin() {  # PART: of every model, or of what the models have in common beside the first
+    local index model near=$suites/judge_recall_suite.yaml far=$suites/judge_far_suite.yaml decoding=$suites/judge_decoding_suite.yaml
+    local recall=passkey,mqar,niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multikey_2,niah_multikey_3
+    recall+=,niah_multivalue,niah_multiquery,variable_tracking,babilong_qa1,babilong_qa2,babilong_qa3,phonebook
+    local first=${models[0]}
+    case $1 in
+    beside) part 1 "$first" "$1" --suite "$near" --only "$recall" --roles "$(with_control "$first" teacher,swa_sinks)"; return ;;
+    beside-reach) part 1 "$first" "$1" --suite "$far" --only passkey,niah_single_1 --roles teacher,swa_sinks; return ;;
+    decoding-teacher) part 0 "$first" "$1" --suite "$decoding" "${texts[@]:0:2}" --roles teacher; return ;;
+    esac
+    for index in "${!models[@]}"; do
+        model=${models[$index]}
+        case $1 in
+        text) part "$index" "$model" "$1" --suite "$suites/judge_suite.yaml" "${texts[@]}" ;;
+        recall) part "$index" "$model" "$1" --suite "$near" --only "$recall" --roles "student,untrained swap,linear branch off" ;;
+        far) part "$index" "$model" "$1" --suite "$far" --only text "${texts[@]}" ;;
+        reach) part "$index" "$model" "$1" --suite "$far" --only passkey,niah_single_1 --roles student ;;
+        decoding) part "$index" "$model" "$1" --suite "$decoding" "${texts[@]:0:2}" --roles student ;;
+        tasks)
+            if [ -n "${TASKS:-}" ] && "$python" -c 'import lm_eval' 2>/dev/null; then
+                part "$index" "$model" "$1" --suite tasks --tasks all --task-data "$TASKS" --limit "${ITEMS:-400}" \
+                    --roles "$(with_control "$model" teacher,student)"
+            fi ;;
+        *) echo "PARTS: no part $1" >&2; return 2 ;;
+        esac
+    done
+}
 join() {  # MODEL
     local part found=()
     # what the models have in common was measured beside the first
-    for part in "$1"-{text,recall,decoding,tasks,cost} "${models[0]}"-{beside,decoding-teacher}; do
+    for part in "$1"-{text,recall,decoding,tasks,far,reach,cost} "${models[0]}"-{beside,beside-reach,decoding-teacher}; do
         [ -f "$runs/parts/$part/results.json" ] && found+=("$runs/parts/$part")
     done
     [ ${#found[@]} -eq 0 ] || "$python" scripts/join_scores.py "$runs/$1/eval" "${found[@]}"
@@ -74,25 +108,7 @@ for step in "$@"; do
         ;;
     measure)
         until=$((SECONDS + limit))
-        near=$suites/judge_recall_suite.yaml far=$suites/judge_far_suite.yaml
-        recall=passkey,mqar,niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multikey_2,niah_multikey_3
-        recall+=,niah_multivalue,niah_multiquery,variable_tracking,babilong_qa1,babilong_qa2,babilong_qa3,phonebook
-        for index in "${!models[@]}"; do
-            part "$index" "${models[$index]}" text --suite "$suites/judge_suite.yaml,$far" --only text,generation "${texts[@]}"
-            part "$index" "${models[$index]}" recall --suite "$near,$far" --only "$recall" \
-                --roles "student,untrained swap,linear branch off$([ -n "$(control_of "${models[$index]}")" ] && echo ,softmax)"
-        done
-        part 1 "${models[0]}" beside --suite "$near,$far" --only "$recall" --roles teacher,swa_sinks
-        for index in "${!models[@]}"; do
-            part "$index" "${models[$index]}" decoding --suite "$suites/judge_decoding_suite.yaml" "${texts[@]:0:2}" --roles student
-        done
-        if [ -n "${TASKS:-}" ] && "$python" -c 'import lm_eval' 2>/dev/null; then
-            for index in "${!models[@]}"; do
-                part "$index" "${models[$index]}" tasks --suite tasks --tasks all --task-data "$TASKS" --limit "${ITEMS:-400}" \
-                    --roles "teacher,student$([ -n "$(control_of "${models[$index]}")" ] && echo ,softmax)"
-            done
-        fi
-        part 0 "${models[0]}" decoding-teacher --suite "$suites/judge_decoding_suite.yaml" "${texts[@]:0:2}" --roles teacher
+        for one in "${parts[@]}"; do begin "$one" || exit 2; done
         wait
         limit=${LIMIT:-300}
         for model in "${models[@]}"; do join $model; done

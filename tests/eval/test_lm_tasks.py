@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -128,3 +129,21 @@ def test_an_answer_that_is_longer_than_the_model_holds_is_named(model, tokenizer
     (tasks / "items.jsonl").write_text(json.dumps(items[0]))
     with pytest.raises(DataError, match=r"an answer of [\d,]+ tokens, and the model holds [\d,]+"):
         evaluate(model, Setting(tokenizer, {}, tmp_path), named(tasks, "mine_a"))
+
+
+def test_without_the_hub_a_task_of_its_data_ends_at_once_with_the_remedy(
+    model, tokenizer, tmp_path, monkeypatch
+):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    lm_tasks.hub_away.cache_clear()
+    began = time.monotonic()
+    with pytest.raises(LinearizeError) as caught:
+        settings = {"name": "hellaswag", "shots": None, "limit": 1, "include": None, "data": None}
+        lm_tasks.evaluate(model, Setting(tokenizer, {}, tmp_path), settings)
+    lm_tasks.hub_away.cache_clear()
+    said = str(caught.value)
+    assert "lm-eval's task 'hellaswag' cannot be measured" in said and "hub cannot be reached" in said
+    assert "--include-path DIR" in said and "--task-data DIR" in said and time.monotonic() - began < 60

@@ -138,6 +138,55 @@ def test_two_conversions_are_compared_token_by_token_where_the_tokens_are_the_sa
     assert names == ["big (teacher)", "less", "good", "swa_sinks"]
 
 
+def test_means_of_recall_are_over_the_same_everywhere_and_say_what_they_leave_out(tmp_path):
+    for name, worse in (("a", 0.0), ("b", 0.1)):
+        folder = judged(tmp_path / name, name=name, worse=worse)
+        more = [score(role, task, metric, value, key=f"{role} {task} 128", length=128, model=model)
+                for role, model in ((STUDENT, name), (TEACHER, "big"))
+                for task, value in (("mqar", 0.2), ("phonebook", 0.4)) for metric in ("exact", "choice")]  # fmt: skip
+        Scores(folder / "results.json").add(more)
+    found = made(tmp_path / "a", tmp_path / "b")
+    of = "mean of 2 measurements: passkey at 128, 256 tokens; not of all models, so left out: mqar, phonebook at 128"
+    [said] = [one.text for one in found.findings if "Recall that is written right" in one.text]
+    assert said.endswith(f"({of}).")
+    table, words = found.sections[0].blocks
+    assert f"Recall: {of}." in words.text
+    for row in table.rows[1:3]:
+        assert f"{row['model']} {row['recall written right, %']} %" in said
+
+
+def test_a_checkpoint_that_several_were_judged_beside_stands_once_and_in_the_verdict(tmp_path):
+    for name, worse, more in (("a", 0.0, -0.1), ("b", 0.1, -0.2)):
+        folder = judged(tmp_path / name, name=name, worse=worse)
+        rows = [score("alike", "text", "ppl", 21.0, low=20.0, high=22.0, model=name),
+                score("alike", "text", "nll_difference", more, low=more - 0.01, high=more + 0.01, model=name,
+                      against=STUDENT)]  # fmt: skip
+        Scores(folder / "results.json").add([replace(row, key=f"alike {name}") for row in rows])
+    found = made(tmp_path / "a", tmp_path / "b")
+    names = [row["model"] for row in found.sections[0].blocks[0].rows]
+    assert names == ["big (teacher)", "a", "b", "swa_sinks", "alike"]
+    assert any(
+        "a is WORSE than alike over all tokens" in one.text and one.grade == "bad" for one in found.findings
+    )
+    assert any("-0.200 nats" in one.text and "b is WORSE than alike" in one.text for one in found.findings)
+    other = score("alike", "text", "ppl", 25.0, model="b", key="alike b later")
+    Scores(tmp_path / "b" / "results.json").add([other])  # another checkpoint of the same name
+    names = [row["model"] for row in made(tmp_path / "a", tmp_path / "b").sections[0].blocks[0].rows]
+    assert names == ["big (teacher)", "a", "b", "swa_sinks", "a: alike", "b: alike"]
+
+
+def test_decoding_and_written_text_stand_on_the_page_whatever_the_text_is_called(tmp_path):
+    folder = judged(tmp_path / "a")
+    more = [score(role, "decoding: books", "decode_agreement", value, length=2000, model=model, key=f"{role} decoding")
+            for role, model, value in ((TEACHER, "big", 1.0), (STUDENT, "mine", 0.9995))]  # fmt: skip
+    Scores(folder / "results.json").add(more)
+    [section] = [one for one in made(folder).sections if one.title == "What they write"]
+    lines = {(row["measured"], row["metric"]): row for row in section.blocks[0].rows}
+    decoding = lines["decoding: books, 2,000 tokens", "decode agreement"]
+    assert decoding["big (teacher)"] == "100.00 %" and decoding["mine"] == "99.95 %"
+    assert lines["generation, 16 tokens", "repetition"]["mine"] == "10.00 %"
+
+
 def test_what_was_measured_unlike_is_said(tmp_path):
     judged(tmp_path / "a", name="one")
     judged(tmp_path / "b", name="one", seed=3)

@@ -31,6 +31,8 @@ MEASURE = """() => {
         charts: charts.length,
         drawn: charts.filter(box => box.querySelector(marks)).length,
         clipped: texts.filter(text => !within(text)).map(text => text.textContent),
+        cut: [...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth + 1)
+            .map(box => box.closest('section').querySelector('h2').innerText),
         images: document.querySelectorAll('main div:not([data-chart]) > img').length,
         words: document.querySelector('main').innerText,
         labels: texts.map(text => text.textContent),
@@ -73,10 +75,12 @@ def test_the_page_fits_and_draws_every_chart_offline(browser, file, width):
     )
     tab.goto(file.as_uri())
     tab.wait_for_selector("html[data-drawn]", timeout=60_000)
+    tab.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
     boxes = tab.evaluate(MEASURE)
     assert trouble == [] and tab.evaluate("window.taken") is None
     assert boxes["wide"] <= 0 and boxes["clipped"] == [] and boxes["images"] == 0
     assert boxes["charts"] == boxes["drawn"] > 10
+    assert width > 600 or boxes["cut"] == []  # a phone shows every column
     assert HOSTILE in boxes["words"]  # shown as it was written
     assert any(label.startswith("<b>wide</b> <scrip") for label in boxes["labels"])
     context.close()

@@ -88,3 +88,14 @@ def test_what_does_not_fit_is_left_out_with_a_word(tmp_path, caplog):
     assert shorter == [("text", 64), ("text", 128)]
     assert "no passkey at 10 tokens" in caplog.text and "shorter than one window" in caplog.text
     assert "no passkey at 400 tokens: the model has 500 positions" in caplog.text
+
+
+def test_a_suite_names_controls_that_are_checkpoints_without_knowing_their_names(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("about: x\nmeasure:\n  - {task: text, length: 64, roles: [teacher, control]}\n")
+    [mine] = suite.load(str(file))
+    [unit] = mine.units
+    assert unit.concerns("teacher") and unit.concerns("run-control") and unit.concerns("control")
+    assert not any(unit.concerns(role) for role in ("student", "swa_sinks", "untrained swap", "window off"))
+    [[kept]] = [one.units for one in suite.of_roles([mine], ["student", "run-control"])]
+    assert kept.roles == ("run-control",)

@@ -44,6 +44,11 @@ def test_kl_in_slices_is_dense_kl(pair, monkeypatch, recognized, together):
     torch.testing.assert_close(found.kl.double(), dense, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.agrees.bool(), own.argmax(-1) == other.argmax(-1))
     assert found.kl.mean() > 0.1
+    where = torch.zeros(3, 22, dtype=torch.bool)
+    where[0, 3:11], where[2, [0, 21]] = True, True  # of the second window nothing
+    some = score_tokens(predictors[0], ids, predictors[1], where=where)
+    torch.testing.assert_close(some.kl, torch.where(where, found.kl, 0.0))
+    torch.testing.assert_close(some.nll, torch.where(where, found.nll, 0.0))
     again = score_tokens(
         predictors[1], ids[[2, 0]], predictors[1]
     )  # of what is kept, some and in another order

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from byte_llama import MIXER, TEXT, byte_tokenizer, tiny_llama
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from linearize import surgery
 from linearize.data import Document
 from linearize.eval.cast import Entrant
 from linearize.eval.efficiency import Efficiency, crossovers
 from linearize.eval.measurement import Call, Setting, score
+from linearize.eval.recall.answering import Cached
 from linearize.eval.suite import Unit
 from linearize.eval.writing import Decoding, Writing, distinct
 
@@ -39,6 +41,30 @@ def test_decoding_predicts_what_prefill_does(setting, convert):
     found = measured(Decoding(), Unit("decoding", 60), model, setting)
     assert found["decode_agreement", ""].value == 1.0 and found["decode_agreement", ""].n == 60
     assert found["decode_difference", ""].value < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "rwkv"])
+def test_a_model_that_takes_no_cache_of_transformers_forgets_nothing(setting, kind):
+    sizes = {"openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+             "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 64}}[kind]  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=259, **sizes)).eval()
+    found = measured(Decoding(), Unit("decoding", 24), model, setting)
+    assert found["decode_agreement", ""].value == 1.0 and found["decode_difference", ""].value < 1e-4
+    ids = torch.arange(12)[None]
+    read = Cached(model)
+    read(ids[:, :8])
+    apart = read.copy().every(ids[:, 8:11])  # a copy goes on by itself
+    assert torch.allclose(read(ids[:, 8:9]), apart[:, 0], atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(
+            read(ids[:, 9:]), model(input_ids=ids, use_cache=False).logits[:, -1], atol=1e-5
+        )
+    found = measured(
+        Efficiency("prefill"), Unit("prefill", 8, {"batches": [1], "repeats": 1}), model, setting
+    )
+    metrics = {metric for metric, _ in found}
+    assert "milliseconds" in metrics and "cache_bytes" not in metrics
 
 
 def test_a_state_that_forgets_is_found(setting, monkeypatch):

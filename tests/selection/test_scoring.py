@@ -178,3 +178,36 @@ def test_what_cannot_be_chosen_is_said(tmp_path):
     plain = Scorer(made.model, made_of, Scores(tmp_path / "x" / "s.json"), made.signature)
     with pytest.raises(DataError, match="--by recall: no token of the text repeats a pair"):
         choose(plain, Options(by="recall"))
+
+
+def test_passes_that_begin_late_give_the_scores_of_whole_ones(tmp_path):
+    """Every placement of the job, its scores and its tokens' KL; and a model that hands values past its blocks."""
+    late, whole = (scorer(tmp_path / name, tiny.LOLCATS) for name in ("a", "b"))
+    whole.student.obstacle = "whole passes are wanted"
+    blocks = late.student.blocks
+    ran = [0] * len(blocks)
+    for number, block in enumerate(blocks):
+        attention = next(part for part in block.modules() if hasattr(part, "linearize_switch"))
+        attention.register_forward_pre_hook(
+            lambda *_, number=number: ran.__setitem__(number, ran[number] + 1)
+        )
+    found, expected = (choose(one, Options(keep=2)) for one in (late, whole))
+    assert late.student.obstacle is None and late.student._base is None
+    assert found.steps == expected.steps and found.placements == expected.placements
+    for layer, row in expected.alone.items():
+        assert found.alone[layer][KL].value == pytest.approx(row[KL].value, rel=1e-6, abs=1e-9)
+    assert ran[0] < 0.7 * ran[-1]  # most of what stands in front was not run again
+
+    made = scorer(tmp_path / "c", tiny.LOLCATS)
+    mixed = torch.zeros(())
+
+    def put(*_):  # past the blocks, from the first to the last
+        mixed.copy_(torch.randn(()))
+
+    last = made.student.blocks[-1]
+    made.student.blocks[0].register_forward_hook(put)
+    last.register_forward_hook(lambda block, args, output: output + mixed if isinstance(output, torch.Tensor)
+                               else (output[0] + mixed, *output[1:]))  # fmt: skip
+    with made.near((0, 1, 2, 3)):
+        made((1, 2, 3), CHOICE), made((0, 1, 2), CHOICE)
+    assert "differ" in (made.student.obstacle or "")
