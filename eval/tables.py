@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
@@ -97,20 +97,23 @@ class Fitted:
     """Rows for rich's console: text to the left, numbers to the right; headers are broken to keep columns narrow.
 
     Where the console is narrower than all columns, those that do not fit stand below, behind the same first ones: rich
-    would cut them off.
+    would cut them off. No number is broken, and words of headers only where
+    one table would become two, and where they are long.
 
     Args:
         rows: of one table.
         title: above it.
+        numeric: columns that stand to the right, and are never broken, though they hold units or words beside numbers.
     """
 
-    def __init__(self, rows: Sequence[Row], title: str | None = None) -> None:
-        self.rows, self.title = rows, title
+    def __init__(self, rows: Sequence[Row], title: str | None = None, numeric: Collection[str] = ()) -> None:
+        self.rows, self.title, self.numeric = rows, title, numeric
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """One table, or several below each other."""
         columns = [
-            _column(self.rows, name) for name in dict.fromkeys(key for row in self.rows for key in row)
+            _column(self.rows, name, name in self.numeric or is_numeric(self.rows, name))
+            for name in dict.fromkeys(key for row in self.rows for key in row)
         ]
         keys = max(1, len(list(takewhile(lambda column: column.name in KEYS, columns))))
         part, title, most = columns[:keys], self.title, options.max_width
@@ -144,12 +147,17 @@ KEYS = (
     "tokens",
     "batch",
     "layer",
+    "layers",
+    "blocks",
+    "stage",
     "kept",
     "restored",
 )
 """What first columns say which row it is."""
 WORDS = 18
 """Characters of text that a column is never narrower than, where it has as many."""
+SHORT = 6
+"""Characters of a word above numbers that is never broken."""
 
 
 class _Column(NamedTuple):
@@ -162,11 +170,11 @@ class _Column(NamedTuple):
     """Those that it likes to have."""
 
 
-def _column(rows: Sequence[Row], name: str) -> _Column:
-    numeric = is_numeric(rows, name)
+def _column(rows: Sequence[Row], name: str, numeric: bool) -> _Column:
     header = name.replace("_", "_\n").replace(" ", "\n", 1) if numeric else name
     widest = max((cell_len(number(row.get(name))) for row in rows), default=1)
-    least = max(1, widest if numeric else min(widest, WORDS))
+    words = max((cell_len(word) for word in header.split()), default=0)
+    least = max(1, widest, min(words, SHORT)) if numeric else max(1, min(widest, WORDS))
     return _Column(name, header, numeric, least, max([least, widest, *map(cell_len, header.split("\n"))]))
 
 

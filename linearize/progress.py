@@ -12,11 +12,14 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from linearize import launched
 
 INTERVAL = 10.0
 """Seconds between two plain lines."""
+BAR = 24
+"""Characters of a bar where there is room."""
 SMOOTHING = 30.0
 """Seconds that the shown speed is averaged over."""
 
@@ -58,6 +61,7 @@ class Meter:
         self._history: deque[tuple[float, int]] = deque([(self._started, done)])
         self._line_done: int | None = None
         self._bar: Progress | None = None
+        self._drawn = BarColumn(bar_width=BAR)
         self._task: TaskID | None = None
 
     def __enter__(self) -> Meter:
@@ -65,8 +69,9 @@ class Meter:
         self._history = deque([(self._started, self.done)])
         if self._console.is_terminal and not self._console.quiet:
             self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                # where there is little room the bar gives way, then the title, line by line, and never the numbers
+                TextColumn("{task.description}", table_column=Column()),
+                self._drawn,
                 TextColumn("{task.fields[status]}", markup=False),
                 console=self._console,
             )
@@ -120,14 +125,16 @@ class Meter:
         parts = [f"{count(self.done)}/{count(self.total)}" if self.total else count(self.done)]
         parts += [f"{name} {value:.4g}" for name, value in self._numbers.items()]
         if self.speed > 0:
-            parts.append(f"{count(self.speed)} {self.unit}/s")
+            parts.append(f"{rate(self.speed)} {self.unit}/s")
             if self.total and self.done < self.total:
                 parts.append(f"ETA {duration((self.total - self.done) / self.speed)}")
         return "  ".join(parts)
 
     def _refresh(self) -> None:
         assert self._bar is not None and self._task is not None
-        self._bar.update(self._task, completed=self.done, status=self.status())
+        status = self.status()
+        self._drawn.bar_width = min(BAR, max(1, self._console.width - len(self.title) - len(status) - 2))
+        self._bar.update(self._task, completed=self.done, status=status)
 
     def _line(self) -> None:
         self._last_line, self._line_done = time.monotonic(), self.done
@@ -143,6 +150,11 @@ def count(number: float | None) -> str:
         if number >= size:
             return f"{number / size:.3g}{suffix}" if number < 100 * size else f"{number / size:.0f}{suffix}"
     return f"{number:.0f}"
+
+
+def rate(speed: float) -> str:
+    """A short form of units per second, which below one are not none: 12.3k, 42, 4.2, 0.35."""
+    return count(speed) if speed >= 9.95 else f"{speed:.2g}"
 
 
 def duration(seconds: float) -> str:

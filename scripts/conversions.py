@@ -226,6 +226,8 @@ def columns(found: Row) -> dict[str, float | None]:
         cells["MiB held at 8,192 tokens"] = found["held_bytes"] / 2**20
     if "decoding" in found:
         cells["decode tokens/s, 64 x 8,192"] = found["decoding"]
+    if "training_speed" in found:
+        cells["forward + backward tokens/s, 64 x 1,024"] = found["training_speed"]
     if "training" in found:
         cells["M tokens"] = found["training"]["tokens"] / 1e6
         cells["seconds"] = found["training"].get("seconds")

@@ -5,6 +5,7 @@ Its scores are those of `linearize eval RUN --suite SUITE`, in the same file of 
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from linearize import data, models, surgery
 from linearize.config.schema import DataConfig
 from linearize.decode.bounded import bounded
 from linearize.distill.identity import fingerprint
-from linearize.eval import suite
+from linearize.eval import lm_tasks, suite
 from linearize.eval.ablation import NO_LINEAR
 from linearize.eval.cast import entrants
 from linearize.eval.judge import judge
@@ -38,6 +39,8 @@ class Judgement:
         texts: name -> source of its documents; "" is the package's own.
         autocast: of training and judging.
         dtype: of the teacher's weights.
+        tasks: folder of the five local tasks' JSONL files; none of them without it.
+        items: of each task; 0 takes all.
     """
 
     suite: str
@@ -45,6 +48,16 @@ class Judgement:
     texts: dict[str, str]
     autocast: torch.dtype | None
     dtype: torch.dtype
+    tasks: Path | None = None
+    items: int = 0
+
+    def suites(self) -> list[suite.Suite]:
+        """What is measured, in this order."""
+        found = suite.load(self.suite)
+        if self.tasks is not None:
+            five = lm_tasks.suite(["all"], shots=None, limit=self.items, include=None, data=self.tasks)
+            found += suite.of_roles([five], [TEACHER, STUDENT])
+        return found
 
     def of(self, model: Any, tokenizer: Any, run: Path, command: str) -> Row:
         """A row of the leaderboard: figures of the model, of its teacher, and without the recurrent branch.
@@ -78,9 +91,18 @@ class Judgement:
             names=(run.name, self.source),
             identities=({"run": str(run)}, fingerprint(self.source)),
         )
-        for _ in judge(suite.load(self.suite), cast, setting, scores, command=command):
+        for _ in judge(self.suites(), cast, setting, scores, command=command):
             pass
         return judged_row(run, scores) | {"held_bytes": held_bytes(model, HELD)}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Of a script that judges what it trains."""
+    parser.add_argument(
+        "--judge", metavar="SUITE", default="", help="of trained models, with --calibrated-only"
+    )
+    parser.add_argument("--task-data", type=Path, metavar="DIR", help="of the five local tasks, with --judge")
+    parser.add_argument("--items", type=int, default=0, help="of a task; 0: all")
 
 
 def judged_row(run: Path, scores: Scores) -> Row:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,13 @@ from conversions import (
     ratio,
     titles,
 )
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from leaderboard_picture import picture
 from sheet import ROOT, Sheet, markdown, number
 
 from linearize.config import compose, list_recipes
 from linearize.config.budget import parse
 from linearize.config.compose import is_file_name
 from linearize.errors import LinearizeError
-from linearize.eval.plots import COLORS, MARKERS, new_figure, save
 
 LEFT_OUT = ("demo", "softmax", "swa_sinks", "mamba_in_llama_dpo")
 """Not by default: another's budget, the teacher itself, a control of every row, and one that wants pairs of answers."""
@@ -65,13 +64,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _show(sheet: Sheet) -> int:
     sheet.write()
-    picture(sheet.rows, sheet.path.with_suffix(".png"))
+    picture(sheet.rows, sheet.path.with_suffix(".png"), sheet.found.get("unjudged", {}))
     print(sheet.table(sheet.found))
     return int(bool(failures(sheet.rows)))
 
 
 def _of_starts(sheet: Sheet, options: argparse.Namespace, given: list[str]) -> int:
-    """Rows that `starts.py --judge` trained and judged, with how fast each decodes on the card."""
+    """Rows that `starts.py --judge` trained and judged, with how fast each trains and decodes on the card."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in options.starts]
     settings = found[0]["settings"]
     if any({**one["settings"], "source": 0} != {**settings, "source": 0} for one in found):
@@ -80,8 +79,16 @@ def _of_starts(sheet: Sheet, options: argparse.Namespace, given: list[str]) -> i
     tokens = f"{int(settings['train']) / 1e6:g}M"
     sheet.about("leaderboard.py", given, {"model": settings["model"], "tokens": tokens})
     runs = [run for one in found for run in one.get("runs", [one])]
-    sheet.found["runs"] = [{key: run[key] for key in ("command", "date", "commit")} for run in runs]
-    sheet.found["rows"] = starts_rows([one["rows"] for one in found], speeds())
+    made = {"decoding": speeds("decode", 64, 8192), "training_speed": speeds("train", 64, 1024)}
+    sheet.found["rows"] = starts_rows([one["rows"] for one in found], made)
+    sheet.found["unjudged"] = trained_alone(
+        [one["rows"] for one in found], found[-1].get("teacher", {}), sheet.rows
+    )
+    shown = [*sheet.rows.values(), *sheet.found["unjudged"].values()]
+    commits = {row.get("commit", run["commit"]) for row in shown for run in runs}
+    sheet.found["runs"] = [
+        {key: run[key] for key in ("command", "date", "commit")} for run in runs if run["commit"] in commits
+    ]
     if not ranked(sheet.rows):
         print(
             "--starts: nothing in there was judged; starts.py --train TOKENS --judge SUITE does",
@@ -91,36 +98,64 @@ def _of_starts(sheet: Sheet, options: argparse.Namespace, given: list[str]) -> i
     return _show(sheet)
 
 
-def starts_rows(sheets: list[dict[str, Row]], speed: dict[str, float]) -> dict[str, Row]:
+def starts_rows(sheets: list[dict[str, Row]], speed: dict[str, dict[str, float]]) -> dict[str, Row]:
     """Rows of `starts.py` as rows of the leaderboard; the untrained window's beside each.
 
     Args:
         sheets: rows by recipe, a newer sheet's in the place of an older one's.
-        speed: of decoding by recipe.
+        speed: what of -> recipe -> tokens/s.
     """
-    rows = {name: row for sheet in sheets for name, row in sheet.items() if row.get("judged")}
+    rows: dict[str, Row] = {}
+    for sheet in sheets:  # where the newest row was not judged, an older one that was has its place
+        for name, row in sorted(sheet.items(), key=lambda pair: " @" not in pair[0]):
+            if row.get("judged"):
+                rows[name.split(" @")[0]] = row
     window = rows.get("swa_sinks", {}).get("judged", {}).get("student", {})
     made = {}
     for name, row in rows.items():
-        recipe = name.split()[0]
-        if recipe == "softmax":
+        if name == "softmax":
             continue  # the teacher, in this package's machinery
         made[name] = dict(row["judged"])
         if "training" in made[name]:  # beside other runs, so its seconds are nobody's
             made[name]["training"] = {key: x for key, x in made[name]["training"].items() if key != "seconds"}
         made[name] |= {"swa_sinks": window} if window and "student" in made[name] else {}
-        made[name] |= {"decoding": speed[recipe]} if recipe in speed else {}
+        made[name] |= {key: row[key] for key in ("commit", "note") if key in row}
+        made[name] |= {what: found[name] for what, found in speed.items() if name in found}
     return made
 
 
-def speeds(path: Path = ROOT / "docs" / "results" / "recipes-h200.json") -> dict[str, float]:
-    """Recipe -> tokens/s of 64 texts of 8,192 tokens, the quicker way of the engine; measured alone on a card."""
+def trained_alone(
+    sheets: list[dict[str, Row]], teacher: dict[str, float], judged: Collection[str]
+) -> dict[str, Row]:
+    """Rows that were trained and not judged, with the perplexities that the runs measured themselves.
+
+    Args:
+        sheets: rows by recipe, a newer sheet's in the place of an older one's.
+        teacher: its perplexities on the same windows.
+        judged: recipes that need none.
+    """
+    rows = {name: row for sheet in sheets for name, row in sheet.items() if row.get("after")}
+    return {
+        name: {
+            **{key: row[key] for key in ("commit", "note") if key in row},
+            "student": {f"ppl {text}": value for text, value in row["after"].items()},
+            "teacher": {f"ppl {text}": value for text, value in teacher.items()},
+        }
+        for name, row in rows.items()
+        if name not in judged and " @" not in name
+    }
+
+
+def speeds(
+    measured: str, batch: int, length: int, path: Path = ROOT / "docs" / "results" / "recipes-h200.json"
+) -> dict[str, float]:
+    """Recipe -> tokens/s of so many texts, in the quickest of the ways that were measured alone on a card."""
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     found: dict[str, float] = {}
     for row in rows:
-        if (row["measured"], row["batch"], row["length"]) == ("decode", 64, 8192):
+        if (row["measured"], row["batch"], row["length"]) == (measured, batch, length):
             found[row["recipe"]] = max(found.get(row["recipe"], 0.0), row["tokens_per_second"] or 0.0)
-    return found
+    return {recipe: speed for recipe, speed in found.items() if speed}
 
 
 def conversions(options: argparse.Namespace) -> list[Conversion]:
@@ -197,7 +232,9 @@ def table(found: dict[str, Any]) -> str:
         "",
     ]
     failed = failures(rows)
-    tail = ["", "Failed:", "", *failed, ""] if failed else []
+    tail = _unjudged(found.get("unjudged", {})) + (["", "Failed:", "", *failed, ""] if failed else [])
+    for name, row in {**rows, **found.get("unjudged", {})}.items():
+        tail += ["", f"{name}: {row['note']}", ""] if "note" in row else []
     return "\n".join([*head, ""]) + markdown(["recipe", *heads], lines) + "\n".join(tail)
 
 
@@ -219,8 +256,10 @@ def _says(found: dict[str, Any]) -> list[str]:
             "All rows have the same tokens, not the same minutes: the runs shared cards, so their seconds say "
             "nothing of a recipe. Each trains at its published rates, in the proportions of its stages and 8 "
             "sequences a step, and begins at its calibrated start; a line with `KEY=VALUE` has that instead. "
-            f"{order} Brackets are 95 % intervals. Decoding is of recipes-h200.json, measured alone. MiB are the "
-            "decode engine's states and caches of one text.",
+            f"{order} Brackets are 95 % intervals. Speeds are of recipes-h200.json: decoding was measured alone; "
+            "forward and backward of the whole model, without a teacher, beside processes that compiled, so they are "
+            "lower bounds. MiB are the decode engine's states and caches of one text.",
+            *_which(found["rows"], found.get("unjudged", {})),
         ]
     if "tokens" in settings:
         return [
@@ -233,42 +272,38 @@ def _says(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def picture(rows: dict[str, Any], path: Path) -> None:
-    """Ratio of perplexities of every recipe, of each text and their mean, and the untrained window as a line."""
-    shown = [(name, row) for name, row in ranked(rows)[::-1] if math.isfinite(ratio(row))]
-    if not shown:
-        return
-    figure, axes = new_figure(8, 1.2 + 0.24 * len(shown))
-    texts = list(dict.fromkeys(key for _, row in shown for key in row["student"] if key.startswith("ppl")))
-    for place, (name, row) in enumerate(shown):
-        student, teacher, color = row["student"], row["teacher"], COLORS[name.startswith("best_")]
-        each = {key: student[key] / teacher[key] for key in texts if key in student and teacher.get(key)}
-        axes.plot([min(each.values()), max(each.values())], [place] * 2, color=color, lw=1.2, alpha=0.6)
-        for key, marker in zip(texts, MARKERS[1:], strict=False):
-            if key in each:
-                label = key.removeprefix("ppl ") if not place else None
-                axes.plot(each[key], place, marker, ms=4, mfc="white", mec=color, label=label)
-        axes.plot(
-            ratio(row), place, MARKERS[0], ms=6, color=color, label=None if place else "mean of the texts"
-        )
-        text = f"{ratio(row):.2f}" if ratio(row) < 100 else f"{ratio(row):,.0f}"
-        axes.annotate(
-            text, (max(each.values()), place), (7, 0), textcoords="offset points", va="center", fontsize=8
-        )
-    window = controls(rows).get("**swa_sinks, untrained**")
-    if window:
-        axes.axvline(ratio(window), color=COLORS[-1], ls="--", lw=1, label="swa_sinks, untrained", zorder=0)
-    axes.axvline(1.0, color=COLORS[-1], lw=1, label="the teacher", zorder=0)
-    axes.legend(loc="upper right", frameon=True, fontsize=8)
-    axes.set_xscale("log")
-    axes.margins(x=0.08)
-    axes.set_ylim(-0.8, len(shown) - 0.2)
-    axes.set_yticks(range(len(shown)), [name.replace("stages.", "") for name, _ in shown], fontsize=8)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("perplexity over the teacher's (log scale)")
-    save(figure, path)
+def _which(rows: dict[str, Row], unjudged: dict[str, Row]) -> list[str]:
+    """The commit of each row, where several made them, and recipes that have none yet."""
+    of: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        of.setdefault(row.get("commit", ""), []).append(f"`{name}`")
+    commits = [f"Of commit {commit}: {', '.join(names)}." for commit, names in of.items() if commit]
+    shipped = [name for name, _ in list_recipes() if name != "softmax"]
+    missing = [f"`{name}`" for name in shipped if name not in rows and name not in unjudged]
+    said = [f"In neither table, {len(missing)} of {len(shipped)}: {', '.join(missing)}."] if missing else []
+    return [paragraph for line in [*commits, *said] for paragraph in ("", line)]
+
+
+def _unjudged(rows: dict[str, Row]) -> list[str]:
+    """The second table: of runs that ended and were not judged."""
+    if not rows:
+        return []
+    texts = list(dict.fromkeys(key for row in rows.values() for key in row["student"]))
+    lines = []
+    for name, row in ranked(rows):
+        pairs = [(row["student"].get(key), row["teacher"].get(key)) for key in texts]
+        cells = [
+            [number(value), number(value / beside if value and beside else None)] for value, beside in pairs
+        ]
+        lines.append([name, *(cell for pair in cells for cell in pair), row.get("commit", "")])
+    heads = [title for key in texts for title in (key, f"x teacher's, {key[4:]}")]
+    return [
+        "",
+        "Trained likewise, not judged: perplexities of students and teacher are the runs' own, on more windows than "
+        "the judge's.",
+        "",
+        markdown(["recipe", *heads, "commit"], lines),
+    ]
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:

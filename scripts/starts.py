@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from judging import Judgement, state_bytes
+from judging import Judgement, add_options, state_bytes
 from sheet import ROOT, Sheet
 from starts_table import join, table
 from transformers import set_seed
@@ -152,7 +152,8 @@ def _side_by_side(sheet: Sheet, names: list[str], options: argparse.Namespace, a
             found["teacher"] = made.get("teacher") or found.get("teacher", {})
             if code and options.train and options.calibrated_only:  # what it had measured before it ended
                 made["rows"][name] = made["rows"].get(name, {}) | _starts_of(_out(options, name, on=True))
-            found["rows"] |= {key: row for key, row in made["rows"].items() if row.get("swapped")}
+            said = {key: row for key, row in made["rows"].items() if row.get("swapped") or row.get("after")}
+            found["rows"] |= said
             failed += [name] if code else []
             sheet.write()
             short = {key: made["rows"].get(name, {}).get(key) for key in ("swapped", "calibrated", "after")}
@@ -283,7 +284,8 @@ class _Start:
         model = self._converted(self._recipe(name)) if model is None else model
         texts = {"" if name == "demo" else name: source for name, source in self.sources.items()}
         dtype = resolve_weights(self.run, self.device)
-        how = Judgement(self.options.judge, self.options.model, texts, self.autocast, dtype)
+        tasks = (self.options.task_data, self.options.items)
+        how = Judgement(self.options.judge, self.options.model, texts, self.autocast, dtype, *tasks)
         try:
             return how.of(model, self.tokenizer, out, shlex.join(["python", *sys.argv]))
         except (LinearizeError, RuntimeError) as error:
@@ -387,9 +389,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/starts"), help="folder of the runs of --train"
     )
-    parser.add_argument(
-        "--judge", metavar="SUITE", default="", help="of trained models, with --calibrated-only"
-    )
+    add_options(parser)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args(arguments)
 

@@ -11,24 +11,58 @@ SPEEDS = "bf16, captured"
 """Way of the bench whose tokens/s the tables show: replayed from a CUDA graph, as a run has it."""
 
 
+MEASURED = ("swapped", "calibrated", "after")
+"""What a row has of perplexities."""
+
+
 def join(found: dict[str, Any], sheets: list[dict[str, Any]]) -> None:
     """Sheets of one model and the same texts in one: the newest row under its recipe's name, older ones beside it.
 
+    A row that was cut before its training does not take the place of a trained one, and an older one that says nothing
+    else than the newer is left out.
+
     Args:
         found: filled, in place.
-        sheets: what `--out` wrote, the oldest first.
+        sheets: what `--out` wrote, joined ones too, the oldest first.
     """
-    if len({json.dumps([sheet["settings"], sheet["teacher"]]) for sheet in sheets}) > 1:
+    settings = [
+        json.dumps([sheet["settings"], sheet.get("teacher") or sheets[0]["teacher"]]) for sheet in sheets
+    ]
+    if len(set(settings)) > 1:
         raise SystemExit("these sheets were made with other settings, or have another teacher")
     rows: dict[str, dict[str, Any]] = {}
+    runs: list[dict[str, Any]] = []
+    notes: list[str] = []
     for sheet in sheets:
         for name, row in sheet["rows"].items():
+            row = {"commit": sheet["commit"], **row}
             if name in rows:
-                rows[f"{name} @{rows[name]['commit']}"] = rows[name]
-            rows[name] = {"commit": sheet["commit"], **row}
-    runs = [{key: sheet[key] for key in ("command", "date", "commit")} for sheet in sheets]
-    found |= {key: sheets[-1][key] for key in ("command", "date", "commit", "settings", "teacher")}
-    found |= {"runs": runs, "rows": rows}
+                new, old = (
+                    (row, rows[name])
+                    if row.get("after") or not rows[name].get("after")
+                    else (rows[name], row)
+                )
+                if _says_more(old, new):
+                    rows[f"{name} @{old['commit']}"] = old
+                elif "note" in old:
+                    new.setdefault("note", old["note"])
+                row = new
+            rows[name] = row
+        made = sheet.get("runs") or [{key: sheet[key] for key in ("command", "date", "commit")}]
+        runs += [run for run in made if run not in runs]
+        notes += [note for note in sheet.get("notes", []) if note not in notes]
+    newest = {name: rows[_recipe_of(name)] for name in rows}
+    rows = {name: row for name, row in rows.items() if row is newest[name] or _says_more(row, newest[name])}
+    found |= {key: sheets[-1][key] for key in ("command", "date", "commit", "settings")}
+    found |= {"teacher": sheets[0]["teacher"], "runs": runs, "rows": rows} | (
+        {"notes": notes} if notes else {}
+    )
+
+
+def _says_more(row: dict[str, Any], than: dict[str, Any]) -> bool:
+    return any(row.get(key) and row[key] != than.get(key) for key in MEASURED) or (
+        "judged" in row and "judged" not in than
+    )
 
 
 def table(found: dict[str, Any]) -> str:
@@ -65,7 +99,7 @@ def table(found: dict[str, Any]) -> str:
     newest = {key: rows[_recipe_of(key)] for key in rows}
     for key, row in sorted(rows.items(), key=lambda pair: (_rank(newest[pair[0]]), pair[0])):
         name = _recipe_of(key)
-        if row.get("swapped"):
+        if row.get("swapped") or row.get("after"):
             cells = [number((row.get(column) or {}).get(text)) for text in texts for column, _ in keys]
             kib = f"{row['state_bytes'] / 1024:,.0f}" if row.get("state_bytes") else ""
             cells += [str(row.get("seconds", "")), kib, speeds.get(name, "")]
@@ -95,4 +129,5 @@ def _speeds() -> dict[str, str]:
 
 
 def _rank(row: dict[str, Any]) -> float:
-    return float(max((row.get("calibrated") or row.get("swapped") or {"": 0.0}).values()))
+    measured = row.get("calibrated") or row.get("swapped") or row.get("after")
+    return float(max((measured or {"": 0.0}).values()))

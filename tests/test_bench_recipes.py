@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from on_device import META, OnDevice, no_autocast
 
 from linearize import cli
-from linearize.bench import recipes, whole
+from linearize.bench import recipes, training_step, whole
 from linearize.bench.subjects import (
     SHAPES,
     TEACHER,
@@ -24,7 +24,7 @@ from linearize.bench.subjects import (
     random_model,
     subjects,
 )
-from linearize.distill import captured, headless
+from linearize.distill import blocks, captured, headless
 from linearize.errors import LinearizeError
 from linearize.kernels import dispatch
 from linearize.kernels.distill import Head
@@ -36,8 +36,8 @@ TINY = ["--device", "cpu", "--shape", "tiny", "--length", "32"]
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch):
     """Few repeats."""
-    own = recipes.Stopwatch
-    monkeypatch.setattr(recipes, "Stopwatch", lambda device: own(device, spend=0.0))
+    own = training_step.Stopwatch
+    monkeypatch.setattr(training_step, "Stopwatch", lambda device, **given: own(device, spend=0.0, **given))
 
 
 def bench(out, *arguments: str) -> list[dict]:
@@ -124,7 +124,14 @@ def test_a_lost_device_ends_the_command_and_keeps_its_rows(monkeypatch, tmp_path
 
 def test_nothing_is_begun_behind_the_budget(tmp_path):
     options = argparse.Namespace(
-        length=(8,), batch=(1, 2), largest=False, shape="tiny", precision="bf16", only=False, captured=False
+        length=(8,),
+        batch=(1, 2),
+        largest=False,
+        shape="tiny",
+        precision="bf16",
+        only=False,
+        captured=False,
+        compile=False,
     )
     rows = list(recipes.rows("lolcats", options, torch.device("cpu"), whole.Budget(-1.0)))
     assert [row["note"] for row in rows] == ["not run: the budget is spent"] * 2
@@ -178,6 +185,36 @@ def test_with_only_there_is_no_teacher_and_what_is_compiled_before_runs_in_few_l
     assert len(json.loads((tmp_path / "recipes-profile.json").read_text())) == 1
 
 
+@pytest.mark.parametrize("name", [TEACHER, "halo"])
+def test_compiled_blocks_are_those_of_few_layers(name, monkeypatch, tmp_path):
+    """Each kind of block is compiled once for its size, in few layers, and then for no layer more; the loss stays."""
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(blocks, "keeping_little", backend)
+    given = ("tiny", (2,), (24,), "bf16", torch.device("cpu"))
+    ahead = recipes.compiled_ahead(name, *given, compiled=True)
+    kinds = len(made)
+    assert kinds == (1 if name == TEACHER else 2) and ahead.obstacle is None
+    model = recipes.build(name, "tiny", "bf16", torch.device("cpu"), num_hidden_layers=8)
+    step = recipes.Step(model, torch.device("cpu"), "bf16", compiled=True, like=ahead)
+    loss = step.call(2, 24)()
+    assert len(made) == kinds and len(step.blocks.layers) == 8
+    torch.testing.assert_close(recipes.Step(model, torch.device("cpu"), "bf16").call(2, 24)(), loss)
+
+
+def test_what_is_not_compiled_is_said(monkeypatch, tmp_path):
+    def fails(graph, inputs):
+        raise torch._dynamo.exc.TorchDynamoException("no such thing")
+
+    monkeypatch.setattr(blocks, "keeping_little", fails)
+    rows = bench(tmp_path, "--only", "--recipes", "lolcats", "--batch", "1", "--compile")
+    assert rows[0]["way"] == "bf16, compiled" and "blocks are not compiled: " in rows[0]["note"]
+
+
 def test_nobody_runs_the_whole_model_out_of_turn(monkeypatch, tmp_path):
     held = []
 
@@ -209,6 +246,7 @@ def test_a_step_that_cannot_be_recorded_is_measured_without(monkeypatch, tmp_pat
     device = torch.device("cpu")
     options = argparse.Namespace(
         length=(8,), batch=(1, 2), largest=False, shape="tiny", precision="bf16", only=False, captured=True,
+        compile=False,
         profile=False, out=tmp_path,
     )  # fmt: skip
     for row in recipes.rows("lolcats", options, device, whole.Budget(None)):

@@ -146,7 +146,9 @@ def test_passes_of_a_converted_model():
     model = convert(plain, "lolcats")
     own = sum(p.numel() for n, p in model.named_parameters() if ".mixer." in n)
     attention = 2 * flops.softmax_layer(model.config, 32)
-    assert flops.per_token(model, "transfer", 32) == 2 * body + 6 * own + attention
+    last = model.model.layers[-1]
+    unread = sum(p.numel() for part in (last.mlp, last.self_attn.o_proj) for p in part.parameters())
+    assert unread > 0 and flops.per_token(model, "transfer", 32) == 2 * (body - unread) + 6 * own + attention
     assert flops.per_token(model, "all", 32) == softmax + 6 * own - 3 * attention
     assert flops.per_token(model, "all_kl", 32) == pytest.approx(8 * (body + 97 * 32) + 6 * own + attention)
     assert flops.peak(torch.device("cpu")) is None and flops.peak(torch.device("cpu"), 2.0) == 2e12

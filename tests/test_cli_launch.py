@@ -46,7 +46,11 @@ def test_several_machines(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["noed", "m", "lolcats"], "unknown preset 'noed': did you mean 'node'"),
         (["node", "m", "lolcat"], "unknown recipe 'lolcat'"),
-        (["node", "m", "lolcats", "--set", "process=2"], "did you mean 'processes'"),
+        (["node", "m", "lolcats", "--set", "process=2"], "'node' has no process; did you mean 'processes'"),
+        (
+            ["node", "m", "lolcats", "--set", "processes"],
+            "--set processes: must be KEY=VALUE, such as processes=1",
+        ),
         (
             ["node", "m", "lolcats", "--set", "processes=0"],
             "--set processes=0: must be a whole number from 1",
@@ -59,10 +63,16 @@ def test_refusals(given: list[str], words: str, capsys: pytest.CaptureFixture[st
     assert code == 2 and words in err, err
 
 
+@pytest.mark.parametrize("others", [True, False])
 def test_a_queue_without_its_launcher(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    others: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    """Where hydra has other plugins, and where it has none: then the package of plugins is not there either."""
+    for name in [name for name in sys.modules if name.startswith("hydra_plugins")]:
+        monkeypatch.delitem(sys.modules, name)
+    folders = [path for path in sys.path if not (Path(path) / "hydra_plugins").exists()]
+    monkeypatch.setattr("sys.path", folders + [str(tmp_path)] * others)
+    (tmp_path / "hydra_plugins" / "hydra_another").mkdir(parents=True)
     code, _, err = said(capsys, "slurm", "m", "lolcats")
     assert code == 2 and "pip install hydra-submitit-launcher" in err
 

@@ -128,9 +128,12 @@ def test_rows_of_starts_on_the_leaderboard(
 
     settings = {"model": "m", "train": "1000000", "source": "here"}
     about = {"command": "python scripts/starts.py", "date": "today", "commit": "abc", "settings": settings}
+    about["teacher"] = {"demo": 2.0}
     first = {"swa_sinks": row(4.0), "gla": row(9.0), "kda": {"swapped": {}}, "softmax": row(2.0)}
     second = {
-        "gla": row(3.0),
+        "gla": {**row(3.0), "commit": "new"},
+        "gla @old": row(8.0),
+        "hedgehog": {"after": {"demo": 5.0}, "commit": "abc"},
         "gla stages.uptrain.lr=1e-3": row(5.0),
         "sse": {"judged": {"failed": "it diverged"}},
     }
@@ -153,15 +156,62 @@ def test_rows_of_starts_on_the_leaderboard(
         "gla",
         "swa_sinks",
         "gla stages.uptrain.lr=1e-3",
+        "recipe",
+        "hedgehog",
     ]
+    assert lines[-1] == "| hedgehog | 5.00 | 2.50 | abc |" and "Of commit new: `gla`." in page
+    missing = next(line for line in page.splitlines() if line.startswith("In neither table"))
+    assert "`kda`" in missing and "`gla`" not in missing and "`hedgehog`" not in missing
     assert "after 1M tokens" in page and "the same tokens, not the same minutes" in page and "77" not in page
     assert "0.20 [0.100, 0.300]" in lines[3] and "25.00 [0, 50]" in lines[3] and "| 3.00 |" in lines[3]
-    assert f"{leaderboard.speeds()['gla']:,.0f}" in lines[3] and "- sse: it diverged" in page
+    for measured in (("decode", 64, 8192), ("train", 64, 1024)):
+        assert f"{leaderboard.speeds(*measured)['gla']:,.0f}" in lines[3]
+    assert "- sse: it diverged" in page
     assert (tmp_path / "board.png").stat().st_size > 1000
     (tmp_path / "1.json").write_text(
         json.dumps({**about, "settings": {**settings, "train": "5"}, "rows": second})
     )
     assert leaderboard.main(given) == 2
+
+
+def test_sheets_of_starts_are_joined_again_and_again(scripts: None) -> None:
+    """The newest trained row has the name; what an older one adds stays, with runs and notes of all sheets."""
+    from starts_table import join, table
+
+    def sheet(commit: str, rows: dict[str, object], **more: object) -> dict[str, object]:
+        about = {"command": f"python {commit}", "date": "today", "commit": commit, "teacher": {"demo": 2.0}}
+        settings = {"model": "m", "windows": 1, "length": 64}
+        return {**about, "settings": settings, "rows": rows, **more}
+
+    start, other = {"demo": 9.0}, {"demo": 8.0}
+    first = sheet("a", {
+        "kda": {"swapped": start, "after": {"demo": 7.0}, "note": "diverged"},
+        "gla": {"swapped": start, "after": {"demo": 4.0}},
+        "sse": {"swapped": start, "note": "still true"},
+    }, notes=["of a"])  # fmt: skip
+    cut = {"swapped": start, "calibrated": other}
+    second = sheet(
+        "b",
+        {
+            "kda": {"swapped": start, "after": {"demo": 3.0}},
+            "gla": cut,
+            "sse": cut,
+            "based": {"after": other},
+        },
+    )
+    once: dict[str, object] = {}
+    join(once, [first, second])
+    assert set(once["rows"]) == {"kda", "kda @a", "gla", "gla @b", "sse", "based"}
+    assert once["rows"]["kda"]["commit"] == "b" and once["rows"]["kda @a"]["note"] == "diverged"
+    assert once["rows"]["gla"]["commit"] == "a" and once["rows"]["sse"]["note"] == "still true"
+    again: dict[str, object] = {}
+    join(again, [once, sheet("c", {"kda": {"swapped": start, "after": {"demo": 3.0}}})])
+    assert [run["commit"] for run in again["runs"]] == ["a", "b", "c"] and again["notes"] == ["of a"]
+    assert set(again["rows"]) == set(once["rows"]) and again["rows"]["kda"]["commit"] == "c"
+    page = table(again)
+    assert "| based |" in page and "kda (a): diverged" in page and "of a" in page
+    with pytest.raises(SystemExit, match="other settings"):
+        join({}, [once, sheet("d", {}, settings={"model": "n"})])
 
 
 def test_the_committed_ablations_can_all_be_run(scripts: None) -> None:

@@ -71,6 +71,30 @@ def test_the_page_is_made_of_the_rows(monkeypatch):
     rows, profiles = page.read(page.RESULTS / page.ROWS), page.read(page.RESULTS / page.PROFILES)
     assert page.written(text, rows, profiles) == text
     slow = [x for x in rows if x["recipe"] == "mesanet" and x["measured"] == "train"]
-    assert f"**{slow[-1]['tokens_per_second']:,.0f}**" in page.training(rows)
+    assert f"**{slow[-1]['tokens_per_second']:,.0f}" in page.training(rows)
     with pytest.raises(ValueError, match="0 places for decoding"):
         page.written(text.replace("<!-- decoding -->", ""), rows, profiles)
+
+
+def test_rows_of_compiled_blocks_come_first_and_others_say_so(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import recipes_page as page
+
+    def found(recipe, speed, way, **more):
+        more = {"shape": page.SHAPE, "way": way, "batch": 64, "length": page.LENGTH, "peak_gib": 1.0} | more
+        return row(recipe, speed, commit="c", **more)
+
+    rows = [
+        found("teacher", 7.0, "bf16, captured", card=1),
+        found("a", 1.0, "bf16, compiled, captured"),
+        found("a", 2.0, "bf16, captured"),
+        found("b", 3.0, "bf16, captured"),
+        found("c", 4.0, "bf16"),
+        found("teacher", 8.0, "bf16, captured"),
+        found("teacher", 9.0, "bf16, compiled, captured"),
+    ]
+    lines = [line.split(" | ")[:2] for line in page.training(rows).splitlines()[2:]]
+    assert lines == [
+        ["| teacher", "9"], ["| teacher", "8 °"], ["| teacher, card 1", "7 °"],
+        ["| c", "**4 (c)**"], ["| b", "**3 °**"], ["| a", "**1**"],
+    ]  # fmt: skip

@@ -19,6 +19,7 @@ def delta_chunk(
     state: Tensor,
     *,
     chunk: int = 64,
+    keeps: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Arguments and results of `delta_reference`; `chunk` is a power of two.
 
@@ -36,7 +37,9 @@ def delta_chunk(
       N = K_e^T T (beta V) made for all chunks side by side (K_e: keys with the decay to the chunk's end). The gradients
       of the states obey the same with P^T, so backward runs the same kernel from right to left. P has at most twice the
       length of what it takes away, so rounding it costs no more than rounding K and W = T (beta K~) would.
-    - T, P and the entering states are saved; changes and attention within chunks are computed again.
+    - T, P and the entering states are saved; changes and attention within chunks are computed again. Where decays are
+      a head's, or there are none, and nothing `keeps` them, they are computed again too, by three launches: a text
+      is then read once more, and 3 x 128 bytes a token and head of 64 are free (K = V = 64, 16 bits).
     - The carried state has a gradient, since that is where the backward loop ends; so does the new state.
     - Decays of a head within a chunk are differences of sums in float32, at most zero before they are exponentiated:
       log decays of -20 a token cost 1e-4 of a decay, and nothing overflows.
@@ -55,7 +58,7 @@ def delta_chunk(
     if dispatch.use_triton(q, k, v, state):
         from linearize.kernels.gated_delta.operator import delta_triton
 
-        return delta_triton(q, k, v, beta, log_decay, docs, state)
+        return delta_triton(q, k, v, beta, log_decay, docs, state, keeps=keeps)
     dtype = q.dtype
     q, k, v, beta, log_decay = at_least_float32(q, k, v, beta, log_decay)
     out, state = _torch(q, k, v, beta, log_decay, docs, state, chunk)

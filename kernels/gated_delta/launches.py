@@ -30,11 +30,29 @@ def launch_forward(
 ) -> Six:
     """Inverses, what each chunk does to the state, states, outputs; the result is `plan.outputs`, filled."""
     out, final, inverse, kept, removal, states = made = outputs(plan, q)
+    launch_states_of_chunks(plan, k, v, beta, log_decay, docs, start, final, inverse, kept, removal, states)
+    if not plan.tokens:
+        return made
+    made_for = config("output", plan)
+    launch(
+        output_kernel, (plan.batch * plan.state_heads * plan.chunks * (plan.value_dim // made_for.values),), q=q, k=k,
+        v=v, beta=beta, log_decay=log_decay, docs=docs, HAS_DECAY=log_decay is not None, inverse=inverse,
+        states=states, out=out, heads=plan.heads, tokens=plan.tokens, chunks=plan.chunks,
+        state_heads=plan.state_heads, K=plan.key_dim, V=plan.value_dim, C=CHUNK, PRECISION=plan.precision,
+        BV=made_for.values, num_warps=made_for.warps, num_stages=made_for.stages,
+    )  # fmt: skip
+    return made
+
+
+def launch_states_of_chunks(
+    plan: Plan, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, docs: Tensor, start: Tensor,
+    final: Tensor, inverse: Tensor, kept: Tensor, removal: Tensor, states: Tensor,
+) -> None:  # fmt: skip
+    """Everything of a forward pass but the outputs, into the last five."""
     if not plan.tokens:
         final.copy_(start)
-        return made
-    decays = {"log_decay": log_decay, "docs": docs, "HAS_DECAY": log_decay is not None}
-    gates = {"beta": beta, **decays}
+        return
+    gates = {"beta": beta, "log_decay": log_decay, "docs": docs, "HAS_DECAY": log_decay is not None}
     sizes = {"tokens": plan.tokens, "chunks": plan.chunks, "state_heads": plan.state_heads, "K": plan.key_dim}
     columns = {"V": plan.value_dim, "C": CHUNK, "PRECISION": plan.precision}
     rows = plan.batch * plan.state_heads
@@ -49,13 +67,6 @@ def launch_forward(
         **sizes, **columns, BK=made_for.keys, BV=made_for.values, num_warps=made_for.warps, num_stages=made_for.stages,
     )  # fmt: skip
     launch_states(plan, removal, kept, start, states, final, reverse=False)
-    made_for = config("output", plan)
-    launch(
-        output_kernel, (rows * plan.chunks * (plan.value_dim // made_for.values),), q=q, k=k, v=v, inverse=inverse,
-        states=states, out=out, heads=plan.heads, **gates, **sizes, **columns, BV=made_for.values,
-        num_warps=made_for.warps, num_stages=made_for.stages,
-    )  # fmt: skip
-    return made
 
 
 def launch_backward(

@@ -1,8 +1,8 @@
 """One token against the ring of a window and its pinned keys: the query reads, then the token takes its slot.
 
-A program owns a query head. The new token's slot is one that no query reads, and every program has the token in its
-registers, so whoever writes it needs no order. Where tokens may be pinned, the slot hangs on how many are, which a
-second launch settles.
+A program owns a query head. Long rings are read by several programs to a key head before (`triton_parts`). The new
+token's slot is one that no query reads, and every program has the token in its registers, so whoever writes it needs no
+order. Where tokens may be pinned, the slot hangs on how many are, which a last launch settles.
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linearize.kernels import dispatch
+from linearize.kernels import dispatch, sharing
 from linearize.kernels.launch import launch
+from linearize.kernels.sharing import parts_of, tile_of
 from linearize.kernels.window.operator import covered
 from linearize.kernels.window.plan import padded
 from linearize.kernels.window.recurrent import Held
 from linearize.kernels.window.triton_common import LOG2E, capped
+from linearize.kernels.window.triton_parts import join_parts, part_kernel
+
+SHORT = 512
+"""Slots of a ring that a query head's own program reads alone."""
+NONE = dict.fromkeys(("parts_top", "parts_total", "parts_sums"))
 
 
 @triton.jit
@@ -43,13 +49,16 @@ def read_tile(
 
 @triton.jit
 def step_kernel(
-    q, k, v, valid, reach, sink, turned, ring_k, ring_v, ring_valid, counter, out, log_sum, top_out, scaling, cap,
-    span, heads: tl.constexpr, kv_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, FIRST: tl.constexpr,
-    SLOTS: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
-    HAS_VALID: tl.constexpr, HAS_REACH: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_TURNED: tl.constexpr,
+    q, k, v, valid, reach, sink, turned, ring_k, ring_v, ring_valid, counter, parts_top, parts_total, parts_sums, out,
+    log_sum, top_out, scaling, cap, span, heads: tl.constexpr, kv_heads: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, FIRST: tl.constexpr, SLOTS: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, W: tl.constexpr,
+    P: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr, HAS_VALID: tl.constexpr, HAS_REACH: tl.constexpr,
+    HAS_SINK: tl.constexpr, HAS_CAP: tl.constexpr, HAS_TURNED: tl.constexpr,
 ):  # fmt: skip
-    """One query head of one row: its answer, and without pinned keys the ring's new entry."""
+    """One query head of one row: its answer, and without pinned keys the ring's new entry.
+
+    With PARTS other programs have read the ring, see `triton_parts`.
+    """
     head = tl.program_id(0) % heads
     row = (tl.program_id(0) // heads).to(tl.int64)
     group: tl.constexpr = heads // kv_heads
@@ -88,16 +97,24 @@ def step_kernel(
     total = total * tl.exp2((top - safe) * LOG2E) + weight
     sums = weight * near_v.to(tl.float32)
     top = higher
-    for start in range(0, SLOTS, W):
-        at = start + tl.arange(0, W)
-        # padding has no slot yet: the last token of the row is one slot back
-        age = (slot - at + SLOTS) % SLOTS + here - 1
-        stood = (at < SLOTS) & (at != slot) & (age < sees)
-        stood &= tl.load(flags + FIRST + at, mask=at < SLOTS, other=0).to(tl.int32) != 0
-        top, total, sums = read_tile(
-            query, keys, values, stood, top, total, sums, scaling, cap, k_stride, v_stride, dims, columns,
-            FIRST + at, K, V, HAS_CAP,
-        )  # fmt: skip
+    line = row * heads + head
+    if PARTS > 0:
+        top, total, sums = join_parts(
+            parts_top, parts_total, parts_sums, line, top, total, sums, columns, V, PARTS, PP
+        )
+    else:
+        # the slots of the keys that are seen, the newest first; the new token's own is not among them
+        for start in range(1, SLOTS, W):
+            back = start + tl.arange(0, W)
+            at = (slot - back + SLOTS) % SLOTS
+            # padding has no slot yet: the last token of the row is one slot back
+            stood = (back < SLOTS) & (back + here - 1 < sees)
+            at = tl.where(stood, at, 0)
+            stood &= tl.load(flags + FIRST + at, mask=stood, other=0).to(tl.int32) != 0
+            top, total, sums = read_tile(
+                query, keys, values, stood, top, total, sums, scaling, cap, k_stride, v_stride, dims, columns,
+                FIRST + at, K, V, HAS_CAP,
+            )  # fmt: skip
     if FIRST > 0:
         if HAS_TURNED:
             query = tl.load(turned + (row * heads + head) * K + dims, mask=dims < K, other=0.0).to(tl.float32)
@@ -110,7 +127,6 @@ def step_kernel(
             )  # fmt: skip
     some = total > 0
     sums = sums * tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)
-    line = row * heads + head
     tl.store(out + line * V + columns, sums.to(out.dtype.element_ty), mask=columns < V)
     tl.store(log_sum + line, tl.where(some, top + tl.log2(tl.where(some, total, 1.0)) / LOG2E, float("-inf")))
     tl.store(top_out + line, tl.where(some, top, 0.0))
@@ -189,16 +205,38 @@ def step(
     fixed = {
         "heads": heads, "kv_heads": kv_heads, "K": key_dim, "V": value_dim, "FIRST": first, "SLOTS": slots,
         "KP": padded(key_dim), "VP": padded(value_dim), "HAS_VALID": valid is not None,
-        "P": min(tile, padded(max(first, 1))),
     }  # fmt: skip
+    pinned = min(tile, padded(max(first, 1)))
     ring = {"ring_k": ring_k, "ring_v": ring_v, "ring_valid": ring_valid, "counter": counter}
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     valid, turned = (None if x is None else x.contiguous() for x in (valid, turned))
+    seeing = {
+        "q": q,
+        "valid": valid,
+        "reach": reach,
+        "scaling": scaling,
+        "cap": cap or 1.0,
+        "span": int(span),
+    }
+    has = {"HAS_REACH": reach is not None, "HAS_CAP": cap > 0}
+    parts, found = 0, {}
+    if slots > SHORT:
+        many = tile_of(widest, ring_k.element_size())
+        parts = parts_of(q, batch * kv_heads, slots, many)
+        found = {
+            f"parts_{name}": q.new_empty(batch, heads, parts, dtype=torch.float32)
+            for name in ("top", "total")
+        }
+        found["parts_sums"] = q.new_empty(batch, heads, parts, value_dim, dtype=torch.float32)
+        launch(
+            part_kernel, (batch * kv_heads, parts), GP=padded(heads // kv_heads), W=many, PARTS=parts, num_warps=4,
+            num_stages=sharing.STAGES, **seeing, **has, **found, **ring, **fixed,
+        )  # fmt: skip
     launch(
-        step_kernel, (batch * heads,), q=q, k=k, v=v, valid=valid, reach=reach, sink=sink, turned=turned, out=out,
-        log_sum=log_sum, top_out=top, scaling=scaling, cap=cap or 1.0, span=int(span), W=min(tile, padded(slots)),
-        HAS_REACH=reach is not None, HAS_SINK=sink is not None, HAS_CAP=cap > 0, HAS_TURNED=turned is not None,
-        num_warps=4, num_stages=1, **ring, **fixed,
+        step_kernel, (batch * heads,), k=k, v=v, sink=sink, turned=turned, out=out, log_sum=log_sum, top_out=top,
+        W=min(tile, padded(slots - 1)), PARTS=parts, PP=padded(max(parts, 1)), HAS_SINK=sink is not None,
+        HAS_TURNED=turned is not None, P=pinned, num_warps=4, num_stages=1, **seeing, **has, **(found or NONE), **ring,
+        **fixed,
     )  # fmt: skip
     if first:
         launch(
@@ -208,6 +246,7 @@ def step(
             v=v,
             valid=valid,
             HP=padded(heads),
+            P=pinned,
             num_warps=1,
             num_stages=1,
             **ring,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from linearize.kernels.launch import launch, processors
-from linearize.kernels.window_linear.plan import CHUNK, Plan, config
+from linearize.kernels.window_linear.plan import CHUNK, MOST_PINS, Plan, config
 from linearize.kernels.window_linear.triton_aligned_backward import aligned_query_gradient_kernel
 from linearize.kernels.window_linear.triton_aligned_forward import aligned_output_kernel
 from linearize.kernels.window_linear.triton_aligned_keys import aligned_key_gradient_kernel
@@ -16,9 +16,12 @@ from linearize.kernels.window_linear.triton_backward import key_gradient_kernel,
 from linearize.kernels.window_linear.triton_common import LOG2E
 from linearize.kernels.window_linear.triton_forward import output_kernel
 from linearize.kernels.window_linear.triton_maps import map_gradient_kernel
+from linearize.kernels.window_linear.triton_pins import pinned_parts_kernel, pinned_whole_kernel
 from linearize.kernels.window_linear.triton_states import carry_kernel, key_states_kernel, query_states_kernel
 
 Some = tuple[Tensor | None, ...]
+Pinned = tuple[Tensor | None, Tensor | None, Tensor]
+"""Where the pinned keys of each query's document begin, codes as the past sees them, what pinned keys are asked."""
 
 
 def launch_forward(
@@ -30,6 +33,7 @@ def launch_forward(
     factors: Some,
     masks: Some,
     carried: Some,
+    pinned: Pinned,
 ) -> list[Tensor]:
     """Key states, their carries, outputs; the result is `Plan.outputs`, filled."""
     outputs = plan.outputs(q)
@@ -38,6 +42,7 @@ def launch_forward(
     query_map, key_map = maps
     weight, factor, sink = factors
     codes, reach = masks
+    pin, past_codes, asking = pinned
     start, start_norm = carried
     totals, total_norms = final, final_norm
     if plan.segments > 1:
@@ -50,7 +55,7 @@ def launch_forward(
     launch(
         key_states_kernel,
         (plan.scans(made), plan.batch * plan.state_heads * plan.segments * (plan.chunks > 0)),
-        k=k, v=v, weight=key_map, codes=codes, reach=reach, start=start, start_norm=start_norm,
+        k=k, v=v, weight=key_map, codes=past_codes, reach=reach, start=start, start_norm=start_norm,
         states=states, norms=norms, totals=totals, total_norms=total_norms, key_lse=key_lse,
         key_tokens=plan.key_tokens, tokens=plan.tokens, base=plan.base, chunks=plan.chunks,
         per_segment=plan.per_segment, limit=plan.key_tokens - plan.window,
@@ -65,9 +70,10 @@ def launch_forward(
             _carry(plan, total, carry, last if plan.return_state else None, codes, reverse=False)
     shared = {
         "q": q, "k": k, "v": v, "query_map": query_map, "key_map": key_map, "weight": weight, "factor": factor,
-        "sink": sink, "codes": codes, "states": states, "norms": norms, "carries": carries, "carry_norms": carry_norms,
+        "sink": sink, "codes": codes, "past_codes": past_codes, "pin": pin, "asking": asking,
+        "states": states, "norms": norms, "carries": carries, "carry_norms": carry_norms,
         "out": out, "maximum": maximum, "log_inverse": log_inverse, "query_lse": query_lse,
-        "HAS_SINK": sink is not None,
+        "HAS_SINK": sink is not None, "PINS": plan.pins,
     }  # fmt: skip
     aligned = plan.whole_chunks and reach is None
     made = config(plan.kernel("output", aligned=aligned), plan)
@@ -84,34 +90,52 @@ def launch_forward(
 
 def launch_backward(
     plan: Plan, do: Tensor, q: Tensor, k: Tensor, v: Tensor, maps: tuple[Tensor, Tensor], factors: Some, masks: Some,
-    saved: list[Tensor], train_maps: bool,
+    pinned: Pinned, saved: list[Tensor], train_maps: bool, train_inputs: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Queries' side, query states and their carries, keys' side, maps."""
+    """Queries' side, query states and their carries, keys' side, pinned keys, maps.
+
+    Without `train_inputs` the gradients of q, k, v and what pinned keys are asked hold nothing.
+    """
     out, maximum, log_inverse, states, norms, carries, carry_norms, query_lse, key_lse = saved
     query_map, key_map = maps
     weight, factor, sink = factors
     codes, reach = masks
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    pin, past_codes, asking = pinned
+    dq = torch.empty_like(q)
+    # no tile holds the keys in front of tile 0
+    empty = torch.zeros_like if plan.base > 0 else torch.empty_like
+    dk, dv = (empty(x) for x in (k, v))
+    dasking = q.new_empty(0) if asking is q else torch.empty_like(q)
+    pin_weights, pin_ds = (
+        q.new_empty(plan.batch, plan.heads, plan.pins, plan.tokens, dtype=torch.float32) for _ in range(2)
+    )
     rows = (plan.batch, plan.heads, plan.tokens)
     delta, balance, share_gradient, dsink = (q.new_empty(rows, dtype=torch.float32) for _ in range(4))
     place_of_top = q.new_empty(rows, dtype=torch.int32)
     query_dy = q.new_empty(plan.batch, plan.tokens, plan.heads, plan.map_dim) if train_maps else None
     key_dy = q.new_empty(plan.batch, plan.key_tokens, plan.heads, plan.map_dim) if train_maps else None
+    if key_dy is not None and plan.base > 0:
+        key_dy[:, : plan.base].zero_()
     aligned = plan.whole_chunks and reach is None
     shared: dict[str, Any] = {
         "q": q, "k": k, "v": v, "do": do, "query_map": query_map, "key_map": key_map, "weight": weight,
-        "factor": factor, "codes": codes, "maximum": maximum, "log_inverse": log_inverse, "delta": delta,
-        "balance": balance, "place_of_top": place_of_top, "TRAIN_MAPS": train_maps,
+        "factor": factor, "codes": codes, "past_codes": past_codes, "maximum": maximum, "log_inverse": log_inverse,
+        "delta": delta, "balance": balance, "place_of_top": place_of_top, "TRAIN_MAPS": train_maps,
     }  # fmt: skip
     if aligned:
-        shared |= _aligned(plan, factor, codes) | {"query_lse": query_lse, "key_lse": key_lse}
+        shared |= _aligned(plan, factor, codes) | {
+            "query_lse": query_lse,
+            "key_lse": key_lse,
+            "INPUTS": train_inputs,
+        }
     else:
         shared |= _general(plan, factor, codes, reach) | {"reach": reach}
     made = config(plan.kernel("query_gradient", aligned=aligned), plan)
     launch(
         aligned_query_gradient_kernel if aligned else query_gradient_kernel, (plan.chunks, plan.batch * plan.heads),
         out=out, sink=sink, states=states, norms=norms, carries=carries, carry_norms=carry_norms, dq=dq, dy=query_dy,
-        share_gradient=share_gradient, dsink=dsink, HAS_SINK=sink is not None, **shared,
+        share_gradient=share_gradient, dsink=dsink, HAS_SINK=sink is not None, pin=pin, asking=asking,
+        dasking=dasking, pin_weights=pin_weights, pin_ds=pin_ds, PINS=plan.pins, HAS_ASKING=asking is not q, **shared,
         **made.options(),
     )  # fmt: skip
     states, norms = torch.empty_like(states), torch.empty_like(norms)
@@ -132,19 +156,23 @@ def launch_backward(
     if plan.segments > 1:
         for total, carry in ((totals, carries), (total_norms, carry_norms)):
             _carry(plan, total, carry, None, codes, reverse=True)
-    first = -plan.base // CHUNK
+    first = plan.first_tile
     grid = (plan.chunks + plan.lag - first, plan.batch * plan.kv_heads)
     shared |= {
         "states": states, "norms": norms, "carries": carries, "carry_norms": carry_norms, "first": first, "dy": key_dy,
     }  # fmt: skip
-    made = config(plan.kernel("key_gradient", aligned=aligned), plan)
-    options = made.options()
+    frozen = aligned and plan.window > 0 and not train_inputs
+    options = config(
+        "frozen_key_gradient" if frozen else plan.kernel("key_gradient", aligned=aligned), plan
+    ).options()
     if aligned:
         launch(aligned_key_gradient_kernel, grid, dk=dk, dv=dv, **shared, **options)
     else:
-        split = plan.window > 0 and plan.value_dim * plan.key_dim > 64 * 64
-        parts = [(True, False, False), (False, True, True)] if split else [(plan.window > 0, True, False)]
-        for_k, for_v = (torch.empty_like(x, dtype=torch.float32) for x in (dk, dv)) if split else (dk, dv)
+        # the window has a part in dk and dv alone
+        windowed = plan.window > 0 and train_inputs
+        split = windowed and plan.value_dim * plan.key_dim > 64 * 64
+        parts = [(True, False, False), (False, True, True)] if split else [(windowed, True, False)]
+        for_k, for_v = (empty(x, dtype=torch.float32) for x in (dk, dv)) if split else (dk, dv)
         for do_window, do_linear, add in parts:
             launch(
                 key_gradient_kernel, grid, dk=for_k, dv=for_v, **shared, DO_WINDOW=do_window, DO_LINEAR=do_linear,
@@ -153,6 +181,8 @@ def launch_backward(
         if split:
             dk.copy_(for_k)
             dv.copy_(for_v)
+    if plan.pins and plan.chunks and train_inputs:
+        _pinned_gradient(plan, asking, do, (pin, codes), (pin_weights, pin_ds, balance, place_of_top), dk, dv)
     found = [x.zero_() for x in plan.gradients(q, train_maps)]
     if query_dy is not None and key_dy is not None:
         found[0] = _map_gradient(plan, q, query_dy)
@@ -164,7 +194,33 @@ def launch_backward(
         found[3] = found[3] if factor is None else -sums / factor
     if sink is not None:
         found[4] = dsink.sum((0, 2))
-    return [dq, dk, dv, *found]
+    return [dq, dk, dv, dasking, *found]
+
+
+def _pinned_gradient(
+    plan: Plan, asking: Tensor, do: Tensor, masks: Some, rows: tuple[Tensor, ...], dk: Tensor, dv: Tensor
+) -> None:
+    """Add to dk and dv what pinned keys get of the queries behind whose windows they are."""
+    pin, codes = masks
+    pin_weights, pin_ds, balance, place_of_top = rows
+    size = (plan.batch, plan.kv_heads, 2, plan.pin_segments, MOST_PINS)
+    parts_k, parts_v = (
+        dk.new_empty(*size, width, dtype=torch.float32) for width in (plan.key_dim, plan.value_dim)
+    )
+    shared: dict[str, Any] = {
+        "pin": pin, "codes": codes, "parts_k": parts_k, "parts_v": parts_v, "dk": dk, "dv": dv, "tokens": plan.tokens,
+        "key_tokens": plan.key_tokens, "prefix": plan.prefix, "segments": plan.pin_segments,
+        "kv_heads": plan.kv_heads, "K": plan.key_dim, "V": plan.value_dim, "PINS": plan.pins, "PP": MOST_PINS,
+        "SEGMENT": plan.pin_segment,
+    }  # fmt: skip
+    rows_of = plan.batch * plan.kv_heads
+    launch(
+        pinned_parts_kernel, (plan.pin_segments, rows_of),
+        asking=asking, do=do, pin_weights=pin_weights, pin_ds=pin_ds, balance=balance, place_of_top=place_of_top,
+        scale=plan.scaling, heads=plan.heads, C=CHUNK, PRECISION=plan.precision, **shared,
+        **config("pinned_parts", plan).options(),
+    )  # fmt: skip
+    launch(pinned_whole_kernel, (plan.pin_segments + 1, rows_of), num_warps=4, num_stages=1, **shared)
 
 
 def _carry(

@@ -11,6 +11,8 @@ from linearize.kernels.launch import processors
 
 CHUNK = 64
 """Tokens in a chunk: one tile of every product."""
+MOST_PINS = 16
+"""Pinned keys that the kernels take: each costs a row as much as a column of a product, but without tensor cores."""
 WAVES = 2
 """Programs to a multiprocessor that a scan over chunks should have."""
 FULL = 0.9
@@ -54,6 +56,7 @@ class Plan:
         wide: whether states are float32.
         precision: of products of float32 numbers.
         roomy: whether the kernels for windows of whole chunks, which hold more tiles, fit into shared memory.
+        pins: pinned keys of a document.
     """
 
     batch: int
@@ -79,6 +82,7 @@ class Plan:
     wide: bool
     precision: str
     roomy: bool
+    pins: int
 
     @property
     def whole_chunks(self) -> bool:
@@ -87,12 +91,29 @@ class Plan:
 
     def kernel(self, name: str, *, aligned: bool) -> str:
         """Its entry in the table: kernels for windows of whole chunks have others, and others again with no window."""
+        if aligned and self.pins and f"pinned_{name}" in CONFIGS:
+            return f"pinned_{name}"
         return (("aligned_" if self.window else "unwindowed_") if aligned else "") + name
 
     @property
     def base(self) -> int:
-        """First key of tile 0, at most zero."""
+        """First key of tile 0; keys in front of it are pinned ones or nobody's."""
         return self.prefix - self.lag * CHUNK
+
+    @property
+    def first_tile(self) -> int:
+        """The first tile that holds a key."""
+        return max(0, -self.base // CHUNK)
+
+    @property
+    def pin_segment(self) -> int:
+        """Queries whose part in the gradients of pinned keys one program adds up."""
+        return (4 if self.tokens <= 64 * CHUNK else 16) * CHUNK
+
+    @property
+    def pin_segments(self) -> int:
+        """How many there are."""
+        return -(-self.tokens // self.pin_segment)
 
     @property
     def last_tile(self) -> int:
@@ -147,6 +168,7 @@ def make_plan(
 ) -> Plan:
     """Work out the tiles; `numbers` as in `operator.Numbers`."""
     window, least, prefix, return_state, segments = (int(x) for x in numbers[:5])
+    roomy, pins = (int(x) for x in numbers[6:])
     batch, tokens, heads, key_dim = q.shape
     key_tokens, kv_heads, value_dim = v.shape[1:]
     state_heads = key_map.shape[0]
@@ -186,7 +208,8 @@ def make_plan(
         # of float32 operands, among them the states of float16: plain float32 products would take minutes to compile,
         # and single tf32 ones of states read wrong from segments on Hopper (Triton 3.6)
         precision="tf32" if q.dtype == torch.bfloat16 else "tf32x3",
-        roomy=bool(numbers[6]),
+        roomy=bool(roomy),
+        pins=pins,
     )
 
 
@@ -214,8 +237,11 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "aligned_output": {64: Config(64, 4, 3, 168), 128: Config(64, 4, 2), 256: Config(64, 8, 1)},
     "aligned_query_gradient": {64: Config(64, 4, 1), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "aligned_key_gradient": {64: Config(64, 4, 2), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
+    "frozen_key_gradient": {64: Config(64, 4, 1), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "unwindowed_output": {64: Config(64, 4, 2, 168), 128: Config(64, 4, 2), 256: Config(64, 8, 1)},
     "unwindowed_query_gradient": {64: Config(64, 4, 1, 168), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "unwindowed_key_gradient": {64: Config(64, 4, 1), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
+    "pinned_output": {64: Config(64, 4, 3), 128: Config(64, 4, 2), 256: Config(64, 8, 1)},
+    "pinned_parts": {64: Config(64, 4, 1), 128: Config(128, 8, 1), 256: Config(256, 8, 1)},
     "map_gradient": {64: Config(64, 4, 3), 128: Config(128, 8, 2), 256: Config(256, 8, 2)},
 }

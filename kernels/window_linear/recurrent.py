@@ -8,25 +8,31 @@ import torch
 from torch import Tensor
 
 from linearize.kernels import dispatch
-from linearize.kernels.window.merge import add_sink
-from linearize.kernels.window.reference import window_reference
+from linearize.kernels.window.merge import add_sink, merge
+from linearize.kernels.window.reference import Weighted, window_reference
+from linearize.kernels.window.turned import turned_back
 from linearize.kernels.window_linear.reference import divide, hedgehog
 
 
 @dataclass(frozen=True)
 class Ring:
-    """The last keys and values of a window, in place on the device; all tensors are written.
+    """Pinned keys, and the last keys and values of a window, in place on the device; all tensors are written.
 
-    Token n of a row stands in slot n % slots. A query sees at most `slots - 1` keys, its own included, so the token
-    that comes never takes the slot of the one that leaves.
+    Token n of a row stands in slot n % slots behind the pinned ones. A query sees at most `slots - 1` keys, its own
+    included, so the token that comes never takes the slot of the one that leaves. A document's first tokens go among
+    the pinned keys and leave their slot empty.
 
     Attributes:
-        k, v: [B, slots, N, K], [B, slots, N, V].
-        valid: [B, slots] bool, false on padding and where nothing has been written yet.
+        k, v: [B, first + slots, N, K], [B, first + slots, N, V].
+        valid: [B, first + slots] bool, false on padding and where nothing has been written yet.
         next: [B, H] int64, n of the token that comes next, the same number for each head.
         position: [B, H] int64, valid tokens so far; for a terraced window only, else None.
         block: tokens in a block of a terraced window, 0 for a sliding one.
-        limit: most tokens that a query sees, its own included; 0 for all that the ring holds.
+        limit: most tokens that a query sees, its own included, beside pinned ones; 0 for all that the ring holds.
+        first: pinned keys of a document.
+        since: [B] int64, tokens of the row's document so far, or None: counted as far as they are pinned.
+        turns, most: with `since`, radians a token [R / 2] float64 and the tokens from which pinned keys seem no further
+            away: a query turns back by what is more. None where they are as far as they are.
     """
 
     k: Tensor
@@ -36,6 +42,21 @@ class Ring:
     position: Tensor | None = None
     block: int = 0
     limit: int = 0
+    first: int = 0
+    since: Tensor | None = None
+    turns: Tensor | None = None
+    most: int = 0
+
+    @property
+    def slots(self) -> int:
+        """Of the ring: one more than the keys that a query may see."""
+        return self.k.shape[1] - self.first
+
+    def count(self) -> Tensor | None:
+        """[B] int64, tokens of the row's document so far, at least as far as they are pinned."""
+        if not self.first or self.since is not None:
+            return self.since
+        return self.valid[:, : self.first].sum(1)
 
 
 def window_linear_step(
@@ -60,7 +81,7 @@ def window_linear_step(
 ) -> Tensor:
     """`window_linear` of one token, which is written into the ring; what leaves the window is added to the sums.
 
-    Triton: one launch, nothing read back, nothing allocated but the output, so a CUDA graph can hold it. A terraced
+    Triton: one launch (pinned keys: and one that counts), nothing read back, so a CUDA graph can hold it. A terraced
     window hands on the whole block before the last one when a block begins, under a condition on the device.
 
     Args:
@@ -89,21 +110,28 @@ def window_linear_step(
         "weights or their logits"
     )
     at_once = at_once or ring is None
+    assert ring is None or ring.turns is None or (ring.since is not None and rotation is None)
     if dispatch.use_triton(q, k, v):
         from linearize.kernels.window_linear import triton_step
 
         sums, norms = state
         held = [None] * 5 if ring is None else [ring.k, ring.v, ring.valid, ring.next, ring.position]
+        count = turns = None
+        first = most = 0
+        if ring is not None:
+            count, turns, first, most = ring.count(), ring.turns, ring.first, ring.most
         triton_step.covered(q, k, v, sums, [*held, sums, norms])
         valid = None if valid is None else valid.contiguous()
         cosine, sine = (None, None) if rotation is None else (x.contiguous() for x in rotation)
         block, limit = (0, 0) if ring is None else (ring.block, ring.limit)
         factor = 0 if window_factor is None else 2 if complement else 1
-        return triton_step.step(
+        out: Tensor = triton_step.step(
             q.contiguous(), k.contiguous(), v.contiguous(), valid, cosine, sine, query_map, key_map,
             window_weight if window_factor is None else window_factor, linear_weight, sink, *held, sums, norms,
-            [float(x) for x in (block, limit, at_once, scaling, softcap or 0.0, factor)],
+            count, turns, [float(x) for x in (block, limit, at_once, scaling, softcap or 0.0, factor, first, most)],
         )  # fmt: skip
+        _counted(ring, valid)
+        return out
     if window_factor is not None:
         window_weight = window_factor.sigmoid()
         linear_weight = 1 - window_weight if complement else None
@@ -140,8 +168,8 @@ def _torch(
     if ring is not None:
         leaving, visible = _turn(ring, k, v, here)
         arriving = arriving if at_once else leaving
-        keys, values = ring.k.to(wide), ring.v.to(wide)
-        near = window_reference(q, keys, values, visible[:, None], scaling=scaling, softcap=softcap)
+        near = _read(ring, q, visible, scaling, softcap)
+        _counted(ring, here)
         numerator, denominator, _ = near if sink is None else add_sink(near, sink)
     if window_weight is not None:
         share = window_weight.to(wide)
@@ -160,9 +188,28 @@ def _torch(
     return divide(numerator, denominator)[:, 0].to(dtype)
 
 
+def _counted(ring: Ring | None, here: Tensor | None) -> None:
+    if ring is not None and ring.since is not None:
+        ring.since.add_(1 if here is None else here)
+
+
+def _read(ring: Ring, q: Tensor, visible: Tensor, scaling: float, softcap: float | None) -> Weighted:
+    """The softmax over what is visible [B, first + slots]."""
+    keys, values, first = ring.k.to(q.dtype), ring.v.to(q.dtype), ring.first
+
+    def over(asks: Tensor, kept: slice) -> Weighted:
+        seen = visible[:, None, kept]
+        return window_reference(asks, keys[:, kept], values[:, kept], seen, scaling=scaling, softcap=softcap)
+
+    if ring.turns is None or ring.since is None:
+        return over(q, slice(None))
+    turned = turned_back(q, (ring.since[:, None] - ring.most).clamp_min(0), ring.turns)
+    return merge(over(q, slice(first, None)), over(turned, slice(first)))
+
+
 def _turn(ring: Ring, k: Tensor, v: Tensor, here: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Write the token; give the keys, values and validity [B, S, ...] that leave, and what is visible [B, slots]."""
-    slots = ring.k.shape[1]
+    """Write the token; give keys, values and validity [B, S, ...] that leave, what is visible [B, first + slots]."""
+    slots, first = ring.slots, ring.first
     rows = torch.arange(k.shape[0], device=k.device)[:, None]
     slot = (ring.next[:, :1] % slots).clone()
     reach: int | Tensor = slots - 1
@@ -176,13 +223,17 @@ def _turn(ring: Ring, k: Tensor, v: Tensor, here: Tensor) -> tuple[tuple[Tensor,
         count, begins = ring.block, place == 0
     if ring.limit:
         reach = min(reach, ring.limit) if isinstance(reach, int) else reach.clamp(max=ring.limit)
-    old = (slot + 1 + torch.arange(count, device=k.device)) % slots
+    old = first + (slot + 1 + torch.arange(count, device=k.device)) % slots
     leaving = (ring.k[rows, old], ring.v[rows, old], ring.valid[rows, old] & begins & here[:, None])
-    ring.k[rows, slot], ring.v[rows, slot] = k.to(ring.k.dtype), v.to(ring.v.dtype)
-    ring.valid.scatter_(1, slot, here[:, None])
+    pinned = ring.valid[:, :first].sum(1, keepdim=True)
+    ring.valid.scatter_(1, first + slot, False)
+    place = torch.where(here[:, None] & (pinned < first), pinned, first + slot)
+    ring.k[rows, place], ring.v[rows, place] = k.to(ring.k.dtype), v.to(ring.v.dtype)
+    ring.valid.scatter_(1, place, here[:, None])
     ring.next.add_(here[:, None].to(ring.next.dtype))
     age = (slot - torch.arange(slots, device=k.device)) % slots
-    return leaving, ring.valid & (age < reach)
+    near = torch.nn.functional.pad(age < reach, (first, 0), value=True)
+    return leaving, ring.valid & near
 
 
 def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linearize.kernels.window.merge import add_sink
-from linearize.kernels.window.reference import softmax_scores, weigh
+from linearize.kernels.window.merge import add_sink, merge
+from linearize.kernels.window.reference import Weighted, softmax_scores, weigh
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Layer:
         window: most tokens that a query's softmax sees, its own included; 0 for pure linear attention.
         least: fewest tokens that it sees once the text is long enough; `window` unless `reach` varies.
         scaling: factor on q.k in the window.
-        prefix: keys that come before the first query (a carried window); query t stands at key `prefix + t`.
+        prefix: keys that come before the first query (carried pinned keys, a carried window); query t stands at key
+            `prefix + t`.
     """
 
     window: int
@@ -46,6 +47,23 @@ class Weights:
     sink: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Pins:
+    """Keys that the softmax of a whole document sees beside its window, and that the past's sums never see.
+
+    Attributes:
+        count: of a document.
+        place: [B, T] int32, the first pinned key of each query's document, never falling along a row.
+        past: [B, P + T] int32, `codes` as the past's sums see them: a pinned key is padding there, in its window too.
+        asking: [B, T, H, K], what pinned keys behind the window are asked in place of q, or None.
+    """
+
+    count: int
+    place: Tensor
+    past: Tensor
+    asking: Tensor | None = None
+
+
 def hedgehog(x: Tensor, weight: Tensor) -> Tensor:
     """[softmax(x W), softmax(-x W)] per head: [B, T, N, K], [M, K, f] -> [B, T, M, 2 f]; heads shared in groups."""
     x = x.repeat_interleave(weight.shape[0] // x.shape[2], 2)
@@ -59,7 +77,13 @@ def document(codes: Tensor) -> Tensor:
 
 
 def blended(
-    scores: Tensor, products: Tensor, near: Tensor, far: Tensor, v: Tensor, weights: Weights
+    scores: Tensor,
+    products: Tensor,
+    near: Tensor,
+    far: Tensor,
+    v: Tensor,
+    weights: Weights,
+    pinned: Weighted | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Unnormalized output and sum of weights of queries over some keys.
 
@@ -68,11 +92,14 @@ def blended(
         products: [..., H, T, S] phi(q).phi(k).
         near, far: bool masks of what the softmax and the past's sums see, broadcastable.
         v: [..., S, N, V].
+        pinned: what the softmax sees beside these keys, see `merge`.
 
     Returns:
         [..., T, H, V] and [..., T, H].
     """
     numerator, denominator, top = weigh(scores, near, v)
+    if pinned is not None:
+        numerator, denominator, top = merge((numerator, denominator, top), pinned)
     if weights.sink is not None:
         numerator, denominator, _ = add_sink((numerator, denominator, top), weights.sink)
     if weights.window_weight is not None:
@@ -103,6 +130,7 @@ def window_linear_reference(
     codes: Tensor,
     reach: Tensor,
     state: tuple[Tensor, Tensor] | None = None,
+    pins: Pins | None = None,
 ) -> Tensor:
     """o_t = sum_j w_tj v_j / sum_j w_tj; see `window_linear`.
 
@@ -112,6 +140,7 @@ def window_linear_reference(
         codes: [B, P + T], see `window_linear`.
         reach: [B, T] tokens that each query's window sees.
         state: carried sums [B, M, 2 f, V] and norms [B, M, 2 f] of document 0.
+        pins: see `Pins`, or None.
 
     Returns:
         [B, T, H, V].
@@ -124,6 +153,13 @@ def window_linear_reference(
     near = visible & (age < reach[..., None])
     far = visible & (age >= reach[..., None])
     scores = softmax_scores(q, k, layer.scaling, None)
+    if pins is not None:
+        order = torch.arange(k.shape[1], device=q.device) - pins.place[..., None]
+        beyond = far & (order >= 0) & (order < pins.count)
+        if pins.asking is not None:
+            asked = softmax_scores(pins.asking, k, layer.scaling, None)
+            scores = torch.where(beyond[:, None], asked, scores)
+        near, far = near | beyond, far & (pins.past[:, None, :] == owner[..., None])
     phi_q, phi_k = hedgehog(q, weights.query_map), hedgehog(k, weights.key_map)
     products = torch.einsum("bthf,bshf->bhts", phi_q, phi_k.repeat_interleave(heads // phi_k.shape[2], 2))
     numerator, denominator = blended(scores, products, near[:, None], far[:, None], v, weights)

@@ -13,20 +13,31 @@ import triton.language as tl
 
 from linearize.kernels.window_linear.triton_aligned_forward import load_codes, square_of_scores
 from linearize.kernels.window_linear.triton_common import LOG2E, document, load_code, load_rows
+from linearize.kernels.window_linear.triton_pins import (
+    BEHIND,
+    pinned_gradient,
+    pinned_rows,
+    pinned_to_queries,
+)
 
 
 @triton.jit
 def aligned_query_gradient_kernel(
-    q, k, v, out, do, query_map, key_map, weight, factor, sink, codes, key_lse, query_lse,
+    q, k, v, out, do, query_map, key_map, weight, factor, sink, codes, past_codes, pin, asking, key_lse,
+    query_lse,
     states, norms, carries, carry_norms, maximum, log_inverse,
-    dq, dy, delta, balance, share_gradient, place_of_top, dsink,
+    dq, dasking, pin_weights, pin_ds, dy, delta, balance, share_gradient, place_of_top, dsink,
     tokens, key_tokens, prefix, base, chunks, per_segment, segments, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, C: tl.constexpr, LAG: tl.constexpr,
     HAS_FACTOR: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CODES: tl.constexpr,
-    HAS_CARRY: tl.constexpr, WIDE: tl.constexpr, TRAIN_MAPS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_CARRY: tl.constexpr, WIDE: tl.constexpr, TRAIN_MAPS: tl.constexpr, INPUTS: tl.constexpr,
+    PRECISION: tl.constexpr, PINS: tl.constexpr, HAS_ASKING: tl.constexpr,
 ):  # fmt: skip
-    """dq, the gradient dy of q's projection, and per row: D, the sum of the window's ds, where its maximum is."""
+    """dq, the gradient dy of q's projection, and per row: D, the sum of the window's ds, where its maximum is.
+
+    Without `INPUTS` dy, D and the gradients of factors and sink alone.
+    """
     chunk = tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = tl.program_id(1) % heads
@@ -55,7 +66,18 @@ def aligned_query_gradient_kernel(
     owner = tl.zeros([C], tl.int32)
     if HAS_CODES:
         owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=inside, other=0))
-        old_code = load_codes(codes, batch, oldest + rows, key_tokens)
+        old_code = load_codes(past_codes, batch, oldest + rows, key_tokens)
+    if PINS > 0:
+        pinned = tl.load(pin + batch * tokens + place, mask=inside, other=BEHIND)
+        asking += (batch * tokens * heads + head) * K
+        asks = load_rows(asking, chunk * C, rows, heads * K, dims, tokens)
+        pin_row = (batch * heads + head) * PINS * tokens + place
+        top = tl.load(maximum + row, mask=inside, other=0.0)
+        best_pin, pin_place, pin_part, pin_sum = pinned_gradient(
+            asks, incoming, k, v, codes, batch, pinned, oldest + rows, owner,
+            tl.log2(tl.load(weight + head)) + log_over - top, shift, pin_row, inside, pin_weights, pin_ds, scale,
+            tokens, key_tokens, dims, values, kv_heads * K, kv_heads * V, PINS, INPUTS,
+        )  # fmt: skip
     # of a zero that the compiler knows, selections would be made of sixteen-bit numbers, one by one
     nothing = scale - scale
     for_q = tl.zeros([C, K], tl.float32)
@@ -120,17 +142,18 @@ def aligned_query_gradient_kernel(
         for_y += sign * (for_phi - phi * spread[:, None])
     past *= alpha
     for_y *= alpha[:, None]
+    lines = (batch * tokens + place) * heads + head
     if TRAIN_MAPS:
-        lines = (batch * tokens + place) * heads + head
         tl.store(
             dy + lines[:, None] * F + columns[None, :],
             for_y.to(dy.dtype.element_ty),
             mask=inside[:, None],
         )
-    if LAG > 0:
-        # in units of the scores' gradient, to which the window adds
-        for_y *= LOG2E / scale
-    narrow_y = for_y.to(x.dtype)
+    if INPUTS:
+        if LAG > 0:
+            # in units of the scores' gradient, to which the window adds
+            for_y *= LOG2E / scale
+        narrow_y = for_y.to(x.dtype)
     if LAG > 0:
         own_keys = load_rows(k, own, rows, kv_heads * K, dims, key_tokens)
         scores = square_of_scores(
@@ -138,8 +161,9 @@ def aligned_query_gradient_kernel(
             HAS_CODES, PRECISION,
         )  # fmt: skip
         best = tl.max(scores, 1)
-        best_place = tl.where(causal, own + rows[None, :], oldest + rows[None, :])
-        best_place = tl.min(tl.where(scores == best[:, None], best_place, 2147483647), 1)
+        if INPUTS or HAS_SINK:
+            best_place = tl.where(causal, own + rows[None, :], oldest + rows[None, :])
+            best_place = tl.min(tl.where(scores == best[:, None], best_place, 2147483647), 1)
         top = tl.load(maximum + row, mask=inside, other=0.0)
         share = tl.log2(tl.load(weight + head))
         offset = share + log_over - top
@@ -150,9 +174,10 @@ def aligned_query_gradient_kernel(
         old_dw = tl.dot(incoming, tl.trans(old_values), input_precision=PRECISION)
         ds = weights * (tl.where(causal, dw, old_dw) - shift[:, None])
         sum_of_ds = tl.sum(ds, 1)
-        own_ds = tl.where(causal, ds, nothing)
-        for_q = tl.dot(own_ds.to(x.dtype), own_keys, for_q, input_precision=PRECISION)
-        for_q = tl.dot((ds - own_ds).to(x.dtype), old_keys, for_q, input_precision=PRECISION)
+        if INPUTS:
+            own_ds = tl.where(causal, ds, nothing)
+            for_q = tl.dot(own_ds.to(x.dtype), own_keys, for_q, input_precision=PRECISION)
+            for_q = tl.dot((ds - own_ds).to(x.dtype), old_keys, for_q, input_precision=PRECISION)
         if LAG > 1:
             for i in range(1, LAG):
                 middle = oldest + i * C
@@ -163,16 +188,26 @@ def aligned_query_gradient_kernel(
                     between = tl.where(code[None, :] == owner[:, None], between, float("-inf"))
                 else:
                     between = tl.where(middle >= 0, between, float("-inf"))
-                higher = tl.max(between, 1)
-                found = tl.min(tl.where(between == higher[:, None], middle + rows[None, :], 2147483647), 1)
-                best_place = tl.where(higher > best, found, best_place)
-                best = tl.maximum(best, higher)
+                if INPUTS or HAS_SINK:
+                    higher = tl.max(between, 1)
+                    found = tl.min(
+                        tl.where(between == higher[:, None], middle + rows[None, :], 2147483647), 1
+                    )
+                    best_place = tl.where(higher > best, found, best_place)
+                    best = tl.maximum(best, higher)
                 weights = tl.exp2(between + offset[:, None])
                 y = load_rows(v, middle, rows, kv_heads * V, values, key_tokens)
                 ds = weights * (tl.dot(incoming, tl.trans(y), input_precision=PRECISION) - shift[:, None])
                 sum_of_ds += tl.sum(ds, 1)
                 near_part += tl.sum(weights, 1)
-                for_q = tl.dot(ds.to(x.dtype), keys, for_q, input_precision=PRECISION)
+                if INPUTS:
+                    for_q = tl.dot(ds.to(x.dtype), keys, for_q, input_precision=PRECISION)
+        if PINS > 0:
+            if INPUTS or HAS_SINK:
+                best_place = tl.where(best_pin > best, pin_place, best_place)
+                best = tl.maximum(best, best_pin)
+            near_part += pin_part
+            sum_of_ds += pin_sum
         for_sink = tl.zeros([C], tl.float32)
         if HAS_SINK:
             logit = tl.load(sink + head) * LOG2E
@@ -182,26 +217,33 @@ def aligned_query_gradient_kernel(
             sum_of_ds += for_sink
             best_place = tl.where(best > logit, best_place, -1)
             best = tl.maximum(best, logit)
-        best_place = tl.where(best == float("-inf"), -1, best_place)
-        there = (best_place >= 0) & inside
-        keys = tl.load(
-            k + best_place.to(tl.int64)[:, None] * (kv_heads * K) + dims[None, :],
-            mask=there[:, None],
-            other=0.0,
-        )
-        for_q -= sum_of_ds[:, None] * keys.to(tl.float32)
-        tl.store(balance + row, sum_of_ds, mask=inside)
-        tl.store(place_of_top + row, best_place, mask=inside)
-        for_sink = tl.where(best_place < 0, for_sink - sum_of_ds, for_sink)
+        if INPUTS or HAS_SINK:
+            best_place = tl.where(best == float("-inf"), -1, best_place)
+            for_sink = tl.where(best_place == -1, for_sink - sum_of_ds, for_sink)
+        if INPUTS:
+            if PINS == 0:
+                keys = pinned_rows(k, best_place, (best_place >= 0) & inside, kv_heads * K, dims)
+                for_q -= sum_of_ds[:, None] * keys
+            tl.store(balance + row, sum_of_ds, mask=inside)
+            tl.store(place_of_top + row, best_place, mask=inside)
         # two estimates of one number, whose errors come from the rounding of `out` in D and cancel like this
         tl.store(share_gradient + row, (1.0 - near_part) * sum_of_ds - near_part * past, mask=inside)
         if HAS_SINK:
             tl.store(dsink + row, for_sink, mask=inside)
-    # until here in 16 bits: half as many registers as the product
-    for_q = tl.dot(narrow_y, tl.trans(projection), for_q, input_precision=PRECISION)
-    if LAG > 0:
-        for_q *= scale / LOG2E
-    dq += (batch * tokens * heads + head) * K
-    tl.store(
-        dq + place[:, None] * (heads * K) + dims[None, :], for_q.to(dq.dtype.element_ty), mask=inside[:, None]
-    )
+    if INPUTS:
+        # until here in 16 bits: half as many registers as the product
+        for_q = tl.dot(narrow_y, tl.trans(projection), for_q, input_precision=PRECISION)
+        if LAG > 0:
+            for_q *= scale / LOG2E
+            if PINS > 0:
+                for_q = pinned_to_queries(
+                    k, codes, batch, pinned, oldest + rows, owner, for_q, sum_of_ds, best_place, pin_row, inside,
+                    pin_ds, dasking + lines * K, scale / LOG2E, tokens, key_tokens, dims, kv_heads * K, PINS,
+                    HAS_ASKING,
+                )  # fmt: skip
+        dq += (batch * tokens * heads + head) * K
+        tl.store(
+            dq + place[:, None] * (heads * K) + dims[None, :],
+            for_q.to(dq.dtype.element_ty),
+            mask=inside[:, None],
+        )

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from linearize.kernels.window_linear.triton_common import LOG2E, document, load_code, load_rows, row_features
+from linearize.kernels.window_linear.triton_pins import BEHIND, add_pinned, pinned_top
 
 
 @triton.jit
@@ -44,13 +45,13 @@ def square_of_scores(
 
 @triton.jit
 def aligned_output_kernel(
-    q, k, v, query_map, key_map, weight, factor, sink, codes, key_lse,
+    q, k, v, query_map, key_map, weight, factor, sink, codes, past_codes, pin, asking, key_lse,
     states, norms, carries, carry_norms, out, maximum, log_inverse, query_lse,
     tokens, key_tokens, prefix, base, chunks, per_segment, segments, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LAG: tl.constexpr,
     HAS_FACTOR: tl.constexpr, HAS_SINK: tl.constexpr, HAS_CODES: tl.constexpr,
-    HAS_CARRY: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_CARRY: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, PINS: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one query head: out [B, T, H, V]; by [B, H, T] the row maximum (times log2 e) and log2 of
     1 / denominator.
@@ -79,6 +80,13 @@ def aligned_output_kernel(
     owner = tl.zeros([C], tl.int32)
     if HAS_CODES:
         owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=inside, other=0))
+    if PINS > 0:
+        pinned = tl.load(pin + batch * tokens + place, mask=inside, other=BEHIND)
+        asking += (batch * tokens * heads + head) * K
+        asks = load_rows(asking, chunk * C, rows, heads * K, dims, tokens)
+        highest_pin = pinned_top(
+            asks, k, codes, batch, pinned, oldest + rows, owner, scale, key_tokens, dims, kv_heads * K, PINS
+        )
     row = (batch * heads + head) * tokens + place
     result = tl.zeros([C, BV], tl.float32)
     pairs = tl.zeros([C, C], tl.float32)
@@ -139,7 +147,7 @@ def aligned_output_kernel(
             result = tl.dot(reading, tl.trans(sums), result, input_precision=PRECISION)
         pairs = tl.dot(phi.to(x.dtype), phi_k, pairs, input_precision=PRECISION)
     if HAS_CODES:
-        code = load_codes(codes, batch, there, key_tokens)
+        code = load_codes(past_codes, batch, there, key_tokens)
         pairs = tl.where(code[None, :] == owner[:, None], pairs, 0.0)
     old_values = load_rows(v, oldest, rows, kv_heads * V, lanes, key_tokens)
     # of a zero that the compiler knows, selections would be made of sixteen-bit numbers, one by one
@@ -152,6 +160,11 @@ def aligned_output_kernel(
         if HAS_SINK:
             top = tl.zeros([C], tl.float32) + tl.load(sink + head) * LOG2E
             near_total += tl.exp2(share)
+        if PINS > 0:
+            higher = tl.maximum(top, highest_pin)
+            if HAS_SINK:
+                near_total *= tl.exp2(top - higher)
+            top = higher
         if LAG > 1:
             result = tl.zeros([C, BV], tl.float32)
             for i in range(1, LAG):
@@ -197,6 +210,13 @@ def aligned_output_kernel(
         mixed = tl.where(causal, pairs, nothing)
         total += tl.sum(mixed, 1)
     result = tl.dot(mixed.to(old_values.dtype), old_values, result, input_precision=PRECISION)
+    if LAG > 0:  # noqa: SIM102 (Triton knows both when compiling)
+        if PINS > 0:
+            asks = load_rows(asking, chunk * C, rows, heads * K, dims, tokens)
+            total, result = add_pinned(
+                asks, k, v, codes, batch, pinned, there, owner, share - higher, total, result, scale, key_tokens,
+                dims, lanes, kv_heads * K, kv_heads * V, PINS,
+            )  # fmt: skip
     over = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     lines = (batch * tokens + place) * heads + head
     tl.store(

@@ -49,16 +49,18 @@ def without_spare(ds, balance, place_of_top, row, chunk, rows, position, tokens,
 
 @triton.jit
 def aligned_key_gradient_kernel(
-    q, k, v, do, query_map, key_map, weight, factor, codes, key_lse, query_lse,
+    q, k, v, do, query_map, key_map, weight, factor, codes, past_codes, key_lse, query_lse,
     states, norms, carries, carry_norms, maximum, log_inverse, delta, balance, place_of_top,
     dk, dv, dy,
     tokens, key_tokens, prefix, base, chunks, per_segment, segments, first, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, C: tl.constexpr, LAG: tl.constexpr,
     HAS_FACTOR: tl.constexpr, HAS_CODES: tl.constexpr, HAS_CARRY: tl.constexpr,
-    WIDE: tl.constexpr, TRAIN_MAPS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, TRAIN_MAPS: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one key tile, and the gradient dy of k's projection, from every query head of the group.
+
+    Without `INPUTS`, as where layers learn on a teacher's frozen projections, dy alone: a third of the products.
 
     Tiles are [queries, keys] and gradients are summed as [K, keys] and [V, keys]: what is known of a query then costs a
     thread two registers instead of sixteen, and no product is transposed on its way into the next one.
@@ -79,6 +81,7 @@ def aligned_key_gradient_kernel(
     code = tl.zeros([C], tl.int32)
     if HAS_CODES:
         code = load_codes(codes, batch, position, key_tokens)
+        past_code = load_codes(past_codes, batch, position, key_tokens)
     # in the own chunk a query sees a key of the window here, in the chunk a window later it has it behind
     mine = rows[:, None] >= rows[None, :]
     # of a zero that the compiler knows, selections would be made of sixteen-bit numbers, one by one
@@ -104,8 +107,8 @@ def aligned_key_gradient_kernel(
         if HAS_CODES:
             owner = document(tl.load(codes + batch * key_tokens + prefix + place, mask=there, other=0))
             ahead = load_code(codes, batch, prefix + (i + 1) * C, key_tokens)
-            reader = tl.where((code == ahead) & scanned, 1.0, 0.0)
-            seen = mine & (code[None, :] == owner[:, None])
+            reader = tl.where((past_code == ahead) & scanned, 1.0, 0.0)
+            seen = mine & (past_code[None, :] == owner[:, None])
         if HAS_CARRY:
             segment = last // per_segment
             origin = (line * segments + segment) * 2
@@ -135,9 +138,10 @@ def aligned_key_gradient_kernel(
             wide_k = tl.exp2(key_logits * sign - lse[None, :])
             phi_k = wide_k.to(keys.dtype)
             lse = offset - tl.load(query_line + half * tokens, mask=there, other=0.0)
-            logits = tl.dot(far_q, query_projection, input_precision=PRECISION)
-            phi = tl.exp2(logits * sign + lse[:, None]).to(keys.dtype)
-            pairs = tl.dot(phi, phi_k, pairs, input_precision=PRECISION)
+            if INPUTS:
+                logits = tl.dot(far_q, query_projection, input_precision=PRECISION)
+                phi = tl.exp2(logits * sign + lse[:, None]).to(keys.dtype)
+                pairs = tl.dot(phi, phi_k, pairs, input_precision=PRECISION)
             # made again, not turned: queries are the columns here
             logits = tl.dot(tl.trans(query_projection), tl.trans(far_q), input_precision=PRECISION)
             phi = tl.exp2(logits * sign + lse[None, :]).to(keys.dtype)
@@ -156,22 +160,25 @@ def aligned_key_gradient_kernel(
                     norm += tl.load(carry_norms + (origin + half) * F + columns, mask=from_carry, other=0.0)
                     carry = carries + (origin + half) * F * V + place_of_sum
                     sums += tl.load(carry, mask=from_carry[None, :], other=0.0)
-                for_v = tl.dot(sums, read_k, for_v, input_precision=PRECISION)
+                if INPUTS:
+                    for_v = tl.dot(sums, read_k, for_v, input_precision=PRECISION)
                 for_phi = tl.dot(tl.trans(sums), tl.trans(read_v), for_phi, input_precision=PRECISION)
                 for_phi += norm[:, None] * reader[None, :]
             for_phi *= wide_k
             spread = tl.sum(for_phi, 0)
             for_y += (1.0 - 2.0 * half) * (for_phi - wide_k * spread[None, :])
-        pairs = tl.where(seen, pairs, nothing)
-        for_v = tl.dot(tl.trans(far_do), pairs.to(keys.dtype), for_v, input_precision=PRECISION)
+        if INPUTS:
+            pairs = tl.where(seen, pairs, nothing)
+            for_v = tl.dot(tl.trans(far_do), pairs.to(keys.dtype), for_v, input_precision=PRECISION)
         if TRAIN_MAPS:
             to = ((batch * key_tokens + position) * heads + head)[None, :] * F + columns[:, None]
             tl.store(dy + to, for_y.to(dy.dtype.element_ty), mask=inside[None, :])
-        if LAG > 0:
-            # in units of the scores' gradient, to which the window adds
-            for_y *= LOG2E / scale
-        for_k = tl.dot(projection, for_y.to(keys.dtype), for_k, input_precision=PRECISION)
-        if LAG > 0:
+        if INPUTS:
+            if LAG > 0:
+                # in units of the scores' gradient, to which the window adds
+                for_y *= LOG2E / scale
+            for_k = tl.dot(projection, for_y.to(keys.dtype), for_k, input_precision=PRECISION)
+        if INPUTS and LAG > 0:
             share = tl.log2(tl.load(weight + head))
             x, y, scores, dw = scores_of_chunk(
                 keys, held, own_q, own_do, i - LAG, rows, dims, values, code, codes, batch, prefix, row,
@@ -203,9 +210,10 @@ def aligned_key_gradient_kernel(
             ds = without_spare(ds, balance, place_of_top, row, i, rows, position, tokens, C)
             for_k = tl.dot(tl.trans(x), ds.to(keys.dtype), for_k, input_precision=PRECISION)
             for_v = tl.dot(tl.trans(y), weights.to(keys.dtype), for_v, input_precision=PRECISION)
-    if LAG > 0:
-        for_k *= scale / LOG2E
-    own_k = (batch * key_tokens + position)[None, :] * (kv_heads * K) + kv_head * K + dims[:, None]
-    own_v = (batch * key_tokens + position)[None, :] * (kv_heads * V) + kv_head * V + values[:, None]
-    tl.store(dk + own_k, for_k.to(dk.dtype.element_ty), mask=inside[None, :])
-    tl.store(dv + own_v, for_v.to(dv.dtype.element_ty), mask=inside[None, :])
+    if INPUTS:
+        if LAG > 0:
+            for_k *= scale / LOG2E
+        own_k = (batch * key_tokens + position)[None, :] * (kv_heads * K) + kv_head * K + dims[:, None]
+        own_v = (batch * key_tokens + position)[None, :] * (kv_heads * V) + kv_head * V + values[:, None]
+        tl.store(dk + own_k, for_k.to(dk.dtype.element_ty), mask=inside[None, :])
+        tl.store(dv + own_v, for_v.to(dv.dtype.element_ty), mask=inside[None, :])

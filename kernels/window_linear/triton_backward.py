@@ -22,20 +22,26 @@ from linearize.kernels.window_linear.triton_common import (
     row_maps,
     row_softmax,
 )
+from linearize.kernels.window_linear.triton_pins import (
+    BEHIND,
+    pinned_gradient,
+    pinned_rows,
+    pinned_to_queries,
+)
 
 
 @triton.jit
 def query_gradient_kernel(
-    q, k, v, out, do, query_map, key_map, weight, factor, sink, codes, reach,
+    q, k, v, out, do, query_map, key_map, weight, factor, sink, codes, past_codes, pin, asking, reach,
     states, norms, carries, carry_norms, maximum, log_inverse,
-    dq, dy, delta, balance, share_gradient, place_of_top, dsink,
+    dq, dasking, pin_weights, pin_ds, dy, delta, balance, share_gradient, place_of_top, dsink,
     tokens, key_tokens, prefix, base, chunks, window, per_segment, segments, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
     TILES: tl.constexpr, LINEAR_TILES: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_SINK: tl.constexpr,
     HAS_CODES: tl.constexpr, HAS_REACH: tl.constexpr, HAS_CARRY: tl.constexpr, WIDE: tl.constexpr,
-    TRAIN_MAPS: tl.constexpr, PRECISION: tl.constexpr,
+    TRAIN_MAPS: tl.constexpr, PRECISION: tl.constexpr, PINS: tl.constexpr, HAS_ASKING: tl.constexpr,
 ):  # fmt: skip
     """dq, the gradient dy of q's projection, and per row: delta, the sum of the window's ds, where its maximum is."""
     chunk = tl.program_id(0)
@@ -59,6 +65,7 @@ def query_gradient_kernel(
     answer = tl.load(out + square, mask=inside[:, None], other=0.0)
     shift = tl.sum(incoming.to(tl.float32) * answer.to(tl.float32), 1)
     tl.store(delta + row, shift, mask=inside)
+    drop = shift
     shift *= over
     g = (incoming.to(tl.float32) * over[:, None]).to(x.dtype)
     far = tl.zeros([C], tl.int32) + window
@@ -77,9 +84,21 @@ def query_gradient_kernel(
         near_part = tl.zeros([C], tl.float32)
         best = tl.full([C], float("-inf"), tl.float32)
         best_place = tl.full([C], -1, tl.int32)
+        if PINS > 0:
+            pinned = tl.load(pin + batch * tokens + place, mask=inside, other=BEHIND)
+            asking += (batch * tokens * heads + head) * K
+            asks = load_rows(asking, chunk * C, rows, heads * K, dims, tokens)
+            pin_row = (batch * heads + head) * PINS * tokens + place
+            best, best_place, pin_part, sum_of_ds = pinned_gradient(
+                asks, incoming, k, v, codes, batch, pinned, mine - far, owner, tl.log2(share * over) - top * LOG2E,
+                drop, pin_row, inside, pin_weights, pin_ds, scale * LOG2E, tokens, key_tokens, dims, values,
+                kv_heads * K, kv_heads * V, PINS, True,
+            )  # fmt: skip
+            best /= LOG2E
         if HAS_SINK:
             logit = tl.load(sink + head)
-            best = tl.zeros([C], tl.float32) + logit
+            best_place = tl.where(best > logit, best_place, -1)
+            best = tl.maximum(best, logit)
             weight_of_sink = share * tl.exp2((logit - top) * LOG2E)
             near_part += weight_of_sink
             for_sink = -weight_of_sink * shift
@@ -108,7 +127,6 @@ def query_gradient_kernel(
             near_part += tl.sum(weights, 1)
             keys = load_rows(k, here, rows, kv_heads * K, dims, key_tokens)
             for_q = tl.dot(ds.to(x.dtype), keys, for_q, input_precision=PRECISION)
-        for_q *= scale
     columns = tl.arange(0, F)
     key_projection = tl.load(key_map + state_head * K * F + dims[:, None] * F + columns[None, :])
     for_up = tl.zeros([C, F], tl.float32)
@@ -122,7 +140,7 @@ def query_gradient_kernel(
         seen = (age >= far[:, None]) & (other >= 0)[None, :] & (other < key_tokens)[None, :]
         if HAS_CODES:
             code = tl.load(
-                codes + batch * key_tokens + other, mask=(other >= 0) & (other < key_tokens), other=-1
+                past_codes + batch * key_tokens + other, mask=(other >= 0) & (other < key_tokens), other=-1
             )
             seen = seen & (code[None, :] == owner[:, None])
         opposite = load_columns(v, here, rows, kv_heads * V, values, key_tokens)
@@ -171,29 +189,33 @@ def query_gradient_kernel(
         # two estimates of one number, whose errors come from the rounding of `out` in delta and cancel like this
         past = tl.sum(up * for_up, 1) + tl.sum(down * for_down, 1)
         near_part *= over
+        if PINS > 0:
+            near_part += pin_part
         tl.store(share_gradient + row, (1.0 - near_part) * sum_of_ds - near_part * past, mask=inside)
         tl.store(balance + row, sum_of_ds, mask=inside)
         tl.store(place_of_top + row, best_place, mask=inside)
-        there = (best_place >= 0) & inside
-        keys = tl.load(
-            k + best_place.to(tl.int64)[:, None] * (kv_heads * K) + dims[None, :],
-            mask=there[:, None],
-            other=0.0,
-        )
-        for_q -= (scale * sum_of_ds)[:, None] * keys.to(tl.float32)
+        if PINS == 0:
+            keys = pinned_rows(k, best_place, (best_place >= 0) & inside, kv_heads * K, dims)
+            for_q -= sum_of_ds[:, None] * keys
+        for_q *= scale
         if HAS_SINK:
-            tl.store(dsink + row, tl.where(best_place < 0, for_sink - sum_of_ds, for_sink), mask=inside)
+            tl.store(dsink + row, tl.where(best_place == -1, for_sink - sum_of_ds, for_sink), mask=inside)
     for_y = maps_backward(up, down, for_up, for_down).to(x.dtype)
     if TRAIN_MAPS:
         tl.store(dy + lines[:, None] * F + columns[None, :], for_y, mask=inside[:, None])
     projection = tl.load(query_map + head * K * F + dims[None, :] * F + columns[:, None])
     for_q = tl.dot(for_y, projection, for_q, input_precision=PRECISION)
+    if PINS > 0:
+        for_q = pinned_to_queries(
+            k, codes, batch, pinned, mine - far, owner, for_q, sum_of_ds, best_place, pin_row, inside, pin_ds,
+            dasking + lines * K, scale, tokens, key_tokens, dims, kv_heads * K, PINS, HAS_ASKING,
+        )  # fmt: skip
     tl.store(dq + lines[:, None] * K + dims[None, :], for_q.to(dq.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
 def key_gradient_kernel(
-    q, k, v, do, query_map, key_map, weight, factor, codes, reach,
+    q, k, v, do, query_map, key_map, weight, factor, codes, past_codes, reach,
     states, norms, carries, carry_norms, maximum, log_inverse, delta, balance, place_of_top,
     dk, dv, dy,
     tokens, key_tokens, prefix, base, chunks, window, per_segment, segments, first, scale,
@@ -224,6 +246,7 @@ def key_gradient_kernel(
     code = tl.zeros([C], tl.int32)
     if HAS_CODES:
         code = tl.load(codes + batch * key_tokens + mine, mask=inside, other=-1)
+        past_code = tl.load(past_codes + batch * key_tokens + mine, mask=inside, other=-1)
     own_k = (batch * key_tokens + mine)[:, None] * (kv_heads * K) + kv_head * K + dims[None, :]
     own_v = (batch * key_tokens + mine)[:, None] * (kv_heads * V) + kv_head * V + values[None, :]
     if ADD:
@@ -287,7 +310,7 @@ def key_gradient_kernel(
             alive = tl.where(i < chunks, 1.0, 0.0)
             if HAS_CODES:
                 ahead = load_code(codes, batch, prefix + (i + 1) * C, key_tokens)
-                reader = tl.where((code == ahead) & inside, alive, 0.0)
+                reader = tl.where((past_code == ahead) & inside, alive, 0.0)
             else:
                 reader = tl.where(inside, alive, 0.0)
             square = columns[:, None] + values[None, :] * F
@@ -345,7 +368,7 @@ def key_gradient_kernel(
                         owner = document(
                             tl.load(codes + batch * key_tokens + prefix + place, mask=there, other=0)
                         )
-                        seen = seen & (code[:, None] == owner[None, :])
+                        seen = seen & (past_code[:, None] == owner[None, :])
                     x = load_columns(own_q, chunk * C, rows, heads * K, dims, tokens)
                     turned_map = tl.load(query_projection + dims[None, :] * F + columns[:, None])
                     other = column_softmax(tl.dot(turned_map, x, input_precision=PRECISION) * sign) * alpha

@@ -14,11 +14,12 @@ from linearize.kernels.window_linear.triton_common import (
     load_rows,
     row_maps,
 )
+from linearize.kernels.window_linear.triton_pins import BEHIND, add_pinned, pinned_top
 
 
 @triton.jit
 def output_kernel(
-    q, k, v, query_map, key_map, weight, factor, sink, codes, reach,
+    q, k, v, query_map, key_map, weight, factor, sink, codes, past_codes, pin, asking, reach,
     states, norms, carries, carry_norms, out, maximum, log_inverse, query_lse,
     tokens, key_tokens, prefix, base, chunks, window, per_segment, segments, scale,
     heads: tl.constexpr, kv_heads: tl.constexpr, state_heads: tl.constexpr,
@@ -26,7 +27,7 @@ def output_kernel(
     TILES: tl.constexpr, LINEAR_TILES: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_FACTOR: tl.constexpr, HAS_SINK: tl.constexpr,
     HAS_CODES: tl.constexpr, HAS_REACH: tl.constexpr, HAS_CARRY: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PINS: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one query head: out [B, T, H, V], row maximum and 1 / denominator [B, T, H].
 
@@ -64,6 +65,17 @@ def output_kernel(
         if HAS_SINK:
             top = tl.zeros([C], tl.float32) + tl.load(sink + head)
             total += 1.0
+        if PINS > 0:
+            pinned = tl.load(pin + batch * tokens + place, mask=inside, other=BEHIND)
+            asking += (batch * tokens * heads + head) * K
+            asks = load_rows(asking, chunk * C, rows, heads * K, dims, tokens)
+            highest_pin = pinned_top(
+                asks, k, codes, batch, pinned, mine - far, owner, scale, key_tokens, dims, kv_heads * K, PINS
+            )
+            higher = tl.maximum(top, highest_pin)
+            if HAS_SINK:
+                total *= tl.exp2((top - higher) * LOG2E)
+            top = higher
         for i in range(first_tile, chunk + TILES):
             here = base + i * C
             other = here + rows
@@ -91,6 +103,12 @@ def output_kernel(
             top = higher
     top = tl.where(top == float("-inf"), 0.0, top)
     if HAS_WINDOW:
+        if PINS > 0:
+            asks = load_rows(asking, chunk * C, rows, heads * K, dims, tokens)
+            total, result = add_pinned(
+                asks, k, v, codes, batch, pinned, mine - far, owner, -top * LOG2E, total, result, scale * LOG2E,
+                key_tokens, dims, values, kv_heads * K, kv_heads * V, PINS,
+            )  # fmt: skip
         share = tl.load(weight + head)
         total *= share
         result *= share
@@ -117,7 +135,7 @@ def output_kernel(
         seen = (age >= far[:, None]) & (other >= 0)[None, :] & (other < key_tokens)[None, :]
         if HAS_CODES:
             code = tl.load(
-                codes + batch * key_tokens + other, mask=(other >= 0) & (other < key_tokens), other=-1
+                past_codes + batch * key_tokens + other, mask=(other >= 0) & (other < key_tokens), other=-1
             )
             seen = seen & (code[None, :] == owner[:, None])
         pairs = tl.where(seen, pairs, 0.0)

@@ -14,23 +14,14 @@ from torch import Tensor
 
 from linearize.kernels import dispatch
 from linearize.kernels.launch import launch
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def load_rotated(x, cosine, sine, dims, K: tl.constexpr, R: tl.constexpr):
-    """One vector of width K, its first R numbers rotated by halves, rounded to its own dtype as the model's own is."""
-    value = tl.load(x + dims, mask=dims < K, other=0.0)
-    if R > 0:
-        inside = dims < R
-        partner = tl.where(dims < R // 2, dims + R // 2, dims - R // 2)
-        other = tl.load(x + tl.where(inside, partner, 0), mask=inside, other=0.0).to(tl.float32)
-        other = tl.where(dims < R // 2, -other, other)
-        c = tl.load(cosine + dims, mask=inside, other=1.0).to(tl.float32)
-        s = tl.load(sine + dims, mask=inside, other=0.0).to(tl.float32)
-        value = (value.to(tl.float32) * c + other * s).to(value.dtype)
-    return value.to(tl.float32)
+from linearize.kernels.window_linear.triton_ring import (
+    LOG2E,
+    attend,
+    attend_pinned_slots,
+    load_rotated,
+    load_turned_back,
+    ring_tile,
+)
 
 
 @triton.jit
@@ -65,53 +56,13 @@ def features_of_two(x, w, other, v, inside, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def ring_tile(ring_k, ring_v, ring_valid, first, slot, reach, dims, values, key, fresh, here, k_stride, v_stride,
-              K: tl.constexpr, V: tl.constexpr, SLOTS: tl.constexpr, BW: tl.constexpr):  # fmt: skip
-    """Keys [BW, KP], values [BW, BV] of ages `first` and up, and which of them are seen; age 0 is the token itself."""
-    age = first + tl.arange(0, BW)
-    at = slot - age
-    at = tl.where(at < 0, at + SLOTS, at)
-    inside = (age > 0) & (age < reach)
-    inside = inside & (tl.load(ring_valid + at, mask=inside, other=0) != 0)
-    held = (age > 0) & (age < SLOTS)
-    rows = tl.load(
-        ring_k + at[:, None] * k_stride + dims[None, :], mask=held[:, None] & (dims < K)[None, :], other=0.0
-    )
-    kept = tl.load(
-        ring_v + at[:, None] * v_stride + values[None, :],
-        mask=held[:, None] & (values < V)[None, :],
-        other=0.0,
-    )
-    own = age == 0
-    rows = tl.where(own[:, None], key[None, :].to(rows.dtype), rows)
-    kept = tl.where(own[:, None], fresh[None, :].to(kept.dtype), kept)
-    return rows, kept, inside | (own & (here != 0))
-
-
-@triton.jit
-def attend(query, rows, kept, inside, top, total, numerator, scaling, cap, HAS_CAP: tl.constexpr):
-    """One tile of the window's softmax, added to what the tiles before gave."""
-    score = tl.sum(rows.to(tl.float32) * query[None, :], 1) * scaling
-    if HAS_CAP:
-        score = cap * (1.0 - 2.0 / (tl.exp2(score * (2.0 * LOG2E / cap)) + 1.0))
-    score = tl.where(inside, score, float("-inf"))
-    higher = tl.maximum(top, tl.max(score, 0))
-    safe = tl.where(higher == float("-inf"), 0.0, higher)
-    weight = tl.where(inside, tl.exp2((score - safe) * LOG2E), 0.0)
-    shrink = tl.exp2((top - safe) * LOG2E)
-    total = total * shrink + tl.sum(weight, 0)
-    numerator = numerator * shrink + tl.sum(weight[:, None] * kept.to(tl.float32), 0)
-    return higher, total, numerator
-
-
-@triton.jit
 def window_linear_step_kernel(
     q, k, v, valid, cosine, sine, rotation_stride, query_map, key_map, window_weight, linear_weight, sink,
-    ring_k, ring_v, ring_valid, counter, position, sums, norms, out, scaling, cap,
+    ring_k, ring_v, ring_valid, counter, position, sums, norms, since, turns, out, scaling, cap, most,
     heads: tl.constexpr, kv_heads: tl.constexpr, GROUP: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, R: tl.constexpr,
-    SLOTS: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
-    KP: tl.constexpr, FP: tl.constexpr, BV: tl.constexpr, BW: tl.constexpr,
+    FIRST: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, TURNED: tl.constexpr,
+    KP: tl.constexpr, FP: tl.constexpr, PP: tl.constexpr, BV: tl.constexpr, BW: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_WINDOW: tl.constexpr, AT_ONCE: tl.constexpr,
     HAS_WINDOW_WEIGHT: tl.constexpr, HAS_LINEAR_WEIGHT: tl.constexpr, FACTOR: tl.constexpr,
     HAS_SINK: tl.constexpr, HAS_CAP: tl.constexpr, BOTH_MAPS: tl.constexpr,
@@ -152,9 +103,10 @@ def window_linear_step_kernel(
     slot, reach, count = 0, 0, 1
     counted = tl.cast(0, tl.int64)
     if HAS_WINDOW:
-        ring_k += (batch * SLOTS * kv_heads + kv_head) * K
-        ring_v += (batch * SLOTS * kv_heads + kv_head) * V
-        ring_valid += batch * SLOTS
+        held_k = ring_k + (batch * (FIRST + SLOTS) * kv_heads + kv_head) * K
+        held_v = ring_v + (batch * (FIRST + SLOTS) * kv_heads + kv_head) * V
+        flags = ring_valid + batch * (FIRST + SLOTS)
+        ring_k, ring_v, ring_valid = held_k + FIRST * k_stride, held_v + FIRST * v_stride, flags + FIRST
         slot = (token % SLOTS).to(tl.int32)
         reach = SLOTS - 1
         if BLOCK > 0:
@@ -163,6 +115,12 @@ def window_linear_step_kernel(
             place = (tl.maximum(counted - 1, 0) % BLOCK).to(tl.int32)
             reach = tl.minimum(BLOCK + place + 1, LIMIT)
             count = tl.where((place == 0) & (here != 0), BLOCK, 0)
+        own_slot = slot + FIRST
+        if FIRST > 0:
+            before = tl.load(since + batch)
+            pinned = tl.minimum(before, FIRST).to(tl.int32)
+            too_far = tl.maximum(before - most, 0)
+            own_slot = tl.where((pinned < FIRST) & (here != 0), pinned, own_slot)
     for tile in tl.static_range((V + BV - 1) // BV):
         # everything is asked for before the first reduction, what hangs on the token's number last
         values = tile * BV + tl.arange(0, BV)
@@ -231,6 +189,14 @@ def window_linear_step_kernel(
                     top, total, numerator = attend(
                         query, more_rows, more_kept, more, top, total, numerator, scaling, cap, HAS_CAP
                     )
+                if FIRST > 0:
+                    asks = query
+                    if TURNED > 0:
+                        asks = load_turned_back(q + line * K, too_far, turns, dims, K, TURNED)
+                    top, total, numerator = attend_pinned_slots(
+                        asks, held_k, held_v, pinned, top, total, numerator, scaling, cap, dims, values, k_stride,
+                        v_stride, K, V, PP, HAS_CAP,
+                    )  # fmt: skip
             far = 1.0
             if HAS_WINDOW_WEIGHT:
                 share = tl.load(window_weight + head).to(tl.float32)
@@ -252,13 +218,15 @@ def window_linear_step_kernel(
         tl.store(sums + square, state, mask=held)
         if HAS_WINDOW:  # noqa: SIM102 - known when compiling, the other is not
             if leads:
-                tl.store(ring_v + slot * v_stride + values, fresh.to(ring_v.dtype.element_ty), mask=wide)
+                tl.store(held_v + own_slot * v_stride + values, fresh.to(ring_v.dtype.element_ty), mask=wide)
     tl.store(norms + feature, z, mask=is_feature)
     if HAS_WINDOW:
         if leads:
-            tl.store(ring_k + slot * k_stride + dims, key.to(ring_k.dtype.element_ty), mask=dims < K)
+            tl.store(held_k + own_slot * k_stride + dims, key.to(ring_k.dtype.element_ty), mask=dims < K)
         if lane == 0:
-            tl.store(ring_valid + slot, here != 0)
+            tl.store(ring_valid + slot, (here != 0) & (own_slot == slot + FIRST))
+            if FIRST > 0:
+                tl.store(flags + own_slot, here != 0)
         for member in tl.static_range(GROUP):
             tl.store(counter + batch * heads + first_head + member, token + here)
             if BLOCK > 0:
@@ -266,7 +234,7 @@ def window_linear_step_kernel(
 
 
 Numbers = list[float]
-"""block, limit, at_once, scaling, softcap (0: none), factor (see the kernel): what is no tensor."""
+"""block, limit, at_once, scaling, softcap (0: none), factor (see the kernel), first, most: what is no tensor."""
 
 
 PROGRAMS = 132
@@ -312,14 +280,16 @@ def step(
     position: Tensor | None,
     sums: Tensor,
     norms: Tensor,
+    since: Tensor | None,
+    turns: Tensor | None,
     numbers: Numbers,
 ) -> Tensor:
     """The launch; see `recurrent.window_linear_step`. Tensors are contiguous."""
-    block, limit, at_once, scaling, cap, factor = numbers
+    block, limit, at_once, scaling, cap, factor, first, most = numbers
     batch, heads, key_dim = q.shape
     kv_heads, value_dim = v.shape[1:]
     features, group = query_map.shape[2], heads // sums.shape[1]
-    slots = 1 if ring_k is None else ring_k.shape[1]
+    slots = 1 if ring_k is None else ring_k.shape[1] - int(first)
     rotation = 0 if cosine is None else cosine.shape[-1]
     key_pad, value_pad, map_pad = (triton.next_power_of_2(x) for x in (key_dim, value_dim, features))
     programs = batch * (heads // group)
@@ -331,8 +301,10 @@ def step(
         rotation_stride=0 if cosine is None or cosine.shape[0] == 1 else rotation,
         query_map=query_map, key_map=key_map, window_weight=window_weight, linear_weight=linear_weight, sink=sink,
         ring_k=ring_k, ring_v=ring_v, ring_valid=ring_valid, counter=counter, position=position, sums=sums, norms=norms,
-        out=out, scaling=scaling, cap=cap or 1.0, heads=heads, kv_heads=kv_heads, GROUP=group,
+        since=since, turns=turns, most=int(most), out=out, scaling=scaling, cap=cap or 1.0, heads=heads,
+        kv_heads=kv_heads, GROUP=group,
         K=key_dim, V=value_dim, F=features, R=rotation, SLOTS=slots, BLOCK=int(block), LIMIT=int(limit) or slots - 1,
+        FIRST=int(first), PP=triton.next_power_of_2(max(int(first), 1)), TURNED=0 if turns is None else 2 * len(turns),
         KP=key_pad, FP=map_pad,
         HAS_VALID=valid is not None, HAS_WINDOW=ring_k is not None,
         AT_ONCE=bool(at_once), HAS_WINDOW_WEIGHT=window_weight is not None,
@@ -346,7 +318,7 @@ def step(
 @step.register_fake
 def _(
     q, k, v, valid, cosine, sine, query_map, key_map, window_weight, linear_weight, sink,
-    ring_k, ring_v, ring_valid, counter, position, sums, norms, numbers,
+    ring_k, ring_v, ring_valid, counter, position, sums, norms, since, turns, numbers,
 ) -> Tensor:  # fmt: skip
     return torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=v.dtype, device=v.device)
 

@@ -1,6 +1,8 @@
 """`linearize bench decode random --recipes ...`: prefill and decoding of every recipe beside the teacher.
 
-Decoding goes through `linearize.decode`, the teacher's too: one captured step for each recipe and batch. A prompt goes
+Decoding goes through `linearize.decode`, the teacher's too: one captured step for each recipe and batch. What recipes
+are compared with is the teacher with transformers' own attention; with the kernel that reads keys for softmax layers of
+hybrids it has a row of its own. A prompt goes
 through the model's chunked form into an ordinary cache, at once, or in pieces where the memory does not hold it.
 
 With `--only` several processes may share a folder and a device: they compile at once, and time one after the other.
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.bench import report, whole
+from linearize.bench import quiet, report, whole
 from linearize.bench.decode_ways import EVERY
 from linearize.bench.profiles import kept, profiled
 from linearize.bench.recipes import about, device_of, say
@@ -35,6 +38,8 @@ LOOKS = 16
 """Most blocks of EVERY tokens that are timed, so that kept softmax layers know how long their buffers are."""
 ALONE = "alone"
 """`--compile alone`: without the step that is not compiled."""
+NEWEST = ", newest"
+"""Behind a way's name: the teacher by the kernel of kept softmax layers."""
 SMALLEST = 1024
 """Tokens of the smallest piece of a prompt that does not fit as a whole."""
 
@@ -61,12 +66,13 @@ def main(options: argparse.Namespace) -> int:
     table = Table(options.out, say, about(device), report.given(options))
     budget = Budget(options.budget)
     beside = not options.only or TEACHER in options.recipes
-    for name in [TEACHER, *names] if beside else names:
-        try:
-            for row in rows(name, options, device, budget):
-                table.add(row)
-        except Stopped as stop:
-            raise LinearizeError(f"{name}: {stop}; what was measured is in {table.path}") from stop
+    with quiet.known(options.out) if options.only else nullcontext():
+        for name in [TEACHER, *names] if beside else names:
+            try:
+                for row in rows(name, options, device, budget):
+                    table.add(row)
+            except Stopped as stop:
+                raise LinearizeError(f"{name}: {stop}; what was measured is in {table.path}") from stop
     say(f"recipes.json and recipes.md in {options.out}")
     return 0
 
@@ -78,6 +84,8 @@ def rows(name: str, options: argparse.Namespace, device: torch.device, budget: B
     ways: dict[str, dict[str, Any] | None] = {} if options.compile == ALONE else {"graph": None}
     if options.compile:
         ways["graph, compiled"] = {}
+    if name == TEACHER and device.type == "cuda":
+        ways |= {f"{way}{NEWEST}": how for way, how in ways.items()}
     todo: list[tuple[Row, Callable[[Any], Row]]] = []
     for length in options.prefill:
         key = {"measured": "prefill", "way": "chunked", "batch": 1, "length": length}
@@ -87,7 +95,8 @@ def rows(name: str, options: argparse.Namespace, device: torch.device, budget: B
             for context in options.context or CONTEXT:
                 key = {"measured": "decode", "way": way, "batch": batch, "length": context}
                 run = partial(decode, batch=batch, context=context, compile=compile, turn=turn)
-                run = partial(run, profile=options.profile)
+                newest = name != TEACHER or way.endswith(NEWEST)
+                run = partial(run, profile=options.profile, newest=newest)
                 todo.append((key, run))
     for key, measure in todo:
         row: Row = {**key, "shape": options.shape, "recipe": name}
@@ -161,14 +170,19 @@ def decode(
     turn: Path | None = None,
     *,
     profile: bool = False,
+    newest: bool = True,
 ) -> Row:
-    """A row of decoding behind prompts of random tokens; `profile` in it, where asked for, is of `EVERY` tokens."""
+    """A row of decoding behind prompts of random tokens; `profile` in it, where asked for, is of `EVERY` tokens.
+
+    `newest`: see `Decoder`.
+    """
     device = next(model.parameters()).device
     watch = Stopwatch(device, spend=0.5, most=LOOKS, turn=turn)
     if compile is not None:
         torch._dynamo.reset()
-    length = context + 1 + EVERY * (LOOKS + 3)
-    decoder = Decoder(model, batch, length=length, compile=compile)
+    # two runs to warm up, one behind the wait for the turn, those that are timed, and one that is profiled
+    length = context + 1 + EVERY * (LOOKS + 4)
+    decoder = Decoder(model, batch, length=length, compile=compile, newest=newest)
     first = watch.once(decoder.prepare)
     if decoder.obstacle:
         raise LinearizeError(decoder.obstacle)

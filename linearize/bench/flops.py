@@ -6,7 +6,7 @@ S = 2 (T + 1) x heads x head dim for the scores and values of each softmax layer
 
 | stage | body | head | softmax of the teacher | mixers | adapters |
 |---|---|---|---|---|---|
-| transfer | 2 N | | S | 6 P | |
+| transfer | 2 N' | | S | 6 P | |
 | lora | 4 N | 4 V D | | 4 P | 6 A |
 | lora_kl | 6 N | 6 V D | S | 4 P | 6 A |
 | mixers | 4 N | 4 V D | | 6 P | |
@@ -14,6 +14,7 @@ S = 2 (T + 1) x heads x head dim for the scores and values of each softmax layer
 | all | 6 N | 6 V D | | 6 P | |
 | all_kl | 8 N | 8 V D | S | 6 P | |
 
+N' is what stands in front of the last converted layer's output projection: nothing behind it runs, softmax neither.
 Of a mixture's experts those count that a token goes to. Layers that stay softmax have S forward and 2 S backward in the
 student too. What a recurrent branch does with its state and a window with its keys is not counted, nor what
 checkpointing computes again: MFU of a converted model is a lower bound of what the card did.
@@ -21,6 +22,7 @@ checkpointing computes again: MFU of a converted model is a lower bound of what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,15 +86,17 @@ def per_token(model: nn.Module, stage: str, length: int) -> float:
     own = {id(p) for mixer in mixers for p in mixer.parameters()}
     tables = {id(m.weight) for m in base.modules() if isinstance(m, nn.Embedding)}
     head = base.get_output_embeddings().weight
+    behind = _behind(base, mixers) if stage == "transfer" else frozenset()
     sizes = {"body": 0.0, "adapters": 0.0, "mixers": 0.0}
     for name, parameter in base.named_parameters():
-        if id(parameter) in tables or parameter is head:
+        if id(parameter) in tables or parameter is head or id(parameter) in behind:
             continue
         kind = "mixers" if id(parameter) in own else "adapters" if ".lora_" in name else "body"
         counts = parameter.dim() > 1 or kind == "mixers"
         sizes[kind] += parameter.numel() * met.get(id(parameter), 1.0) if counts else 0
     softmax = softmax_layer(base.config.get_text_config(), length)
     layers = base.config.get_text_config().num_hidden_layers
+    run = 1 + surgery.converted(base)[-1].layer_idx if stage == "transfer" else layers
     kept = layers - sum(1 for mixer in mixers if not isinstance(mixer.window, FullWindow))
     passes = PASSES[stage]
     return 2.0 * (
@@ -100,7 +104,24 @@ def per_token(model: nn.Module, stage: str, length: int) -> float:
         + passes.head * head.numel()
         + passes.mixers * sizes["mixers"]
         + passes.adapters * sizes["adapters"]
-    ) + softmax * (passes.teacher * layers + passes.student * kept)
+    ) + softmax * (passes.teacher * run + passes.student * kept)
+
+
+def _behind(model: nn.Module, mixers: Sequence[nn.Module]) -> frozenset[int]:
+    """Ids of the parameters that a pass meets behind the last converted layer's attention."""
+    from linearize import surgery
+    from linearize.distill.shards import blocks
+
+    layers = blocks(model)
+    last = max(number for number, layer in enumerate(layers) if set(mixers) & set(layer.modules()))
+    attention = surgery.converted(layers[last])[-1]
+    outward = {
+        id(p)
+        for path in surgery.projections(attention)["o"]
+        for p in attention.get_submodule(path).parameters()
+    }
+    before = {id(p) for p in attention.parameters()} - outward
+    return frozenset(id(p) for layer in layers[last:] for p in layer.parameters() if id(p) not in before)
 
 
 def softmax_layer(config: Any, length: int) -> float:

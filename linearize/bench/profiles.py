@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from linearize.bench import whole
+from linearize.bench import quiet, whole
 from linearize.bench.whole import Row, Stopwatch
 
 LONGEST = 12
@@ -19,14 +19,16 @@ def profiled(call: Callable[[], Any], watch: Stopwatch, milliseconds: float) -> 
 
     Args:
         call: has run before.
-        watch: of the device.
+        watch: of the device; the processes beside it stand still meanwhile.
         milliseconds: that it takes unobserved.
     """
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = watch.device.type == "cuda"
     watch.wait()
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
+    kinds = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
+    # the others go on before what was recorded is read
+    with profile(activities=kinds) as recorded, quiet.others(watch.beside):
         call()
         watch.wait()
     name = "self_device_time_total" if on_gpu else "self_cpu_time_total"

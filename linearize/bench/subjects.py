@@ -50,6 +50,7 @@ TEACHER = "teacher"
 """The softmax model itself, in the place of a recipe's name."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gated_delta_window_token": ("gated_delta_window", {"combine": {"name": "sigmoid", "per": "token"}}),
+    "lolcats_unpinned": ("lolcats", {"window": {"name": "sliding", "size": 64}}),
 }
 """Mixers that are measured beside those of the recipes: name -> a recipe, and the parts that differ."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from linearize.bench import report
+from linearize.bench import quiet, report
 from linearize.bench.runner import LOST
 from linearize.bench.subjects import TEACHER
 from linearize.eval import tables
@@ -221,6 +221,7 @@ class Stopwatch:
         spend: seconds to spend on the repeats of a call.
         least, most: repeats.
         turn: a file that processes who share the device lock while they time; None: there is no other.
+        beside: the folder of processes that stand still meanwhile, see `quiet` (default: that of the turn, if any).
     """
 
     def __init__(
@@ -230,7 +231,9 @@ class Stopwatch:
         least: int = 3,
         most: int = 200,
         turn: Path | None = None,
+        beside: Path | None = None,
     ) -> None:
+        self.beside = turn.parent if beside is None and turn is not None else beside
         self.device, self.spend, self.least, self.most = device, spend, least, most
         self.turn: AbstractContextManager[Any] = nullcontext() if turn is None else FileLock(turn)
 
@@ -251,7 +254,7 @@ class Stopwatch:
         """
         if about > SLOW:
             return about, 1
-        with self.turn:
+        with self.turn, quiet.others(self.beside):
             # before one's turn the device was busy with others
             again = min(about, self.once(call))
             count = max(self.least, min(self.most, round(self.spend / max(again, 1e-6))))

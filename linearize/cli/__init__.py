@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from linearize import launched, signals
-from linearize.cli.console import error_console, messages
+from linearize.cli.console import error_console, messages, sound_streams
 from linearize.cli.parser import build_parser, parse
 from linearize.errors import LinearizeError
 
@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        sound_streams()
     try:
         with signals.heard():
             code = _answered(arguments)

@@ -134,6 +134,11 @@ def recipes(parser: argparse.ArgumentParser) -> None:
         help="bf16 weights with float32 mixers, or as a run has it: float32 weights under autocast (default: bf16)",
     )
     parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="the model's blocks compiled, as in stages of 200 steps and more",
+    )
+    parser.add_argument(
         "--captured", action="store_true", help="steps recorded and replayed in a CUDA graph, as in a run"
     )
     parser.add_argument(

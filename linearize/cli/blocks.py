@@ -21,13 +21,14 @@ def plan(options: argparse.Namespace) -> int:
 
     from linearize.cost import blocks  # after the recipe is known to be right: importing takes seconds
     from linearize.cost.shapes import config_of
+    from linearize.eval.tables import Fitted
 
     quiet_libraries()
     found = blocks.plan(config_of(options.model), recipe, count, card, name=recipe_name(options.recipe))
     screen = console()
     for line in found.heading(options.model):
         screen.print(line, markup=False, soft_wrap=True)
-    screen.print(found.table())
+    screen.print(Fitted(found.cells(), "blocks", numeric=blocks.COLUMNS))
     for line in found.sentences():
         screen.print(line, markup=False, soft_wrap=True)
     return 0

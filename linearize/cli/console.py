@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 from linearize import launched
 
@@ -35,6 +36,37 @@ def error_console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
+
+
+class _Unread(io.FileIO):
+    """A descriptor that takes whatever is written to it."""
+
+    def write(self, data: Any) -> int:
+        with suppress(OSError):
+            written = super().write(data)
+            if written is not None:
+                return written
+        return len(data)
+
+
+def sound_streams() -> None:
+    """Standard output and error of this process as ones that no text breaks, and error as one that nothing does.
+
+    What a stream's encoding lacks is written in escapes, and a closed stream takes everything in silence. Messages that
+    cannot be delivered, to a reader that has gone, a disk that is full or a terminal that was hung up, are dropped: a
+    day's training does not end for their sake.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            # of a closed descriptor the next file that is opened would get the number, and what libraries print there
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+        elif isinstance(stream, io.TextIOWrapper):
+            if stream.errors in ("strict", "surrogateescape"):
+                stream.reconfigure(errors="backslashreplace")
+            if name == "stderr":
+                raw = io.BufferedWriter(_Unread(stream.fileno(), "wb", closefd=False))
+                sys.stderr = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True)
 
 
 class _Lines(logging.Handler):

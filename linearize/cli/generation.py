@@ -29,6 +29,8 @@ def main(options: argparse.Namespace) -> int:
     counts = {"max_new_tokens": options.max_new_tokens, "num_beams": options.num_beams}
     check_numbers({**counts, **sampling})  # before the seconds that the model takes
     prompt = options.prompt if options.prompt_file is None else _text(Path(options.prompt_file))
+    if not prompt:
+        raise LinearizeError("an empty prompt: give at least one character to continue")
     state = None if options.state is None else load_state(options.state)
     if options.save_state is not None:
         check_target(options.save_state)

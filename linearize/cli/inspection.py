@@ -48,6 +48,7 @@ def table(plan: Plan) -> Table:
     Args:
         plan: of `surgery.plan`.
     """
+    from rich import box
     from rich.table import Table
 
     from linearize.config.words import describe
@@ -55,7 +56,7 @@ def table(plan: Plan) -> Table:
     words = {name: describe(section) for name, section in plan.mixers.items()}
     kept = "(stay softmax)"
     longest = max(len(word) for text in (words.values() if words else [kept]) for word in text.split())
-    grid = Table(header_style="bold")
+    grid = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     grid.add_column("layers", max_width=40)
     grid.add_column("become", min_width=longest)
     for title in ("heads", "kv\nheads", "head\ndim", "parameters", "state", "KV /\ntoken"):
@@ -71,7 +72,7 @@ def table(plan: Plan) -> Table:
             str(row.head_dim),
             f"{row.parameters:,}",
             size(row.state_bytes) if row.state_bytes else "grows",
-            size(row.kv_bytes_per_token) + ("" if row.kv_window is None else f" to {row.kv_window:,}"),
+            size(row.kv_bytes_per_token) + ("" if row.kv_window is None else f"\nto {row.kv_window:,}"),
         )
     return grid
 

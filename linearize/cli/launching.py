@@ -71,8 +71,10 @@ def preset(name: str, given: list[str]) -> dict[str, Any]:
     known = OmegaConf.load(PRESETS / f"{name}.yaml")
     for text in given:
         key = text.partition("=")[0]
-        if "=" not in text or key not in known.keys():  # noqa: SIM118 (one that is missing is not in it)
-            raise LaunchError(f"--set {text}: must be KEY=VALUE; {closest(key, [str(k) for k in known])}")
+        if key not in known.keys():  # noqa: SIM118 (one that is missing is not in it)
+            raise LaunchError(f"--set {text}: '{name}' has no {key}; {closest(key, [str(k) for k in known])}")
+        if "=" not in text:
+            raise LaunchError(f"--set {text}: must be KEY=VALUE, such as {key}=1")
     merged = OmegaConf.merge(known, OmegaConf.from_dotlist(given))
     for key in OmegaConf.missing_keys(merged):
         raise LaunchError(f"preset '{name}' needs {key}: add --set {key}=..., see {PRESETS / f'{name}.yaml'}")
@@ -142,11 +144,9 @@ def _run(command: list[str], settings: Any) -> int:
 
 
 def _queued(name: str, run: list[str], given: list[str], *, dry: bool) -> int:
-    import importlib.util
-
     import hydra
 
-    if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+    if not _found("hydra_plugins.hydra_submitit_launcher"):
         raise LaunchError(f"preset '{name}' needs {QUEUE}: pip install {QUEUE}")
     # in hexadecimal digits, which hydra's grammar leaves alone
     line = f"line=x{json.dumps(run).encode().hex()}"
@@ -157,6 +157,15 @@ def _queued(name: str, run: list[str], given: list[str], *, dry: bool) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+def _found(module: str) -> bool:
+    import importlib.util
+
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False
 
 
 def task(config: Any) -> None:

@@ -11,21 +11,21 @@ from linearize.cli.console import console, quiet_libraries
 from linearize.cli.run import composed, recipe_name
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from linearize.cost.stages import Plan, StagePlan
+    from linearize.eval.tables import Fitted
 
-PARTS = (
-    "frozen",
-    "masters",
-    "gradients",
-    "adamw",
-    "teacher",
-    "activations",
-    "logits",
-    "gathered",
-    "workspace",
-)
+PARTS = {
+    "frozen": "frozen",
+    "masters": "mas- ters",
+    "gradients": "grads",
+    "adamw": "AdamW",
+    "teacher": "teach- er",
+    "activations": "activ- ations",
+    "logits": "logits",
+    "gathered": "gath- ered",
+    "workspace": "other",
+}
+"""Parts of the memory, and what they are called in the table, whose headers are broken at a space."""
 
 
 def main(options: argparse.Namespace) -> int:
@@ -71,46 +71,47 @@ def heading(plan: Plan) -> list[str]:
     ]
 
 
-def memory(plan: Plan) -> Table:
-    """GiB of one card by part, a line a stage."""
-    from rich.table import Table
+def memory(plan: Plan) -> Fitted:
+    """GiB of one card by part, a line a stage; parts that no stage has are left out."""
+    parts = [part for part in PARTS if any(stage.fit.bytes[part] for stage in plan.stages)]
+    rows = [
+        {
+            "stage": stage.name,
+            "trains": f"{stage.sizes.trained / 1e6:,.1f}M",
+            "peak": _gib(stage.fit.peak),
+            **{PARTS[part]: _gib(stage.fit.bytes[part]) for part in parts},
+        }
+        for stage in plan.stages
+    ]
+    return _table(rows, "GiB on a card")
 
-    grid = Table(header_style="bold", title="GiB on a card", title_justify="left")
-    grid.add_column("stage")
-    for title in ("trains", "frozen", "mas-\nters", "grads", "AdamW", "teach-\ner", "activ-\nations", "logits",
-                  "gath-\nered", "other", "peak"):  # fmt: skip
-        grid.add_column(title, justify="right", no_wrap=True)
+
+def time(plan: Plan) -> Fitted:
+    """Work, speed, hours and money, a line for each length of a stage's steps."""
+    rows = []
     for stage in plan.stages:
-        parts = [_gib(stage.fit.bytes[part]) for part in PARTS]
-        trains = f"{stage.sizes.trained / 1e6:,.1f}M"
-        grid.add_row(stage.name, trains, *parts, _gib(stage.fit.peak))
-    return grid
+        first, *later = [f"{batch} x {length:,}" for batch, length in stage.shapes] or [""]
+        row = {
+            "stage": stage.name,
+            "runs": way(stage),
+            "step": first,
+            "at once": str(stage.fit.micro),
+            "tokens": f"{stage.tokens / 1e6:,.1f}M",
+            "tokens /s": "" if stage.rate is None else f"{stage.rate:,.0f}",
+            "hours": "" if stage.hours is None else f"{stage.hours:,.2f}",
+            "$": "" if stage.money is None else f"{stage.money:,.2f}",
+            "MFU": "" if stage.mfu is None else f"{100 * stage.mfu:.0f} %",
+            "GFLOPs /token": f"{stage.flops / 1e9:,.2f}",
+            "EFLOPs": f"{stage.flops * stage.tokens / 1e18:,.2f}",
+        }
+        rows += [row, *({"step": step} for step in later)]
+    return _table(rows, "time")
 
 
-def time(plan: Plan) -> Table:
-    """Work, speed, hours and money, a line a stage."""
-    from rich.table import Table
+def _table(rows: list[dict[str, str]], title: str) -> Fitted:
+    from linearize.eval.tables import Fitted
 
-    grid = Table(header_style="bold", title="time", title_justify="left")
-    grid.add_column("stage")
-    grid.add_column("runs")
-    for title in ("step", "at\nonce", "tokens", "GFLOPs /\ntoken", "EFLOPs", "MFU", "tokens/s", "hours", "$"):
-        grid.add_column(title, justify="right", no_wrap=True)
-    for stage in plan.stages:
-        grid.add_row(
-            stage.name,
-            way(stage),
-            "\n".join(f"{batch} x {length:,}" for batch, length in stage.shapes),
-            str(stage.fit.micro),
-            f"{stage.tokens / 1e6:,.1f}M",
-            f"{stage.flops / 1e9:,.2f}",
-            f"{stage.flops * stage.tokens / 1e18:,.2f}",
-            "" if stage.mfu is None else f"{100 * stage.mfu:.0f} %",
-            "" if stage.rate is None else f"{stage.rate:,.0f}",
-            "" if stage.hours is None else f"{stage.hours:,.2f}",
-            "" if stage.money is None else f"{stage.money:,.2f}",
-        )
-    return grid
+    return Fitted(rows, title, numeric=set().union(*rows) - {"stage", "runs"})
 
 
 def way(stage: StagePlan) -> str:

@@ -36,9 +36,12 @@ def main(options: argparse.Namespace) -> int:
 
 def judged(folder: Path) -> str:
     """The verdict and the summary of the page that `linearize eval` wrote beside an export, or nothing."""
+    from linearize.models.files import read_words
+
     for page in (folder.parent / "eval" / "page.md", folder / "eval" / "page.md"):
         if page.is_file():
-            _, _, rest = page.read_text(encoding="utf-8").partition("\n")
+            words = read_words(page, "delete it, or write it again with `linearize eval`")
+            _, _, rest = words.partition("\n")
             before, mark, after = rest.partition("## Summary")
             return (before + after.partition("\n## ")[0] if mark else "").strip()
     return ""

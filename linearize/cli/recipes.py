@@ -24,8 +24,8 @@ def main(options: argparse.Namespace) -> int:
     table = Table(box=None, header_style="bold", pad_edge=False, width=min(WIDTH, screen.width))
     table.add_column("recipe", no_wrap=True)
     table.add_column("paper", no_wrap=True)
-    table.add_column("parts", ratio=6)
-    table.add_column("what it does", ratio=7)
+    table.add_column("parts", ratio=6, overflow="fold")
+    table.add_column("what it does", ratio=7, overflow="fold")
     for name, description in list_recipes():
         recipe = outline(name)
         who, number = source(recipe.get("paper", ""))

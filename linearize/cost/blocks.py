@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from linearize import surgery
 from linearize.bench import flops
@@ -91,15 +90,6 @@ class BlocksPlan:
             f"cards       {self.count} x {self.card.name}, {self.card.usable / 2**30:.0f} GiB of each to be had",
         ]
 
-    def table(self) -> Table:
-        """A line for each size of blocks."""
-        grid = Table(header_style="bold", title="blocks", title_justify="left")
-        for title in COLUMNS:
-            grid.add_column(title.replace(", ", ",\n"), justify="right", no_wrap=True)
-        for cells in self.cells():
-            grid.add_row(*cells.values())
-        return grid
-
     def cells(self) -> list[dict[str, str]]:
         """The table's lines as text."""
         found = []
@@ -126,8 +116,8 @@ class BlocksPlan:
         return [
             f"writing: {self.write_hours:.2f} hours on one card, and {rate:,.0f} MB/s to the disk with blocks of one "
             "layer; it is one process",
-            f"hours of training are on {self.count} cards, a worker each; calculated, not measured, and only as long "
-            "as the disk keeps up",
+            f"hours of training are on {self.count} card{'s' if self.count > 1 else ''}, a worker each; calculated, "
+            "not measured, and only as long as the disk keeps up",
         ]
 
 

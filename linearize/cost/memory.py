@@ -74,7 +74,8 @@ def block_bytes(sizes: Sizes) -> float:
 
     Where base weights train, 4 d each for the residual stream before both norms (float32, as embeddings are), 2 d each
     for what both norms give, 6 f for gate, up and their product. Where they do not, the residual stream is bfloat16
-    and inputs of frozen products are not kept, but those of adapters: 2 d four times, 4 f.
+    and inputs of frozen products are not kept, but those of adapters: 2 d four times, 4 f. It is what was kept when the
+    peaks were measured that this is held against; less is since, as what norms and activations give is made again.
     """
     if sizes.base_trained:
         return 12.0 * sizes.hidden + sizes.mixer + 6 * sizes.inner

@@ -14,7 +14,7 @@ from linearize.data import builtin, encoding, hub, readers
 from linearize.data.document import Document
 from linearize.data.files import local_files
 from linearize.data.instruct import Template
-from linearize.errors import DataError
+from linearize.errors import DataError, LinearizeError, collected, raise_together
 
 log = logging.getLogger(__name__)
 
@@ -69,17 +69,20 @@ def load_texts(
         builtin.check(template, text_field)
     shards: list[Shard] = []
     streams: list[Iterator[Document]] = []
+    errors: list[LinearizeError] = []
     for name in map(str, names):
-        if name == builtin.NAME:
-            kind = builtin.PAIRS if template == "preference" else builtin.TEMPLATE
-            sample = Template(kind, builtin.COLUMN)
-            shards += _file_shards(builtin.sample(split), sample)
-        elif (paths := local_files(name)) is not None:
-            shards += [shard for path in paths for shard in _file_shards(path, shape)]
-        else:
-            streams.append(
-                _documents(Shard(f"hub dataset '{name}'", _hub_rows(name, split, seed, shape), shape))
-            )
+        with collected(errors):
+            if name == builtin.NAME:
+                kind = builtin.PAIRS if template == "preference" else builtin.TEMPLATE
+                sample = Template(kind, builtin.COLUMN)
+                shards += _file_shards(builtin.sample(split), sample)
+            elif (paths := local_files(name)) is not None:
+                shards += [shard for path in paths for shard in _file_shards(path, shape)]
+            elif not errors:  # nothing is asked of the hub for a list that is refused
+                streams.append(
+                    _documents(Shard(f"hub dataset '{name}'", _hub_rows(name, split, seed, shape), shape))
+                )
+    raise_together(errors, "data source")
     if not streams and split not in builtin.SPLITS:
         raise DataError(
             f"data.split: '{split}' is for hub datasets, and {', '.join(map(str, names))} is local; leave it out, and "
@@ -157,6 +160,12 @@ def _file_shards(path: Path, template: Template) -> list[Shard]:
         return [Shard(str(path), lambda: readers.READERS[kind](path), template)]
     names, groups = readers.parquet_columns(path)
     columns = template.columns(names, str(path))
+    twice = [column for column in columns if names.count(column) > 1]
+    if twice:
+        raise DataError(
+            f"{path} has {names.count(twice[0])} columns '{twice[0]}', and which of them is meant is not for guessing; "
+            "rename or drop one"
+        )
     return [
         Shard(str(path), _group_reader(path, group, first, columns), template)
         for group, first in enumerate(groups)

@@ -24,11 +24,12 @@ class Clock:
         tokens: [] int64 on the device; whoever runs a step advances it.
         before: tokens of the prefix that the prompt goes on from.
         running: the prompt has been read, and tokens come one by one.
+        expected: `tokens` as the host counts them.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
-        self.running, self.before = False, 0
+        self.running, self.before, self.expected = False, 0, 0
 
     @property
     def length(self) -> int | Tensor:
@@ -38,7 +39,7 @@ class Clock:
     def start(self, tokens: int) -> None:
         """A prompt of so many tokens has been read."""
         self.tokens.fill_(tokens)
-        self.running = True
+        self.running, self.expected = True, tokens
 
 
 class FixedState(LinearizedCacheLayer):

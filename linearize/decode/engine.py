@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from linearize.decode.cache import tensors
+from linearize.decode.joined import INDUCTOR, Joining
 from linearize.decode.masks import Masks, token_masks
+from linearize.decode.newest import attending, fits, newest_numbers
+from linearize.decode.ordered import in_order
 from linearize.decode.prefix import Prefix
 from linearize.decode.reader import Reader
 from linearize.decode.sampling import Sampling
@@ -25,20 +28,6 @@ BLOCK = 64
 """Tokens of each row that stay on the device until the host fetches them."""
 WARM_UP = 3
 """Steps before the capture: kernels compile, libraries allocate."""
-
-
-@contextmanager
-def in_order() -> Iterator[None]:
-    """What is compiled inside keeps the order of the model's own operations.
-
-    Inductor moves an operation to the one that needs it, and may move one that reads a state behind the kernel that
-    writes into it; the kernel is then given a copy of the state, which is copied back afterwards: a window's whole
-    ring, keys and values, for the sake of the one key that leaves it.
-    """
-    from torch._inductor import config
-
-    with config.patch(reorder_for_locality=False):
-        yield
 
 
 class Decoder(Reader):
@@ -58,6 +47,8 @@ class Decoder(Reader):
         length: most tokens, prompt included, if any layer is softmax.
         capture: capture a CUDA graph; without, the same steps run one by one (on any device).
         compile: options of `torch.compile` for the step, or None for the model's own operations.
+        newest: kept softmax layers read the keys that a row sees by a kernel, where there is one for them; False: all
+            that they hold, by transformers' own attention and a mask.
 
     Attributes:
         steps: one-token steps since the decoder was made, warm-up left out.
@@ -75,6 +66,7 @@ class Decoder(Reader):
         length: int = 0,
         capture: bool = True,
         compile: dict[str, Any] | None = None,  # noqa: A002 - torch's name
+        newest: bool = True,
     ) -> None:
         super().__init__(model, batch, length)
         self.sampling = sampling
@@ -90,11 +82,14 @@ class Decoder(Reader):
         self.eos = torch.tensor(list(eos), dtype=torch.int64, device=self.device)
         self.pad = whole(fill=pad)
         self._step: Callable[[], None] = self._eager_step
+        self._joining: Joining | None = None
+        self._compiling = compile
         if compile is not None:
-            self._step = torch.compile(self._eager_step, dynamic=False, **compile)
+            self._compile(join="mode" not in compile)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._capturing = capture
         self._ready = False
+        self._newest = newest and self.keeps_softmax and fits(model, self.config)
 
     @torch.no_grad()
     def generate(
@@ -158,6 +153,19 @@ class Decoder(Reader):
         """
         if self._ready:
             return
+        try:
+            self._make()
+        except (LinearizeError, RuntimeError):
+            # a family may want a mask where it is given numbers, or have scores that are not known here
+            if not self._newest:
+                raise
+            log.debug("kept softmax layers are given masks", exc_info=True)
+            self._newest = False
+            self._make()
+        self._ready = True
+
+    def _make(self) -> None:
+        """The states and the step, by what is known of the softmax layers."""
         self._reset()
         self.clock.start(0)
         captures = self.device.type == "cuda" and self._capturing
@@ -166,7 +174,6 @@ class Decoder(Reader):
                 self._capture()
             else:
                 self._twice()
-        self._ready = True
 
     @torch.no_grad()
     def read(self, ids: Tensor, mask: Tensor | None, prefix: Prefix | None = None) -> None:
@@ -178,12 +185,31 @@ class Decoder(Reader):
         Raises:
             LinearizeError: padding behind a prefix.
         """
+        if self._newest and mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
+            # keys that are seen do not lie side by side then: only a mask can say which they are
+            self._newest = False
+            if self._ready:
+                self._make()
+        if self._joining is not None:
+            self._joining.refresh()
         self._reset()
         self._take(self.fill(ids, mask, prefix))
 
     @torch.no_grad()
     def run(self, steps: int) -> None:
-        """So many tokens more for every row; the host waits for nothing."""
+        """So many tokens more for every row; the host waits for nothing.
+
+        Raises:
+            LinearizeError: softmax layers have no room for their keys.
+        """
+        expected = self.clock.expected + steps
+        if self.length and expected > self.length:
+            # beyond, a device would stop with an assertion of its own, and everything else on it
+            raise LinearizeError(
+                f"{expected:,} tokens for a decoder whose softmax layers hold {self.length:,}; make it with a longer "
+                "`length`"
+            )
+        self.clock.expected = expected
         with nullcontext() if self._graph is not None else self._decoding():
             for _ in range(steps):
                 if self._graph is None:
@@ -192,9 +218,19 @@ class Decoder(Reader):
                     self._graph.replay()
         self.steps += steps
 
+    def _decoding(self) -> AbstractContextManager[Any]:
+        """The same with softmax layers that are told how many keys are seen, where they can be."""
+        stack = ExitStack()
+        stack.enter_context(super()._decoding())
+        if self._newest:
+            stack.enter_context(attending(self.config))
+        return stack
+
     def _eager_step(self) -> None:
         masks: Masks = self._no_masks
-        if self.keeps_softmax:
+        if self._newest:
+            masks = newest_numbers(self.config, self.clock.tokens, self.positions + 1)
+        elif self.keeps_softmax:
             masks = token_masks(self.config, self.seen, self.clock.tokens, self.dtype)
         logits = self._forward(self.tokens, self.positions, attention_mask=masks)
         self.clock.tokens.add_(1)
@@ -219,26 +255,43 @@ class Decoder(Reader):
         self.finished.zero_()
         self.column.zero_()
 
+    def _compile(self, *, join: bool) -> None:
+        """Let the next step be compiled, with products of one input joined or as they are."""
+        options = dict(self._compiling or {})
+        self._joining = Joining(options.get("backend", INDUCTOR)) if join else None
+        if self._joining is not None:
+            options["backend"] = self._joining
+        self._step = torch.compile(self._eager_step, dynamic=False, **options)
+
     def _twice(self) -> None:
         """Two steps; the first, never compiled, makes the states, the second must leave every tensor where it is."""
         self._eager_step()
         before = {name: x.data_ptr() for name, x in tensors(self.cache).items()}
-        try:
-            with in_order():
-                self._step()
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-            if isinstance(error.__cause__, torch.cuda.OutOfMemoryError | KernelError):
-                raise error.__cause__ from error
-            self.obstacle = " ".join(str(error).split())[:200] or type(error).__name__
-            log.warning("the step is not compiled, which is slower: %s", self.obstacle)
-            log.debug("where it could not be compiled", exc_info=error)
-            self._step = self._eager_step
-            self._step()
+        self._once_compiled()
         moved = [name for name, x in tensors(self.cache).items() if before.get(name) != x.data_ptr()]
         if moved:
             raise LinearizeError(
                 f"states that are not written in place cannot be replayed: {', '.join(moved[:3])}"
             )
+
+    def _once_compiled(self) -> None:
+        """A step by which it is compiled, in the model's own operations where it cannot be."""
+        while True:
+            try:
+                with in_order():
+                    return self._step()
+            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+                if isinstance(error.__cause__, torch.cuda.OutOfMemoryError | KernelError):
+                    raise error.__cause__ from error
+                why = " ".join(str(error).split())[:200] or type(error).__name__
+                log.debug("where it could not be compiled", exc_info=error)
+            if self._joining is not None:
+                log.warning("the step is compiled without joining products: %s", why)
+                self._compile(join=False)
+            else:
+                self.obstacle = why
+                log.warning("the step is not compiled, which is slower: %s", why)
+                self._step = self._eager_step
 
     def _capture(self) -> None:
         with torch.cuda.device(self.device):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from linearize.decode.pieces import Pieces
 from linearize.decode.row_cache import RowCache
 from linearize.decode.row_model import WIDTH, RowModel
 
@@ -24,10 +25,12 @@ class Prompts:
         model: that reads.
         like: a cache of one row, see `RowCache`.
         most: prompts at once.
+        records: record pieces of one shape as CUDA graphs, where no layer's work grows with the text.
     """
 
-    def __init__(self, model: RowModel, like: Cache, most: int) -> None:
+    def __init__(self, model: RowModel, like: Cache, most: int, *, records: bool = False) -> None:
         self._model, self._held = model, RowCache(like, most, model.held)
+        self._pieces = Pieces(records and not model.held)
         self._read: list[int] = []
         self._touched = [0] * most
 
@@ -53,12 +56,22 @@ class Prompts:
         before, behind = max(self._read), max(self._read) + columns
         width = min(-(-behind // WIDTH) * WIDTH, self._model.held)
         self._touched[: len(pieces)] = (max(each, behind) for each in self._touched[: len(pieces)])
-        cache = self._held.first(width, places, before, valid)
-        device = self._model.device
-        logits = self._model(torch.tensor(ids, device=device), places, cache, width)
-        for name, moved in self._held.moved(cache).items():
-            self._held.held[name][: len(pieces)].copy_(moved)
+        given = torch.tensor(ids, device=self._model.device)
+
+        def read(ids: Tensor, places: Tensor) -> Tensor:
+            return self._call(ids, places, before, width, valid)
+
+        whole = valid is None
+        logits = self._pieces(read, given, places, behind=before > 0) if whole else read(given, places)
         self._read = [read + new for read, new in zip(self._read, tokens, strict=True)]
+        return logits
+
+    def _call(self, ids: Tensor, places: Tensor, before: int, width: int, valid: Tensor | None) -> Tensor:
+        """Read ids [P, T] into the first P rows, whose memory stays where it is; logits [P, V]."""
+        cache = self._held.first(width, places, before, valid)
+        logits = self._model(ids, places, cache, width)
+        for name, moved in self._held.moved(cache).items():
+            self._held.held[name][: len(ids)].copy_(moved)
         return logits
 
     def give(self, prompt: int, target: RowCache, row: int) -> None:

@@ -111,7 +111,7 @@ class Slots:
             return
         try:
             like = self._rows.one()
-            self._reading = Prompts(self._rows, like, self.prompts)
+            self._reading = Prompts(self._rows, like, self.prompts, records=self._captures)
             self._held = RowCache(like, self.rows, self._rows.held)
             del like
             with self._decoding():

@@ -4,60 +4,89 @@ A model repeats one block. Its parts read and write the whole text a few times e
 fuses them between the products, and all layers of one mixer share what is compiled ("regional compilation" in torch's
 words). In
 attention transfer, where a layer's backward pass stands in the middle of its forward pass, only what stands around the
-attention is compiled. What cannot be compiled runs part by part, with one line in the log.
+attention is compiled, and functions within it: the rotary embedding and the loss. What cannot be compiled runs part by
+part, with one line in the log.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from linearize import surgery
 from linearize.kernels.dispatch import KernelError
+from linearize.mixers.compiled import keeping_little
+from linearize.patch import changed
 from linearize.surgery import LinearizedAttention
 
 log = logging.getLogger(__name__)
 
-BACKEND = "inductor"
+ROTARY = "apply_rotary_pos_emb"
+"""What the families of transformers call their rotary embedding of queries and keys."""
+Place = tuple[Any, str]
+"""Where a function is looked up at each call: a module, and the name there."""
 
 
 class Blocks:
     """Blocks of a student and perhaps its teacher, or parts of them, and their compiled form.
 
     Args:
-        layers: from `repeated` or `around_attention`.
+        parts: from `repeated` or `around_attention`, and places of functions, each compiled by itself.
         name: of the stage, for the log and for profilers.
+        like: blocks of another model, whose compiled form these share.
 
     Attributes:
-        layers: what is compiled.
+        layers, functions: what is compiled.
         obstacle: why they run part by part, or None.
         full: whether torch compiles them for no further size of batch and text.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], name: str) -> None:
+    def __init__(self, parts: Iterable[nn.Module | Place], name: str, like: Blocks | None = None) -> None:
         self.name = name
-        self.layers = list(layers)
+        self.layers: list[nn.Module] = []
+        self.functions: list[Place] = []
+        for part in parts:
+            self.layers.append(part) if isinstance(part, nn.Module) else self.functions.append(part)
         self.obstacle: str | None = None if self.layers else "no block repeats"
         self.full = False
-        self._calls: dict[tuple[str, ...], Callable[..., Any]] = {}
+        self._calls: dict[tuple[str, ...], Callable[..., Any]] = {} if like is None else like._calls
+        self._failed: set[str] = set()
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
         """Inside, blocks run compiled. Masks are to be trusted there (`surgery.trusting`): nobody can look at them."""
         layers = [] if self.obstacle is not None else self.layers
-        try:
-            for layer in layers:
-                layer.forward = partial(self._run, layer)  # type: ignore[method-assign]
-            yield
-        finally:
-            for layer in layers:
-                vars(layer).pop("forward", None)
+        with ExitStack() as stack:
+            for owner, name in self.functions if layers else ():
+                own = partial(self._apply, name, getattr(owner, name))
+                stack.enter_context(changed(owner, name, own))
+            try:
+                for layer in layers:
+                    layer.forward = partial(self._run, layer)  # type: ignore[method-assign]
+                yield
+            finally:
+                for layer in layers:
+                    vars(layer).pop("forward", None)
+
+    def _apply(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A function of `functions`, compiled as long as that works."""
+        if name not in self._failed:
+            try:
+                return self._compiled((name,), _call)(function, *args, **kwargs)
+            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+                if isinstance(error.__cause__, torch.cuda.OutOfMemoryError | KernelError):
+                    raise error.__cause__ from error
+                self._failed.add(name)
+                log.info("stage '%s': %s is not compiled: %s", self.name, name, _said(error))
+        return function(*args, **kwargs)
 
     def _run(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
         if self.obstacle is None:
@@ -73,7 +102,7 @@ class Blocks:
             except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
                 if isinstance(error.__cause__, torch.cuda.OutOfMemoryError | KernelError):
                     raise error.__cause__ from error
-                self.obstacle = " ".join(str(error).split())[:200] or type(error).__name__
+                self.obstacle = _said(error)
                 log.info("stage '%s': blocks are not compiled, which is slower: %s", self.name, self.obstacle)
         return type(layer).forward(layer, *args, **kwargs)
 
@@ -82,16 +111,27 @@ class Blocks:
         key = tuple(
             part.mixer.composition for part in layer.modules() if isinstance(part, LinearizedAttention)
         )
+        return self._compiled(key, _forward)
+
+    def _compiled(self, key: tuple[str, ...], body: Any) -> Callable[..., Any]:
         if key not in self._calls:
-
-            def block(layer: Any, *args: Any, **kwargs: Any) -> Any:
-                return type(layer).forward(layer, *args, **kwargs)
-
             # torch counts compilations by code object: each stage and mixer gets one of its own
             name = f"block_{self.name}_{len(self._calls)}" if self._calls else f"block_{self.name}"
-            own = types.FunctionType(block.__code__.replace(co_name=name), globals(), name)
-            self._calls[key] = torch.compile(own, backend=BACKEND, dynamic=False, fullgraph=True)
+            own = types.FunctionType(body.__code__.replace(co_name=name), globals(), name)
+            self._calls[key] = torch.compile(own, backend=keeping_little, dynamic=False, fullgraph=True)
         return self._calls[key]
+
+
+def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def repeated(model: nn.Module) -> list[nn.Module]:
@@ -119,3 +159,9 @@ def around_attention(model: nn.Module) -> list[nn.Module]:
         for part in layer.children()
         if not any(isinstance(inner, LinearizedAttention) for inner in part.modules())
     ]
+
+
+def rotary(model: nn.Module) -> list[Place]:
+    """The rotary embeddings of a model's converted layers, where their family has one as a function of its own."""
+    families = {sys.modules[surgery.family_of(layer)] for layer in surgery.converted(model)}
+    return [(family, ROTARY) for family in families if callable(getattr(family, ROTARY, None))]

@@ -13,7 +13,7 @@ from transformers import masking_utils
 from linearize import surgery
 from linearize.config.schema import RunConfig, StageConfig
 from linearize.distill import shards
-from linearize.distill.blocks import Blocks
+from linearize.distill.blocks import Blocks, Place
 from linearize.distill.captured import Captured
 from linearize.distill.window_dropout import Draw, Off
 from linearize.mixers.compiled import part_by_part
@@ -63,7 +63,7 @@ class Passes:
         device: torch.device,
         steps: int,
         parameters: list[nn.Parameter],
-        compiled: Callable[[], list[nn.Module]],
+        compiled: Callable[[], Sequence[nn.Module | Place]],
         spread: bool = False,
     ) -> None:
         self.model, self.name, self.parts = model, name, compiled
@@ -109,16 +109,17 @@ class Passes:
                 f"masks of {batch} x {tokens:,} x {tokens:,} are made only where they are needed"
             )
 
-        def told(batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
-            rest, off = draw.taken_from(batch)
-            return step(rest, count, off)
+        known = draw.sure or not (self.captured.obstacle is None or self.compiles)
 
-        with self._trusting(looks):
-            if draw.sure or not (self.captured.obstacle is None or self.compiles):
-                return self.captured(
-                    lambda batch, count: step(batch, count, draw.off), part, count, (any(draw.off), kind)
-                )
-            return self.captured(told, draw.put_into(part), count, (None, kind))
+        def run(batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
+            rest, off = (batch, draw.off) if known else draw.taken_from(batch)
+            # entered here: what is replayed has no use for it, and a look through a model keeps the device waiting
+            with self._trusting(looks):
+                return step(rest, count, off)
+
+        if known:
+            return self.captured(run, part, count, (any(draw.off), kind))
+        return self.captured(run, draw.put_into(part), count, (None, kind))
 
     @contextmanager
     def _trusting(self, looks: bool) -> Iterator[None]:

@@ -169,7 +169,7 @@ class StageTrainer(Trainer):
         """Scale the gradients, whose norm is `norm`, to `grad_clip`."""
         shards.clip(self.parameters.values(), self.args.max_grad_norm, norm)
 
-    def compiled_parts(self) -> list[nn.Module]:
+    def compiled_parts(self) -> Sequence[Any]:
         """What may be compiled in a micro-step, see `blocks`."""
         return []
 

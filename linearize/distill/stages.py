@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,17 +212,40 @@ def training(
         level = objectives.level_of(stage.objective)
         try:
             if level == "layer":
-                yield transfer(model, **settings)
+                trainer: StageTrainer = transfer(model, **settings)
             else:
                 if stage.top_k:
                     settings["dataset"], teacher = _answered(model, stage, settings, teacher), None
                 original = teacher() if teacher is not None and needs_teacher(stage.objective) else None
                 kind = PreferenceTrainer if level == "pair" else FinetuneTrainer
-                yield kind(model, teacher=original, **settings)
+                trainer = kind(model, teacher=original, **settings)
+            with _let_go_at_once(model, trainer.parameters.values()):
+                yield trainer
         finally:
             unwrapped(model).config.use_cache = use_cache  # Trainer switches it off for good
             shards.settle(model)
             model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _let_go_at_once(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, the model lets go of gradients without a look at all that is frozen, for which the device would wait.
+
+    Args:
+        model: that `Trainer` tells to after every step.
+        parameters: that have gradients.
+    """
+    parameters = list(parameters)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for parameter in parameters:
+            parameter.grad = None
+
+    model.zero_grad = zero_grad  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.zero_grad
 
 
 def _answered(

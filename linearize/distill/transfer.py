@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,9 +18,13 @@ from torch import Tensor, nn
 
 from linearize import objectives, surgery
 from linearize.distill import shards, window_dropout
-from linearize.distill.blocks import around_attention
+from linearize.distill.blocks import Place, around_attention, rotary
 from linearize.distill.stage import StageTrainer
 from linearize.errors import RecipeError
+
+
+class _Enough(Exception):
+    """Every converted layer has been seen, and nobody reads what the model would go on to compute."""
 
 
 class TransferTrainer(StageTrainer):
@@ -30,8 +35,14 @@ class TransferTrainer(StageTrainer):
         self.layers: list[int] = [module.layer_idx for module in converted]
         super().__init__(model, **settings)
 
-    def compiled_parts(self) -> list[nn.Module]:
-        return around_attention(self.trained_model)
+    def compiled_parts(self) -> Sequence[nn.Module | Place]:
+        return [*around_attention(self.trained_model), *self.functions()]
+
+    def functions(self) -> list[Place]:
+        """What is compiled by itself inside the attention."""
+        # an output projection is called as a module, which is not the loss's to compile
+        plain = not any(objectives.get(name).projects for name in self.stage.objective)
+        return rotary(self.trained_model) + [(objectives.layer, "joined")] * plain
 
     @property
     def count(self) -> int:
@@ -48,9 +59,10 @@ class TransferTrainer(StageTrainer):
             if gradients:
                 shards.clip(own, most, shards.total_norm(gradients))
 
-    def pass_on(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
+    @property
+    def pass_on(self) -> Callable[[nn.Module, dict[str, Tensor]], Any] | None:
         """The teacher's pass over a batch, see `transfer_step`."""
-        run_teacher(model, batch)
+        return None
 
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
         """Losses [L] in layer order; see `transfer_step`."""
@@ -97,7 +109,7 @@ def transfer_step(
     scale: float = 1.0,
     window_off: Sequence[window_dropout.Off] = (),
     layers: int | None = None,
-    run: Callable[[nn.Module, dict[str, Tensor]], None] | None = None,
+    run: Callable[[nn.Module, dict[str, Tensor]], Any] | None = None,
 ) -> Tensor:
     """One pass of attention transfer: adds the gradient of ``scale * mean over layers of the layer's loss``.
 
@@ -109,7 +121,7 @@ def transfer_step(
         window_off: whether each layer trains its recurrent branch alone, or a [] bool tensor that says so on the
             device; none does by default.
         layers: of the mean, where `model` is a part of a model.
-        run: the teacher's pass; `run_teacher` by default.
+        run: the teacher's pass; by default `run_teacher`, as far as the last converted layer's attention.
 
     Returns:
         [L] detached losses of the converted layers, in layer order.
@@ -118,18 +130,28 @@ def transfer_step(
     off = {module.layer_idx: drawn for module, drawn in zip(converted, window_off, strict=False)}
     losses: dict[int, Tensor] = {}
 
+    ends = run is None and _may_end(model)
+
     def observe(call: Any) -> None:
         alone = window_dropout.window_off(call, off.get(call.layer_idx, False))
         with torch.enable_grad(), alone as call:
             losses[call.layer_idx] = objectives.layer_backward(
                 call, objective, scale / (layers or len(converted))
             )
+        if ends and len(losses) == len(converted):
+            raise _Enough
 
     model.eval()  # the teacher that is imitated has no dropout
     # Without gradient: only `observe` takes some.
-    with torch.no_grad(), surgery.observe(model, observe):
+    with torch.no_grad(), surgery.observe(model, observe), suppress(_Enough):
         (run or run_teacher)(model, batch)
     return torch.stack([losses[index] for index in sorted(losses)])
+
+
+def _may_end(model: nn.Module) -> bool:
+    """Whether a pass may be left in its middle: nobody listens to its end, or gathers weights for it."""
+    heard = (part._forward_hooks or hasattr(part, "_hf_hook") for part in model.modules())
+    return not shards.in_shards(model) and not any(heard)
 
 
 def run_teacher(model: nn.Module, batch: dict[str, Tensor]) -> None:

@@ -54,7 +54,7 @@ def model_card(
         "```",
         "",
         "Without the package: `AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)`, after reading "
-        "`modeling_linearized.py`.",
+        "`modeling_linearized.py`, and `AutoTokenizer` likewise.",
         "",
     ]
     if layers:

@@ -13,17 +13,21 @@ from typing import Any
 import yaml
 
 from linearize import plain_json
+from linearize.config.values import shown
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.export.load import check_folder
 from linearize.export.origin import PATH, published
 from linearize.export.provenance import NOTE
 from linearize.models.aliases import ALIASES
-from linearize.models.files import read_json
+from linearize.models.check import has_tokenizer
+from linearize.models.files import read_json, read_words
+from linearize.models.tokenizer import load_tokenizer
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "modeling_*.py", "adapter/*")
 """What makes a model; anything else in the folder stays at home."""
 CARD = "README.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,17 @@ def gather(
     _check_name(repo, "REPO")
     if base_model is not None:
         _check_name(base_model, "--base-model")
+    if license is not None and LICENSE.fullmatch(license) is None:
+        raise LinearizeError(
+            f"--license {shown(license)}: must be as the hub writes it, such as apache-2.0 or other"
+        )
     _, config = check_folder(folder)
     if not isinstance(getattr(config, "linearize", None), dict):
         raise CheckpointError(
             f"{folder} is no converted checkpoint; give a folder that `linearize run` or linearize.save wrote"
         )
+    if has_tokenizer(folder):
+        load_tokenizer(folder)  # what goes is what loads
     note: dict[str, Any] = read_json(folder / NOTE) if (folder / NOTE).is_file() else {}
     alias = ALIASES.get(str(note.get("base")))
     base = base_model or (alias.hub if alias else "" if PATH in note else _hub_id(note.get("base")))
@@ -97,7 +107,7 @@ def gather(
     if NOTE in files and PATH in note:
         files.remove(NOTE)
         made[NOTE] = plain_json.dumps(published(note, base), indent=2) + "\n"
-    old = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+    old = read_words(folder / CARD, "convert or delete it") if (folder / CARD).is_file() else ""
     problems = []
     if not terms:
         problems.append(
@@ -200,7 +210,9 @@ def _card(
     front, body = _parted(old)
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", **front}
     tags: Sequence[str] = ["linearize", "linear-attention", *(["torchao"] if quantized else [])]
-    front["tags"] = list(dict.fromkeys([*front.get("tags", []), *tags]))
+    own = front.get("tags") or []
+    own = [str(tag) for tag in own] if isinstance(own, list) else [str(own)]
+    front["tags"] = list(dict.fromkeys([*own, *tags]))
     if terms:
         front["license"] = terms
     if base:

@@ -80,8 +80,13 @@ def _arrival(mixer: dict[str, Any], names: dict[str, str]) -> list[str]:
             problems.append(f"mixer.{part}: '{names[part]}' needs keys at their own time; {remedy}")
     if not UPDATES.get(names["update"]).dense:
         problems.append(f"mixer.update: '{names['update']}' needs keys at their own time; {remedy}")
-    if not mixer["position"].get("recurrent", True):
-        problems.append(f"mixer.position.recurrent: false needs keys at their own time; {remedy}")
+    rotated = {branch: mixer["position"].get(branch, True) for branch in ("window", "recurrent")}
+    if rotated["window"] != rotated["recurrent"]:
+        off = "window" if rotated["recurrent"] else "recurrent"
+        problems.append(
+            f"mixer.position.{off}: false needs keys at their own time, since those that come out of a window are as "
+            f"the window sees them; {remedy}, or give both branches the same"
+        )
     if POSITIONS.get(names["position"]).turns:
         problems.append(f"mixer.position: '{names['position']}' needs keys at their own time; {remedy}")
     return problems

@@ -146,7 +146,7 @@ def prototypes(keys: Tensor, first: Tensor, count: int) -> Tensor:
     centers = torch.cat([first[None], keys[picks[1:]]])
     for _ in range(ROUNDS):
         nearest = torch.cdist(keys, centers).argmin(1)
-        member = torch.nn.functional.one_hot(nearest, count).to(keys.dtype)
+        member = (nearest[:, None] == torch.arange(count, device=keys.device)).to(keys.dtype)
         sizes = member.sum(0)
         means = member.T @ keys / sizes.clamp_min(1)[:, None]
         centers = torch.where((sizes > 0)[:, None], means, centers)
@@ -169,26 +169,30 @@ def linear(x: Tensor, wanted: Tensor, weight: Tensor | None = None) -> Tensor:
     return torch.linalg.solve(normal, scaled.T @ wanted.double()).to(wanted.dtype)
 
 
-def log_normal(q: Tensor, k: Tensor, scaling: float) -> tuple[float, float]:
-    """Factors on q and k under which a sum of K exponentials spreads as softmax's weights do.
+def log_normal(q: Tensor, k: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Factors on q and k under which a sum of K exponentials spreads as softmax's weights do, of all heads at once.
 
     Linear Log-Normal attention (Nahshan et al. 2023, arXiv 2311.13541, section 4) matches the variance of log weights:
     that of softmax is the variance of the scores; that of log sum_i exp(a q_i + b k_i), with a sd(q) = b sd(k) = u,
     grows with u. The paper fits a line to it, here u is found by halving, on tokens spread evenly.
 
     Args:
-        q, k: [N, K] of one head.
+        q, k: [N, H, K], of each head its own key head.
         scaling: on q.k in the teacher.
+
+    Returns:
+        [H] each, float64.
     """
-    q, k = (x[:: -(-len(x) // SAMPLED)].double() for x in (q, k))
-    of_q, of_k = q.std().clamp_min(1e-6), k.std().clamp_min(1e-6)
-    wanted = float((scaling * q @ k.T).std())
-    q, k = q / of_q, k / of_k
-    low, high = 0.0, MOST
+    q, k = (x[:: -(-len(x) // SAMPLED)].double().transpose(0, 1) for x in (q, k))
+    of_q, of_k = (x.std((1, 2)).clamp_min(1e-6) for x in (q, k))
+    wanted = (scaling * q @ k.mT).std((1, 2))
+    q, k = q / of_q[:, None, None], k / of_k[:, None, None]
+    low, high = torch.zeros_like(wanted), torch.full_like(wanted, MOST)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        top_q, top_k = (middle * q).amax(1, keepdim=True), (middle * k).amax(1, keepdim=True)
-        sums = (middle * q - top_q).exp() @ (middle * k - top_k).exp().T
-        spread = float((sums.clamp_min(1e-300).log() + top_q + top_k.T).std())
-        low, high = (middle, high) if spread < wanted else (low, middle)
-    return float(low / of_q), float(low / of_k)
+        wide_q, wide_k = (middle[:, None, None] * x for x in (q, k))
+        top_q, top_k = wide_q.amax(2, keepdim=True), wide_k.amax(2, keepdim=True)
+        sums = (wide_q - top_q).exp() @ (wide_k - top_k).exp().mT
+        spread = (sums.clamp_min(1e-300).log() + top_q + top_k.mT).std((1, 2))
+        low, high = torch.where(spread < wanted, middle, low), torch.where(spread < wanted, high, middle)
+    return low / of_q, low / of_k

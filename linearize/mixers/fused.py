@@ -8,13 +8,14 @@ an additive rule that `kernels.taylor_linear` computes together (`by_products`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from linearize.kernels import dispatch
-from linearize.kernels.window_linear import window_linear
+from linearize.kernels.window_linear import Pins, window_linear
+from linearize.kernels.window_linear.plan import CHUNK, MOST_PINS
 from linearize.kernels.window_linear.recurrent import window_linear_step
 from linearize.mixers.base import LayerShape, documents
 from linearize.mixers.combine import Combine
@@ -26,6 +27,7 @@ from linearize.mixers.state import State
 from linearize.mixers.update.additive import Additive
 from linearize.mixers.window import Window
 from linearize.mixers.window.ring import RingWindow
+from linearize.mixers.window.runs import Line
 
 MAP_DIMS = (16, 32, 64, 128)
 """Columns of a feature map's matrix that the kernel takes."""
@@ -52,7 +54,9 @@ def find(
     ring = None
     if window.size:
         short = window.shape.sliding_window is not None
-        if not isinstance(window, RingWindow) or window.first or window.overlap or shape.softcap is not None:
+        if not isinstance(window, RingWindow) or window.overlap or shape.softcap is not None:
+            return None
+        if window.first > MOST_PINS:
             return None
         if short and window.limit is not None and window.limit < window.span:
             return None
@@ -93,6 +97,29 @@ def _is_hedgehog(recurrent: Recurrent) -> bool:
         and recurrent.gate is None
         and recurrent.short_conv is None
     )
+
+
+def _codes(valid: Tensor, docs: Tensor) -> Tensor:
+    return torch.where(valid, docs, -1 - docs).to(torch.int32)
+
+
+@dataclass
+class _Seen:
+    """The keys of one call, as `window_linear` wants them.
+
+    Attributes:
+        line: what is carried and the new tokens.
+        codes, reach, least, pins: see `window_linear`.
+        pinned, count: see `Line.pinned_from` and `Far.counts`.
+    """
+
+    line: Line
+    codes: Tensor | None
+    reach: Tensor | None = None
+    least: int | None = None
+    pins: Pins | None = None
+    pinned: Tensor | None = None
+    count: Tensor | None = None
 
 
 @dataclass
@@ -139,52 +166,65 @@ class Fused:
         """
         # under autocast a rotary embedding leaves q and k in float32
         q, k = q.to(v.dtype), k.to(v.dtype)
-        window, tokens = self.window, q.shape[1]
-        codes = reach = least = None
-        span = 0 if window is None else window.span
-        ring_k, ring_v, prefix = k, v, 0
-        if (
-            state is not None
-            or valid is not None
-            or docs is not None
-            or (window is not None and window.has_reach)
-        ):
-            batch, device = k.shape[0], k.device
-            if valid is None:
-                valid = torch.ones(batch, tokens, dtype=torch.bool, device=device)
-            if docs is None:
-                docs = documents(None, batch, tokens, device)
-            ring_valid, ring_docs = valid, docs
-            if window is not None:
-                carried = state
-                if carried is None:
-                    carried = State(window.initial(batch, k.dtype, device))
-                position = window.positions(valid, docs, carried, front)
-                reach = window.reach(None if position is None else position[:, span:])
-                least = None if reach is None else window.least
-                if state is not None:
-                    prefix = span
-                    ring_k, ring_v, ring_valid, ring_docs = window.behind(state, k, v, valid, docs, front)
-                    if reach is not None and position is not None:
-                        # a ring is longer than what its queries see: its oldest keys are in the sums
-                        ring_valid = ring_valid & ~window.handed_on(position, front)
-            codes = torch.where(ring_valid, ring_docs, -1 - ring_docs).to(torch.int32)
-            reach = None if reach is None else reach.to(torch.int32)
+        seen = self._seen(q, k, v, valid, docs, state, front)
         query_map, key_map = self._maps()
         past = None if state is None else (state["sums"], state["norms"])
         out, last = window_linear(
-            q, ring_k, ring_v, query_map, key_map, window=span, scaling=self.shape.scaling,
-            window_weight=self._share(off), linear_weight=self._rest(off), sink=self._sink(sink),
-            codes=codes, reach=reach, least=least, prefix=prefix, state=past, return_state=state is not None,
+            q, seen.line.k, seen.line.v, query_map, key_map, window=0 if self.window is None else self.window.span,
+            scaling=self.shape.scaling, window_weight=self._share(off), linear_weight=self._rest(off),
+            sink=self._sink(sink), codes=seen.codes, reach=seen.reach, least=seen.least, prefix=seen.line.prefix,
+            state=past, return_state=state is not None, pins=seen.pins,
         )  # fmt: skip
         if state is not None:
             if last is not None:
                 state.write({"sums": last[0].detach(), "norms": last[1].detach()})
-            if window is not None:
-                assert docs is not None
-                kept = ring_valid[:, tokens:] & (ring_docs[:, tokens:] == docs[:, -1:])
-                window.refill(state, ring_k[:, tokens:].detach(), ring_v[:, tokens:].detach(), kept)
+            if self.window is not None:
+                line = replace(seen.line, k=seen.line.k.detach(), v=seen.line.v.detach())
+                self.window.keep(line, state, seen.pinned, seen.count)
         return out
+
+    def _seen(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        docs: Tensor | None,
+        state: State | None,
+        front: Tensor | None,
+    ) -> _Seen:
+        """The keys of a call and who sees them; without masks where nothing is masked."""
+        window, (batch, tokens), device = self.window, k.shape[:2], k.device
+        ringed = window is not None and (window.has_reach or window.first > 0)
+        plain = state is None and valid is None and docs is None and not ringed
+        valid = torch.ones(batch, tokens, dtype=torch.bool, device=device) if valid is None else valid
+        docs = documents(None, batch, tokens, device) if docs is None else docs
+        if plain or window is None:
+            line = Line(k, v, valid, docs, 0)
+            return _Seen(line, None if plain else _codes(line.valid, docs))
+        carried = state
+        if carried is None:
+            carried = State(window.initial(batch, k.dtype, device) if window.has_reach else {})
+        position = window.positions(valid, docs, carried, front)
+        reach = window.reach(None if position is None else position[:, window.span :])
+        # kernels for windows of whole chunks want whole chunks in front of them, too
+        lead = -window.first % CHUNK if reach is None and window.span % CHUNK == 0 else 0
+        line, pinned = window.line(state, k, v, valid, docs, front, lead)
+        if state is not None and reach is not None and position is not None:
+            # a ring is longer than what its queries see: its oldest keys are in the sums
+            before = line.prefix - window.span
+            gone = torch.nn.functional.pad(window.handed_on(position, front), (before, 0), value=False)
+            line.valid = line.valid & ~(gone & line.in_ring())
+        made = _Seen(line, _codes(line.valid, line.docs), pinned=pinned)
+        if reach is not None:
+            made.reach, made.least = reach.to(torch.int32), window.least
+        if pinned is not None:
+            made.count, asking = window.counts(state, line, pinned), None
+            if made.count is not None and window.far is not None:
+                asking = window.far.turned_back(q, made.count)
+            past = _codes(line.in_past(pinned), line.docs)
+            made.pins = Pins(window.first, pinned.to(torch.int32), past, asking)
+        return made
 
     def step(
         self,

@@ -37,6 +37,8 @@ PARTS: dict[str, tuple[Registry[Any], str]] = {
     "position": (POSITIONS, "rope"),
 }
 """Part -> its registry, and the choice when a recipe does not name it; `feature_map: none`: no recurrent branch."""
+ALWAYS = ("position",)
+"""Parts that no mixer is without."""
 
 
 def check(mixer: dict[str, Any]) -> list[str]:
@@ -48,7 +50,7 @@ def check(mixer: dict[str, Any]) -> list[str]:
         elif not isinstance(given, dict) or not isinstance(given.get("name"), str):
             example = f"{{name: {PARTS[part][0].names()[0]}}}"
             problems.append(f"mixer.{part}: {shown(given)} must be a mapping with a name, such as {example}")
-        elif given["name"] != "none" or "none" in PARTS[part][0]:
+        elif given["name"] != "none" or part in ALWAYS or "none" in PARTS[part][0]:
             problems += _check_part(part, given)
     if problems:
         return problems
@@ -70,7 +72,7 @@ def needs_training(mixer: dict[str, Any]) -> bool:
 def _check_part(part: str, given: dict[str, Any]) -> list[str]:
     registry = PARTS[part][0]
     if given["name"] not in registry:
-        hint = closest(given["name"], [*registry.names(), "none"])
+        hint = closest(given["name"], registry.names() + ["none"] * (part not in ALWAYS))
         return [f"mixer.{part}.name: unknown {registry.kind} {shown(given['name'])}; {hint}"]
     config = registry.get(given["name"]).Config
     types, ranges = typing.get_type_hints(config), limits_of(config)
@@ -80,7 +82,9 @@ def _check_part(part: str, given: dict[str, Any]) -> list[str]:
         if key == "name":
             continue
         if key not in types:
-            found.append(f"{where}: {given['name']} has no such option; {closest(str(key), types)}")
+            found.append(
+                f"{where}: {given['name']} has no such option; {closest(str(key), ['name', *types])}"
+            )
         elif not _fits(value, types[key]):
             found.append(f"{where}: {shown(value)} must be {types[key].__name__}")
         elif (limits := ranges.get(key)) is not None and (problem := limits.problem(value)):

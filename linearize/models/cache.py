@@ -90,8 +90,13 @@ def content_hash(file: Path) -> str:
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=memory.parent, suffix=PARTIAL, delete=False) as stream:
-            json.dump([*key, digest], stream)
-        Path(stream.name).replace(memory)
+            written = Path(stream.name)
+            try:
+                json.dump([*key, digest], stream)
+                stream.flush()
+                written.replace(memory)
+            finally:  # nobody comes back for it
+                written.unlink(missing_ok=True)
     except OSError as error:
         log.debug("the hash of %s is not remembered: %s", file, error)
     return digest

@@ -58,3 +58,17 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} holds a {type(content).__name__}, not a mapping; fetch the checkpoint again"
         )
     return content
+
+
+def read_words(path: Path, remedy: str) -> str:
+    """The text of a file that people may have written themselves.
+
+    Raises:
+        CheckpointError: not readable, or no text in UTF-8; ends with the remedy.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is no text in UTF-8 (byte {error.start:,}); {remedy}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}); {remedy}") from error

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from linearize.decode import Decoder, Sampling
-from linearize.decode.masks import Masks, patterns
-from linearize.sample.attention import attending
+from linearize.decode.newest import attending, newest_numbers
 from linearize.sample.loops import Watch
 
 START, ENDED = 1 << 30, 1 << 29
@@ -72,7 +71,6 @@ class Writer(Decoder):
         self.documents = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.watch = Watch(batch, length, self.device)
         self.written = torch.zeros(batch, steps, dtype=torch.int32, device=self.device)
-        self.kinds = patterns(self.config)
 
     def prepare_order(self, documents: int) -> None:
         """Make room for so many openings a row, and capture."""
@@ -130,20 +128,12 @@ class Writer(Decoder):
         self.column.fill_(1)
         self.watch.begin(self.tokens[:, 0])
 
-    def _masks(self) -> Masks:
-        """Newest slot and slots seen, for each kind of layer."""
-        seen = self.positions + 1
-
-        def mask(kind: str) -> Tensor:
-            near = seen.clamp(max=self.config.sliding_window) if kind == "sliding_attention" else seen
-            # the rows' numbers lie side by side: no layer has to copy them
-            return torch.stack([self.clock.tokens.expand_as(near), near]).permute(1, 2, 0)[:, None]
-
-        kinds = self.kinds
-        return mask(kinds) if isinstance(kinds, str) else {kind: mask(kind) for kind in kinds}
-
     def _eager_step(self) -> None:
-        logits = self._forward(self.tokens, self.positions, attention_mask=self._masks())
+        logits = self._forward(
+            self.tokens,
+            self.positions,
+            attention_mask=newest_numbers(self.config, self.clock.tokens, self.positions + 1),
+        )
         self.clock.tokens.add_(1).remainder_(self.length)
         self._take(logits)
 

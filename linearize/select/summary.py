@@ -33,7 +33,8 @@ def tables(found: Selection) -> RenderableType:
 def verdicts(found: Selection) -> list[str]:
     """Sentences: the layers, and whether choosing them was worth it."""
     listed = ", ".join(map(str, found.kept))
-    lines = [f"Layers {listed} get {found.give}." if found.give else f"Softmax stays in {listed}."]
+    get = f"s {listed} get" if len(found.kept) > 1 else f" {listed} gets"
+    lines = [f"Layer{get} {found.give}." if found.give else f"Softmax stays in {listed}."]
     for name, row in found.differences.items():
         if found.placements[name][-1] == found.kept:
             lines.append(f"{name.capitalize()} takes the same layers.")

@@ -1,6 +1,6 @@
 """Surgery: find a model's attention layers, hang mixers inside them, and keep the teacher one switch away."""
 
-from linearize.surgery.attention import LayerCall, LinearizedAttention
+from linearize.surgery.attention import LayerCall, LinearizedAttention, family_of
 from linearize.surgery.control import (
     as_teacher_layers,
     branch_off,
@@ -28,6 +28,7 @@ __all__ = [
     "branch_off",
     "convert",
     "converted",
+    "family_of",
     "fresh_mixers",
     "load_mixer_state",
     "mixer_state",

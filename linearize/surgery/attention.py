@@ -20,7 +20,7 @@ from linearize.errors import UnsupportedModelError
 from linearize.mixers import Mixer
 from linearize.mixers.offloaded import device_of
 from linearize.mixers.position import rotate_back
-from linearize.surgery import arguments, handed_on
+from linearize.surgery import arguments, handed_on, teaching
 from linearize.surgery.cache import LinearizedCacheLayer, adopt
 from linearize.surgery.generated import subclass
 from linearize.surgery.masks import read_mask
@@ -111,9 +111,7 @@ class LinearizedAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """The attention function that the model would run without surgery: q, k, v [B, H, T, K] -> [B, T, H, V]."""
-        own = (cls for cls in type(self).__mro__ if not issubclass(cls, LinearizedAttention))
-        base = next(cls for cls in own if cls is not nn.Module)
-        family = sys.modules[base.__module__]
+        family = sys.modules[family_of(self)]
         eager: Any = getattr(family, "eager_attention_forward", None)
         # a family may keep functions of its own under transformers' names
         functions = getattr(family, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
@@ -123,6 +121,12 @@ class LinearizedAttention(nn.Module):
     def named(self) -> str:
         """The layer, for messages."""
         return f"layer {self.layer_idx} ({type(self).__name__})"
+
+
+def family_of(layer: LinearizedAttention) -> str:
+    """Name of the module that a converted layer's own class comes from."""
+    own = (cls for cls in type(layer).__mro__ if not issubclass(cls, LinearizedAttention))
+    return next(cls for cls in own if cls is not nn.Module).__module__
 
 
 def _rotation(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -250,7 +254,11 @@ def linearized_attention(
     sink = kwargs.get("s_aux")
     if switch.mode == "observe":
         with torch.no_grad():
-            output, _ = module.teacher(query, key, value, attention_mask, **{**kwargs, "dropout": 0.0})
+            # before anybody has looked at a mask it may say more than where documents begin
+            known = starts if switch.trusts and switch.spread is None else None
+            output = teaching.by_documents(module.teacher_config, shape, q, k, v, known, sink)
+            if output is None:
+                output, _ = module.teacher(query, key, value, attention_mask, **{**kwargs, "dropout": 0.0})
         assert switch.observer is not None
         call = LayerCall(
             layer_idx=module.layer_idx,

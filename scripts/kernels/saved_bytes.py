@@ -1,11 +1,14 @@
 """What a mixer keeps for backward, in bytes a token and layer, of every recipe in SmolLM2-135M's shape in bfloat16.
 
-    PYTHONPATH=. python scripts/kernels/saved_bytes.py [--recipes all|A,B] [--tensors]
+    PYTHONPATH=. python scripts/kernels/saved_bytes.py [--recipes all|A,B] [--tensors] [--blocks]
 
 Needs no GPU: kernels are recorded and not launched, and what stands between them is partitioned as Inductor's input is.
 Three columns: part by part; compiled as torch would; compiled as `linearize.mixers.compiled` does, keeping little. What
 the mixer was given (q, k, v, hidden states, which the model holds in any case) counts. --tensors lists what is kept.
 Of recipes with several mixers, the first.
+
+--blocks counts the model's whole blocks instead, norms and feed-forward layers with them, of which the middle of three
+stands for all: part by part but for a compiled mixer; compiled as torch would; and keeping little, as stages do.
 """
 
 from __future__ import annotations
@@ -15,13 +18,17 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from linearize.bench.subjects import SMOLLM2_135M, chosen, mixers_of
+from linearize import surgery
+from linearize.bench.subjects import SMOLLM2_135M, TEACHER, chosen, convert, mixers_of, random_model
+from linearize.bench.training_step import without_masks
+from linearize.distill import blocks
+from linearize.distill.blocks import Blocks, repeated
 from linearize.kernels import dispatch, launch
 from linearize.mixers import LayerShape, Mixer, build, compiled
 
@@ -46,9 +53,15 @@ def main() -> int:
     )
     parser.add_argument("--recipes", default="all", help="names, by commas")
     parser.add_argument("--tensors", action="store_true", help="list what is kept")
+    parser.add_argument("--blocks", action="store_true", help="of whole blocks; recipes, or teacher")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     print(f"{'recipe':26}" + "".join(f"{way:>16}" for way in WAYS), flush=True)
+    if options.blocks:
+        names = options.recipes.split(",")
+        for name in [*[TEACHER] * (TEACHER in names), *(chosen(names) if names != [TEACHER] else [])]:
+            print(f"{name:26}" + "".join(f"{of_a_block(name, way):16,.0f}" for way in WAYS), flush=True)
+        return 0
     for name in chosen(options.recipes.split(",")):
         mixer = build(mixers_of(name)[0], SHAPE)
         print(f"{name:26}" + "".join(f"{per_token(mixer, way):16,.0f}" for way in WAYS), flush=True)
@@ -94,14 +107,54 @@ def saved(mixer: Mixer, tokens: int, way: str) -> list[Tensor]:
     return [*kept.values()]
 
 
+def of_a_block(name: str, way: str) -> float:
+    """Bytes that a token more makes a block keep, beside two others."""
+    found = []
+    for layers in (2, 3):
+        model = random_model("cpu", torch.bfloat16, num_hidden_layers=layers, vocab_size=64)
+        model = convert(model, name).train().requires_grad_(True)
+        found.append([in_blocks(model, tokens, way) for tokens in LENGTHS])
+    short, long = (three - two for two, three in zip(*found, strict=True))
+    return (long - short) / (LENGTHS[1] - LENGTHS[0])
+
+
+def in_blocks(model: Any, tokens: int, way: str) -> int:
+    """Bytes that one forward pass of all blocks keeps, parameters apart."""
+    own = {x.untyped_storage().data_ptr() for x in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    whole = Blocks(repeated(model) if way != WAYS[0] else [], "bytes")
+    with ExitStack() as stack:
+        stack.enter_context(launch.record())
+        stack.enter_context(dispatch.kernels("triton"))
+        stack.enter_context(running("keeping little" if way == WAYS[0] else way))
+        stack.enter_context(without_masks())
+        if surgery.converted(model):
+            stack.enter_context(surgery.trusting(model))
+        stack.enter_context(whole.compiled())
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x))
+        made = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    assert made.requires_grad
+    assert way == WAYS[0] or whole.obstacle is None, whole.obstacle
+    return sum(kept.values())
+
+
 @contextmanager
 def running(way: str) -> Iterator[None]:
     """Mixers run like that, partitioned and not compiled any further."""
     before = os.environ.get(compiled.VARIABLE), compiled.BACKEND, compiled.keeping_little
+    assert blocks.keeping_little is before[2]
     os.environ[compiled.VARIABLE] = "never" if way == WAYS[0] else "always"
     compiled.BACKEND = "aot_eager_decomp_partition"
     if way == WAYS[1]:
-        compiled.keeping_little = torch._dynamo.lookup_backend(compiled.BACKEND)
+        compiled.keeping_little = blocks.keeping_little = torch._dynamo.lookup_backend(compiled.BACKEND)
     compiled._made.clear()
     torch._dynamo.reset()
     try:
@@ -110,6 +163,7 @@ def running(way: str) -> Iterator[None]:
         os.environ.pop(compiled.VARIABLE)
         os.environ |= {} if before[0] is None else {compiled.VARIABLE: before[0]}
         compiled.BACKEND, compiled.keeping_little = before[1:]
+        blocks.keeping_little = before[2]
         compiled._made.clear()
 
 

@@ -72,7 +72,7 @@ def test_overrides_of_every_shape():
     )
     assert recipe.stages["transfer"].lr == 5e-3
     assert recipe.stages["transfer"].tokens == 2_000_000
-    assert recipe.mixer["window"] == {"name": "sliding", "size": 32}
+    assert recipe.mixer["window"] == {"name": "sliding", "size": 32, "first": 4}
     assert recipe.layers == [0, 2]
     assert recipe.stages["recover"].lora is not None and recipe.stages["recover"].lora.rank == 4
     assert recipe.stages["recover"].lora.alpha == 16

@@ -15,7 +15,7 @@ import pytest
 
 from linearize.config.schema import DataConfig
 from linearize.data import encoding, load_texts, packed, validation_texts
-from linearize.errors import DataError
+from linearize.errors import DataError, RecipeError
 
 TEXTS = ["row 0: é one\u2028two", "row 1:\x85next", "row 2: \u2029"]
 JSONL = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in TEXTS)
@@ -222,6 +222,21 @@ def test_what_is_no_file_is_named(tmp_path, inside):
     ]:
         with pytest.raises(DataError, match=problem):
             load_texts(str(source))
+
+
+def test_a_file_with_a_misspelt_ending_is_no_hub_dataset(inside, monkeypatch):
+    monkeypatch.setattr("linearize.data.text._hub_rows", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.chdir(inside)
+    with pytest.raises(DataError, match=r"'a\.jsnl' does not exist: .*did you mean 'a\.jsonl'"):
+        load_texts("a.jsnl")
+
+
+def test_all_sources_that_are_wrong_are_named_at_once(inside, monkeypatch):
+    monkeypatch.setattr("linearize.data.text._hub_rows", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(RecipeError, match="data source: 3 problems") as caught:
+        load_texts([f"{inside}/no-*.txt", str(inside / "a.jsonl"), "~/missing.txt", "/dev/zero", "me/corpus"])
+    for problem in ("no file matches", "'~/missing.txt' does not exist", "/dev/zero is a device"):
+        assert problem in str(caught.value)
 
 
 def test_a_folder_with_more_than_files_in_it(inside):

@@ -8,6 +8,8 @@ from collections import Counter
 from types import SimpleNamespace
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from linearize.config.schema import DataConfig
@@ -137,6 +139,16 @@ def test_an_unreadable_file(tmp_path, name):
     (tmp_path / name).write_bytes(b"\xff\xfe{")
     with pytest.raises(DataError, match=rf"{name} cannot be read as .*; check the file"):
         read(str(tmp_path / name))
+
+
+def test_a_column_that_is_there_twice(tmp_path):
+    path = tmp_path / "text.parquet"
+    columns = [pa.array(["a"]), pa.array(["b"]), pa.array([1]), pa.array([2])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["text", "text", "id", "id"]), path)
+    with pytest.raises(DataError, match=r"text\.parquet has 2 columns 'text', and which of them"):
+        load_texts(str(path))
+    pq.write_table(pa.Table.from_arrays(columns[1:], names=["text", "id", "id"]), path)
+    assert read(str(path)) == ["b"], "columns that nobody reads may be as they like"
 
 
 def test_a_truncated_parquet_file(parquet, tmp_path):

@@ -17,9 +17,17 @@ from linearize.decode import Decoder, engine
 from linearize.kernels import dispatch
 
 SIZES = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 2}
-RECIPES = ("lolcats", "gated_delta_window", "lawcat", "radlads_rwkv7", "liger_gsa")
-"""Between them every operator that makes a token in place."""
-QUICK = ("lolcats", "gated_delta_window")
+RECIPES = (
+    "lolcats",
+    "gated_delta_window",
+    "lawcat",
+    "radlads_rwkv7",
+    "liger_gsa",
+    "mamba_in_llama",
+    "softmax",
+)
+"""Between them every operator that makes a token in place, and softmax layers, kept and run by a mixer."""
+QUICK = ("lolcats", "gated_delta_window", "mamba_in_llama")
 """Of them, what is compiled at every change; the others take a minute together."""
 
 
@@ -55,7 +63,9 @@ def test_a_compiled_token_equals_one_that_is_not(recipe):
     options = {"backend": "aot_eager", "fullgraph": True}
     with dispatch.kernels("triton"):
         expected = Decoder(model, 2, length=32).generate(ids, mask, 4)
-        assert torch.equal(Decoder(model, 2, length=32, compile=options).generate(ids, mask, 4), expected)
+        decoder = Decoder(model, 2, length=32, compile=options)
+        assert torch.equal(decoder.generate(ids, mask, 4), expected)
+        assert decoder._joining.joined, "projections have the same input in every layer"
 
 
 @pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1")

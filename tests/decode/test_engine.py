@@ -8,10 +8,11 @@ import torch
 from decoding import HEDGEHOG, MIXERS, devices, hybrid
 
 from linearize import surgery
-from linearize.decode import Decoder, Sampling
+from linearize.decode import Decoder, Sampling, engine, newest
 from linearize.decode.cache import tensors
 from linearize.decode.engine import BLOCK
 from linearize.errors import LinearizeError
+from linearize.kernels import dispatch
 
 NEW = 14
 
@@ -38,6 +39,52 @@ def test_gives_the_tokens_of_generate(family, layers, device):
         assert torch.equal(decoder.generate(ids, mask, NEW, every=5), expected(model, ids, mask))
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "qwen3_moe"])
+def test_softmax_layers_that_are_told_how_many_keys_are_seen_need_no_mask(family, monkeypatch):
+    """As on a GPU, where a kernel reads those alone: left padding, windows, a second text."""
+    monkeypatch.setattr(engine, "fits", lambda model, config: True)
+    monkeypatch.setattr(engine, "token_masks", None)
+    model = hybrid(family, [1, 2])
+    before = model.config.get_text_config()._attn_implementation
+    decoder = Decoder(model, 2, eos=[2], pad=0, length=64)
+    for length in (20, 11):
+        ids, mask = prompts("cpu", length)
+        assert torch.equal(decoder.generate(ids, mask, NEW, every=5), expected(model, ids, mask))
+    assert model.config.get_text_config()._attn_implementation == before
+    monkeypatch.undo()
+    assert torch.equal(
+        Decoder(model, 2, eos=[2], pad=0, length=64, newest=False).generate(ids, mask, NEW),
+        expected(model, ids, mask),
+    )
+
+
+@devices
+def test_padding_between_tokens_is_left_to_masks(device, monkeypatch):
+    """Steps that have been recorded are recorded anew."""
+    monkeypatch.setattr(engine, "fits", lambda model, config: True)
+    model, (ids, mask) = hybrid("llama", [1, 2], device=device), prompts(device)
+    decoder = Decoder(model, 2, eos=[2], pad=0, length=64)
+    assert torch.equal(decoder.generate(ids, mask, NEW), expected(model, ids, mask))
+    mask[1, 4:7] = 0
+    made = decoder.generate(ids, mask, NEW)
+    assert torch.equal(made, Decoder(model, 2, eos=[2], pad=0, length=64).generate(ids, mask, NEW))
+    monkeypatch.setattr(engine, "fits", lambda model, config: False)
+    assert torch.equal(made, Decoder(model, 2, eos=[2], pad=0, length=64).generate(ids, mask, NEW))
+
+
+@pytest.mark.parametrize("error", [newest.UnknownScores, dispatch.KernelError, RuntimeError])
+def test_scores_that_are_not_known_are_left_to_masks(error, monkeypatch):
+    monkeypatch.setattr(engine, "fits", lambda model, config: True)
+
+    def unknown(*given, **named):
+        raise error("sinks")
+
+    monkeypatch.setattr(newest, "newest_step", unknown)
+    model, (ids, mask) = hybrid("llama", [1, 2]), prompts("cpu")
+    made = Decoder(model, 2, eos=[2], pad=0, length=64).generate(ids, mask, NEW)
+    assert torch.equal(made, expected(model, ids, mask))
+
+
 @devices
 @pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
 def test_every_kind_of_state(mixer, device):
@@ -47,6 +94,28 @@ def test_every_kind_of_state(mixer, device):
     made = decoder.generate(ids, mask, NEW)
     assert torch.equal(made, expected(model, ids, mask))
     assert torch.equal(decoder.generate(ids, mask, NEW), made), "the state of the text before is gone"
+
+
+@pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("mixer", ["softmax", "nope"])
+def test_rings_of_many_keys_are_read_in_parts(mixer, monkeypatch):
+    """Softmax over everything that a mixer runs, with scores that grow with the text too; padded prompts."""
+    from linearize.kernels import sharing
+    from linearize.kernels.window import triton_step
+
+    model, (ids, mask) = hybrid("llama", [0, 2], MIXERS[mixer]), prompts("cpu")
+    right = Decoder(model, 2, eos=[2], pad=0, length=96).generate(ids, mask, 4)
+    grids, launch = [], triton_step.launch
+    monkeypatch.setattr(
+        triton_step, "launch", lambda kernel, grid, **x: grids.append(grid) or launch(kernel, grid, **x)
+    )
+    monkeypatch.setattr(triton_step, "SHORT", 64)
+    monkeypatch.setattr(sharing, "TILE", 1024)
+    monkeypatch.setattr(sharing, "WAVES", 12)
+    with dispatch.kernels("triton"):
+        made = Decoder(model, 2, eos=[2], pad=0, length=96).generate(ids, mask, 4)
+    assert torch.equal(made, right)
+    assert {grid[1] for grid in grids if len(grid) == 2} == {3}
 
 
 @devices
@@ -164,3 +233,15 @@ def test_more_than_fits_is_refused():
     with pytest.raises(LinearizeError, match=r"34 tokens.*hold 32"):
         Decoder(hybrid("llama", [1]), 2, length=32).generate(ids, None, NEW)
     assert Decoder(hybrid(), 2, length=32).generate(ids, None, 0).shape == (2, 0)
+
+
+def test_no_room_is_said_before_the_device_stops():
+    """A step beyond what softmax layers hold would write behind their keys."""
+    decoder = Decoder(hybrid(layers=[0]), 1, length=12)
+    decoder.prepare()
+    decoder.read(tiny.tokens(1, 8, 0), None)
+    decoder.run(4)
+    with pytest.raises(LinearizeError, match="13 tokens for a decoder whose softmax layers hold 12"):
+        decoder.run(1)
+    decoder.read(tiny.tokens(1, 8, 0), None)
+    decoder.run(4)

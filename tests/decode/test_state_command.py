@@ -113,6 +113,7 @@ def test_text_level(checkpoint, tmp_path):
         (["--prompt-file", "."], "--prompt-file . is a folder; give a text file"),
         (["--prompt-file", "latin.txt"], "--prompt-file latin.txt is no text in UTF-8 (byte 1)"),
         (["--prompt-file", "no.txt", "--prompt", "a"], "not allowed with argument"),
+        (["--prompt", ""], "an empty prompt: give at least one character"),
     ],
 )  # fmt: skip
 def test_options_that_mean_nothing(checkpoint, state, tmp_path, monkeypatch, capsys, options, said):

@@ -15,6 +15,8 @@ from linearize.distill.finetune import predicts, teacher_predicts
 from linearize.distill.headless import recognize
 from linearize.distill.transfer import transfer_step
 from linearize.distill.window_dropout import windows_off
+from linearize.mixers import compiled as compiled_mixers
+from linearize.patch import changed
 
 SIZES = {"hidden_size": 64, "head_dim": 64, "num_hidden_layers": 4}
 
@@ -22,7 +24,7 @@ SIZES = {"hidden_size": 64, "head_dim": 64, "num_hidden_layers": 4}
 @pytest.fixture(autouse=True)
 def traced_alone(monkeypatch):
     """Tracing is what can fail; the compiler of the CPU would take minutes."""
-    monkeypatch.setattr(blocks, "BACKEND", "eager")
+    monkeypatch.setattr(compiled_mixers, "BACKEND", "eager")
     torch._dynamo.reset()
     counters.clear()
 
@@ -130,7 +132,7 @@ def test_where_somebody_else_is_blocks_are_left_alone(how):
 
 
 def test_transfer_with_what_stands_around_the_attention():
-    """Losses and gradients of the layers are those of the parts; a norm and a feed-forward layer are compiled."""
+    """Losses and gradients of the layers are those of the parts; norms, MLPs, rotation and loss are compiled."""
     model = convert(random_model("cpu", torch.float32, "tiny", **SIZES), "lolcats")
     model.requires_grad_(False)
     for layer in surgery.converted(model):
@@ -139,12 +141,38 @@ def test_transfer_with_what_stands_around_the_attention():
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     parts = blocks.around_attention(model)
     assert {type(part).__name__ for part in parts} == {"LlamaRMSNorm", "LlamaMLP"} and len(parts) == 12
-    compiled = blocks.Blocks(parts, "probe")
+    functions = [*blocks.rotary(model), (objectives.layer, "joined")]
+    before = [getattr(owner, name) for owner, name in functions]
+    assert len(functions) == 2
+    compiled = blocks.Blocks([*parts, *functions], "probe")
     model.zero_grad()
     with surgery.trusting(model), compiled.compiled():
         found = transfer_step(model, packed(), {"attention_output": 1.0})
-    assert compiled.obstacle is None and counters["stats"]["unique_graphs"] == 2
+    assert compiled.obstacle is None and counters["stats"]["unique_graphs"] == 4
+    assert [getattr(owner, name) for owner, name in functions] == before
     torch.testing.assert_close(found, expected)
     for name, p in model.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_a_function_that_cannot_be_compiled_goes_on(caplog):
+    """It alone: the others stay compiled."""
+    model = convert(random_model("cpu", torch.float32, "tiny", **SIZES), "lolcats")
+    expected = transfer_step(model, packed(), {"attention_output": 1.0})
+    joined = objectives.layer.joined
+
+    def asks(shared, call, student):
+        assert float(student.square().sum()) > 0  # of a number that only the device knows
+        return joined(shared, call, student)
+
+    parts = [*blocks.around_attention(model), *blocks.rotary(model), (objectives.layer, "joined")]
+    compiled = blocks.Blocks(parts, "probe")
+    with changed(objectives.layer, "joined", asks), caplog.at_level(logging.INFO):
+        for _ in range(2):
+            with surgery.trusting(model), compiled.compiled():
+                found = transfer_step(model, packed(), {"attention_output": 1.0})
+    assert compiled.obstacle is None and counters["stats"]["unique_graphs"] == 3
+    assert [line for line in caplog.messages if "joined is not compiled" in line] == caplog.messages
+    assert len(caplog.messages) == 1
+    torch.testing.assert_close(found, expected)

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from short_stages import SIZES, STAGES, same, trained
+from short_stages import SIZES, STAGES, alike, same, trained
 from torch import nn
 
 from linearize.bench.subjects import convert, random_model, subjects
@@ -23,15 +23,25 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 @CUDA
 @pytest.mark.parametrize("recipe", subjects())
 def test_of_every_recipe(recipe, tmp_path, monkeypatch):
-    """A few steps with accumulation and clipping of each stage."""
+    """Fifty steps of each stage with accumulation, clipping, checkpointing, and a run that goes on in the middle."""
     monkeypatch.setenv("LINEARIZE_COMPILE", "never")
     model = convert(random_model("meta", torch.float32, "tiny", **SIZES), recipe)
     trains = any(layer.mixer.added_parameters for layer in converted(model))
     for stage in ("transfer", "all_kl") if trains else ("all_kl",):
-        eager = trained(tmp_path / f"{stage}-eager", recipe, stage, 8, capture=False)
-        recorded = trained(tmp_path / stage, recipe, stage, 8, capture=True)
+        more = {"gradient_checkpointing": stage != "transfer"}
+        begun: dict[str, torch.Tensor] = {}
+        eager = trained(
+            tmp_path / f"{stage}-eager", recipe, stage, 50, capture=False, **more,
+            watches=lambda trainer, begun=begun: begun.update(
+                {name: p.detach().clone() for name, p in trainer.parameters.items()}
+            ),
+        )  # fmt: skip
+        recorded = trained(tmp_path / stage, recipe, stage, 50, capture=True, resume_at=30, **more)
         assert recorded[2].graph is not None, recorded[2].obstacle
-        same(eager, recorded)
+        again = trained(tmp_path / stage, recipe, stage, 50, capture=True, resume_at=30, **more)
+        assert len(again[0]) == 20
+        alike(eager, recorded, begun)
+        alike((recorded[0][30:], recorded[1]), again, begun)
 
 
 @pytest.mark.gpu
@@ -217,3 +227,36 @@ def test_steps_that_change_are_recorded_anew(on_paper, caplog):
     assert graphs[0] is not None and graphs[1] not in (None, graphs[0])
     assert graphs[1] is graphs[2] is graphs[3] is graphs[4] and graphs[5] not in (None, graphs[4])
     assert caplog.text.count("stage 'probe': its steps have changed; they are recorded anew") == 2
+
+
+def test_a_replayed_step_does_not_look_through_the_model(tmp_path, monkeypatch):
+    """While the host walks over modules nothing is queued, and small steps are over before it has done so."""
+    walks: list[int] = []
+    seen = nn.Module.named_modules
+
+    def named_modules(self, *args, **kwargs):
+        if walks:
+            walks[-1] += 1
+        return seen(self, *args, **kwargs)
+
+    def replayed(self, run, batch, count, kind=None):
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.full_like(parameter, 1e-3)
+        return torch.zeros(2)
+
+    def watches(trainer):
+        walks.append(0)
+        own = trainer.training_step
+
+        def training_step(*args, **kwargs):
+            walks.append(0)
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(trainer, "training_step", training_step)
+
+    monkeypatch.setattr(Captured, "__call__", replayed)
+    monkeypatch.setattr(nn.Module, "named_modules", named_modules)
+    trained(tmp_path, "lolcats", "transfer", 6, capture=False, device="cpu", watches=watches)
+    # from one step's beginning to the next one's; the first looks, and the last ends the stage
+    assert len(walks) == 7 and walks[2:-1] == [0, 0, 0, 0], walks

@@ -21,6 +21,7 @@ from linearize.distill.trainable import prepare, trained
 from linearize.distill.transfer import TransferTrainer, transfer_step
 from linearize.errors import RecipeError
 from linearize.eval import ablation
+from linearize.mixers import compiled as compiled_mixers
 from linearize.models import load_teacher
 
 SIX = [0, 1, 3, 4, 5]
@@ -83,7 +84,7 @@ def test_a_stage_that_reaches_nothing_is_refused(tmp_path):
 
 
 def test_layers_of_one_mixer_share_what_is_compiled(monkeypatch):
-    monkeypatch.setattr(blocks, "BACKEND", "eager")
+    monkeypatch.setattr(compiled_mixers, "BACKEND", "eager")
     torch._dynamo.reset()
     counters.clear()
     model = mixed().eval()

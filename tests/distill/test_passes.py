@@ -17,6 +17,7 @@ from linearize.distill import passes as passes_of_a_stage
 from linearize.distill.finetune import predict, predict_teacher
 from linearize.distill.passes import Passes
 from linearize.distill.trainable import prepare, trained
+from linearize.mixers import compiled as compiled_mixers
 
 CPU = torch.device("cpu")
 QUICK = ("llama", "gemma2", "gpt2", "phi3", "mixtral")
@@ -26,7 +27,7 @@ QUICK = ("llama", "gemma2", "gpt2", "phi3", "mixtral")
 @pytest.fixture(autouse=True)
 def traced_alone(monkeypatch):
     """Tracing is what can fail; the compiler of the CPU would take minutes."""
-    monkeypatch.setattr(blocks, "BACKEND", "eager")
+    monkeypatch.setattr(compiled_mixers, "BACKEND", "eager")
     torch._dynamo.reset()
 
 

@@ -156,6 +156,18 @@ def test_meter_on_a_terminal_is_a_bar() -> None:
     assert "100/100  loss 0.5" in text and "[not markup]" in text
 
 
+def test_no_number_of_a_bar_is_cut_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    with progress.Meter("stage 1/2 transfer, block 12", 20_000_000, console=console) as meter:
+        clock[0] = 1000.0
+        meter.advance(1_240_000, loss=0.00012345)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "1.24M/20M  loss 0.0001234  1.24k tokens/s  ETA 4h12m" in text and "…" not in text
+    assert "block 12" in text
+
+
 def test_meter_does_not_count_an_earlier_run_as_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress.time, "monotonic", iter([0.0, 0.0, 1.0, 1.0]).__next__)
     meter = progress.Meter("job", 1000, done=900, console=Console(file=io.StringIO()))
@@ -170,6 +182,15 @@ def test_meter_does_not_count_an_earlier_run_as_speed(monkeypatch: pytest.Monkey
 )
 def test_count(number: float | None, text: str) -> None:
     assert progress.count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("speed", "text"),
+    [(0.0123, "0.012"), (0.35, "0.35"), (4.21, "4.2"), (9.96, "10"), (42.4, "42"), (12_345, "12.3k")],
+)
+def test_rate(speed: float, text: str) -> None:
+    """A job of a few units a minute has a speed."""
+    assert progress.rate(speed) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(42.4, "42s"), (200, "3m20s"), (7500, "2h05m")])

@@ -89,6 +89,23 @@ def test_the_head_does_not_run() -> None:
     transfer_step(model, make_batch(), {"attention_output": 1.0})
 
 
+@pytest.mark.parametrize("listened", [False, True])
+def test_nothing_runs_behind_the_last_converted_attention(
+    listened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless somebody listens to what the model gives."""
+    model = converted_model()
+    ran = []
+    last = type(model.model.layers[-1].mlp).forward
+    monkeypatch.setattr(
+        type(model.model.layers[-1].mlp), "forward", lambda self, x: ran.append(self) or last(self, x)
+    )
+    if listened:
+        model.model.norm.register_forward_hook(lambda *_: None)
+    losses = transfer_step(model, make_batch(), {"attention_output": 1.0})
+    assert len(losses) == 3 and len(ran) == (3 if listened else 2)
+
+
 def test_only_the_converted_layers_train() -> None:
     from linearize.config.schema import StageConfig
 

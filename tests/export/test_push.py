@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -131,6 +132,40 @@ def test_names_that_are_none(run, capsys, repo, said):
     assert cli.main(["push", str(run), repo, "--dry-run"]) == 2
     error = capsys.readouterr().err.strip()
     assert said in error and "write owner/model" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_does_not_load(run, tmp_path, capsys, name):
+    shutil.copytree(run / "checkpoint", tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / name).write_text("[")
+    assert cli.main(["push", str(tmp_path / "checkpoint"), "me/small", "--dry-run"]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terms", ["", "\n", "two words", "a: b", "MIT\n---"])
+def test_a_licence_that_is_no_name(run, capsys, terms):
+    assert cli.main(["push", str(run), "me/small", "--dry-run", "--license", terms]) == 2
+    assert "must be as the hub writes it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["eval/page.md", "checkpoint/README.md"])
+def test_pages_in_another_encoding(run, tmp_path, capsys, name):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes("# caf\xe9\n".encode("latin-1"))
+    assert cli.main(["push", str(tmp_path / "run"), "me/small", "--dry-run"]) == 2
+    assert f"{name} is no text in UTF-8 (byte 5)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tags", "kept"),
+    [("", []), ("mine", ["mine"]), ("[mine, 7]", ["mine", "7"]), ("[{a: b}]", ["{'a': 'b'}"])],
+)
+def test_tags_that_somebody_wrote(run, tmp_path, tags, kept):
+    shutil.copytree(run / "checkpoint", tmp_path / "checkpoint")
+    card = tmp_path / "checkpoint" / "README.md"
+    card.write_text(f"---\ntags: {tags}\n---\n\nwords\n")
+    front = yaml.safe_load(gather(tmp_path / "checkpoint", "me/small").card.split("---")[1])
+    assert front["tags"] == [*kept, "linearize", "linear-attention"]
 
 
 def test_what_is_no_conversion(tmp_path, capsys):

@@ -8,8 +8,15 @@ import pytest
 import torch
 
 from linearize.kernels import dispatch
-from linearize.kernels.conjugate import begun, conjugate_reference, conjugate_solve, conjugate_step
+from linearize.kernels.conjugate import (
+    begun,
+    conjugate_chunk,
+    conjugate_reference,
+    conjugate_solve,
+    conjugate_step,
+)
 from linearize.kernels.dispatch import KernelError
+from linearize.kernels.gated_linear.periods import cut
 
 RUNS = dispatch.interpreted() or torch.cuda.is_available()
 DEVICE = "cpu" if dispatch.interpreted() or not torch.cuda.is_available() else "cuda"
@@ -109,3 +116,108 @@ def test_what_the_kernels_do_not_cover():
     half = begun(torch.ones(1, 1, 16, dtype=torch.float16), torch.float16)
     with dispatch.kernels("triton"), pytest.raises(KernelError, match="solutions are float32"):
         conjugate_step(type(half)(*(x.to(DEVICE) for x in half)), half.x.to(DEVICE), half.x[0].to(DEVICE))
+
+
+TEXTS = {
+    "plain": (1, 70, 2, 2, 16, ""),
+    "grouped, decayed": (2, 65, 6, 2, 16, "decay"),
+    "documents, from a state": (2, 150, 2, 1, 20, "decay docs before"),
+    "documents alone": (1, 130, 2, 2, 16, "docs"),
+    "strong decays": (1, 90, 1, 1, 16, "strong"),
+    "of one token": (1, 1, 3, 1, 16, "decay before"),
+    "of none": (2, 0, 2, 1, 16, "decay"),
+}
+"""B, T, H, M, F, and what there is."""
+
+
+def text(case):
+    batch, tokens, heads, held, width, what = TEXTS[case]
+    generator = torch.Generator().manual_seed(7)
+
+    def random(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    keys = torch.nn.functional.normalize(random(batch, tokens, held, width), dim=-1)
+    values = keys * random(batch, tokens, held, 1).sigmoid()
+    decay = docs = before = None
+    if "decay" in what or "strong" in what:
+        decay = -(40.0 if "strong" in what else 0.2) * random(batch, tokens, held).abs()
+    if "docs" in what:
+        docs = (torch.rand(batch, tokens, generator=generator) < 0.04).cumsum(1)
+    if "before" in what:
+        some = random(batch, held, width, width)
+        before = some @ some.mT / width
+    ridge = 0.25 + torch.rand(heads, width, generator=generator, dtype=torch.float64)
+    return keys, values, decay, docs, before, random(batch, tokens, heads, width), ridge
+
+
+def token_by_token(keys, values, decay, docs, before, target, ridge):
+    """Each system written down and solved."""
+    batch, tokens, held, width = keys.shape
+    out = torch.zeros_like(target)
+    for row in range(batch):
+        for head in range(target.shape[2]):
+            m, owner = head // (target.shape[2] // held), 0
+            matrix = torch.zeros(width, width, dtype=torch.float64) if before is None else before[row, m]
+            for t in range(tokens):
+                if docs is not None and docs[row, t] != owner:
+                    owner, matrix = docs[row, t], torch.zeros_like(matrix)
+                kept = 1.0 if decay is None else decay[row, t, m].exp()
+                matrix = kept * matrix + torch.outer(keys[row, t, m], values[row, t, m])
+                out[row, t, head] = torch.linalg.solve(matrix + ridge[head].diag(), target[row, t, head])
+    return out
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_the_systems_of_a_text(case):
+    given = text(case)
+    torch.testing.assert_close(conjugate_chunk(*given, 45), token_by_token(*given), atol=1e-9, rtol=1e-7)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", TEXTS)
+def test_the_systems_of_a_text_in_triton(case, dtype, poisoned_memory):
+    """Against exact solutions of the rounded keys, as near as products of that dtype come."""
+    if dtype == torch.bfloat16 and dispatch.interpreted():
+        pytest.skip("the interpreter's bfloat16 is not a card's")
+    *given, target, ridge = text(case)
+    keys, values = (x.to(dtype) for x in given[:2])
+    wanted = token_by_token(keys.double(), values.double(), *given[2:], target.to(dtype).double(), ridge)
+    rest = [None if x is None else (x.float() if x.is_floating_point() else x).to(DEVICE) for x in given[2:]]
+    with dispatch.kernels("triton"):
+        got = conjugate_chunk(
+            keys.to(DEVICE), values.to(DEVICE), *rest, target.to(DEVICE, dtype), ridge.float().to(DEVICE), 25
+        )
+    assert got.dtype == torch.float32
+    close = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}[dtype]
+    torch.testing.assert_close(got.cpu().double(), wanted, atol=close, rtol=close)
+
+
+@needs_triton
+@pytest.mark.parametrize("carried", [False, True])
+def test_a_scan_in_pieces_gives_the_same(carried, monkeypatch):
+    """Long texts of few heads are scanned in pieces, whose sums are carried on."""
+    from linearize.kernels.conjugate import operator
+
+    keys, values, decay, docs, before, target, ridge = text("documents, from a state")
+    given = [keys, values, decay, docs if carried else None, before if carried else None, target, ridge]
+    given = [None if x is None else (x.float() if x.is_floating_point() else x).to(DEVICE) for x in given]
+    found = []
+    for pieces in (1, 3):
+        monkeypatch.setattr(operator, "cut", lambda *_, pieces=pieces: cut(150, 1, pieces, lambda: 1))
+        with dispatch.kernels("triton"):
+            found.append(conjugate_chunk(*given, 6))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
+@needs_triton
+def test_wider_keys_take_one_step_after_the_other():
+    keys = torch.nn.functional.normalize(torch.randn(1, 5, 1, 136, device=DEVICE), dim=-1)
+    target, ridge = torch.randn(1, 5, 1, 136, device=DEVICE), torch.ones(1, 136, device=DEVICE)
+    wanted = conjugate_chunk(
+        *(x.double() for x in (keys, keys)), None, None, None, *(x.double() for x in (target, ridge)), 3
+    )
+    with dispatch.kernels("triton"):
+        got = conjugate_chunk(keys, keys, None, None, None, target, ridge, 3)
+    torch.testing.assert_close(got.double(), wanted, atol=1e-4, rtol=1e-4)

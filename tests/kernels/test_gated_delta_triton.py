@@ -95,6 +95,28 @@ def test_gates_may_be_narrow_and_the_state_alone_may_be_trained_on():
         assert one.dtype == half and error(one, other) < TOLERANCE[half], name
 
 
+@pytest.mark.parametrize("strength", [None, 0.5])
+def test_what_is_not_kept_is_made_again(strength):
+    """Bit for bit, and nothing that grows with chunks is kept; the state's gradient is there too."""
+    case = Case(tokens=70, strength=strength, documents=True)
+    x = {name: tensor.to(DEVICE, single).requires_grad_() for name, tensor in draw(case).items()}
+    docs, found, kept = documents(case), [], []
+    for keeps in (True, False):
+        sizes = []
+        with (
+            dispatch.kernels("triton"),
+            torch.autograd.graph.saved_tensors_hooks(lambda y, s=sizes: s.append(y.shape) or y, lambda y: y),
+        ):
+            out, state = delta_chunk(
+                x["q"], x["k"], x["v"], x["beta"], x.get("log_decay"), docs, x["state"], keeps=keeps
+            )
+        kept.append(sum(len(size) == 5 and 0 not in size for size in sizes))
+        found.append([out, state, *torch.autograd.grad(out.square().sum() + state.sum(), [*x.values()])])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, atol=0, rtol=0)
+    assert kept == [3, 0]
+
+
 def test_compiles_and_checkpoints():
     """One graph under torch.compile, and recomputation under gradient checkpointing gives the same gradients."""
     case = Case(tokens=20)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from linearize.kernels import dispatch
+from linearize.kernels import dispatch, sharing
 from linearize.kernels.newest import newest_step
 
 RUNS = dispatch.interpreted() or torch.cuda.is_available()
@@ -101,3 +101,24 @@ def test_refusal_names_the_rule():
 
     with pytest.raises(dispatch.KernelError, match="differ"):
         covered(q.half(), keys, values)
+
+
+@pytest.mark.skipif(not RUNS, reason="needs TRITON_INTERPRET=1 or a CUDA device")
+@pytest.mark.parametrize("programs", [1, 2, 3, 64])
+@pytest.mark.parametrize("case", ["long", "long, odd widths"])
+def test_programs_that_share_a_key_head_find_what_one_does(case, programs, monkeypatch):
+    """More of them than tiles that are seen, too: those find nothing."""
+    step = pytest.importorskip("linearize.kernels.newest.triton_step")
+    monkeypatch.setitem(CASES, case, (2, 3, 1, 700, 16, 16) if case == "long" else (2, 5, 1, 450, 24, 40))
+    monkeypatch.setattr(sharing, "processors", lambda device: programs)
+    monkeypatch.setattr(sharing, "WAVES", 2)
+    made, plain = [], step.launch
+    monkeypatch.setattr(step, "launch", lambda *given, **named: made.append(named) or plain(*given, **named))
+    given = drawn(case, torch.float32)
+    given[4][1] = 3
+    with dispatch.kernels("triton"):
+        got = newest_step(*(x.to(DEVICE) for x in given), scaling=0.3, softcap=2.0)
+    tile = sharing.tile_of(16 if case == "long" else 64, 4)
+    parts = min(programs, CASES[case][3] // (2 * tile))
+    assert made[0]["PARTS"] == parts and len(made) == 1 + (parts > 1)
+    torch.testing.assert_close(got.double().cpu(), loops(*given, 0.3, 2.0), atol=1e-5, rtol=1e-5)

@@ -14,6 +14,8 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_avail
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 GROUPED = {"heads": 2, "kv_heads": 1, "key_dim": 16, "value_dim": 16, "scaling": 0.25}
 FOUR = {"heads": 4, "kv_heads": 2}
+TURNS = (1.0, 0.3, 0.1, 0.03, 0.01)
+"""Of ten of sixteen dims."""
 MAPS = {"name": "hedgehog", "dim": 16}
 PER_KV = {**MAPS, "per": "kv_head"}
 
@@ -47,6 +49,13 @@ CASES: dict[str, tuple[dict, dict]] = {
     "terraced": ({"feature_map": MAPS, "window": terraced(3)}, {}),
     "terraced, shared, sink": ({"feature_map": PER_KV, "window": terraced(3, sinks="learned")}, FOUR),
     "terraced, the teacher slides": ({"feature_map": MAPS, "window": terraced(3)}, {"sliding_window": 5}),
+    "pinned": ({"feature_map": MAPS, "window": sliding(3, first=2)}, FOUR),
+    "pinned, shared, sink": ({"feature_map": PER_KV, "window": sliding(2, first=3, sinks="learned")}, FOUR),
+    "pinned, terraced": ({"feature_map": MAPS, "window": terraced(3, first=2)}, {}),
+    "pinned, seen from afar": ({"feature_map": MAPS, "window": sliding(2, first=1, within=3)}, {"turns": TURNS}),
+    "pinned, terraced, from afar": (
+        {"feature_map": PER_KV, "window": terraced(1, first=2, within=4)}, {**FOUR, "turns": TURNS}
+    ),
     "no window": ({"feature_map": MAPS}, {}),
     "no window, shared": ({"feature_map": PER_KV}, {}),
     "head dim 64, two tiles of values": (
@@ -233,7 +242,7 @@ def test_is_a_torch_operator():
     call = (
         q, k, v, None, None, None, *maps, torch.ones(made.shape.heads, device=DEVICE), None, None,
         ring.k, ring.v, ring.valid,
-        ring.next, ring.position, sums, norms, [3.0, 6.0, 0.0, 0.25, 0.0, 0.0],
+        ring.next, ring.position, sums, norms, None, None, [3.0, 6.0, 0.0, 0.25, 0.0, 0.0, 0.0, 0.0],
     )  # fmt: skip
     with dispatch.kernels("triton"):
         torch.library.opcheck(triton_step.step, call, test_utils=("test_schema", "test_faketensor"))

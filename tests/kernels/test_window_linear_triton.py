@@ -11,7 +11,7 @@ from kernel_calls import DEVICE, NARROW, error, normal
 from torch import Tensor
 
 from linearize.kernels import dispatch
-from linearize.kernels.window_linear import Layer, Weights, plan, window_linear, window_linear_reference
+from linearize.kernels.window_linear import Layer, Pins, Weights, plan, window_linear, window_linear_reference
 from linearize.kernels.window_linear.operator import window_linear_triton
 
 TOLERANCE = {torch.float64: 1e-10, **kernel_calls.TOLERANCE}
@@ -20,7 +20,10 @@ SCANS = plan.Plan.scans
 
 @dataclass(frozen=True)
 class Case:
-    """One shape with its options; with "shared" `maps` one key map per key-value head."""
+    """One shape with its options; with "shared" `maps` one key map per key-value head.
+
+    `lead` keys of the prefix are padding; with `asking` pinned keys are asked by other queries.
+    """
 
     tokens: int = 130
     heads: int = 2
@@ -38,6 +41,9 @@ class Case:
     state: bool = False
     segments: int = 0
     batch: int = 1
+    pins: int = 0
+    lead: int = 0
+    asking: bool = False
     tensors: tuple[str, ...] = field(default=(), repr=False)
 
 
@@ -67,11 +73,48 @@ CASES = {
     "terraced_carried": Case(window=128, least=65, tokens=150, prefix=128, state=True),
     "wide_head": Case(key_dim=64, value_dim=64, map_dim=64, tokens=130, heads=2, kv_heads=1),
     "odd_dims": Case(key_dim=20, value_dim=24, tokens=90, state=True, prefix=64),
+    "pinned": Case(pins=4, tokens=200, kv_heads=1),
+    "pinned_documents": Case(pins=3, tokens=290, documents=True, heads=2, kv_heads=1, sink=True, factor=True),
+    "pinned_general": Case(pins=4, window=16, tokens=280, documents=True, kv_heads=1, asking=True),
+    "pinned_asking": Case(
+        pins=5, window=128, tokens=210, documents=True, asking=True, sink=True, heads=1, kv_heads=1
+    ),
+    "pinned_carried": Case(pins=4, prefix=128, lead=60, state=True, tokens=140, kv_heads=1, asking=True),
+    "pinned_carried_general": Case(
+        pins=4,
+        window=48,
+        prefix=52,
+        state=True,
+        tokens=100,
+        documents=True,
+        batch=2,
+        maps="shared",
+        kv_heads=1,
+    ),
+    "pinned_terraced": Case(
+        pins=4, window=64, least=33, prefix=68, state=True, tokens=150, asking=True, heads=1, kv_heads=1
+    ),
+    "pinned_split_backward": Case(
+        pins=4, key_dim=128, value_dim=64, tokens=100, window=32, prefix=36, heads=1, kv_heads=1
+    ),
+    "pinned_wide_head": Case(
+        pins=4, key_dim=64, value_dim=64, map_dim=64, tokens=180, kv_heads=1, documents=True, asking=True
+    ),
+    "pinned_segments": Case(pins=2, tokens=700, heads=1, kv_heads=1, segments=2, window=64),
     "split_backward": Case(key_dim=128, value_dim=64, map_dim=16, tokens=100, heads=1, kv_heads=1),
 }
 IN_HALF_ON_CPU = {"grouped", "small_window", "no_window_documents"}
 """The interpreter takes seconds a case, so only these run there in float16; on CUDA all do, and in bfloat16 too."""
-cases = pytest.mark.parametrize("name", CASES)
+AT_EVERY_CHANGE = {"pinned", "pinned_carried_general", "pinned_terraced"}
+"""Of those with pinned keys, what the interpreter runs at every change; the others are `slow` there."""
+INTERPRETED = [] if DEVICE == "cuda" else [pytest.mark.slow]
+cases = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=INTERPRETED) if case.pins and name not in AT_EVERY_CHANGE else name
+        for name, case in CASES.items()
+    ],
+)
 
 
 def draw(case: Case) -> dict[str, Tensor | None]:
@@ -96,6 +139,10 @@ def draw(case: Case) -> dict[str, Tensor | None]:
         found["linear_weight"] = normal(heads, seed=7).sigmoid()
     if case.sink:
         found["sink"] = normal(heads, seed=8)
+    if case.asking:
+        found["asking"] = (
+            (1.5 * normal(case.batch, case.tokens, heads, case.key_dim, seed=12)).bfloat16().double()
+        )
     return {name: None if x is None else x.to(DEVICE) for name, x in found.items()}
 
 
@@ -110,12 +157,31 @@ def masks(case: Case) -> tuple[Tensor, Tensor]:
                 docs[row, min(case.prefix + place, keys) :] += 1
         valid[0, : case.prefix // 2 + 4] = False
         valid[-1, case.prefix + case.tokens // 2] = False
+    valid[:, : case.lead] = False
     codes = torch.where(valid, docs, -1 - docs).to(torch.int32)
     reach = torch.full((case.batch, case.tokens), case.window, dtype=torch.int32)
     if case.least is not None:
         place = torch.arange(case.tokens) + 13
         reach[:] = (case.least + place % (case.window - case.least + 1)).to(torch.int32)
     return codes.to(DEVICE), reach.to(DEVICE)
+
+
+def pinned(case: Case, codes: Tensor, asking: Tensor | None) -> Pins | None:
+    """The first valid keys of each document."""
+    if not case.pins:
+        return None
+    codes = codes.cpu()
+    docs = torch.where(codes >= 0, codes, -1 - codes)
+    first = torch.stack(
+        [
+            torch.tensor([next((i for i, c in enumerate(row) if c == d), 0) for d in own])
+            for row, own in zip(codes.tolist(), docs.tolist(), strict=True)
+        ]
+    )
+    first = first.cummax(1).values.to(torch.int32)
+    order = torch.arange(codes.shape[1]) - first
+    past = torch.where((order >= 0) & (order < case.pins), -1 - docs, codes)
+    return Pins(case.pins, first[:, case.prefix :].to(DEVICE), past.to(DEVICE), asking)
 
 
 def carried(case: Case) -> tuple[Tensor, Tensor] | None:
@@ -127,7 +193,7 @@ def carried(case: Case) -> tuple[Tensor, Tensor] | None:
 
 
 def split(tensors: dict[str, Tensor | None]) -> tuple[Tensor, Tensor, Tensor, Weights]:
-    rest = {name: x for name, x in tensors.items() if name not in "qkv"}
+    rest = {name: x for name, x in tensors.items() if name not in "qkv" and name != "asking"}
     names = ("query_map", "key_map", "window_weight", "linear_weight", "sink")
     return tensors["q"], tensors["k"], tensors["v"], Weights(*(rest.get(name) for name in names))
 
@@ -137,28 +203,34 @@ def run(
 ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]:
     """Output, gradients by name, and final state of one form."""
     wide = max(dtype, torch.float32, key=lambda d: d.itemsize)
-    tensors = {n: x.to(dtype if n in "qkv" else wide) for n, x in draw(case).items()}
+    tensors = {n: x.to(dtype if n in ("q", "k", "v", "asking") else wide) for n, x in draw(case).items()}
     for x in tensors.values():
         x.requires_grad_()
     q, k, v, weights = split(tensors)
     codes, reach = masks(case)
     layer = Layer(case.window, case.window if case.least is None else case.least, 0.3, case.prefix)
+    pins = pinned(case, codes, tensors.get("asking"))
     state = carried(case)
     state = None if state is None else tuple(x.to(wide) for x in state)
     final = None
     if form == "reference":
-        out = window_linear_reference(q, k, v, weights, layer, codes=codes, reach=reach, state=state)
+        out = window_linear_reference(
+            q, k, v, weights, layer, codes=codes, reach=reach, state=state, pins=pins
+        )
     elif form == "triton":
-        given = codes if case.documents else None
+        given = codes if case.documents or case.pins else None
         far = reach if case.least is not None else None
         with dispatch.kernels("triton"):
-            out, final = window_linear_triton(q, k, v, weights, layer, given, far, state, True, case.segments)
+            out, final = window_linear_triton(
+                q, k, v, weights, layer, given, far, state, True, case.segments, pins
+            )
     else:
         with dispatch.kernels("torch"):
             out, final = window_linear(
                 q, k, v, weights.query_map, weights.key_map, window=case.window, scaling=0.3,
                 window_weight=weights.window_weight, linear_weight=weights.linear_weight, sink=weights.sink,
                 codes=codes, reach=reach, least=layer.least, prefix=case.prefix, state=state, return_state=True,
+                pins=pins,
             )  # fmt: skip
     assert out.isfinite().all()
     grads = torch.autograd.grad((out * normal(*out.shape, seed=11).to(out)).sum(), list(tensors.values()))
@@ -184,6 +256,37 @@ def test_equals_the_definition(name, form):
             assert ours.dtype == torch.float32
             found[f"state {ours.dim()}"] = error(ours, other)
         assert max(found.values()) < limit, (dtype, found)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["documents", "wide_window", "factor_and_sink", "segments_documents", "no_window", "terraced", "pinned"],
+)
+def test_frozen_inputs_leave_the_other_gradients_as_they_are(name):
+    """Attention transfer: q, k and v come from frozen projections, and theirs are never made."""
+    case, dtype = CASES[name], NARROW[-1] if DEVICE == "cuda" else NARROW[0]
+    _, whole, _ = run(case, dtype, "triton")
+    frozen = {n: x.to(dtype if n in "qkv" else torch.float32) for n, x in draw(case).items()}
+    learned = [x.requires_grad_() for n, x in frozen.items() if n not in "qkv"]
+    q, k, v, weights = split(frozen)
+    codes, reach = masks(case)
+    layer = Layer(case.window, case.window if case.least is None else case.least, 0.3, case.prefix)
+    state = carried(case)
+    state = None if state is None else tuple(x.float() for x in state)
+    far = reach if case.least is not None else None
+    with dispatch.kernels("triton"):
+        out, _ = window_linear_triton(
+            q, k, v, weights, layer, codes if case.documents or case.pins else None, far, state, True,
+            case.segments, pinned(case, codes, None),
+        )  # fmt: skip
+    found = torch.autograd.grad((out * normal(*out.shape, seed=11).to(out)).sum(), learned)
+    names = [n for n in frozen if n not in "qkv"]
+    for name, gradient in zip(names, found, strict=True):
+        assert gradient.abs().max() > 0
+        if DEVICE == "cuda":  # another kernel to the compiler, which may join other operations
+            assert error(gradient, whole[name]) < TOLERANCE[dtype] / 4, name
+        else:
+            assert torch.equal(gradient, whole[name]), name
 
 
 @pytest.mark.parametrize("name", ["carried", "shared_maps", "no_window_documents"])

@@ -83,7 +83,10 @@ def test_prototypes_are_the_clusters_and_hold_the_first_key():
 def test_log_normal_scales_give_the_spread_of_softmax(size):
     q, k = size * drawn(256, 64, seed=8), drawn(256, 64, seed=9)
     scaling = 64**-0.5
-    a, b = fits.log_normal(q, k, scaling)
+    # beside another head, whose factors are its own
+    pairs = [torch.stack([x, 2 * x.flip(0)], 1) for x in (q, k)]
+    (a, other), (b, _) = (x.tolist() for x in fits.log_normal(*pairs, scaling))
+    assert other != pytest.approx(a, rel=0.1)
     weights = ((a * q).exp() @ (b * k).exp().T).log()
     assert float(weights.std()) == pytest.approx(float((scaling * q @ k.T).std()), rel=0.01)
     assert a * float(q.std()) == pytest.approx(b * float(k.std()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from linearize.mixers import LayerShape, build
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = LayerShape(heads=4, kv_heads=2, key_dim=16, value_dim=16, scaling=0.25, model_dim=10)
+TURNING = replace(SHAPE, turns=(1.0, 0.3, 0.1, 0.03, 0.01))
 HEDGEHOG = {"name": "hedgehog", "dim": 16}
 SLIDING = {"name": "sliding", "size": 16}
 LOW_RANK = {"name": "low_rank", "rank": 3}
@@ -23,6 +26,14 @@ MIXERS: dict[str, dict] = {
         "feature_map": {**HEDGEHOG, "tied": True},
         "window": {"name": "terraced", "size": 16, "sinks": "learned"},
     },
+    "pinned lolcats": {"feature_map": HEDGEHOG, "window": {"name": "sliding", "size": 64, "first": 4}, "combine": {
+        "name": "shared_normalizer", "complement": True}},
+    "pinned, short window": {"feature_map": {**HEDGEHOG, "per": "kv_head"}, "window": {**SLIDING, "first": 3}},
+    "pinned terraced": {
+        "feature_map": {**HEDGEHOG, "tied": True},
+        "window": {"name": "terraced", "size": 16, "first": 2, "sinks": "learned"},
+    },
+    "pinned, seen from afar": {"feature_map": HEDGEHOG, "window": {**SLIDING, "first": 4, "within": 24}},
     "hedgehog": {"feature_map": HEDGEHOG},
     "window alone": {"window": {**SLIDING, "sinks": "learned"}},
     "pinned": {"window": {**SLIDING, "first": 3, "sinks": "learned"}},
@@ -72,7 +83,8 @@ MIXERS: dict[str, dict] = {
         "normalizer": {"name": "none"},
     },
 }  # fmt: skip
-COVERED = {"lolcats", "short window", "terraced", "hedgehog"}
+PINNED = {"pinned lolcats", "pinned, short window", "pinned terraced", "pinned, seen from afar"}
+COVERED = {"lolcats", "short window", "terraced", "hedgehog"} | PINNED
 PRODUCTS = {"taylor", "taylor terraced", "taylor alone"}
 mixers = pytest.mark.parametrize("name", MIXERS)
 
@@ -83,7 +95,7 @@ def normal(*size: int, seed: int) -> Tensor:
 
 def made(name: str):
     torch.manual_seed(0)
-    mixer = build(MIXERS[name], SHAPE).to(DEVICE)
+    mixer = build(MIXERS[name], TURNING if "afar" in name else SHAPE).to(DEVICE)
     for parameter in mixer.parameters():
         parameter.data += 0.3 * normal(*parameter.shape, seed=parameter.numel())
     return mixer
@@ -127,9 +139,17 @@ def test_features_of_products_stay_in_the_kernel(name, monkeypatch):
         mixer.step(**{n: x[:, 19:] for n, x in given.items()}, state=state)
 
 
+INTERPRETED = [] if DEVICE == "cuda" else [pytest.mark.slow]
+"""Marks of what Triton's interpreter alone makes slow."""
+
+
 @pytest.mark.parametrize(
     ("name", "masked"),
-    [(name, True) for name in MIXERS] + [(name, False) for name in ("lolcats", "gla")],
+    [
+        pytest.param(name, True, marks=INTERPRETED if name in PINNED - {"pinned lolcats"} else [])
+        for name in MIXERS
+    ]
+    + [(name, False) for name in ("lolcats", "gla")],
 )
 def test_training_equals_the_parts(name, masked):
     """Outputs and gradients of inputs and parameters, with packed documents and left padding."""
@@ -246,8 +266,6 @@ def test_padding_between_tokens_equals_the_parts(name):
 
 GROWING = {"gated_linear", "taylor_linear"}
 """Kernels whose answer is a sum over the text."""
-INTERPRETED = [] if DEVICE == "cuda" else [pytest.mark.slow]
-"""Marks of what Triton's interpreter alone makes slow."""
 QUICK = {"gdn2", "linear", "block", "lolcats"}
 NAMES = ["delta window", "kda", "gdn2", "slots", "liger", "taylor", "linear", "block", "lolcats"]
 

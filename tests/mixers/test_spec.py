@@ -14,11 +14,13 @@ def test_all_mistakes_at_once():
         {
             "feature_map": {"name": "hedgehog", "dimm": 3, "per": 4},
             "windw": {"name": "sliding"},
+            "gate": {"nmae": "low_rank", "name": "fixed"},
             "combine": {"name": "shared_normaliser"},
         }
     )
     text = "\n".join(problems)
-    assert len(problems) == 4
+    assert len(problems) == 5
+    assert "mixer.gate.nmae: fixed has no such option; did you mean 'name'?" in text
     assert "mixer.feature_map.dimm: hedgehog has no such option; did you mean 'dim'?" in text
     assert "mixer.feature_map.per: 4 must be str" in text
     assert "mixer.windw: no such part; did you mean 'window'?" in text

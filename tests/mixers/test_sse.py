@@ -9,6 +9,7 @@ from kernel_calls import TOLERANCE
 
 from linearize.kernels import dispatch
 from linearize.mixers import build, check
+from linearize.mixers.update.sorting import Places
 
 SHAPE = SHAPES["grouped"]
 MIXER = {
@@ -57,6 +58,41 @@ def test_it_is_its_equation(name):
         for row, first, last in ((0, 0, 25), (0, 25, 60), (1, 9, 60)):
             expected = loop(made, x, row, first, last)
             torch.testing.assert_close(out[row, first:last], expected, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_sorted_tokens_have_the_gradients_of_the_definition(name):
+    """With padding and documents; and a text that comes in pieces gives what it gives at once."""
+    made = make(MIXERS[name], SHAPE, torch.float64)
+    starts, valid = torch.zeros(2, 21, dtype=torch.bool), torch.ones(2, 21, dtype=torch.bool)
+    starts[0, 8], valid[1, :5] = True, False
+    found = []
+    for form in (made.parallel, made.chunked):
+        x = Draw.of(SHAPE, 21, torch.float64).apply(lambda y: y.requires_grad_())
+        out = x.run(form, starts=starts, valid=valid) * valid[..., None, None]
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        wanted = [x.q, x.k, x.v, x.hidden, *made.parameters()]
+        found.append([out, *torch.autograd.grad((out * weight).sum(), wanted)])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-10, rtol=1e-8)
+    x, state = Draw.of(SHAPE, 21, torch.float64), made.initial_state(2, torch.float64, torch.device("cpu"))
+    with torch.no_grad():
+        parts = [piece.run(made.chunked, state=state) for piece in (x[:9], x[9:])]
+        torch.testing.assert_close(torch.cat(parts, 1), x.run(made.chunked), atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_what_is_sorted_comes_back(copies):
+    """In the order of states, and in each in that of the text."""
+    taken = torch.randint(4, (2, 11, copies), generator=torch.Generator().manual_seed(1))
+    places = Places.of(taken, 4)
+    owner = places.sort(taken.flatten(1), copies=True)
+    order = torch.sort(taken.flatten(1), stable=True)
+    assert torch.equal(owner, order.values) and torch.equal(places.copy, order.indices)
+    x = torch.randn(2, 11, 5, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(2, 11 * copies, 5, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(places.back(places.sort(x)), copies * x)
+    assert torch.autograd.gradcheck(places.sort, (x,)) and torch.autograd.gradcheck(places.back, (y,))
 
 
 def test_a_state_that_nobody_takes_stays_as_it_is():

@@ -130,3 +130,16 @@ def test_a_file_with_its_time_set_back_is_read_again(tmp_path, monkeypatch, repl
     assert before != after == sha256(file)
     monkeypatch.setattr(cache, "sha256", lambda file: pytest.fail(f"{file} is read again"))
     assert content_hash(file) == after
+
+
+def test_a_hash_that_cannot_be_remembered_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "weights").write_bytes(b"some")
+
+    def full(content, stream):
+        stream.write("[")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache.json, "dump", full)
+    assert content_hash(tmp_path / "weights") == sha256(tmp_path / "weights")
+    assert list((tmp_path / "cache" / "hashes").iterdir()) == []

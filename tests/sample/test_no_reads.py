@@ -7,8 +7,8 @@ import tiny
 import torch
 from on_device import OnDevice, no_autocast, to_meta
 
+from linearize.decode.newest import attending
 from linearize.kernels import dispatch
-from linearize.sample.attention import attending
 from linearize.sample.choice import Narrow
 from linearize.sample.writer import Writer
 

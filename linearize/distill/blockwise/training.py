@@ -7,6 +7,7 @@ converted layers of the model, window dropout is drawn for all of them, and grad
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 
 from linearize import storing, surgery
 from linearize.distill import stages, window_dropout
+from linearize.distill.blocks import Place
 from linearize.distill.blockwise.block import Block
 from linearize.distill.blockwise.calibrating import load_start
 from linearize.distill.blockwise.division import named
@@ -77,8 +79,9 @@ class BlockTrainer(TransferTrainer):
     def count(self) -> int:
         return self.trained_model.total
 
-    def pass_on(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
-        self.trained_model.run(batch[STREAM], batch, batch.get(FIRST))
+    @property
+    def pass_on(self) -> Callable[[nn.Module, dict[str, Tensor]], Any]:
+        return lambda model, batch: self.trained_model.run(batch[STREAM], batch, batch.get(FIRST))
 
     def find_droppable(self, model: nn.Module) -> list[bool]:
         return window_dropout.able([layer.mixer for layer in surgery.converted(model)])
@@ -87,15 +90,16 @@ class BlockTrainer(TransferTrainer):
         drawn = window_dropout.draws(rate, self.count, self.seed, step)
         return [drawn[place] for place in self.trained_model.places]
 
-    def compiled_parts(self) -> list[nn.Module]:
+    def compiled_parts(self) -> list[nn.Module | Place]:
         block = self.trained_model
         layers = [block.get_submodule(path) for path in block.paths]
-        return [
+        parts: list[nn.Module | Place] = [
             part
             for layer in layers
             for part in layer.children()
             if not any(isinstance(inner, LinearizedAttention) for inner in part.modules())
         ]
+        return parts + self.functions()
 
 
 def train(job: Job, wanted: list[int] | None = None) -> Worked:

@@ -64,18 +64,11 @@ class Exp(ParameterFree):
         if self.query_scale is None or self.key_scale is None:
             return []
         heads, shared = len(self.query_scale), len(self.key_scale)
-        found = self.query_scale.new_tensor(
-            [
-                fits.log_normal(
-                    statistics.q[:, head],
-                    statistics.k[:, head * shared // heads],
-                    statistics.shape.scaling,
-                )
-                for head in range(heads)
-            ]
-        )
-        of_keys = found[:, 1].view(shared, -1).mean(1, keepdim=True)
-        return [{"query_scale": found[:, :1], "key_scale": of_keys}]
+        of_heads = torch.arange(heads, device=statistics.k.device) * shared // heads
+        made = fits.log_normal(statistics.q[:, :heads], statistics.k[:, of_heads], statistics.shape.scaling)
+        of_queries, of_keys = (x.to(self.query_scale)[:, None] for x in made)
+        of_keys = of_keys.view(shared, -1).mean(1, keepdim=True)
+        return [{"query_scale": of_queries, "key_scale": of_keys}]
 
     def query(self, q: Tensor, position: Tensor | None = None) -> Tensor:
         scaled = wide(q) * self._scale(self.query_scale, q)

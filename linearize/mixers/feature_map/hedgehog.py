@@ -88,20 +88,13 @@ class Hedgehog(PerHeadProjection):
         if self.key_weight is not None and self.config.dim > 2:
             found.append(self._sink(statistics))
         if self.key_weight is not None:
-            factors = [
-                fits.log_normal(statistics.q[:, head], statistics.k[:, head // group], scaling)
-                for head in range(heads)
-            ]
-            eye = self.start(self.query_weight)
-            of_keys = [
-                factors[head * heads // len(self.key_weight)][1] for head in range(len(self.key_weight))
-            ]
-            found.append(
-                {
-                    "query_weight": torch.stack([first * eye for first, _ in factors]),
-                    "key_weight": torch.stack([second * eye for second in of_keys]),
-                }
+            keys = statistics.k.repeat_interleave(group, 1)
+            of_queries, of_keys = (
+                x[:, None, None] for x in fits.log_normal(statistics.q[:, :heads], keys, scaling)
             )
+            of_keys = of_keys[:: heads // len(self.key_weight)]
+            eye = self.start(self.query_weight)
+            found.append({"query_weight": of_queries.to(eye) * eye, "key_weight": of_keys.to(eye) * eye})
         return found
 
     APART, OFF, SILENT = 8.0, 8.0, 16.0
@@ -124,9 +117,10 @@ class Hedgehog(PerHeadProjection):
             keys = statistics.k[:, head * statistics.k.shape[1] // len(of_keys)]
             of_keys[head, :, 0] = self.APART * fits.linear(keys, told, weight).to(of_keys)
             of_keys[head, :, 1] = -of_keys[head, :, 0]
+        rest = (~opens).nonzero()[:, 0]
+        q, ratios = statistics.q[rest], statistics.moments.sink[rest].clamp(-20, 20)
         for head in range(heads):
-            queries = statistics.q[~opens, head]
-            ratio = statistics.moments.sink[~opens, head].clamp(-20, 20)
+            queries, ratio = q[:, head], ratios[:, head]
             # the softmax over features is e^logit where that is small against their number
             wanted = ratio - ratio.quantile(0.9) + math.log(self.config.dim) - 2
             constant = fits.linear(queries, torch.ones_like(ratio)).to(of_queries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ class Delta(Overwriting):
     decays = ("none", "head", "feature")
     steps: int = 1
     """Of the rule for each token."""
+    keeps: ClassVar[bool] = True
+    """Whether backward finds what the kernel worked out on its way, or works it out again."""
     beta_bias: Tensor | None
 
     @dataclass
@@ -95,7 +98,9 @@ class Delta(Overwriting):
         stream = self._below(stream, k, left)
         with self.form():
             narrow_q, narrow_k, v = stream.narrow(q, k, stream.v)
-            out, sums = delta_chunk(narrow_q, narrow_k, v, beta, stream.decays(), stream.docs, state["sums"])
+            out, sums = delta_chunk(
+                narrow_q, narrow_k, v, beta, stream.decays(), stream.docs, state["sums"], keeps=self.keeps
+            )
         state.write({"sums": sums})
         return self._above(out, stream, q, left)
 

@@ -84,19 +84,34 @@ class DeltaProduct(Delta):
         k, v = (x[:, :, None].expand(-1, -1, steps, -1, -1) for x in (stream.k, stream.v))
         if self.later is not None:
             more = self.later(stream.hidden).unflatten(2, (steps - 1, self.heads))
-            more = F.pad(more, (0, 0, 0, 0, 1, 0))
-            k = k + more[..., : self.feature_dim]
-            v = v if stream.weights else v + more[..., self.feature_dim :]
+            k = k + self._behind_first(more[..., : self.feature_dim])
+            v = v if stream.weights else v + self._behind_first(more[..., self.feature_dim :])
         k, q, v = F.normalize(k, dim=-1).flatten(1, 2), self._query(stream), v.flatten(1, 2)
-        unread = (0, 0) * 2 + (steps - 1, 0)
         decay = stream.log_decay
-        if decay is not None:
-            decay = F.pad(decay[:, :, None], (0, 0) * (decay.dim() - 2) + (0, steps - 1)).flatten(1, 2)
         each = replace(
             stream,
             v=v,
             docs=stream.docs.repeat_interleave(steps, 1),
             valid=stream.valid.repeat_interleave(steps, 1),
-            log_decay=decay,
+            log_decay=None if decay is None else self._alone(decay, 0),
         )
-        return each, F.pad(q[:, :, None], unread).flatten(1, 2), k, beta.flatten(1, 2)
+        return each, self._alone(q, steps - 1), k, beta.flatten(1, 2)
+
+    # by `where` and not by padding, which torch's partitioner never makes again: it would keep what has been padded for
+    # backward, in float32 and n times as long
+
+    def _alone(self, x: Tensor, step: int) -> Tensor:
+        """[B, T, ...] in one step of each token, zero in the others: [B, n T, ...]."""
+        return torch.where(self._is(step, x.dim() + 1, x), x[:, :, None], 0.0).flatten(1, 2)
+
+    def _behind_first(self, later: Tensor) -> Tensor:
+        """[B, T, n - 1, M, ...] behind a first step of zeros: [B, T, n, M, ...]."""
+        made: Tensor | float = 0.0
+        for step in range(1, self.steps):
+            made = torch.where(self._is(step, later.dim(), later), later[:, :, step - 1 : step], made)
+        assert isinstance(made, Tensor), "one step has no later ones"
+        return made
+
+    def _is(self, step: int, dims: int, like: Tensor) -> Tensor:
+        """Whether a step is this one, [n] along the third of so many dimensions."""
+        return (torch.arange(self.steps, device=like.device) == step).view(-1, *[1] * (dims - 3))

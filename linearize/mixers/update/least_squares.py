@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -10,11 +9,11 @@ import torch
 from torch import Tensor
 
 from linearize.kernels import dispatch
-from linearize.kernels.conjugate import LOWEST, begun, conjugate_step
+from linearize.kernels.conjugate import LOWEST, conjugate_chunk, conjugate_reference
 from linearize.kernels.gated_linear import gated_linear_chunk
 from linearize.mixers.base import wide
 
-__all__ = ["LOWEST", "Systems", "conjugate_gradients", "solve"]
+__all__ = ["LOWEST", "Systems", "solve"]
 
 
 class Systems(NamedTuple):
@@ -64,19 +63,16 @@ class Systems(NamedTuple):
             )
         return made, after
 
-    def times(self, x: Tensor) -> Tensor:
-        """H_t x_t for every query [B, T, H, F]."""
-        return self.read(x, self.values, self.before)[0]
-
-
-def conjugate_gradients(
-    times: Callable[[Tensor], Tensor], target: Tensor, ridge: Tensor, steps: int, dtype: torch.dtype
-) -> Tensor:
-    """`kernels.conjugate.conjugate_reference`, on its kernel where there is one."""
-    solving = begun(target, dtype)
-    for _ in range(steps):
-        solving = conjugate_step(solving, times(solving.direction), ridge)
-    return solving.x
+    def solved(self, target: Tensor, steps: int) -> Tensor:
+        """x [B, T, H, F], float32 or wider, after so many steps from zero, no gradient."""
+        if self.dense:
+            return conjugate_reference(
+                lambda x: self.read(x, self.values, None)[0], wide(target), self.ridge, steps, self.keys.dtype
+            )
+        with dispatch.kernels("torch") if self.in_torch else nullcontext():
+            return conjugate_chunk(
+                self.keys, self.values, self.decay, self.docs, self.before, target, self.ridge, steps
+            )
 
 
 class _Solved(torch.autograd.Function):
@@ -95,9 +91,7 @@ class _Solved(torch.autograd.Function):
         systems = Systems(*ctx.saved_tensors, *ctx.flags)
         (gradient,) = gradients
         with torch.no_grad():
-            solved = conjugate_gradients(
-                systems.times, gradient, systems.ridge, ctx.steps, systems.keys.dtype
-            )
+            solved = systems.solved(gradient, ctx.steps)
         return (solved, *[None] * (3 + len(ctx.saved_tensors)))
 
 
@@ -108,14 +102,14 @@ def solve(systems: Systems, target: Tensor, steps: int) -> tuple[Tensor, Tensor 
 
     Args:
         systems: A of every token.
-        target: [B, T, H, F], float32 or wider.
-        steps: see `conjugate_gradients`.
+        target: [B, T, H, F], as narrow as it came: kernels widen what they read.
+        steps: see `conjugate_chunk`.
     """
     with torch.no_grad():
-        found = conjugate_gradients(systems.times, target, systems.ridge, steps, systems.keys.dtype)
+        found = systems.solved(target, steps)
     made, after = systems.read(found, systems.values, systems.before)
     turned = wide(made) + found * systems.ridge.to(found.dtype)
     if not torch.is_grad_enabled():
         return found, after
     parts = [None if x is None else x.detach() for x in systems[:6]]
-    return _Solved.apply(target - turned, found, steps, systems[6:], *parts), after
+    return _Solved.apply(wide(target) - turned, found, steps, systems[6:], *parts), after

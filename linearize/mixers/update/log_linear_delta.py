@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,6 +18,9 @@ from linearize.mixers.update.levels import LevelOptions, Levels, each_level
 @UPDATES.register("log_linear_delta")
 class LogLinearDelta(Levels, Delta):
     """`delta` on levels: what a token takes out it takes out of every level, what it writes lies on its own."""
+
+    keeps: ClassVar[bool] = False
+    """It would be kept for each level."""
 
     @dataclass
     class Config(LevelOptions, Delta.Config):

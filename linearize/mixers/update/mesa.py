@@ -27,11 +27,11 @@ class Mesa(Overwriting):
     are b = sigmoid(x W + c) and the decays since; Lambda = 0.25 + softplus of a weight for each head and feature, one
     at the start. Keys and queries are brought to length one. The system is solved by a fixed number of steps of
     conjugate gradients from zero; as many as features are as good as exact. A step multiplies every query by its own
-    H_t, which is linear attention on the keys with keys for values: the kernel of `additive` runs once a step, and no
-    H_t is ever written down. Gradients are those of the exact solution, by as many steps on the gradient that comes in,
-    as the paper's; nothing of the steps is kept.
+    H_t, which is linear attention on the keys with keys for values, and no H_t is ever written down: one kernel takes
+    all steps of a text (`kernels.conjugate.conjugate_chunk`). Gradients are those of the exact solution, by as many
+    steps on the gradient that comes in, as the paper's; nothing of the steps is kept.
 
-    Limitations: a text is read `steps` times forward and as often backward, and a token multiplies `steps` times by the
+    Limitations: a text is multiplied `steps` times forward and as often backward, and a token `steps` times by the
     state's second matrix; a decay per feature would make H asymmetric, which conjugate gradients cannot solve. The
     paper has a norm behind the heads where a learned scale for each query head stands here.
     """
@@ -77,6 +77,7 @@ class Mesa(Overwriting):
         q, k, keys, ridge = self._terms(stream)
         # a sum over the text, which can pass what float16 holds
         keys, k, v = stream.narrow(keys, k, stream.v, grows=True)
+        (q,) = stream.narrow(q)
         wider = max(self.feature_dim, self.value_dim) > WIDEST and dispatch.automatic()
         systems = Systems(keys, k, stream.log_decay, stream.docs, state["gram"], ridge, in_torch=wider)
         found, gram = solve(systems, q, self.steps)
@@ -87,6 +88,7 @@ class Mesa(Overwriting):
 
     def step(self, stream: Stream, state: State) -> Partial:
         q, k, keys, ridge = (x[:, 0] if x.dim() == 4 else x for x in self._terms(stream))
+        q = wide(q)
         decay = None if stream.log_decay is None else stream.log_decay[:, 0]
         gram = state["gram"]
         with self.form():
@@ -99,10 +101,10 @@ class Mesa(Overwriting):
         """q [B, T, H, F], k and k times b [B, T, M, F], and Lambda [H, F]."""
         assert stream.hidden is not None
         # the key of a token that nobody may see is zero
-        k, q = F.normalize(stream.k, dim=-1), wide(F.normalize(stream.q, dim=-1))
+        k, q = F.normalize(stream.k, dim=-1), F.normalize(stream.q, dim=-1)
         logits = product(stream.hidden, self.beta_weight)
         share = (logits + self.beta_bias.to(logits.dtype)).sigmoid()
-        ridge = LOWEST + F.softplus(self.ridge.to(q.dtype))
+        ridge = LOWEST + F.softplus(self.ridge.to(wide(q).dtype))
         return q, k, k * share[..., None].to(k.dtype), ridge.repeat_interleave(q.shape[2] // self.heads, 0)
 
     def _scaled(self, out: Tensor) -> Partial:

@@ -16,6 +16,7 @@ from linearize.mixers.state import State
 from linearize.mixers.update import UPDATES, Stream
 from linearize.mixers.update.additive import Additive
 from linearize.mixers.update.levels import each_level, summed
+from linearize.mixers.update.sorting import Places, running_count
 
 
 @UPDATES.register("sse")
@@ -24,13 +25,14 @@ class SparseStates(Additive):
 
     p = softmax(x E) over the N states, shared by all heads. Token t writes p_ti k_t v_t^T into the states i among its K
     largest p, lets them decay, reads them under p_ti q_t, and leaves the others as they are; what they answer is added
-    to what the first state does. Parameters do not grow with N but for E [D, N]. Each state is a call of the rule
-    itself, of which the tokens that do not take it are padding, so all run on the rule's own kernels.
+    to what the first state does. Parameters do not grow with N but for E [D, N]. Where no state comes in and none is
+    asked for, as in training, tokens are sorted by the state that they take, whose stretch is a document of its own: a
+    text is read K + 1 times, by the rule's own kernels. Elsewhere each state is a call of the rule of which the tokens
+    that do not take it are padding, N + 1 times.
 
-    Limitations: a text is read N + 1 times, where published kernels sort tokens by state and read it K + 1 times; the
-    states share features and decays, for which the published layer has low-rank additions to queries and keys and a
-    gate of their own; no loss evens out how often states are chosen, as its training does; which state is chosen has no
-    gradient, only how much.
+    Limitations: the states share features and decays, for which the published layer has low-rank additions to queries
+    and keys and a gate of their own; no loss evens out how often states are chosen, as its training does; which state
+    is chosen has no gradient, only how much.
     """
 
     decays: ClassVar[tuple[str, ...]] = ("none", "head", "feature")
@@ -73,11 +75,16 @@ class SparseStates(Additive):
             for name, x in each.items()
         }
 
-    def shares(self, stream: Stream) -> Tensor:
-        """[B, T, N + 1]: p of each state that the token takes, zero of the others, and one of the shared state."""
+    def weighed(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """p [B, T, N] of all states, and which [B, T, K] the token takes."""
         assert stream.hidden is not None
         found = product(stream.hidden, self.choice).softmax(-1)
-        chosen = torch.zeros_like(found).scatter(-1, found.topk(self.active, -1).indices, 1.0)
+        return found, found.topk(self.active, -1).indices
+
+    def shares(self, stream: Stream) -> Tensor:
+        """[B, T, N + 1]: p of each state that the token takes, zero of the others, and one of the shared state."""
+        found, taken = self.weighed(stream)
+        chosen = torch.zeros_like(found).scatter(-1, taken, 1.0)
         return torch.cat([torch.ones_like(found[..., :1]), found * chosen], -1)
 
     def parallel(self, stream: Stream) -> Partial:
@@ -87,13 +94,40 @@ class SparseStates(Additive):
         return summed(made)
 
     def chunked(self, stream: Stream, state: State) -> Partial:
+        if stream.fresh:
+            first, second = (self._state_of(state, i) for i in range(2))
+            return summed([super().chunked(stream, first), self._sorted(stream, second)])
         made, kept = [], []
         for i, part in enumerate(self._parts(stream)):
-            kept.append(State({name[6:]: state[name][:, i] for name in state if name.startswith("state_")}))
+            kept.append(self._state_of(state, i))
             made.append(super().chunked(part, kept[-1]))
         if not stream.fresh:
             state.write({f"state_{name}": torch.stack([each[name] for each in kept], 1) for name in kept[0]})
         return summed(made)
+
+    def _sorted(self, stream: Stream, empty: State) -> Partial:
+        """What the N states answer, by one call in which each has a stretch; `empty` is a state of the rule."""
+        found, taken = self.weighed(stream)
+        places = Places.of(taken, self.states)
+        share, docs = places.sort(found.gather(-1, taken).flatten(1), copies=True), places.sort(stream.docs)
+        owner = places.sort(taken.flatten(1), copies=True)
+        border = (docs.diff(dim=1) != 0) | (owner.diff(dim=1) != 0)
+        q, k = (places.sort(x) * share[..., None, None].to(x.dtype) for x in (stream.q, stream.k))
+        part = replace(
+            stream,
+            q=q,
+            k=k,
+            v=places.sort(stream.v),
+            docs=torch.cat([torch.zeros_like(docs[:, :1]), running_count(border)], 1),
+            valid=places.sort(stream.valid),
+            log_decay=None if stream.log_decay is None else places.sort(stream.log_decay),
+        )
+        made = super().chunked(part, empty)
+        sums = None if made.denominator is None else places.back(made.denominator)
+        return Partial(places.back(made.numerator), sums)
+
+    def _state_of(self, state: State, i: int) -> State:
+        return State({name[6:]: state[name][:, i] for name in state if name.startswith("state_")})
 
     def step(self, stream: Stream, state: State) -> Partial:
         count, shares = self.states + 1, self.shares(stream)[:, 0, :, None, None]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from linearize.kernels.window import NOWHERE, Seen
-from linearize.mixers.base import accumulator
+from linearize.kernels.window.turned import turned_back
 from linearize.mixers.window.runs import Line
 from linearize.mixers.window.softmax import Asked
 
@@ -46,13 +46,7 @@ class Far:
         Args:
             count: [B or 1, T] tokens of the query's document before it.
         """
-        more = (count - self.most).clamp_min(0)
-        angles = more[..., None, None].to(torch.float64) * self.table(q.device)
-        wide = q.to(accumulator(q.dtype))
-        cos, sin = angles.cos().to(wide.dtype), angles.sin().to(wide.dtype)
-        half = len(self.turns)
-        near, other, rest = wide.split([half, half, q.shape[-1] - 2 * half], -1)
-        return torch.cat([near * cos + other * sin, other * cos - near * sin, rest], -1).to(q.dtype)
+        return turned_back(q, (count - self.most).clamp_min(0), self.table(q.device))
 
     def parted(self, q: Tensor, seen: Seen, sink: Tensor | None, count: Tensor) -> list[Asked]:
         """What queries see as they are, and the pinned keys that those far away see turned back.

@@ -120,10 +120,13 @@ class RingWindow(Window):
         }
 
     def ring(self, state: State) -> Ring:
-        """The state's tensors as `window_linear_step` takes them; only without pinned tokens."""
-        assert not self.first, "pinned tokens stand outside the ring"
+        """The state's tensors as `window_linear_step` takes them."""
         k, v, valid, count = (state[f"window_{name}"] for name in ("k", "v", "valid", "next"))
-        return Ring(k, v, valid, count, limit=min(self.limit or self.span, self.span))
+        made = Ring(k, v, valid, count, limit=min(self.limit or self.span, self.span), first=self.first)
+        if self.far is None:
+            return made
+        since = state["window_since"]
+        return replace(made, since=since, turns=self.far.table(since.device), most=self.far.most)
 
     def in_order(self, state: State) -> Tensor:
         """Slots [B, span] of the ring's keys in the state's tensors, oldest first."""
@@ -223,16 +226,7 @@ class RingWindow(Window):
     ) -> tuple[Partial | None, Handed | None]:
         position = self.positions(valid, docs, state, front)
         reach = self.reach(None if position is None else position[:, self.span :])
-        line = Line(k, v, valid, docs, 0) if fresh else self._line(state, k, v, valid, docs, front)
-        pinned = None
-        if self.first:
-            line.pins = self.first
-            line.carried = (
-                line.carried if line.carried is not None else valid.new_zeros(len(valid), dtype=torch.int64)
-            )
-            if fresh:  # padding in front of the row is in front of its first document
-                line.front = leading(valid)
-            pinned = line.pinned_from()
+        line, pinned = self.line(None if fresh else state, k, v, valid, docs, front)
         window = min(self.limit or self.span, self.span)
         if fresh and whole and reach is None and pinned is None:
             seen = Seen(window)
@@ -240,9 +234,7 @@ class RingWindow(Window):
             seen = line.seen(window, reach, pinned)
         if self.log_base:
             q = log_scaled(q, seen_count(seen, q.shape[1], q.device), self.log_base)
-        count = None
-        if self.far is not None and pinned is not None and not (fresh and k.shape[1] <= self.far.most + 1):
-            count = self.far.counts(line, pinned, None if fresh else state["window_since"])
+        count = self.counts(None if fresh else state, line, pinned)
         asked = [Asked(q, seen, self.sinks(sink))]
         if count is not None and self.far is not None:
             asked = self.far.parted(q, seen, self.sinks(sink), count)
@@ -251,16 +243,39 @@ class RingWindow(Window):
         if not self.overlap:
             handed = self._leaving(line, k, v, valid, docs, state, position, front, pinned)
         if not fresh:
-            if count is not None:
-                since = torch.where(line.valid[:, -1], count[:, -1] + 1, state["window_since"])
-                state.write({"window_since": since})
-            self._keep(line, state, pinned)
+            self.keep(line, state, pinned, count)
         return made, handed
 
-    def _line(
-        self, state: State, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, front: Tensor | None
+    def line(
+        self,
+        state: State | None,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor,
+        docs: Tensor,
+        front: Tensor | None,
+        lead: int = 0,
+    ) -> tuple[Line, Tensor | None]:
+        """What the state carries behind `lead` empty places, and the new tokens; `Line.pinned_from` of pinned ones."""
+        line = Line(k, v, valid, docs, 0)
+        if state is not None:
+            line = self._carried(state, k, v, valid, docs, front, lead)
+        if not self.first:
+            return line, None
+        line.pins = self.first
+        if line.carried is None:  # padding in front of the row is in front of its first document
+            line.carried, line.front = valid.new_zeros(len(valid), dtype=torch.int64), leading(valid)
+        return line, line.pinned_from()
+
+    def counts(self, state: State | None, line: Line, pinned: Tensor | None) -> Tensor | None:
+        """`Far.counts`, or None where no pinned token is as far as to seem nearer."""
+        if self.far is None or pinned is None or (state is None and line.k.shape[1] <= self.far.most + 1):
+            return None
+        return self.far.counts(line, pinned, None if state is None else state["window_since"])
+
+    def _carried(
+        self, state: State, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, front: Tensor | None, lead: int
     ) -> Line:
-        """What the state carries and the new tokens."""
         if not self.first:
             return Line(*self.behind(state, k, v, valid, docs, front), prefix=self.span, front=front)
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
@@ -271,15 +286,17 @@ class RingWindow(Window):
         )
         # while a document has fewer tokens than are pinned its ring is empty, and the next ones go on the pinned
         turn = torch.where(carried < first, carried, 0)[:, None]
-        slots = slots.gather(1, (torch.arange(held, device=k.device) + turn) % held)
+        slots = slots.gather(1, (torch.arange(-lead, held, device=k.device) + turn) % held)
+        there = state["window_valid"][rows, slots] & (torch.arange(lead + held, device=k.device) >= lead)
         return Line(
             behind(state["window_k"][rows, slots].to(k.dtype), k, front),
             behind(state["window_v"][rows, slots].to(v.dtype), v, front),
-            behind(state["window_valid"][rows, slots], valid, front),
-            behind(torch.zeros_like(docs[:, :1]).expand(-1, held), docs, front),
-            prefix=held,
+            behind(there, valid, front),
+            behind(torch.zeros_like(docs[:, :1]).expand(-1, lead + held), docs, front),
+            prefix=lead + held,
             front=front,
             carried=carried,
+            lead=lead,
         )
 
     def _leaving(
@@ -301,25 +318,12 @@ class RingWindow(Window):
             valid = valid & (place >= pinned + self.first)
         return self.leaving(*self.behind(state, k, v, valid, docs, front), position, front)
 
-    def _keep(self, line: Line, state: State, pinned: Tensor | None) -> None:
-        """The last keys of the last document, and its pinned ones, into the state."""
-        last, total = line.docs[:, -1:], line.valid.shape[1]
-        place = torch.arange(total - self.span, total, device=last.device)
-        near = slice(total - self.span, total)
-        k, v = line.k[:, near], line.v[:, near]
-        valid = line.in_ring()[:, near] & (line.docs[:, near] == last)
-        if pinned is not None:
-            begin = pinned[:, -1:]
-            index = begin + torch.arange(self.first, device=last.device)
-            valid = valid & ~((place >= begin) & (place < begin + self.first))
-            rows = torch.arange(k.shape[0], device=k.device)[:, None]
-            there = index < total
-            index = index.clamp(max=total - 1)
-            there = there & line.valid[rows, index]  # of padding alone nothing is pinned
-            k = torch.cat([line.k[rows, index], k], 1)
-            v = torch.cat([line.v[rows, index], v], 1)
-            valid = torch.cat([there, valid], 1)
-        self.refill(state, k, v, valid)
+    def keep(self, line: Line, state: State, pinned: Tensor | None, count: Tensor | None) -> None:
+        """The last keys of the last document, its pinned ones, and how many tokens it has had, into the state."""
+        if count is not None:
+            since = torch.where(line.valid[:, -1], count[:, -1] + 1, state["window_since"])
+            state.write({"window_since": since})
+        self.refill(state, *line.kept(self.span, pinned))
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, state: State, sink: Tensor | None = None

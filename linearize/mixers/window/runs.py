@@ -22,6 +22,7 @@ class Line:
         front: [B] padding in front of what is carried, or None.
         carried: [B] pinned tokens that document 0 has had, and `pins` those that a document may have; they stand in
             front of the ring, or, while there are fewer, right before the tokens that come.
+        lead: empty places in front of those.
     """
 
     k: Tensor
@@ -32,11 +33,12 @@ class Line:
     front: Tensor | None = None
     carried: Tensor | None = None
     pins: int = 0
+    lead: int = 0
 
     def _first_pin(self) -> Tensor:
         """[B, 1] where document 0's pinned tokens begin."""
         assert self.carried is not None
-        begin = torch.where(self.carried < self.pins, self.prefix - self.carried, 0)
+        begin = torch.where(self.carried < self.pins, self.prefix - self.carried, self.lead)
         return (begin if self.front is None else begin + self.front)[:, None]
 
     def pinned_from(self) -> Tensor:
@@ -58,6 +60,31 @@ class Line:
         place = torch.arange(self.valid.shape[1], device=self.valid.device)
         begin = self._first_pin()
         return self.valid & ~((place >= begin) & (place < begin + self.carried[:, None]))
+
+    def in_past(self, pinned: Tensor) -> Tensor:
+        """[B, P + T] bool: `valid` without pinned tokens, see `pinned_from`."""
+        place = torch.arange(self.prefix, self.valid.shape[1], device=pinned.device)
+        later = torch.nn.functional.pad(place >= pinned + self.pins, (self.prefix, 0), value=True)
+        return self.in_ring() & later
+
+    def kept(self, span: int, pinned: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and validity [B, pins + span, ...] of the last document: pinned ones, then the last `span`."""
+        last, total = self.docs[:, -1:], self.valid.shape[1]
+        place = torch.arange(total - span, total, device=last.device)
+        near = slice(total - span, total)
+        k, v = self.k[:, near], self.v[:, near]
+        valid = self.in_ring()[:, near] & (self.docs[:, near] == last)
+        if pinned is None:
+            return k, v, valid
+        begin = pinned[:, -1:]
+        index = begin + torch.arange(self.pins, device=last.device)
+        valid = valid & ~((place >= begin) & (place < begin + self.pins))
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        there = index < total
+        index = index.clamp(max=total - 1)
+        there = there & self.valid[rows, index]  # of padding alone nothing is pinned
+        k, v = torch.cat([self.k[rows, index], k], 1), torch.cat([self.v[rows, index], v], 1)
+        return k, v, torch.cat([there, valid], 1)
 
     def seen(self, window: int, reach: Tensor | None, pinned: Tensor | None) -> Seen:
         """Which keys each query sees.

@@ -66,4 +66,5 @@ CALLS: dict[str, Callable[[], None]] = {
     "one token": partial(step, 64),
     "one token, pinned": partial(step, 128, first=4),
     "one token, dim 256, window 4,096": partial(step, 256, 4096),
+    "one token, window 2,048, pinned": partial(step, 64, 2048, first=4),
 }

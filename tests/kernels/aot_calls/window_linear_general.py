@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from linearize.kernels.window_linear import window_linear
+from linearize.kernels.window_linear import Pins, window_linear
 
 
 def call(
@@ -20,6 +20,7 @@ def call(
     codes: bool = False,
     batch: int = 8,
     tokens: int = 1024,
+    pins: int = 0,
 ) -> None:
     """Forward and backward in bfloat16, maps trained; few rows and heads are scanned in segments."""
 
@@ -29,11 +30,12 @@ def call(
     q = draw(batch, tokens, heads, dim)
     k, v = draw(batch, tokens, kv_heads, dim), draw(batch, tokens, kv_heads, dim)
     weights = [draw(heads, dim, 64, dtype=torch.float32) for _ in range(2)]
-    given = torch.zeros(batch, tokens, dtype=torch.int32) if codes else None
+    given = torch.zeros(batch, tokens, dtype=torch.int32) if codes or pins else None
+    pinned = Pins(pins, torch.zeros_like(given), given) if pins and given is not None else None
     reach = None if least is None else torch.full((batch, tokens), window, dtype=torch.int32)
     out, _ = window_linear(
         q, k, v, *weights, window=window, scaling=0.125, window_weight=draw(heads, dtype=torch.float32),
-        codes=given, reach=reach, least=least, return_state=False,
+        codes=given, reach=reach, least=least, return_state=False, pins=pinned,
     )  # fmt: skip
     out.sum().backward()
 
@@ -43,4 +45,5 @@ CALLS: dict[str, Callable[[], None]] = {
     "window 48, documents, grouped heads, segments": partial(call, 64, 48, kv_heads=2, codes=True, batch=1),
     "terraced, 128 at most": partial(call, 64, 128, least=65),
     "window 48, dim 128": partial(call, 128, 48, kv_heads=2),
+    "terraced, 128 at most, pinned": partial(call, 64, 128, least=65, heads=9, kv_heads=3, pins=4),
 }

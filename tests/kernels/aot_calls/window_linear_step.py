@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,13 +22,23 @@ def call(
     block: int = 0,
     map_dim: int = 64,
     dtype: torch.dtype = torch.bfloat16,
+    first: int = 0,
+    turned: bool = False,
 ) -> None:
     """One token of `batch` rows."""
     slots = (2 * window if block else window) + 1
     q, k = (torch.zeros(batch, n, dim, dtype=dtype) for n in (heads, kv_heads))
-    held = [torch.zeros(batch, slots, kv_heads, dim, dtype=dtype) for _ in range(2)]
-    valid, count = torch.zeros(batch, slots, dtype=torch.bool), torch.zeros(batch, heads, dtype=torch.int64)
-    ring = Ring(*held, valid, count, count.clone() if block else None, block, slots - 1) if window else None
+    held = [torch.zeros(batch, first + slots, kv_heads, dim, dtype=dtype) for _ in range(2)]
+    valid, count = (
+        torch.zeros(batch, first + slots, dtype=torch.bool),
+        torch.zeros(batch, heads, dtype=torch.int64),
+    )
+    ring = None
+    if window:
+        ring = Ring(*held, valid, count, count.clone() if block else None, block, slots - 1, first)
+    if ring is not None and turned:
+        turns = torch.ones(dim // 2, dtype=torch.float64)
+        ring = replace(ring, since=torch.zeros(batch, dtype=torch.int64), turns=turns, most=1024)
     state_heads = state_heads or heads
     width = 2 * map_dim
     state = torch.zeros(batch, state_heads, width, dim), torch.zeros(batch, state_heads, width)
@@ -47,5 +58,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "dim 128": partial(call, 128, heads=32, kv_heads=8),
     "dim 128, wide maps": partial(call, 128, heads=32, kv_heads=8, map_dim=128),
     "dim 256": partial(call, 256, heads=8, kv_heads=4),
+    "pinned": partial(call, first=4, turned=True),
+    "pinned, terraced": partial(call, block=64, first=4, batch=64),
     "float32": partial(call, dtype=torch.float32),
 }

@@ -1,0 +1,68 @@
+"""Processes that share a device stand still while one of them times."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+
+import pytest
+
+from linearize.bench import quiet
+
+pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+
+
+@pytest.fixture
+def counting(tmp_path):
+    """A process that counts for as long as it may, known in the folder, and where it counts."""
+    path = tmp_path / "count"
+    path.write_text("")
+    child = subprocess.Popen(["sh", "-c", f"while :; do echo >> {path}; sleep 0.01; done"])
+    (tmp_path / quiet.FOLDER).mkdir()
+    (tmp_path / quiet.FOLDER / str(child.pid)).write_text(quiet._began(child.pid))
+    yield path
+    child.kill()
+    child.wait()
+
+
+def grows(path, seconds: float) -> bool:
+    """Within so long at most."""
+    before, end = path.stat().st_size, time.monotonic() + seconds
+    while time.monotonic() < end:
+        if path.stat().st_size > before:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_others_stand_still_and_go_on(tmp_path, counting):
+    with quiet.known(tmp_path):
+        assert grows(counting, 30)
+        with quiet.others(tmp_path):
+            time.sleep(0.1)  # what it was doing
+            assert not grows(counting, 0.5)
+        assert grows(counting, 30)
+        assert len(list((tmp_path / quiet.FOLDER).iterdir())) == 2
+    assert len(list((tmp_path / quiet.FOLDER).iterdir())) == 1
+
+
+def test_they_go_on_where_whoever_timed_them_is_killed(tmp_path, counting, monkeypatch):
+    monkeypatch.setattr(quiet, "MOST", 1)
+    with quiet.others(tmp_path):
+        assert grows(counting, 30), "nobody had let it go on"
+
+
+def test_a_number_that_another_process_has_got_is_not_stopped(tmp_path, counting):
+    (known,) = (tmp_path / quiet.FOLDER).iterdir()
+    known.write_text("1")
+    with quiet.others(tmp_path):
+        assert grows(counting, 30)
+    with quiet.others(None), quiet.others(tmp_path / "none"):
+        pass
+
+
+def test_an_error_lets_them_go_on(tmp_path, counting):
+    with pytest.raises(ValueError), quiet.others(tmp_path):
+        raise ValueError
+    assert grows(counting, 30)
