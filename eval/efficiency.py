@@ -158,7 +158,7 @@ def crossovers(rows: Sequence[Score]) -> list[Score]:
         both = sorted(set(values[STUDENT]) & set(values[TEACHER]))
         ahead: list[int] = []
         for length in reversed(both):
-            if values[STUDENT][length].value > values[TEACHER][length].value:
+            if values[STUDENT][length].value >= values[TEACHER][length].value:  # as much is no gain
                 break
             ahead.insert(0, length)
         if ahead:

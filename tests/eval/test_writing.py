@@ -137,3 +137,6 @@ def test_the_crossover_is_where_the_student_stays_ahead():
     )
     assert crossovers([*teacher, *(row("student", n, 20.0) for n in (128, 512, 1024, 2048))]) == []
     assert crossovers(teacher) == []
+    assert (
+        crossovers([*teacher, *(row("student", one.length, one.value) for one in teacher)]) == []
+    )  # as much is no gain
