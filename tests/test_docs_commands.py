@@ -233,3 +233,15 @@ def test_the_table_of_commands_names_them_all() -> None:
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Commands\n")[1].split("\n## ")[0]
     rows = "\n".join(line for line in section.splitlines() if line.startswith("| `"))
     assert set(re.findall(r"`linearize (\w+)", rows)) == set(choices(build_parser()))
+
+
+def test_the_page_of_plans_names_its_shapes_and_cards() -> None:
+    from linearize.cost.cards import CARDS
+    from linearize.cost.shapes import known
+
+    sentence = (
+        (ROOT / "docs/plan.md").read_text(encoding="utf-8").split("MODEL is what")[1].split("unless")[0]
+    )
+    shapes, found = sentence.split("Cards:")
+    assert re.findall(r"`([^`]+)`", shapes.replace("`run`", "")) == known()
+    assert re.findall(r"[\w-]+", found.split(". A card")[0]) == list(CARDS)

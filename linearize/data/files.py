@@ -58,7 +58,8 @@ def local_files(name: str) -> list[Path] | None:
     )
     if not HUB_NAME.fullmatch(name) or readers.kind(path) or name.startswith(("./", "../", "/", "~")):
         raise missing
-    if "/" in name and "did you mean" in str(missing):  # a misspelt file, though it could be a hub name
+    # a misspelt file, though it could be a hub name
+    if ("/" in name or path.suffix) and "did you mean" in str(missing):
         raise missing
     near = difflib.get_close_matches(name, [builtin.NAME, TEACHER], n=1, cutoff=0.6)
     if near:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from linearize.decode.cache import tensors
 from linearize.decode.joined import INDUCTOR, Joining
 from linearize.decode.masks import Masks, token_masks
 from linearize.decode.newest import attending, fits, newest_numbers
+from linearize.decode.ordered import in_order
 from linearize.decode.prefix import Prefix
 from linearize.decode.reader import Reader
 from linearize.decode.sampling import Sampling
@@ -27,20 +28,6 @@ BLOCK = 64
 """Tokens of each row that stay on the device until the host fetches them."""
 WARM_UP = 3
 """Steps before the capture: kernels compile, libraries allocate."""
-
-
-@contextmanager
-def in_order() -> Iterator[None]:
-    """What is compiled inside keeps the order of the model's own operations.
-
-    Inductor moves an operation to the one that needs it, and may move one that reads a state behind the kernel that
-    writes into it; the kernel is then given a copy of the state, which is copied back afterwards: a window's whole
-    ring, keys and values, for the sake of the one key that leaves it.
-    """
-    from torch._inductor import config
-
-    with config.patch(reorder_for_locality=False):
-        yield
 
 
 class Decoder(Reader):
@@ -219,7 +206,8 @@ class Decoder(Reader):
         if self.length and expected > self.length:
             # beyond, a device would stop with an assertion of its own, and everything else on it
             raise LinearizeError(
-                f"{expected:,} tokens for a decoder whose softmax layers hold {self.length:,}; make it with a longer `length`"
+                f"{expected:,} tokens for a decoder whose softmax layers hold {self.length:,}; make it with a longer "
+                "`length`"
             )
         self.clock.expected = expected
         with nullcontext() if self._graph is not None else self._decoding():

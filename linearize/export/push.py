@@ -19,7 +19,9 @@ from linearize.export.load import check_folder
 from linearize.export.origin import PATH, published
 from linearize.export.provenance import NOTE
 from linearize.models.aliases import ALIASES
+from linearize.models.check import has_tokenizer
 from linearize.models.files import read_json, read_words
+from linearize.models.tokenizer import load_tokenizer
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "modeling_*.py", "adapter/*")
 """What makes a model; anything else in the folder stays at home."""
@@ -91,6 +93,8 @@ def gather(
         raise CheckpointError(
             f"{folder} is no converted checkpoint; give a folder that `linearize run` or linearize.save wrote"
         )
+    if has_tokenizer(folder):
+        load_tokenizer(folder)  # what goes is what loads
     note: dict[str, Any] = read_json(folder / NOTE) if (folder / NOTE).is_file() else {}
     alias = ALIASES.get(str(note.get("base")))
     base = base_model or (alias.hub if alias else "" if PATH in note else _hub_id(note.get("base")))

@@ -224,6 +224,13 @@ def test_what_is_no_file_is_named(tmp_path, inside):
             load_texts(str(source))
 
 
+def test_a_file_with_a_misspelt_ending_is_no_hub_dataset(inside, monkeypatch):
+    monkeypatch.setattr("linearize.data.text._hub_rows", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.chdir(inside)
+    with pytest.raises(DataError, match=r"'a\.jsnl' does not exist: .*did you mean 'a\.jsonl'"):
+        load_texts("a.jsnl")
+
+
 def test_all_sources_that_are_wrong_are_named_at_once(inside, monkeypatch):
     monkeypatch.setattr("linearize.data.text._hub_rows", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(RecipeError, match="data source: 3 problems") as caught:

@@ -134,6 +134,14 @@ def test_names_that_are_none(run, capsys, repo, said):
     assert said in error and "write owner/model" in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_does_not_load(run, tmp_path, capsys, name):
+    shutil.copytree(run / "checkpoint", tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / name).write_text("[")
+    assert cli.main(["push", str(tmp_path / "checkpoint"), "me/small", "--dry-run"]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("terms", ["", "\n", "two words", "a: b", "MIT\n---"])
 def test_a_licence_that_is_no_name(run, capsys, terms):
     assert cli.main(["push", str(run), "me/small", "--dry-run", "--license", terms]) == 2

@@ -27,11 +27,11 @@ class Mesa(Overwriting):
     are b = sigmoid(x W + c) and the decays since; Lambda = 0.25 + softplus of a weight for each head and feature, one
     at the start. Keys and queries are brought to length one. The system is solved by a fixed number of steps of
     conjugate gradients from zero; as many as features are as good as exact. A step multiplies every query by its own
-    H_t, which is linear attention on the keys with keys for values: the kernel of `additive` runs once a step, and no
-    H_t is ever written down. Gradients are those of the exact solution, by as many steps on the gradient that comes in,
-    as the paper's; nothing of the steps is kept.
+    H_t, which is linear attention on the keys with keys for values, and no H_t is ever written down: one kernel takes
+    all steps of a text (`kernels.conjugate.conjugate_chunk`). Gradients are those of the exact solution, by as many
+    steps on the gradient that comes in, as the paper's; nothing of the steps is kept.
 
-    Limitations: a text is read `steps` times forward and as often backward, and a token multiplies `steps` times by the
+    Limitations: a text is multiplied `steps` times forward and as often backward, and a token `steps` times by the
     state's second matrix; a decay per feature would make H asymmetric, which conjugate gradients cannot solve. The
     paper has a norm behind the heads where a learned scale for each query head stands here.
     """

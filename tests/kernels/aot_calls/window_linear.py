@@ -53,7 +53,9 @@ CALLS: dict[str, Callable[[], None]] = {
     ),
     "dim 64, no window": partial(call, 64, window=0),
     "dim 128": partial(call, 128, heads=8, kv_heads=2),
-    "dim 64, transfer": partial(call, 64, heads=9, kv_heads=3, codes=True, tokens=1024, frozen=True),
+    "dim 64, transfer": partial(
+        call, 64, heads=9, kv_heads=3, codes=True, batch=16, tokens=1024, frozen=True
+    ),
     "dim 128, transfer": partial(call, 128, heads=8, kv_heads=2, frozen=True),
     "dim 64, window of two chunks": partial(call, 64, window=128),
     "dim 64, pinned, grouped heads": partial(call, 64, heads=9, kv_heads=3, pins=4, batch=8, tokens=1024),
