@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from linearize.kernels.launch import launch, processors
-from linearize.kernels.window_linear.plan import CHUNK, MOST_PINS, Plan, config
+from linearize.kernels.window_linear.plan import Plan, config
+from linearize.kernels.window_linear.sizes import CHUNK, MOST_PINS
 from linearize.kernels.window_linear.triton_aligned_backward import aligned_query_gradient_kernel
 from linearize.kernels.window_linear.triton_aligned_forward import aligned_output_kernel
 from linearize.kernels.window_linear.triton_aligned_keys import aligned_key_gradient_kernel

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from linearize.kernels import dispatch
 from linearize.kernels.window_linear import shared_memory
-from linearize.kernels.window_linear.plan import MOST_PINS, Plan, make_plan
+from linearize.kernels.window_linear.plan import Plan, make_plan
 from linearize.kernels.window_linear.reference import Layer, Pins, Weights
+from linearize.kernels.window_linear.sizes import MOST_PINS
 
 Numbers = list[float]
 """What is no tensor: window, least, prefix, return_state, segments (0: as many as the device wants), scaling, roomy,

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from linearize.kernels.launch import processors
+from linearize.kernels.window_linear.sizes import CHUNK
 
-CHUNK = 64
-"""Tokens in a chunk: one tile of every product."""
-MOST_PINS = 16
-"""Pinned keys that the kernels take: each costs a row as much as a column of a product, but without tensor cores."""
 WAVES = 2
 """Programs to a multiprocessor that a scan over chunks should have."""
 FULL = 0.9

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from linearize.kernels import dispatch
 from linearize.kernels.window_linear import Pins, window_linear
-from linearize.kernels.window_linear.plan import CHUNK, MOST_PINS
 from linearize.kernels.window_linear.recurrent import window_linear_step
+from linearize.kernels.window_linear.sizes import CHUNK, MOST_PINS
 from linearize.mixers.base import LayerShape, documents
 from linearize.mixers.combine import Combine
 from linearize.mixers.combine.shared_normalizer import SharedNormalizer

@@ -222,7 +222,7 @@ def test_files_lay_mixers_over_each_other(tmp_path):
     recipe = compose(tmp_path / "two.yaml", ["mixers.longer.window.size=200", "mixer.window.size=32"])
     whole = sections(recipe.mixer, recipe.mixers)
     assert whole["window"]["window"] == {"name": "terraced"}, "the options of the other choice are gone"
-    assert whole["longer"]["window"] == {"name": "sliding", "size": 200}
+    assert whole["longer"]["window"] == {"name": "sliding", "size": 200, "first": 4}
     assert whole["default"]["window"]["size"] == 32
     assert recipe.mixers["window"]["feature_map"] == {"name": "none"}
     (tmp_path / "three.yaml").write_text(
