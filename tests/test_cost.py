@@ -183,7 +183,8 @@ def test_experts_count_as_far_as_they_work(shape, total, active):
     assert found.teacher == pytest.approx(total, rel=0.005)
     assert found.active == pytest.approx(active, rel=0.02)
     transfer, lora = found.stages
-    body = 2 * (found.active - 2 * transfer.sizes.head)
+    # of the last layer only what stands in front of its output projection runs
+    body = 2 * (found.active - 2 * transfer.sizes.head) * (1 - 1 / config_of(shape).num_hidden_layers)
     assert body < transfer.flops < 1.12 * body  # softmax and mixers come on top
     assert transfer.fit.bytes["frozen"] * transfer.fit.cards ** (transfer.fit.way == "sharded") > 1.9 * total
     assert "a mixture of experts" in lora.basis
