@@ -1,4 +1,4 @@
-"""docs/recipes.md's table of the field's mixers: what it names is there, composes, and was trained for a million tokens."""
+"""docs/recipes.md on the rest of the field: what it names is there, composes, and was trained for a million tokens."""
 
 from __future__ import annotations
 
