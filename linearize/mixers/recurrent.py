@@ -186,7 +186,8 @@ class Recurrent(nn.Module):
         mixed = self._mixed(inputs.hidden, masks, state)
         if self.update.first is not None and v.shape[-1]:  # there are no values where weights are asked for
             assert inputs.first is not None and inputs.hidden is not None
-            v = self.update.first(v, inputs.first, mixed.get("shift_update", inputs.hidden))
+            # published layers read what their value projection does, and no shift of ours reaches the projections
+            v = self.update.first(v, inputs.first, inputs.hidden)
         if self.short_conv is not None:
             q, k, v = self.short_conv(q, k, v, **masks, state=state)
         if dispatch.use_triton(q, k, v) and self.by_products and projected and not _in_parts(state):

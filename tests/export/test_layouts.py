@@ -60,7 +60,7 @@ GGUF = {
         recipe(
             "arwkv",
             gate={"name": "rwkv7", "shift": True},
-            update={"name": "rwkv7", "balanced": False, "shift": True, "rank": 8},
+            update={"name": "rwkv7", "balanced": False, "shift": True, "rank": 8, "first_values": True},
             normalizer={"name": "group_norm"},
             output={"name": "none"},
         ),

@@ -51,6 +51,29 @@ def test_beside_a_window_it_is_softmax_where_keys_are_codes(form):
     torch.testing.assert_close(x.run(getattr(made, form)), expected, atol=1e-9, rtol=1e-8)
 
 
+@pytest.mark.parametrize("form", ["parallel", "chunked", "step"])
+@pytest.mark.parametrize("first", [0, 3])
+def test_keys_behind_the_window_are_rounded_and_no_others(first, form):
+    """A loop over keys: those of the own block, the one before and the first ones as they are, older ones as codes."""
+    made = make({**BESIDE, "window": {**BESIDE["window"], "first": first}}, SHAPE, torch.float64)
+    x, size = Draw.of(SHAPE, 40, torch.float64), BESIDE["window"]["size"]
+    near_codes = rounded(made, x.k)
+    with torch.no_grad():
+        made.combine.window_factor.zero_()
+        if form == "step":
+            state = made.initial_state(2, torch.float64, x.q.device)
+            out = torch.cat([x[t : t + 1].run(made.step, state=state) for t in range(40)], 1)
+        else:
+            out = x.run(getattr(made, form))
+    for row, head, t in ((0, 0, 3), (0, 3, 16), (1, 1, 24), (1, 2, 39)):
+        n, total, value = head // SHAPE.group, 0.0, 0.0
+        for s in range(t + 1):
+            seen = s < first or s // size >= t // size - 1
+            weight = (SHAPE.scaling * x.q[row, t, head] @ (x.k if seen else near_codes)[row, s, n]).exp()
+            total, value = total + weight, value + weight * x.v[row, s, n]
+        torch.testing.assert_close(out[row, t, head], value / total, atol=1e-9, rtol=1e-8)
+
+
 def test_codes_start_at_the_centers_of_the_keys():
     made = build(ALONE, SHAPE).double()
     centers = 5 * torch.eye(8, dtype=torch.float64)

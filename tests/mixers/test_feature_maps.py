@@ -7,6 +7,7 @@ import math
 import pytest
 import tiny
 import torch
+from compositions import Draw
 
 import linearize
 from linearize import surgery
@@ -351,3 +352,21 @@ def test_focused_is_its_formula(power):
     empty = torch.full((1, 1, 4, 8), -1.0, dtype=torch.float64, requires_grad=True)
     feature_map.query(empty).sum().backward()
     assert empty.grad.isfinite().all()
+
+
+def test_attention_of_focused_features_is_its_sums():
+    """Token by token, numerator and denominator, where a key head serves two query heads."""
+    torch.manual_seed(0)
+    x = Draw.of(SHAPE, 40, torch.float64)
+    out = x.run(build({"feature_map": {"name": "focused"}}, SHAPE).double().chunked)
+
+    def phi(y):
+        u = y.clamp_min(0)
+        return (u.norm() * u**3 / (u**3).norm()).nan_to_num(0.0).clamp_min(1e-12)
+
+    for head in range(SHAPE.heads):
+        n, sums, norms = head // SHAPE.group, torch.zeros(SHAPE.key_dim, SHAPE.value_dim).double(), 0.0
+        for t in range(40):
+            key, query = phi(x.k[1, t, n]), phi(x.q[1, t, head])
+            sums, norms = sums + torch.outer(key, x.v[1, t, n]), norms + key
+            torch.testing.assert_close(out[1, t, head], query @ sums / (query @ norms), atol=1e-11, rtol=1e-9)

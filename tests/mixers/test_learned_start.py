@@ -40,6 +40,20 @@ RULES = {
         "gate": {"name": "rwkv7", "rank": 3},
         "update": {"name": "rwkv7", "rank": 3, "balanced": False, "start": True},
     },
+    "rwkv6": {**DELTA, "gate": {"name": "rwkv6", "rank": 3}, "update": {"name": "rwkv6", "start": True}},
+    "hgrn2": {**DELTA, "gate": {"name": "low_rank", "rank": 3}, "update": {"name": "hgrn2", "start": True}},
+    "mlstm": {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "scalar", "per": "kv_head"},
+        "update": {"name": "mlstm", "start": True},
+        "normalizer": {"name": "bounded"},
+    },
+    "delta_product": {
+        **DELTA,
+        "feature_map": {"name": "identity", "l2_normalize": True},
+        "gate": {"name": "mamba2"},
+        "update": {"name": "delta_product", "rank": 3, "start": True},
+    },
     "slots": {
         **DELTA,
         "feature_map": {"name": "softmax_dim"},
@@ -76,6 +90,20 @@ def loop(made, x, row, tokens):
                 query = F.normalize(q[t, head], dim=0) * update.scale[head]
                 out[t, head] = query @ state
                 continue
+            if update.name == "delta_product":
+                for j in range(update.steps):
+                    key, value = k[t, key_head] / k[t, key_head].norm(), v[t, key_head]
+                    at = (j - 1) * heads + m
+                    if j:
+                        more = (
+                            update.later.base[at] + (hidden[t] @ update.later.down) @ update.later.up[:, at]
+                        )
+                        key, value = key + more[: shape.key_dim], value + more[shape.key_dim :]
+                        key = key / key.norm()
+                    logit = hidden[t] @ update.beta_weight[:, j * heads + m] + update.beta_bias[j, m]
+                    state = state + torch.sigmoid(logit) * torch.outer(key, value - key @ state)
+                out[t, head] = F.normalize(q[t, head], dim=0) * update.scale[head] @ state
+                continue
             if update.name == "gdn2":
                 key = F.normalize(k[t, key_head], dim=0)
                 erase = torch.sigmoid(hidden[t] @ update.erase_weight[:, m] + update.erase_bias[m])
@@ -110,8 +138,18 @@ def loop(made, x, row, tokens):
                 state = state + torch.outer(1 - keep, v[t, key_head])
                 out[t, head] = torch.softmax(slots @ query, 0) @ state
                 continue
+            if update.name in ("rwkv6", "hgrn2"):
+                state = state + torch.outer(
+                    (1 - keep) * (key if update.name == "rwkv6" else 1), v[t, key_head]
+                )
+                out[t, head] = query @ state
+                continue
+            if update.name == "mlstm":
+                logit = hidden[t] @ update.input_weight[:, m] + update.input_bias[m]
+                key = key * torch.exp(update.cap * torch.tanh(logit / update.cap))
             state, norm = state + torch.outer(key, v[t, key_head]), keep * norm + key
-            out[t, head] = (query @ state) / (query @ norm)
+            total = query @ norm
+            out[t, head] = (query @ state) / (total.abs().clamp_min(1.0) if update.name == "mlstm" else total)
     return out
 
 
@@ -134,7 +172,7 @@ def test_it_starts_as_the_rule_without_it(name):
     with_start = RULES[name]
     without = {**with_start, "update": {**with_start["update"], "start": False}}
     with_start = {**with_start, "update": {**with_start["update"]}}
-    if with_start["update"]["name"] == "additive":
+    if with_start["update"]["name"] in ("additive", "mlstm"):
         with_start["update"]["start_weight"] = 1e-12
     outs = []
     for mixer in (with_start, without):

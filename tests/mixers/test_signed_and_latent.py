@@ -53,6 +53,48 @@ def test_weights_are_the_papers(name):
             torch.testing.assert_close(out[row, t, head], expected, atol=1e-10, rtol=1e-9)
 
 
+def loop(name, made, x, row, first, last):
+    """Some tokens of one row, a document of their own, by what is carried from one to the next."""
+    shape, out = (
+        made.shape,
+        torch.zeros(last - first, made.shape.heads, made.shape.value_dim, dtype=torch.float64),
+    )
+    for head in range(shape.heads):
+        n, sums = head // shape.group, torch.zeros(shape.key_dim, shape.value_dim, dtype=torch.float64)
+        norms, values = sums[:, 0].clone(), sums[0].clone()
+        for t in range(first, last):
+            q, k, v = x.q[row, t, head], x.k[row, t, n], x.v[row, t, n]
+            if name == "latte":
+                k = k.exp()
+            elif name == "mala":
+                q, k = (torch.where(y > 0, y + 1, y.exp()) for y in (q, k))
+            else:
+                q = q * shape.scaling
+            sums, norms, values = sums + torch.outer(k, v), norms + k, values + v
+            if name == "latte":
+                out[t - first, head] = q.softmax(-1) @ (sums / norms[:, None])
+                continue
+            count, found, weight = t - first + 1, q @ sums, q @ norms
+            scale = made.update.scale[head] / (count if made.update.config.averaged else 1)
+            base = found / weight if name == "mala" else values / count
+            out[t - first, head] = base + scale * (found - weight * values / count)
+    return out
+
+
+@mixers
+@pytest.mark.parametrize("form", ["parallel", "chunked"])
+def test_it_is_its_recurrence(name, form):
+    """Every output, with documents and padding."""
+    made, x = make(MIXERS[name], SHAPE, torch.float64), Draw.of(SHAPE, 60, torch.float64)
+    starts, valid = torch.zeros(2, 60, dtype=torch.bool), torch.ones(2, 60, dtype=torch.bool)
+    starts[0, 25], valid[1, :9] = True, False
+    with torch.no_grad():
+        out = x.run(getattr(made, form), starts=starts, valid=valid)
+        for row, first, last in ((0, 0, 25), (0, 25, 60), (1, 9, 60)):
+            expected = loop(name, made, x, row, first, last)
+            torch.testing.assert_close(out[row, first:last], expected, atol=1e-10, rtol=1e-8)
+
+
 def test_inline_is_softmax_to_first_order():
     made, x = build(INLINE, SHAPE).double(), Draw.of(SHAPE, 30, torch.float64)
     softmax = build({"window": {"name": "full"}}, SHAPE).double()
