@@ -55,6 +55,9 @@ class Decoder(Reader):
         obstacle: why the step runs as the model's own operations although it was to be compiled, or None.
     """
 
+    goes_round = False
+    """Whether the token behind the last place of softmax layers goes to their first."""
+
     def __init__(
         self,
         model: Any,
@@ -203,7 +206,7 @@ class Decoder(Reader):
             LinearizeError: softmax layers have no room for their keys.
         """
         expected = self.clock.expected + steps
-        if self.length and expected > self.length:
+        if self.length and expected > self.length and not self.goes_round:
             # beyond, a device would stop with an assertion of its own, and everything else on it
             raise LinearizeError(
                 f"{expected:,} tokens for a decoder whose softmax layers hold {self.length:,}; make it with a longer "

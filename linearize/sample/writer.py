@@ -41,6 +41,8 @@ class Writer(Decoder):
         capture, compile: see `Decoder`.
     """
 
+    goes_round = True
+
     def __init__(
         self,
         model: Any,
