@@ -102,7 +102,8 @@ def test_a_job_s_task(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("import sys; sys.exit(2 * (1 - int(__import__('os').environ['RANK'])))", 2, ""),
         pytest.param("raise ValueError('odd')", 1, "ValueError: odd", marks=pytest.mark.slow),
-        ("print('begun', flush=True); __import__('time').sleep(60)", 143, ""),
+        # one write each: two processes share the stream
+        (r"import os, time; os.write(1, b'begun\n'); time.sleep(60)", 143, ""),
     ],
 )
 def test_it_ends_as_its_processes_do(program: str, code: int, said: str, tmp_path: Path) -> None:
