@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.bench import quiet, report, whole
+from linearize.bench import report, whole
 from linearize.bench.decode_ways import EVERY
 from linearize.bench.profiles import kept, profiled
 from linearize.bench.recipes import about, device_of, say
 from linearize.bench.subjects import RANDOM, TEACHER, chosen, convert, random_model
-from linearize.bench.whole import SLOW, Budget, Row, Stopped, Stopwatch, Table, empty, reported
+from linearize.bench.whole import SLOW, Budget, Row, Stopwatch, Table, empty, reported
 from linearize.cli.console import quiet_libraries
 from linearize.decode import Decoder
 from linearize.decode.cache import tensors
@@ -64,15 +63,7 @@ def main(options: argparse.Namespace) -> int:
     torch.set_float32_matmul_precision("high")
     random_model("meta", torch.float32, options.shape)
     table = Table(options.out, say, about(device), report.given(options))
-    budget = Budget(options.budget)
-    beside = not options.only or TEACHER in options.recipes
-    with quiet.known(options.out) if options.only else nullcontext():
-        for name in [TEACHER, *names] if beside else names:
-            try:
-                for row in rows(name, options, device, budget):
-                    table.add(row)
-            except Stopped as stop:
-                raise LinearizeError(f"{name}: {stop}; what was measured is in {table.path}") from stop
+    whole.fill(table, names, lambda name, budget: rows(name, options, device, budget), options)
     say(f"recipes.json and recipes.md in {options.out}")
     return 0
 

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock
 
-from linearize.bench import quiet, report, whole
+from linearize.bench import report, whole
 from linearize.bench.profiles import kept
-from linearize.bench.subjects import TEACHER, chosen, convert, layers_of_each, random_model
+from linearize.bench.subjects import chosen, convert, layers_of_each, random_model
 from linearize.bench.training_step import Step, way_of
-from linearize.bench.whole import Budget, Row, Stopped, Table, empty, reported
+from linearize.bench.whole import Budget, Row, Table, empty, reported
 from linearize.cli.console import console, quiet_libraries
 from linearize.errors import LinearizeError
 
@@ -69,15 +69,7 @@ def main(options: argparse.Namespace) -> int:
             )
         return 0
     table = Table(options.out, say, about(device), report.given(options))
-    budget = Budget(options.budget)
-    beside = not options.only or TEACHER in options.recipes
-    with quiet.known(options.out) if options.only else nullcontext():
-        for name in [TEACHER, *names] if beside else names:
-            try:
-                for row in rows(name, options, device, budget):
-                    table.add(row)
-            except Stopped as stop:
-                raise LinearizeError(f"{name}: {stop}; what was measured is in {table.path}") from stop
+    whole.fill(table, names, lambda name, budget: rows(name, options, device, budget), options)
     say(f"recipes.json and recipes.md in {options.out}")
     return 0
 

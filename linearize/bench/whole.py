@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import time
@@ -17,6 +18,7 @@ from filelock import FileLock
 from linearize.bench import quiet, report
 from linearize.bench.runner import LOST
 from linearize.bench.subjects import TEACHER
+from linearize.errors import LinearizeError
 from linearize.eval import tables
 from linearize.markdown import text as escaped
 
@@ -211,6 +213,34 @@ def release() -> None:
 
 SLOW = 10.0
 """Seconds of a call of which one is enough."""
+
+
+def fill(
+    table: Table,
+    names: Sequence[str],
+    rows: Callable[[str, Budget], Iterator[Row]],
+    options: argparse.Namespace,
+) -> None:
+    """Measure the teacher and recipes into a table, row by row; with `--only` the named ones alone, beside others.
+
+    Args:
+        table: of the rows.
+        names: of recipes.
+        rows: gives those of one name, within a budget.
+        options: budget, only, recipes, out.
+
+    Raises:
+        LinearizeError: the device was lost; says where the rows are.
+    """
+    budget = Budget(options.budget)
+    beside = not options.only or TEACHER in options.recipes
+    with quiet.known(options.out) if options.only else nullcontext():
+        for name in [TEACHER, *names] if beside else names:
+            try:
+                for row in rows(name, budget):
+                    table.add(row)
+            except Stopped as stop:
+                raise LinearizeError(f"{name}: {stop}; what was measured is in {table.path}") from stop
 
 
 class Stopwatch:
