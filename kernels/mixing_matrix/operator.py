@@ -26,7 +26,10 @@ def mixing_matrix_triton(kind: Kind, teacher: Softmax, student: Products, codes:
     pairs = q.dtype == k.dtype and a.dtype == b.dtype
     dispatch.require(
         "mixing_matrix",
-        dtype=(pairs and {q.dtype, a.dtype} <= {*kinds}, f"{q.dtype}, {k.dtype}, {a.dtype}, {b.dtype}: of {kinds}"),
+        dtype=(
+            pairs and {q.dtype, a.dtype} <= {*kinds},
+            f"{q.dtype}, {k.dtype}, {a.dtype}, {b.dtype}: of {kinds}",
+        ),
         key_dim=(q.shape[-1] <= WIDEST, f"{q.shape[-1]} must be at most {WIDEST}"),
         features=(a.shape[-1] <= WIDEST, f"{a.shape[-1]} must be at most {WIDEST}"),
         heads=(

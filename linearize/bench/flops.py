@@ -15,11 +15,12 @@ S = 2 (T + 1) x heads x head dim for the scores and values of each softmax layer
 | all | 6 N | 6 V D | | 6 P | |
 | all_kl | 8 N | 8 V D | S | 6 P | |
 
-W = (T + 1) x heads x (head dim + 3 F) is both matrices of a layer with F features, the teacher's scores, the student's
-products and their two gradients. N' is what stands in front of the last converted layer's output projection: nothing behind it runs, softmax neither.
-Of a mixture's experts those count that a token goes to. Layers that stay softmax have S forward and 2 S backward in the
-student too. What a recurrent branch does with its state and a window with its keys is not counted, nor what
-checkpointing computes again: MFU of a converted model is a lower bound of what the card did.
+W = (T + 1) x heads x (head dim + 3 F) is both matrices of a layer with F features, the teacher's scores, the
+student's products and their two gradients. N' is what stands in front of the last converted layer's output
+projection: nothing behind it runs, softmax neither. Of a mixture's experts those count that a token goes to. Layers
+that stay softmax have S forward and 2 S backward in the student too. What a recurrent branch does with its state and
+a window with its keys is not counted, nor what checkpointing computes again: MFU of a converted model is a lower
+bound of what the card did.
 """
 
 from __future__ import annotations
@@ -107,12 +108,17 @@ def per_token(model: nn.Module, stage: str, length: int) -> float:
     kept = layers - sum(1 for mixer in mixers if not isinstance(mixer.window, FullWindow))
     passes = PASSES[stage]
     matrices = sum(matrix_layer(mixer, length) for mixer in mixers) if passes.matrices else 0.0
-    return 2.0 * (
-        passes.body * sizes["body"]
-        + passes.head * head.numel()
-        + passes.mixers * sizes["mixers"]
-        + passes.adapters * sizes["adapters"]
-    ) + softmax * (passes.teacher * run + passes.student * kept) + matrices
+    return (
+        2.0
+        * (
+            passes.body * sizes["body"]
+            + passes.head * head.numel()
+            + passes.mixers * sizes["mixers"]
+            + passes.adapters * sizes["adapters"]
+        )
+        + softmax * (passes.teacher * run + passes.student * kept)
+        + matrices
+    )
 
 
 def _behind(model: nn.Module, mixers: Sequence[nn.Module]) -> frozenset[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.kernels import dispatch
-from linearize.mixers.base import LayerShape, Partial, accumulator, positions, repeat_heads
+from linearize.mixers.base import LayerShape, Partial, accumulator, positions, repeat_heads, summed
 from linearize.mixers.feature_map import FeatureMap
 from linearize.mixers.gate import Gate
 from linearize.mixers.normalizer import Normalizer
@@ -127,7 +127,7 @@ class Recurrent(nn.Module):
         stream = self._stream(inputs, position, position, state)
         q, k = stream.narrow(stream.q, self.update.keys(stream))
         # differences of sums over a text: float32 would leave few digits of the last ones
-        total = None if stream.log_decay is None else stream.log_decay.double().cumsum(1)
+        total = None if stream.log_decay is None else summed(stream.log_decay.double())
         return q, k, total
 
     def chunked(

@@ -60,7 +60,11 @@ def shows_products(mixer: Mixer) -> bool:
     recurrent = mixer.recurrent
     if recurrent is None or recurrent.normalizer.signed or not recurrent.update.has_factors():
         return False
-    return not mixer.window.size if mixer.combine is None else mixer.branch_off == "window" and not recurrent.delayed
+    return (
+        not mixer.window.size
+        if mixer.combine is None
+        else mixer.branch_off == "window" and not recurrent.delayed
+    )
 
 
 @cache

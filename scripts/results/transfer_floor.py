@@ -66,7 +66,9 @@ def matrices(name: str, batch: int, length: int) -> dict[str, Any]:
     for composition, (features, products) in MATRICES.items():
         flops = 2 * pairs * dim * (4 + features * products)
         a_token = flops / batch / length
-        made[composition] = f"{flops / 1e12:.1f} TFLOP, {1e3 * flops / TILES:.0f} ms, {a_token / 1e6:,.0f} MFLOP a token"
+        made[composition] = (
+            f"{flops / 1e12:.1f} TFLOP, {1e3 * flops / TILES:.0f} ms, {a_token / 1e6:,.0f} MFLOP a token"
+        )
     return made
 
 

@@ -62,9 +62,18 @@ CASES = {
 }
 if ON_GPU:
     CASES |= {
-        "hedgehog": Case(tokens=1000, heads=9, kv_heads=3, map_heads=9, key_dim=64, features=128, starts=(300, 811)),
+        "hedgehog": Case(
+            tokens=1000, heads=9, kv_heads=3, map_heads=9, key_dim=64, features=128, starts=(300, 811)
+        ),
         "mohawk": Case(
-            tokens=520, heads=9, kv_heads=3, map_heads=3, key_dim=64, features=64, decay=True, normalized=False,
+            tokens=520,
+            heads=9,
+            kv_heads=3,
+            map_heads=3,
+            key_dim=64,
+            features=64,
+            decay=True,
+            normalized=False,
             signed=True,
         ),
         "wide": Case(tokens=300, heads=4, map_heads=4, key_dim=256, features=256),

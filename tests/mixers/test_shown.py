@@ -100,7 +100,9 @@ def test_gradients_are_those_of_the_definition(name: str) -> None:
         if want is None or want.abs().max() == 0:
             assert got is None or got.abs().max() == 0, parameter
             continue
-        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9, msg=lambda text, p=parameter: f"{p}: {text}")
+        torch.testing.assert_close(
+            got, want, rtol=1e-7, atol=1e-9, msg=lambda text, p=parameter: f"{p}: {text}"
+        )
         reached += 1
     assert reached and made.shows is False
 

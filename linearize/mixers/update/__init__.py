@@ -200,7 +200,7 @@ class Update(Part):
         raise NotImplementedError(type(self))  # pragma: no cover
 
     def has_factors(self) -> bool:
-        """Whether its weights are q_t.`keys`_s exp(sum of the log decays between s and t), divided by their sum or not."""
+        """Whether its weights are q_t.`keys`_s exp(log decays between s and t), divided by their sum or not."""
         return False
 
     def keys(self, stream: Stream) -> Tensor:

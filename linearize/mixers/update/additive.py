@@ -131,7 +131,9 @@ class Additive(Update):
         return self._begun(partial, stream, left)
 
     def has_factors(self) -> bool:
-        own = all(getattr(type(self), form) is getattr(Additive, form) for form in ("masked", "parallel", "chunked"))
+        own = all(
+            getattr(type(self), form) is getattr(Additive, form) for form in ("masked", "parallel", "chunked")
+        )
         return own and self.learned is None and self.decay != "feature" and self.bonus(torch.float32) is None
 
     def transits(self) -> bool:
