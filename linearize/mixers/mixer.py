@@ -47,6 +47,7 @@ class Mixer(nn.Module):
     Attributes:
         branch_off: the branch that contributes nothing, or None.
         without_window: [] bool, by which the device says whether the window contributes nothing, or None.
+        shows: values are columns of the identity, and what acts on values channel by channel is left out (`shown`).
         composition: says all parts, options and numbers, where `build` put them together; equal mixers are equal here.
     """
 
@@ -68,6 +69,7 @@ class Mixer(nn.Module):
         self.output = output
         self.branch_off: str | None = None
         self.without_window: Tensor | None = None
+        self.shows = False
         self.composition = ""
         self.fused = fused.find(shape, position, window, recurrent, combine)
         if recurrent is not None:
@@ -180,10 +182,8 @@ class Mixer(nn.Module):
                 & (inputs.docs[:, rows, None] == inputs.docs[:, None, :])
                 & inputs.valid[:, None, :]
             )
-            window_v = None if v is None else near_inputs.v
-            near, left = self.window.parallel(
-                near_inputs.q[:, rows], near_inputs.k, window_v, visible, age, sink
-            )
+            near_q, near_v = near_inputs.q[:, rows], None if v is None else near_inputs.v
+            near, left = self.window.parallel(near_q, near_inputs.k, near_v, visible, age, sink)
             far = None
             if self.recurrent is not None and left is not None:
                 far = self.recurrent.parallel(inputs, left, rows, weights=v is None)
@@ -284,7 +284,7 @@ class Mixer(nn.Module):
             )
             far = None
             if self.recurrent is not None and handed is not None:
-                far = self.recurrent.chunked(inputs, handed, state, fresh=fresh)
+                far = self.recurrent.chunked(inputs, handed, state, fresh=fresh, weights=self.shows)
             return self._joined_in(v, near, far, inputs.hidden)
 
     @with_weights
@@ -369,7 +369,7 @@ class Mixer(nn.Module):
 
     def _finish(self, joined: Tensor, hidden: Tensor | None) -> Tensor:
         """The output part behind the one kernel."""
-        if self.output is None:
+        if self.output is None or self.shows:
             return joined
         if narrows(joined):
             return self.output(joined, None if hidden is None else hidden.to(joined.dtype)).to(joined.dtype)
@@ -380,14 +380,13 @@ class Mixer(nn.Module):
         self, v: Tensor, near: Partial | None, far: Partial | None, hidden: Tensor | None
     ) -> Tensor:
         """`_join` in the dtype of v where that is what the kernels took."""
-        made = self._join(near, far, hidden)
-        return made.to(v.dtype) if narrows(v) else made
+        return self._join(near, far, hidden).to(v.dtype if narrows(v) else accumulator(v.dtype))
 
     def _join(
         self, near: Partial | None, far: Partial | None, hidden: Tensor | None, *, weights: bool = False
     ) -> Tensor:
         joined = self._joined(near, far, hidden)
-        return joined if self.output is None or weights else self.output(joined, hidden)
+        return joined if self.output is None or weights or self.shows else self.output(joined, hidden)
 
     def _joined(self, near: Partial | None, far: Partial | None, hidden: Tensor | None) -> Tensor:
         if near is not None and far is not None and self.combine is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.kernels import dispatch
-from linearize.mixers.base import LayerShape, Partial, accumulator, positions, repeat_heads
+from linearize.mixers.base import LayerShape, Partial, accumulator, positions, repeat_heads, summed
 from linearize.mixers.feature_map import FeatureMap
 from linearize.mixers.gate import Gate
 from linearize.mixers.normalizer import Normalizer
@@ -118,20 +118,40 @@ class Recurrent(nn.Module):
             partial = self.update.weights(stream) if weights else self.update.parallel(stream)
             seen = None if partial.denominator is None else partial.denominator[:, rows]
             partial = Partial(partial.numerator[:, rows], seen)
-        return partial if weights and not self.normalizer.signed else self.normalizer(partial)
+        return self._normalized(partial, weights)
 
-    def chunked(self, inputs: Inputs, handed: Handed, state: State, *, fresh: bool = False) -> Partial:
+    def products(self, inputs: Inputs, state: State) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Features [B, T, H, F] and [B, T, M, F] and sums of log decays [B, T, M], whose products are the weights where
+        the rule `has_factors`; `inputs` come without values, `state` is empty."""
+        position = self._advance(inputs, state)
+        stream = self._stream(inputs, position, position, state)
+        q, k = stream.narrow(stream.q, self.update.keys(stream))
+        # differences of sums over a text: float32 would leave few digits of the last ones
+        total = None if stream.log_decay is None else summed(stream.log_decay.double())
+        return q, k, total
+
+    def chunked(
+        self,
+        inputs: Inputs,
+        handed: Handed,
+        state: State,
+        *,
+        fresh: bool = False,
+        weights: bool = False,
+    ) -> Partial:
         """O(T)-memory form over the keys that leave the window at each token; writes the state.
 
         Args:
             fresh: the state is empty and nobody looks at it afterwards.
+            weights: the values are columns of the identity, see `Mixer.shows`.
         """
-        stream = self._arriving(inputs, handed, self._advance(inputs, state), state, projected=True)
-        stream = replace(stream, fresh=fresh)
+        position = self._advance(inputs, state)
+        stream = self._arriving(inputs, handed, position, state, projected=True, weights=weights)
+        stream = replace(stream, fresh=fresh, weights=weights)
         order = handed.order
         if order is None:
             state.meet(self.update, stream)
-            return self.normalizer(self.update.chunked(stream, state))
+            return self._normalized(self.update.chunked(stream, state), weights)
         # keys that leave in blocks stand in slots of their own, before the queries that may read them
         placed = replace(
             stream,
@@ -141,7 +161,10 @@ class Recurrent(nn.Module):
             docs=order.docs,
             valid=order.place_keys(stream.valid),
         )
-        return self.normalizer(order.take(self.update.chunked(placed, state)))
+        return self._normalized(order.take(self.update.chunked(placed, state)), weights)
+
+    def _normalized(self, partial: Partial, weights: bool) -> Partial:
+        return partial if weights and not self.normalizer.signed else self.normalizer(partial)
 
     def step(self, inputs: Inputs, handed: Handed, state: State) -> Partial:
         """One token, in place."""
@@ -151,10 +174,17 @@ class Recurrent(nn.Module):
         return self.normalizer(self.update.step(stream, state))
 
     def _arriving(
-        self, inputs: Inputs, handed: Handed, position: Tensor | None, state: State, *, projected: bool
+        self,
+        inputs: Inputs,
+        handed: Handed,
+        position: Tensor | None,
+        state: State,
+        *,
+        projected: bool,
+        weights: bool = False,
     ) -> Stream:
         if not self.delayed:
-            return self._stream(inputs, position, position, state, projected=projected)
+            return self._stream(inputs, position, position, state, projected=projected, weights=weights)
         wide = inputs.q.dtype
         late = Inputs(
             inputs.q,
@@ -169,7 +199,7 @@ class Recurrent(nn.Module):
         k_position = None
         if position is not None:
             k_position = position - handed.lag if handed.position is None else handed.position
-        return self._stream(late, position, k_position, state, projected=projected)
+        return self._stream(late, position, k_position, state, projected=projected, weights=weights)
 
     def _stream(
         self,
@@ -179,8 +209,10 @@ class Recurrent(nn.Module):
         state: State | None,
         *,
         projected: bool = False,
+        weights: bool = False,
     ) -> Stream:
-        q, k, v = inputs.q, inputs.k, inputs.v
+        # columns of the identity pass what acts on values by
+        q, k, v = inputs.q, inputs.k, inputs.v[..., :0] if weights else inputs.v
         docs = inputs.docs if inputs.bordered else None
         masks = {"valid": inputs.valid, "docs": docs, "front": inputs.front}
         mixed = self._mixed(inputs.hidden, masks, state)
@@ -190,6 +222,7 @@ class Recurrent(nn.Module):
             v = self.update.first(v, inputs.first, inputs.hidden)
         if self.short_conv is not None:
             q, k, v = self.short_conv(q, k, v, **masks, state=state)
+        v = inputs.v if weights else v
         if dispatch.use_triton(q, k, v) and self.by_products and projected and not _in_parts(state):
             return self._products(inputs, q, k, v)
         seen = inputs.valid[..., None]

@@ -70,6 +70,32 @@ def test_of_steps_without_any_window(name, monkeypatch):
         assert losses.shape == (len(off),)
 
 
+@pytest.mark.parametrize(
+    ("name", "objective", "off"),
+    [
+        ("hedgehog", "attention_weights", False),
+        ("hedgecats", "attention_weights", True),
+        ("lolcats", "attention_weights", False),
+        ("mohawk", "mixing_matrix", False),
+        ("gdn2", "mixing_matrix", False),
+    ],
+)
+def test_of_attention_weights(name, objective, off, monkeypatch):
+    """By tiles of both matrices, and column by column."""
+    model = convert(random_model("cpu", torch.bfloat16, "tiny", **SIZES), name)
+    with on_paper(monkeypatch, True), ExitStack() as stack:
+        to_paper(model)
+        stack.enter_context(surgery.trusting(model))
+        stack.enter_context(OnDevice())
+        layers = surgery.converted(model)
+        losses = transfer_step(model, packed(80), {objective: 1.0}, window_off=[off] * len(layers))
+        assert losses.shape == (len(layers),)
+        assert all(x.mixer.feature_map.query_weight.grad is not None for x in layers) or name in (
+            "mohawk",
+            "gdn2",
+        )
+
+
 def test_a_mask_that_is_not_trusted_is_looked_at(monkeypatch):
     model = convert(random_model("cpu", torch.bfloat16, "tiny", **SIZES), "lolcats")
     with on_paper(monkeypatch, triton=False), pytest.raises(DataDependentOutputException):

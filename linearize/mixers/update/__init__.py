@@ -199,6 +199,14 @@ class Update(Part):
         """O(T)-memory form; writes the new state."""
         raise NotImplementedError(type(self))  # pragma: no cover
 
+    def has_factors(self) -> bool:
+        """Whether its weights are q_t.`keys`_s exp(log decays between s and t), divided by their sum or not."""
+        return False
+
+    def keys(self, stream: Stream) -> Tensor:
+        """What is written under, where `has_factors`."""
+        raise NotImplementedError(type(self))  # pragma: no cover
+
     def transits(self) -> bool:
         """Whether `transition` says what a text does to a state, whatever that is: the rule is affine in its state."""
         return False
