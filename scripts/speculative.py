@@ -6,7 +6,7 @@ after how many tokens, and by how much the model preferred its own token there. 
 
     python scripts/speculative.py smollm2-135m --drafts runs/demo/checkpoint --context 512 4096 16384 \
         --draft-tokens 2 4 8 --batch 1 --temperature 0 0.8 --out docs/results/speculative-h200.json
-    python scripts/speculative.py smollm2-135m --drafts runs/a --pairs runs/a=runs/b runs/c=runs/a --out ...  # other models' texts
+    python scripts/speculative.py smollm2-135m --drafts runs/a --pairs runs/a=runs/b runs/c=runs/a --out FILE
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("path", metavar="PATH", help="the model whose text it is: a conversion or any model")
     parser.add_argument("--drafts", nargs="+", required=True, metavar="MODEL", help="one after the other")
     parser.add_argument(
-        "--pairs", nargs="+", default=[], metavar="PATH=DRAFT", help="then texts of other models with drafts of theirs"
+        "--pairs",
+        nargs="+",
+        default=[],
+        metavar="PATH=DRAFT",
+        help="then texts of other models with drafts of theirs",
     )
     parser.add_argument(
         "--context", type=int, nargs="+", default=[512], metavar="TOKENS", help="of the prompt"
@@ -262,7 +266,8 @@ def _table(found: dict[str, Any]) -> str:
         f"`{found['command']}`, {found['date']}, commit {found['commit']}, {found['machine']}, {found['dtype']}, "
         f"{found['tokens']} new tokens of each text.",
         "",
-        "| model | prompt | rows | temperature | draft | drafted in a round | tokens/s | taken | tokens a round | same texts |",
+        "| model | prompt | rows | temperature | draft | drafted in a round | tokens/s | taken | tokens a round "
+        "| same texts |",
         "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|",
     ]
     for row in found["rows"]:

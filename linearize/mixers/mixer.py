@@ -269,7 +269,9 @@ class Mixer(nn.Module):
                 assert self.fused is not None
                 pair, off = self._fused_pair(q, k, beside.plain), self.without_window
                 made = self.fused.chunked(*pair, v, valid, docs, state, front, beside.sink, off)
-                return self._finish(made, self._behind(beside.hidden, valid, docs, front, state, chunked=True))
+                return self._finish(
+                    made, self._behind(beside.hidden, valid, docs, front, state, chunked=True)
+                )
             fresh = state is None
             if state is None:
                 state = self.initial_state(k.shape[0], k.dtype, k.device)

@@ -190,7 +190,7 @@ class Recurrent(nn.Module):
     def _mixes(self) -> list[tuple[str, Tensor]]:
         """Name in the state and mix of every part that reads tokens mixed with those before them.
 
-        The projections' own inputs are made outside; theirs is the mix of the values, which the first layer's share reads.
+        Inputs of projections are made outside; here stands the mix of the values, which the first layer's share reads.
         """
         parts = (("shift_gate", self.gate), ("shift_update", self.update))
         found = [(name, part.mix) for name, part in parts if part is not None and part.mix is not None]

@@ -123,7 +123,5 @@ def inputs_of(
     with torch.autocast(hidden.device.type, enabled=False):
         own = hidden.to(dtype)
         step = before(own, last, valid, starts) - own
-        q, k, v = (
-            (own + mix.to(dtype) * step).to(hidden.dtype) for mix in mixer.recurrent.update.inputs.mix
-        )
+        q, k, v = ((own + mix.to(dtype) * step).to(hidden.dtype) for mix in mixer.recurrent.update.inputs.mix)
     return q, k, v

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
 from typing import Any, cast
@@ -129,7 +128,15 @@ class LinearizedAttention(nn.Module):
             frame: of the call.
             args, kwargs: the module's own arguments.
             reading: of the call's mask.
+
+        Raises:
+            UnsupportedModelError: another process holds the token before the first.
         """
+        if self.linearize_switch.spread is not None:
+            raise UnsupportedModelError(
+                f"{self.named()}: its projections read the token before (mixer.update.shift_projections), and "
+                "sequences that several processes hold hand on none in front of projections; set run.sequence=1"
+            )
         hidden, cache = frame.hidden_states, frame.cache
         hidden = hidden.detach() if self.linearize_switch.mode == "observe" else hidden
         state, valid = (None, reading.valid) if cache is None else cache.entered(reading.valid)

@@ -109,7 +109,7 @@ def test_it_is_a_fenwick_tree(name, levels, block):
 @bases
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 def test_equal_weights_are_the_rule_itself(name, weight):
-    """As it starts, in every form and whatever was carried; another weight is a factor, which a running sum divides by."""
+    """In every form and whatever was carried; one is the start, another a factor, by which a running sum divides."""
     x, outs = Draw.of(SHAPE, 60, torch.float64), []
     for mixer in (on_levels(BASES[name], levels=4), BASES[name]):
         torch.manual_seed(0)

@@ -211,7 +211,9 @@ def test_it_trains_with_the_model_and_in_transfer():
     model, ids = made(), tiny.tokens()
     model(ids, use_cache=False, labels=ids).loss.backward()
     found = gradients(model)
-    assert all(found[f"model.layers.{n}.self_attn.mixer.recurrent.update.inputs.mix"].abs().max() for n in range(4))
+    assert all(
+        found[f"model.layers.{n}.self_attn.mixer.recurrent.update.inputs.mix"].abs().max() for n in range(4)
+    )
     model.zero_grad()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".mixer." in name)
@@ -223,13 +225,13 @@ def test_it_trains_with_the_model_and_in_transfer():
         student[call.layer_idx] = call.student().detach()
 
     hooked = {}
-    layers[0].register_forward_hook(
-        lambda module, args, given, out: hooked.update(given), with_kwargs=True
-    )
+    layers[0].register_forward_hook(lambda module, args, given, out: hooked.update(given), with_kwargs=True)
     with torch.no_grad(), surgery.observe(model, observe):
         model(ids, use_cache=False)
     found = gradients(model)
-    assert all(found[f"model.layers.{n}.self_attn.mixer.recurrent.update.inputs.mix"].abs().max() for n in range(4))
+    assert all(
+        found[f"model.layers.{n}.self_attn.mixer.recurrent.update.inputs.mix"].abs().max() for n in range(4)
+    )
     # what transfer sees is what the layer computes
     with torch.no_grad():
         given = {**hooked, "linearize_first_values": handed_on.FirstLayer()}

@@ -31,7 +31,9 @@ def nearest(
 def differences(candidate: ForeignLayer, givens: Sequence[Given], softmax: Softmax) -> list[Difference]:
     """Everything in which one of the mixers is not this layer, each thing once."""
     recurrent = [given for given in givens if is_recurrent(given)]
-    listed = [one for given in recurrent for one in (*candidate.differences(given), *_output(candidate, given))]
+    listed = [
+        one for given in recurrent for one in (*candidate.differences(given), *_output(candidate, given))
+    ]
     listed += [one for given in givens if not is_recurrent(given) for one in softmax(given)]
     if len({str(candidate.settings(given)) for given in recurrent} if not listed else ()) > 1:
         listed.append(Difference("layers", "several mixers or shapes", "the same one in every layer"))

@@ -36,9 +36,9 @@ class RWKV7(Moving):
     With `first_values` a layer's values are mixed with those of the model's first converted layer (`FirstValues`), as
     published layers do with layer 0's.
 
-    Token shift is an option of each that reads the hidden state: rates (`shift` here), decays (`shift` of the gate), the
-    output (`shift` of its gate), and the teacher's projections to queries, keys and values (`shift_projections`), each
-    with a mix of its own as published. All start at zero, where nothing is shifted.
+    Token shift is an option of each that reads the hidden state: rates (`shift` here), decays (`shift` of the gate),
+    the output (`shift` of its gate), and the teacher's projections to queries, keys and values (`shift_projections`),
+    each with a mix of its own as published. All start at zero, where nothing is shifted.
 
     Limitations: the bonus r_k, zero at the start of conversions, is left out.
     """
