@@ -220,9 +220,17 @@ VARIANTS: list[dict] = [
     {
         "feature_map": {"name": "identity"},
         "gate": {"name": "rwkv7", "rank": 3, "shift": True},
-        "update": {"name": "rwkv7", "rank": 3, "shift": True, "first_values": True, "first_rank": 3},
+        "update": {
+            "name": "rwkv7",
+            "rank": 3,
+            "shift": True,
+            "shift_projections": True,
+            "first_values": True,
+            "first_rank": 3,
+        },
         "normalizer": {"name": "none"},
         "short_conv": {"name": "depthwise", "taps": 2},
+        "output": {"name": "gate", "rank": 3, "shift": True},
     },
     {
         "feature_map": {"name": "exp", "learned": True},
@@ -266,6 +274,11 @@ VARIANTS: list[dict] = [
     {
         "feature_map": {"name": "taylor", "dim": 8, "per": "kv_head"},
         "position": {"name": "selective_rope", "rank": 3},
+    },
+    {
+        "feature_map": HEDGEHOG,
+        "window": SLIDING,
+        "output": {"name": "gated_norm", "rank": 3, "shift": True},
     },
 ]
 """Options that change shapes or paths."""

@@ -173,3 +173,8 @@ def _mixers(recipe: Recipe) -> Iterator[str]:
                 "mixer.window: 'full' keeps every key, and no process hands on all of them; leave such layers as the "
                 "teacher's own softmax (layers: {keep: [...]}), whose keys are gathered"
             )
+        if section.get("update", {}).get("shift_projections"):
+            yield (
+                "mixer.update.shift_projections: the token before the first of a process's own is another one's, and "
+                "projections are not handed it; set it to false"
+            )

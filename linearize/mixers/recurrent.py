@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from linearize.kernels import dispatch
 from linearize.mixers.base import LayerShape, Partial, accumulator, positions, repeat_heads, summed
 from linearize.mixers.feature_map import FeatureMap
 from linearize.mixers.gate import Gate
+from linearize.mixers.inputs import Inputs
 from linearize.mixers.normalizer import Normalizer
+from linearize.mixers.shift import PROJECTIONS, initial, mixed
 from linearize.mixers.short_conv import ShortConv
-from linearize.mixers.short_conv.depthwise import convolved
 from linearize.mixers.state import State
 from linearize.mixers.update import Stream, Update
 from linearize.mixers.window import Handed
@@ -22,33 +23,6 @@ from linearize.mixers.window import Handed
 
 def _in_parts(state: State | None) -> bool:
     return state is not None and state.in_parts
-
-
-@dataclass
-class Inputs:
-    """One call's inputs, widened to the accumulator's dtype.
-
-    Attributes:
-        q, k, v: [B, T, H, K], [B, T, N, K], [B, T, N, V].
-        valid: [B, T] bool, false on padding.
-        docs: [B, T] document numbers.
-        hidden: [B, T, D] the layer's input, or None where no part reads it.
-        dtype: of the model's own q, k and v.
-        front: [B] padding in front of each row, behind which the state's tokens belong, or None.
-        bordered: whether a document may begin among the tokens.
-        first: [B, T, N, V] values of the model's first converted layer, or None where nobody reads them.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    valid: Tensor
-    docs: Tensor
-    hidden: Tensor | None
-    dtype: torch.dtype = torch.float32
-    front: Tensor | None = None
-    bordered: bool = False
-    first: Tensor | None = None
 
 
 class Recurrent(nn.Module):
@@ -98,7 +72,7 @@ class Recurrent(nn.Module):
         if self.short_conv is not None:
             tensors |= self.short_conv.initial(batch, dtype, device)
         for name, mix in self._mixes():
-            tensors[name] = torch.zeros(batch, 1, 1, len(mix), dtype=dtype, device=device)
+            tensors[name] = initial(mix, batch, dtype, device)
         if self.feature_map.uses_position:
             tensors["position"] = torch.zeros(batch, dtype=torch.int64, device=device)
         return tensors
@@ -215,11 +189,11 @@ class Recurrent(nn.Module):
         q, k, v = inputs.q, inputs.k, inputs.v[..., :0] if weights else inputs.v
         docs = inputs.docs if inputs.bordered else None
         masks = {"valid": inputs.valid, "docs": docs, "front": inputs.front}
-        mixed = self._mixed(inputs.hidden, masks, state)
+        own = self._mixed(inputs.hidden, masks, state)
         if self.update.first is not None and v.shape[-1]:  # there are no values where weights are asked for
             assert inputs.first is not None and inputs.hidden is not None
-            # published layers read what their value projection does, and no shift of ours reaches the projections
-            v = self.update.first(v, inputs.first, inputs.hidden)
+            # as published: what the value projection reads
+            v = self.update.first(v, inputs.first, own.get(PROJECTIONS, inputs.hidden))
         if self.short_conv is not None:
             q, k, v = self.short_conv(q, k, v, **masks, state=state)
         v = inputs.v if weights else v
@@ -231,7 +205,7 @@ class Recurrent(nn.Module):
         log_decay = None
         if self.gate is not None:
             # the gate reads the key as it came: Liger's makes it from the projection itself
-            log_decay = self.gate(mixed.get("shift_gate", inputs.hidden), inputs.k)
+            log_decay = self.gate(own.get("shift_gate", inputs.hidden), inputs.k)
             log_decay = repeat_heads(log_decay, heads // log_decay.shape[2]) * (
                 seen[..., None] if log_decay.dim() == 4 else seen
             ).to(log_decay.dtype)
@@ -242,24 +216,24 @@ class Recurrent(nn.Module):
             docs=inputs.docs,
             valid=inputs.valid,
             log_decay=log_decay,
-            hidden=mixed.get("shift_update", inputs.hidden),
+            hidden=own.get("shift_update", inputs.hidden),
             dtype=inputs.dtype,
         )
 
     def _mixes(self) -> list[tuple[str, Tensor]]:
-        """Name in the state and mix of every part that reads tokens mixed with those before them."""
+        """Name in the state and mix of every part that reads tokens mixed with those before them.
+
+        Inputs of projections are made outside; here stands the mix of the values, which the first layer's share reads.
+        """
         parts = (("shift_gate", self.gate), ("shift_update", self.update))
-        return [(name, part.mix) for name, part in parts if part is not None and part.mix is not None]
+        found = [(name, part.mix) for name, part in parts if part is not None and part.mix is not None]
+        inputs = self.update.inputs
+        return found if inputs is None else [*found, (PROJECTIONS, inputs.values)]
 
     def _mixed(self, hidden: Tensor | None, masks: dict[str, Any], state: State | None) -> dict[str, Tensor]:
-        """Each part's own mixture [B, T, D]: a filter of two taps, mix and 1 - mix."""
-        found = self._mixes()
-        if hidden is None or not found:
-            return {}
-        filters = {name: torch.stack([mix, 1 - mix], -1)[None] for name, mix in found}
-        given = {name: (hidden[:, :, None], weight) for name, weight in filters.items()}
-        outputs = convolved(given, **masks, state=state)
-        return {name: x[:, :, 0] for name, x in zip(filters, outputs, strict=True)}
+        """Each part's own mixture [B, T, D]."""
+        found = dict(self._mixes())
+        return {} if hidden is None or not found else mixed(found, hidden, masks, state)
 
     def _products(self, inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Stream:
         """q and k before features are made of them; see `Stream.scale`."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from linearize.across import Across
+from linearize.mixers import shift
 from linearize.mixers.base import documents
 from linearize.mixers.beside import Beside, Plain
 from linearize.mixers.state import State
@@ -81,13 +82,6 @@ def at_once(mixer: Mixer) -> bool:
     return recurrent.update.transits() and recurrent.update.first is None and not mixer.position.turns
 
 
-def covers(mixer: Mixer) -> str | None:
-    """Why a mixer cannot be spread, or None."""
-    if mixer.has_fixed_state:
-        return None
-    return "keeps every key, so what one process would hand to the next grows with the text"
-
-
 def chunked(
     across: Across,
     mixer: Mixer,
@@ -104,7 +98,7 @@ def chunked(
 
     Args:
         across: the processes; knows where documents begin.
-        mixer: one that `covers` says nothing against.
+        mixer: whose state has a fixed size, and whose projections read the tokens of their own place alone.
         q, k, v: of this process's tokens, as is what stands `beside` them.
         valid, starts, gaps: what a mask of this process's tokens alone would say; there is no padding.
     """
@@ -125,9 +119,8 @@ def _at_once(
     if isinstance(window, SlidingWindow):
         near = k if mixer.position.window_rotated or plain is None else plain[1]
         _held(window, state, near, v, across)
-    if mixer.recurrent is not None:
-        far: Plain = (q, k) if mixer.position.recurrent_rotated or plain is None else plain
-        _recent(mixer, state, (*far, v), beside.hidden, across)
+    far: Plain = (q, k) if mixer.position.recurrent_rotated or plain is None else plain
+    _recent(mixer, state, (*far, v), beside.hidden, across)
     made: Tensor = mixer._run(q, k, v, None, docs, beside, state=state)
     return made
 
@@ -156,7 +149,7 @@ def _recent(
     """What convolutions, token shifts and counts of positions carry."""
     given = dict(zip(("conv_q", "conv_k", "conv_v"), streams, strict=True))
     if hidden is not None:
-        given |= dict.fromkeys(("shift_gate", "shift_update"), hidden[:, :, None])
+        given |= dict.fromkeys(shift.NAMES, hidden[:, :, None])
     for name, x in given.items():
         if name in state:
             count = state[name].shape[1]

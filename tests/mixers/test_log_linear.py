@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from compositions import SHAPES, Draw, make
@@ -127,20 +129,25 @@ def test_the_state_is_that_of_a_counter(name, levels, block):
 
 
 @bases
-def test_equal_weights_are_the_rule_itself(name):
-    """As it starts, in every form and whatever was carried."""
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_equal_weights_are_the_rule_itself(name, weight):
+    """In every form and whatever was carried; one is the start, another a factor, by which a running sum divides."""
     x, outs = Draw.of(SHAPE, 60, torch.float64), []
     for mixer in (on_levels(BASES[name], levels=4), BASES[name]):
         torch.manual_seed(0)
         made = build(mixer, SHAPE).double()
         made.reset_parameters()
+        factor = 1.0
+        if hasattr(made.update, "level_bias"):
+            torch.nn.init.constant_(made.update.level_bias, math.log(math.expm1(weight)))
+            factor = 1.0 if made.recurrent.normalizer.running_sum else weight
         if made.recurrent.gate is not None and hasattr(made.recurrent.gate, "logits"):
             torch.nn.init.zeros_(made.recurrent.gate.logits.up)
         state = made.initial_state(2, torch.float64, x.q.device)
         with torch.no_grad():
             parts = [x[:40].run(made.chunked, state=state)]
             parts += [x[t : t + 1].run(made.step, state=state) for t in range(40, 60)]
-            outs.append((torch.cat(parts, 1), x.run(made.parallel)))
+            outs.append([y / factor for y in (torch.cat(parts, 1), x.run(made.parallel))])
     for one, two in zip(*outs, strict=True):
         torch.testing.assert_close(one, two, atol=1e-10, rtol=1e-9)
 
