@@ -193,7 +193,7 @@ def _flash(model: nn.Module, device: torch.device) -> None:
 
 
 def compiled(out: Path) -> None:
-    """Passes of a hybrid and of a teacher beside it: what stands around their attention is compiled, from the first on."""
+    """Passes of a hybrid and of a teacher beside it: what stands around their attention is compiled at once."""
     compiled_mixers.BACKEND = "eager"  # tracing is what can fail
     device = resolve_device(RunConfig(device=DEVICE))
     with processes.joined(device):

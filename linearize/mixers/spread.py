@@ -6,8 +6,8 @@ Two ways, and a mixer takes the first that its parts allow:
   composes what the ones before it say. Windows and convolutions get the few tokens that they reach back over (a halo).
   One gathering of halos and one of transitions a layer, whatever the number of processes; nobody waits for another's
   output. The transition is one product of keys and values more, or for rules that overwrite two more runs of the rule.
-  Where a graph spans layers, a layer's mixer is computed once more in backward (`again`): its parts, kernels apart, would
-  keep several times what one compiled function does.
+  Where a graph spans layers, a layer's mixer is computed once more in backward (`again`): its parts, which are not
+  compiled, would keep several times what one compiled function does.
 - One after the other. A process takes the whole state that the one before has left, and hands its own on. Right for any
   mixer, since it is what decoding and carried states are. Nothing is computed twice, but within a layer processes wait
   for each other: they overlap across layers alone.
