@@ -48,7 +48,7 @@ def test_measured_rows(row):
 
 
 def test_a_row_that_is_missed_is_said(capsys, tmp_path):
-    wrong = [{**HELD[0], "peak_gib": 1.2 * HELD[0]["peak_gib"]}, HELD[1]]
+    wrong = [{**HELD[0], "tokens_per_second": 2 * HELD[0]["tokens_per_second"]}, HELD[1]]
     (tmp_path / "rows.json").write_text(json.dumps(wrong))
     assert check.main([str(tmp_path / "rows.json")]) == 1
     assert "2 rows, 1 beyond" in capsys.readouterr().out
