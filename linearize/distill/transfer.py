@@ -37,7 +37,8 @@ class TransferTrainer(StageTrainer):
         super().__init__(model, **settings)
 
     def compiled_parts(self) -> Sequence[nn.Module | Place]:
-        return [*around_attention(self.trained_model), *self.functions()]
+        around = around_attention(self.trained_model, softmax=self.sequences.size > 1)
+        return [*around, *self.functions()]
 
     def functions(self) -> list[Place]:
         """What is compiled by itself inside the attention."""
