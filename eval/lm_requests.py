@@ -54,9 +54,7 @@ def distinct(requests: Sequence[Any]) -> set[tuple[int, ...]]:
     return {tuple([*context, *answer][:-1]) for _, context, answer in requests}
 
 
-def expected(
-    tasks: Mapping[str, Any], encode: Any, *, limit: int, most: int, rows: int, step: int
-) -> int:
+def expected(tasks: Mapping[str, Any], encode: Any, *, limit: int, most: int, rows: int, step: int) -> int:
     """Tokens that go through a model, from all items' number and the requests of some of them.
 
     Args:
