@@ -12,7 +12,7 @@ from linearize.mixers.offloaded import device_of
 
 TOKENS = 32
 SAME = 1e-3
-"""Of the largest logit: rounding, where mixtures of experts sort the tokens otherwise. What looks ahead differs by more."""
+"""Of the largest logit: rounding, where mixtures of experts sort tokens otherwise. What looks ahead differs by more."""
 
 
 def check_causal(name: str, model: Any) -> None:
@@ -35,7 +35,7 @@ def check_causal(name: str, model: Any) -> None:
     apart, size = float((one - two).abs().max()), float(one.abs().max())
     if apart > SAME * size:
         raise UnsupportedModelError(
-            f"{name}: not causal: what {type(model).__name__} says of a token depends on those behind it (by {apart:.2g}, "
-            f"logits reach {size:.2g}), so perplexities and answers would mean nothing; give a decoder, or, where the "
-            "family can be one, a checkpoint whose config.json says so (is_decoder)"
+            f"{name}: not causal: what {type(model).__name__} says of a token depends on those behind it (by "
+            f"{apart:.2g}, logits reach {size:.2g}), so perplexities and answers would mean nothing; give a decoder, "
+            "or, where the family can be one, a checkpoint whose config.json says so (is_decoder)"
         )

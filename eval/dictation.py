@@ -1,4 +1,4 @@
-"""Logits of a text read token by token, as decoding reads it: what a state that is carried along makes of each token."""
+"""Logits of a text read token by token, as decoding reads it: what a state carried along makes of each token."""
 
 from __future__ import annotations
 

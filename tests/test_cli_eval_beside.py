@@ -128,7 +128,9 @@ def test_an_encoder_is_refused_by_name_and_as_a_decoder_it_is_judged(tmp_path, c
         code = cli.main([str(part) for part in line])
         said = " ".join(capsys.readouterr().err.split())
         assert code == (0 if decoder else 2)
-        assert decoder != ("not causal: what BertLMHeadModel says of a token depends on those behind it" in said)
+        assert decoder != (
+            "not causal: what BertLMHeadModel says of a token depends on those behind it" in said
+        )
 
 
 def test_compare_never_tells_to_delete_what_is_not_its_own(tmp_path, capsys):

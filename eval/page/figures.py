@@ -111,8 +111,8 @@ def _decades(values: Sequence[float]) -> Figure:
 def _dots(chart: Dots) -> Figure:
     """A lane for each series within a row, so that whiskers do not cover each other."""
     data: list[Figure] = []
-    for number, one in enumerate(chart.series):
-        lane = (number + 0.5) / len(chart.series) - 0.5
+    for place, one in enumerate(chart.series):
+        lane = (place + 0.5) / len(chart.series) - 0.5
         points = [point for point in one.points if _finite(point.y)]
         data.append(
             {
@@ -132,7 +132,8 @@ def _dots(chart: Dots) -> Figure:
             }
         )  # fmt: skip
     y_axis = {
-        **AXIS, "tickmode": "array", "tickvals": list(range(len(chart.rows))), "ticktext": [label(short(row)) for row in chart.rows],
+        **AXIS, "tickmode": "array", "tickvals": list(range(len(chart.rows))),
+        "ticktext": [label(short(row)) for row in chart.rows],
         "range": [len(chart.rows) - 0.5, -0.5], "showgrid": False,
     }  # fmt: skip
     x_axis = {**AXIS, "title": {"text": label(chart.x_title), "standoff": 6}, "range": [-3, 103]}

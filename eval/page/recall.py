@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from linearize.eval.page.blocks import Block, Dots, Heat, Lines, Point, Series
 from linearize.eval.page.contestants import Contestant, short
@@ -92,7 +93,7 @@ def point(row: Score, factor: float = 1.0, x: float | None = None) -> Point:
 
 
 def _even(depths: Sequence[float]) -> bool:
-    steps = [after - before for before, after in zip(depths, depths[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(depths)]
     return bool(steps) and depths[0] == 0 and depths[-1] == 1 and max(steps) - min(steps) <= APART
 
 

@@ -22,7 +22,7 @@ from linearize.eval.page.blocks import (
     Table,
     Words,
 )
-from linearize.eval.page.contestants import Contestant, contestants, short
+from linearize.eval.page.contestants import Contestant, contestants
 from linearize.eval.page.sources import Subject
 from linearize.eval.page.verdict import mean_of, recall_of, texts, verdict, written
 from linearize.eval.rows import METRICS, STUDENT, TEACHER, Score

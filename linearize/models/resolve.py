@@ -98,10 +98,8 @@ def _means_a_folder(model: str, path: Path) -> bool:
     """
     if "/" not in model or "@" in model:
         return False
-    return (
-        "did you mean" in _nearby(path)
-        or (path.parent.name == RUNS or bool(_models_in(path.parent)))
-        and not hub.cached(model)
+    return "did you mean" in _nearby(path) or (
+        (path.parent.name == RUNS or bool(_models_in(path.parent))) and not hub.cached(model)
     )
 
 

@@ -139,7 +139,9 @@ def test_among_runs_and_models_a_missing_folder_is_no_hub_id(hub, checkpoint, tm
     for name in ("first", "other"):
         (tmp_path / "mine" / name).mkdir(parents=True)
         (tmp_path / "mine" / name / "recipe.yaml").write_text("")
-    with pytest.raises(ModelNotFoundError, match=r"no such file or folder; mine holds first, other; for a model"):
+    with pytest.raises(
+        ModelNotFoundError, match=r"no such file or folder; mine holds first, other; for a model"
+    ):
         resolve("mine/wanted")
     assert hub.downloads == []
     hub.remote = checkpoint
