@@ -372,7 +372,7 @@ class Mixer(nn.Module):
         behind: Tensor | None,
     ) -> Tensor:
         """`_join` in the dtype of v where that is what the kernels took."""
-        return joined if self.output is None or weights or self.shows else self.output(joined, behind)
+        return self._join(near, far, hidden, behind).to(v.dtype if narrows(v) else accumulator(v.dtype))
 
     def _join(
         self,
@@ -384,11 +384,7 @@ class Mixer(nn.Module):
         weights: bool = False,
     ) -> Tensor:
         joined = self._joined(near, far, hidden)
-<<<<<<< HEAD
-        return joined if self.output is None or weights or self.shows else self.output(joined, hidden)
-=======
-        return joined if self.output is None or weights else self.output(joined, behind)
->>>>>>> w-field
+        return joined if self.output is None or weights or self.shows else self.output(joined, behind)
 
     def _joined(self, near: Partial | None, far: Partial | None, hidden: Tensor | None) -> Tensor:
         if near is not None and far is not None and self.combine is not None:
