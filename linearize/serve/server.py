@@ -15,6 +15,7 @@ from typing import Any
 
 import uvicorn
 
+from linearize.decode.choice import unread
 from linearize.decode.reach import furthest
 from linearize.decode.slots import Slots
 from linearize.serve.app import Service, build
@@ -53,6 +54,8 @@ class Served:
 
     def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
         self.settings = settings
+        for name, value in unread(model.generation_config).items():
+            log.warning("%s=%r of the model's generation_config.json is not done here", name, value)
         room = furthest(model)
         both = settings.prompt + settings.new
         both = both if room is None else min(both, room)

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from decoding import HEDGEHOG, MIXERS, hybrid
+from recordings import Card, on_cpu
 
 from linearize.bench.subjects import convert, random_model, subjects
 from linearize.decode import pieces
@@ -21,60 +22,14 @@ from linearize.recording import record as record_on_a_device
 SIZES = {"hidden_size": 64, "head_dim": 64, "num_hidden_layers": 2}
 
 
-class Graph:
-    """Stands for a CUDA graph: what was called, again, into the same memory."""
-
-    def __init__(self, call, made) -> None:
-        self.call, self.made, self.replays = call, made, 0
-
-    def replay(self) -> None:
-        self.replays += 1
-        self.made.copy_(self.call())
-
-
-class Card:
-    """Stands for a GPU's memory: recordings without a graph beside them take `piece`, others `more`.
-
-    Attributes:
-        free: bytes.
-        taken: by torch.
-    """
-
-    def __init__(self, free: int = 2**40, piece: int = 100, more: int = 0) -> None:
-        self.free, self.piece, self.more, self.taken = free, piece, more, 0
-
-    def take(self, beside: object) -> None:
-        size = self.more if beside else self.piece
-        self.free, self.taken = self.free - size, self.taken + size
-
-    def memory(self, device: torch.device) -> tuple[int, int]:
-        return self.taken, self.free
-
-
 @pytest.fixture
-def card(monkeypatch):
-    found = Card()
-    monkeypatch.setattr(pieces, "memory", found.memory)
-    return found
+def card():
+    return Card()
 
 
 @pytest.fixture
 def graphs(monkeypatch, card):
-    """Graphs that were made, where a recording computes nothing, as on a card."""
-    found = []
-
-    def record(call, beside=None):
-        asked = next(
-            x.cell_contents for x in call.__closure__ if isinstance(x.cell_contents, pieces.Recorded)
-        )
-        made = torch.full((len(asked._ids), 97), torch.nan)
-        assert beside is None or beside in found
-        card.take(beside)
-        found.append(Graph(call, made))
-        return found[-1], made
-
-    monkeypatch.setattr(pieces, "record", record)
-    return found
+    return on_cpu(monkeypatch, card, words=97)
 
 
 def read(model, prompts, width: int, *, records: bool) -> list[list[int]]:
@@ -105,7 +60,7 @@ def test_kept_softmax_layers_are_not_recorded(graphs):
     assert read(hybrid(mixer=HEDGEHOG, layers=[0]), prompts, 6, records=True) and not graphs
 
 
-def test_what_cannot_be_recorded_is_read_as_it_comes(monkeypatch, caplog, card):
+def test_what_cannot_be_recorded_is_read_as_it_comes(monkeypatch, caplog, graphs):
     calls = []
 
     def record(call, beside):
@@ -168,7 +123,7 @@ def test_room_is_left_for_what_is_not_recorded(graphs, card, caplog, free, kept)
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
-def test_what_a_recording_had_taken_is_free_before_the_piece_is_read(monkeypatch, card, kind):
+def test_what_a_recording_had_taken_is_free_before_the_piece_is_read(monkeypatch, graphs, kind):
     """Without waiting for the collector of circles."""
     held = []
 

@@ -68,6 +68,13 @@ def test_random_bytes_end_as_the_tokenizer_ends_them():
         assert text.push(ids) == "" and text.end() == tokenizer.decode(ids)
 
 
+def test_a_word_behind_control_tokens_keeps_its_space():
+    tokenizer = byte_fallback()
+    word, tail = tokenizer.convert_tokens_to_ids(["▁a", "b"])
+    ids = [word, *[2] * 100, word, tail]
+    assert "".join(pieces(tokenizer, ids)) == "a ab" == tokenizer.decode(ids, skip_special_tokens=True)
+
+
 def test_control_tokens_are_no_text():
     tokenizer = byte_tokenizer()
     ids = [256, *tokenizer("ab")["input_ids"], 256, *tokenizer("c")["input_ids"], 257]
@@ -105,7 +112,9 @@ def test_nothing_behind_a_stop_and_nothing_that_may_become_one_is_handed_out():
     assert text.push(tokenizer("more")["input_ids"]) == "" and text.end() == ""
 
 
-def test_a_long_text_takes_constant_time_a_token(monkeypatch):
+@pytest.mark.parametrize("kind", ["words", "controls", "bytes"])
+def test_a_long_text_takes_constant_time_a_token(monkeypatch, kind):
+    """Also where nothing comes of the tokens, or never a character."""
     tokenizer, longest = byte_tokenizer(), []
     decode = tokenizer.decode
 
@@ -114,9 +123,11 @@ def test_a_long_text_takes_constant_time_a_token(monkeypatch):
         return decode(ids, **options)
 
     monkeypatch.setattr(tokenizer, "decode", counted)
+    text = {"words": "word " * 400, "controls": "word", "bytes": BROKEN * 2000}[kind]
     ids = tokenizer("word " * 400)["input_ids"]
-    assert "".join(pieces(tokenizer, ids)) == "word " * 400
-    assert max(longest) < 10
+    ids = {"words": ids, "controls": [*ids[:4], *[256, 257] * 1000], "bytes": [0x80] * 2000}[kind]
+    assert "".join(pieces(tokenizer, ids)) == text
+    assert max(longest) < (200 if kind == "bytes" else 10)
 
 
 def test_tokens_by_name_are_their_text():
