@@ -36,7 +36,10 @@ class Text:
         self._controls = controls(tokenizer)
         self._ids = self._written(before)[-CONTEXT:]
         self._from, self._to = 0, len(self._ids)
-        self._shown = len(self._decode())
+        text = self._decode()
+        self._shown = len(text)
+        # a prompt of ids may end within a character, which the text's first tokens then complete
+        self._half = self._shown - len(text.rstrip(BROKEN))
         self._held = ""
         self._lazy = whole and not stops
         self.stopped = False
@@ -66,12 +69,14 @@ class Text:
     def _fresh(self, *, last: bool) -> str:
         """Decoded text that has not been seen, without bytes at its end that may be part of a character."""
         text = self._decode()
+        if self._half and text[self._shown - self._half : self._shown] != BROKEN * self._half:
+            self._shown, self._half = self._shown - self._half, 0
         waits = not last and len(self._ids) - self._to <= KEPT
         final = text.rstrip(BROKEN) if waits else text
         fresh, self._shown = final[self._shown :], max(self._shown, len(final))
         if fresh and final == text:
             # from here on decode behind the last piece alone
-            self._from, self._to = self._to, len(self._ids)
+            self._from, self._to, self._half = self._to, len(self._ids), 0
             if self._from > KEPT:
                 del self._ids[: self._from]
                 self._from, self._to = 0, len(self._ids)

@@ -59,6 +59,28 @@ def test_bytes_of_words_with_a_sign_in_front():
     assert "".join(pieces(tokenizer, ids, before=[1, tail])) == " a日b b日日b"
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("make", [byte_tokenizer, byte_fallback])
+def test_a_prompt_that_ends_within_a_character(make, whole):
+    """The text begins with the character that it completes; nothing of it is lost, and nothing of the prompt's said."""
+    tokenizer = make()
+    if make is byte_fallback:
+        tail, other = tokenizer.convert_tokens_to_ids(["b", "▁b"])
+        first, *rest = (tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "日".encode())
+    else:
+        tail, other, first, *rest = tokenizer("b 日")["input_ids"]
+
+    def made(before: list[int], ids: list[int]) -> str:
+        text = Text(tokenizer, (), before, whole=whole)
+        return "".join([*(text.push([token]) for token in ids), text.end()])
+
+    behind = " b" if make is byte_fallback else " "
+    assert made([tail, first], [*rest, tail, other]) == f"日b{behind}"
+    assert made([tail, first, rest[0]], [rest[1], tail, other]) == f"日b{behind}"
+    assert made([tail, first], [tail, other]) == f"b{behind}"
+    assert made([tail, first, *rest], [tail, other]) == f"b{behind}"
+
+
 def test_random_bytes_end_as_the_tokenizer_ends_them():
     tokenizer, dice = byte_tokenizer(), random.Random(0)
     for _ in range(50):
