@@ -1,4 +1,4 @@
-"""Recipes that between them hold every part: what takes seconds a recipe runs these at every change, the rest is slow."""
+"""Recipes that between them hold every part: what takes seconds a recipe takes these, and the rest is slow."""
 
 from __future__ import annotations
 

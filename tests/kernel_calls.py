@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -35,6 +36,19 @@ def cases(found: Mapping[str, Any], rarely: Container[str]) -> list[Any]:
         )
         for name, value in found.items()
     ]
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """What `torch.empty` gives is NaN."""
+    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = before[0]
+        torch.use_deterministic_algorithms(before[1])
 
 
 def normal(*size: int, seed: int = 0) -> Tensor:

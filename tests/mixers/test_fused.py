@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import kernel_calls
 import pytest
 import torch
 from kernel_calls import INTERPRETED
@@ -87,7 +88,6 @@ MIXERS: dict[str, dict] = {
 PINNED = {"pinned lolcats", "pinned, short window", "pinned terraced", "pinned, seen from afar"}
 COVERED = {"lolcats", "short window", "terraced", "hedgehog"} | PINNED
 PRODUCTS = {"taylor", "taylor terraced", "taylor alone"}
-mixers = pytest.mark.parametrize("name", MIXERS)
 
 
 def normal(*size: int, seed: int) -> Tensor:
@@ -183,8 +183,7 @@ def test_training_equals_the_parts(name, masked):
             close(one, two, LIMIT)
 
 
-@pytest.mark.slow
-@mixers
+@pytest.mark.parametrize("name", kernel_calls.cases({name: name for name in MIXERS}, MIXERS))
 def test_prefill_split_and_tokens_equal_the_parts(name):
     """A prompt with left padding in two calls, then tokens one by one beyond the windows: the outputs and the state."""
     mixer, given = made(name), inputs(33)
@@ -237,8 +236,7 @@ def test_autocast_leaves_queries_and_keys_in_float32():
     close(found["triton"], found["torch"], 3e-3)
 
 
-@pytest.mark.slow
-@mixers
+@pytest.mark.parametrize("name", kernel_calls.cases({name: name for name in MIXERS}, MIXERS))
 def test_padding_between_tokens_equals_the_parts(name):
     """Second turns of a padded batch: gaps in every call, calls that begin and end in them, blocks handed on before."""
     mixer, given = made(name), inputs(75)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compositions import SHAPES, Draw, make
-from kernel_calls import TOLERANCE
+from kernel_calls import INTERPRETED, TOLERANCE
 from torch.nn import functional as F
 
 from linearize.kernels import dispatch
@@ -185,9 +185,9 @@ def test_it_starts_as_the_rule_without_it(name):
     "name",
     [
         "delta mamba2",
-        pytest.param("delta kda", marks=pytest.mark.slow),
+        pytest.param("delta kda", marks=INTERPRETED),
         "additive per feature",
-        pytest.param("gdn2", marks=pytest.mark.slow),
+        pytest.param("gdn2", marks=INTERPRETED),
         "rwkv7 as published",
         "slots",
     ],
