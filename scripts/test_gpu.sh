@@ -20,7 +20,7 @@ python=${PYTHON:-.venv/bin/python}
 jobs=${JOBS:-$(nproc)}
 limit=${LIMIT:-0}
 began=$(date +%s)
-commit=$(git rev-parse --short HEAD 2>/dev/null || echo "${COMMIT:-unknown}")
+commit=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 out=${OUT:-runs/gpu-tests}/$commit
 mkdir -p "$out"
 

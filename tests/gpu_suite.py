@@ -2,8 +2,8 @@
 
     python tests/gpu_suite.py FOLDER        prints what the results in a folder say, a line a test
 
-`FOLDER/results.tsv` gets a line for each test as it ends: outcome, seconds, name. What `FOLDER/before.txt` names is left
-out, so that a suite that was cut goes on.
+`FOLDER/results.tsv` gets a line for each test as it ends: outcome, seconds, name. What `FOLDER/before.txt` names is
+left out, so that a suite that was cut goes on.
 """
 
 from __future__ import annotations
