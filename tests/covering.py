@@ -14,10 +14,11 @@ from linearize.config.variants import sections
 from linearize.mixers import normalize
 
 
-def fewest(names: Iterable[str], kinds: Callable[[str], set[Hashable]]) -> set[str]:
+def fewest(names: Iterable[str], kinds: Callable[[str], frozenset[Hashable]]) -> set[str]:
     """Some of the names, as few as a greedy choice finds, that have every kind which any of them has."""
     has = {name: kinds(name) for name in names}
-    missing, found = set().union(*has.values()), set()
+    missing: set[Hashable] = set().union(*has.values())
+    found: set[str] = set()
     while missing:
         # of equals the first one, so that the choice is the same in every process
         best = max(has, key=lambda name: len(has[name] & missing))
@@ -55,6 +56,11 @@ def stages(name: str) -> frozenset[Hashable]:
     )
 
 
+def whole(name: str) -> frozenset[Hashable]:
+    """Both: what a run of it meets."""
+    return parts(name) | stages(name)
+
+
 def recipes(
     names: Iterable[str], kinds: Callable[[str], frozenset[Hashable]] = parts, also: Iterable[str] = ()
 ) -> list[Any]:
@@ -66,6 +72,6 @@ def recipes(
         also: names that are never slow.
     """
     names = list(names)
-    quick = fewest([name for name in names if name not in VARIANTS], lambda name: set(kinds(name)))
+    quick = fewest([name for name in names if name not in VARIANTS], kinds)
     quick |= {TEACHER, *also}
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]

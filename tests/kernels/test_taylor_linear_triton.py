@@ -276,7 +276,7 @@ def test_what_is_not_covered_is_refused_with_a_remedy():
 
 def test_compiles_and_checkpoints():
     """One graph under torch.compile, and recomputation under gradient checkpointing gives the same gradients."""
-    case = Case(heads=2, state_heads=2, padding=True)
+    case = Case(tokens=40, dim=8, padding=True)
     x = {name: value.float().requires_grad_() for name, value in draw(case).items()}
     valid = masks(case)[1]
 

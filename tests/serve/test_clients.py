@@ -129,7 +129,7 @@ def load(model, count: int) -> None:
 
 
 def test_hundreds_of_requests(model):
-    load(model, 240)
+    load(model, 120)
 
 
 @pytest.mark.slow
