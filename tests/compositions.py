@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -286,6 +287,11 @@ VARIANTS: list[dict] = [
 
 def registered() -> list[dict]:
     """Distinct compositions, each checked."""
+    return list(_registered())
+
+
+@functools.cache
+def _registered() -> tuple[dict, ...]:
     found = [
         *SKELETONS,
         *(_with(part, name) for part, (registry, _) in PARTS.items() for name in registry.names()),
@@ -296,7 +302,7 @@ def registered() -> list[dict]:
     distinct = {label(mixer): mixer for mixer in found}
     for mixer in distinct.values():
         assert check(mixer) == [], (mixer, check(mixer))
-    return list(distinct.values())
+    return tuple(distinct.values())
 
 
 def _with(part: str, name: str) -> dict:

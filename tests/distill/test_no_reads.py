@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+import covering
 import pytest
 import torch
 from on_paper import META, SIZES, OnDevice, on_paper, to_paper
@@ -27,10 +28,17 @@ def packed(tokens: int = 40) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "position_ids": positions, "labels": ids}
 
 
-@pytest.mark.parametrize(
-    ("name", "triton"), [*((name, True) for name in subjects()), ("lolcats", False), ("gla", False)]
-)
-def test_of_every_recipe(name, triton, monkeypatch):
+@pytest.mark.parametrize("name", covering.recipes(subjects()))
+def test_of_every_recipe(name, monkeypatch):
+    reads_nothing(name, True, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["lolcats", "gla"])
+def test_of_the_torch_forms(name, monkeypatch):
+    reads_nothing(name, False, monkeypatch)
+
+
+def reads_nothing(name, triton, monkeypatch):
     """Attention transfer where something trains there, and training of all weights on text and on the teacher."""
     model = convert(random_model("cpu", torch.bfloat16, "tiny", **SIZES), name)
     head = recognize(model, torch.device("cpu"))

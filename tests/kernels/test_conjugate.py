@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import kernel_calls
 import pytest
 import torch
 
@@ -77,7 +78,7 @@ def test_each_step_is_nearer():
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_in_triton(case, dtype):
     """Three of them, each from where torch's was; directions and products in the dtype that matrices are read in."""
@@ -97,9 +98,14 @@ def test_a_step_in_triton(case, dtype):
         solving = wanted
 
 
+SOLUTIONS = {f"{case}-{steps}": (case, steps) for case in CASES for steps in (1, 5, 40)}
+
+
 @needs_triton
-@pytest.mark.parametrize("steps", [1, 5, 40])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "steps"),
+    kernel_calls.cases(SOLUTIONS, {"grouped-40", "one row-40", "many rows-5", "many rows-40"}),
+)
 def test_a_solution_in_triton(case, steps):
     given = drawn(case, torch.float32)
     wanted = conjugate_solve(*(x.double() for x in given), steps)
@@ -182,7 +188,9 @@ def test_the_systems_of_a_text(case):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"]
+)
 @pytest.mark.parametrize("case", TEXTS)
 def test_the_systems_of_a_text_in_triton(case, dtype, poisoned_memory):
     """Against exact solutions of the rounded keys, as near as rounding and the condition of each system let it be."""

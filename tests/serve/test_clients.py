@@ -152,7 +152,7 @@ def recorded(monkeypatch, count: int) -> None:
 
 
 def test_hundreds_of_requests(model):
-    load(model, 240)
+    load(model, 120)
 
 
 def test_hundreds_of_requests_in_recorded_pieces(monkeypatch):
