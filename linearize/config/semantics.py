@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def problems(recipe: Recipe, broken: Collection[str] = ()) -> list[str]:
         found += auto_or_count("eval.batch_size", recipe.eval.batch_size)
     for name, stage in recipe.stages.items():
         found += stage_problems(name, stage, recipe, broken)
+    found += _adapters(recipe, broken)
     if len(recipe.stages) > rules.STAGES:
         found.append(f"stages: {len(recipe.stages)} of them; at most {rules.STAGES}")
     return found + _data(recipe, broken) + _tasks(recipe, broken)
@@ -115,6 +117,27 @@ def _trained(recipe: Recipe, broken: Collection[str]) -> list[str]:
         for name, stage in recipe.stages.items()
         if stage.train == ["mixers"] and f"stages.{name}.train" not in broken
     ]
+
+
+def _adapters(recipe: Recipe, broken: Collection[str]) -> list[str]:
+    """Stages hang in one adapter and train it one after the other, so none can want another than the first."""
+    given = {name: asdict(stage.lora) for name, stage in recipe.stages.items() if stage.lora is not None}
+    if len(given) < 2 or "stages" in broken:
+        return []
+    (first, wanted), *later = given.items()
+    found = []
+    for name, own in later:
+        for key, value in own.items():
+            paths = [f"stages.{stage}.lora" for stage in (first, name)]
+            if {x for path in paths for x in (path, f"{path}.{key}")} & set(broken):
+                continue
+            other = set(value) != set(wanted[key]) if key == "targets" else value != wanted[key]
+            if other:
+                found.append(
+                    f"{paths[1]}.{key}: {shown(value)} is not the {shown(wanted[key])} of {paths[0]}.{key}, and stages "
+                    f"share one adapter; give both the same, or let one of them train: [all]"
+                )
+    return found
 
 
 def _data(recipe: Recipe, broken: Collection[str]) -> list[str]:

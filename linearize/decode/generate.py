@@ -11,6 +11,7 @@ from torch import Tensor
 from linearize.decode.arguments import evaluating
 from linearize.decode.choice import obstacles, request
 from linearize.decode.prefix import Prefix
+from linearize.decode.reach import crossed
 from linearize.decode.reuse import decoder, forget
 from linearize.errors import LinearizeError
 from linearize.surgery import converted
@@ -51,6 +52,9 @@ def generate_ids(
     asked = None
     if not problems:
         asked, problems = request(model, before + ids.shape[1], options)
+    if asked is not None and prefix is None:  # behind a prefix it has been refused
+        turned = crossed(model, ids.shape[1], ids.shape[1] + asked.tokens)
+        asked, problems = (None, [turned]) if turned is not None else (asked, [])
     if asked is None:
         if graph:
             name = "compile" if compile else "graph"

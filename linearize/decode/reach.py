@@ -37,6 +37,23 @@ def check_reach(model: Any, tokens: int, beside: str = "a state") -> None:
             )
 
 
+def crossed(model: Any, prompt: int, tokens: int) -> str | None:
+    """Why keys that are kept would not be those of a text of `tokens`, whose prompt is read anew, or None.
+
+    Some families read the whole text again once it is longer than the original positions (Phi-3 in transformers), which
+    buffers of fixed size know nothing of. A prompt that is longer already has been rotated as what follows it is.
+
+    Args:
+        model: of transformers.
+        prompt: tokens that are read first.
+        tokens: of the whole text.
+    """
+    for kind, least in _changes(model):
+        if tokens > least and not (kind == "longrope" and prompt > least):
+            return f"{tokens:,} tokens with the RoPE '{kind}', which rotates all of them otherwise beyond {least:,}"
+    return None
+
+
 def furthest(model: Any) -> int | None:
     """Tokens up to which a text's positions are right whatever stands beside it, or None: there is no such end.
 

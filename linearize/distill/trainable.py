@@ -145,6 +145,7 @@ def with_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:
     """
     from peft import LoraConfig as PeftConfig
     from peft import PeftModel, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     if isinstance(model, PeftModel):
         active: Any = model.peft_config[model.active_adapter]
@@ -155,6 +156,12 @@ def with_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:
                     f"earlier stage's {active.r}, {active.lora_alpha:g}, {active.lora_dropout:g}: "
                     "stages share one adapter"
                 ]
+            )
+        base = unwrapped(model)
+        adapted = {name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+        if adapted != set(surgery.role_modules(base, list(lora.targets))):
+            raise RecipeError(
+                [f"lora.targets: {lora.targets} are not an earlier stage's: stages share one adapter"]
             )
         return model
     targets = surgery.role_modules(model, list(lora.targets))

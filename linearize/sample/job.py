@@ -18,6 +18,7 @@ import torch
 
 from linearize.config.schema import TeacherConfig
 from linearize.decode.choice import obstacles
+from linearize.decode.reach import furthest
 from linearize.errors import DataError, UnsupportedModelError
 from linearize.progress import Meter
 from linearize.sample.choice import Narrow
@@ -277,6 +278,12 @@ def _check(model: Any, settings: TeacherConfig) -> None:
     if longest is not None and settings.length > longest:
         raise DataError(
             f"data.teacher.length={settings.length}: the model has {longest} positions; take {longest} or less"
+        )
+    longest = furthest(model)
+    if longest is not None and settings.length > longest:
+        raise DataError(
+            f"data.teacher.length={settings.length}: the model's rotary embedding turns all tokens otherwise beyond "
+            f"{longest}, and keys of rows that are written side by side stay as they were; take {longest} or less"
         )
 
 

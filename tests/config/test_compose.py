@@ -132,6 +132,15 @@ def test_all_mistakes_are_reported_together_with_full_keys_and_suggestions():
         assert expected in text
 
 
+AGAIN = "{objective: next_token, tokens: 20000, train: [lora], lora: {}}"
+"""A stage that goes on with the adapters of another, in whatever order it names their targets."""
+
+
+def test_stages_that_share_an_adapter_agree_on_it():
+    again = compose("lolcats", [f"stages.again={AGAIN}", "stages.again.lora.targets=[v,o,q,k]"])
+    assert again.stages["again"].lora.rank == again.stages["recover"].lora.rank
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -145,6 +154,12 @@ def test_all_mistakes_are_reported_together_with_full_keys_and_suggestions():
         (["stages.recover.lora=null"], "holds lora, but the stage has no lora section"),
         (["stages.recover.train=[mixers]"], "stages.recover.lora: would not train"),
         (["stages.recover.train=[lora,all]"], "all and lora exclude each other"),
+        (
+            [f"stages.again={AGAIN}", "stages.again.lora.rank=4"],
+            "stages.again.lora.rank: 4 is not the 8 of stages.recover.lora.rank, and stages share one adapter",
+        ),
+        ([f"stages.again={AGAIN}", "stages.again.lora.targets=[q,v]"], "stages.again.lora.targets: ['q', 'v'] is"),
+        ([f"stages.again={AGAIN}", "stages.again.lora.merge=false"], "stages.again.lora.merge: false is not"),
         (["stages.recover.train=[loras]"], "did you mean 'lora'?"),
         (["stages.recover.train=[]"], "stages.recover.train: empty"),
         (["stages.recover.lora.targets=[q,q]"], "names 'q' twice"),

@@ -150,6 +150,25 @@ def test_a_hybrid_gets_a_longer_decoder_for_a_longer_text(on_cpu):
     assert [decoder.length for decoder in vars(model)[reuse._NAME].values()] == [256, 512]
 
 
+def test_a_text_that_outgrows_its_rotation_is_left_to_transformers(on_cpu):
+    """Phi-3 reads the whole text again where its rotation becomes another; kept keys would stay as they were."""
+    factors = {"short_factor": [1.0 + x / 10 for x in range(4)], "long_factor": [2.0 + x / 3 for x in range(4)]}
+    own = {"original_max_position_embeddings": 12}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors, **own}
+    made = tiny.model("phi3", num_hidden_layers=2, rope_parameters=rope, max_position_embeddings=48, **own)
+    made = surgery.convert(made, tiny.LOLCATS)
+    tiny.randomize(layer.mixer for layer in surgery.converted(made))
+    for length, taken in ((3, True), (8, False), (12, False), (13, True)):
+        ids = tiny.tokens(1, length)
+        found = generate_ids(made, ids, None, GREEDY)
+        assert (found is not None) is taken
+        if found is not None:
+            wanted = made.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)[:, length:]
+            assert torch.equal(found, wanted)
+    with pytest.raises(LinearizeError, match="17 tokens with the RoPE 'longrope'.*beyond 12; without it"):
+        generate_ids(made, tiny.tokens(1, 8), None, GREEDY, graph=True)
+
+
 def test_what_cannot_be_captured_goes_on_without(model, on_cpu, monkeypatch):
     def fails(self):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")

@@ -150,6 +150,14 @@ def test_what_cannot_be_had(write, model, monkeypatch, tmp_path):
         write(100, TeacherConfig(chat=0.5))
     with pytest.raises(DataError, match="the model has 512 positions; take 512 or less"):
         write(100, TeacherConfig(length=513))
+    turning = tiny_llama()
+    turning.config.rope_parameters = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 1e4}
+    turning.config.max_position_embeddings = 64
+    with pytest.raises(DataError, match="length=96: the model has 64 positions"):
+        write(100, load=lambda: turning)
+    turning.config.rope_parameters |= {"rope_type": "longrope", "original_max_position_embeddings": 32}
+    with pytest.raises(DataError, match="length=48: .* otherwise beyond 32"):
+        write(100, TeacherConfig(length=48), load=lambda: turning)
     converted = surgery.convert(tiny_llama(), tiny.LOLCATS, "all")
     with pytest.raises(UnsupportedModelError, match="is a conversion; text is sampled from its teacher"):
         write(100, load=lambda: converted)
