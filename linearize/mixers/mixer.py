@@ -290,7 +290,9 @@ class Mixer(nn.Module):
             )
             far = None
             if self.recurrent is not None and handed is not None:
-        return self._join(near, far, hidden, behind).to(v.dtype if narrows(v) else accumulator(v.dtype))
+                far = self.recurrent.chunked(inputs, handed, state, fresh=fresh)
+            behind = self._behind(inputs.hidden, valid, docs, front, state, chunked=True)
+            return self._joined_in(v, near, far, inputs.hidden, behind)
 
     @with_weights
     def step(
