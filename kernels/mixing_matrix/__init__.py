@@ -1,6 +1,7 @@
 """A teacher's softmax weights beside the weights of a linear student, row by row, without either matrix."""
 
 from linearize.kernels.mixing_matrix.chunk import mixing_matrix_rows
+from linearize.kernels.mixing_matrix.plan import WIDEST
 from linearize.kernels.mixing_matrix.reference import (
     KINDS,
     SMALLEST,
@@ -14,6 +15,7 @@ from linearize.kernels.mixing_matrix.reference import (
 __all__ = [
     "KINDS",
     "SMALLEST",
+    "WIDEST",
     "Kind",
     "Products",
     "Softmax",

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from linearize.kernels import dispatch
+from linearize.kernels.mixing_matrix.plan import WIDEST
 from linearize.kernels.mixing_matrix.reference import Kind, Products, Softmax, mixing_matrix_reference
 
 BLOCK_ELEMENTS = 2**22
@@ -25,7 +26,7 @@ def mixing_matrix_rows(kind: Kind, teacher: Softmax, student: Products, codes: T
     """
     batch, tokens, heads = student.q.shape[:3]
     if dispatch.use_triton(teacher.q, teacher.k, student.q, student.k):
-        from linearize.kernels.mixing_matrix.operator import WIDEST, mixing_matrix_triton
+        from linearize.kernels.mixing_matrix.operator import mixing_matrix_triton
 
         fits = max(teacher.q.shape[-1], student.q.shape[-1]) <= WIDEST
         if fits or not dispatch.automatic():

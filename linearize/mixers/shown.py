@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from linearize.kernels import dispatch
-from linearize.kernels.mixing_matrix import Kind, Products, Softmax, compared, mixing_matrix_rows
+from linearize.kernels.mixing_matrix import WIDEST, Kind, Products, Softmax, compared, mixing_matrix_rows
 from linearize.mixers.base import LayerShape, documents, narrows, wide
 from linearize.mixers.beside import Beside, Plain
 from linearize.mixers.mixer import Mixer
@@ -48,7 +48,7 @@ def terms(
     they are any finite number.
     """
     beside = Beside(hidden, plain, sink, first)
-    if shows_products(mixer):
+    if shows_products(mixer) and not _too_wide(mixer, q, k, v):
         return [partial(_products, mixer, kind, q, k, v, valid, starts, gaps, beside)]
     masks = {"valid": valid, "starts": starts, "gaps": gaps}
     width, tokens = v.shape[-1], v.shape[1]
@@ -65,6 +65,14 @@ def shows_products(mixer: Mixer) -> bool:
         if mixer.combine is None
         else mixer.branch_off == "window" and not recurrent.delayed
     )
+
+
+def _too_wide(mixer: Mixer, *tensors: Tensor) -> bool:
+    """Whether tiles of so many features are left to torch, where columns have a kernel."""
+    update = mixer.update
+    assert update is not None, "no features without a rule"
+    widest = max(mixer.shape.key_dim, update.feature_dim)
+    return widest > WIDEST and dispatch.automatic() and dispatch.use_triton(*tensors)
 
 
 @cache
