@@ -19,6 +19,7 @@ from linearize.kernels import dispatch
 from linearize.kernels.mixing_matrix import WIDEST, Kind, Products, Softmax, compared, mixing_matrix_rows
 from linearize.mixers.base import LayerShape, documents, narrows, wide
 from linearize.mixers.beside import Beside, Plain
+from linearize.mixers.inputs import entering
 from linearize.mixers.mixer import Mixer
 from linearize.mixers.padding import has_gaps, packing
 from linearize.mixers.spec import build
@@ -93,7 +94,7 @@ def _products(
     beside: Beside,
 ) -> Tensor:
     """Tile by tile, or in blocks of rows, with the padding of every row taken to its front."""
-    docs = None if starts is None else documents(starts, *k.shape[:2], k.device)
+    docs = None if starts is None else documents(starts, k.shape[0], k.shape[1], k.device)
     packed = None
     if valid is not None and gaps is not False and (gaps or has_gaps(valid)):
         packed = packing(valid)
@@ -129,7 +130,7 @@ def _compared(
     with torch.autocast(q.device.type, enabled=False):
         assert mixer.recurrent is not None
         state, shape = mixer.initial_state(batch, k.dtype, k.device), mixer.shape
-        _, inputs = mixer._inputs(q, k, v[..., :0], valid, docs, beside, state=state)
+        _, inputs = entering(mixer, q, k, v[..., :0], valid, docs, beside, state=state)
         student = Products(*mixer.recurrent.products(inputs, state), mixer.recurrent.update.running_sum)
         if narrows(q, k, v):
             # under autocast a rotary embedding leaves q and k in float32
