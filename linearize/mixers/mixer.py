@@ -290,7 +290,7 @@ class Mixer(nn.Module):
             )
             far = None
             if self.recurrent is not None and handed is not None:
-                far = self.recurrent.chunked(inputs, handed, state, fresh=fresh)
+                far = self.recurrent.chunked(inputs, handed, state, fresh=fresh, weights=self.shows)
             behind = self._behind(inputs.hidden, valid, docs, front, state, chunked=True)
             return self._joined_in(v, near, far, inputs.hidden, behind)
 
