@@ -93,7 +93,7 @@ def _products(
     beside: Beside,
 ) -> Tensor:
     """Tile by tile, or in blocks of rows, with the padding of every row taken to its front."""
-    docs = None if starts is None else documents(starts, *k.shape[:2], k.device)
+    docs = None if starts is None else documents(starts, k.shape[0], k.shape[1], k.device)
     packed = None
     if valid is not None and gaps is not False and (gaps or has_gaps(valid)):
         packed = packing(valid)
