@@ -98,10 +98,7 @@ def test_of_attention_weights(name, objective, off, monkeypatch):
         layers = surgery.converted(model)
         losses = transfer_step(model, packed(80), {objective: 1.0}, window_off=[off] * len(layers))
         assert losses.shape == (len(layers),)
-        assert all(x.mixer.feature_map.query_weight.grad is not None for x in layers) or name in (
-            "mohawk",
-            "gdn2",
-        )
+        assert all(any(p.grad is not None for p in x.mixer.parameters()) for x in layers)
 
 
 def test_a_mask_that_is_not_trusted_is_looked_at(monkeypatch):
