@@ -17,9 +17,8 @@ pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 
 from recordings import Card, on_cpu
-from serving import COMPLETIONS, byte_model, chatting, expected, served
+from serving import COMPLETIONS, Client, byte_model, chatting, expected, served
 
-httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 
 PROMPTS = [("The river " * 7)[start : start + 3 + 5 * start] for start in range(10)]
@@ -75,7 +74,6 @@ def test_a_stream_that_takes_too_long_raises(model):
 async def many(port: int, count: int, width: int, texts: dict[str, str], seed: int) -> dict[str, int]:
     """So many requests, `width` at once: whole, streams, streams that are dropped, and garbage."""
     dice, found = random.Random(seed), {"right": 0, "dropped": 0, "refused": 0, "garbage": 0}
-    bare = httpx.AsyncClient(timeout=120)
     api = openai.AsyncOpenAI(
         base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120
     )
@@ -85,9 +83,9 @@ async def many(port: int, count: int, width: int, texts: dict[str, str], seed: i
         settings = {"model": "tiny", "prompt": prompt, "max_tokens": 6, "temperature": 0}
         async with turns:
             if kind < 0.05:
-                url = f"http://127.0.0.1:{port}{COMPLETIONS}"
-                answer = await bare.post(url, content=dice.randbytes(dice.randrange(300)))
-                assert answer.status_code == 400 and "message" in answer.json()["error"]
+                body = dice.randbytes(dice.randrange(300))
+                status, _, answer = await asyncio.to_thread(Client(port).ask, COMPLETIONS, body)
+                assert status == 400 and "message" in answer["error"]
                 found["garbage"] += 1
             elif kind < 0.1:
                 with pytest.raises(openai.BadRequestError):
@@ -108,7 +106,7 @@ async def many(port: int, count: int, width: int, texts: dict[str, str], seed: i
                 assert made == texts[prompt], "a neighbour's"
                 found["right"] += 1
 
-    async with api, bare:
+    async with api:
         await asyncio.gather(*(one(dice.random(), dice.choice(PROMPTS)) for _ in range(count)))
     return found
 

@@ -54,8 +54,7 @@ def wanted(model: Any, tokenizer: Any, body: dict[str, Any]) -> tuple[str, str, 
             text = read(count, last)
             places = [text.find(stop) for stop in body["stop"] if stop in text]
             if places:
-                # what is found in the text's last bytes is found once no more come, the token that ends it included
-                return text[: min(places)], "stop", len(made) if last else count, count
+                return text[: min(places)], "stop", count, count
     return read(len(new), last=True), "stop" if stopped else "length", len(made), len(new)
 
 
