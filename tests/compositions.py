@@ -285,13 +285,9 @@ VARIANTS: list[dict] = [
 """Options that change shapes or paths."""
 
 
-def registered() -> list[dict]:
-    """Distinct compositions, each checked."""
-    return list(_registered())
-
-
 @functools.cache
-def _registered() -> tuple[dict, ...]:
+def registered() -> tuple[dict, ...]:
+    """Distinct compositions, each checked."""
     found = [
         *SKELETONS,
         *(_with(part, name) for part, (registry, _) in PARTS.items() for name in registry.names()),

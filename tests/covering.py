@@ -33,9 +33,9 @@ def parts(name: str) -> frozenset[Hashable]:
     if name == TEACHER:
         return frozenset()
     mixer, layers, mixers = mixers_of(name)
-    whole = sections(mixer, mixers).values()
+    given = sections(mixer, mixers).values()
     kinds: set[Hashable] = {
-        (part, options["name"]) for section in whole for part, options in normalize(section).items()
+        (part, options["name"]) for section in given for part, options in normalize(section).items()
     }
     return frozenset(kinds | {("mixers", len(mixers) > 0), ("layers", layers == "all")})
 
