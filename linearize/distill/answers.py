@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from linearize import storing
 from linearize.distill import processes
+from linearize.distill.identity import digest
 from linearize.models.cache import sha256
 from linearize.objectives import TopK
 from linearize.progress import Meter
@@ -30,6 +31,8 @@ FOLDER = "answers"
 MARKER = "complete.json"
 KEYS: dict[str, Any] = {"ids": np.int32, "log_probs": np.float32, "rest": np.float32}
 """File -> its numbers: [N, T, K] twice, [N, T]."""
+TEXT = "text"
+"""In the marker: checksum of what was answered."""
 PREFIX = "teacher_"
 """Of their keys in a batch."""
 
@@ -88,12 +91,13 @@ def remembered(
         CheckpointError: the disk is full or refuses.
     """
     place, shapes = folder / FOLDER, _shapes(dataset, count)
-    if not processes.alone(lambda: _is_whole(place, shapes)):
+    mark = processes.alone(lambda: digest(dataset))
+    if not processes.alone(lambda: _is_whole(place, shapes, mark)):
         size = sum(np.dtype(KEYS[key]).itemsize * int(np.prod(shape)) for key, shape in shapes.items())
         log.info("the teacher's %d likeliest tokens at every place: %.1f MB in %s", count, size / 1e6, place)
         processes.alone(lambda: _prepare(place, shapes))
         _compute(dataset, place, shapes, answer(), at_once)
-        processes.alone(lambda: _mark(place))
+        processes.alone(lambda: _mark(place, mark))
     return Answered(dataset, place, count)
 
 
@@ -153,16 +157,17 @@ def _prepare(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         raise storing.could_not_write(folder, error) from error
 
 
-def _mark(folder: Path) -> None:
-    storing.write_json(folder / MARKER, {key: sha256(folder / f"{key}.bin") for key in KEYS})
+def _mark(folder: Path, text: str) -> None:
+    sums = {key: sha256(folder / f"{key}.bin") for key in KEYS}
+    storing.write_json(folder / MARKER, {TEXT: text, **sums})
 
 
-def _is_whole(folder: Path, shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Whether all answers to this text are there; read whole, as a checkpoint is."""
+def _is_whole(folder: Path, shapes: dict[str, tuple[int, ...]], text: str) -> bool:
+    """Whether all answers to this very text are there; read whole, as a checkpoint is."""
     try:
         said = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         sizes = {key: np.dtype(KEYS[key]).itemsize * int(np.prod(shape)) for key, shape in shapes.items()}
-        return all(
+        return said[TEXT] == text and all(
             (folder / f"{key}.bin").stat().st_size == sizes[key]
             and sha256(folder / f"{key}.bin") == said[key]
             for key in KEYS

@@ -44,6 +44,8 @@ PACKAGES = (
 
 TEACHER = "teacher_fingerprint"
 """Entry of environment.json, of `run.teacher`."""
+TEXTS = "texts"
+"""Entry of environment.json: what the run reads, by checksum."""
 ADAPTER = ".adapter"
 """Where an adapter waits that is exported beside the model."""
 
@@ -136,6 +138,29 @@ class RunFolder:
             log.info("%s", note)
         return {"fingerprint": mark, **teacher, "changed": found.accepted + found.notes}
 
+    def hold_texts(self, marks: dict[str, str]) -> dict[str, str]:
+        """The checksums of what this process reads, held against those of the run: a text may have changed its files.
+
+        Args:
+            marks: what is read -> its checksum; a run that goes on reads what is left.
+
+        Raises:
+            RunFolderError: a text is another one.
+            CheckpointError: environment.json is damaged.
+        """
+        if not (self.recipe.is_file() and self.environment.is_file()):
+            return marks
+        before = read_json(self.environment, self._without_environment).get(TEXTS)
+        known = before if isinstance(before, dict) else {}
+        others = [name for name, mark in marks.items() if known.get(name, mark) != mark]
+        if others:
+            raise RunFolderError(
+                f"{self.path} holds a run that read another text: that of {', '.join(others)} has changed since. Put "
+                "its files back as they were, or choose another folder with --out; or, to go on with the text as it is "
+                f"now, delete {self.environment.name}: neither text nor MODEL is then compared"
+            )
+        return marks
+
     def create(self, recipe: Recipe, plan: Any, facts: dict[str, Any]) -> None:
         """Write what describes the run; on resume, add to it that the run went on here.
 
@@ -152,8 +177,9 @@ class RunFolder:
             before = read_json(self.environment, self._without_environment)
             resumed = before.get("resumed", [])
             here = {**before, "resumed": [*(resumed if isinstance(resumed, list) else []), here]}
-            if "fingerprint" not in before:
-                here["fingerprint"] = facts.get("fingerprint")
+            for key in ("fingerprint", TEXTS):
+                if key not in before and key in facts:
+                    here[key] = facts[key]
             write_json(self.environment, here)  # first: no changed recipe without a word of the change
             write_file(self.recipe, config.to_yaml(recipe))
         else:
@@ -177,8 +203,8 @@ class RunFolder:
     @property
     def _without_environment(self) -> str:
         return (
-            f"Delete {self.environment.name} and go on with --resume; MODEL is then not compared with the model that "
-            "the run began with"
+            f"Delete {self.environment.name} and go on with --resume; MODEL and texts are then not compared with those "
+            "that the run began with"
         )
 
     def _only_beginnings(self, entries: list[Path]) -> bool:

@@ -1,10 +1,13 @@
-"""Which model MODEL means: told by what its files hold, not by how it is spelled."""
+"""Which model MODEL means, and which text a run reads: told by what files hold, not by how they are spelled."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from linearize import models
 from linearize.models.cache import content_hash
@@ -49,6 +52,17 @@ def fingerprint(model: str) -> dict[str, str]:
             *(f"{name} {content_hash(folder / name)}" for name in _TOKENIZER if (folder / name).is_file())
         ),
     }
+
+
+def digest(dataset: Any) -> str:
+    """Checksum of all sequences of a text, with their positions and padding."""
+    found = hashlib.sha256()
+    for index in range(len(dataset)):
+        item = dataset[index]
+        for key in ("input_ids", "position_ids", "attention_mask"):
+            if key in item:
+                found.update(torch.as_tensor(item[key]).to(torch.int64).numpy().tobytes())
+    return found.hexdigest()[:_DIGITS]
 
 
 def _weights(folder: Path) -> list[Path]:

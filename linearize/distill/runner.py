@@ -37,7 +37,7 @@ from linearize.distill import (
 )
 from linearize.distill.callbacks import RunStopped
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
-from linearize.distill.folder import RunFolder, facts, plan_json
+from linearize.distill.folder import TEXTS, RunFolder, facts, plan_json
 from linearize.distill.lock import held
 from linearize.distill.placing import Place
 from linearize.distill.planned import planned
@@ -153,6 +153,7 @@ class _Job:
         recipe, folder = self.recipe, self.folder
         places = self._places()
         measurer, datasets, seen = processes.first(lambda: self._beforehand(places))
+        found[TEXTS] = alone(lambda: folder.hold_texts(texts.marks(datasets, measurer.texts)))
         self.trackers = Trackers(recipe, folder.path)
         stack.callback(self.trackers.finish)
         model: Any

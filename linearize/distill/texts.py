@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from linearize import models
 from linearize.config.course import Course
@@ -17,7 +19,7 @@ from linearize.config.schema import DataConfig, Recipe, StageConfig
 from linearize.data import packed
 from linearize.data.mixing import check
 from linearize.distill import batches, preference
-from linearize.distill.identity import fingerprint
+from linearize.distill.identity import digest, fingerprint
 from linearize.distill.results import Measurer
 from linearize.distill.stages import StagePlace
 from linearize.errors import LinearizeError, collected
@@ -133,3 +135,14 @@ def dataset(recipe: Recipe, written: Recipe, tokenizer: Any, place: StagePlace) 
     if level_of(stage.objective) == "pair":
         return preference.pairs(tokenizer, text, tokens=Course.of(stage, text.length).tokens, seed=seed)
     return packed(tokenizer, text, tokens=packed_tokens(text, stage), seed=seed, split="train")
+
+
+def marks(datasets: Mapping[str, Any], measured: Mapping[str, Tensor]) -> dict[str, str]:
+    """What is read -> its checksum: the text of each stage that has not ended, and the texts that are measured on.
+
+    Args:
+        datasets: stage -> what `dataset` gives.
+        measured: text -> its windows [N, T].
+    """
+    found = {f"stages.{name}": digest(text) for name, text in datasets.items()}
+    return found | {f"eval: {name}": digest([{"input_ids": text}]) for name, text in measured.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from linearize import distill
 from linearize.config.schema import Recipe, StageDataConfig
 from linearize.config.semantics import problems
 from linearize.distill import answers, placing, runner, stages
-from linearize.errors import RecipeError
+from linearize.errors import RecipeError, RunFolderError
 
 VOCABULARY = 259
 
@@ -88,6 +89,35 @@ def test_damaged_answers_are_computed_again(
     distill.run(str(teacher_folder), asked, tmp_path / "run", resume=True)
     distill.run(str(teacher_folder), asked, tmp_path / "whole")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_text_that_has_changed_is_told(
+    teacher_folder: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run does not go on with another text, and old answers are not taken for those to a new one."""
+    asked, out = keeping(recipe, 8), tmp_path / "run"
+    text = Path(asked.data.source)
+    before = text.read_text()
+    with monkeypatch.context() as patch:
+        at_step(patch, "recover", 2, press_ctrl_c)
+        with pytest.raises(runner.RunStopped):
+            distill.run(str(teacher_folder), asked, out)
+    text.write_text(before.replace("miller", "farmer"))
+    changed = r"another text: that of stages.recover, stages.whole, eval: held-out has changed since"
+    with pytest.raises(RunFolderError, match=changed):
+        distill.run(str(teacher_folder), asked, out, resume=True)
+    times: list[int] = []
+    with monkeypatch.context() as patch:
+        os.remove(out / "environment.json")  # the way out that the message names
+        tell = stages.predict_teacher
+        patch.setattr(stages, "predict_teacher", lambda *given: times.append(1) or tell(*given))
+        at_step(patch, "recover", 3, press_ctrl_c)
+        with pytest.raises(runner.RunStopped):
+            distill.run(str(teacher_folder), asked, out, resume=True)
+    assert times
+    text.write_text(before)
+    with pytest.raises(RunFolderError, match="another text"):
+        distill.run(str(teacher_folder), asked, out, resume=True)
 
 
 @pytest.mark.parametrize("shard", ["none", pytest.param("full", marks=pytest.mark.slow)])

@@ -20,7 +20,8 @@ from torch import Tensor
 from linearize import storing, surgery
 from linearize.distill import calibrate as whole
 from linearize.distill.blockwise.block import Block
-from linearize.distill.blockwise.job import Job, digest
+from linearize.distill.blockwise.job import Job
+from linearize.distill.identity import digest
 from linearize.distill.positions import counted_from_zero
 from linearize.progress import Meter
 

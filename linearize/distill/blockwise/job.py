@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shlex
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from linearize.distill.blockwise.parts import Parts
 from linearize.distill.blockwise.streams import Layout
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.distill.folder import RunFolder, facts, plan_json
+from linearize.distill.identity import digest
 from linearize.distill.planned import planned
 from linearize.distill.stages import StagePlace
 from linearize.errors import LinearizeError, RecipeError, RunFolderError, raise_together
@@ -362,14 +362,3 @@ class Job:
     def place(self) -> Any:
         """As a run has it, for `facts`."""
         return SimpleNamespace(sharded=False)
-
-
-def digest(dataset: Any) -> str:
-    """Checksum of all sequences, with their positions and padding."""
-    found = hashlib.sha256()
-    for index in range(len(dataset)):
-        item = dataset[index]
-        for key in ("input_ids", "position_ids", "attention_mask"):
-            if key in item:
-                found.update(torch.as_tensor(item[key]).to(torch.int64).numpy().tobytes())
-    return found.hexdigest()[:16]
