@@ -23,13 +23,10 @@ def mixing_matrix_triton(kind: Kind, teacher: Softmax, student: Products, codes:
     """
     q, k, a, b = teacher.q, teacher.k, student.q, student.k
     kinds = (torch.float32, torch.float16, torch.bfloat16)
-    pairs = q.dtype == k.dtype and a.dtype == b.dtype
+    alike = q.dtype == k.dtype and a.dtype == b.dtype and q.dtype in kinds and a.dtype in kinds
     dispatch.require(
         "mixing_matrix",
-        dtype=(
-            pairs and {q.dtype, a.dtype} <= {*kinds},
-            f"{q.dtype}, {k.dtype}, {a.dtype}, {b.dtype}: of {kinds}",
-        ),
+        dtype=(alike, f"{q.dtype}, {k.dtype}, {a.dtype}, {b.dtype}: each two one of {kinds}"),
         key_dim=(q.shape[-1] <= WIDEST, f"{q.shape[-1]} must be at most {WIDEST}"),
         features=(a.shape[-1] <= WIDEST, f"{a.shape[-1]} must be at most {WIDEST}"),
         heads=(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from linearize.kernels import dispatch
-from linearize.mixers import LayerShape, build, compiled
+from linearize.mixers import LayerShape, build, compiled, shown
 from linearize.mixers.base import PIECE, summed
 
 SHAPE = LayerShape(heads=2, kv_heads=1, key_dim=16, value_dim=16, scaling=0.25, model_dim=10)
@@ -91,6 +91,32 @@ def test_compiled_equals_the_parts(name, monkeypatch):
     (made,) = compiled._made.values()
     assert not made.failed
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "a graph for each layer"
+
+
+@pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("kind", ["cross_entropy", pytest.param("squares", marks=pytest.mark.slow)])
+def test_what_compares_weights_is_compiled_too(kind, monkeypatch):
+    """One graph for two layers, features and comparison in it."""
+    gate = {"gate": {"name": "mamba2"}, "normalizer": {"name": "none"}} if kind == "squares" else {}
+    mixers = [build({"feature_map": {"name": "hedgehog", "dim": 8}, **gate}, SHAPE) for _ in range(2)]
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 40, heads, 16, generator=generator) for heads in (2, 1, 1))
+    starts = (torch.arange(40) == 13)[None]
+    hidden = torch.randn(1, 40, 10, generator=generator)
+
+    def rows(mixer, choice):
+        monkeypatch.setenv(compiled.VARIABLE, choice)
+        with dispatch.kernels("triton"):
+            (term,) = shown.terms(mixer, kind, q, k, v, starts=starts, hidden=hidden)
+            made = term()
+        return [made, *torch.autograd.grad(made.sum(), list(mixer.parameters()))]
+
+    torch._dynamo.utils.counters.clear()
+    for mixer in mixers:
+        for one, two in zip(rows(mixer, "never"), rows(mixer, "always"), strict=True):
+            torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+    (made,) = compiled._made.values()
+    assert not made.failed and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1")
