@@ -27,6 +27,7 @@ SMALL = {"dim": 8, "size": 5, "rank": 3, "slots": 4, "within": 13}
 
 HEDGEHOG = {"name": "hedgehog", "dim": 8}
 SLIDING = {"name": "sliding", "size": 5}
+FIRST = {"first_values": True, "first_rank": 3}
 SKELETONS: list[dict] = [
     {"feature_map": HEDGEHOG},
     {"feature_map": HEDGEHOG, "window": SLIDING},
@@ -221,14 +222,7 @@ VARIANTS: list[dict] = [
     {
         "feature_map": {"name": "identity"},
         "gate": {"name": "rwkv7", "rank": 3, "shift": True},
-        "update": {
-            "name": "rwkv7",
-            "rank": 3,
-            "shift": True,
-            "shift_projections": True,
-            "first_values": True,
-            "first_rank": 3,
-        },
+        "update": {"name": "rwkv7", "rank": 3, "shift": True, "shift_projections": True, **FIRST},
         "normalizer": {"name": "none"},
         "short_conv": {"name": "depthwise", "taps": 2},
         "output": {"name": "gate", "rank": 3, "shift": True},
@@ -276,11 +270,7 @@ VARIANTS: list[dict] = [
         "feature_map": {"name": "taylor", "dim": 8, "per": "kv_head"},
         "position": {"name": "selective_rope", "rank": 3},
     },
-    {
-        "feature_map": HEDGEHOG,
-        "window": SLIDING,
-        "output": {"name": "gated_norm", "rank": 3, "shift": True},
-    },
+    {"feature_map": HEDGEHOG, "window": SLIDING, "output": {"name": "gated_norm", "rank": 3, "shift": True}},
 ]
 """Options that change shapes or paths."""
 

@@ -85,7 +85,7 @@ def test_a_circle_is_found():
 
 def test_what_decides_and_what_runs_know_each_other_one_way():
     """Inside functions too. What one kernel computes is decided in `mixers.fused`, asked in `mixers.mixer` alone."""
-    for knows, known in (("mixers.mixer", "mixers.fused"), ("surgery.attention", "surgery.projections")):
+    for knows, known in (("mixers.mixer", "mixers.fused"), ("surgery.layer_call", "surgery.projections")):
         texts = [
             (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8") for name in (knows, known)
         ]

@@ -123,5 +123,6 @@ def inputs_of(
     with torch.autocast(hidden.device.type, enabled=False):
         own = hidden.to(dtype)
         step = before(own, last, valid, starts) - own
-        q, k, v = ((own + mix.to(dtype) * step).to(hidden.dtype) for mix in mixer.recurrent.update.inputs.mix)
-    return q, k, v
+        mix = mixer.recurrent.update.inputs.mix.to(dtype)
+        q, k, v = own + mix[0] * step, own + mix[1] * step, own + mix[2] * step
+    return q.to(hidden.dtype), k.to(hidden.dtype), v.to(hidden.dtype)

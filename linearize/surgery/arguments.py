@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from linearize.mixers import LayerShape
+from linearize.surgery import handed_on
 
 _POSITIONS = "q and k come rotated; documents are read off the mask"
 _CACHE = "keys and values have been through the cache already"
@@ -50,6 +51,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "mm_token_type_ids": "what it changes stands in the mask",
     "dropout": "regularizes training, off in evaluation",
     "linearize_frame": "what a converted module's forward tells its own attention function",
+    handed_on.NAME: "values that converted layers mix with theirs, and a layer that stays softmax does not read",
     "deterministic": "says which kernel computes the same numbers",
 }
 """Argument -> why a mixer may ignore it."""

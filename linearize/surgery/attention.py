@@ -121,8 +121,7 @@ class LinearizedAttention(nn.Module):
         """q, k, v [B, T, H, K] of a call whose projections read tokens mixed with those before them.
 
         Families make q, k and v each in their own way, in one product or several, with norms and rotations behind; the
-        module's own forward knows, and so it runs once for each, and what else it makes is left. Compiled, that is no
-        work.
+        module's own forward knows, and so it runs once for each, and what else it makes is left.
 
         Args:
             frame: of the call.
@@ -259,8 +258,10 @@ def linearized_attention(
     frame: Frame = kwargs.pop("linearize_frame")
     switch = module.linearize_switch
     if frame.takes is not None:
-        frame.takes += [x.transpose(1, 2) for x in (query, key, value)]
-        return query.new_zeros(*query.transpose(1, 2).shape[:3], value.shape[-1]), None
+        for x in (query, key, value):
+            frame.takes.append(x.transpose(1, 2))
+        batch, heads, tokens, _ = query.shape
+        return query.new_zeros(batch, tokens, heads, value.shape[-1]), None
     if frame.shifted is None:
         hand_on(module, frame, value.transpose(1, 2))
     if switch.mode == "teacher":
