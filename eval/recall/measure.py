@@ -154,7 +154,8 @@ class Mqar:
         made = mqar.mqar(
             setting.seed, unit.settings.get("items", ITEMS), unit.length, pairs, vocabulary=len(ids)
         )
-        labels = np.where(made.labels == mqar.UNLABELLED, mqar.UNLABELLED, ids[made.labels])
+        asked = made.labels != mqar.UNLABELLED
+        labels = np.where(asked, ids[np.where(asked, made.labels, 0)], mqar.UNLABELLED)
         return torch.from_numpy(ids[made.inputs]), torch.from_numpy(labels), torch.from_numpy(made.distances)
 
 

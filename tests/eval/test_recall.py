@@ -305,3 +305,15 @@ def test_mqar_of_models_that_remember_all_or_a_window():
     asked = made.distances[made.labels != mqar.UNLABELLED]
     assert found["exact", ""].value == pytest.approx((asked < window).mean(), abs=0.05)
     assert found["exact", ""].low <= found["exact", ""].value <= found["exact", ""].high < 1
+
+
+def test_mqar_on_a_vocabulary_of_a_few_letters(tmp_path):
+    letters = {chr(ord("a") + number): number for number in range(26)}
+    few = SimpleNamespace(all_special_ids=[], get_vocab=lambda: letters, get_added_vocab=dict)
+    unit = Unit("mqar", 24, {"items": 3, "pairs": 4})
+    inputs, labels, _ = Mqar()._examples(unit, Setting(few, {}, tmp_path))
+    asked = labels != mqar.UNLABELLED
+    assert int(asked.sum()) == 12 and set(inputs.flatten().tolist()) <= set(range(26))
+    for row, where in enumerate(asked):
+        pairs = dict(zip(inputs[row, 0:8:2].tolist(), inputs[row, 1:8:2].tolist(), strict=True))
+        assert [pairs[key] for key in inputs[row, where].tolist()] == labels[row, where].tolist()
