@@ -184,12 +184,12 @@ def test_it_starts_as_the_rule_without_it(name):
 @pytest.mark.parametrize(
     "name",
     [
-        "delta mamba2",
+        pytest.param("delta mamba2", marks=INTERPRETED),
         pytest.param("delta kda", marks=INTERPRETED),
         "additive per feature",
         pytest.param("gdn2", marks=INTERPRETED),
         "rwkv7 as published",
-        "slots",
+        pytest.param("slots", marks=INTERPRETED),
     ],
 )
 def test_kernels_give_what_the_parts_do(name):
