@@ -71,7 +71,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 """The families that the package promises; sliding layers, soft caps, fused projections and NoPE layers among them."""
 
 KINDS = ("llama", "qwen3", "smollm3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "mixtral")
-"""Norms of q and k, layers without positions, soft caps, sliding layers, joined projections, learned positions, experts."""
+"""Norms of q and k, layers without positions, soft caps, sliding layers, joined projections, experts."""
 
 
 def most_kinds() -> list[Any]:
