@@ -95,6 +95,7 @@ def test_overrides_and_files_are_spelled_out(teacher, small, tmp_path, capsys):
     assert len(recipe.layers["keep"]) == 1
 
 
+@pytest.mark.slow
 def test_evenly_spaced_layers_are_chosen_anew_and_as_many(teacher, small, tmp_path, capsys):
     """What such a recipe says is how many; which ones is what select is asked for."""
     shipped = compose("mamba_in_llama")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -66,6 +69,15 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "qwen3_moe": ("Qwen3MoeConfig", {**COMMON, "head_dim": 16, **EXPERTS}),
 }
 """The families that the package promises; sliding layers, soft caps, fused projections and NoPE layers among them."""
+
+KINDS = ("llama", "qwen3", "smollm3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "mixtral")
+"""Norms of q and k, layers without positions, soft caps, sliding layers, joined projections, experts."""
+
+
+def most_kinds() -> list[Any]:
+    """All families as parameters of a test, those slow for whose kind one of `KINDS` stands."""
+    return [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
 
 SOFTMAX = {"window": {"name": "full"}}
 HEDGEHOG = {"feature_map": {"name": "hedgehog", "dim": 8}}

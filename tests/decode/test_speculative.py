@@ -71,8 +71,18 @@ def test_gives_the_tokens_of_generate(family, layers, device):
         assert torch.equal(made.generate(ids, mask, NEW, every=5), expected(model, ids, mask))
 
 
+RARELY = ("linear", "pinned", "softmax", "nope")
+"""What has no more to take back than the others."""
+
+
 @devices
-@pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        pytest.param(mixer, id=name, marks=pytest.mark.slow if name in RARELY else [])
+        for name, mixer in MIXERS.items()
+    ],
+)
 def test_every_kind_of_state(mixer, device):
     """Drafted by the same kind, and by quite another."""
     model = hybrid("llama", "all", mixer, device)

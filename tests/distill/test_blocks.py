@@ -48,7 +48,9 @@ def step(model, head) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
     return loss, {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("recipe", ["lolcats", "gated_delta_window", "arwkv", "softmax"])
+@pytest.mark.parametrize(
+    "recipe", ["lolcats", "gated_delta_window", pytest.param("arwkv", marks=pytest.mark.slow), "softmax"]
+)
 def test_equal_to_their_parts(recipe):
     model = convert(random_model("cpu", torch.float32, "tiny", **SIZES), recipe)
     head = recognize(model, torch.device("cpu"))

@@ -47,7 +47,7 @@ MIXERS = {
     },
     "softmax": {"window": {"name": "full", "log_base": 5.0}, "output": {"name": "norm"}},
 }  # fmt: skip
-MINUTES = ("gdn2", "levels", "start and angles", "mesa")
+MINUTES = ("delta", "gdn2", "levels", "start and angles", "mesa")
 """Of these, together, on Triton's interpreter."""
 
 

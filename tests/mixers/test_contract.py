@@ -15,6 +15,17 @@ from linearize.mixers import PARTS, build
 
 mixers = pytest.mark.parametrize("mixer", registered(), ids=label)
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+placed = pytest.mark.parametrize(
+    ("mixer", "shape"),
+    [
+        pytest.param(mixer, shape, id=f"{label(mixer)}-{name}", marks=marks)
+        for mixer in registered()
+        for name, shape in SHAPES.items()
+        # soft caps and the teacher's own windows are read by windows
+        for marks in ([pytest.mark.slow] if name == "capped" and "window" not in mixer else [],)
+    ],
+)
 PRECISIONS = [("f32", torch.float32, 1e-5), ("f64", torch.float64, 1e-10)]
 
 
@@ -52,8 +63,7 @@ def test_chunked_equals_parallel(mixer, shape, dtype, tolerance, tokens):
     close(x.run(made.chunked), expected, tolerance)
 
 
-@mixers
-@shapes
+@placed
 def test_steps_equal_parallel(mixer, shape):
     made = make(mixer, shape, torch.float64)
     x = Draw.of(shape, 77, torch.float64)
@@ -116,8 +126,7 @@ def test_a_document_may_begin_in_any_call(mixer):
             close(torch.cat(parts, 1), expected)
 
 
-@mixers
-@shapes
+@placed
 def test_left_padding_changes_nothing(mixer, shape):
     made = make(mixer, shape, torch.float64)
     x = Draw.of(shape, 90, torch.float64, batch=1)
@@ -148,8 +157,7 @@ def test_a_call_of_padding_alone_leaves_the_state_empty(mixer, gaps):
     close(torch.cat(parts, 1)[valid], x.run(made.parallel, valid=valid)[valid])
 
 
-@mixers
-@shapes
+@placed
 def test_packed_documents_do_not_see_each_other(mixer, shape):
     made = make(mixer, shape, torch.float64)
     lengths = [3, 61, 2, 40, 70]
@@ -168,8 +176,7 @@ def test_packed_documents_do_not_see_each_other(mixer, shape):
     close(torch.cat(steps, 1), x[bounds[-2] :].join(more).run(made.parallel)[:, -9:])
 
 
-@mixers
-@shapes
+@placed
 def test_gradients_are_equal_and_finite(mixer, shape):
     made = make(mixer, shape, torch.float64)
     valid = torch.ones(2, 75, dtype=torch.bool)
@@ -291,8 +298,7 @@ def test_long_bfloat16_decode_stays_close(mixer):
     assert (out - reference).norm() < 0.02 * reference.norm()
 
 
-@mixers
-@shapes
+@placed
 def test_padding_anywhere_changes_nothing(mixer, shape):
     """Rows with gaps of their own, in every form, fed in pieces that begin and end in padding: the rows without it."""
     made = make(mixer, shape, torch.float64)

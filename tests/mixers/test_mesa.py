@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compositions import SHAPES, Draw, make
+from kernel_calls import INTERPRETED
 from torch.nn import functional as F
 
 from linearize.kernels import dispatch
@@ -66,7 +67,9 @@ def test_it_is_least_squares(mixer):
             torch.testing.assert_close(one, two, atol=1e-8, rtol=1e-6)
 
 
-@pytest.mark.parametrize("mixer", [PLAIN, GATED], ids=["plain", "gated"])
+@pytest.mark.parametrize(
+    "mixer", [pytest.param(PLAIN, id="plain", marks=INTERPRETED), pytest.param(GATED, id="gated")]
+)
 def test_kernels_give_what_the_parts_do(mixer):
     """Outputs, both matrices that are carried, and gradients, in Triton's interpreter where there is no GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compositions import SHAPES, Draw, make
-from kernel_calls import TOLERANCE
+from kernel_calls import INTERPRETED, TOLERANCE
 
 from linearize.kernels import dispatch
 from linearize.mixers import build, check
@@ -110,7 +110,7 @@ def test_a_state_that_nobody_takes_stays_as_it_is():
     assert changed.tolist() == [[True, True, True, False, False, False]] * 2
 
 
-@pytest.mark.parametrize("name", ["per feature", "per head, divided"])
+@pytest.mark.parametrize("name", [pytest.param("per feature", marks=INTERPRETED), "per head, divided"])
 def test_kernels_give_what_the_parts_do(name):
     """Outputs, the carried states and gradients, in Triton's interpreter where there is no GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

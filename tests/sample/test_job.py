@@ -177,6 +177,8 @@ def test_what_cannot_be_had(write, model, monkeypatch, tmp_path):
         write(100)
 
 
+@pytest.mark.slow
+@pytest.mark.job
 def test_the_real_teacher():
     """A few hundred tokens of it: words, and answers in its chat template."""
     name = "smollm2-135m"
