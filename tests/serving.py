@@ -54,7 +54,7 @@ class Client:
         self, path: str, body: Any = None, *, method: str | None = None, headers: Any = None
     ) -> tuple[int, dict[str, str], Any]:
         """Status, headers and body of an answer, parsed where it is JSON."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         data = body if isinstance(body, bytes | type(None)) else json.dumps(body).encode()
         given = self.headers if headers is None else headers
         connection.request(method or ("GET" if body is None else "POST"), path, data, given)
