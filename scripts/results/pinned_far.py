@@ -51,9 +51,9 @@ def attention(window: int, first: int, inverse: Tensor, cap: int, reach: dict[in
     def _rows(made: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int, scaling: float) -> Tensor:
         block = min(window, BLOCK)
         for begin in range(0, q.shape[2], block):
-            rows = torch.arange(begin, min(begin + block, q.shape[2]))[:, None]
-            keys = torch.arange(max(0, begin - window + 1), rows[-1, 0] + 1)
-            pinned = torch.arange(first)[torch.arange(first) < keys[0]]
+            rows = torch.arange(begin, min(begin + block, q.shape[2]), device=q.device)[:, None]
+            keys = torch.arange(max(0, begin - window + 1), begin + len(rows), device=q.device)
+            pinned = torch.arange(min(first, max(0, begin - window + 1)), device=q.device)
             keys = torch.cat([pinned, keys])
             seen = (keys <= rows) & ((keys > rows - window) | (keys < first))
             asked = q[:, :, rows[:, 0]]
@@ -80,13 +80,15 @@ def main() -> None:
     parser.add_argument(
         "--reach", type=int, default=2**30, help="of these layers; all of the text by default"
     )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args()
     folder = models.resolve(options.model)
-    model, _ = models.load_teacher(str(folder), dtype=torch.float32, device="cpu")
+    model, _ = models.load_teacher(str(folder), dtype=torch.float32, device=options.device)
     model.set_attn_implementation("eager")
     text = pyarrow.parquet.read_table(options.text)["text"][0].as_py()
     ids = torch.tensor(
-        models.load_tokenizer(folder)(text[: 8 * options.tokens])["input_ids"][: options.tokens]
+        models.load_tokenizer(folder)(text[: 8 * options.tokens])["input_ids"][: options.tokens],
+        device=options.device,
     )
     modeling_llama.eager_attention_forward = attention(
         options.window,
