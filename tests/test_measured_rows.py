@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +101,75 @@ def test_rows_of_compiled_blocks_come_first_and_others_say_so(monkeypatch):
         ["| teacher", "9"], ["| teacher", "8 °"], ["| teacher, card 1", "7 °"],
         ["| c", "**4 (c)**"], ["| b", "**3 °**"], ["| a", "**1**"],
     ]  # fmt: skip
+
+
+def of_cards(processes, speed, **more):
+    kept = {"shape": "tiny", "stage": "all_kl", "shard": "none", "length": 8, "batch": 2 * processes}
+    found = kept | {"processes": processes, "sequence": 1, "recipe": "lolcats", "peak_gib": 1.0, "note": ""}
+    return found | {"tokens_per_second": speed} | more
+
+
+def test_pages_of_cards_are_made_of_the_rows(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import scale_page as page
+
+    rows = json.loads(page.ROWS.read_text(encoding="utf-8"))["rows"]
+    for path in (page.PAGE, page.GUIDE):
+        text = path.read_text(encoding="utf-8")
+        assert page.written(text, rows) == text, f"{path.name}: python scripts/results/scale_page.py"
+    with pytest.raises(ValueError, match="no place"):
+        page.written("nothing", rows)
+    both = [of_cards(1, 100.0), of_cards(2, 190.0), of_cards(2, 150.0, length=16, batch=2)]
+    assert "1.90 | reached" in page.scaling(both) and page.scaling(both).count("all weights") == 1
+    assert "1.80 | missed by 3 %" in page.scaling([of_cards(1, 100.0), of_cards(2, 180.0)])
+    assert "out of memory" in page.beyond(
+        [of_cards(2, 9.0, shard="full"), of_cards(1, None, note="out of memory: x")]
+    )
+
+
+def test_rows_of_cards_are_joined(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import scale_page as page
+
+    before = [of_cards(1, 100.0), of_cards(2, 190.0, shard="full")]
+    failed, better = of_cards(1, None, note="it said nothing"), of_cards(2, 200.0, shard="full")
+    assert page.joined(before, [failed, better]) == [before[0], better]
+    assert page.joined([], [failed]) == [failed]
+
+
+def test_times_one_card_are_of_as_many_tokens_each(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS.parent))
+    from scale import scaled
+
+    rows = [
+        of_cards(1, 100.0),
+        of_cards(2, 190.0),
+        of_cards(2, 190.0, batch=8),
+        of_cards(2, 70.0, sequence=2, batch=2),
+    ]
+    assert [row["scaling"] for row in scaled(rows)] == [1.0, 1.9, None, 0.7]
+
+
+@pytest.mark.slow
+def test_rows_of_cards_are_measured(tmp_path):
+    """One process and two over gloo, each stage; once more nothing is measured."""
+    command = [
+        sys.executable,
+        str(SCRIPTS.parent / "scale.py"),
+        "--shapes",
+        "tiny",
+        "--device",
+        "cpu",
+        "--length",
+        "64",
+    ]
+    command += ["--batch", "2", "--seconds", "0.2", "--out", str(tmp_path / "scale.json")]
+    given = {"cwd": SCRIPTS.parents[1], "env": {**os.environ, "PYTHONPATH": str(SCRIPTS.parents[1])}}
+    for turn in range(2):
+        made = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True, **given)
+        assert made.stdout.count('"tokens_per_second"') == (0 if turn else 6), made.stdout
+    rows = json.loads((tmp_path / "scale.json").read_text())["rows"]
+    assert {(row["stage"], row["processes"]) for row in rows} == {
+        (stage, number) for stage in ("transfer", "lora_kl", "all_kl") for number in (1, 2)
+    }
+    assert all(row["scaling"] > 0 and row["note"] == "" for row in rows)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +18,7 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from linearize import distill
-from linearize.config import rules
+from linearize.config import rules, to_yaml
 from linearize.config.schema import Recipe
 from linearize.config.semantics import problems
 from linearize.distill import runner, tracking
@@ -127,3 +132,23 @@ def test_a_trace(teacher_folder: Path, recipe: Recipe, tmp_path: Path) -> None:
         assert any(event.get("name") == "aten::mm" for event in events)
         assert sum("Optimizer.step" in str(event.get("name")) for event in events) == 3
     assert not Recorder.seen
+
+
+@pytest.mark.slow
+def test_wandb_and_trackio_themselves(teacher_folder: Path, recipe: Recipe, tmp_path: Path) -> None:
+    """Both at once, without a network, where they are installed; each has its numbers on the disk."""
+    pytest.importorskip("wandb")
+    pytest.importorskip("trackio")
+    path, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    path.write_text(to_yaml(running(recipe, trackers=["wandb", "trackio"])))
+    places = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "trackio")}
+    command = [sys.executable, "-m", "linearize", "run", str(teacher_folder), str(path), "--out", str(out)]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=400, check=False, env=os.environ | places
+    )
+    assert ended.returncode == 0 and "is let go" not in ended.stderr, ended.stderr[-3000:]
+    assert len([*tmp_path.glob("wandb/offline-run-*/run-*.wandb")]) == 1
+    [database] = tmp_path.glob("trackio/*.db")
+    with closing(sqlite3.connect(database)) as connection:
+        [(count,)] = connection.execute("select count(*) from metrics")
+    assert count >= 6, "a line a step, and the measurements"
