@@ -5,7 +5,7 @@ JOBS ?= 2
 
 VENV_VLLM := .venv-vllm
 
-.PHONY: help venv dev demo bench leaderboard aot test test-quantize test-layouts test-vllm slow recipes lint format typecheck build clean
+.PHONY: help venv dev demo bench leaderboard aot test test-gpu test-quantize test-layouts test-vllm slow recipes lint format typecheck build clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -35,6 +35,9 @@ aot: dev  ## Compile every kernel for sm_80 and sm_90 without a GPU (a quarter o
 
 test: dev  ## All tests but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-gpu: dev  ## What a GPU runs: kernels compiled, decoding, mixers, recorded steps (LIMIT=SECONDS; goes on where it was cut)
+	PYTHON=$(BIN)/python scripts/test_gpu.sh $(ARGS)
 
 $(VENV_VLLM)/.installed: pyproject.toml scripts/venv_vllm.sh
 	scripts/venv_vllm.sh $(VENV_VLLM) && touch $@

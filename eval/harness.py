@@ -13,7 +13,7 @@ import random
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from linearize.data.files import expanded, mode_of
 from linearize.data.readers import read_jsonl
 from linearize.data.tokens import Tokens
 from linearize.errors import DataError, LinearizeError, NotFiniteError
+from linearize.eval.lm_requests import Share, distinct
 from linearize.patch import changed
 from linearize.progress import Meter
 from linearize.registry import closest
@@ -149,7 +150,8 @@ def run_tasks(
         stack.callback(torch.set_rng_state, torch.get_rng_state())
         stack.enter_context(quiet())
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="linearize-tasks-"))
-        meter = stack.enter_context(Meter("tasks", total, unit="requests")) if progress else None
+        bar = Meter("tasks", total, unit="requests")
+        meter = stack.enter_context(bar) if progress else None
         # A copy, because the harness gives a tokenizer without a pad token one.
         wrapped = language_model()(
             pretrained=model,
@@ -158,7 +160,7 @@ def run_tasks(
             mixed_precision_dtype=autocast,
             softmax_dtype=torch.float32,  # log-probabilities of bf16 logits would be rounded to an eighth
         )
-        wrapped.meter = meter
+        wrapped.share = None if meter is None else Share(meter, total)
         wrapped.encode = Tokens(wrapped.tokenizer)
         results = lm_eval.simple_evaluate(
             wrapped,
@@ -171,8 +173,6 @@ def run_tasks(
             numpy_random_seed=None,
             torch_random_seed=None,
         )
-        if meter is not None:  # requests that differ in their last token alone share a forward pass
-            meter.advance(total - meter.done)
     return {name: _scores(results, name) for name in names}
 
 
@@ -249,8 +249,7 @@ def language_model() -> type:
     class LanguageModel(HFLM):
         """HFLM on a model in memory, without its progress bar, its KV cache or its look-up on the hub."""
 
-        meter: Meter | None = None
-        by_tokens = False
+        share: Share | None = None
         encode: Tokens
 
         def tok_encode(
@@ -283,13 +282,26 @@ def language_model() -> type:
                 raise DataError(
                     f"an answer of {longest:,} tokens, and the model holds {self.max_length:,}; leave the task out"
                 )
-            return super()._loglikelihood_tokens(requests, *args, **options)
+            rows = (tuple(read[-self.max_length :]) for read in distinct(requests))
+            with self._counted(sum(map(len, rows))):
+                return super()._loglikelihood_tokens(requests, *args, **options)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+            with self._counted(sum(len(self.tok_encode(request.args[0])) for request in requests)):
+                return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            return super().generate_until(requests, disable_tqdm=True)
+            with self._counted(len(requests)):
+                return super().generate_until(requests, disable_tqdm=True)
+
+        def _model_generate(self, context: Tensor, *args: Any, **options: Any) -> Tensor:
+            made: Tensor = super()._model_generate(context, *args, **options)
+            if self.share is not None:
+                self.share.advance(len(context))
+            return made
+
+        def _counted(self, units: int) -> AbstractContextManager[None]:
+            return nullcontext() if self.share is None else self.share.of(units)
 
         def _model_call(
             self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
@@ -304,8 +316,8 @@ def language_model() -> type:
                 ),
             ):
                 logits = self.model(input_ids=inps, use_cache=False).logits
-            if self.meter is not None:
-                self.meter.advance(inps.numel() if self.by_tokens else len(inps))
+            if self.share is not None:
+                self.share.advance(inps.numel())
             return logits
 
         def get_model_info(self) -> dict[str, Any]:

@@ -98,12 +98,18 @@ def _units(suite: Suite, setting: Setting, roles: Collection[str]) -> Iterator[U
             continue
         try:
             made = TASKS[unit.task].units(unit, setting)
-            for one in made:
-                TASKS[unit.task].tokens(one, setting)
         except DataError as error:
             log.info("%s: no %s at %d tokens: %s", suite.name, unit.task, unit.length, error)
             continue
-        yield from made
+        for one in made:
+            try:
+                if TASKS[one.task].reads:  # of several texts one may be too short
+                    TASKS[one.task].tokens(one, setting)
+            except DataError as error:
+                text = f" of '{name}'" if (name := one.settings.get("text")) else ""
+                log.info("%s: no %s%s at %d tokens: %s", suite.name, one.task, text, one.length, error)
+                continue
+            yield one
 
 
 def _compared(role: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -28,8 +28,9 @@ from linearize.data.tokens import Tokens
 from linearize.errors import LinearizeError
 from linearize.eval import harness
 from linearize.eval.intervals import DRAWS, bootstrap, wilson
+from linearize.eval.lm_requests import Share, expected
 from linearize.eval.measurement import Call, Setting, score
-from linearize.eval.rows import TEACHER, Score
+from linearize.eval.rows import TEACHER, Score, key_of
 from linearize.eval.suite import Suite, Takes, Unit
 from linearize.models.boundary import boundary
 from linearize.registry import closest
@@ -39,8 +40,8 @@ from linearize.version import __version__
 TASK = "lm_eval"
 SHARES = ("acc", "acc_norm", "exact_match", "em")
 """Metrics that are shares of right items, for which a relative score means something."""
-GUESSED_ITEMS, GUESSED_TOKENS = 1000, 256
-"""For the estimate, where nobody has counted: items of a task, and tokens of an item's requests in all."""
+TOKENS_A_ROW = 512
+"""Sequences go through the model together as if each had so many tokens."""
 
 
 def suite(
@@ -140,16 +141,13 @@ class LmTasks:
         return [unit]
 
     def tokens(self, unit: Unit, setting: Setting) -> int:
-        """A guess: the harness counts its requests only once it has loaded the data."""
-        settings = unit.settings
-        if settings["data"] is not None:
-            [requests] = harness.check_data([settings["name"]], settings["data"], settings["limit"]).values()
-            return requests * GUESSED_TOKENS // 4
-        return (settings["limit"] or GUESSED_ITEMS) * GUESSED_TOKENS * (1 + (settings["shots"] or 0))
+        """Of all items, as the first ones' requests are; loads the data."""
+        return setting.once(("lm-eval", key_of(unit.settings)), lambda: estimate(setting, unit.settings))
 
     def measure(self, model: Any, call: Call, setting: Setting, meter: Any) -> list[Score]:
         """Every metric with its interval, and relative to the teacher's."""
-        results = evaluate(model, setting, call.unit.settings, meter)
+        share = Share(meter, self.tokens(call.unit, setting))
+        results = evaluate(model, setting, call.unit.settings, share)
         name, shots = call.unit.settings["name"], call.unit.settings["shots"]
         found = Items.of(results, name)
         folder = setting.folder / "items"
@@ -204,13 +202,59 @@ class Items:
         return {"values": self.values, "chance": self.chance}
 
 
-def evaluate(model: Any, setting: Setting, settings: Mapping[str, Any], meter: Any = None) -> dict[str, Any]:
+def evaluate(
+    model: Any, setting: Setting, settings: Mapping[str, Any], share: Share | None = None
+) -> dict[str, Any]:
     """lm-eval's results with samples; neither the model, nor the tokenizer, nor any random generator is changed.
 
     Raises:
         LinearizeError: the data cannot be had, or the harness refuses the task.
     """
     lm_eval = harness.import_lm_eval()
+    with _reading(settings) as task:
+        wrapped = harness.language_model()(
+            pretrained=model,
+            tokenizer=copy.deepcopy(setting.tokenizer),
+            batch_size=settings.get("batch_size") or _rows(setting),
+            mixed_precision_dtype=setting.autocast,
+            softmax_dtype=torch.float32,
+        )
+        wrapped.share = share
+        wrapped.encode = Tokens(wrapped.tokenizer)
+        found: dict[str, Any] = lm_eval.simple_evaluate(
+            wrapped,
+            tasks=[task],
+            num_fewshot=settings.get("shots"),
+            task_manager=_own_manager(settings),
+            limit=settings["limit"] or None,
+            bootstrap_iters=0,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+            fewshot_random_seed=SHOTS_SEED,
+        )
+        return found
+
+
+def estimate(setting: Setting, settings: Mapping[str, Any]) -> int:
+    """Tokens that a task will put through each model. Raises as `evaluate`."""
+    harness.import_lm_eval()
+    with _reading(settings) as task:
+        tasks = _own_manager(settings).load([task])["tasks"]
+        for one in tasks.values():  # as lm-eval itself does it
+            shots = one.get_config("num_fewshot")
+            if shots is None or (settings.get("shots") is not None and shots != 0):
+                one.set_config(key="num_fewshot", value=settings.get("shots") or 0)
+            one.set_fewshot_seed(seed=SHOTS_SEED)
+        most = setting.longest or 2**31
+        return expected(
+            tasks, Tokens(setting.tokenizer), limit=settings["limit"], most=most, rows=_rows(setting), step=setting.step
+        )  # fmt: skip
+
+
+@contextmanager
+def _reading(settings: Mapping[str, Any]) -> Iterator[Any]:
+    """The task as lm-eval takes it, while its data is read: quietly, and what fails with a remedy."""
     name, data = settings["name"], settings["data"]
     away = None if data is not None or _is_own(name, settings.get("include")) else hub_away()
     remedy = REMEDY if away is None else f"the Hugging Face hub cannot be reached ({away}). {AWAY}"
@@ -220,32 +264,23 @@ def evaluate(model: Any, setting: Setting, settings: Mapping[str, Any], meter: A
         stack.callback(torch.set_rng_state, torch.get_rng_state())
         stack.enter_context(harness.quiet(offline=data is not None or away is not None))
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="linearize-tasks-"))
-        wrapped = harness.language_model()(
-            pretrained=model,
-            tokenizer=copy.deepcopy(setting.tokenizer),
-            batch_size=settings.get("batch_size") or max(1, setting.batch_tokens // 512),
-            mixed_precision_dtype=setting.autocast,
-            softmax_dtype=torch.float32,
+        stack.enter_context(
+            boundary(f"lm-eval's task '{name}'", remedy, verb="cannot be measured", kind=LinearizeError)
         )
-        wrapped.meter, wrapped.by_tokens = meter, True
-        wrapped.encode = Tokens(wrapped.tokenizer)
-        task = name if data is None else harness.inline(name, Path(data).expanduser(), scratch)
-        include = settings.get("include")
-        with boundary(f"lm-eval's task '{name}'", remedy, verb="cannot be measured", kind=LinearizeError):
-            return lm_eval.simple_evaluate(
-                wrapped,
-                tasks=[task],
-                num_fewshot=settings.get("shots"),
-                task_manager=_manager(None if include is None else Path(include)),
-                limit=settings["limit"] or None,
-                bootstrap_iters=0,
-                random_seed=None,
-                numpy_random_seed=None,
-                torch_random_seed=None,
-                fewshot_random_seed=1234,
-            )
+        yield name if data is None else harness.inline(name, Path(data).expanduser(), scratch)
 
 
+def _own_manager(settings: Mapping[str, Any]) -> Any:
+    include = settings.get("include")
+    return _manager(None if include is None else Path(include))
+
+
+def _rows(setting: Setting) -> int:
+    return max(1, setting.batch_tokens // TOKENS_A_ROW)
+
+
+SHOTS_SEED = 1234
+"""What draws the worked examples, as lm-eval's own command line has it."""
 REMEDY = "look whether its data is here or the hub can be reached, or leave it out"
 AWAY = (
     "Where it can be, the same command loads the data once, and later calls need no network; or name files of the same "

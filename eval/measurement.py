@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from linearize.eval.perplexity import windows
 from linearize.eval.rows import Score, key_of
 from linearize.eval.suite import Takes, Unit
 from linearize.eval.token_scores import Predictor
+
+Made = TypeVar("Made")
 
 STEP, GPU_STEP = 16, 1024
 """Tokens of a prefill that take as long as a step of decoding, roughly: a GPU waits for launches in both."""
@@ -64,18 +66,21 @@ class Setting:
         Raises:
             DataError: as `perplexity.windows`.
         """
-        place = (text, length, most or None)
-        if place not in self._made:
-            cut = windows(self.tokenizer, self.texts[text], window=length, max_windows=most)
-            self._made[place] = cut
-        found: Tensor = self._made[place]
-        return found
+        return self.once(
+            (text, length, most or None),
+            lambda: windows(self.tokenizer, self.texts[text], window=length, max_windows=most),
+        )
 
     def digest(self, text: str) -> str:
         """Tells a text from any other."""
-        if (text,) not in self._made:
-            self._made[(text,)] = key_of([document.text for document in self.texts[text]])
-        return str(self._made[(text,)])
+        return self.once((text,), lambda: key_of([document.text for document in self.texts[text]]))
+
+    def once(self, place: tuple[Any, ...], make: Callable[[], Made]) -> Made:
+        """What is made of the setting, made at the first call and kept under that place."""
+        if place not in self._made:
+            self._made[place] = make()
+        found: Made = self._made[place]
+        return found
 
 
 @dataclass(frozen=True)

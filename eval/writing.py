@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linearize.eval.dictation import dictated
 from linearize.eval.intervals import bootstrap, wilson
 from linearize.eval.measurement import Call, Setting, score
 from linearize.eval.recall.answering import Cached
@@ -18,8 +19,6 @@ from linearize.eval.suite import Takes, Unit
 from linearize.eval.token_scores import Predictor
 from linearize.storing import write_json
 
-TOGETHER = 64
-"""Steps that are compared with the prefill at once: each comparison waits for the device."""
 SAMPLES = "samples"
 """Folder of the written texts."""
 
@@ -49,14 +48,13 @@ class Decoding:
         # without autocast: rounding to bfloat16 would hide what is looked for
         prefill = Predictor(model).window(ids)
         meter.advance(len(ids))
-        cached, same, apart = Cached(model), 0, 0.0
-        there = ids[None].to(cached.device)  # a token that has to be sent would wait for the last
-        for places in torch.arange(len(ids)).split(TOGETHER):
-            steps = torch.cat([cached(there[:, place : place + 1]) for place in places.tolist()])
-            whole = prefill(slice(int(places[0]), int(places[-1]) + 1))
+        start, same, apart = 0, 0, 0.0
+        for steps in dictated(model, ids, prefill(slice(0, 1)).shape[-1]):
+            whole = prefill(slice(start, start + len(steps)))
             same += int((steps.argmax(-1) == whole.argmax(-1)).sum())
             apart = max(apart, float((steps.log_softmax(-1) - whole).abs().max()))
-            meter.advance(setting.step * len(places))
+            meter.advance(setting.step * len(steps))
+            start += len(steps)
         n = len(ids)
         return [
             score("decode_agreement", same / n, wilson(same, n), n),

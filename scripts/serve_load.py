@@ -1,10 +1,11 @@
 """Requests/s and tokens/s of `linearize serve`: a conversion and its teacher, each in a process of its own, at several
-numbers of requests at once.
+lengths of prompts and numbers of requests at once.
 
 Every request is a stream of random pieces of the packaged text, as ids, so that all prompts have the length asked for;
-texts go on behind tokens that end them, so that all answers have. Writes a JSON file and a table beside it.
+texts go on behind tokens that end them, so that all answers have. Every row goes into a JSON file and a table beside
+it.
 
-    python scripts/serve_load.py runs/demo --against smollm2-135m --out docs/results/serve.json
+    python scripts/serve_load.py runs/demo --against smollm2-135m --prompt 128 1024 --out docs/results/serve.json
     python scripts/serve_load.py runs/demo --at 1 64 512 --prompt 8192 --tokens 128 --server "--max-prompt-tokens 8192"
 """
 
@@ -43,10 +44,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Row:
-    """One model at one number of requests at once.
+    """One model at one length of prompts and number of requests at once.
 
     Attributes:
         model: name.
+        prompt: tokens.
         at_once: requests.
         requests, seconds: how many, and how long they took together.
         requests_per_second, tokens_per_second: of new tokens.
@@ -56,6 +58,7 @@ class Row:
     """
 
     model: str
+    prompt: int
     at_once: int
     requests: int
     seconds: float
@@ -71,31 +74,31 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure and write."""
     options = _options(arguments)
     rows: list[Row] = []
-    for path in [options.path, *([options.against] if options.against else [])]:
-        with _server(path, options) as (process, url, name):
-            prompts = _prompts(options)
-            asyncio.run(
-                _load(url, name, prompts[:1] * 2, 2, options.tokens)
-            )  # kernels compile, memory is touched
-            for at_once in options.at:
-                count = max(at_once * options.rounds, options.least)
-                asked = [prompts[turn % len(prompts)] for turn in range(count)]
-                began = time.perf_counter()
-                times = asyncio.run(_load(url, name, asked, at_once, options.tokens))
-                row = _row(path, at_once, times, time.perf_counter() - began, options, url, process)
-                print(json.dumps(asdict(row)), flush=True)
-                rows.append(row)
-    found = {
+    found: dict[str, Any] = {
         "command": shlex.join(["python", "scripts/serve_load.py", *(arguments or sys.argv[1:])]),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": _said("git", "describe", "--always", "--dirty"),
         "machine": _machine(options.device),
         "settings": {
-            name: getattr(options, name) for name in ("prompt", "tokens", "rounds", "least", "server")
+            name: getattr(options, name) for name in ("tokens", "rounds", "least", "server", "note")
         },
-        "rows": [asdict(row) for row in rows],
     }
-    put(options.out, "server", found, _table(found, rows))
+    for path in [options.path, *([options.against] if options.against else [])]:
+        with _server(path, options) as (process, url, name):
+            for length in options.prompt:
+                prompts = _prompts(options, length)
+                # kernels compile, memory is touched
+                asyncio.run(_load(url, name, prompts[:1] * 2, 2, options.tokens))
+                for at_once in options.at:
+                    count = max(at_once * options.rounds, options.least)
+                    asked = [prompts[turn % len(prompts)] for turn in range(count)]
+                    began = time.perf_counter()
+                    times = asyncio.run(_load(url, name, asked, at_once, options.tokens))
+                    took = time.perf_counter() - began
+                    rows.append(_row(path, length, at_once, times, took, options, url, process))
+                    print(json.dumps(asdict(rows[-1])), flush=True)
+                    found["rows"] = [asdict(row) for row in rows]
+                    put(options.out, "server", found, _table(found, rows))
     return 0
 
 
@@ -106,13 +109,16 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("path", metavar="PATH", help="what `linearize serve` takes")
     parser.add_argument("--against", metavar="MODEL", help="the teacher, served the same way")
     parser.add_argument("--at", type=int, nargs="+", default=[1, 4, 16], metavar="N", help="requests at once")
-    parser.add_argument("--prompt", type=int, default=128, metavar="TOKENS")
+    parser.add_argument("--prompt", type=int, nargs="+", default=[128], metavar="TOKENS")
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="new ones of each request")
     parser.add_argument(
         "--rounds", type=int, default=2, metavar="N", help="requests for each that runs at once"
     )
     parser.add_argument("--least", type=int, default=4, metavar="N", help="requests at least")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--note", default="", help="a sentence for the page, such as what else the machine had to do"
+    )
     parser.add_argument(
         "--server", default="", metavar="OPTIONS", help="further options of `linearize serve`"
     )
@@ -142,17 +148,17 @@ def _server(path: str, options: argparse.Namespace) -> Iterator[tuple[subprocess
         raise SystemExit(f"the server ended with {process.returncode}")
 
 
-def _prompts(options: argparse.Namespace) -> list[list[int]]:
-    """Pieces of the packaged text, as ids of the conversion's tokenizer."""
+def _prompts(options: argparse.Namespace, length: int) -> list[list[int]]:
+    """Pieces of the packaged text of so many tokens, as ids of the conversion's tokenizer."""
     from linearize.cli.checkpoint import export_of
 
     tokenizer = models.load_tokenizer(models.resolve(export_of(options.path)))
     column = pyarrow.parquet.read_table(builtin.sample("validation")).column(builtin.COLUMN).to_pylist()
     ids = tokenizer("\n\n".join(column), verbose=False)["input_ids"]
-    ids *= options.prompt // len(ids) + 2
+    ids *= length // len(ids) + 2
     dice = random.Random(0)
-    starts = (dice.randrange(len(ids) - options.prompt) for _ in range(64))
-    return [ids[start : start + options.prompt] for start in starts]
+    starts = (dice.randrange(len(ids) - length) for _ in range(64))
+    return [ids[start : start + length] for start in starts]
 
 
 async def _load(
@@ -183,6 +189,7 @@ async def _load(
 
 def _row(
     path: str,
+    prompt: int,
     at_once: int,
     times: list[tuple[float, float]],
     seconds: float,
@@ -200,6 +207,7 @@ def _row(
     peak = re.search(r"VmHWM:\s+(\d+) kB", status)
     return Row(
         model=path,
+        prompt=prompt,
         at_once=at_once,
         requests=count,
         seconds=round(seconds, 3),
@@ -217,18 +225,19 @@ def _table(found: dict[str, Any], rows: list[Row]) -> str:
     lines = [
         "# `linearize serve`: requests/s and tokens/s",
         "",
-        f"`{found['command']}`, {found['date']}, commit {found['commit']}, {found['machine']}. Prompts of "
-        f"{settings['prompt']:,} tokens, {settings['tokens']:,} new ones each, streamed; the client is OpenAI's, on "
-        "the same machine. Seconds are medians; tokens/s counts new tokens. Of a teacher, a slot holds keys and values "
+        f"`{found['command']}`, {found['date']}, commit {found['commit']}, {found['machine']}. "
+        f"{settings['note']} {settings['tokens']:,} new tokens each, streamed; the client is OpenAI's, on the same "
+        "machine. Seconds are medians; tokens/s counts new tokens. Of a teacher, a slot holds keys and values "
         "of the longest text that the server takes; the peak is that of the process, with the weights.",
         "",
-        "| model | requests at once | requests/s | tokens/s | first token, s | request, s | slot, MiB | peak, MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| model | prompt | at once | requests/s | tokens/s | first token, s | request, s | slot, MiB | peak, MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         lines.append(
-            f"| {Path(row.model).name} | {row.at_once} | {row.requests_per_second:.2f} | {row.tokens_per_second:.1f} "
-            f"| {row.first_token:.2f} | {row.request:.2f} | {row.slot_mib:,.1f} | {row.peak_mib:,.0f} |"
+            f"| {Path(row.model).name} | {row.prompt:,} | {row.at_once} | {row.requests_per_second:.2f} "
+            f"| {row.tokens_per_second:.1f} | {row.first_token:.2f} | {row.request:.2f} | {row.slot_mib:,.1f} "
+            f"| {row.peak_mib:,.0f} |"
         )
     return "\n".join(lines) + "\n"
 

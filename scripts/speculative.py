@@ -6,6 +6,7 @@ after how many tokens, and by how much the model preferred its own token there. 
 
     python scripts/speculative.py smollm2-135m --drafts runs/demo/checkpoint --context 512 4096 16384 \
         --draft-tokens 2 4 8 --batch 1 --temperature 0 0.8 --out docs/results/speculative-h200.json
+    python scripts/speculative.py smollm2-135m --drafts runs/a --pairs runs/a=runs/b runs/c=runs/a --out FILE
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("path", metavar="PATH", help="the model whose text it is: a conversion or any model")
     parser.add_argument("--drafts", nargs="+", required=True, metavar="MODEL", help="one after the other")
     parser.add_argument(
+        "--pairs",
+        nargs="+",
+        default=[],
+        metavar="PATH=DRAFT",
+        help="then texts of other models with drafts of theirs",
+    )
+    parser.add_argument(
         "--context", type=int, nargs="+", default=[512], metavar="TOKENS", help="of the prompt"
     )
     parser.add_argument("--draft-tokens", type=int, nargs="+", default=[2, 4, 8], metavar="K")
@@ -55,8 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
-    model, tokenizer = load(options.path, options.device)
-    model = model.to(getattr(torch, options.dtype))
+    model, tokenizer = _loaded(options.path, options)
     rows, before = _before(options)
     command = shlex.join(["python", "scripts/speculative.py", *(arguments or sys.argv[1:])])
     found: dict[str, Any] = {
@@ -77,29 +84,56 @@ def main(arguments: list[str] | None = None) -> int:
         for batch in options.batch
         for heat in options.temperature
     ]
-    known = {_key(row) for row in found["rows"]}
-    drafts = {}
-    for name in options.drafts:
-        other, its = load(name, options.device)
-        drafts[name] = Draft(other.to(getattr(torch, options.dtype)), its)
-        drafts[name].check(model, tokenizer)
-    for place in places:
-        wanted = [
-            (name, ahead)
-            for name in drafts
-            for ahead in options.draft_tokens
-            if _key({**_row(place), "draft": name, "draft_tokens": ahead}) not in known
-        ]
-        if not wanted and _key(_row(place)) in known:
-            continue
-        ids = _prompts(tokenizer, *place[:2])
-        row, alone = _without(model, ids, place, options)
-        if _key(row) not in known:
-            _add(found, row, options)
-        for name, ahead in wanted:
-            made = _with(model, drafts[name].model, ids, place, ahead, alone, options)
-            _add(found, {"draft": name, **made}, options)
+    models = {options.path: list(options.drafts)}
+    for pair in options.pairs:
+        path, _, draft = pair.partition("=")
+        models.setdefault(path, []).append(draft)
+    for path, drafts in models.items():
+        model, tokenizer = _loaded(path, options)
+        for name in drafts:
+            Draft(*_loaded(name, options)).check(model, tokenizer)
+        for place in places:
+            _place(found, path, drafts, place, options)
     return 0
+
+
+def _place(
+    found: dict[str, Any],
+    path: str,
+    drafts: list[str],
+    place: tuple[int, int, float],
+    options: argparse.Namespace,
+) -> None:
+    """Rows of one model at one length, batch and temperature, but for those that are there."""
+    known = {_key(row, options.path) for row in found["rows"]}
+    own = {"model": path, **_row(place)}
+    wanted = [
+        (name, ahead)
+        for name in drafts
+        for ahead in options.draft_tokens
+        if _key({**own, "draft": name, "draft_tokens": ahead}, options.path) not in known
+    ]
+    if not wanted and _key(own, options.path) in known:
+        return
+    model, tokenizer = _loaded(path, options)
+    ids = _prompts(tokenizer, *place[:2])
+    row, alone = _without(model, ids, place, options)
+    if _key({**own, **row}, options.path) not in known:
+        _add(found, {**own, **row}, options)
+    for name, ahead in wanted:
+        made = _with(model, _loaded(name, options)[0], ids, place, ahead, alone, options)
+        _add(found, {**own, "draft": name, **made}, options)
+
+
+_held: dict[str, tuple[Any, Any]] = {}
+
+
+def _loaded(path: str, options: argparse.Namespace) -> tuple[Any, Any]:
+    """A model and its tokenizer, kept: one may draft for several."""
+    if path not in _held:
+        model, tokenizer = load(path, options.device)
+        _held[path] = model.to(getattr(torch, options.dtype)), tokenizer
+    return _held[path]
 
 
 def _before(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
@@ -110,9 +144,10 @@ def _before(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     return found["rows"], found["command"]
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+def _key(row: dict[str, Any], path: str) -> tuple[Any, ...]:
+    """What tells rows apart; rows of old have no model, which was the command's."""
     names = ("context", "batch", "temperature", "draft", "draft_tokens")
-    return tuple(row.get(name) for name in names)
+    return row.get("model", path), *(row.get(name) for name in names)
 
 
 def _prompts(tokenizer: Any, context: int, rows: int) -> Tensor:
@@ -231,15 +266,17 @@ def _table(found: dict[str, Any]) -> str:
         f"`{found['command']}`, {found['date']}, commit {found['commit']}, {found['machine']}, {found['dtype']}, "
         f"{found['tokens']} new tokens of each text.",
         "",
-        "| prompt | rows | temperature | draft | drafted in a round | tokens/s | taken | tokens a round | same texts |",
-        "|---:|---:|---:|---|---:|---:|---:|---:|---:|",
+        "| model | prompt | rows | temperature | draft | drafted in a round | tokens/s | taken | tokens a round "
+        "| same texts |",
+        "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|",
     ]
     for row in found["rows"]:
-        cells = [row["context"], row["batch"], row["temperature"], row.get("draft", "none")]
+        place = [row["context"], row["batch"], row["temperature"], row.get("draft", "none")]
+        cells = [row.get("model", ""), *place]
         names = ("draft_tokens", "tokens_per_second", "taken", "tokens_a_round", "same_texts")
         cells += [row.get(name, "") for name in names]
         if "refused" in row:
-            cells[5] = row["refused"]
+            cells[6] = row["refused"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 

@@ -3,8 +3,8 @@
     .venv-vllm/bin/python scripts/vllm_figures.py teacher=FOLDER converted=FOLDER --out docs/results/serve.json
 
 Each checkpoint and context runs in a process of its own: random prompts of one length, all asked at once, greedy.
-Prefill ends where every text has its first token, decode is what comes after; the best of so many turns. Texts that fit
-is how many of that length the given memory holds. Every process adds its rows to the file.
+Prefill ends where every text has its first token, decode is what comes after, a request is both; the best of so many
+turns. Texts that fit is how many of that length the given memory holds. Every process adds its rows to the file.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ COLUMNS = {
     "texts": "texts at once",
     "prefill": "prefill tokens/s",
     "decode": "decode tokens/s",
+    "requests": "requests/s",
     "fit": "texts that fit",
     "mib": "MiB a text",
     "peak": "peak of the process, MiB",
@@ -62,8 +63,8 @@ def measure(asked: dict[str, Any]) -> list[dict[str, Any]]:
     fit = get_max_concurrency_for_kv_cache_config(llm.llm_engine.vllm_config, core.scheduler.kv_cache_config)
     words, dice = llm.llm_engine.vllm_config.model_config.get_vocab_size(), random.Random(0)
 
-    def timed(texts: int, tokens: int) -> tuple[float, float]:
-        """Tokens/s until every text has its first token, and of the tokens behind that."""
+    def timed(texts: int, tokens: int) -> tuple[float, float, float]:
+        """Tokens/s until every text has its first token, and of the tokens behind that; texts a second of the whole."""
         given = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         made = {str(text): 0 for text in range(texts)}
         began = time.perf_counter()
@@ -77,13 +78,18 @@ def measure(asked: dict[str, Any]) -> list[dict[str, Any]]:
                 first, had = time.perf_counter(), sum(made.values())
         if set(made.values()) != {tokens}:
             raise RuntimeError(f"texts of other lengths than {tokens}: {made}")
-        return texts * context / (first - began), (texts * tokens - had) / (time.perf_counter() - first)
+        ended = time.perf_counter()
+        return (
+            texts * context / (first - began),
+            (texts * tokens - had) / (ended - first),
+            texts / (ended - began),
+        )
 
     timed(1, 2)
     rows = []
     for texts in asked["texts"]:
         turns = [timed(texts, new) for _ in range(asked["turns"])]
-        prefill, decode = (max(each) for each in zip(*turns, strict=True))
+        prefill, decode, requests = (max(each) for each in zip(*turns, strict=True))
         row = {
             "name": asked["name"],
             "context": context,
@@ -91,7 +97,7 @@ def measure(asked: dict[str, Any]) -> list[dict[str, Any]]:
             "prefill": prefill,
             "decode": decode,
         }
-        row |= {"fit": fit, "mib": asked["memory"] * 1024 / fit}
+        row |= {"requests": f"{requests:.3f}", "fit": fit, "mib": asked["memory"] * 1024 / fit}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         rows.append({**{name: _short(value) for name, value in row.items()}, "peak": round(peak)})
         print(rows[-1], file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -220,9 +221,17 @@ VARIANTS: list[dict] = [
     {
         "feature_map": {"name": "identity"},
         "gate": {"name": "rwkv7", "rank": 3, "shift": True},
-        "update": {"name": "rwkv7", "rank": 3, "shift": True, "first_values": True, "first_rank": 3},
+        "update": {
+            "name": "rwkv7",
+            "rank": 3,
+            "shift": True,
+            "shift_projections": True,
+            "first_values": True,
+            "first_rank": 3,
+        },
         "normalizer": {"name": "none"},
         "short_conv": {"name": "depthwise", "taps": 2},
+        "output": {"name": "gate", "rank": 3, "shift": True},
     },
     {
         "feature_map": {"name": "exp", "learned": True},
@@ -267,11 +276,17 @@ VARIANTS: list[dict] = [
         "feature_map": {"name": "taylor", "dim": 8, "per": "kv_head"},
         "position": {"name": "selective_rope", "rank": 3},
     },
+    {
+        "feature_map": HEDGEHOG,
+        "window": SLIDING,
+        "output": {"name": "gated_norm", "rank": 3, "shift": True},
+    },
 ]
 """Options that change shapes or paths."""
 
 
-def registered() -> list[dict]:
+@functools.cache
+def registered() -> tuple[dict, ...]:
     """Distinct compositions, each checked."""
     found = [
         *SKELETONS,
@@ -283,7 +298,7 @@ def registered() -> list[dict]:
     distinct = {label(mixer): mixer for mixer in found}
     for mixer in distinct.values():
         assert check(mixer) == [], (mixer, check(mixer))
-    return list(distinct.values())
+    return tuple(distinct.values())
 
 
 def _with(part: str, name: str) -> dict:

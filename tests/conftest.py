@@ -34,6 +34,17 @@ def pytest_collection() -> Iterator[None]:
         gc.freeze()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """And what a module's tests have imported, once they are over."""
+    try:
+        return (yield)
+    finally:
+        if nextitem is None or nextitem.path != item.path:
+            gc.collect()
+            gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def packed_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tokenized text of a test is kept for that test alone; also behind the test's own `monkeypatch.undo()`."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from linearize.kernels.mixing_matrix import Kind, compared
 
 
 @dataclass
@@ -19,7 +23,8 @@ class QuadraticCall:
     matrix: nn.Parameter
     output: nn.Linear
     students: int = 0
-    largest: int = 0
+    at_once: int = 50
+    made: list[int] = field(default_factory=list)
 
     def _weights(self, q: Tensor) -> Tensor:
         """[B, H, T, T]"""
@@ -48,9 +53,16 @@ class QuadraticCall:
     def project(self, y: Tensor) -> Tensor:
         return self.output(y.flatten(2))
 
-    def weights(self, rows: slice) -> tuple[Tensor, Tensor]:
-        self.largest = max(self.largest, rows.stop - rows.start)
-        return self.teacher_weights[:, :, rows], self.student_weights()[:, :, rows]
+    def terms(self, kind: Kind) -> list[Callable[[], Tensor]]:
+        """The rows of both matrices, `at_once` of their columns to a term."""
+
+        def term(at: int) -> Tensor:
+            columns = slice(at, at + self.at_once)
+            rows = compared(kind, self.teacher_weights[..., columns], self.student_weights()[..., columns])
+            self.made.append(at)
+            return rows.transpose(1, 2)
+
+        return [partial(term, at) for at in range(0, self.q.shape[1], self.at_once)]
 
 
 def make_call(*, padded: bool) -> QuadraticCall:

@@ -49,7 +49,7 @@ def start(size: int, job: Callable[..., Any], *given: Any, folder: Path) -> Ende
     tests = Path(__file__).parent
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (tests, tests.parent)))
     multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["several", "several_jobs", "shard_jobs", "spread_jobs"]
+        ["several", "several_jobs", "shard_jobs", "spread_jobs", "elsewhere"]
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -88,7 +88,8 @@ def every_stage(folder: Path) -> Recipe:
         },
         data=DataConfig(source=text, validation=text, length=64),
         eval=EvalConfig(length=64, max_windows=2, ablations=False),
-        run=RunConfig(device=DEVICE, precision="fp32"),
+        # a process that has a card takes seconds to fork
+        run=RunConfig(device=DEVICE, precision="fp32", workers=0),
     )
 
 

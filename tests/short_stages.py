@@ -23,6 +23,8 @@ DOCUMENT = 80
 STAGES = {
     # outputs of random weights are small: losses of about one, and gradients that are clipped
     "transfer": {"objective": {"attention_output": 1e4}, "train": ["mixers"], "lr": 1e-2},
+    "weights": {"objective": {"attention_weights": 1.0}, "train": ["mixers"], "lr": 1e-2},
+    "matrix": {"objective": {"mixing_matrix": 1.0}, "train": ["mixers"], "lr": 1e-2},
     "all_kl": {"objective": {"next_token": 0.5, "logits_kl": 1.0}, "train": ["all"], "lr": 1e-3},
     "lora": {"objective": {"next_token": 1.0}, "train": ["lora", "mixers"], "lora": LoraConfig(rank=4, dropout=0.1)},
 }  # fmt: skip

@@ -8,17 +8,23 @@ from typing import Any
 import tiny
 import torch
 import torch.distributed as dist
+from byte_llama import MIXER, tiny_llama
 from over_nccl import OverNccl
 from several_recipes import DEVICE
 from torch import Tensor, nn
 
 from linearize import across as across_module
-from linearize import surgery
+from linearize import objectives, surgery
 from linearize.across import Across, _received, _sent
-from linearize.config.schema import RunConfig
+from linearize.config.schema import RunConfig, StageConfig
 from linearize.distill import processes
+from linearize.distill.blocks import around_attention
 from linearize.distill.device import resolve_device
+from linearize.distill.finetune import predict, predict_teacher
+from linearize.distill.passes import Passes
+from linearize.distill.trainable import prepare, trained
 from linearize.mixers import LayerShape, build, spread
+from linearize.mixers import compiled as compiled_mixers
 from linearize.surgery.spreading import refusal, spreading
 
 SHAPE = LayerShape(
@@ -78,6 +84,17 @@ def _mixer(what: str, section: dict[str, Any], at_once: bool | None, places: Ten
     many = _gradients(mine, lambda *x, **y: spread.chunked(across, own, *x, **y))
     for name, x in one.items():
         _alike(f"{what}: {name}", many[name], across.own(x))
+    kept = [p.grad for p in own.parameters()]
+    own.zero_grad(set_to_none=True)
+    for x in mine.values():
+        x.grad = None
+    again = _gradients(mine, lambda *x, **y: spread.chunked(across, own, *x, **y, again=True))
+    for name, x in many.items():
+        _alike(f"{what}, computed again: {name}", again[name], x)
+    for before, parameter in zip(kept, own.parameters(), strict=True):
+        assert (before is None) == (parameter.grad is None), f"{what}, computed again"
+        if before is not None and parameter.grad is not None:
+            _alike(f"{what}, computed again", parameter.grad, before)
     processes.add_up(p.grad for p in own.parameters() if p.grad is not None)
     for (name, parameter), copy in zip(whole.named_parameters(), own.parameters(), strict=True):
         assert (parameter.grad is None) == (copy.grad is None), f"{what}: {name}"
@@ -173,6 +190,60 @@ def _flash(model: nn.Module, device: torch.device) -> None:
                 ).logits.float()
         off = (made - across.own(whole)).square().mean().sqrt() / whole.square().mean().sqrt()
         assert off < 0.03, f"{borders}: {off}"
+
+
+def compiled(out: Path) -> None:
+    """Passes of a hybrid and of a teacher beside it: what stands around their attention is compiled at once."""
+    compiled_mixers.BACKEND = "eager"  # tracing is what can fail
+    device = resolve_device(RunConfig(device=DEVICE))
+    with processes.joined(device):
+        teacher = tiny_llama().to(device).eval().requires_grad_(False)
+        stage = StageConfig(objective={"logits_kl": 1.0}, train=["all"])
+        model = prepare(surgery.convert(tiny_llama(seed=1).to(device), MIXER, [1]), stage).train()
+        ids = torch.arange(64, device=device).view(2, 32) * 7 % 250
+        across = Across(
+            dist.group.WORLD,
+            dist.get_rank(),
+            dist.get_world_size(),
+            positions(BORDERS["several"], 32, device),
+        )
+        batch = {"input_ids": ids, "position_ids": across.positions}
+
+        def step(part: dict[str, Tensor], count: Tensor | None, off: Any) -> Tensor:
+            with spreading([model, teacher], across, again=True):
+                own = {name: across.own(x) for name, x in part.items()}
+                theirs = predict_teacher(model, own, teacher)
+                made = predict(model, own)
+                loss = objectives.token_backward(made, own["input_ids"], stage.objective, teacher=theirs)
+            return loss[None]
+
+        def parts() -> list[nn.Module]:
+            return [*around_attention(model, softmax=True), *around_attention(teacher, softmax=True)]
+
+        found: list[dict[str, Tensor]] = []
+        for way in ("never", "always"):
+            run = RunConfig(device=DEVICE, compile=way)
+            passes = Passes(
+                model, "probe", stage, run, device, 1, [*trained(model).values()], parts, spread=True
+            )
+            for _ in range(2):
+                model.zero_grad()
+                loss = passes(step, batch, None)
+                found.append(
+                    {
+                        "loss": loss,
+                        **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+                    }
+                )
+            assert passes.blocks is not None and passes.captured.graph is None
+            assert len(passes.blocks.layers) == (12 if way == "always" else 0), (
+                "norms and feed-forward layers"
+            )
+            assert way == "never" or passes.blocks.obstacle is None, passes.blocks.obstacle
+        for other in found[1:]:
+            assert list(other) == list(found[0])
+            for name, x in found[0].items():
+                _alike(name, other[name], x)
 
 
 def families(out: Path) -> None:

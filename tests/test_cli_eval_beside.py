@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from byte_llama import MIXER, byte_tokenizer, tiny_llama
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Config
 
 from linearize import cli, export, surgery
 
@@ -114,6 +114,23 @@ def test_a_model_of_few_learned_positions_is_measured_within_them(tmp_path, caps
     said = capsys.readouterr().err
     assert found["student", "generated"] <= 8 and ("swa_sinks", "ppl") in found
     assert "no generation at 60 tokens: the model has 64 positions" in said and "at 16" not in said
+
+
+def test_an_encoder_is_refused_by_name_and_as_a_decoder_it_is_judged(tmp_path, capsys):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    (tmp_path / "small.yaml").write_text(SUITE)
+    for decoder in (False, True):
+        torch.manual_seed(0)
+        config = BertConfig(vocab_size=259, is_decoder=decoder, **sizes)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bert")
+        byte_tokenizer().save_pretrained(tmp_path / "bert")
+        line = ["eval", tmp_path / "bert", "--suite", tmp_path / "small.yaml", "--out", tmp_path / "out"]
+        code = cli.main([str(part) for part in line])
+        said = " ".join(capsys.readouterr().err.split())
+        assert code == (0 if decoder else 2)
+        assert decoder != (
+            "not causal: what BertLMHeadModel says of a token depends on those behind it" in said
+        )
 
 
 def test_compare_never_tells_to_delete_what_is_not_its_own(tmp_path, capsys):

@@ -117,7 +117,7 @@ def test_it_ends_as_its_processes_do(program: str, code: int, said: str, tmp_pat
             assert process.stdout is not None
             assert process.stdout.readline() == "begun\n"
             process.send_signal(signal.SIGTERM)
-        _, words = process.communicate(timeout=100)
+        _, words = process.communicate(timeout=300)
     assert process.returncode == code, words
     assert said in words
     assert "SignalException" not in words and "raise ChildFailedError" not in words

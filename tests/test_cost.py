@@ -1,70 +1,62 @@
 """The plan's formulas beside what was measured: memory within 15 %, time within 25 %, on every row of the file."""
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 from tiny import config as family_config
 
 from linearize import cli
-from linearize.bench.subjects import SHAPES, TEACHER, convert, random_model
-from linearize.bench.train import STAGES
+from linearize.bench.subjects import SHAPES
 from linearize.config import compose
-from linearize.config.schema import StageConfig
 from linearize.cost import blocks, memory, speed
 from linearize.cost.cards import CARDS, cards
 from linearize.cost.shapes import config_of
-from linearize.cost.stages import plan, sizes_of, ways
+from linearize.cost.stages import plan, ways
 from linearize.cost.strategy import fit, shares
-from linearize.distill.trainable import prepare
 from linearize.errors import CheckpointError, LinearizeError, UnsupportedModelError
 from linearize.kernels.distill.slices import ELEMENTS
 
-ROWS = json.loads((Path(__file__).parents[1] / "docs/results/train-h200.json").read_text(encoding="utf-8"))
-SUPERSEDED = {
-    ("b7e25fd", "lolcats", "transfer", 32_768): "recorded with a mask [B, 1, T, T]; steps of that size no longer are",
-    ("a54b486", "gated_delta_window", "transfer", 1024): "before what stands around the attention was compiled",
-}  # fmt: skip
-"""Rows that the formulas miss, and why; later rows of the same stage are held."""
-HELD = [
-    row for row in ROWS
-    if row["tokens_per_second"]
-    and (row["commit"], row["recipe"], row["stage"], row["length"]) not in SUPERSEDED
-]  # fmt: skip
-_known = {}
+ROOT = Path(__file__).parents[1]
+
+
+def of_the_command():
+    """The module of the command that compares them."""
+    found = importlib.util.spec_from_file_location("plan_check", ROOT / "scripts/results/plan_check.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+check = of_the_command()
+ROWS = [row for name in check.FILES for row in check.rows(check.RESULTS / name)]
+HELD = [row for row in ROWS if not check.gone(row)]
 
 
 def sizes(shape, recipe, stage):
-    key = shape, recipe, stage
-    if key not in _known:
-        with torch.device("meta"):
-            model = random_model("meta", torch.bfloat16, shape)
-            count = sum(p.numel() for p in model.parameters())
-            model = prepare(convert(model, recipe), StageConfig(**STAGES[stage]))
-        name = None if recipe == TEACHER else recipe
-        _known[key] = sizes_of(model, stage, name, count, apart=stage == "all_kl")
-    return _known[key]
+    return check.sizes_and_flops(shape, recipe, stage, 1024)[0]
 
 
 @pytest.mark.parametrize(
     "row", HELD, ids=lambda row: f"{row['shape']}-{row['recipe']}-{row['stage']}-{row['commit']}"
 )
 def test_measured_rows(row):
-    found = sizes(row["shape"], row["recipe"], row["stage"])
-    tokens = row["batch"] * row["length"]
-    peak = sum(memory.parts(found, row["stage"], tokens).values()) / 2**30
-    assert peak == pytest.approx(row["peak_gib"], rel=0.15)
-    h200 = CARDS["h200"]
-    flops = row.get("mflops_per_token", 0) * 1e6 or row["mfu"] * h200.peak / row["tokens_per_second"]
-    seconds = speed.seconds(found, row["stage"], flops, tokens, h200)
-    assert seconds == pytest.approx(1 / row["tokens_per_second"], rel=0.25)
+    found = check.compared(row)
+    assert not found["missed"], found
+
+
+def test_a_row_that_is_missed_is_said(capsys, tmp_path):
+    wrong = [{**HELD[0], "tokens_per_second": 2 * HELD[0]["tokens_per_second"]}, HELD[1]]
+    (tmp_path / "rows.json").write_text(json.dumps(wrong))
+    assert check.main([str(tmp_path / "rows.json")]) == 1
+    assert "2 rows, 1 beyond" in capsys.readouterr().out
 
 
 def test_superseded_rows_are_there():
     there = {(row["commit"], row["recipe"], row["stage"], row["length"]) for row in ROWS}
-    assert set(SUPERSEDED) <= there and len(HELD) > 20
+    assert set(check.GONE) <= there and len(HELD) > 20
 
 
 def test_strategies():

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import covering
 import pytest
 import torch
 from byte_llama import TEXT, byte_tokenizer, tiny_llama
@@ -81,7 +82,7 @@ def small(recipe: Recipe) -> list[str]:
 
 
 @pytest.mark.usefixtures("pictures_unrendered")
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", covering.recipes(RECIPES, covering.whole))
 def test_end_to_end(name: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exported: list[Any] = []
     save = exporting.export.save
@@ -108,7 +109,7 @@ def test_end_to_end(name: str, teacher: Path, tmp_path: Path, monkeypatch: pytes
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, exported[0].eval()(ids).logits, rtol=1e-5, atol=1e-5)
     prompt = {"input_ids": ids[:, :30], "attention_mask": torch.ones(1, 30, dtype=torch.int64)}
-    long = {"max_new_tokens": 24, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    long = {"max_new_tokens": 14, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     cached = model.generate(**prompt, **long, use_cache=True)
     whole = model.generate(**prompt, **long, use_cache=False)
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), rtol=1e-4, atol=1e-4)

@@ -16,6 +16,8 @@ from byte_llama import byte_tokenizer, tiny_llama
 
 from linearize import cli, signals
 
+pytestmark = pytest.mark.usefixtures("pictures_unrendered")
+
 SMALL = [
     "data.length=48",
     "eval.length=48",

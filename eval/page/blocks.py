@@ -108,6 +108,28 @@ class Heat:
 
 
 @dataclass(frozen=True)
+class Dots:
+    """Percentages of many measurements, one under the other."""
+
+    title: str
+    y_title: str
+    """What the rows are."""
+    x_title: str
+    rows: Sequence[str]
+    series: Sequence[Series]
+    """A point's x is the number of its row."""
+
+    def table(self) -> Table:
+        """A line for each row, a column for each series."""
+        columns = {one.name: {point.x: point.y for point in one.points} for one in self.series}
+        made = [
+            {self.y_title: row, **{name: values.get(float(number)) for name, values in columns.items()}}
+            for number, row in enumerate(self.rows)
+        ]
+        return Table(made, self.title)
+
+
+@dataclass(frozen=True)
 class Bar:
     """One bar."""
 
@@ -155,8 +177,8 @@ class Samples:
     samples: Sequence[Sample]
 
 
-Block = Words | Table | Lines | Heat | Bars | Samples
-Chart = Lines | Heat | Bars
+Block = Words | Table | Lines | Dots | Heat | Bars | Samples
+Chart = Lines | Dots | Heat | Bars
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ def _differences(rows: Sequence[Score], subject: Subject) -> Iterator[Row]:
             yield {
                 "conversion": subject.name,
                 "control": row.role,
+                "of": row.task,
                 "over": "pairs repeated from 64 tokens back or more" if row.by else "all tokens",
                 "windows": f"{row.length:,}",
                 "difference": f"{row.value:+.3f}",

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from linearize.eval.page.blocks import Bars, Chart, Heat, Lines, Series
+from linearize.eval.page.blocks import Bars, Chart, Dots, Heat, Lines, Series
 from linearize.eval.page.contestants import short
 from linearize.eval.tables import number
 
@@ -30,6 +30,8 @@ def figure(chart: Chart) -> Figure:
     """Data, layout and height in pixels of a chart; its title stands outside, where it can wrap."""
     if isinstance(chart, Lines):
         return _lines(chart)
+    if isinstance(chart, Dots):
+        return _dots(chart)
     return _heat(chart) if isinstance(chart, Heat) else _bars(chart)
 
 
@@ -104,6 +106,44 @@ def _decades(values: Sequence[float]) -> Figure:
     )
     ticks = [step * 10.0**power for power in range(low - 1, high + 1) for step in steps]
     return {"tickmode": "array", "tickvals": ticks, "ticktext": [f"{tick:,.6g}" for tick in ticks]}
+
+
+def _dots(chart: Dots) -> Figure:
+    """A lane for each series within a row, so that whiskers do not cover each other."""
+    data: list[Figure] = []
+    for place, one in enumerate(chart.series):
+        lane = (place + 0.5) / len(chart.series) - 0.5
+        points = [point for point in one.points if _finite(point.y)]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": label(short(one.name)),
+                "x": [point.y for point in points],
+                "y": [point.x + 0.72 * lane for point in points],
+                "customdata": [label(chart.rows[int(point.x)]) for point in points],
+                "marker": {"color": one.style.color, "symbol": one.style.marker, "size": 8},
+                "hovertemplate": "%{customdata}: %{x:.4g} %",
+                "error_x": {
+                    "type": "data", "symmetric": False, "thickness": 1, "width": 2, "color": one.style.color,
+                    "array": [_reach(p.y, p.high) for p in points],
+                    "arrayminus": [_reach(p.low, p.y) for p in points],
+                },
+            }
+        )  # fmt: skip
+    y_axis = {
+        **AXIS, "tickmode": "array", "tickvals": list(range(len(chart.rows))),
+        "ticktext": [label(short(row)) for row in chart.rows],
+        "range": [len(chart.rows) - 0.5, -0.5], "showgrid": False,
+    }  # fmt: skip
+    x_axis = {**AXIS, "title": {"text": label(chart.x_title), "standoff": 6}, "range": [-3, 103]}
+    between: list[Figure] = [
+        {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": row - 0.5, "y1": row - 0.5,
+         "line": {"color": GRID, "width": 1}, "layer": "below"}
+        for row in range(1, len(chart.rows))
+    ]  # fmt: skip
+    layout = {"xaxis": x_axis, "yaxis": y_axis, "hovermode": "closest", "shapes": between}
+    return _whole(data, layout, height=70 + len(chart.rows) * max(26, 11 * len(chart.series)))
 
 
 def _heat(chart: Heat) -> Figure:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from linearize.errors import LinearizeError
 from linearize.eval import tables
-from linearize.eval.page.blocks import Page, Table
+from linearize.eval.page.blocks import Chart, Page, Table
 from linearize.eval.page.figures import figure
 
 FOLDER = Path(__file__).parent
@@ -61,6 +61,7 @@ def render(page: Page) -> str:
         chart=chart,
         columns=columns,
         kind=lambda block: type(block).__name__,
+        alone=lambda section: sum(isinstance(block, Chart) for block in section.blocks) == 1,
         charts=lambda: Markup(_json(charts)),  # called last, when every chart has its place
         plotly=Markup(library),
         draw=Markup(DRAW),

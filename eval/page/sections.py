@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from linearize.eval import summary
-from linearize.eval.page import controls, training
+from linearize.eval.page import controls, recall, training
 from linearize.eval.page.blocks import (
     Block,
-    Heat,
     Lines,
     Page,
     Point,
@@ -23,7 +22,7 @@ from linearize.eval.page.blocks import (
     Table,
     Words,
 )
-from linearize.eval.page.contestants import Contestant, contestants, short
+from linearize.eval.page.contestants import Contestant, contestants
 from linearize.eval.page.sources import Subject
 from linearize.eval.page.verdict import mean_of, recall_of, texts, verdict, written
 from linearize.eval.rows import METRICS, STUDENT, TEACHER, Score
@@ -51,7 +50,7 @@ def page(subjects: Sequence[Subject]) -> Page:
     made = [
         Section("Summary", list(_summary(main))),
         Section("Quality against context", list(_quality(main)), _legend(main)),
-        Section("Recall by depth and length", list(_heat(main))),
+        Section("Recall by depth and length", list(recall.by_depth(main))),
         Section("Tasks of lm-eval", list(_tasks(main))),
         Section("Cost against context", list(_cost(main)), _legend([one for one in main if _costs(one)])),
         Section("Controls", list(controls.blocks(subjects))),
@@ -73,7 +72,7 @@ def _summary(cast: Sequence[Contestant]) -> Iterator[Block]:
         for place in texts(one.rows, one.role):
             counted[place] = counted.get(place, 0) + 1
     unit = max(counted, key=lambda place: (counted[place], place[1])) if counted else None
-    recall, left = recall_of(cast)
+    shared, left = recall_of(cast)
     rows = []
     for one in cast:
         line: Row = {"model": one.name}
@@ -85,8 +84,8 @@ def _summary(cast: Sequence[Contestant]) -> Iterator[Block]:
         far = [row for row in text if row.metric == "ppl_hit" and summary.is_beyond(row)]
         line["recalled ppl"] = far[0].value if far else None
         found = written(one.rows)
-        if recall and all(place in found for place in recall):
-            mean = 100 * sum(found[place].value for place in recall) / len(recall)
+        if shared and all(place in found for place in shared):
+            mean = 100 * sum(found[place].value for place in shared) / len(shared)
             line["recall written right, %"] = round(mean) if math.isfinite(mean) else mean
         rows.append(line)
     if rows:
@@ -96,8 +95,8 @@ def _summary(cast: Sequence[Contestant]) -> Iterator[Block]:
             f"Measured on {unit[0]} in windows of {unit[1]:,} tokens; recalled ppl: of tokens whose pair with the "
             "token before repeats one from 64 tokens back or more."
         )
-        if recall:
-            said += f" Recall: {mean_of(recall, left)}."
+        if shared:
+            said += f" Recall: {mean_of(shared, left)}."
         yield Words(said)
 
 
@@ -115,20 +114,7 @@ def _quality(cast: Sequence[Contestant]) -> Iterator[Block]:
             if any(len(one.points) > 1 and one.name in students for one in series):
                 unit = "nats a token" if metric == "kl" else "perplexity"
                 yield Lines(f"{title} ({where})", x_title, unit, series, log_y=log_y)
-    recall = dict.fromkeys(unit for one in cast for unit in written(one.rows))
-    tasks = dict.fromkeys(task for task, _ in recall)
-    for task in tasks:
-        series = []
-        for one in cast:
-            found = written(one.rows)
-            points = [
-                _point(row, factor=100.0)
-                for (name, _), row in sorted(found.items(), key=lambda entry: entry[0])
-                if name == task
-            ]
-            if points:
-                series.append(Series(one.name, one.style, points))
-        yield Lines(f"{task}, written right", "tokens of context", "%", series, share=True)
+    yield from recall.by_length(cast)
 
 
 def _series(
@@ -152,38 +138,17 @@ def _costs_of(task: str, metric: str, batch: str, row: Score) -> bool:
     return (row.task, row.metric, row.bucket) == (task, metric, batch)
 
 
-def _point(row: Score, factor: float = 1.0) -> Point:
-    low, high = (None if end is None else factor * end for end in (row.low, row.high))
-    return Point(float(row.length or 0), factor * row.value, low, high)
-
-
 def _bucket(row: Score) -> Point:
     """At its upper end, which a bucket that begins at 0 has on a log axis too."""
     return Point(float(row.bucket.split("-")[-1]), row.value, row.low, row.high, row.bucket)
-
-
-def _heat(cast: Sequence[Contestant]) -> Iterator[Block]:
-    for task in dict.fromkeys(task for one in cast for task, _ in written(one.rows)):
-        for one in cast:
-            metrics = {row.metric for row in written(one.rows).values() if row.task == task}
-            found = {
-                (row.bucket, row.length): row.value
-                for row in one.rows
-                if row.task == task and row.by == "depth" and row.metric in metrics
-            }
-            depths = sorted({depth for depth, _ in found}, key=float)
-            lengths = sorted({length for _, length in found if length is not None})
-            if found:
-                values = [[found.get((depth, length)) for length in lengths] for depth in depths]
-                shown = [f"{100 * float(depth):.0f} %" for depth in depths]
-                yield Heat(f"{short(one.name)}: {task}", [f"{length:,}" for length in lengths], shown, values)
 
 
 def _tasks(cast: Sequence[Contestant]) -> Iterator[Block]:
     scored = [(one, row) for one in cast for row in one.rows if "lm-eval" in row.version]
     rows = []
     for task, metric, bucket in dict.fromkeys((row.task, row.metric, row.bucket) for _, row in scored):
-        line: Row = {"task": task, "metric": f"{bucket}, of teacher's" if metric == "relative" else metric}
+        said = f"{bucket}, of teacher's" if metric == "relative" else metric
+        line: Row = {"task": task, "metric": said, "items": None}
         for one, row in scored:
             if (row.task, row.metric, row.bucket) == (task, metric, bucket):
                 line[one.name] = summary.share(row)
@@ -211,7 +176,7 @@ def _cost(cast: Sequence[Contestant]) -> Iterator[Block]:
         title, unit, factor = COSTS[task, metric]
         if metric == "cache_bytes" and batch != next(iter(batches)):
             continue  # of one sequence: the same at every batch
-        series = _series(cast, partial(_costs_of, task, metric, batch), partial(_point, factor=factor))
+        series = _series(cast, partial(_costs_of, task, metric, batch), partial(recall.point, factor=factor))
         several = f", {batch} sequences" if batch != "1" and metric != "cache_bytes" else ""
         yield Lines(f"{title}{several}, {unit}", "tokens of context", unit, series, log_y=True)
     teachers = [row for one in cast if one.role == TEACHER for row in one.rows]

@@ -8,7 +8,13 @@ from linearize.kernels import dispatch
 
 
 def delta_step(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    live: Tensor | None = None,
 ) -> Tensor:
     """The state forgets, the value under the key is moved, the query reads.
 
@@ -21,6 +27,7 @@ def delta_step(
         beta: [B, M] (zero, with zero log decay, for a token that nobody may see).
         log_decay: [B, M] or [B, M, F]; None for no forgetting.
         state: [B, M, F, V], float32 or wider; written in place.
+        live: [B, M]; where False the head holds zeros and its v is zero, and Triton does not touch it.
 
     Returns:
         [B, H, V], in Triton in the dtype of v.
@@ -34,7 +41,7 @@ def delta_step(
         triton_step.covered(q, k, v, state)
         decay = None if log_decay is None else log_decay.contiguous()
         return triton_step.step(
-            q.contiguous(), k.contiguous(), v.contiguous(), beta.contiguous(), decay, state
+            q.contiguous(), k.contiguous(), v.contiguous(), beta.contiguous(), decay, state, live
         )
     return _torch(q, k, v, beta, log_decay, state)
 

@@ -13,13 +13,14 @@ from linearize.kernels.launch import launch
 
 @triton.jit
 def step_kernel(
-    q, k, v, beta, log_decay, state, out,
+    q, k, v, beta, log_decay, live, state, out,
     heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    K_TILE: tl.constexpr, V_TILE: tl.constexpr, DECAY: tl.constexpr,
+    K_TILE: tl.constexpr, V_TILE: tl.constexpr, DECAY: tl.constexpr, HAS_LIVE: tl.constexpr,
 ):  # fmt: skip
     """Columns of one head of the state, and of the outputs of the queries that read it.
 
-    DECAY: 0 none, 1 of the head, 2 of every key dimension.
+    DECAY: 0 none, 1 of the head, 2 of every key dimension. HAS_LIVE: heads that are not live are neither read nor
+    written.
     """
     parts: tl.constexpr = (V + V_TILE - 1) // V_TILE
     group: tl.constexpr = heads // state_heads
@@ -27,9 +28,11 @@ def step_kernel(
     row_head = (tl.program_id(0) // parts).to(tl.int64)
     dims, values = tl.arange(0, K_TILE), part * V_TILE + tl.arange(0, V_TILE)
     place = state + row_head * K * V + dims[:, None] * V + values[None, :]
-    inside = (dims < K)[:, None] & (values < V)[None, :]
+    reach = tl.where(tl.load(live + row_head) != 0, V, 0) if HAS_LIVE else V
+    wide = values < reach
+    inside = (dims < K)[:, None] & wide[None, :]
     key = tl.load(k + row_head * K + dims, mask=dims < K, other=0.0).to(tl.float32)
-    value = tl.load(v + row_head * V + values, mask=values < V, other=0.0).to(tl.float32)
+    value = tl.load(v + row_head * V + values, mask=wide, other=0.0).to(tl.float32)
     sums = tl.load(place, mask=inside, other=0.0)
     if DECAY == 1:
         sums *= tl.exp(tl.load(log_decay + row_head).to(tl.float32))
@@ -48,7 +51,9 @@ def step_kernel(
 
 
 @torch.library.custom_op("linearize::gated_delta_step", mutates_args=("state",))
-def step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor) -> Tensor:
+def step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, live: Tensor | None
+) -> Tensor:  # fmt: skip
     """See `recurrent.delta_step`; every tensor contiguous."""
     batch, heads, key_dim = q.shape
     state_heads, value_dim = v.shape[1:]
@@ -58,7 +63,8 @@ def step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None
     parts = -(-value_dim // value_tile)
     launch(
         step_kernel, (batch * state_heads * parts,), q=q, k=k, v=v, beta=beta, log_decay=log_decay,
-        state=state, out=out, heads=heads, state_heads=state_heads, K=key_dim, V=value_dim, K_TILE=key_tile,
+        live=None if live is None else live.to(torch.int8).contiguous(), HAS_LIVE=live is not None, state=state,
+        out=out, heads=heads, state_heads=state_heads, K=key_dim, V=value_dim, K_TILE=key_tile,
         V_TILE=value_tile, DECAY=0 if log_decay is None else log_decay.dim() - 1,
         num_warps=4 if key_tile > 128 else 2, num_stages=1,
     )  # fmt: skip
@@ -66,7 +72,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None
 
 
 @step.register_fake
-def _(q, k, v, beta, log_decay, state) -> Tensor:
+def _(q, k, v, beta, log_decay, state, live) -> Tensor:
     return torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=v.dtype, device=v.device)
 
 

@@ -18,6 +18,7 @@ def gated_linear_step(
     bonus: Tensor | None = None,
     read_before: bool = False,
     decay_values: bool = False,
+    live: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The state forgets, the key is added, the query reads; with `read_before` or a `bonus` it reads first.
 
@@ -30,6 +31,7 @@ def gated_linear_step(
         log_decay: [B, M], [B, M, F], or with `decay_values` [B, M, V]; None forgets nothing.
         sums, norms: [B, M, F, V], [B, M, F] or None, float32 or wider; written in place.
         bonus: [M, F]; implies `read_before`.
+        live: [B, M]; where False the head holds zeros and its k is zero, and Triton does not touch it.
 
     Returns:
         numerator [B, H, V] in the dtype of v, denominator [B, H] in that of the norms (None without them).
@@ -43,7 +45,7 @@ def gated_linear_step(
 
         covered(q, k, v, log_decay, sums, norms)
         kind = 0 if log_decay is None else 3 if decay_values else log_decay.dim() - 1
-        out, total = step(q, k, v, log_decay, bonus, sums, norms, kind, read_before)
+        out, total = step(q, k, v, log_decay, bonus, sums, norms, kind, read_before, live)
         return out, None if norms is None else total
     dtype, (q, k, v) = v.dtype, (x.to(sums.dtype) for x in (q, k, v))
     grouped = q.unflatten(1, (k.shape[1], -1))

@@ -19,9 +19,10 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def gated_linear_step_kernel(
-    q, k, v, log_decay, bonus, sums, norms, out, denominator,
+    q, k, v, log_decay, bonus, live, sums, norms, out, denominator,
     state_heads: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr,
     BV: tl.constexpr, DECAY: tl.constexpr, READ_BEFORE: tl.constexpr, HAS_BONUS: tl.constexpr, NORMALIZE: tl.constexpr,
+    HAS_LIVE: tl.constexpr,
 ):  # fmt: skip
     """Names as in `recurrent.gated_linear_step`; DECAY: 0 none, 1 of the head, 2 of key dimensions, 3 of values."""
     line = tl.program_id(0).to(tl.int64)
@@ -29,10 +30,11 @@ def gated_linear_step_kernel(
     head = line % state_heads
     dims, values = tl.arange(0, KP), tile * BV + tl.arange(0, BV)
     tall, wide = dims < K, values < V
+    reach = tl.where(tl.load(live + line) != 0, K, 0) if HAS_LIVE else K
     key = tl.load(k + line * K + dims, mask=tall, other=0.0).to(tl.float32)
     value = tl.load(v + line * V + values, mask=wide, other=0.0).to(tl.float32)
     square = line * K * V + dims[:, None] * V + values[None, :]
-    held = tall[:, None] & wide[None, :]
+    held = (dims < reach)[:, None] & wide[None, :]
     state = tl.load(sums + square, mask=held, other=0.0)
     after = state
     forget = tl.full([KP], 1.0, tl.float32)
@@ -54,7 +56,7 @@ def gated_linear_step_kernel(
     norm = tl.zeros([KP], tl.float32)
     norm_after = norm
     if NORMALIZE:
-        norm = tl.load(norms + line * K + dims, mask=tall, other=0.0)
+        norm = tl.load(norms + line * K + dims, mask=dims < reach, other=0.0)
         norm_after = norm * forget + key
     seen_norm = (norm if READ_BEFORE else norm_after) + own
     for member in tl.static_range(GROUP):
@@ -69,13 +71,13 @@ def gated_linear_step_kernel(
     tl.store(sums + square, after, mask=held)
     if NORMALIZE:  # noqa: SIM102
         if tile == 0:
-            tl.store(norms + line * K + dims, norm_after, mask=tall)
+            tl.store(norms + line * K + dims, norm_after, mask=dims < reach)
 
 
 @torch.library.custom_op("linearize::gated_linear_step", mutates_args=("sums", "norms"))
 def step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, bonus: Tensor | None, sums: Tensor, norms: Tensor | None,
-    decay: int, read_before: bool,
+    decay: int, read_before: bool, live: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The launch; see `recurrent.gated_linear_step`, and the kernel for `decay`. The state is contiguous."""
     batch, heads, key_dim = q.shape
@@ -88,7 +90,9 @@ def step(
         gated_linear_step_kernel, (batch * state_heads, -(-value_dim // columns)),
         q=q.contiguous(), k=k.contiguous(), v=v.contiguous(),
         log_decay=None if log_decay is None else log_decay.contiguous(),
-        bonus=None if bonus is None else bonus.contiguous(), sums=sums, norms=norms, out=out, denominator=denominator,
+        bonus=None if bonus is None else bonus.contiguous(),
+        live=None if live is None else live.to(torch.int8).contiguous(), HAS_LIVE=live is not None, sums=sums,
+        norms=norms, out=out, denominator=denominator,
         state_heads=state_heads, GROUP=heads // state_heads, K=key_dim, V=value_dim,
         KP=triton.next_power_of_2(key_dim), BV=columns, DECAY=decay, READ_BEFORE=read_before,
         HAS_BONUS=bonus is not None, NORMALIZE=norms is not None, num_warps=4, num_stages=1,
@@ -97,7 +101,7 @@ def step(
 
 
 @step.register_fake
-def _(q, k, v, log_decay, bonus, sums, norms, decay, read_before):
+def _(q, k, v, log_decay, bonus, sums, norms, decay, read_before, live=None):
     out = v.new_empty(*q.shape[:2], v.shape[2])
     return out, v.new_empty((0,) if norms is None else q.shape[:2], dtype=torch.float32)
 

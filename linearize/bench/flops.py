@@ -7,6 +7,7 @@ S = 2 (T + 1) x heads x head dim for the scores and values of each softmax layer
 | stage | body | head | softmax of the teacher | mixers | adapters |
 |---|---|---|---|---|---|
 | transfer | 2 N' | | S | 6 P | |
+| weights, matrix | 2 N' | | S + W | 6 P | |
 | lora | 4 N | 4 V D | | 4 P | 6 A |
 | lora_kl | 6 N | 6 V D | S | 4 P | 6 A |
 | mixers | 4 N | 4 V D | | 6 P | |
@@ -14,10 +15,12 @@ S = 2 (T + 1) x heads x head dim for the scores and values of each softmax layer
 | all | 6 N | 6 V D | | 6 P | |
 | all_kl | 8 N | 8 V D | S | 6 P | |
 
-N' is what stands in front of the last converted layer's output projection: nothing behind it runs, softmax neither.
-Of a mixture's experts those count that a token goes to. Layers that stay softmax have S forward and 2 S backward in the
-student too. What a recurrent branch does with its state and a window with its keys is not counted, nor what
-checkpointing computes again: MFU of a converted model is a lower bound of what the card did.
+W = (T + 1) x heads x (head dim + 3 F) is both matrices of a layer with F features, the teacher's scores, the
+student's products and their two gradients. N' is what stands in front of the last converted layer's output
+projection: nothing behind it runs, softmax neither. Of a mixture's experts those count that a token goes to. Layers
+that stay softmax have S forward and 2 S backward in the student too. What a recurrent branch does with its state and
+a window with its keys is not counted, nor what checkpointing computes again: MFU of a converted model is a lower
+bound of what the card did.
 """
 
 from __future__ import annotations
@@ -53,10 +56,14 @@ class Passes:
     """Softmax layers that the student keeps."""
     mixers: int = 0
     adapters: int = 0
+    matrices: int = 0
+    """Weights of student and teacher compared."""
 
 
 PASSES = {
     "transfer": Passes(body=1, teacher=1, mixers=3),
+    "weights": Passes(body=1, teacher=1, mixers=3, matrices=1),
+    "matrix": Passes(body=1, teacher=1, mixers=3, matrices=1),
     "lora": Passes(body=2, head=2, student=3, mixers=2, adapters=3),
     "lora_kl": Passes(body=3, head=3, teacher=1, student=3, mixers=2, adapters=3),
     "mixers": Passes(body=2, head=2, student=3, mixers=3),
@@ -86,7 +93,8 @@ def per_token(model: nn.Module, stage: str, length: int) -> float:
     own = {id(p) for mixer in mixers for p in mixer.parameters()}
     tables = {id(m.weight) for m in base.modules() if isinstance(m, nn.Embedding)}
     head = base.get_output_embeddings().weight
-    behind = _behind(base, mixers) if stage == "transfer" else frozenset()
+    ends = stage in ("transfer", "weights", "matrix")
+    behind = _behind(base, mixers) if ends else frozenset()
     sizes = {"body": 0.0, "adapters": 0.0, "mixers": 0.0}
     for name, parameter in base.named_parameters():
         if id(parameter) in tables or parameter is head or id(parameter) in behind:
@@ -96,15 +104,21 @@ def per_token(model: nn.Module, stage: str, length: int) -> float:
         sizes[kind] += parameter.numel() * met.get(id(parameter), 1.0) if counts else 0
     softmax = softmax_layer(base.config.get_text_config(), length)
     layers = base.config.get_text_config().num_hidden_layers
-    run = 1 + surgery.converted(base)[-1].layer_idx if stage == "transfer" else layers
+    run = 1 + surgery.converted(base)[-1].layer_idx if ends else layers
     kept = layers - sum(1 for mixer in mixers if not isinstance(mixer.window, FullWindow))
     passes = PASSES[stage]
-    return 2.0 * (
-        passes.body * sizes["body"]
-        + passes.head * head.numel()
-        + passes.mixers * sizes["mixers"]
-        + passes.adapters * sizes["adapters"]
-    ) + softmax * (passes.teacher * run + passes.student * kept)
+    matrices = sum(matrix_layer(mixer, length) for mixer in mixers) if passes.matrices else 0.0
+    return (
+        2.0
+        * (
+            passes.body * sizes["body"]
+            + passes.head * head.numel()
+            + passes.mixers * sizes["mixers"]
+            + passes.adapters * sizes["adapters"]
+        )
+        + softmax * (passes.teacher * run + passes.student * kept)
+        + matrices
+    )
 
 
 def _behind(model: nn.Module, mixers: Sequence[nn.Module]) -> frozenset[int]:
@@ -122,6 +136,12 @@ def _behind(model: nn.Module, mixers: Sequence[nn.Module]) -> frozenset[int]:
     }
     before = {id(p) for p in attention.parameters()} - outward
     return frozenset(id(p) for layer in layers[last:] for p in layer.parameters() if id(p) not in before)
+
+
+def matrix_layer(mixer: Any, length: int) -> float:
+    """FLOPs that the weights of one layer and its teacher take a token, forward and backward, see W above."""
+    features = 0 if mixer.update is None else mixer.update.feature_dim
+    return (length + 1.0) * mixer.shape.heads * (mixer.shape.key_dim + 3 * features)
 
 
 def softmax_layer(config: Any, length: int) -> float:

@@ -31,6 +31,7 @@ class Clocked(TrainerCallback):
         device: where the steps run; with CUDA, its events are the clock.
         spend: seconds of timed steps.
         profile: whether one further step is looked into.
+        warm: steps that are not timed.
 
     Attributes:
         first: seconds until the first step was done.
@@ -40,8 +41,8 @@ class Clocked(TrainerCallback):
         profiled: `busy`, `kernels`, `products` and `bound`, where asked for.
     """
 
-    def __init__(self, device: torch.device, *, spend: float, profile: bool) -> None:
-        self.device, self.spend, self.profile = device, spend, profile
+    def __init__(self, device: torch.device, *, spend: float, profile: bool, warm: int = WARM) -> None:
+        self.device, self.spend, self.profile, self.warm = device, spend, profile, warm
         self.first = self.seconds = 0.0
         self.count = 0
         self.peak_gib: float | None = None
@@ -70,9 +71,9 @@ class Clocked(TrainerCallback):
             self.first = time.perf_counter() - self._began
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-        if state.global_step >= WARM:
+        if state.global_step >= self.warm:
             self._mark()
-        timed = state.global_step - WARM
+        timed = state.global_step - self.warm
         long = time.perf_counter() - self._timed_from > self.spend
         if timed >= LEAST and long:
             self._conclude()

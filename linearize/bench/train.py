@@ -34,6 +34,8 @@ from linearize.registry import closest
 
 STAGES: dict[str, dict[str, Any]] = {
     "transfer": {"objective": {"attention_output": 1000.0}, "train": ["mixers"]},
+    "weights": {"objective": {"attention_weights": 1.0}, "train": ["mixers"]},
+    "matrix": {"objective": {"mixing_matrix": 1.0}, "train": ["mixers"]},
     "lora": {"objective": {"next_token": 1.0}, "train": ["lora"], "lora": LoraConfig()},
     "lora_kl": {"objective": {"logits_kl": 1.0}, "train": ["lora"], "lora": LoraConfig()},
     "all": {"objective": {"next_token": 1.0}, "train": ["all"]},

@@ -173,7 +173,8 @@ def train(parser: argparse.ArgumentParser) -> None:
         type=given.names,
         default=["transfer", "lora", "lora_kl", "all_kl"],
         metavar="A,B",
-        help="transfer; lora and all (next token); lora_kl and all_kl (default: all of them but all)",
+        help="transfer; weights and matrix (attention weights compared); lora and all (next token); lora_kl and "
+        "all_kl (default: transfer, lora, lora_kl, all_kl)",
     )
     _recipes(parser, "default: all, and compositions of no recipe")
     parser.add_argument(

@@ -94,6 +94,7 @@ def _judge(
     from linearize.distill.memory import watched
     from linearize.eval import page, side_by_side, summary
     from linearize.eval.cast import entrants
+    from linearize.eval.causal import check_causal
     from linearize.eval.judge import judge
     from linearize.eval.limits import learned_positions
     from linearize.eval.measurement import Setting
@@ -104,10 +105,12 @@ def _judge(
         f"measuring {options.path}", lambda: "Take a smaller --suite, --only some of it, or --device cpu"
     ):
         student, tokenizer = load(options.path, options.device)
+        check_causal(options.path, student)
         teacher = None
         if against is not None:
             teacher, other = load(against, options.device)
             _same_tokens(tokenizer, other, options.path, against)
+            check_causal(against, teacher)
         elif surgery.converted(student):
             log.info(
                 "%s does not say what it was converted from: no teacher, KL, untrained swap or swa_sinks; "
@@ -279,11 +282,13 @@ def _control(source: str, options: argparse.Namespace, tokenizer: Any) -> Any:
     """A further checkpoint, loaded for as long as it is measured."""
     from linearize.cli.checkpoint import load
     from linearize.eval.cast import Entrant
+    from linearize.eval.causal import check_causal
 
     @contextmanager
     def opened() -> Iterator[Any]:
         model, other = load(source, options.device)
         _same_tokens(tokenizer, other, options.path, source)
+        check_causal(source, model)
         yield model
 
     return Entrant(_name(options.path), _name(source), _identity(source), opened)  # as every control is named

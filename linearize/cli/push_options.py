@@ -13,7 +13,9 @@ def push(parser: argparse.ArgumentParser) -> None:
         "repo", metavar="REPO", help="owner/model on the Hugging Face hub; made if it is not there"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="show what would go, and the card; needs no network"
+        "--dry-run",
+        action="store_true",
+        help="show what would go, and the card, and end as a push would; needs no network",
     )
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument(

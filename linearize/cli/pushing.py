@@ -9,7 +9,11 @@ from linearize.cli.console import console, quiet_libraries, size
 
 
 def main(options: argparse.Namespace) -> int:
-    """Gather, show, and push unless it is a dry run."""
+    """Gather, show, and push unless it is a dry run.
+
+    Raises:
+        LinearizeError: what keeps it from going, of a dry run too, once it has shown what would go.
+    """
     from linearize.cli.checkpoint import export_of
 
     quiet_libraries()
@@ -27,8 +31,7 @@ def main(options: argparse.Namespace) -> int:
         screen.print(f"  left out  {name}", markup=False, highlight=False, soft_wrap=True)
     if options.dry_run:
         screen.print(f"\nREADME.md:\n{gathered.card}", markup=False, highlight=False, soft_wrap=True)
-        for problem in gathered.problems:
-            screen.print(f"before it can go: {problem}", markup=False, soft_wrap=True)
+        gathered.check()
         return 0
     screen.print(push(gathered, private=options.private), markup=False, soft_wrap=True)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,10 +66,16 @@ def list_recipes() -> list[tuple[str, str]]:
     """Name and one-line description of each shipped recipe; a file without a description is a building block."""
     found = []
     for path in sorted(RECIPES.glob("*.yaml")):
-        description = yaml.safe_load(path.read_text(encoding="utf-8")).get("description")
+        description = _description(path.read_text(encoding="utf-8"))
         if description:
             found.append((path.stem, str(description)))
     return found
+
+
+@functools.lru_cache(256)
+def _description(text: str) -> Any:
+    """Of a shipped file, whose YAML is ours; libyaml reads it ten times as fast where it is there."""
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)).get("description")
 
 
 def is_file_name(recipe: str | Path) -> bool:

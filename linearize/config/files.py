@@ -6,6 +6,8 @@ not taken, names are text whatever YAML makes of them, and numbers are those of 
 
 from __future__ import annotations
 
+import copy
+import functools
 import stat
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,12 @@ def parse(text: str, where: str) -> dict[str, Any]:
     Raises:
         RecipeError: as `read`.
     """
+    return copy.deepcopy(_parsed(text, where))
+
+
+@functools.lru_cache(64)
+def _parsed(text: str, where: str) -> dict[str, Any]:
+    """`parse`, once a text: recipes begin with the same few files, and YAML is most of what composing one takes."""
     try:
         _check_events(text, where)
         root = yaml.compose(text, Loader=yaml.SafeLoader)

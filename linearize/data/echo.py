@@ -51,8 +51,16 @@ class Echoed(Dataset[dict[str, Tensor]]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        item = self.dataset[index]
-        draw = np.random.default_rng((self.seed, index))
+        return self.again(self.dataset[index], index)
+
+    def again(self, item: dict[str, Tensor], *number: int) -> dict[str, Tensor]:
+        """A row, or a stretch of one, where the draws want it with copies of what it holds itself.
+
+        Args:
+            item: of the data set, or cut out of one.
+            number: of the row, and of the stretch where it is one: what fixes the draws beside the seed.
+        """
+        draw = np.random.default_rng((self.seed, *number))
         return echoed(item, draw) if draw.random() < self.share else item
 
 

@@ -52,6 +52,9 @@ class AheadState(FixedState):
         self.trial: State | None = None
         self._calls: list[dict[str, Tensor]] = []
 
+    def entered(self, valid: Tensor | None) -> tuple[State | None, Tensor | None]:
+        return (self.trial if self.clock.running else self.state), valid
+
     def attend(
         self,
         mixer: Mixer,

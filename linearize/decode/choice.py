@@ -54,11 +54,7 @@ def request(model: Any, prompt: int, options: dict[str, Any]) -> tuple[Request |
     problems = [f"option {name}" for name in sorted(unknown)]
     if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         problems.append(f"{config.get_generation_mode().value.replace('_', ' ')}")
-    usual = config._get_default_generation_params()
-    for name, value in vars(config).items():
-        neutral = value is None or _same(value, usual.get(name, False))
-        if name not in READ and not name.startswith("_") and not neutral:
-            problems.append(f"option {name}")
+    problems += [f"option {name}" for name in unread(config)]
     if problems:
         return None, list(dict.fromkeys(problems))
     sampling = Sampling()
@@ -70,6 +66,19 @@ def request(model: Any, prompt: int, options: dict[str, Any]) -> tuple[Request |
     pads = (config.pad_token_id, *eos, 0)
     tokens = config.max_length - prompt if config.max_new_tokens is None else config.max_new_tokens
     return Request(max(tokens, 0), sampling, eos, next(int(x) for x in pads if x is not None)), []
+
+
+def unread(config: Any) -> dict[str, Any]:
+    """Of a generation config of transformers what asks for something that is not among `READ`, by name."""
+    usual = config._get_default_generation_params()
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if name not in READ
+        and not name.startswith("_")
+        and value is not None
+        and not _same(value, usual.get(name, False))
+    }
 
 
 def _same(value: Any, other: Any) -> bool:

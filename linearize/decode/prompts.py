@@ -35,6 +35,11 @@ class Prompts:
         self._touched = [0] * most
 
     @property
+    def records(self) -> bool:
+        """Whether pieces of one shape are recorded."""
+        return self._pieces.records
+
+    @property
     def read_of(self) -> list[int]:
         """Tokens that have been read of each."""
         return self._read
@@ -45,6 +50,10 @@ class Prompts:
         self._forget(row)
         self._read.append(0)
         return row
+
+    def skip(self, tokens: int) -> None:
+        """As if so many tokens of each had been read."""
+        self._read = [tokens] * len(self._read)
 
     def read(self, pieces: Sequence[Sequence[int]]) -> Tensor:
         """The next piece of each, at least one token; logits [P, V] of what follows."""

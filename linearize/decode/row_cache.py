@@ -46,6 +46,9 @@ class RowState(FixedState):
             kwargs |= {"valid": self.clock.valid, "gaps": True}
         return super().attend(mixer, *args, **kwargs)
 
+    def entered(self, valid: Tensor | None) -> tuple[State | None, Tensor | None]:
+        return self.state, valid if self.clock.valid is None else self.clock.valid
+
     def mask_offset(self, tokens: int) -> int | None:
         return None
 

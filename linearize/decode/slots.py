@@ -8,8 +8,8 @@ a GPU the step over the first 1, 2, 4, ... rows is a CUDA graph each; elsewhere 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from linearize.decode.choice import unknown_steps
+from linearize.decode.pieces import SEEN
 from linearize.decode.prompts import Prompts
 from linearize.decode.row_cache import RowCache
 from linearize.decode.row_choice import Scores, Wish, Wishes, likelihoods
@@ -109,7 +110,7 @@ class Slots:
         """
         if self._held is not None:
             return
-        try:
+        with self._fitting():
             like = self._rows.one()
             self._reading = Prompts(self._rows, like, self.prompts, records=self._captures)
             self._held = RowCache(like, self.rows, self._rows.held)
@@ -119,15 +120,35 @@ class Slots:
                 self._check()
                 for rows in self._sizes() if self._captures else ():
                     self._capture(rows)
-        except RuntimeError as error:
-            self._held = self._reading = None
-            if not isinstance(error, torch.OutOfMemoryError) and not MEMORY.search(str(error)):
-                raise
-            raise LinearizeError(
-                f"{self.rows:,} slots need more memory than there is; take fewer, or shorter texts where softmax "
-                "layers hold them"
-            ) from error
         self._places.zero_()
+
+    @torch.no_grad()
+    def warm(self, piece: int, longest: int) -> None:
+        """Read prompts of nothing in the shapes that come most, at the beginning and at the end of the longest.
+
+        Kernels compile and pieces are recorded before anybody waits for them, and memory that reading lacks beside the
+        slots is missed now.
+
+        Args:
+            piece: tokens that a call computes at most, see `read`.
+            longest: tokens of a prompt.
+
+        Raises:
+            LinearizeError: there is too little memory.
+        """
+        self.prepare()
+        longest = min(longest, self.length)
+        with self._fitting(f" that read {piece:,} tokens of prompts at a time"):
+            for width in sorted({1, min(17, longest)}):
+                self._read_nothing([width])
+            for count in sorted({1, self.prompts}):
+                width = min(max(piece // count, 1), longest)
+                turns = SEEN + 1 if self._reading is not None and self._reading.records else 1
+                for _ in range(turns):
+                    self._read_nothing([width] * count)
+                    self._read_nothing([width] * count, behind=longest - width)
+                if count > 1 and width > 1:  # with padding
+                    self._read_nothing([width, *[width - 1] * (count - 1)], behind=longest - width)
 
     @torch.no_grad()
     def begin(self) -> int:
@@ -227,6 +248,31 @@ class Slots:
             self.drop(self.live - 1, broken=True)
         if self._reading is not None:
             self._reading.clear()
+
+    def _read_nothing(self, widths: Sequence[int], behind: int = 0) -> None:
+        """Read prompts of so many tokens behind others, and forget them."""
+        for _ in widths:
+            self.begin()
+        assert self._reading is not None
+        self._reading.skip(behind)
+        self.read([[0] * width for width in widths])
+        for prompt in reversed(range(len(widths))):
+            self.forget(prompt)
+
+    @contextmanager
+    def _fitting(self, what: str = "") -> Iterator[None]:
+        """Inside, running out of memory is told as what it is; what was made is not kept."""
+        try:
+            yield
+        except RuntimeError as error:
+            self._held = self._reading = None
+            self._graphs.clear()
+            if not isinstance(error, torch.OutOfMemoryError) and not MEMORY.search(str(error)):
+                raise
+            raise LinearizeError(
+                f"{self.rows:,} slots{what} need more memory than there is; take fewer, smaller pieces, or shorter "
+                "texts where softmax layers hold them"
+            ) from error
 
     def _step(self) -> Tensor:
         """One token for all live rows, logits [B, V] of at least those."""

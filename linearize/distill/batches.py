@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from linearize.config.course import Course
 from linearize.config.schedule import Over
 from linearize.config.schema import StageConfig
+from linearize.data.echo import Echoed
 from linearize.data.packing import IGNORED
 from linearize.errors import RecipeError
 
@@ -20,7 +21,7 @@ class Batches(Dataset):
     """All sequences of each optimizer step, from a data set that is read in order and reshuffled on every further pass.
 
     Where a stage's length changes, sequences are packed into its longest and cut where a step takes shorter ones; a
-    phase begins with a whole sequence.
+    phase begins with a whole sequence. Passages come again within what was cut, not from outside of it.
 
     Args:
         dataset: sequences, each a dictionary of tensors [T] or scalars; those that are cut are packed ones.
@@ -50,18 +51,27 @@ class Batches(Dataset):
         items = []
         for place in part(phase.batch, share, self.shares):
             number = (step - phase.first) * phase.batch + place
-            item = self._sequence(first + number // pieces)
-            items.append(item if pieces == 1 else cut(item, number % pieces * phase.length, phase.length))
+            index = self._place(first + number // pieces)
+            items.append(
+                self.dataset[index] if pieces == 1 else self._piece(index, number % pieces, phase.length)
+            )
         return {key: torch.stack([torch.as_tensor(item[key]) for item in items]) for key in items[0]}
 
-    def _sequence(self, index: int) -> dict[str, Tensor]:
+    def _place(self, index: int) -> int:
         turn, place = divmod(index, len(self.dataset))
         if turn == 0:
-            return self.dataset[place]
+            return place
         if turn not in self._orders:
             generator = torch.Generator().manual_seed(self.seed + turn)
             self._orders = {turn: torch.randperm(len(self.dataset), generator=generator).tolist()}
-        return self.dataset[self._orders[turn][place]]
+        return self._orders[turn][place]
+
+    def _piece(self, index: int, number: int, length: int) -> dict[str, Tensor]:
+        if isinstance(self.dataset, Echoed):
+            return self.dataset.again(
+                cut(self.dataset.dataset[index], number * length, length), index, number
+            )
+        return cut(self.dataset[index], number * length, length)
 
 
 def part(batch: int, share: int, shares: int) -> range:

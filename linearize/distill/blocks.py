@@ -4,8 +4,8 @@ A model repeats one block. Its parts read and write the whole text a few times e
 fuses them between the products, and all layers of one mixer share what is compiled ("regional compilation" in torch's
 words). In
 attention transfer, where a layer's backward pass stands in the middle of its forward pass, only what stands around the
-attention is compiled, and functions within it: the rotary embedding and the loss. What cannot be compiled runs part by
-part, with one line in the log.
+attention is compiled, and functions within it: the rotary embedding and the loss. So it is where the attention asks
+other processes for the rest of a sequence. What cannot be compiled runs part by part, with one line in the log.
 """
 
 from __future__ import annotations
@@ -151,13 +151,23 @@ def repeated(model: nn.Module) -> list[nn.Module]:
     return [] if taken or heard else layers
 
 
-def around_attention(model: nn.Module) -> list[nn.Module]:
-    """The parts of a model's blocks in which no converted attention stands: norms, feed-forward layers."""
+def around_attention(model: nn.Module, *, softmax: bool = False) -> list[nn.Module]:
+    """The parts of a model's blocks in which no converted attention stands: norms, feed-forward layers.
+
+    Args:
+        model: converted or not.
+        softmax: none that is not converted either, where its keys are other processes'.
+    """
+
+    def attends(part: nn.Module) -> bool:
+        # every attention of transformers knows its layer, for the cache
+        return isinstance(part, LinearizedAttention) or (softmax and hasattr(part, "layer_idx"))
+
     return [
         part
         for layer in repeated(model)
         for part in layer.children()
-        if not any(isinstance(inner, LinearizedAttention) for inner in part.modules())
+        if not any(attends(inner) for inner in part.modules())
     ]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from linearize import objectives, surgery
 from linearize.distill import answers, processes, window_dropout
-from linearize.distill.blocks import repeated
+from linearize.distill.blocks import around_attention, repeated
 from linearize.distill.device import sent
 from linearize.distill.headless import predict_final, recognize
 from linearize.distill.lent import is_lent
@@ -57,7 +58,13 @@ class FinetuneTrainer(StageTrainer):
         return (labeled // self.sequences.size).clamp_min(1)  # each of a group has counted the same sequences
 
     def compiled_parts(self) -> list[nn.Module]:
-        return repeated(self.trained_model) + ([] if self.teacher is None else repeated(self.teacher))
+        spread = self.sequences.size > 1
+        models = [model for model in (self.trained_model, self.teacher) if model is not None]
+        return [
+            part
+            for model in models
+            for part in (around_attention(model, softmax=True) if spread else repeated(model))
+        ]
 
     def micro_step(self, model: nn.Module, batch: dict[str, Tensor], count: Tensor | None) -> Tensor:
         """The step's loss [1], this micro-batch's share of it."""
@@ -66,7 +73,9 @@ class FinetuneTrainer(StageTrainer):
         if fused:  # heads are told by a pass over one token, which is nobody else's
             with self.computing():
                 self._recognized(model, batch["input_ids"].device)
-        with self.sequences.spread({**batch, "targets": targets}, [model, self.teacher]) as (own, _):
+        # checkpointed blocks compute their mixers once more as they are
+        spread = partial(self.sequences.spread, again=not self.stage.gradient_checkpointing)
+        with spread({**batch, "targets": targets}, [model, self.teacher]) as (own, _):
             return self._backward(model, own, own["targets"], count, fused=fused)
 
     def _backward(

@@ -71,13 +71,16 @@ class Passes:
         many = device.type == "cuda" and steps >= COMPILE_FROM
         self.compiles = run.compile == "always" or (run.compile == "auto" and many)
         # blocks are whole for as long as they compute, and never twice in the same place; processes wait for each other
-        sharded, why = shards.in_shards(model), "its sequences are spread over processes"
-        if sharded or spread:
-            why = "its weights are sharded" if sharded else why
-            self.captured.obstacle, self.compiles = why, False
-            log.info("stage '%s' runs without a CUDA graph and uncompiled: %s", name, why)
+        if shards.in_shards(model):
+            self.captured.obstacle, self.compiles = "its weights are sharded", False
+            log.info("stage '%s' runs without a CUDA graph and uncompiled: its weights are sharded", name)
+        elif spread:
+            self.captured.obstacle = "its sequences are spread over processes"
+            log.info("stage '%s' runs without a CUDA graph: %s", name, self.captured.obstacle)
         self.blocks: Blocks | None = None
-        self._looked_at = False
+        # sequences that are spread have no padding, and their softmax no mask: nothing is to be seen in a first pass,
+        # which would take more memory than the others
+        self._looked_at = spread
 
     def __call__(
         self,

@@ -68,13 +68,14 @@ class Sequences:
 
     @contextmanager
     def spread(
-        self, batch: dict[str, Tensor], models: Iterable[nn.Module | None]
+        self, batch: dict[str, Tensor], models: Iterable[nn.Module | None], *, again: bool = False
     ) -> Iterator[tuple[dict[str, Tensor], Across | None]]:
         """Inside, passes of the models take what is given: this process's part of a batch, and who has the rest.
 
         Args:
             batch: tensors [B, T, ...] of whole sequences.
             models: that pass over it, and over the part alone.
+            again: mixers are computed once more in backward, see `mixers.spread`.
         """
         if self._mesh is None:
             yield batch, None
@@ -82,7 +83,7 @@ class Sequences:
         assert "attention_mask" not in batch, "packed sequences have no padding"
         group = self._mesh["sequence"]
         across = Across(group.get_group(), group.get_local_rank(), self.size, batch["position_ids"])
-        with spreading([model for model in models if model is not None], across):
+        with spreading([model for model in models if model is not None], across, again=again):
             yield {name: across.own(x) for name, x in batch.items()}, across
 
 
@@ -172,4 +173,9 @@ def _mixers(recipe: Recipe) -> Iterator[str]:
             yield (
                 "mixer.window: 'full' keeps every key, and no process hands on all of them; leave such layers as the "
                 "teacher's own softmax (layers: {keep: [...]}), whose keys are gathered"
+            )
+        if section.get("update", {}).get("shift_projections"):
+            yield (
+                "mixer.update.shift_projections: the token before the first of a process's own is another one's, and "
+                "projections are not handed it; set it to false"
             )

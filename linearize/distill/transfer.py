@@ -21,6 +21,7 @@ from linearize.distill import shards, window_dropout
 from linearize.distill.blocks import Place, around_attention, rotary
 from linearize.distill.stage import StageTrainer
 from linearize.errors import RecipeError
+from linearize.mixers import shown
 
 
 class _Enough(Exception):
@@ -36,13 +37,15 @@ class TransferTrainer(StageTrainer):
         super().__init__(model, **settings)
 
     def compiled_parts(self) -> Sequence[nn.Module | Place]:
-        return [*around_attention(self.trained_model), *self.functions()]
+        around = around_attention(self.trained_model, softmax=self.sequences.size > 1)
+        return [*around, *self.functions()]
 
     def functions(self) -> list[Place]:
         """What is compiled by itself inside the attention."""
         # an output projection is called as a module, which is not the loss's to compile
         plain = not any(objectives.get(name).projects for name in self.stage.objective)
-        return rotary(self.trained_model) + [(objectives.layer, "joined")] * plain
+        own = [(objectives.layer, "joined")] * plain + [(shown, "column_rows")]
+        return rotary(self.trained_model) + own
 
     @property
     def count(self) -> int:

@@ -183,11 +183,11 @@ def sees_without_window(call: Any) -> Tensor:
 
 
 class _OwnValid:
-    """A layer call, but for the positions that count in the loss."""
+    """A layer call, but for the positions that count in the loss; `whole` is the call itself."""
 
     def __init__(self, call: Any, valid: Tensor) -> None:
-        self._call = call
+        self.whole = call
         self.valid = valid
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._call, name)
+        return getattr(self.whole, name)

@@ -52,6 +52,11 @@ class Gathered:
     card: str
     problems: list[str] = field(default_factory=list)
 
+    def check(self) -> None:
+        """Raises LinearizeError with all problems, if there are any."""
+        if self.problems:
+            raise LinearizeError(f"'{self.repo}' cannot go: {'; '.join(self.problems)}")
+
     def sizes(self) -> dict[str, int]:
         """Bytes of every file that would go."""
         written = {name: len(text.encode()) for name, text in [*self.made.items(), (CARD, self.card)]}
@@ -134,8 +139,7 @@ def push(gathered: Gathered, *, private: bool = False) -> str:
     """
     from huggingface_hub import HfApi
 
-    if gathered.problems:
-        raise LinearizeError("; ".join(gathered.problems))
+    gathered.check()
     with tempfile.TemporaryDirectory(prefix="linearize-push-") as scratch:
         staged = Path(scratch)
         for name in gathered.files:

@@ -37,20 +37,30 @@ torch gives a function eight forms (`torch._dynamo.config.recompile_limit`) and 
 """
 
 
+Form = Callable[..., Tensor]
+"""Of a mixer, and the arguments of a call."""
+
+
+def _run(mixer: Any, *arguments: Any) -> Tensor:
+    made: Tensor = mixer._run(*arguments)
+    return made
+
+
 class _Compiled:
     """One composition's compiled form, and the kinds of calls that it has met.
 
     Args:
         name: shown by profilers.
+        form: what is compiled.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, form: Form) -> None:
         def body(mixer: Any, *arguments: Any) -> Tensor:
-            made: Tensor = mixer._run(*arguments)
-            return made
+            return form(mixer, *arguments)
 
         # torch counts compilations by code object: each composition gets one of its own
-        own = types.FunctionType(body.__code__.replace(co_name=name), globals(), name)
+        code = body.__code__.replace(co_name=name)
+        own = types.FunctionType(code, globals(), name, None, body.__closure__)
         self.call: Callable[..., Tensor] = torch.compile(
             own, backend=keeping_little, dynamic=False, fullgraph=True
         )
@@ -88,18 +98,19 @@ def part_by_part() -> Iterator[None]:
         _off = before
 
 
-def compiled(mixer: nn.Module, q: Tensor) -> Callable[..., Tensor] | None:
-    """`mixer._run`, compiled, or None where it is to run as it is.
+def compiled(mixer: nn.Module, q: Tensor, form: Form = _run) -> Callable[..., Tensor] | None:
+    """`mixer._run`, or another `form` of the mixer, compiled, or None where it is to run as it is.
 
     Args:
         q: [B, T, H, K] of the call.
+        form: a function that stays, by which what is compiled is found again.
     """
     if not wanted(q):
         return None
-    key = _structure(mixer)
+    key = (form, _structure(mixer))
     found = _made.get(key)
     if found is None:
-        found = _made[key] = _Compiled(f"mixer_{len(_made)}")
+        found = _made[key] = _Compiled(f"mixer_{len(_made)}", form)
     if found.failed:
         return None
 
@@ -107,7 +118,7 @@ def compiled(mixer: nn.Module, q: Tensor) -> Callable[..., Tensor] | None:
         kind = _kind(arguments)
         if kind not in found.kinds:
             if found.full or len(found.kinds) >= SHAPES:
-                return mixer._run(*arguments)  # type: ignore[operator, no-any-return]
+                return form(mixer, *arguments)
             found.kinds.add(kind)
         try:
             return found.call(mixer, *arguments)
@@ -115,7 +126,7 @@ def compiled(mixer: nn.Module, q: Tensor) -> Callable[..., Tensor] | None:
             # torch tells apart what `_kind` does not; what it has compiled stays in use
             found.full = True
             found.kinds.discard(kind)
-            return mixer._run(*arguments)  # type: ignore[operator, no-any-return]
+            return form(mixer, *arguments)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             if isinstance(error.__cause__, torch.cuda.OutOfMemoryError | KernelError):
                 raise error.__cause__ from error
@@ -126,7 +137,7 @@ def compiled(mixer: nn.Module, q: Tensor) -> Callable[..., Tensor] | None:
                 "leaves compiling out",
                 stacklevel=2,
             )
-            return mixer._run(*arguments)  # type: ignore[operator, no-any-return]
+            return form(mixer, *arguments)
 
     return call
 
@@ -173,4 +184,5 @@ def _structure(mixer: nn.Module) -> tuple[Any, ...]:
     fixed, places = _walked[mixer]
     dtypes = tuple(getattr(own[name], "dtype", None) for own, name in places)
     chosen = getattr(mixer, "without_window", None) is not None
-    return (*fixed, dtypes, getattr(mixer, "branch_off", None), chosen)
+    shows = getattr(mixer, "shows", False)
+    return (*fixed, dtypes, getattr(mixer, "branch_off", None), chosen, shows)

@@ -6,16 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from linearize.kernels import dispatch
-from linearize.mixers import fused
+from linearize.mixers import fused, shift
 from linearize.mixers.base import LayerShape, Part, Partial, accumulator, documents, narrows
 from linearize.mixers.beside import Beside, Plain
 from linearize.mixers.combine import Combine
 from linearize.mixers.feature_map import FeatureMap
+from linearize.mixers.inputs import entering
 from linearize.mixers.offloaded import with_weights
 from linearize.mixers.output import Output
 from linearize.mixers.padding import has_gaps, leading, packing
 from linearize.mixers.position import Position
-from linearize.mixers.recurrent import Inputs, Recurrent
+from linearize.mixers.recurrent import Recurrent
 from linearize.mixers.state import State
 from linearize.mixers.update import Update
 from linearize.mixers.window import Window
@@ -47,6 +48,7 @@ class Mixer(nn.Module):
     Attributes:
         branch_off: the branch that contributes nothing, or None.
         without_window: [] bool, by which the device says whether the window contributes nothing, or None.
+        shows: values are columns of the identity, and what acts on values channel by channel is left out (`shown`).
         composition: says all parts, options and numbers, where `build` put them together; equal mixers are equal here.
     """
 
@@ -68,6 +70,7 @@ class Mixer(nn.Module):
         self.output = output
         self.branch_off: str | None = None
         self.without_window: Tensor | None = None
+        self.shows = False
         self.composition = ""
         self.fused = fused.find(shape, position, window, recurrent, combine)
         if recurrent is not None:
@@ -128,6 +131,8 @@ class Mixer(nn.Module):
         if self.recurrent is not None:
             tensors |= self.recurrent.initial(batch, dtype, device)
             tensors |= self.position.initial(batch, accumulator(dtype), device)
+        if self.output is not None and self.output.mix is not None:
+            tensors[shift.OUTPUT] = shift.initial(self.output.mix, batch, dtype, device)
         return State(tensors)
 
     def reset_parameters(self) -> None:
@@ -174,21 +179,20 @@ class Mixer(nn.Module):
             values = q.new_zeros(batch, tokens, self.shape.kv_heads, 0) if v is None else v
             docs = documents(starts, batch, tokens, k.device)
             beside = Beside(hidden, plain, sink, first)
-            near_inputs, inputs = self._inputs(q, k, values, valid, docs, beside)
+            near_inputs, inputs = entering(self, q, k, values, valid, docs, beside)
             visible = (
                 (causal >= 0)
                 & (inputs.docs[:, rows, None] == inputs.docs[:, None, :])
                 & inputs.valid[:, None, :]
             )
-            window_v = None if v is None else near_inputs.v
-            near, left = self.window.parallel(
-                near_inputs.q[:, rows], near_inputs.k, window_v, visible, age, sink
-            )
+            near_q, near_v = near_inputs.q[:, rows], None if v is None else near_inputs.v
+            near, left = self.window.parallel(near_q, near_inputs.k, near_v, visible, age, sink)
             far = None
             if self.recurrent is not None and left is not None:
                 far = self.recurrent.parallel(inputs, left, rows, weights=v is None)
-            seen = None if inputs.hidden is None else inputs.hidden[:, rows]
-            return self._join(near, far, seen, weights=v is None)
+            behind = self._behind(inputs.hidden, inputs.valid, inputs.docs)
+            seen, behind = (None if x is None else x[:, rows] for x in (inputs.hidden, behind))
+            return self._join(near, far, seen, behind, weights=v is None)
 
     @with_weights
     def chunked(
@@ -265,11 +269,13 @@ class Mixer(nn.Module):
                 assert self.fused is not None
                 pair, off = self._fused_pair(q, k, beside.plain), self.without_window
                 made = self.fused.chunked(*pair, v, valid, docs, state, front, beside.sink, off)
-                return self._finish(made, beside.hidden)
+                return self._finish(
+                    made, self._behind(beside.hidden, valid, docs, front, state, chunked=True)
+                )
             fresh = state is None
             if state is None:
                 state = self.initial_state(k.shape[0], k.dtype, k.device)
-            near_inputs, inputs = self._inputs(q, k, v, valid, docs, beside, front, state)
+            near_inputs, inputs = entering(self, q, k, v, valid, docs, beside, front, state)
             near, handed = self.window.chunked(
                 near_inputs.q,
                 near_inputs.k,
@@ -284,8 +290,9 @@ class Mixer(nn.Module):
             )
             far = None
             if self.recurrent is not None and handed is not None:
-                far = self.recurrent.chunked(inputs, handed, state, fresh=fresh)
-            return self._joined_in(v, near, far, inputs.hidden)
+                far = self.recurrent.chunked(inputs, handed, state, fresh=fresh, weights=self.shows)
+            behind = self._behind(inputs.hidden, valid, docs, front, state, chunked=True)
+            return self._joined_in(v, near, far, inputs.hidden, behind)
 
     @with_weights
     def step(
@@ -306,57 +313,17 @@ class Mixer(nn.Module):
             if self._is_fused(q, k, v):
                 assert self.fused is not None
                 made = self.fused.step(*self._fused_pair(q, k, plain), v, valid, state, sink)
-                return self._finish(made, hidden)
+                return self._finish(made, self._behind(hidden, valid, None, state=state))
             beside = Beside(hidden, plain, sink, first)
-            near_inputs, inputs = self._inputs(q, k, v, valid, None, beside, state=state)
+            near_inputs, inputs = entering(self, q, k, v, valid, None, beside, state=state)
             near, handed = self.window.step(
                 near_inputs.q, near_inputs.k, near_inputs.v, inputs.valid, state, sink
             )
             far = None
             if self.recurrent is not None and handed is not None:
                 far = self.recurrent.step(inputs, handed, state)
-            return self._joined_in(v, near, far, inputs.hidden)
-
-    def _inputs(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        valid: Tensor | None,
-        docs: Tensor | None,
-        beside: Beside,
-        front: Tensor | None = None,
-        state: State | None = None,
-    ) -> tuple[Inputs, Inputs]:
-        """What the window and what the recurrent branch see: in the accumulator's dtype, or as kernels take them."""
-        batch, tokens = k.shape[:2]
-        hidden, plain, _, first = beside
-        first = first if self.uses_first else None
-        assert hidden is not None or not self.uses_hidden, "this mixer reads hidden states"
-        assert first is not None or not self.uses_first, "this mixer reads the first layer's values"
-        assert plain is not None or not self.needs_plain, "this mixer wants q and k before RoPE"
-        if valid is None:
-            valid = torch.ones(batch, tokens, dtype=torch.bool, device=k.device)
-        own_docs = documents(None, batch, tokens, k.device) if docs is None else docs
-        dtype = v.dtype if narrows(q, k, v) else accumulator(v.dtype)
-        taken = hidden.to(dtype) if hidden is not None and self.uses_hidden else None
-
-        def inputs(rotated: bool) -> Inputs:
-            pair = (q, k) if rotated or plain is None else plain
-            a, b, c = (x.to(dtype) for x in (*pair, v))
-            return Inputs(a, b, c, valid, own_docs, taken, v.dtype, front, docs is not None, first)
-
-        near = inputs(self.position.window_rotated)
-        if self.recurrent is None or not self.position.turns:
-            same = self.recurrent is None or self.position.window_rotated == self.position.recurrent_rotated
-            return near, near if same else inputs(self.position.recurrent_rotated)
-        far = inputs(self.position.recurrent_rotated)
-        assert taken is not None
-        carried = None if state is None else state["phase"]
-        far.q, far.k, last = self.position.turned(far.q, far.k, taken, valid, own_docs, carried)
-        if state is not None:
-            state.write({"phase": last.to(state["phase"].dtype)})
-        return near, far
+            behind = self._behind(inputs.hidden, valid, None, state=state)
+            return self._joined_in(v, near, far, inputs.hidden, behind)
 
     def _fused_pair(self, q: Tensor, k: Tensor, plain: Plain | None) -> Plain:
         """q and k as the kernel's branches see them, in the dtype that comes in."""
@@ -369,25 +336,57 @@ class Mixer(nn.Module):
 
     def _finish(self, joined: Tensor, hidden: Tensor | None) -> Tensor:
         """The output part behind the one kernel."""
-        if self.output is None:
+        if self.output is None or self.shows:
             return joined
         if narrows(joined):
             return self.output(joined, None if hidden is None else hidden.to(joined.dtype)).to(joined.dtype)
         wide = accumulator(joined.dtype)
         return self.output(joined.to(wide), None if hidden is None else hidden.to(wide))
 
+    def _behind(
+        self,
+        hidden: Tensor | None,
+        valid: Tensor | None,
+        docs: Tensor | None,
+        front: Tensor | None = None,
+        state: State | None = None,
+        *,
+        chunked: bool = False,
+    ) -> Tensor | None:
+        """What the output part reads of the layer's input [B, T, D]; `chunked` begins a state where none is given."""
+        mix = None if self.output is None else self.output.mix
+        if mix is None or hidden is None:
+            return hidden
+        hidden = hidden if narrows(hidden) else hidden.to(accumulator(hidden.dtype))
+        if valid is None:
+            valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        if state is None and chunked:
+            state = State({shift.OUTPUT: shift.initial(mix, len(hidden), hidden.dtype, hidden.device)})
+        masks = {"valid": valid, "docs": docs, "front": front}
+        return shift.mixed({shift.OUTPUT: mix}, hidden, masks, state)[shift.OUTPUT]
+
     def _joined_in(
-        self, v: Tensor, near: Partial | None, far: Partial | None, hidden: Tensor | None
+        self,
+        v: Tensor,
+        near: Partial | None,
+        far: Partial | None,
+        hidden: Tensor | None,
+        behind: Tensor | None,
     ) -> Tensor:
         """`_join` in the dtype of v where that is what the kernels took."""
-        made = self._join(near, far, hidden)
-        return made.to(v.dtype) if narrows(v) else made
+        return self._join(near, far, hidden, behind).to(v.dtype if narrows(v) else accumulator(v.dtype))
 
     def _join(
-        self, near: Partial | None, far: Partial | None, hidden: Tensor | None, *, weights: bool = False
+        self,
+        near: Partial | None,
+        far: Partial | None,
+        hidden: Tensor | None,
+        behind: Tensor | None,
+        *,
+        weights: bool = False,
     ) -> Tensor:
         joined = self._joined(near, far, hidden)
-        return joined if self.output is None or weights else self.output(joined, hidden)
+        return joined if self.output is None or weights or self.shows else self.output(joined, behind)
 
     def _joined(self, near: Partial | None, far: Partial | None, hidden: Tensor | None) -> Tensor:
         if near is not None and far is not None and self.combine is not None:

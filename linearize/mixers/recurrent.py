@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linearize.kernels import dispatch
-from linearize.mixers.base import LayerShape, Partial, accumulator, positions, repeat_heads
+from linearize.mixers.base import LayerShape, Partial, accumulator, positions, repeat_heads, summed
 from linearize.mixers.feature_map import FeatureMap
 from linearize.mixers.gate import Gate
+from linearize.mixers.inputs import Inputs
 from linearize.mixers.normalizer import Normalizer
+from linearize.mixers.shift import PROJECTIONS, initial, mixed
 from linearize.mixers.short_conv import ShortConv
-from linearize.mixers.short_conv.depthwise import convolved
 from linearize.mixers.state import State
 from linearize.mixers.update import Stream, Update
 from linearize.mixers.window import Handed
@@ -22,33 +23,6 @@ from linearize.mixers.window import Handed
 
 def _in_parts(state: State | None) -> bool:
     return state is not None and state.in_parts
-
-
-@dataclass
-class Inputs:
-    """One call's inputs, widened to the accumulator's dtype.
-
-    Attributes:
-        q, k, v: [B, T, H, K], [B, T, N, K], [B, T, N, V].
-        valid: [B, T] bool, false on padding.
-        docs: [B, T] document numbers.
-        hidden: [B, T, D] the layer's input, or None where no part reads it.
-        dtype: of the model's own q, k and v.
-        front: [B] padding in front of each row, behind which the state's tokens belong, or None.
-        bordered: whether a document may begin among the tokens.
-        first: [B, T, N, V] values of the model's first converted layer, or None where nobody reads them.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    valid: Tensor
-    docs: Tensor
-    hidden: Tensor | None
-    dtype: torch.dtype = torch.float32
-    front: Tensor | None = None
-    bordered: bool = False
-    first: Tensor | None = None
 
 
 class Recurrent(nn.Module):
@@ -98,7 +72,7 @@ class Recurrent(nn.Module):
         if self.short_conv is not None:
             tensors |= self.short_conv.initial(batch, dtype, device)
         for name, mix in self._mixes():
-            tensors[name] = torch.zeros(batch, 1, 1, len(mix), dtype=dtype, device=device)
+            tensors[name] = initial(mix, batch, dtype, device)
         if self.feature_map.uses_position:
             tensors["position"] = torch.zeros(batch, dtype=torch.int64, device=device)
         return tensors
@@ -118,20 +92,40 @@ class Recurrent(nn.Module):
             partial = self.update.weights(stream) if weights else self.update.parallel(stream)
             seen = None if partial.denominator is None else partial.denominator[:, rows]
             partial = Partial(partial.numerator[:, rows], seen)
-        return partial if weights and not self.normalizer.signed else self.normalizer(partial)
+        return self._normalized(partial, weights)
 
-    def chunked(self, inputs: Inputs, handed: Handed, state: State, *, fresh: bool = False) -> Partial:
+    def products(self, inputs: Inputs, state: State) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Features [B, T, H, F] and [B, T, M, F] and sums of log decays [B, T, M], whose products are the weights where
+        the rule `has_factors`; `inputs` come without values, `state` is empty."""
+        position = self._advance(inputs, state)
+        stream = self._stream(inputs, position, position, state)
+        q, k = stream.narrow(stream.q, self.update.keys(stream))
+        # differences of sums over a text: float32 would leave few digits of the last ones
+        total = None if stream.log_decay is None else summed(stream.log_decay.double())
+        return q, k, total
+
+    def chunked(
+        self,
+        inputs: Inputs,
+        handed: Handed,
+        state: State,
+        *,
+        fresh: bool = False,
+        weights: bool = False,
+    ) -> Partial:
         """O(T)-memory form over the keys that leave the window at each token; writes the state.
 
         Args:
             fresh: the state is empty and nobody looks at it afterwards.
+            weights: the values are columns of the identity, see `Mixer.shows`.
         """
-        stream = self._arriving(inputs, handed, self._advance(inputs, state), state, projected=True)
-        stream = replace(stream, fresh=fresh)
+        position = self._advance(inputs, state)
+        stream = self._arriving(inputs, handed, position, state, projected=True, weights=weights)
+        stream = replace(stream, fresh=fresh, weights=weights)
         order = handed.order
         if order is None:
             state.meet(self.update, stream)
-            return self.normalizer(self.update.chunked(stream, state))
+            return self._normalized(self.update.chunked(stream, state), weights)
         # keys that leave in blocks stand in slots of their own, before the queries that may read them
         placed = replace(
             stream,
@@ -141,7 +135,10 @@ class Recurrent(nn.Module):
             docs=order.docs,
             valid=order.place_keys(stream.valid),
         )
-        return self.normalizer(order.take(self.update.chunked(placed, state)))
+        return self._normalized(order.take(self.update.chunked(placed, state)), weights)
+
+    def _normalized(self, partial: Partial, weights: bool) -> Partial:
+        return partial if weights and not self.normalizer.signed else self.normalizer(partial)
 
     def step(self, inputs: Inputs, handed: Handed, state: State) -> Partial:
         """One token, in place."""
@@ -151,10 +148,17 @@ class Recurrent(nn.Module):
         return self.normalizer(self.update.step(stream, state))
 
     def _arriving(
-        self, inputs: Inputs, handed: Handed, position: Tensor | None, state: State, *, projected: bool
+        self,
+        inputs: Inputs,
+        handed: Handed,
+        position: Tensor | None,
+        state: State,
+        *,
+        projected: bool,
+        weights: bool = False,
     ) -> Stream:
         if not self.delayed:
-            return self._stream(inputs, position, position, state, projected=projected)
+            return self._stream(inputs, position, position, state, projected=projected, weights=weights)
         wide = inputs.q.dtype
         late = Inputs(
             inputs.q,
@@ -169,7 +173,7 @@ class Recurrent(nn.Module):
         k_position = None
         if position is not None:
             k_position = position - handed.lag if handed.position is None else handed.position
-        return self._stream(late, position, k_position, state, projected=projected)
+        return self._stream(late, position, k_position, state, projected=projected, weights=weights)
 
     def _stream(
         self,
@@ -179,17 +183,20 @@ class Recurrent(nn.Module):
         state: State | None,
         *,
         projected: bool = False,
+        weights: bool = False,
     ) -> Stream:
-        q, k, v = inputs.q, inputs.k, inputs.v
+        # columns of the identity pass what acts on values by
+        q, k, v = inputs.q, inputs.k, inputs.v[..., :0] if weights else inputs.v
         docs = inputs.docs if inputs.bordered else None
         masks = {"valid": inputs.valid, "docs": docs, "front": inputs.front}
-        mixed = self._mixed(inputs.hidden, masks, state)
+        own = self._mixed(inputs.hidden, masks, state)
         if self.update.first is not None and v.shape[-1]:  # there are no values where weights are asked for
             assert inputs.first is not None and inputs.hidden is not None
-            # published layers read what their value projection does, and no shift of ours reaches the projections
-            v = self.update.first(v, inputs.first, inputs.hidden)
+            # as published: what the value projection reads
+            v = self.update.first(v, inputs.first, own.get(PROJECTIONS, inputs.hidden))
         if self.short_conv is not None:
             q, k, v = self.short_conv(q, k, v, **masks, state=state)
+        v = inputs.v if weights else v
         if dispatch.use_triton(q, k, v) and self.by_products and projected and not _in_parts(state):
             return self._products(inputs, q, k, v)
         seen = inputs.valid[..., None]
@@ -198,7 +205,7 @@ class Recurrent(nn.Module):
         log_decay = None
         if self.gate is not None:
             # the gate reads the key as it came: Liger's makes it from the projection itself
-            log_decay = self.gate(mixed.get("shift_gate", inputs.hidden), inputs.k)
+            log_decay = self.gate(own.get("shift_gate", inputs.hidden), inputs.k)
             log_decay = repeat_heads(log_decay, heads // log_decay.shape[2]) * (
                 seen[..., None] if log_decay.dim() == 4 else seen
             ).to(log_decay.dtype)
@@ -209,24 +216,24 @@ class Recurrent(nn.Module):
             docs=inputs.docs,
             valid=inputs.valid,
             log_decay=log_decay,
-            hidden=mixed.get("shift_update", inputs.hidden),
+            hidden=own.get("shift_update", inputs.hidden),
             dtype=inputs.dtype,
         )
 
     def _mixes(self) -> list[tuple[str, Tensor]]:
-        """Name in the state and mix of every part that reads tokens mixed with those before them."""
+        """Name in the state and mix of every part that reads tokens mixed with those before them.
+
+        Inputs of projections are made outside; here stands the mix of the values, which the first layer's share reads.
+        """
         parts = (("shift_gate", self.gate), ("shift_update", self.update))
-        return [(name, part.mix) for name, part in parts if part is not None and part.mix is not None]
+        found = [(name, part.mix) for name, part in parts if part is not None and part.mix is not None]
+        inputs = self.update.inputs
+        return found if inputs is None else [*found, (PROJECTIONS, inputs.values)]
 
     def _mixed(self, hidden: Tensor | None, masks: dict[str, Any], state: State | None) -> dict[str, Tensor]:
-        """Each part's own mixture [B, T, D]: a filter of two taps, mix and 1 - mix."""
-        found = self._mixes()
-        if hidden is None or not found:
-            return {}
-        filters = {name: torch.stack([mix, 1 - mix], -1)[None] for name, mix in found}
-        given = {name: (hidden[:, :, None], weight) for name, weight in filters.items()}
-        outputs = convolved(given, **masks, state=state)
-        return {name: x[:, :, 0] for name, x in zip(filters, outputs, strict=True)}
+        """Each part's own mixture [B, T, D]."""
+        found = dict(self._mixes())
+        return {} if hidden is None or not found else mixed(found, hidden, masks, state)
 
     def _products(self, inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Stream:
         """q and k before features are made of them; see `Stream.scale`."""

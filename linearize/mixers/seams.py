@@ -37,6 +37,9 @@ def some(call: Any, rows: slice) -> Any:
     }
     # a sink is one number a head, of which there may be as many as sequences
     context = {name: value if name == "sink" else cut(value) for name, value in call.context.items()}
+    again = getattr(call, "shifted", None)
+    if again is not None:
+        fields["shifted"] = lambda: cut(again())
     return dataclasses.replace(call, **fields, context=context)
 
 

@@ -6,6 +6,8 @@ Two ways, and a mixer takes the first that its parts allow:
   composes what the ones before it say. Windows and convolutions get the few tokens that they reach back over (a halo).
   One gathering of halos and one of transitions a layer, whatever the number of processes; nobody waits for another's
   output. The transition is one product of keys and values more, or for rules that overwrite two more runs of the rule.
+  Where a graph spans layers, a layer's mixer is computed once more in backward (`again`): its parts, which are not
+  compiled, would keep several times what one compiled function does.
 - One after the other. A process takes the whole state that the one before has left, and hands its own on. Right for any
   mixer, since it is what decoding and carried states are. Nothing is computed twice, but within a layer processes wait
   for each other: they overlap across layers alone.
@@ -17,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from linearize.across import Across
+from linearize.mixers import shift
 from linearize.mixers.base import documents
 from linearize.mixers.beside import Beside, Plain
 from linearize.mixers.state import State
@@ -81,13 +85,6 @@ def at_once(mixer: Mixer) -> bool:
     return recurrent.update.transits() and recurrent.update.first is None and not mixer.position.turns
 
 
-def covers(mixer: Mixer) -> str | None:
-    """Why a mixer cannot be spread, or None."""
-    if mixer.has_fixed_state:
-        return None
-    return "keeps every key, so what one process would hand to the next grows with the text"
-
-
 def chunked(
     across: Across,
     mixer: Mixer,
@@ -98,22 +95,31 @@ def chunked(
     valid: Tensor | None = None,
     starts: Tensor | None = None,
     gaps: bool | None = None,
+    again: bool = False,
     **beside: Any,
 ) -> Tensor:
     """`Mixer.chunked` of this process's tokens, [B, T, H, V].
 
     Args:
         across: the processes; knows where documents begin.
-        mixer: one that `covers` says nothing against.
+        mixer: whose state has a fixed size, and whose projections read the tokens of their own place alone.
         q, k, v: of this process's tokens, as is what stands `beside` them.
         valid, starts, gaps: what a mask of this process's tokens alone would say; there is no padding.
+        again: keep q, k, v and what stands beside them alone for backward, and compute the rest anew there, which all
+            processes do in the same order; of mixers that are computed at once.
     """
     assert valid is None, "spread sequences have no padding"
     assert k.shape[1] == across.tokens, "a pass over other tokens than those of the batch"
     starts = across.starts
     docs = None if starts is None else documents(starts, k.shape[0], k.shape[1], k.device)
-    way = _at_once if at_once(mixer) else _in_turn
-    return way(mixer, q, k, v, docs, Beside(**beside), across)
+    if not at_once(mixer):
+        return _in_turn(mixer, q, k, v, docs, Beside(**beside), across)
+    given = (mixer, q, k, v, docs, Beside(**beside), across)
+    if not (again and torch.is_grad_enabled()):
+        return _at_once(*given)
+    # nothing in a mixer draws random numbers, whose state would be read off the device
+    made: Tensor = checkpoint(_at_once, *given, use_reentrant=False, preserve_rng_state=False)
+    return made
 
 
 def _at_once(
@@ -125,9 +131,8 @@ def _at_once(
     if isinstance(window, SlidingWindow):
         near = k if mixer.position.window_rotated or plain is None else plain[1]
         _held(window, state, near, v, across)
-    if mixer.recurrent is not None:
-        far: Plain = (q, k) if mixer.position.recurrent_rotated or plain is None else plain
-        _recent(mixer, state, (*far, v), beside.hidden, across)
+    far: Plain = (q, k) if mixer.position.recurrent_rotated or plain is None else plain
+    _recent(mixer, state, (*far, v), beside.hidden, across)
     made: Tensor = mixer._run(q, k, v, None, docs, beside, state=state)
     return made
 
@@ -156,7 +161,7 @@ def _recent(
     """What convolutions, token shifts and counts of positions carry."""
     given = dict(zip(("conv_q", "conv_k", "conv_v"), streams, strict=True))
     if hidden is not None:
-        given |= dict.fromkeys(("shift_gate", "shift_update"), hidden[:, :, None])
+        given |= dict.fromkeys(shift.NAMES, hidden[:, :, None])
     for name, x in given.items():
         if name in state:
             count = state[name].shape[1]

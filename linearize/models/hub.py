@@ -46,6 +46,11 @@ def fetch(name: str) -> Path:
     return folder
 
 
+def cached(name: str) -> bool:
+    """Whether some of a hub model's files are here already; the hub is not asked."""
+    return _local(name, ["config.json"]) is not None
+
+
 def fetch_config(name: str) -> Path:
     """The folder of a hub model's config.json, without its weights. Raises as `fetch`."""
     local = _local(name, ["config.json"])

@@ -24,6 +24,11 @@ log = logging.getLogger(__name__)
 CONVERSION = 3
 """Goes up when the conversion writes something else, so that a cache's older folders are not taken for it."""
 
+RUNS = "runs"
+"""Folder that commands write into unless they are told another one."""
+MODEL_FILES = ("recipe.yaml", "config.json")
+"""Of a run folder, and of a checkpoint."""
+
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 
@@ -78,11 +83,41 @@ def _local(model: str, *, whole: bool = True) -> Path | None:
         return _from_gguf(path, whole=whole)
     if not HUB_ID.fullmatch(model) or model.startswith(".") or path.suffix == ".gguf":
         raise ModelNotFoundError(f"no model '{model}': there is no such file or folder{_nearby(path)}")
-    if "/" in model and "did you mean" in _nearby(path):  # a misspelt folder, though it could be a hub id
-        raise ModelNotFoundError(f"no model '{model}': there is no such file or folder{_nearby(path)}")
+    if _means_a_folder(model, path):
+        hint = _nearby(path) if "did you mean" in _nearby(path) else _beside(path)
+        raise ModelNotFoundError(f"no model '{model}': there is no such file or folder{hint}")
     if "/" not in model and difflib.get_close_matches(model.lower(), ALIASES, n=1, cutoff=0.6):
         raise ModelNotFoundError(f"no model '{model}': {closest(model.lower(), ALIASES)}")
     return None
+
+
+def _means_a_folder(model: str, path: Path) -> bool:
+    """Whether `owner/model` is rather a folder that is not there: one misspelt, of runs, or among other models.
+
+    With a revision it is the hub's; so is what the hub's cache holds.
+    """
+    if "/" not in model or "@" in model:
+        return False
+    return "did you mean" in _nearby(path) or (
+        (path.parent.name == RUNS or bool(_models_in(path.parent))) and not hub.cached(model)
+    )
+
+
+def _models_in(folder: Path) -> list[str]:
+    """Names of the runs and checkpoints in a folder."""
+    try:
+        return sorted(
+            entry.name for entry in folder.iterdir() if any((entry / file).is_file() for file in MODEL_FILES)
+        )
+    except OSError:
+        return []
+
+
+def _beside(path: Path) -> str:
+    there = _models_in(path.parent)
+    names = ", ".join(there[:5]) + (", ..." if len(there) > 5 else "")
+    holds = f"{path.parent} holds {names}" if there else f"{path.parent} holds no run"
+    return f"; {holds}; for a model of that name on the hub write {path}@main"
 
 
 def _nearby(path: Path) -> str:

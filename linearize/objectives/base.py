@@ -38,7 +38,7 @@ class Call(Protocol):
         """[B, T, H, V] -> [B, T, D] through the layer's frozen o_proj."""
 
     def weights(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Attention weights (teacher, student), each [B, H, R, T] float32, of a slice of query rows."""
+        """Attention weights (teacher, student), each [B, H, R, T] float32, of a slice of query rows: the definition."""
 
 
 def take_gradient(loss: Tensor) -> None:
@@ -70,7 +70,7 @@ class OutputObjective(LayerObjective, ABC):
 
 
 class BlockObjective(LayerObjective, ABC):
-    """A loss too large to hold at once: takes its gradient block by block, so that memory stays O(T)."""
+    """A loss too large to hold at once: takes its gradient term by term, so that memory stays O(T)."""
 
     @abstractmethod
     def backward(self, call: Call, scale: float) -> Tensor:

@@ -5,9 +5,8 @@ student what its rule does to values, since every rule is linear in them: ``||M_
 weights of one sign, so it serves delta rules and unnormalized mixers too.
 
 Limitations: an output gate or norm, a group norm in the place of the normalizer, and a convolution of the values act
-channel by channel and are no part of M. Costs O(T^2) time, twice: the norm's gradient needs the whole norm before the
-first block of rows. Memory is O(T) for ungated additive rules; a rule with a gate or a delta rule shows its matrix by
-its definition, a loop over tokens that holds all of it: give such a stage short sequences (`data: {length: 256}`).
+channel by channel and are no part of M. Costs O(T^2) time, twice where a composition shows its matrix column by column:
+the norm's gradient needs the whole norm first. Memory is O(T), see `mixers.shown`.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linearize.objectives import matrices
 from linearize.objectives.base import OBJECTIVES, BlockObjective, Call, take_gradient
-from linearize.objectives.blocks import row_blocks, weight_blocks
 
 
 @OBJECTIVES.register("mixing_matrix")
@@ -24,15 +23,17 @@ class MixingMatrix(BlockObjective):
     """Frobenius norm of the difference of the mixing matrices, over valid query rows, mean over heads and sequences."""
 
     def backward(self, call: Call, scale: float) -> Tensor:
-        blocks = row_blocks(call)
+        terms = matrices.terms(call, "squares")
         squares: Tensor | None = None
-        if len(blocks) > 1:
+        if len(terms) > 1:
             with torch.no_grad():
-                squares = torch.stack([_squares(*block) for block in weight_blocks(call)]).sum(dim=0)
+                for term in terms:
+                    part = _squares(term(), call.valid)
+                    squares = part if squares is None else squares + part
         total = squares
         with torch.enable_grad():
-            for block in weight_blocks(call):
-                part = _squares(*block)
+            for term in terms:
+                part = _squares(term(), call.valid)
                 total = part.detach() if squares is None else squares
                 # d sqrt(s) = ds / (2 sqrt(s)); equal matrices are the minimum, where nothing pulls
                 half = torch.where(
@@ -40,13 +41,9 @@ class MixingMatrix(BlockObjective):
                 )
                 with torch.autocast(call.q.device.type, enabled=False):
                     take_gradient(scale * (half * part).mean())
-        assert total is not None
-        return total.sqrt().mean()
+        return call.q.new_zeros((), dtype=torch.float32) if total is None else total.sqrt().mean()
 
 
-def _squares(teacher: Tensor, student: Tensor, counts: Tensor | None) -> Tensor:
-    """Summed squares [B, H] of a block's difference [B, H, R, T]."""
-    rows = (student - teacher).square().sum(dim=-1)
-    if counts is not None:
-        rows = torch.where(counts, rows, 0.0)
-    return rows.sum(dim=-1)
+def _squares(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Summed squares [B, H] of rows [B, T, H]."""
+    return (rows if valid is None else torch.where(valid[..., None], rows, 0.0)).sum(dim=1)

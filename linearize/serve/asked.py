@@ -13,6 +13,7 @@ from linearize.errors import LinearizeError
 from linearize.models.tokenizer import check_ids
 from linearize.serve.fields import Fields, check_text, shown
 from linearize.serve.refusal import Refusal
+from linearize.serve.text import controls
 
 SHARED = (
     "model", "max_tokens", "temperature", "top_p", "top_k", "n", "stream", "stream_options", "stop", "seed",
@@ -57,6 +58,7 @@ class Asked:
         tokens: most new tokens of each continuation.
         sampling, seed: how they are chosen; the continuations of a prompt count the seed up.
         stops: strings that end a text.
+        ends: control tokens that end it, those that a stop string is the spelling of: no text holds them.
         scores: see `Wish.scores`.
         endless: go on behind tokens that end texts.
         stream, usage: pieces as they come, and a last one with the counts.
@@ -69,6 +71,7 @@ class Asked:
     sampling: Sampling
     seed: int | None
     stops: tuple[str, ...]
+    ends: frozenset[int]
     scores: int | None
     endless: bool
     stream: bool
@@ -115,7 +118,8 @@ class Reader:
         prompts = self._conversation(fields) if chat else self._prompts(fields)
         tokens = self._most(fields, chat, max(map(len, prompts)))
         assert n is not None
-        return Asked(chat, prompts, n, tokens, sampling, seed, stops, scores, endless, stream, usage)
+        ends = frozenset(index for index, text in controls(self.tokenizer).items() if text in stops)
+        return Asked(chat, prompts, n, tokens, sampling, seed, stops, ends, scores, endless, stream, usage)
 
     def _check_model(self, name: Any) -> None:
         if name != self.name:

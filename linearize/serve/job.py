@@ -57,7 +57,8 @@ class Job:
         def put(piece: Piece) -> None:
             self._pieces.put_nowait((index, piece))
 
-        return Ticket(ids, self.asked.tokens, wish, put, self._deadline, endless=self.asked.endless)
+        asked = self.asked
+        return Ticket(ids, asked.tokens, wish, put, self._deadline, endless=asked.endless, ends=asked.ends)
 
     def cancel(self) -> None:
         """Nobody waits for what is not done yet."""

@@ -63,6 +63,7 @@ class Ticket:
         put: gets every `Piece`, on the thread that `Scheduler.post` runs things on.
         deadline: of `time.monotonic`.
         endless: go on behind tokens that end texts.
+        ends: tokens that end this text, be it endless or not.
         cancelled: why nobody waits for it any more ("stop", "cancelled"), or None.
     """
 
@@ -72,6 +73,7 @@ class Ticket:
     put: Callable[[Piece], None]
     deadline: float
     endless: bool = False
+    ends: Collection[int] = ()
     cancelled: str | None = None
     made: int = 0
     read: int = 0
@@ -293,7 +295,7 @@ class Scheduler:
                     "the model gives NaN or infinity for this text: its numbers overflow, or weights are damaged",
                 )
                 break
-            if token in self.eos and not ticket.endless:
+            if token in ticket.ends or (token in self.eos and not ticket.endless):
                 end = "stop"
                 break
             ids.append(token)

@@ -15,6 +15,7 @@ from typing import Any
 
 import uvicorn
 
+from linearize.decode.choice import unread
 from linearize.decode.reach import furthest
 from linearize.decode.slots import Slots
 from linearize.serve.app import Service, build
@@ -48,11 +49,13 @@ class Served:
         settings: how.
 
     Raises:
-        LinearizeError: the model cannot decode rows that come and go, or its states do not fit.
+        LinearizeError: the model cannot decode rows that come and go, or its states or pieces of prompts do not fit.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
         self.settings = settings
+        for name, value in unread(model.generation_config).items():
+            log.warning("%s=%r of the model's generation_config.json is not done here", name, value)
         room = furthest(model)
         both = settings.prompt + settings.new
         both = both if room is None else min(both, room)
@@ -72,7 +75,7 @@ class Served:
         on_gpu = self.slots.device.type == "cuda"
         self.piece = settings.piece or (2048 if on_gpu else 512)
         if on_gpu:
-            self._warm(self.piece)
+            self.slots.warm(self.piece, min(settings.prompt, both))
         self._loop: asyncio.AbstractEventLoop | None = None
         self.scheduler = Scheduler(
             self.slots,
@@ -116,22 +119,6 @@ class Served:
         )
         self._server = _Server(config, self.settings, lambda: self.scheduler.close(self.settings.grace))
         asyncio.run(self._serve(listening, ready))
-
-    def _warm(self, piece: int) -> None:
-        """Read prompts of nothing, so that the first client does not wait for kernels to be compiled."""
-        longest = min(piece, self.settings.prompt)
-        for tokens in sorted({1, min(17, longest), longest}):
-            self.slots.begin()
-            self.slots.read([[0] * tokens])
-            self.slots.forget(0)
-        together = self.slots.prompts
-        if together > 1 and longest > together:
-            for _ in range(together):
-                self.slots.begin()
-            for short in (0, 1):  # without padding and with
-                self.slots.read([[0] * (longest // together - short * (row % 2)) for row in range(together)])
-            for prompt in reversed(range(together)):
-                self.slots.forget(prompt)
 
     def stop(self) -> None:
         """As a signal does, from any thread."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 CONTEXT = 6
@@ -10,7 +11,7 @@ CONTEXT = 6
 BROKEN = "\ufffd"
 """What decoders write for bytes that are no character, or not yet."""
 KEPT = 64
-"""Tokens beyond which those that will not be looked at again are forgotten."""
+"""Tokens beyond which those that will not be looked at again are forgotten, and bytes are no character any more."""
 
 
 class Text:
@@ -32,9 +33,13 @@ class Text:
         self, tokenizer: Any, stops: Sequence[str] = (), before: Sequence[int] = (), *, whole: bool = False
     ) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
-        self._ids = list(before)[-CONTEXT:]
+        self._controls = controls(tokenizer)
+        self._ids = self._written(before)[-CONTEXT:]
         self._from, self._to = 0, len(self._ids)
-        self._shown = len(self._decode())
+        text = self._decode()
+        self._shown = len(text)
+        # a prompt of ids may end within a character, which the text's first tokens then complete
+        self._half = self._shown - len(text.rstrip(BROKEN))
         self._held = ""
         self._lazy = whole and not stops
         self.stopped = False
@@ -43,7 +48,7 @@ class Text:
         """The new text that more tokens bring."""
         if self.stopped or not ids:
             return ""
-        self._ids += ids
+        self._ids += self._written(ids)
         return "" if self._lazy else self._cut(self._fresh(last=False), last=False)
 
     def read(self, ids: Sequence[int]) -> tuple[str, int]:
@@ -64,16 +69,23 @@ class Text:
     def _fresh(self, *, last: bool) -> str:
         """Decoded text that has not been seen, without bytes at its end that may be part of a character."""
         text = self._decode()
-        final = text if last else text.rstrip(BROKEN)
+        if self._half and text[self._shown - self._half : self._shown] != BROKEN * self._half:
+            self._shown, self._half = self._shown - self._half, 0
+        waits = not last and len(self._ids) - self._to <= KEPT
+        final = text.rstrip(BROKEN) if waits else text
         fresh, self._shown = final[self._shown :], max(self._shown, len(final))
         if fresh and final == text:
             # from here on decode behind the last piece alone
-            self._from, self._to = self._to, len(self._ids)
+            self._from, self._to, self._half = self._to, len(self._ids), 0
             if self._from > KEPT:
                 del self._ids[: self._from]
                 self._from, self._to = 0, len(self._ids)
             self._shown = len(self._decode())
         return fresh
+
+    def _written(self, ids: Sequence[int]) -> list[int]:
+        """Those that text comes of: control tokens would be looked at again and again until some does."""
+        return [token for token in ids if token not in self._controls]
 
     def _decode(self) -> str:
         # the clean-up takes spaces out by what follows them, so that no text would be final
@@ -91,6 +103,17 @@ class Text:
         cut = len(text) - keep
         self._held = text[cut:]
         return text[:cut]
+
+
+@lru_cache(maxsize=8)
+def controls(tokenizer: Any) -> dict[int, str]:
+    """Tokens that decoding leaves out, and how each is spelled."""
+    added = {index: str(token.content) for index, token in tokenizer.added_tokens_decoder.items()}
+    return {
+        index: text
+        for index, text in added.items()
+        if not tokenizer.decode([index], skip_special_tokens=True)
+    }
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -1,6 +1,6 @@
 """Surgery: find a model's attention layers, hang mixers inside them, and keep the teacher one switch away."""
 
-from linearize.surgery.attention import LayerCall, LinearizedAttention, family_of
+from linearize.surgery.attention import LinearizedAttention, family_of
 from linearize.surgery.control import (
     as_teacher_layers,
     branch_off,
@@ -14,6 +14,7 @@ from linearize.surgery.control import (
 )
 from linearize.surgery.convert import convert
 from linearize.surgery.inspection import attention_layers, skeleton
+from linearize.surgery.layer_call import LayerCall
 from linearize.surgery.model import converted
 from linearize.surgery.plan import Plan, plan, select
 from linearize.surgery.projections import ROLES, projections, role_modules

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from types import MethodType
 from typing import Any, cast
 
@@ -17,14 +18,15 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linearize.errors import UnsupportedModelError
-from linearize.mixers import Mixer
+from linearize.mixers import Mixer, shift
+from linearize.mixers.beside import Plain
 from linearize.mixers.offloaded import device_of
 from linearize.mixers.position import rotate_back
 from linearize.surgery import arguments, handed_on, teaching
-from linearize.surgery.cache import LinearizedCacheLayer, adopt
+from linearize.surgery.cache import LinearizedCacheLayer, adopt, rehearsing
 from linearize.surgery.generated import subclass
-from linearize.surgery.masks import read_mask
-from linearize.surgery.projections import output_projection
+from linearize.surgery.layer_call import LayerCall, Triple
+from linearize.surgery.masks import Reading, read_mask
 
 NAME = __name__.replace(".", "_")
 """Under which the attention function is registered with transformers; another one in a remote-code file."""
@@ -62,6 +64,8 @@ class Frame:
         cache: the layer's converted cache, or None.
         offset: column of the first new token in the mask, [] tensor in static caches; None: no new token is padding.
         first: what the first converted layer hands on in this call, or None where no layer mixes its values.
+        takes: the call is for q, k and v [B, T, H, K] alone, which are put here; see `shifted`.
+        shifted: of layers that shift their projections' inputs, makes q, k and v of those; else None.
     """
 
     hidden_states: Tensor
@@ -69,6 +73,8 @@ class Frame:
     cache: LinearizedCacheLayer | None = None
     offset: int | Tensor | None = 0
     first: handed_on.FirstLayer | None = None
+    takes: list[Tensor] | None = None
+    shifted: Callable[[Reading], Triple] | None = None
 
 
 class LinearizedAttention(nn.Module):
@@ -102,10 +108,50 @@ class LinearizedAttention(nn.Module):
             frame.cache = adopt(cache, self.layer_idx)
             frame.offset = frame.cache.mask_offset(hidden.shape[1])
             frame.cache.awaits = True
+        if shift.shifts_projections(self.mixer) and self.linearize_switch.mode != "teacher":
+            frame.shifted = partial(self.shifted, frame, args, kwargs)
         answer = super().forward(*args, **kwargs, linearize_frame=frame)
         if frame.cache is not None:
             frame.cache.awaits = False
         return answer
+
+    def shifted(
+        self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], reading: Reading
+    ) -> Triple:
+        """q, k, v [B, T, H, K] of a call whose projections read tokens mixed with those before them.
+
+        Families make q, k and v each in their own way, in one product or several, with norms and rotations behind; the
+        module's own forward knows, and so it runs once for each, and what else it makes is left. Compiled, that is no
+        work.
+
+        Args:
+            frame: of the call.
+            args, kwargs: the module's own arguments.
+            reading: of the call's mask.
+
+        Raises:
+            UnsupportedModelError: another process holds the token before the first.
+        """
+        if self.linearize_switch.spread is not None:
+            raise UnsupportedModelError(
+                f"{self.named()}: its projections read the token before (mixer.update.shift_projections), and "
+                "sequences that several processes hold hand on none in front of projections; set run.sequence=1"
+            )
+        hidden, cache = frame.hidden_states, frame.cache
+        hidden = hidden.detach() if self.linearize_switch.mode == "observe" else hidden
+        state, valid = (None, reading.valid) if cache is None else cache.entered(reading.valid)
+        inputs = shift.inputs_of(self.mixer, hidden, valid=valid, starts=reading.starts, state=state)
+        found = []
+        with rehearsing(cache):
+            for place, own in enumerate(inputs):
+                taken = replace(frame, hidden_states=own, takes=[], shifted=None)
+                if "hidden_states" in kwargs:
+                    super().forward(*args, **{**kwargs, "hidden_states": own}, linearize_frame=taken)
+                else:
+                    super().forward(own, *args[1:], **kwargs, linearize_frame=taken)
+                assert taken.takes, "the module's forward has not come to its attention function"
+                found.append(taken.takes[place])
+        return found[0], found[1], found[2]
 
     def teacher(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
@@ -137,66 +183,6 @@ def _rotation(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return next((pair for pair in pairs if all(isinstance(x, Tensor) for x in pair)), None)
 
 
-@dataclass
-class LayerCall:
-    """One converted layer's inputs and the teacher's answer, as attention transfer sees them; no tensor has a graph.
-
-    Attributes:
-        layer_idx: the layer's number.
-        module: the attention module.
-        q, k, v: [B, T, H, K], [B, T, N, K], [B, T, N, V], after q/k norm and RoPE.
-        hidden_states: [B, T, D], the module's input.
-        valid, starts: [B, T] bool or None: not padding, begins a document.
-        teacher: [B, T, H, V], softmax output before the output projection.
-        gaps: whether padding stands between tokens; None: nobody has looked.
-        context: what else the mixer reads, see `context`.
-    """
-
-    layer_idx: int
-    module: LinearizedAttention
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    hidden_states: Tensor
-    valid: Tensor | None
-    starts: Tensor | None
-    teacher: Tensor
-    gaps: bool | None = None
-    context: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def mixer(self) -> Mixer:
-        return self.module.mixer
-
-    def student(self) -> Tensor:
-        """The mixer's output [B, T, H, V] in its chunked form, with a graph to the mixer's parameters."""
-        masks: dict[str, Any] = {"valid": self.valid, "starts": self.starts, "gaps": self.gaps}
-        switch = self.module.linearize_switch
-        return switch.chunked(self.mixer, self.q, self.k, self.v, **masks, **self.context)
-
-    def project(self, y: Tensor) -> Tensor:
-        """Heads [B, T, H, V] -> the layer's output [B, T, D], through the model's own output projection."""
-        output = output_projection(self.module)
-        return output(y.flatten(2).to(next(output.parameters()).dtype))
-
-    def weights(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Normalized attention weights of teacher and student for some query rows, each [B, H, R, T]."""
-
-        masks: dict[str, Any] = {"valid": self.valid, "starts": self.starts, "rows": rows}
-        with torch.no_grad():
-            softmax = teacher_mixer(self.mixer)
-            teacher = softmax.parallel(self.q, self.k, None, **masks, sink=self.context.get("sink"))
-        student = self.mixer.parallel(self.q, self.k, None, **masks, **self.context)
-        return teacher.transpose(1, 2), student.transpose(1, 2)
-
-
-def teacher_mixer(mixer: Mixer) -> Mixer:
-    """The softmax mixer of the same layer: the teacher's attention in our own form, which can give its weights."""
-    from linearize.mixers import build
-
-    return build({"window": {"name": "full"}}, mixer.shape)
-
-
 def hand_on(module: LinearizedAttention, frame: Frame, v: Tensor) -> None:
     """Leave the values [B, T, N, V] of the layer whose values others mix with theirs, in whatever mode it runs."""
     if module.linearize_hands and frame.first is not None:
@@ -218,16 +204,52 @@ def context(
     if sink is not None:
         found["sink"] = sink.detach() if observed else sink
     if mixer.needs_plain:
-        rotation = frame.rotation if mixer.shape.rotary == "half" else None
-        if rotation is None and mixer.shape.rotary == "half":
-            raise UnsupportedModelError(
-                f"{module.named()} was called without position_embeddings, "
-                "so queries and keys cannot be rotated back"
-            )
-        found["plain"] = (
-            (q, k) if rotation is None else (rotate_back(q, *rotation), rotate_back(k, *rotation))
-        )
+        found["plain"] = _plain(module, frame, q, k)
     return found
+
+
+def _plain(module: LinearizedAttention, frame: Frame, q: Tensor, k: Tensor) -> Plain:
+    """q and k before the rotary embedding."""
+    shape = module.mixer.shape
+    rotation = frame.rotation if shape.rotary == "half" else None
+    if rotation is None and shape.rotary == "half":
+        raise UnsupportedModelError(
+            f"{module.named()} was called without position_embeddings, so queries and keys cannot be rotated back"
+        )
+    return (q, k) if rotation is None else (rotate_back(q, *rotation), rotate_back(k, *rotation))
+
+
+def _shifted(module: LinearizedAttention, frame: Frame, reading: Reading, given: Triple) -> Triple:
+    """q, k and v of a call whose projections' inputs are shifted; while a layer is observed the teacher's, as given."""
+    observed = module.linearize_switch.mode == "observe"
+    assert frame.shifted is not None
+    if observed and not (module.linearize_hands and frame.first is not None):
+        return given
+    made = frame.shifted(reading)
+    hand_on(module, frame, made[2])
+    return given if observed else made
+
+
+def _own(module: LinearizedAttention, frame: Frame, reading: Reading) -> tuple[Any, ...]:
+    """See `LayerCall.shifted`."""
+    assert frame.shifted is not None
+    q, k, v = frame.shifted(reading)
+    return q, k, v, _plain(module, frame, q, k) if module.mixer.needs_plain else None
+
+
+def reading_of(module: LinearizedAttention, mask: Any, batch: int, tokens: int, frame: Frame) -> Reading:
+    """What a call's mask says of its new tokens, see `read_mask`."""
+    shape = module.mixer.shape
+    return read_mask(
+        mask,
+        batch,
+        tokens,
+        frame.offset,
+        window=shape.sliding_window,
+        chunk=shape.chunk,
+        carries=frame.cache is not None,
+        trusted=module.linearize_switch.trusts,
+    )
 
 
 def linearized_attention(
@@ -236,7 +258,11 @@ def linearized_attention(
     """The attention function of converted layers, as transformers calls it: q, k, v [B, H, T, K] -> [B, T, H, V]."""
     frame: Frame = kwargs.pop("linearize_frame")
     switch = module.linearize_switch
-    hand_on(module, frame, value.transpose(1, 2))
+    if frame.takes is not None:
+        frame.takes += [x.transpose(1, 2) for x in (query, key, value)]
+        return query.new_zeros(*query.transpose(1, 2).shape[:3], value.shape[-1]), None
+    if frame.shifted is None:
+        hand_on(module, frame, value.transpose(1, 2))
     if switch.mode == "teacher":
         return module.teacher(query, key, value, attention_mask, **kwargs)
     batch, _, tokens, _ = query.shape
@@ -244,13 +270,12 @@ def linearized_attention(
     why = why or arguments.changed(kwargs, module.mixer.shape)
     if why is not None:
         raise UnsupportedModelError(f"{module.named()}: {why}")
-    shape, carries = module.mixer.shape, frame.cache is not None
-    local = {"window": shape.sliding_window, "chunk": shape.chunk}
-    reading = read_mask(
-        attention_mask, batch, tokens, frame.offset, **local, carries=carries, trusted=switch.trusts
-    )
+    shape = module.mixer.shape
+    reading = reading_of(module, attention_mask, batch, tokens, frame)
     valid, starts, gaps = reading.valid, reading.starts, reading.gaps
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if frame.shifted is not None:
+        q, k, v = _shifted(module, frame, reading, (q, k, v))
     sink = kwargs.get("s_aux")
     if switch.mode == "observe":
         with torch.no_grad():
@@ -272,6 +297,7 @@ def linearized_attention(
             teacher=output.detach(),
             gaps=gaps,
             context=context(module, frame, q.detach(), k.detach(), v.detach(), sink),
+            shifted=None if frame.shifted is None else partial(_own, module, frame, reading),
         )
         instead = switch.observer(call)
         return output if instead is None else instead.to(output.dtype).contiguous(), None

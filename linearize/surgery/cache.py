@@ -7,7 +7,8 @@ would get.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
         read: in the model's first converted layer, what masks have said of the tokens so far, or None.
         plain: no call had a mask so far.
         awaits: a converted layer is about to hand over its keys and values; nobody else may.
+        rehearses: it does so more than once for the same tokens, and this time they do not count.
     """
 
     supports_early_init = False
@@ -50,6 +52,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
     read: Read | None = None
     plain = False
     awaits = False
+    rehearses = False
     _snapshot: State | None
     _recorded: list[dict[str, Tensor]]
     _home: torch.device
@@ -67,6 +70,8 @@ class LinearizedCacheLayer(CacheLayerMixin):
                 "a cache layer was filled by a converted layer, and softmax attention cannot go on with its state; "
                 "start the teacher, or a model that was not converted, with an empty cache of its own"
             )
+        if self.rehearses:
+            return key_states, value_states
         self.is_initialized = True
         layer: Any = self
         if isinstance(self, StaticLayer) and _frozen(layer.cumulative_length):
@@ -89,6 +94,14 @@ class LinearizedCacheLayer(CacheLayerMixin):
             layer.cumulative_length += tokens
         else:
             self.seen += tokens
+
+    def entered(self, valid: Tensor | None) -> tuple[State | None, Tensor | None]:
+        """What `attend` will go on from, or None for nothing yet, and which tokens it will take for text.
+
+        Args:
+            valid: [B, T] bool as it will be given, or None.
+        """
+        return self.state, valid
 
     def attend(
         self,
@@ -329,6 +342,19 @@ def adopt(cache: Cache, index: int) -> LinearizedCacheLayer:
     made._drop_record()
     cache.layers[index] = made
     return made
+
+
+@contextmanager
+def rehearsing(layer: LinearizedCacheLayer | None) -> Iterator[None]:
+    """Inside, a layer takes keys and values that it has counted already."""
+    if layer is None:
+        yield
+        return
+    layer.rehearses = True
+    try:
+        yield
+    finally:
+        layer.rehearses = False
 
 
 def check_past_recording(cache: Cache) -> None:

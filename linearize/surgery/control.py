@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from linearize.errors import LinearizeError
 from linearize.mixers import BRANCHES
 from linearize.registry import closest
-from linearize.surgery.attention import LayerCall, Switch
+from linearize.surgery.attention import Switch
+from linearize.surgery.layer_call import LayerCall
 from linearize.surgery.model import converted
 
 

@@ -35,12 +35,13 @@ ROWS = 1024
 
 
 @contextmanager
-def spreading(models: Iterable[nn.Module], processes: Across) -> Iterator[None]:
+def spreading(models: Iterable[nn.Module], processes: Across, *, again: bool = False) -> Iterator[None]:
     """Inside, passes of these models, forward and backward, take this process's part of longer sequences.
 
     Args:
         models: converted or not, under any wrapper; `refusal` says nothing against them.
         processes: who holds the sequences.
+        again: mixers are computed once more in backward, see `mixers.spread`.
     """
     modules = [module for model in models for module in model.modules()]
     configs = {id(config): config for module in modules if (config := _config(module)) is not None}
@@ -55,7 +56,7 @@ def spreading(models: Iterable[nn.Module], processes: Across) -> Iterator[None]:
             config._attn_implementation_internal = NAME
         for switch in switches.values():
             stack.callback(setattr, switch, "spread", switch.spread)
-            switch.spread = partial(spread.chunked, processes)
+            switch.spread = partial(spread.chunked, processes, again=again)
         yield
 
 

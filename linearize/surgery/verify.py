@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearize.errors import UnsupportedModelError
-from linearize.surgery.attention import teacher_mixer
 from linearize.surgery.control import mode
 from linearize.surgery.inspection import AttentionLayer
+from linearize.surgery.layer_call import teacher_mixer
 from linearize.surgery.model import converted
 from linearize.surgery.probe import FAILURES, evaluating, place
 

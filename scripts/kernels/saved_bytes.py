@@ -1,6 +1,6 @@
 """What a mixer keeps for backward, in bytes a token and layer, of every recipe in SmolLM2-135M's shape in bfloat16.
 
-    PYTHONPATH=. python scripts/kernels/saved_bytes.py [--recipes all|A,B] [--tensors] [--blocks]
+    PYTHONPATH=. python scripts/kernels/saved_bytes.py [--recipes all|A,B] [--tensors] [--blocks] [--spread]
 
 Needs no GPU: kernels are recorded and not launched, and what stands between them is partitioned as Inductor's input is.
 Three columns: part by part; compiled as torch would; compiled as `linearize.mixers.compiled` does, keeping little. What
@@ -9,6 +9,9 @@ Of recipes with several mixers, the first.
 
 --blocks counts the model's whole blocks instead, norms and feed-forward layers with them, of which the middle of three
 stands for all: part by part but for a compiled mixer; compiled as torch would; and keeping little, as stages do.
+
+--spread counts a mixer of the second of two processes that hold a sequence together: part by part, and where it is
+computed once more in backward, as end-to-end stages have it.
 """
 
 from __future__ import annotations
@@ -22,15 +25,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from linearize import surgery
+from linearize.across import Across
 from linearize.bench.subjects import SMOLLM2_135M, TEACHER, chosen, convert, mixers_of, random_model
 from linearize.bench.training_step import without_masks
 from linearize.distill import blocks
 from linearize.distill.blocks import Blocks, repeated
 from linearize.kernels import dispatch, launch
-from linearize.mixers import LayerShape, Mixer, build, compiled
+from linearize.mixers import LayerShape, Mixer, build, compiled, spread
 
 SHAPE = LayerShape(
     heads=SMOLLM2_135M["num_attention_heads"],
@@ -54,8 +59,16 @@ def main() -> int:
     parser.add_argument("--recipes", default="all", help="names, by commas")
     parser.add_argument("--tensors", action="store_true", help="list what is kept")
     parser.add_argument("--blocks", action="store_true", help="of whole blocks; recipes, or teacher")
+    parser.add_argument("--spread", action="store_true", help="of sequences that two processes hold together")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.spread:
+        print(f"{'recipe':26}{'part by part':>16}{'computed again':>16}", flush=True)
+        for name in chosen(options.recipes.split(",")):
+            mixer = build(mixers_of(name)[0], SHAPE)
+            line = "".join(f"{per_token_spread(mixer, again):16,.0f}" for again in (False, True))
+            print(f"{name:26}{line}{'' if spread.at_once(mixer) else '  (in turn)'}", flush=True)
+        return 0
     print(f"{'recipe':26}" + "".join(f"{way:>16}" for way in WAYS), flush=True)
     if options.blocks:
         names = options.recipes.split(",")
@@ -79,12 +92,36 @@ def per_token(mixer: Mixer, way: str) -> float:
 
 def saved(mixer: Mixer, tokens: int, way: str) -> list[Tensor]:
     """A tensor of each storage that one forward pass keeps, parameters apart."""
+    q, k, v, given = drawn(mixer, tokens)
+    kept, hooks = keeping(mixer, given)
+    with launch.record(), dispatch.kernels("triton"), running(way), hooks:
+        made = mixer.chunked(q, k, v, **given)
+    assert made.requires_grad
+    return [*kept.values()]
+
+
+def drawn(mixer: Mixer, tokens: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """q, k and v of one sequence, and what else a mixer reads."""
     generator = torch.Generator().manual_seed(0)
 
-    def drawn(*size: int) -> Tensor:
+    def numbers(*size: int) -> Tensor:
         return torch.randn(1, tokens, *size, generator=generator).to(torch.bfloat16).requires_grad_()
 
+    heads = [(SHAPE.heads, SHAPE.key_dim), *[(SHAPE.kv_heads, SHAPE.key_dim)] * 2]
+    q, k, v = (numbers(*size) for size in heads)
+    given: dict[str, Any] = {"hidden": numbers(SHAPE.hidden_dim())} if mixer.uses_hidden else {}
+    if mixer.needs_plain:
+        given["plain"] = (numbers(*heads[0]), numbers(*heads[1]))
+    if mixer.uses_first:
+        given["first"] = numbers(*heads[2])
+    return q, k, v, given
+
+
+def keeping(mixer: Mixer, given: dict[str, Any]) -> tuple[dict[int, Tensor], Any]:
+    """What is kept inside the second: a tensor of each storage, parameters and the first layer's values apart."""
     own = {x.untyped_storage().data_ptr() for x in mixer.parameters()}
+    if mixer.uses_first:
+        own.add(given["first"].untyped_storage().data_ptr())  # one tensor for all layers
     kept: dict[int, Tensor] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -92,19 +129,31 @@ def saved(mixer: Mixer, tokens: int, way: str) -> list[Tensor]:
             kept[x.untyped_storage().data_ptr()] = x
         return x
 
-    heads = [(SHAPE.heads, SHAPE.key_dim), *[(SHAPE.kv_heads, SHAPE.key_dim)] * 2]
-    q, k, v = (drawn(*size) for size in heads)
-    given: dict[str, Any] = {"hidden": drawn(SHAPE.hidden_dim())} if mixer.uses_hidden else {}
-    if mixer.needs_plain:
-        given["plain"] = (drawn(*heads[0]), drawn(*heads[1]))
-    if mixer.uses_first:
-        given["first"] = drawn(*heads[2])
-        own.add(given["first"].untyped_storage().data_ptr())  # one tensor for all layers
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
-    with launch.record(), dispatch.kernels("triton"), running(way), hooks:
-        made = mixer.chunked(q, k, v, **given)
+    return kept, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+
+
+def per_token_spread(mixer: Mixer, again: bool) -> float:
+    """Bytes that a token more makes the second of two processes keep."""
+    short, long = (of_a_stretch(mixer, tokens, again) for tokens in LENGTHS)
+    return (long - short) / (LENGTHS[1] - LENGTHS[0])
+
+
+def of_a_stretch(mixer: Mixer, tokens: int, again: bool) -> int:
+    """Bytes that one forward pass over a half of a sequence keeps; the other half's process is a fake of torch's."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if not dist.is_initialized():
+        dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    q, k, v, given = drawn(mixer, tokens)
+    kept, hooks = keeping(mixer, given)
+    across = Across(dist.group.WORLD, 1, 2, torch.arange(2 * tokens)[None])
+    with launch.record(), dispatch.kernels("triton"), running(WAYS[0]), hooks:
+        made = spread.chunked(across, mixer, q, k, v, **given, again=again)
     assert made.requires_grad
-    return [*kept.values()]
+    if again:  # held by what computes again, which hooks do not see
+        beside = [x for x in (given.get("hidden"), *given.get("plain", ())) if x is not None]
+        kept |= {x.untyped_storage().data_ptr(): x for x in (q, k, v, *beside)}
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
 def of_a_block(name: str, way: str) -> float:

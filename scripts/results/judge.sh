@@ -9,7 +9,8 @@
 #
 # measure ends within LIMIT seconds, and goes on where it ended: PARTS begin in their order, SLOTS of them at a time on
 # each card (processes of one card take turns), and in each the near comes before the far. CONTROL=FOLDER is a control
-# of every model's. KNOWN=FILE.json has the teacher's scores of before, which are not measured again.
+# of every model's. KNOWN=FILE.json has scores of before, of the teacher and its plain window, which are not measured again.
+# FAR=books reads long texts of one of the two alone; RECALL_ROLES are those of the recall of each model.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 data=${DATA:-../shared/data}/text runs=${RUNS:-runs/judge} out=${OUT:-docs/results} name=${NAME:-judge-h200}
@@ -17,6 +18,8 @@ python=${PYTHON:-python3} million=${MILLION:-M} device=${DEVICE:-auto}
 suites=${SUITES:-scripts/results} limit=${LIMIT:-300} known=${KNOWN:-}
 read -ra parts <<<"${PARTS:-text recall beside decoding tasks far reach beside-reach decoding-teacher}"
 texts=(--text "wikitext2=$data/wikitext2.test.parquet" --text "books=$data/books.long.parquet")
+long=("${texts[@]}") roles=${RECALL_ROLES:-student,untrained swap,linear branch off}
+[ "${FAR:-}" = books ] && long=("${texts[@]:2:2}")
 read -ra models <<<"${MODELS:-lolcats gated_delta_window}" # other runs in RUNS may be measured likewise
 IFS=, read -ra cards <<<"${CUDA_VISIBLE_DEVICES:-0}"
 slots=$((${SLOTS:-5} * ${#cards[@]}))
@@ -42,7 +45,9 @@ with_control() {  # MODEL ROLES: and its controls, also one that lies beside it
 judge() {  # MODEL PART [options]: into a folder of its own, so that parts run side by side
     local model=$1 to=$runs/parts/$1-$2; shift 2
     mkdir -p "$runs/parts"
-    [ -z "$known" ] || [ -f "$to/results.json" ] || "$python" scripts/join_scores.py "$to" "$known" --role teacher >/dev/null
+    if [ -n "$known" ] && [ ! -f "$to/results.json" ]; then
+        for role in teacher swa_sinks; do "$python" scripts/join_scores.py "$to" "$known" --role $role >/dev/null; done
+    fi
     run eval "$runs/$model" --out "$to" --device "$device" $(control_of "$model") "$@" >"$to.log" 2>&1 ||
         echo "$to ended with $?: $(tail -n 3 "$to.log")"
 }
@@ -71,8 +76,8 @@ begin() {  # PART: of every model, or of what the models have in common beside t
         model=${models[$index]}
         case $1 in
         text) part "$index" "$model" "$1" --suite "$suites/judge_suite.yaml" "${texts[@]}" ;;
-        recall) part "$index" "$model" "$1" --suite "$near" --only "$recall" --roles "student,untrained swap,linear branch off" ;;
-        far) part "$index" "$model" "$1" --suite "$far" --only text "${texts[@]}" ;;
+        recall) part "$index" "$model" "$1" --suite "$near" --only "$recall" --roles "$roles" ;;
+        far) part "$index" "$model" "$1" --suite "$far" --only text "${long[@]}" ;;
         reach) part "$index" "$model" "$1" --suite "$far" --only passkey,niah_single_1 --roles student ;;
         decoding) part "$index" "$model" "$1" --suite "$decoding" "${texts[@]:0:2}" --roles student ;;
         tasks)
@@ -114,10 +119,12 @@ for step in "$@"; do
         for model in "${models[@]}"; do join $model; done
         ;;
     cost)
-        judge gated_delta_window cost --suite "$suites/judge_cost_suite.yaml"
-        # the teacher's are the same
-        "$python" scripts/join_scores.py "$runs/parts/lolcats-cost" "$runs/parts/gated_delta_window-cost" --role teacher
-        judge lolcats cost --suite "$suites/judge_cost_suite.yaml"
+        for model in "${models[@]}"; do
+            if [ "$model" != "${models[0]}" ]; then  # the teacher's are the same
+                "$python" scripts/join_scores.py "$runs/parts/$model-cost" "$runs/parts/${models[0]}-cost" --role teacher
+            fi
+            judge "$model" cost --suite "$suites/judge_cost_suite.yaml"
+        done
         for model in "${models[@]}"; do join $model; done
         ;;
     page)

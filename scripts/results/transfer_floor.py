@@ -2,6 +2,8 @@
 
     python scripts/results/transfer_floor.py
 
+And of its weights, where a stage compares those: tiles of both matrices and of their gradients, which are made anew.
+
 Products of the frozen pass, the causal half of the teacher's softmax, and bytes of what stands between them: loss and
 rotary embedding by operations (each reads and writes the text) and fused, and key-value heads that are repeated.
 """
@@ -20,6 +22,12 @@ LOSS, FUSED_LOSS = 58, 10
 twice in sixteen bits, forward and backward, and one gradient written."""
 TURN, FUSED_TURN = 20, 4
 """Bytes a number of q and k: two products, half of it negated, joined, a sum; or read once and written once."""
+TILES = 200e12
+"""FLOP/s that tiles of 64 x 64 weights are reckoned with, exponentials and logarithms between the products; a guess."""
+MATRICES = {"hedgehog": (2, 6), "mohawk": (1, 5)}
+"""Composition -> features in head dims, and products of them a pair of tokens: forward (two passes over the keys where
+rows are normalized), two for the queries' gradient and two for the keys'. The teacher's scores are made four times."""
+BLOCK = 64
 STEPS = (
     ("smollm2-135m", 16, 1024), ("llama-3.2-1b", 8, 2048), ("llama-3-8b", 4, 2048), ("smollm2-135m", 2, 32_768),
 )  # fmt: skip
@@ -49,5 +57,22 @@ def row(name: str, batch: int, length: int) -> dict[str, Any]:
     }
 
 
+def matrices(name: str, batch: int, length: int) -> dict[str, Any]:
+    """What comparing the weights of all layers computes."""
+    shape = SHAPES[name]
+    heads, dim = shape["num_attention_heads"], shape["head_dim"]
+    pairs = batch * length * (length + BLOCK) / 2 * shape["num_hidden_layers"] * heads
+    made = {"shape": f"{name}, {batch} x {length:,}"}
+    for composition, (features, products) in MATRICES.items():
+        flops = 2 * pairs * dim * (4 + features * products)
+        a_token = flops / batch / length
+        made[composition] = (
+            f"{flops / 1e12:.1f} TFLOP, {1e3 * flops / TILES:.0f} ms, {a_token / 1e6:,.0f} MFLOP a token"
+        )
+    return made
+
+
 if __name__ == "__main__":
     print(markdown([row(*step) for step in STEPS]))
+    print()
+    print(markdown([matrices(*step) for step in STEPS]))

@@ -158,7 +158,10 @@ def test_stages_that_share_an_adapter_agree_on_it():
             [f"stages.again={AGAIN}", "stages.again.lora.rank=4"],
             "stages.again.lora.rank: 4 is not the 8 of stages.recover.lora.rank, and stages share one adapter",
         ),
-        ([f"stages.again={AGAIN}", "stages.again.lora.targets=[q,v]"], "stages.again.lora.targets: ['q', 'v'] is"),
+        (
+            [f"stages.again={AGAIN}", "stages.again.lora.targets=[q,v]"],
+            "stages.again.lora.targets: ['q', 'v'] is",
+        ),
         ([f"stages.again={AGAIN}", "stages.again.lora.merge=false"], "stages.again.lora.merge: false is not"),
         (["stages.recover.train=[loras]"], "did you mean 'lora'?"),
         (["stages.recover.train=[]"], "stages.recover.train: empty"),

@@ -152,7 +152,10 @@ def test_a_hybrid_gets_a_longer_decoder_for_a_longer_text(on_cpu):
 
 def test_a_text_that_outgrows_its_rotation_is_left_to_transformers(on_cpu):
     """Phi-3 reads the whole text again where its rotation becomes another; kept keys would stay as they were."""
-    factors = {"short_factor": [1.0 + x / 10 for x in range(4)], "long_factor": [2.0 + x / 3 for x in range(4)]}
+    factors = {
+        "short_factor": [1.0 + x / 10 for x in range(4)],
+        "long_factor": [2.0 + x / 3 for x in range(4)],
+    }
     own = {"original_max_position_embeddings": 12}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors, **own}
     made = tiny.model("phi3", num_hidden_layers=2, rope_parameters=rope, max_position_embeddings=48, **own)
@@ -165,7 +168,7 @@ def test_a_text_that_outgrows_its_rotation_is_left_to_transformers(on_cpu):
         if found is not None:
             wanted = made.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)[:, length:]
             assert torch.equal(found, wanted)
-    with pytest.raises(LinearizeError, match="17 tokens with the RoPE 'longrope'.*beyond 12; without it"):
+    with pytest.raises(LinearizeError, match=r"17 tokens with the RoPE 'longrope'.*beyond 12; without it"):
         generate_ids(made, tiny.tokens(1, 8), None, GREEDY, graph=True)
 
 

@@ -6,6 +6,7 @@ the torch forms, and to the Triton kernels' registered shapes.
 
 from __future__ import annotations
 
+import covering
 import pytest
 import torch
 from compositions import SHAPES, Draw, label, make, registered
@@ -29,7 +30,7 @@ def without_autocast(monkeypatch):
     no_autocast(monkeypatch)
 
 
-@pytest.mark.parametrize("name", [*subjects(), TEACHER])
+@pytest.mark.parametrize("name", covering.recipes([*subjects(), TEACHER]))
 def test_of_every_recipe(name, monkeypatch):
     """A whole step of the engine, the choice of the token included; layers that stay softmax keep keys in place."""
     model = convert(random_model("cpu", torch.bfloat16, "tiny", **SIZES), name)
@@ -52,7 +53,7 @@ def test_of_every_recipe(name, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("name", [*subjects(), TEACHER])
+@pytest.mark.parametrize("name", covering.recipes([*subjects(), TEACHER]))
 def test_of_rows_that_come_and_go(name, monkeypatch):
     """A step over slots and the choice of their tokens; keys of softmax layers go to a place of each row's own.
 

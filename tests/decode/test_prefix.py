@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import compositions
+import elsewhere
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from elsewhere import LENGTHS, MIXERS, OTHERS, ids_of, made
+from safetensors.torch import load_file
+from several import start
 from transformers.cache_utils import DynamicCache
 
 from linearize import surgery
@@ -20,49 +17,10 @@ from linearize.decode.arguments import cache_name
 from linearize.decode.cache import tensors
 from linearize.errors import CheckpointError, LinearizeError, UnsupportedModelError
 
-LENGTHS = {"odd": (21, 8), "short": (2, 9), "one": (13, 1)}
-"""Tokens of the text and of what follows: odd numbers, fewer than windows and convolutions hold, a single one."""
 TOLERANCE = 2e-4
 """Of logits read in two pieces beside one, as a share of the largest: the order of sums is another."""
 FEW = 6
 """Compositions that CI looks at, beside those of other families; the rest are slow."""
-MIXERS = {str(n): mixer for n, mixer in enumerate(compositions.registered())}
-OTHERS = {
-    "softmax": ("llama", None, {}),
-    "sliding": ("mistral", None, {}),
-    "hybrid": ("llama", [1], tiny.LAWCAT),
-    "gemma2": ("gemma2", [1, 2], tiny.LOLCATS),
-    "gpt2": ("gpt2", [0], tiny.LOLCATS),
-    "terraced": (
-        "gemma3",
-        "all",
-        {"window": {"name": "terraced", "size": 4}, "feature_map": {"name": "relu"}},
-    ),
-}
-CHILD = """
-import sys, torch
-sys.path[:0] = sys.argv[2:4]
-import test_prefix
-test_prefix.go_on(sys.argv[1])
-"""
-
-
-def made(name: str):
-    """A small model by the name of what is in it: the same in every process."""
-    if name in OTHERS:
-        family, layers, mixer = OTHERS[name]
-        model = tiny.model(family)
-    else:
-        model, layers, mixer = tiny.model("llama", num_hidden_layers=2), "all", MIXERS[name]
-    if layers is not None:
-        model = surgery.convert(model, mixer, layers)
-    tiny.randomize(layer.mixer for layer in surgery.converted(model))
-    return model
-
-
-def ids_of(length: str):
-    text, more = LENGTHS[length]
-    return tiny.tokens(1, text + more).split([text, more], 1)
 
 
 @torch.no_grad()
@@ -71,18 +29,6 @@ def pieces(model, first, more):
     cache = DynamicCache(config=model.config)
     model(first, **{cache_name(model): cache})
     return model(more, **{cache_name(model): cache}).logits
-
-
-@torch.no_grad()
-def go_on(folder: str) -> None:
-    """In a process of its own: every state of a folder, gone on from."""
-    found = {}
-    for path in sorted(Path(folder).glob("*.state")):
-        name, length = path.stem.split("-")
-        model = made(name)
-        cache = load_state(path, model).cache(model)
-        found[path.stem] = model(ids_of(length)[1], **{cache_name(model): cache}).logits
-    save_file(found, Path(folder) / "logits.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -97,6 +43,7 @@ def go_on(folder: str) -> None:
 )
 def test_a_state_from_a_file_is_the_text_read_again(tmp_path, names):
     """Bit for bit where the pieces are the same, and to rounding where the text is read at once."""
+    torch.set_num_threads(1)  # as in the other process
     expected = {}
     for name in names:
         model = made(name)
@@ -108,9 +55,8 @@ def test_a_state_from_a_file_is_the_text_read_again(tmp_path, names):
                 whole = model(torch.cat([first, more], 1)).logits[:, first.shape[1] :]
             apart = (expected[f"{name}-{length}"] - whole).abs().max() / whole.abs().max()
             assert apart < TOLERANCE, (name, length, MIXERS.get(name), apart)
-    here = Path(__file__).parent
-    command = [sys.executable, "-c", CHILD, str(tmp_path), str(here), str(here.parent)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    ended = start(1, elsewhere.go_on, str(tmp_path), folder=tmp_path)
+    assert ended.codes == [0], ended.said
     found = load_file(tmp_path / "logits.safetensors")
     assert set(found) == set(expected)
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []

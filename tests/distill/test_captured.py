@@ -50,7 +50,7 @@ def test_of_every_recipe(recipe, tmp_path, monkeypatch):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_over_fifty_steps(stage, checkpointing, tmp_path):
     """With dropout, gradient checkpointing, compiled mixers, and a run that stops and goes on in the middle."""
-    if stage == "transfer" and checkpointing:
+    if stage in ("transfer", "weights", "matrix") and checkpointing:
         pytest.skip("no graph spans layers there")
     more = {"gradient_checkpointing": checkpointing}
     eager = trained(tmp_path / "eager", "lolcats", stage, 50, capture=False, **more)
@@ -91,6 +91,19 @@ def test_windows_that_are_drawn_off(recipe, stage, checkpointing, tmp_path, capl
     assert "recorded anew" not in caplog.text
     again = trained(tmp_path / "recorded", recipe, stage, 50, capture=True, resume_at=30, **more)
     same((recorded[0][30:], recorded[1]), again)
+
+
+@pytest.mark.gpu
+@CUDA
+@pytest.mark.parametrize(
+    ("recipe", "stage"), [("hedgehog", "weights"), ("mohawk", "matrix"), ("gdn2", "matrix")]
+)
+def test_of_attention_weights(recipe, stage, tmp_path):
+    """By tiles of both matrices, and column by column; with accumulation and a run that goes on in the middle."""
+    eager = trained(tmp_path / "eager", recipe, stage, 30, capture=False)
+    recorded = trained(tmp_path / "recorded", recipe, stage, 30, capture=True, resume_at=20)
+    same(eager, recorded)
+    assert recorded[2].graph is not None, recorded[2].obstacle
 
 
 @pytest.mark.gpu

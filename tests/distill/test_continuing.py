@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from linearize import config, distill
 from linearize.config.schema import Recipe, StageConfig
+from linearize.data import store
 from linearize.distill.continuing import changes
 from linearize.errors import CheckpointError, ModelNotFoundError, RunFolderError
 
@@ -26,11 +27,50 @@ from linearize.errors import CheckpointError, ModelNotFoundError, RunFolderError
 @pytest.fixture
 def plain(make_recipe: Callable[..., Recipe]) -> Recipe:
     """Two stages of four sequences a step in which nothing is drawn or divided for each micro-batch."""
-    recipe = make_recipe(batch_size=4, tokens=6 * 4 * 64)
+    return plainly(make_recipe)
+
+
+def plainly(make: Callable[..., Recipe]) -> Recipe:
+    recipe = make(batch_size=4, tokens=6 * 4 * 64)
     recipe.stages["transfer"].objective = {"attention_output": 1.0}
     recipe.stages["recover"].lora.dropout = 0.0
     recipe.eval.ablations = False
     return recipe
+
+
+@pytest.fixture(scope="module")
+def one_stage(module_recipe: Callable[..., Recipe]) -> Recipe:
+    recipe = plainly(module_recipe)
+    recipe.stages.pop("recover")
+    recipe.stages["transfer"].save_every = 2
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def whole(teacher_folder: Path, one_stage: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "cache_dir", lambda: folder / "cache")
+        distill.run(str(teacher_folder), one_stage, folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def cut(teacher_folder: Path, one_stage: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its run stopped at its fifth step of six, behind checkpoints of the second and the fourth."""
+    folder = tmp_path_factory.mktemp("cut")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(distill.RunStopped):
+        patch.setattr(store, "cache_dir", lambda: folder / "cache")
+        at_step(patch, "transfer", 5, press_ctrl_c)
+        distill.run(str(teacher_folder), one_stage, folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def stopped(cut: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(cut, tmp_path / "run")
 
 
 def stop_at(
@@ -238,32 +278,21 @@ def test_damaged_files_name_their_remedy(
     content: bytes,
     message: str,
     teacher_folder: Path,
-    plain: Recipe,
+    one_stage: Recipe,
     stopped: Path,
-    tmp_path: Path,
 ) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(stopped, out)
-    (out / name).write_bytes(content)
+    (stopped / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"(?s){message}"):
-        distill.run(str(teacher_folder), plain, out, resume=True)
+        distill.run(str(teacher_folder), one_stage, stopped, resume=True)
     if name == "recipe.yaml":
-        (out / name).write_text(config.to_yaml(plain))
+        (stopped / name).write_text(config.to_yaml(one_stage))
     else:
-        (out / name).unlink()
-    distill.run(str(teacher_folder), plain, out, resume=True)
-
-
-@pytest.fixture
-def stopped(teacher_folder: Path, plain: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a run of one stage, stopped in it."""
-    plain.stages.pop("recover")
-    stop_at("transfer", monkeypatch, teacher_folder, plain, tmp_path / "stopped")
-    return tmp_path / "stopped"
+        (stopped / name).unlink()
+    distill.run(str(teacher_folder), one_stage, stopped, resume=True)
 
 
 def test_damaged_lines_of_metrics_are_dropped(
-    teacher_folder: Path, plain: Recipe, stopped: Path, caplog: pytest.LogCaptureFixture
+    teacher_folder: Path, one_stage: Recipe, stopped: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     metrics = stopped / "metrics.jsonl"
     metrics.write_bytes(
@@ -273,7 +302,7 @@ def test_damaged_lines_of_metrics_are_dropped(
         + metrics.read_bytes()
         + b'{"sta'
     )
-    distill.run(str(teacher_folder), plain, stopped, resume=True)
+    distill.run(str(teacher_folder), one_stage, stopped, resume=True)
     assert "metrics.jsonl: 4 damaged lines are dropped" in caplog.text
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
 
@@ -286,20 +315,13 @@ def test_the_checkpoint_before_a_damaged_one(
     file: str,
     checksums: bool,
     teacher_folder: Path,
-    plain: Recipe,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    one_stage: Recipe,
+    whole: Path,
+    stopped: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The newest is damaged at its full size; from the one before it the result is the same, bit for bit."""
-    plain.stages.pop("recover")
-    plain.stages["transfer"].save_every = 2
-    distill.run(str(teacher_folder), plain, tmp_path / "whole")
-    out = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(distill.RunStopped):
-        at_step(patch, "transfer", 5, press_ctrl_c)
-        distill.run(str(teacher_folder), plain, out)
-    folder = out / "stage-1-transfer" / "checkpoint-5"
+    folder = stopped / "stage-1-transfer" / "checkpoint-5"
     size = (folder / file).stat().st_size
     content = b"\x7f" * size if not checksums else (folder / file).read_bytes()[:-1] + b"\x7f"
     (folder / file).write_bytes(content)
@@ -307,10 +329,10 @@ def test_the_checkpoint_before_a_damaged_one(
         marker = json.loads((folder / "complete.json").read_text())
         sizes = {name: entry["size"] for name, entry in marker["files"].items()}
         (folder / "complete.json").write_text(json.dumps({"files": sizes}))
-    distill.run(str(teacher_folder), plain, out, resume=True)
+    distill.run(str(teacher_folder), one_stage, stopped, resume=True)
     assert f"checkpoint-5: {file} is damaged; going on from before it" in caplog.text
     name = "stage-1-transfer/final.safetensors"
-    assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (stopped / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_a_stage_whose_result_changed_is_not_taken(

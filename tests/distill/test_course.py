@@ -17,6 +17,7 @@ from linearize import distill, storing
 from linearize.config.course import Course, Phase
 from linearize.config.schedule import Over
 from linearize.config.schema import Recipe, StageConfig, StageDataConfig
+from linearize.data.echo import Echoed
 from linearize.data.packing import LOSS, START, PackedDataset
 from linearize.distill.batches import Batches, firsts
 from linearize.distill.optimizer import Rate
@@ -117,6 +118,20 @@ def test_a_cut_sequence_is_one_packed_at_that_length(boundaries: bool) -> None:
     for step in range(8):
         for key, value in batches[step].items():
             assert torch.equal(value[0], short[step][key]), (step, key)
+
+
+def test_passages_come_again_within_what_is_cut() -> None:
+    """A copy of what another stretch of the row holds is a passage from nowhere."""
+    made = course(64 * 24 + 256 * 4, [[0, 1], [24, 1]], [[0, 64], [24, 256]])
+    batches = Batches(Echoed(numbered(5, 256), share=1.0, seed=1), made, seed=0)
+    changed = 0
+    for step in range(made.steps):
+        ids = batches[step]["input_ids"][0].tolist()
+        assert torch.equal(batches[step]["input_ids"], batches[step]["input_ids"])
+        strange = [place for place, token in enumerate(ids) if token != ids[0] + place]
+        assert all(ids[place] in ids[:place] for place in strange), step
+        changed += len(strange)
+    assert changed > 0.15 * made.tokens
 
 
 def test_the_rate_warms_up_and_ends_at_its_minimum() -> None:

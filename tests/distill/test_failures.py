@@ -326,7 +326,7 @@ def test_wrong_stages_are_refused() -> None:
     model = trainable.prepare(model, StageConfig(train=["lora"], lora=LoraConfig(rank=2)))
     with pytest.raises(RecipeError, match=r"rank 4.* differ from an earlier stage's 2"):
         trainable.prepare(model, StageConfig(train=["lora"], lora=LoraConfig(rank=4)))
-    with pytest.raises(RecipeError, match="targets: .'q'. are not an earlier stage's"):
+    with pytest.raises(RecipeError, match=r"targets: .'q'. are not an earlier stage's"):
         trainable.prepare(model, StageConfig(train=["lora"], lora=LoraConfig(rank=2, targets=["q"])))
     again = StageConfig(train=["lora"], lora=LoraConfig(rank=2, targets=["o", "v", "k", "q"]))
     assert trainable.prepare(model, again) is model

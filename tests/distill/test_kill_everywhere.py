@@ -24,7 +24,7 @@ pytestmark = [
     ),
     pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork"),
 ]
-QUICK = 17
+QUICK = 31
 """Every n-th operation without `-m slow`; not a divisor of what repeats."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+import covering
 import pytest
 import torch
 from on_paper import META, SIZES, OnDevice, on_paper, to_paper
@@ -27,10 +28,17 @@ def packed(tokens: int = 40) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "position_ids": positions, "labels": ids}
 
 
-@pytest.mark.parametrize(
-    ("name", "triton"), [*((name, True) for name in subjects()), ("lolcats", False), ("gla", False)]
-)
-def test_of_every_recipe(name, triton, monkeypatch):
+@pytest.mark.parametrize("name", covering.recipes(subjects()))
+def test_of_every_recipe(name, monkeypatch):
+    reads_nothing(name, True, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["lolcats", "gla"])
+def test_of_the_torch_forms(name, monkeypatch):
+    reads_nothing(name, False, monkeypatch)
+
+
+def reads_nothing(name, triton, monkeypatch):
     """Attention transfer where something trains there, and training of all weights on text and on the teacher."""
     model = convert(random_model("cpu", torch.bfloat16, "tiny", **SIZES), name)
     head = recognize(model, torch.device("cpu"))
@@ -68,6 +76,29 @@ def test_of_steps_without_any_window(name, monkeypatch):
         off = [True] * len(surgery.converted(model))
         losses = transfer_step(model, packed(), {"attention_output": 1.0}, window_off=off)
         assert losses.shape == (len(off),)
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "off"),
+    [
+        ("hedgehog", "attention_weights", False),
+        ("hedgecats", "attention_weights", True),
+        ("lolcats", "attention_weights", False),
+        ("mohawk", "mixing_matrix", False),
+        ("gdn2", "mixing_matrix", False),
+    ],
+)
+def test_of_attention_weights(name, objective, off, monkeypatch):
+    """By tiles of both matrices, and column by column."""
+    model = convert(random_model("cpu", torch.bfloat16, "tiny", **SIZES), name)
+    with on_paper(monkeypatch, True), ExitStack() as stack:
+        to_paper(model)
+        stack.enter_context(surgery.trusting(model))
+        stack.enter_context(OnDevice())
+        layers = surgery.converted(model)
+        losses = transfer_step(model, packed(80), {objective: 1.0}, window_off=[off] * len(layers))
+        assert losses.shape == (len(layers),)
+        assert all(any(p.grad is not None for p in x.mixer.parameters()) for x in layers)
 
 
 def test_a_mask_that_is_not_trusted_is_looked_at(monkeypatch):

@@ -20,7 +20,7 @@ from linearize.distill.trainable import prepare, trained
 from linearize.mixers import compiled as compiled_mixers
 
 CPU = torch.device("cpu")
-QUICK = ("llama", "gemma2", "gpt2", "phi3", "mixtral")
+QUICK = ("llama", "gemma2", "mixtral")
 """Families of every run; sliding layers, a dropout, fused projections and experts among them."""
 
 

@@ -66,6 +66,11 @@ def test_windows_that_are_drawn_off(stage, rule, tmp_path):
     assert all(0 < sum(off) < len(drawn) for off in zip(*drawn, strict=True)), "each layer, with and without"
 
 
+def test_attention_weights(tmp_path):
+    """Column by column while windows are drawn."""
+    both(tmp_path, OVERLAP, "weights", window_dropout=0.5)
+
+
 @pytest.mark.parametrize("stage", ["transfer", "lora"])
 def test_a_schedule_that_stops_and_goes_on(stage, tmp_path):
     """Clipping, accumulation, dropout of adapters and of windows at three rates; the second half from a checkpoint."""

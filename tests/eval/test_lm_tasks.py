@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import yaml
 
 from linearize.errors import DataError, LinearizeError
 from linearize.eval import lm_tasks
+from linearize.eval.lm_requests import Share
 from linearize.eval.lm_tasks import Items, _relative, evaluate, suite
 from linearize.eval.measurement import Setting
 
@@ -84,6 +86,33 @@ def test_a_group_is_the_pool_of_its_tasks(model, tokenizer, tasks, tmp_path):
     assert len(found.values["acc"]) == 22 and set(found.chance) == {0.25}
     [row] = [row for row in lm_tasks._scores(results["results"]["mine"], found, 0) if row.metric == "acc"]
     assert row.value == pytest.approx(np.mean(found.values["acc"])) and row.low < row.value < row.high
+
+
+def test_a_task_is_counted_before_it_begins_and_its_bar_ends_there(model, tokenizer, tasks, tmp_path):
+    setting, read, steps = Setting(tokenizer, {}, tmp_path), [], []
+    expected = lm_tasks.estimate(setting, named(tasks, "mine_a"))
+    forward = model.forward
+    model.forward = lambda *a, **k: read.append(k["input_ids"].numel()) or forward(*a, **k)
+    evaluate(model, setting, named(tasks, "mine_a"), Share(SimpleNamespace(advance=steps.append), expected))
+    assert sum(steps) == expected and len(steps) > 1 and min(steps) > 0
+    assert expected <= sum(read) < 1.5 * expected  # with padding
+    assert lm_tasks.estimate(setting, named(tasks, "mine_a", limit=3)) < 0.4 * expected
+    assert lm_tasks.estimate(setting, named(tasks, "mine", shots=4)) > 3 * expected
+
+
+def test_a_bar_never_ends_behind_its_end():
+    steps: list[int] = []
+    share = Share(SimpleNamespace(advance=steps.append), 100)
+    share.advance(7)  # nothing was asked for yet
+    with share.of(50):
+        with share.of(50):  # a part of the same
+            share.advance(20)
+            assert sum(steps) == 40
+        share.advance(1000)  # padding
+        assert sum(steps) == 100
+    with share.of(10):  # what comes unexpected has no room left
+        share.advance(10)
+    assert sum(steps) == 100
 
 
 def test_relative_scores_begin_at_chance():

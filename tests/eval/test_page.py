@@ -48,7 +48,7 @@ def made(*folders: Path) -> page.Page:
 
 
 def charts(found: page.Page) -> list[blocks.Chart]:
-    kinds = (blocks.Lines, blocks.Heat, blocks.Bars)
+    kinds = (blocks.Lines, blocks.Dots, blocks.Heat, blocks.Bars)
     return [block for section in found.sections for block in section.blocks if isinstance(block, kinds)]
 
 
@@ -63,8 +63,9 @@ def test_names_and_samples_never_become_markup(tmp_path):
     tags = [tag for tag, _ in read.elements]
     assert tags.count("script") == 3 and "img" not in tags and "b" in tags
     assert not [name for _, attributes in read.elements for name in attributes if name.startswith("on")]
-    assert not [value for _, attributes in read.elements for name, value in attributes.items()
-                if name in ("src", "href") and value != "data:,"]  # fmt: skip
+    links = [value or "" for _, attributes in read.elements for name, value in attributes.items()
+             if name in ("src", "href")]  # fmt: skip
+    assert not [link for link in links if link != "data:," and not re.fullmatch(r"#part\d+", link)]
     shown = " ".join(read.text.split())
     assert shown.count(HOSTILE) > 5 and "``` # heading </script>" in shown and "49" not in shown[:200]
     json_of_charts = text.split('id="charts">', 1)[1].split("</script>", 1)[0]
@@ -105,6 +106,44 @@ def test_every_chart_is_a_valid_figure_and_a_table_of_its_numbers(tmp_path):
     [samples] = [b for s in found.sections for b in s.blocks if isinstance(b, blocks.Samples)]
     assert samples.samples == [
         blocks.Sample("Once", [("big (teacher)", "upon a time"), ("first", "and then")])
+    ]
+
+
+def test_recall_of_one_length_is_one_chart_and_drawn_depths_are_bands(tmp_path):
+    def rows(role: str, task: str, length: int, depths: dict[str, tuple[float, int]]) -> list:
+        whole = sum(value * n for value, n in depths.values()) / sum(n for _, n in depths.values())
+        n = sum(n for _, n in depths.values())
+        made = [score(role, task, metric, whole, length=length, n=n) for metric in ("exact", "choice")]
+        for depth, (value, n) in depths.items():
+            made.append(score(role, task, "exact", value, length=length, n=n, by="depth", bucket=depth))
+        return made
+
+    drawn = {"0.05": (1.0, 1), "0.15": (0.0, 3), "0.50": (1.0, 2), "1.00": (0.0, 2)}
+    even = {"0.00": (1.0, 2), "0.33": (0.5, 2), "0.67": (0.0, 2), "1.00": (1.0, 2)}
+    (tmp_path / "a").mkdir()
+    scores = Scores(tmp_path / "a" / "results.json")
+    for role in (TEACHER, STUDENT):
+        for length in (128, 256):
+            scores.add(rows(role, "niah_single_1", length, drawn))
+        scores.add(rows(role, "niah_single_2", 128, drawn))
+        scores.add(rows(role, "passkey", 128, even))
+        scores.add([score(role, "mqar", metric, 0.0, length=512) for metric in ("exact", "choice")])
+    found = charts(made(tmp_path / "a"))
+    heats = {chart.title: chart for chart in found if isinstance(chart, blocks.Heat)}
+    assert set(heats) == {
+        f"{name}: {task}" for name in ("mine (teacher)", "mine") for task in ("niah_single_1", "passkey")
+    }
+    bands = heats["mine: niah_single_1"]
+    assert list(bands.rows) == ["0 to 20 %", "20 to 40 %", "40 to 60 %", "60 to 80 %", "80 to 100 %"]
+    assert [list(row) for row in bands.values] == [[0.25] * 2, [None] * 2, [1.0] * 2, [None] * 2, [0.0] * 2]
+    assert list(heats["mine: passkey"].rows) == ["0 %", "33 %", "67 %", "100 %"]
+    [dots] = [chart for chart in found if isinstance(chart, blocks.Dots)]
+    assert dots.table().rows == [
+        {"task, tokens of context": f"{task}, {length}", "mine (teacher)": value, "mine": value}
+        for task, length, value in (("niah_single_2", 128, 37.5), ("passkey", 128, 62.5), ("mqar", 512, 0.0))
+    ]
+    assert [chart.title for chart in found if isinstance(chart, blocks.Lines)] == [
+        "niah_single_1, written right"
     ]
 
 

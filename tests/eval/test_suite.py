@@ -24,8 +24,12 @@ def test_every_suite_reads_and_knows_its_tasks():
     lengths = {unit.length for one in suites for unit in one.units if unit.task == "passkey"}
     assert lengths >= {512, 1024, 2048, 4096, 8192, 16384, 32768}
     assert all(unit.concerns("swa_sinks") for one in suites for unit in one.units if unit.task in GENERATORS)
-    [only] = suite.load("all", ["mqar"])
-    assert only.name == "standard" and {unit.task for unit in only.units} == {"mqar"}
+    for task in (*GENERATORS, "mqar"):
+        lengths = {unit.length for one in suites for unit in one.units if unit.task == task}
+        assert lengths >= {1024, 2048, 4096, 8192, 16384, 32768}, task
+    only = suite.load("all", ["mqar"])
+    assert [one.name for one in only] == ["standard", "long"]
+    assert {unit.task for one in only for unit in one.units} == {"mqar"}
 
 
 def test_an_unknown_suite_or_task_offers_the_nearest(tmp_path):

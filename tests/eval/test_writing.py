@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from linearize import surgery
 from linearize.data import Document
+from linearize.eval import dictation
 from linearize.eval.cast import Entrant
 from linearize.eval.efficiency import Efficiency, crossovers
 from linearize.eval.measurement import Call, Setting, score
@@ -41,6 +42,21 @@ def test_decoding_predicts_what_prefill_does(setting, convert):
     found = measured(Decoding(), Unit("decoding", 60), model, setting)
     assert found["decode_agreement", ""].value == 1.0 and found["decode_agreement", ""].n == 60
     assert found["decode_difference", ""].value < 1e-3
+
+
+@pytest.mark.parametrize("layers", ["all", [0]])
+@pytest.mark.parametrize("tokens", [1 + 64, 2 * 64, 150])
+def test_the_step_that_a_gpu_captures_is_compared_as_well(setting, monkeypatch, layers, tokens):
+    monkeypatch.setattr(dictation, "obstacles", lambda model: [])  # on a CPU it runs uncaptured
+    model = surgery.convert(tiny_llama(), MIXER, layers)
+    ids = setting.windows("", tokens, 1)[0]
+    stepped, cached = (
+        torch.cat([block.clone() for block in blocks])
+        for blocks in (dictation.dictated(model.eval(), ids, 259), dictation._cached(model, ids))
+    )
+    assert stepped.shape == (tokens, 259) and torch.allclose(stepped, cached, atol=1e-4)
+    found = measured(Decoding(), Unit("decoding", tokens), model, setting)
+    assert found["decode_agreement", ""].value == 1.0 and found["decode_difference", ""].value < 1e-3
 
 
 @pytest.mark.parametrize("kind", ["openai-gpt", "rwkv"])

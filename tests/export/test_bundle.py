@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
@@ -45,10 +46,13 @@ TAYLOR = {**tiny.LOLCATS, "feature_map": {"name": "taylor", "dim": 8}}
 """On a GPU its recurrent branch takes another way than its feature map says."""
 
 
-def test_loads_without_the_package(tmp_path):
-    """Every kind of family, and of mixer, in one process that knows torch and transformers alone."""
+@pytest.mark.parametrize(
+    "names", [("gemma3", "taylor"), pytest.param(FAMILIES, marks=pytest.mark.slow)], ids="-".join
+)
+def test_loads_without_the_package(names, tmp_path):
+    """Kinds of families, and of mixers, in one process that knows torch and transformers alone."""
     models = {}
-    for name in (*FAMILIES, "taylor"):
+    for name in names:
         mixer = TAYLOR if name == "taylor" else tiny.LOLCATS
         model = surgery.convert(tiny.model("llama" if name == "taylor" else name), mixer, [0, 2])
         tiny.randomize(layer.mixer for layer in surgery.converted(model))

@@ -66,6 +66,22 @@ GGUF = {
         ),
         {"tie_word_embeddings": False, **HEADS},
     ),
+    "arwkv7, every shift": (
+        recipe(
+            "arwkv",
+            gate={"name": "rwkv7", "shift": True},
+            update={
+                "name": "rwkv7",
+                "balanced": False,
+                "shift": True,
+                "shift_projections": True,
+                "rank": 8,
+                "first_values": True,
+            },
+            output={"name": "gate", "rank": 8, "shift": True},
+        ),
+        HEADS,
+    ),
     "rwkv6qwen2": (
         recipe("radlads_rwkv6", output={"name": "none"}, gate={"name": "rwkv6", "rank": 8, "shift": True}),
         {"family": "qwen2", **HEADS},

@@ -100,17 +100,22 @@ def test_a_dry_run_shows_it_and_calls_nobody(run, monkeypatch, capsys):
     assert cli.main(["push", str(run), "me/small", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "left out  notes.bin" in said and "KiB  modeling_linearized.py" in said
-    assert "license: apache-2.0" in said and "before it can go" not in said
+    assert "license: apache-2.0" in said
 
 
 def test_a_licence_that_nobody_knows(run, hub, tmp_path, capsys):
     model = surgery.convert(byte_llama.tiny_llama(), byte_llama.MIXER, "all")
     folder = export.save(model, tmp_path / "made", tokenizer=byte_llama.byte_tokenizer(), base="owner/base")
     (folder / "generation_config.json").unlink()
-    assert cli.main(["push", str(folder), "me/small", "--dry-run"]) == 0
-    assert "before it can go: no licence is known" in capsys.readouterr().out
-    assert cli.main(["push", str(folder), "me/small"]) == 2
-    assert "give --license NAME" in capsys.readouterr().err and not hub
+    said = []
+    for dry in (["--dry-run"], []):
+        assert cli.main(["push", str(folder), "me/small", *dry]) == 2
+        said.append(capsys.readouterr())
+    assert said[0].err == said[1].err and "cannot go: no licence is known" in said[0].err
+    assert "give --license NAME" in said[0].err and not hub
+    # what would go is shown all the same
+    assert "generation_config.json" in said[0].out and "base_model: owner/base" in said[0].out
+    assert cli.main(["push", str(folder), "me/small", "--license", "mit", "--dry-run"]) == 0
     assert cli.main(["push", str(folder), "me/small", "--license", "mit"]) == 0
     card = hub["sent"]["README.md"].decode()
     assert "license: mit" in card and "base_model: owner/base" in card

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import kernel_calls
 import pytest
 import torch
 from delta_calls import DIM, HEADS, Case, call, documents, draw, half, run, single
@@ -37,7 +38,8 @@ if ON_GPU:
         "dims_64_and_128": Case(tokens=300, value_dim=128),
         "dim_256": Case(tokens=200, key_dim=256, value_dim=256),
     }
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+RARELY = {"two_rows", "strong"}
+cases = pytest.mark.parametrize("case", kernel_calls.cases(CASES, RARELY))
 
 
 @cases

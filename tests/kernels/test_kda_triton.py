@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import kernel_calls
 import pytest
 import torch
 from delta_calls import DIM, HEADS, Case, call, documents, draw, half, run, single
@@ -48,7 +49,8 @@ if ON_GPU:
         "dim_256": case(200, key_dim=256, value_dim=256, strength=2.0),
         "dim_32": case(200, key_dim=32, value_dim=32, strength=2.0, dtypes=tuple(NARROW)),
     }
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+RARELY = {"two_rows", "halved_grouped_documents", "strong", "wide_halved"}
+cases = pytest.mark.parametrize("case", kernel_calls.cases(CASES, RARELY))
 
 
 @cases

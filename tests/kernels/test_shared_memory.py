@@ -157,6 +157,7 @@ def compiled(tmp_path: Path, shapes: str) -> list[dict]:
     return json.loads((tmp_path / "rows.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_compiled_call_takes_no_more_than_the_table_says(tmp_path):
     rows = compiled(tmp_path, "[(32, torch.float16, 64, 16)]")
     need = shared_memory.need(torch.float16, 32, 32, 16, trains=True)

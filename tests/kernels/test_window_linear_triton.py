@@ -107,14 +107,9 @@ IN_HALF_ON_CPU = {"grouped", "small_window", "no_window_documents"}
 """The interpreter takes seconds a case, so only these run there in float16; on CUDA all do, and in bfloat16 too."""
 AT_EVERY_CHANGE = {"pinned", "pinned_carried_general", "pinned_terraced"}
 """Of those with pinned keys, what the interpreter runs at every change; the others are `slow` there."""
-INTERPRETED = [] if DEVICE == "cuda" else [pytest.mark.slow]
-cases = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=INTERPRETED) if case.pins and name not in AT_EVERY_CHANGE else name
-        for name, case in CASES.items()
-    ],
-)
+RARELY = {name for name, case in CASES.items() if case.pins} - AT_EVERY_CHANGE
+RARELY |= {"plain", "small_window", "documents", "carried", "segments_documents", "terraced_carried"}
+RUNS = {f"{form}-{name}": (form, name) for form in ("torch", "triton") for name in CASES}
 
 
 def draw(case: Case) -> dict[str, Tensor | None]:
@@ -237,8 +232,7 @@ def run(
     return out.detach(), dict(zip(tensors, grads, strict=True)), final
 
 
-@cases
-@pytest.mark.parametrize("form", ["torch", "triton"])
+@pytest.mark.parametrize(("form", "name"), kernel_calls.cases(RUNS, {f"triton-{name}" for name in RARELY}))
 def test_equals_the_definition(name, form):
     """The final state, which the definition does not give, is compared with that of torch in float64."""
     case = CASES[name]
@@ -258,9 +252,19 @@ def test_equals_the_definition(name, form):
         assert max(found.values()) < limit, (dtype, found)
 
 
+FROZEN = (
+    "documents",
+    "wide_window",
+    "factor_and_sink",
+    "segments_documents",
+    "no_window",
+    "terraced",
+    "pinned",
+)
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["documents", "wide_window", "factor_and_sink", "segments_documents", "no_window", "terraced", "pinned"],
+    "name", kernel_calls.cases({name: name for name in FROZEN}, {*FROZEN[:2], "segments_documents"})
 )
 def test_frozen_inputs_leave_the_other_gradients_as_they_are(name):
     """Attention transfer: q, k and v come from frozen projections, and theirs are never made."""
@@ -289,7 +293,10 @@ def test_frozen_inputs_leave_the_other_gradients_as_they_are(name):
             assert torch.equal(gradient, whole[name]), name
 
 
-@pytest.mark.parametrize("name", ["carried", "shared_maps", "no_window_documents"])
+HALVED = {name: name for name in ("carried", "shared_maps", "no_window_documents")}
+
+
+@pytest.mark.parametrize("name", kernel_calls.cases(HALVED, {"shared_maps", "no_window_documents"}))
 def test_scans_with_one_half_of_the_features(name, monkeypatch):
     """What fills a device with few sequences: twice as many programs, with half of the features each."""
     case = CASES[name]

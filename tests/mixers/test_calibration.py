@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import covering
 import pytest
 import torch
 from byte_llama import tiny_llama
@@ -348,7 +349,7 @@ def observed(
     return found, {name: value.detach().clone() for name, value in surgery.mixer_state(model).items()}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", covering.recipes(RECIPES))
 def test_every_recipe_comes_nearer_and_twice_alike(name):
     recipe = compose(name)
     found, state = observed(tiny_llama(), recipe)

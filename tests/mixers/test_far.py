@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+import elsewhere
 import pytest
 import torch
 from compositions import Draw, make
+from safetensors.torch import load_file, save_file
+from several import start
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -231,23 +231,8 @@ def test_through_files_in_another_process(tmp_path):
     with torch.no_grad():
         expected = model(input_ids=ids).logits
     export.save(model, tmp_path / "converted")
-    torch.save(ids, tmp_path / "ids.pt")
-    code = f"""
-import torch, linearize
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "converted")!r}, dtype=torch.float32).eval()
-assert model.model.layers[0].self_attn.mixer.window.far.most == 6
-ids = torch.load({str(tmp_path / "ids.pt")!r}, weights_only=True)
-with torch.no_grad():
-    whole = model(input_ids=ids).logits
-    cache, parts, at = None, [], 0
-    for piece in (20, 1, 1, 9, 1, 18):
-        made = model(input_ids=ids[:, at : at + piece], past_key_values=cache, use_cache=True)
-        cache, at = made.past_key_values, at + piece
-        parts.append(made.logits)
-torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
-torch.save(whole, {str(tmp_path / "logits.pt")!r})
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
-    found = torch.load(tmp_path / "logits.pt", weights_only=True)
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    ended = start(1, elsewhere.read_in_pieces, tmp_path, folder=tmp_path)
+    assert ended.codes == [0], ended.said
+    found = load_file(tmp_path / "logits.safetensors")["logits"]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import kernel_calls
 import pytest
 import torch
+from kernel_calls import INTERPRETED
 from torch import Tensor
 from watched import Watched
 
@@ -86,7 +88,6 @@ MIXERS: dict[str, dict] = {
 PINNED = {"pinned lolcats", "pinned, short window", "pinned terraced", "pinned, seen from afar"}
 COVERED = {"lolcats", "short window", "terraced", "hedgehog"} | PINNED
 PRODUCTS = {"taylor", "taylor terraced", "taylor alone"}
-mixers = pytest.mark.parametrize("name", MIXERS)
 
 
 def normal(*size: int, seed: int) -> Tensor:
@@ -139,17 +140,19 @@ def test_features_of_products_stay_in_the_kernel(name, monkeypatch):
         mixer.step(**{n: x[:, 19:] for n, x in given.items()}, state=state)
 
 
-INTERPRETED = [] if DEVICE == "cuda" else [pytest.mark.slow]
-"""Marks of what Triton's interpreter alone makes slow."""
+RARELY = PINNED - {"pinned lolcats"}
+RARELY |= {"short window", "window alone", "block alone", "taylor terraced", "delta"}
+"""Of their parts each is met in another composition."""
 
 
 @pytest.mark.parametrize(
     ("name", "masked"),
     [
-        pytest.param(name, True, marks=INTERPRETED if name in PINNED - {"pinned lolcats"} else [])
-        for name in MIXERS
-    ]
-    + [(name, False) for name in ("lolcats", "gla")],
+        pytest.param(
+            name, masked, marks=INTERPRETED if name in RARELY or (name, masked) == ("gla", False) else []
+        )
+        for name, masked in [*((name, True) for name in MIXERS), ("lolcats", False), ("gla", False)]
+    ],
 )
 def test_training_equals_the_parts(name, masked):
     """Outputs and gradients of inputs and parameters, with packed documents and left padding."""
@@ -180,8 +183,7 @@ def test_training_equals_the_parts(name, masked):
             close(one, two, LIMIT)
 
 
-@pytest.mark.slow
-@mixers
+@pytest.mark.parametrize("name", kernel_calls.cases({name: name for name in MIXERS}, MIXERS))
 def test_prefill_split_and_tokens_equal_the_parts(name):
     """A prompt with left padding in two calls, then tokens one by one beyond the windows: the outputs and the state."""
     mixer, given = made(name), inputs(33)
@@ -234,8 +236,7 @@ def test_autocast_leaves_queries_and_keys_in_float32():
     close(found["triton"], found["torch"], 3e-3)
 
 
-@pytest.mark.slow
-@mixers
+@pytest.mark.parametrize("name", kernel_calls.cases({name: name for name in MIXERS}, MIXERS))
 def test_padding_between_tokens_equals_the_parts(name):
     """Second turns of a padded batch: gaps in every call, calls that begin and end in them, blocks handed on before."""
     mixer, given = made(name), inputs(75)
@@ -266,7 +267,7 @@ def test_padding_between_tokens_equals_the_parts(name):
 
 GROWING = {"gated_linear", "taylor_linear"}
 """Kernels whose answer is a sum over the text."""
-QUICK = {"gdn2", "linear", "block", "lolcats"}
+QUICK = {"gdn2", "lolcats"}
 NAMES = ["delta window", "kda", "gdn2", "slots", "liger", "taylor", "linear", "block", "lolcats"]
 
 
@@ -300,7 +301,7 @@ def test_kernels_are_given_float16(name):
     assert look.kernels and {key.split()[0] for key in look.wide} <= GROWING, dict(look.wide)
 
 
-@pytest.mark.parametrize("name", ["linear", "taylor alone"])
+@pytest.mark.parametrize("name", ["linear", pytest.param("taylor alone", marks=INTERPRETED)])
 def test_sums_that_float16_does_not_hold(name):
     """Of hundreds of tokens with large values, before they are divided."""
     mixer, given = made(name), inputs(203)

@@ -14,6 +14,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "kernels" / "saved_by
 MOST = {"arwkv": 17_000, "gated_delta_window": 11_000, "gated_deltaproduct": 16_500, "lolcats": 6_000}
 """Bytes a token and layer; at 16 x 1,024 tokens and 30 layers 1,000 of them are half a GiB. Of arwkv's 384 are the
 values before they are mixed with the first layer's."""
+QUICK = ("gated_deltaproduct", "lolcats")
+"""Of them, what is compiled at every change: seconds each, in three ways."""
 
 
 @pytest.fixture
@@ -25,7 +27,9 @@ def script():
     return made
 
 
-@pytest.mark.parametrize("name", MOST)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MOST]
+)
 def test_a_compiled_mixer_keeps_little(script, name):
     mixer = build(mixers_of(name)[0], script.SHAPE)
     whole, little = (script.per_token(mixer, way) for way in ("compiled", "keeping little"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from compositions import SHAPES, Draw, make
@@ -104,21 +106,48 @@ def test_it_is_a_fenwick_tree(name, levels, block):
         torch.testing.assert_close(x.run(made.chunked)[0], loop(made, x, 0), atol=1e-9, rtol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["additive per feature", "delta mamba2"])
+@pytest.mark.parametrize(("levels", "block"), [(10, 1), (2, 1), (2, 4)])
+def test_the_state_is_that_of_a_counter(name, levels, block):
+    """However the text came, it is the same, and a level whose bit is not set is zero."""
+    made = make(on_levels(BASES[name], levels=levels, block=block), SHAPE, torch.float64)
+    x = Draw.of(SHAPE, 23, torch.float64)
+    alone = made.initial_state(2, torch.float64, x.q.device)
+    with torch.no_grad():
+        for tokens in range(1, 24):
+            x[tokens - 1 : tokens].run(made.step, state=alone)
+            pieces = made.initial_state(2, torch.float64, x.q.device)
+            for start in range(0, tokens, 7):
+                x[start : min(start + 7, tokens)].run(made.chunked, state=pieces)
+            count = (tokens - 1) // block
+            for key in (key for key in alone if key.startswith("stretch_")):
+                torch.testing.assert_close(alone[key], pieces[key], atol=1e-12, rtol=1e-10)
+                for level in range(1, levels + 2):
+                    set_ = count >> levels > 0 if level > levels else count >> (level - 1) & 1
+                    assert bool(alone[key][:, level].any()) == bool(set_), (tokens, level)
+                    assert bool(pieces[key][:, level].any()) == bool(set_), (tokens, level)
+
+
 @bases
-def test_equal_weights_are_the_rule_itself(name):
-    """As it starts, in every form and whatever was carried."""
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_equal_weights_are_the_rule_itself(name, weight):
+    """In every form and whatever was carried; one is the start, another a factor, by which a running sum divides."""
     x, outs = Draw.of(SHAPE, 60, torch.float64), []
     for mixer in (on_levels(BASES[name], levels=4), BASES[name]):
         torch.manual_seed(0)
         made = build(mixer, SHAPE).double()
         made.reset_parameters()
+        factor = 1.0
+        if hasattr(made.update, "level_bias"):
+            torch.nn.init.constant_(made.update.level_bias, math.log(math.expm1(weight)))
+            factor = 1.0 if made.recurrent.normalizer.running_sum else weight
         if made.recurrent.gate is not None and hasattr(made.recurrent.gate, "logits"):
             torch.nn.init.zeros_(made.recurrent.gate.logits.up)
         state = made.initial_state(2, torch.float64, x.q.device)
         with torch.no_grad():
             parts = [x[:40].run(made.chunked, state=state)]
             parts += [x[t : t + 1].run(made.step, state=state) for t in range(40, 60)]
-            outs.append((torch.cat(parts, 1), x.run(made.parallel)))
+            outs.append([y / factor for y in (torch.cat(parts, 1), x.run(made.parallel))])
     for one, two in zip(*outs, strict=True):
         torch.testing.assert_close(one, two, atol=1e-10, rtol=1e-9)
 
@@ -138,7 +167,7 @@ def test_kernels_give_what_the_parts_do(name):
             with torch.no_grad():
                 x.run(made.chunked, state=state)
                 after = step.run(made.step, state=state)
-        found[kind] = [out, after, state["level_sums"], *(g for g in grads if g is not None)]
+        found[kind] = [out, after, state["stretch_sums"], *(g for g in grads if g is not None)]
     for place, (one, two) in enumerate(zip(*found.values(), strict=True)):
         scale = max(1.0, two.abs().max().item())
         # against float64 the kernels' gradients of the gate stand at 5e-4: differences of sums over the text
@@ -149,7 +178,7 @@ def test_the_state_has_a_fixed_size():
     made, base = (build(mixer, SHAPE) for mixer in (on_levels(BASES["delta"], levels=7), BASES["delta"]))
     assert made.has_fixed_state
     own, one = (m.initial_state(1, torch.float32, torch.device("cpu")) for m in (made, base))
-    assert own["level_sums"].numel() == 9 * one["sums"].numel()
+    assert own["stretch_sums"].numel() == 9 * one["sums"].numel()
     assert made.state_bytes() == 9 * base.state_bytes() + 8  # and how many tokens were seen
 
 

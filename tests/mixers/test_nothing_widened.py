@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+import covering
 import pytest
 import torch
 from on_paper import META, SIZES, on_paper, to_paper
@@ -31,7 +32,7 @@ def looked_at(model, tokens: int, *, backward: bool = True) -> Watched:
     return look
 
 
-@pytest.mark.parametrize("name", subjects())
+@pytest.mark.parametrize("name", covering.recipes(subjects()))
 def test_every_recipe(name, monkeypatch):
     sizes = {**SIZES, "num_hidden_layers": layers_of_each(name)}
     model = convert(random_model("cpu", torch.bfloat16, "tiny", **sizes), name).train()

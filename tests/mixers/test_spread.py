@@ -91,6 +91,11 @@ def test_softmax(size: int, tmp_path: Path) -> None:
     assert ended.codes == [0] * size, ended.said
 
 
+def test_compiled_around_attention(tmp_path: Path) -> None:
+    ended = start(2, spread_jobs.compiled, tmp_path, folder=tmp_path)
+    assert ended.codes == [0, 0], ended.said
+
+
 def test_layouts_that_nccl_takes(tmp_path: Path) -> None:
     ended = start(2, spread_jobs.layouts, tmp_path, folder=tmp_path)
     assert ended.codes == [0, 0], ended.said

@@ -132,6 +132,26 @@ def test_a_hub_model_is_fetched_without_pickles_and_code(hub, checkpoint):
     assert not any(pattern.endswith((".bin", ".pt", ".pth", ".py", "*")) for pattern in allowed)
 
 
+def test_among_runs_and_models_a_missing_folder_is_no_hub_id(hub, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFoundError, match=r"runs/none'.*; runs holds no run; .*write runs/none@main"):
+        resolve("runs/none")
+    for name in ("first", "other"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        (tmp_path / "mine" / name / "recipe.yaml").write_text("")
+    with pytest.raises(
+        ModelNotFoundError, match=r"no such file or folder; mine holds first, other; for a model"
+    ):
+        resolve("mine/wanted")
+    assert hub.downloads == []
+    hub.remote = checkpoint
+    assert resolve("mine/wanted@main") == checkpoint and len(hub.downloads) == 1
+    (tmp_path / "owner").mkdir()  # of a project, say
+    assert resolve("owner/model") == checkpoint
+    hub.local = checkpoint  # what is here is meant
+    assert resolve("mine/wanted") == checkpoint
+
+
 def test_a_complete_hub_model_is_used_without_asking_again(hub, checkpoint):
     (checkpoint / "tokenizer.json").write_text("{}")
     hub.local = checkpoint

@@ -8,7 +8,6 @@ from quadratic import QuadraticCall, make_call
 from torch import Tensor
 
 from linearize import objectives
-from linearize.objectives import blocks
 
 SCALE = 0.25
 
@@ -36,15 +35,14 @@ def expected(call: QuadraticCall, name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("name", objectives.names("layer"))
-def test_value_and_gradient(call: QuadraticCall, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_value_and_gradient(call: QuadraticCall, name: str) -> None:
     loss = expected(call, name)
     (gradient,) = torch.autograd.grad(SCALE * 2.0 * loss, call.matrix)
-    # Small blocks, so that the last one is a partial one.
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 2 * 3 * 50 * 16)
+    # the last term is of fewer columns
+    call.at_once = 16
     value = objectives.layer_backward(call, {name: 2.0}, SCALE)
     assert not value.requires_grad
     torch.testing.assert_close(value.double(), 2.0 * loss.detach(), rtol=1e-6, atol=0)
-    # attention_weights sums its blocks in float32.
     torch.testing.assert_close(call.matrix.grad, gradient, rtol=1e-6, atol=1e-9)
 
 
@@ -59,20 +57,15 @@ def test_several_objectives_share_one_student(call: QuadraticCall) -> None:
     torch.testing.assert_close(call.matrix.grad, gradient, rtol=1e-6, atol=1e-9)
 
 
-def test_attention_weights_go_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    call = make_call(padded=False)
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
-    objectives.layer_backward(call, {"attention_weights": 1.0})
-    assert call.largest == 16
-
-
-def test_mixing_matrix_in_one_block_and_in_many(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["attention_weights", "mixing_matrix"])
+def test_in_one_term_and_in_many(name: str) -> None:
     whole, parts = make_call(padded=True), make_call(padded=True)
-    value = objectives.layer_backward(whole, {"mixing_matrix": 1.0})
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
-    torch.testing.assert_close(objectives.layer_backward(parts, {"mixing_matrix": 1.0}), value)
+    value = objectives.layer_backward(whole, {name: 1.0})
+    parts.at_once = 16
+    torch.testing.assert_close(objectives.layer_backward(parts, {name: 1.0}), value)
     torch.testing.assert_close(parts.matrix.grad, whole.matrix.grad)
-    assert (whole.largest, parts.largest) == (50, 16)
+    # a norm's gradient wants the norm before the first of its terms
+    assert (whole.made, parts.made) == ([0], [0, 16, 32, 48] * (2 if name == "mixing_matrix" else 1))
 
 
 @pytest.mark.parametrize("name", ["mixing_matrix", "hidden_alignment"])

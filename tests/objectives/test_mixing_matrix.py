@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from linearize import objectives, surgery
-from linearize.objectives import blocks
+from linearize.mixers import shown
 
 MIXERS: dict[str, dict[str, Any]] = {
     "delta": {
@@ -23,11 +23,12 @@ MIXERS: dict[str, dict[str, Any]] = {
         "normalizer": {"name": "none"},
     },
     "additive": {"feature_map": {"name": "hedgehog", "dim": 8}, "window": {"name": "sliding", "size": 6}},
+    "pure": {"feature_map": {"name": "hedgehog", "dim": 8}},
 }
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_against_the_norm_of_the_whole_matrix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_against_the_norm_of_the_whole_matrix(name: str) -> None:
     model = surgery.convert(tiny.model(), MIXERS[name], "all").double()
     tiny.randomize(layer.mixer for layer in surgery.converted(model))
     calls: list[Any] = []
@@ -40,8 +41,7 @@ def test_against_the_norm_of_the_whole_matrix(name: str, monkeypatch: pytest.Mon
     expected = (student - teacher).square().sum((2, 3)).sqrt().mean()
     parameters = list(call.mixer.parameters())
     gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
-    assert len(blocks.row_blocks(call)) == (3 if name == "additive" else 1)
+    assert shown.shows_products(call.mixer) == (name == "pure")
     value = objectives.layer_backward(call, {"mixing_matrix": 1.0})
     torch.testing.assert_close(value, expected.detach(), rtol=1e-6, atol=0)
     for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -156,7 +156,7 @@ def test_what_cannot_be_had(write, model, monkeypatch, tmp_path):
     with pytest.raises(DataError, match="length=96: the model has 64 positions"):
         write(100, load=lambda: turning)
     turning.config.rope_parameters |= {"rope_type": "longrope", "original_max_position_embeddings": 32}
-    with pytest.raises(DataError, match="length=48: .* otherwise beyond 32"):
+    with pytest.raises(DataError, match=r"length=48: .* otherwise beyond 32"):
         write(100, TeacherConfig(length=48), load=lambda: turning)
     converted = surgery.convert(tiny_llama(), tiny.LOLCATS, "all")
     with pytest.raises(UnsupportedModelError, match="is a conversion; text is sampled from its teacher"):

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 
-from serving import byte_model, chatting, expected, served
+from recordings import Card, on_cpu
+from serving import COMPLETIONS, Client, byte_model, chatting, expected, served
 
 openai = pytest.importorskip("openai")
 
@@ -69,7 +73,7 @@ def test_a_stream_that_takes_too_long_raises(model):
 
 async def many(port: int, count: int, width: int, texts: dict[str, str], seed: int) -> dict[str, int]:
     """So many requests, `width` at once: whole, streams, streams that are dropped, and garbage."""
-    dice, found = random.Random(seed), {"right": 0, "dropped": 0, "refused": 0}
+    dice, found = random.Random(seed), {"right": 0, "dropped": 0, "refused": 0, "garbage": 0}
     api = openai.AsyncOpenAI(
         base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120
     )
@@ -78,7 +82,12 @@ async def many(port: int, count: int, width: int, texts: dict[str, str], seed: i
     async def one(kind: float, prompt: str) -> None:
         settings = {"model": "tiny", "prompt": prompt, "max_tokens": 6, "temperature": 0}
         async with turns:
-            if kind < 0.1:
+            if kind < 0.05:
+                body = dice.randbytes(dice.randrange(300))
+                status, _, answer = await asyncio.to_thread(Client(port).ask, COMPLETIONS, body)
+                assert status == 400 and "message" in answer["error"]
+                found["garbage"] += 1
+            elif kind < 0.1:
                 with pytest.raises(openai.BadRequestError):
                     await api.completions.create(**{**settings, "temperature": 9})
                 found["refused"] += 1
@@ -108,11 +117,12 @@ def resident() -> int:
     return int(told.read_text().split()[1]) * 4096 if told.exists() else 0
 
 
-def load(model, count: int) -> None:
+def load(model, count: int, prepared: Callable[[Any], None] = lambda slots: None) -> None:
     """None is lost, and of the same number of requests twice the second leaves memory where the first did."""
     tokenizer, before = chatting(), 0
     texts = {prompt: expected(model, tokenizer, prompt, 6) for prompt in PROMPTS}
     with served(model, tokenizer, slots=8, queue=100) as client:
+        prepared(client.served.slots)
         for turn in range(2):
             found = asyncio.run(many(client.port, count // 2, 32, texts, turn))
             assert sum(found.values()) == count // 2 and min(found.values()) > 0
@@ -128,10 +138,37 @@ def load(model, count: int) -> None:
         assert client.served.slots.live == 0
 
 
+def recorded(monkeypatch, count: int) -> None:
+    """As on a card, where prompts of converted layers alone are read in recorded pieces."""
+    graphs = on_cpu(monkeypatch, Card(), words=259)
+
+    def prepared(slots: Any) -> None:
+        slots._reading._pieces._records = True
+
+    load(byte_model("all"), count, prepared)
+    assert len(graphs) > 3 and sum(graph.replays for graph in graphs) > count // 3
+
+
 def test_hundreds_of_requests(model):
-    load(model, 240)
+    load(model, 120)
+
+
+def test_hundreds_of_requests_in_recorded_pieces(monkeypatch):
+    recorded(monkeypatch, 120)
 
 
 @pytest.mark.slow
 def test_ten_thousand_requests(model):
     load(model, 10_000)
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests_in_recorded_pieces(monkeypatch):
+    recorded(monkeypatch, 10_000)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_thousand_requests_on_a_card():
+    """Steps and pieces of prompts are CUDA graphs there."""
+    load(byte_model("all").cuda(), 1_000, lambda slots: None)

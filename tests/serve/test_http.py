@@ -139,6 +139,31 @@ def test_a_token_that_ends_texts_ends_them(model):
         model.generation_config.eos_token_id = before
 
 
+def test_a_stop_string_that_spells_a_control_token(model):
+    """No text holds it, so that as a string it would never be found."""
+    tokenizer = chatting()
+    free = expected(model, tokenizer, WORDS[:20], 12)
+    place = free.index(free[5])
+    row = model.lm_head.weight[tokenizer(free[5])["input_ids"][0]]
+    with torch.no_grad():  # the token that begins texts is made in the place of a letter
+        kept = row.clone(), model.lm_head.weight[256].clone()
+        model.lm_head.weight[256], row[:] = row.clone(), 0
+    begin = tokenizer.convert_ids_to_tokens(256)
+    try:
+        with served(model, tokenizer) as client:
+            body = {"prompt": WORDS[:20], "max_tokens": 12, "temperature": 0}
+            assert client.ask(COMPLETIONS, body)[2]["choices"][0]["finish_reason"] == "length"
+            for stream in (False, True):
+                asked = {**body, "stop": ["never", begin], "ignore_eos": True}
+                found = client.events(COMPLETIONS, asked) if stream else [client.ask(COMPLETIONS, asked)[2]]
+                assert "".join(each["choices"][0]["text"] for each in found) == free[:place]
+                assert found[-1]["choices"][0]["finish_reason"] == "stop"
+                assert stream or found[0]["usage"]["completion_tokens"] == place + 1
+    finally:
+        with torch.no_grad():
+            row[:], model.lm_head.weight[256] = kept
+
+
 def test_several_prompts_and_several_choices(client, model):
     body = {"prompt": ["In the", "the miller"], "max_tokens": 6, "temperature": 0, "n": 2}
     choices = client.ask(COMPLETIONS, body)[2]["choices"]

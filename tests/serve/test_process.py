@@ -67,7 +67,8 @@ def test_running_texts_end_and_then_it_stops(checkpoint):
     body = {"prompt": "abc", "max_tokens": 150, "ignore_eos": True}
     thread = threading.Thread(target=lambda: answers.append(served.client.ask(COMPLETIONS, body)))
     thread.start()
-    while not served.client.number("linearize_texts_running"):
+    # a text that has ended already is one that the server has let end
+    while thread.is_alive() and not served.client.number("linearize_texts_running"):
         time.sleep(0.01)
     code, said, _ = served.stop(signal.SIGTERM)
     thread.join(200)
@@ -84,6 +85,7 @@ def test_what_runs_beyond_the_grace_is_told(checkpoint):
     stream = threading.Thread(target=lambda: answers.append(served.client.events(COMPLETIONS, body)))
     thread.start(), stream.start()
     while served.client.number("linearize_texts_running") < 2:
+        assert thread.is_alive() and stream.is_alive(), answers
         time.sleep(0.01)
     code, said, took = served.stop(signal.SIGINT)
     thread.join(200), stream.join(200)

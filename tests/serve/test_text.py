@@ -59,6 +59,28 @@ def test_bytes_of_words_with_a_sign_in_front():
     assert "".join(pieces(tokenizer, ids, before=[1, tail])) == " a日b b日日b"
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("make", [byte_tokenizer, byte_fallback])
+def test_a_prompt_that_ends_within_a_character(make, whole):
+    """The text begins with the character that it completes; nothing of it is lost, and nothing of the prompt's said."""
+    tokenizer = make()
+    if make is byte_fallback:
+        tail, other = tokenizer.convert_tokens_to_ids(["b", "▁b"])
+        first, *rest = (tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "日".encode())
+    else:
+        tail, other, first, *rest = tokenizer("b 日")["input_ids"]
+
+    def made(before: list[int], ids: list[int]) -> str:
+        text = Text(tokenizer, (), before, whole=whole)
+        return "".join([*(text.push([token]) for token in ids), text.end()])
+
+    behind = " b" if make is byte_fallback else " "
+    assert made([tail, first], [*rest, tail, other]) == f"日b{behind}"
+    assert made([tail, first, rest[0]], [rest[1], tail, other]) == f"日b{behind}"
+    assert made([tail, first], [tail, other]) == f"b{behind}"
+    assert made([tail, first, *rest], [tail, other]) == f"b{behind}"
+
+
 def test_random_bytes_end_as_the_tokenizer_ends_them():
     tokenizer, dice = byte_tokenizer(), random.Random(0)
     for _ in range(50):
@@ -66,6 +88,13 @@ def test_random_bytes_end_as_the_tokenizer_ends_them():
         assert "".join(pieces(tokenizer, ids, step=dice.randint(1, 5))) == tokenizer.decode(ids)
         text = Text(tokenizer, whole=True)
         assert text.push(ids) == "" and text.end() == tokenizer.decode(ids)
+
+
+def test_a_word_behind_control_tokens_keeps_its_space():
+    tokenizer = byte_fallback()
+    word, tail = tokenizer.convert_tokens_to_ids(["▁a", "b"])
+    ids = [word, *[2] * 100, word, tail]
+    assert "".join(pieces(tokenizer, ids)) == "a ab" == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_control_tokens_are_no_text():
@@ -105,7 +134,9 @@ def test_nothing_behind_a_stop_and_nothing_that_may_become_one_is_handed_out():
     assert text.push(tokenizer("more")["input_ids"]) == "" and text.end() == ""
 
 
-def test_a_long_text_takes_constant_time_a_token(monkeypatch):
+@pytest.mark.parametrize("kind", ["words", "controls", "bytes"])
+def test_a_long_text_takes_constant_time_a_token(monkeypatch, kind):
+    """Also where nothing comes of the tokens, or never a character."""
     tokenizer, longest = byte_tokenizer(), []
     decode = tokenizer.decode
 
@@ -114,9 +145,11 @@ def test_a_long_text_takes_constant_time_a_token(monkeypatch):
         return decode(ids, **options)
 
     monkeypatch.setattr(tokenizer, "decode", counted)
+    text = {"words": "word " * 400, "controls": "word", "bytes": BROKEN * 2000}[kind]
     ids = tokenizer("word " * 400)["input_ids"]
-    assert "".join(pieces(tokenizer, ids)) == "word " * 400
-    assert max(longest) < 10
+    ids = {"words": ids, "controls": [*ids[:4], *[256, 257] * 1000], "bytes": [0x80] * 2000}[kind]
+    assert "".join(pieces(tokenizer, ids)) == text
+    assert max(longest) < (200 if kind == "bytes" else 10)
 
 
 def test_tokens_by_name_are_their_text():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from served import NEW, VLLM, answers, churn, count
+from served import NEW, VLLM, answers, churn, count, exported, lolcats
 
 pytestmark = pytest.mark.skipif(
     not VLLM, reason="vllm is not installed; `make test-vllm` makes an environment"
@@ -29,6 +29,15 @@ def test_mixers(start, mixers):
     assert count(llm, "vllm:num_preemptions") > 0
     ended, aborted = churn(llm, mixers, 60, seed=2)
     assert ended > 30 and aborted > 5
+
+
+@pytest.mark.parametrize("layers", ["all", [0, 2]], ids=["linear", "hybrid"])
+def test_long_prompts(start, tmp_path, layers):
+    """In chunks, beside a short one that decodes meanwhile."""
+    model = lolcats(layers, max_position_embeddings=4096)
+    checkpoint = exported(model, tmp_path / "out", lengths=(3, 700, 1500, 3000))
+    llm = start(checkpoint, max_model_len=4096, max_num_batched_tokens=256)
+    assert answers(llm, checkpoint.prompts) == checkpoint.answers
 
 
 @pytest.mark.parametrize("kind", ["linear", "mixers"])

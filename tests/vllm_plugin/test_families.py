@@ -10,8 +10,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "granite", "starcoder2",
-    "mixtral", "qwen3_moe",
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "granite",
+    "starcoder2", "mixtral", "qwen3_moe",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from linearize import surgery
-from linearize.serve.vllm.kinds import as_exported, kinds, name_kinds
+from linearize.serve.vllm.kinds import as_exported, kinds, name_kinds, unserved
 from linearize.surgery.model import LinearizedConfig
 
 
@@ -37,3 +37,23 @@ def test_there_and_back(family):
     again = as_exported(config)
     assert isinstance(again, LinearizedConfig) and again.to_dict() == before
     assert config.layer_types.count("linear_attention") == 2
+
+
+def test_what_a_mixer_asks_for_in_vain():
+    """Tokens before, where vLLM has no place for them; every other shift lies in a layer's state."""
+    rwkv7 = {
+        "feature_map": {"name": "identity"},
+        "gate": {"name": "rwkv7", "rank": 3, "shift": True},
+        "update": {"name": "rwkv7", "rank": 3, "shift": True},
+        "normalizer": {"name": "none"},
+        "output": {"name": "gate", "rank": 3, "shift": True},
+    }
+    full = {"window": {"name": "full"}, "output": {"name": "gate", "rank": 3, "shift": True}}
+    shifted = {**rwkv7, "update": {**rwkv7["update"], "shift_projections": True}}
+    said = {
+        name: unserved(surgery.convert(tiny.model(), mixer).config)
+        for name, mixer in {"served": rwkv7, "projections": shifted, "softmax": full}.items()
+    }
+    assert said["served"] == []
+    assert len(said["projections"]) == 1 and "mixer.update.shift_projections" in said["projections"][0]
+    assert len(said["softmax"]) == 1 and "mixer.output.shift" in said["softmax"][0]

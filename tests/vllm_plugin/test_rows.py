@@ -185,7 +185,8 @@ def test_layout():
     assert {name: (place.shape, place.dtype) for name, place in layout.places.items()} == {
         name: (tuple(x.shape[1:]), x.dtype) for name, x in state.tensors.items()
     }
-    assert torch.float32 in {place.dtype for place in layout.places.values()}
+    kinds = {name: place.dtype for name, place in layout.places.items()}
+    assert kinds["sums"] == kinds["norms"] == torch.float32 and torch.bfloat16 in kinds.values()
     views = layout.views(torch.zeros(3, layout.bytes, dtype=torch.uint8))
     slots, fresh = torch.tensor([2]), torch.tensor([True])
     for number, name in enumerate(state):

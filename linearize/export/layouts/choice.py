@@ -31,18 +31,24 @@ def nearest(
 def differences(candidate: ForeignLayer, givens: Sequence[Given], softmax: Softmax) -> list[Difference]:
     """Everything in which one of the mixers is not this layer, each thing once."""
     recurrent = [given for given in givens if is_recurrent(given)]
-    listed = [one for given in recurrent for one in (*candidate.differences(given), *_constant(given))]
+    listed = [
+        one for given in recurrent for one in (*candidate.differences(given), *_output(candidate, given))
+    ]
     listed += [one for given in givens if not is_recurrent(given) for one in softmax(given)]
     if len({str(candidate.settings(given)) for given in recurrent} if not listed else ()) > 1:
         listed.append(Difference("layers", "several mixers or shapes", "the same one in every layer"))
     return list(dict.fromkeys(listed))
 
 
-def _constant(given: Given) -> list[Difference]:
-    """A constant behind the mixer, which no foreign layer has: its own output projection would need a bias."""
-    output = given.mixer["output"]
-    beside = output["name"] not in ("none", "constant") and output["constant"]
-    return [Difference("output.constant", "a constant on each head", "none")] if beside else []
+def _output(candidate: ForeignLayer, given: Given) -> list[Difference]:
+    """Options of every output part: a constant behind the mixer, which no foreign layer has, as its own output
+    projection would need a bias; and a token shift in front of its gate."""
+    output, found = given.mixer["output"], []
+    if output["name"] not in ("none", "constant") and output["constant"]:
+        found.append(Difference("output.constant", "a constant on each head", "none"))
+    if output.get("shift") and not candidate.shifts_output:
+        found.append(Difference("output.shift", "a gate that reads the token before", "shift False"))
+    return found
 
 
 def is_recurrent(given: Given) -> bool:

@@ -46,6 +46,7 @@ class ARWKV7(ForeignLayer):
     name = "arwkv7"
     model = "arwkv7"
     EPSILON = 64e-5
+    shifts_output = True
     WIDTH = 32
     """Multiples that low ranks are padded to, and the width of what is not used."""
     SHUT = -100.0
@@ -83,8 +84,9 @@ class ARWKV7(ForeignLayer):
                 "time_mix_ln.weight": scales(norm, parts, shape.heads, shape.value_dim).float(),
                 "time_mix_ln.bias": nothing,
             }
-        mixes = [parts.get("recurrent.gate.mix", nothing), parts.get("recurrent.update.mix", nothing)]
-        lerp = [nothing, mixes[0], nothing, nothing, mixes[1], *([nothing] if gated else [])]
+        w, a = (parts.get(f"recurrent.{part}.mix", nothing) for part in ("gate", "update"))
+        r, k, v = parts.get("recurrent.update.inputs.mix", [nothing] * 3)
+        lerp = [r, w, k, v, a, *([parts.get("output.mix", nothing)] if gated else [])]
         if gated:
             down, out = parts["output.down"].float(), parts["output.up"].flatten(1).float()
             spare = -(len(out) + 1) % self.WIDTH

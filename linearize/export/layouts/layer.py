@@ -51,11 +51,13 @@ class ForeignLayer:
         name: in messages and tables.
         model: what the library's config calls the model around it (`model_type`, or a GGUF architecture).
         biases: roles whose projections may have one.
+        shifts_output: whether its output gate reads tokens mixed with those before them.
     """
 
     name: ClassVar[str]
     model: ClassVar[str]
     biases: ClassVar[frozenset[str]] = frozenset()
+    shifts_output: ClassVar[bool] = False
 
     def differences(self, given: Given) -> Iterator[Difference]:
         """Everything in which the mixer is not this layer; none: they are the same function."""

@@ -25,6 +25,7 @@ class Output(Part):
         scales: whether what comes in n times as large goes out n times as large, but for the constant.
         normalizes: whether the size of what comes in says nothing.
         constant: [H, V], or None.
+        mix: [D], how much of the token before it reads in place of a token, or None for nothing (token shift).
     """
 
     uses_hidden: ClassVar[bool] = False
@@ -32,6 +33,7 @@ class Output(Part):
     normalizes: ClassVar[bool] = False
 
     constant: nn.Parameter | None
+    mix: nn.Parameter | None
 
     @dataclass
     class Config(Part.Config):
@@ -42,10 +44,15 @@ class Output(Part):
         super().__init__()
         made = nn.Parameter(torch.empty(shape.heads, shape.value_dim)) if config.constant else None
         self.register_parameter("constant", made)
+        # an option of those that read the layer's input
+        shifts = getattr(config, "shift", False)
+        self.register_parameter("mix", nn.Parameter(torch.empty(shape.hidden_dim())) if shifts else None)
 
     def reset_parameters(self) -> None:
         if self.constant is not None:
             fill(self.constant, 0.0)
+        if self.mix is not None:
+            fill(self.mix, 0.0)
 
     def fit(self, y: Tensor, hidden: Tensor, target: Tensor) -> None:
         """Set parameters but the constant so that the output is nearest the teacher's, by least squares.
@@ -63,7 +70,7 @@ class Output(Part):
         return False
 
     def forward(self, y: Tensor, hidden: Tensor | None) -> Tensor:
-        """y [B, T, H, V], hidden [B, T, D] -> [B, T, H, V]."""
+        """y [B, T, H, V], hidden [B, T, D], mixed with the token before where there is a `mix` -> [B, T, H, V]."""
         made = self.changed(y, hidden)
         return made if self.constant is None else wide(made) + self.constant.to(wide(made).dtype)
 

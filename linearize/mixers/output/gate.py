@@ -26,6 +26,8 @@ class OutputGate(Output):
     class Config(Output.Config):
         rank: int = number(32, least=1, most=WIDEST)
         """Width between W1 [D, rank] and W2 [rank, H V]."""
+        shift: bool = False
+        """Token shift: x + mix (x_before - x) into W1, mix learned for each dim of x and zero at the start."""
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)

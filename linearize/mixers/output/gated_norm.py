@@ -36,6 +36,8 @@ class GatedNorm(Output):
         """The output's rms at the start; means of values are small, so teachers' outputs have one of 0.03 to 0.5."""
         bias: float = number(0.0, least=-50, most=50)
         """base at the start: 0 opens the gate by half."""
+        shift: bool = False
+        """Token shift: x + mix (x_before - x) into W1, mix learned for each dim of x and zero at the start."""
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__(config, shape)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from linearize.kernels import dispatch
 from linearize.mixers.base import NARROW, LayerShape, Part, Partial
+from linearize.mixers.shift import ShiftedProjections
 from linearize.mixers.state import State
 from linearize.mixers.update.first_values import FirstValues
 from linearize.mixers.update.start import LearnedStart
@@ -124,6 +125,7 @@ class Update(Part):
         learned: the state that every text begins with, or None for an empty one.
         mix: [D], how much of the token before it reads in place of a token, or None for nothing (token shift).
         first: mixes values with those of the model's first converted layer, or None.
+        inputs: how the layer's own projections read tokens mixed with those before them, or None: they do not.
     """
 
     decays: ClassVar[tuple[str, ...]] = ("none",)
@@ -153,6 +155,7 @@ class Update(Part):
         self.register_parameter("mix", None)
         self.learned: LearnedStart | None = None
         self.first: FirstValues | None = None
+        self.inputs: ShiftedProjections | None = None
         self.make(shape)
         self.reset_parameters()
 
@@ -197,6 +200,14 @@ class Update(Part):
 
     def chunked(self, stream: Stream, state: State) -> Partial:
         """O(T)-memory form; writes the new state."""
+        raise NotImplementedError(type(self))  # pragma: no cover
+
+    def has_factors(self) -> bool:
+        """Whether its weights are q_t.`keys`_s exp(log decays between s and t), divided by their sum or not."""
+        return False
+
+    def keys(self, stream: Stream) -> Tensor:
+        """What is written under, where `has_factors`."""
         raise NotImplementedError(type(self))  # pragma: no cover
 
     def transits(self) -> bool:

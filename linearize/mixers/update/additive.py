@@ -130,6 +130,12 @@ class Additive(Update):
         left = kept_since(stream.log_decay, stream.docs, state) if self.learned is not None else None
         return self._begun(partial, stream, left)
 
+    def has_factors(self) -> bool:
+        own = all(
+            getattr(type(self), form) is getattr(Additive, form) for form in ("masked", "parallel", "chunked")
+        )
+        return own and self.learned is None and self.decay != "feature" and self.bonus(torch.float32) is None
+
     def transits(self) -> bool:
         return type(self).chunked is Additive.chunked and self.learned is None
 

@@ -13,7 +13,8 @@ class FirstValues(nn.Module):
     """v + g (v_first - v), g = sigmoid(base + x W1 W2) for each key-value head and value dim.
 
     v_first are the first layer's values as its projection gives them, before any mixing. In the first layer itself both
-    are one, and the weights do nothing. x is what the value projection reads, also where decays and rates are shifted.
+    are one, and the weights do nothing. x is what the value projection reads: shifted where that is, whatever decays
+    and rates read.
 
     Args:
         shape: the layer's numbers.

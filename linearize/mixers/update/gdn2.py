@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linearize.mixers.base import LayerShape, Part, Partial, fill, put, wide
+from linearize.mixers.base import LayerShape, Part, fill, put, wide
 from linearize.mixers.options import number
 from linearize.mixers.statistics import STRENGTHS, Statistics
 from linearize.mixers.update import UPDATES, Stream
@@ -64,21 +64,14 @@ class GatedDelta2(Moving):
         biases = {"erase_bias": self.erase_bias, "write_bias": self.write_bias}
         return [{name: torch.full_like(bias, logit) for name, bias in biases.items()} for logit in logits]
 
-    def weights(self, stream: Stream) -> Partial:
-        """As elsewhere where w is one number for all dims of a head; else what is written is their mean."""
-        batch, tokens = stream.k.shape[:2]
-        eye = torch.eye(tokens, dtype=stream.k.dtype, device=stream.k.device)
-        ones = stream.k.new_ones(batch, tokens, self.heads, self.value_dim)
-        q, k, gate, a, b, log_decay = self.terms(replace(stream, v=ones))
-        written = (eye[:, None] * gate.mean(-1, keepdim=True)).expand(batch, -1, self.heads, -1)
-        return self.defined(stream, (q, k, written, a, b, log_decay))
-
     def terms(self, stream: Stream) -> Terms:
         assert stream.log_decay is not None
         # the key of a token that nobody may see is zero, and so is all that it would do
         k = F.normalize(stream.k, dim=-1)
         erased = k * self._gate(stream, self.erase_weight, self.erase_bias)
-        written = stream.v * self._gate(stream, self.write_weight, self.write_bias)
+        write = self._gate(stream, self.write_weight, self.write_bias)
+        # weights have no value dims: what is written of a column of the identity is their mean
+        written = stream.v * (write.mean(-1, keepdim=True) if stream.weights else write)
         q = self.scaled(F.normalize(stream.q, dim=-1))
         # the kernel reads the state before it decays
         return q, k, written, erased * stream.log_decay.exp(), -k, stream.log_decay

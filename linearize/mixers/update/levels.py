@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linearize.kernels.stretches import carry
 from linearize.mixers.base import LayerShape, Part, Partial, fill, positions, product
 from linearize.mixers.options import number
 from linearize.mixers.state import State
 from linearize.mixers.update import Stream, Update
-
-EMPTY = -1e4
-"""Log decay that leaves nothing of a state, in any dtype that sums are kept in."""
 
 
 @dataclass
@@ -51,8 +49,12 @@ class Levels(Update):
 
     Each level is a call of the rule itself, whose documents are pairs of stretches: the first of a pair writes, the
     second reads, and both take away what the rule takes away. What is older than all levels is what the whole rule
-    gives less theirs. So every call runs on the rule's own kernels, O(log T) of them over a text, and the state is
-    L + 2 states of the rule, of fixed size for any length, where the published one ends at a longest text.
+    gives less theirs. So every call runs on the rule's own kernels, O(log T) of them over a text.
+
+    The state is L + 2 states of the rule, one a level, of fixed size for any length, where the published one ends at a
+    longest text. Levels whose bit is not set are zero; a token that begins a block first carries all levels that are
+    full into the next, as a counter does. So one token reads and writes the levels that hold something, half of them
+    in the mean.
     """
 
     def make_levels(self, config: Any, shape: LayerShape) -> None:
@@ -73,11 +75,11 @@ class Levels(Update):
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         size = (batch, self.levels + 2, self.heads, self.feature_dim)
         state = {
-            "level_sums": torch.zeros(*size, self.value_dim, dtype=dtype, device=device),
+            "stretch_sums": torch.zeros(*size, self.value_dim, dtype=dtype, device=device),
             "seen": torch.zeros(batch, dtype=torch.int64, device=device),
         }
         if self.running_sum and self.sums_weights:
-            state["level_norms"] = torch.zeros(size, dtype=dtype, device=device)
+            state["stretch_norms"] = torch.zeros(size, dtype=dtype, device=device)
         return state
 
     def level_shares(self, stream: Stream) -> Tensor:
@@ -110,11 +112,10 @@ class Levels(Update):
         before, tokens = state["seen"], stream.k.shape[1]
         place, seen = positions(stream.valid, stream.docs, before)
         shares = self.level_shares(stream)
-        last, kept = self.levels + 1, {}
+        last, kept = self.levels + 1, self._running(state, before, fresh=stream.fresh)
         older = (place // (self.block << self.levels) > 0)[..., None].to(shares.dtype) * shares[..., last]
         total: Partial | None = None
         if not stream.fresh or tokens > self.block << self.levels:
-            kept[last] = self._level_state(state, last)
             total = super().chunked(stream, kept[last]).scaled(older)
         for level in range(last):
             half = self.block << max(level - 1, 0)
@@ -127,39 +128,75 @@ class Levels(Update):
                 reads = (place // half & 1).to(torch.bool)
                 part = self.without(part, ~reads[..., None, None])
                 share = share * reads[..., None].to(share.dtype)
-            kept[level] = self._level_state(state, level)
             made = super().chunked(part, kept[level]).scaled(share)
             total = made if total is None else summed([total, made])
         if not stream.fresh:
-            order = [kept[level] for level in range(self.levels + 2)]
-            whole = {"level_" + name: torch.stack([each[name] for each in order], 1) for name in order[0]}
-            state.write({**whole, "seen": seen})
+            state.write({**self._settled(kept, seen), "seen": seen})
         assert total is not None
         return total
 
     def level_step(self, stream: Stream, state: State) -> tuple[Tensor, Tensor, Tensor]:
-        """For one token: which levels write [B, L + 2], how the query weighs them [B, L + 2, H], and the log decay
-        [B, L + 2, M] or [B, L + 2, M, F] under which a stretch that begins is empty."""
-        valid, place = stream.valid[:, :1], state["seen"][:, None]
-        level = torch.arange(self.levels + 1, device=place.device)
-        spans = self.block << level
-        begins = (place % spans == 0) & valid
-        # level 0 has no half of its own: it writes and reads always
-        second = (place // (spans // 2).clamp_min(1) & 1).to(torch.bool) & (level > 0)
-        always = torch.ones_like(valid)
+        """For one token, whose block is carried: which levels hold something [B, L + 2], how the query weighs them
+        [B, L + 2, H], and the log decay [B, L + 2, M] or [B, L + 2, M, F]. It is written on level 0."""
+        valid, place = stream.valid[:, 0], state["seen"]
+        block, level = place // self.block, torch.arange(self.levels + 1, device=place.device)
+        begins = valid & (place % self.block == 0) & (place > 0)
+        lowest = block & -block
+        full = (lowest[:, None] >> level[1:] > 0).sum(1) + 1
+        for name in self._stretch_names(state):
+            carry(state[name], torch.where(begins, full, 0))
+        held = self._holds(block)
         shares = self.level_shares(stream)[:, 0].transpose(1, 2)
-        older = place >= self.block << self.levels
-        far = shares[:, -1:] * older[..., None].to(shares.dtype)
-        read = torch.cat([second | (level == 0), older], 1)
-        shares = torch.cat([shares[:, :-1] - far, far], 1) * read[..., None].to(shares.dtype)
         decay = stream.log_decay
         decay = stream.k.new_zeros(stream.k.shape[:3]) if decay is None else decay
-        begins = torch.cat([begins, ~always], 1).view(*read.shape, *[1] * (decay.dim() - 2))
-        state["seen"].add_(valid[:, 0])
-        return torch.cat([~second, always], 1), shares, torch.where(begins, EMPTY, decay)
+        state["seen"].add_(valid)
+        return (
+            held,
+            shares * held[..., None].to(shares.dtype),
+            decay.expand(-1, len(level) + 1, *decay.shape[2:]),
+        )
 
-    def _level_state(self, state: State, level: int) -> State:
-        return State({name[6:]: state[name][:, level] for name in state if name.startswith("level_")})
+    def _holds(self, block: Tensor) -> Tensor:
+        """Which levels [B, L + 2] hold something while block `block` [B] is written."""
+        level = torch.arange(self.levels, device=block.device)
+        bits = (block[:, None] >> level & 1).to(torch.bool)
+        first = (
+            torch.ones_like(bits[:, :1]) if self.levels else torch.ones_like(block[:, None], dtype=torch.bool)
+        )
+        return torch.cat([first, bits, (block >> self.levels > 0)[:, None]], 1)
+
+    def _stretch_names(self, state: State) -> list[str]:
+        return [name for name in ("stretch_sums", "stretch_norms") if name in state]
+
+    def _running(self, state: State, before: Tensor, *, fresh: bool) -> list[State]:
+        """For each level the state of its call: what its pair of stretches has written so far; last, of all levels."""
+        names = self._stretch_names(state)
+        if fresh:  # all are empty
+            return [
+                State({name[8:]: state[name][:, level] for name in names}) for level in range(self.levels + 2)
+            ]
+        second = self._holds((before - 1) // self.block)
+        made: list[dict[str, Tensor]] = [{} for _ in range(self.levels + 2)]
+        for name in names:
+            below = torch.zeros_like(state[name][:, 0])
+            for level in range(self.levels + 2):
+                own = state[name][:, level]
+                whole = level in (0, self.levels + 1)
+                reads = second[:, level].view(-1, *[1] * (own.dim() - 1))
+                made[level][name[8:]] = below + own if whole else torch.where(reads, own, below)
+                below = below + own
+        return [State(each) for each in made]
+
+    def _settled(self, kept: list[State], seen: Tensor) -> dict[str, Tensor]:
+        """Of the calls' states, behind `seen` [B] tokens, what each level holds."""
+        held, found = self._holds((seen - 1) // self.block), {}
+        for name in kept[0]:
+            *near, whole = (each[name] for each in kept)
+            shape = (*held.shape, *[1] * (whole.dim() - 1))
+            levels = torch.where(held.view(shape)[:, :-1], torch.stack(near, 1), 0)
+            far = torch.where(held.view(shape)[:, -1], whole - levels.sum(1), 0)
+            found["stretch_" + name] = torch.cat([levels, far[:, None]], 1)
+        return found
 
 
 def summed(parts: list[Partial]) -> Partial:
@@ -176,6 +213,16 @@ def summed(parts: list[Partial]) -> Partial:
 def each_level(x: Tensor, levels: int) -> Tensor:
     """[B, M, ...] -> [B, levels M, ...], the same on every level."""
     return x[:, None].expand(-1, levels, *x.shape[1:]).flatten(1, 2)
+
+
+def on_first(x: Tensor, levels: int) -> Tensor:
+    """[B, M, ...] -> [B, levels M, ...], on level 0 and zero on all others."""
+    return torch.cat([x, x.new_zeros(len(x), (levels - 1) * x.shape[1], *x.shape[2:])], 1)
+
+
+def each_head(held: Tensor, heads: int) -> Tensor:
+    """[B, L + 2] -> [B, heads] of all levels."""
+    return held.repeat_interleave(heads // held.shape[1], 1)
 
 
 def _stretches(place: Tensor, docs: Tensor, before: Tensor, span: int) -> Tensor:

@@ -13,7 +13,7 @@ from linearize.mixers.base import LayerShape, Partial
 from linearize.mixers.state import State
 from linearize.mixers.update import UPDATES, Stream
 from linearize.mixers.update.additive import Additive
-from linearize.mixers.update.levels import LevelOptions, Levels, each_level
+from linearize.mixers.update.levels import LevelOptions, Levels, each_head, each_level, on_first
 
 
 @UPDATES.register("log_linear")
@@ -42,20 +42,21 @@ class LogLinear(Levels, Additive):
         return replace(stream, k=stream.k * written.to(stream.k.dtype))
 
     def step(self, stream: Stream, state: State) -> Partial:
-        writes, shares, decay = self.level_step(stream, state)
+        held, shares, decay = self.level_step(stream, state)
         count = self.levels + 2
         # the answer is in the dtype of the values, and float16 may not hold a sum
         v = stream.v.float() if stream.v.dtype == torch.float16 else stream.v
-        k = (stream.k * writes[..., None, None].to(stream.k.dtype)).flatten(1, 2)
-        norms: Any = state["level_norms"].flatten(1, 2) if self.running_sum else None
+        sums = state["stretch_sums"].flatten(1, 2)
+        norms: Any = state["stretch_norms"].flatten(1, 2) if self.running_sum else None
         with self.form():
             numerator, denominator = gated_linear_step(
                 each_level(stream.q[:, 0], count),
-                k,
+                on_first(stream.k[:, 0], count),
                 each_level(v[:, 0], count),
                 decay.flatten(1, 2),
-                state["level_sums"].flatten(1, 2),
+                sums,
                 norms,
+                live=each_head(held, sums.shape[1]),
             )
         numerator = (numerator.unflatten(1, (count, -1)) * shares[..., None]).sum(1)
         if denominator is not None:

@@ -12,7 +12,7 @@ from linearize.mixers.base import LayerShape, Partial
 from linearize.mixers.state import State
 from linearize.mixers.update import UPDATES, Stream
 from linearize.mixers.update.delta import Delta
-from linearize.mixers.update.levels import LevelOptions, Levels, each_level
+from linearize.mixers.update.levels import LevelOptions, Levels, each_head, each_level, on_first
 
 
 @UPDATES.register("log_linear_delta")
@@ -40,12 +40,14 @@ class LogLinearDelta(Levels, Delta):
         return replace(stream, v=stream.v * written.to(stream.v.dtype))
 
     def step(self, stream: Stream, state: State) -> Partial:
-        writes, shares, decay = self.level_step(stream, state)
+        held, shares, decay = self.level_step(stream, state)
         count = self.levels + 2
         stream, *terms = self._terms(stream)
         q, k, beta = (each_level(x[:, 0], count) for x in terms)
-        v = (stream.v * writes[..., None, None].to(stream.v.dtype)).flatten(1, 2)
+        v = on_first(stream.v[:, 0], count)
+        sums = state["stretch_sums"].flatten(1, 2)
+        live = each_head(held, sums.shape[1])
         with self.form():
-            out = delta_step(q, k, v, beta, decay.flatten(1, 2), state["level_sums"].flatten(1, 2))
+            out = delta_step(q, k, v, beta, decay.flatten(1, 2), sums, live)
         out = (out.unflatten(1, (count, -1)) * shares[..., None]).sum(1)
         return Partial(out[:, None], None)

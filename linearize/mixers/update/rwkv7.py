@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from linearize.mixers.base import LayerShape, Part, fill
 from linearize.mixers.low_rank import LowRank
 from linearize.mixers.options import WIDEST, number
+from linearize.mixers.shift import ShiftedProjections
 from linearize.mixers.statistics import STRENGTHS, Statistics
 from linearize.mixers.update import UPDATES, Stream
 from linearize.mixers.update.first_values import FirstValues
@@ -35,9 +36,11 @@ class RWKV7(Moving):
     With `first_values` a layer's values are mixed with those of the model's first converted layer (`FirstValues`), as
     published layers do with layer 0's.
 
-    Limitations: the bonus r_k, zero at the start of conversions, is left out. Token shift is that of decays and rates
-    (`shift` here and of the gate): queries, keys and values come from the teacher's projections, and a short
-    convolution of two taps is theirs.
+    Token shift is an option of each that reads the hidden state: rates (`shift` here), decays (`shift` of the gate),
+    the output (`shift` of its gate), and the teacher's projections to queries, keys and values (`shift_projections`),
+    each with a mix of its own as published. All start at zero, where nothing is shifted.
+
+    Limitations: the bonus r_k, zero at the start of conversions, is left out.
     """
 
     @dataclass
@@ -58,6 +61,8 @@ class RWKV7(Moving):
         """Every text begins with a learned state, zero at the start; the rule takes twice as long with it."""
         shift: bool = False
         """Token shift: x + mix (x_before - x) into W1, mix learned for each dim of x and zero at the start."""
+        shift_projections: bool = False
+        """Token shift in front of the projections to queries, keys and values, which are then run once for each."""
         first_values: bool = False
         """Values mixed with the first converted layer's."""
         first_rank: int = number(32, least=1, most=WIDEST)
@@ -73,6 +78,8 @@ class RWKV7(Moving):
         self.register_parameter(
             "mix", nn.Parameter(torch.empty(shape.hidden_dim())) if self.config.shift else None
         )
+        if self.config.shift_projections:
+            self.inputs = ShiftedProjections(shape.hidden_dim())
         if self.config.first_values:
             self.first = FirstValues(shape, self.config.first_rank, self.config.first_base)
         for name in ("removal", "share"):
@@ -85,6 +92,8 @@ class RWKV7(Moving):
         self.rate.start(self.config.rate_base)
         if self.mix is not None:
             fill(self.mix, 0.0)
+        if self.inputs is not None:
+            self.inputs.start()
         if self.first is not None:
             self.first.start()
         if self.removal is not None:

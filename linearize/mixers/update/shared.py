@@ -126,7 +126,7 @@ class Moving(Overwriting):
         assert decays is not None
         left, docs = None, stream.docs
         given: Terms = (*terms, decays)  # type: ignore[assignment]
-        if self.learned is not None:
+        if self.learned is not None and not stream.weights:
             left = kept_since(stream.log_decay, stream.docs, state)
             given, docs = self._below(stream, given, left)
         *narrow, decays = given
@@ -181,7 +181,7 @@ class Moving(Overwriting):
         self, out: Tensor, stream: Stream, q: Tensor, left: Tensor | None, *, read: bool = False
     ) -> Partial:
         """After the last step of each token (`read`: it alone is given), with what a learned start answers."""
-        if self.learned is None:
+        if self.learned is None or stream.weights:
             return Partial(out, None)
         made = out if read or self.takes_under_key else out[:, 1::2]
         (low,) = stream.narrow(q)

@@ -102,7 +102,8 @@ class Slots(Update):
                 shares, writes, v, decays, state=(before[1], None), **rest
             )
         state.write({"slot_keys": keys, "slot_values": values})
-        return self.learned.added(Partial(out.to(stream.q.dtype), None), shares, left)
+        made = Partial(out.to(stream.q.dtype), None)
+        return self.learned.added(made, shares, left, weights=stream.weights)
 
     def step(self, stream: Stream, state: State) -> Partial:
         assert stream.log_decay is not None

@@ -40,6 +40,24 @@ def is_softmax(section: dict[str, Any]) -> bool:
     return section["window"]["name"] == "full"
 
 
+def unserved(config: Any) -> list[str]:
+    """What mixers ask for that vLLM does not give them, each once, with its remedy; empty for all shipped recipes."""
+    remedy = "use linearize generate or linearize serve"
+    found = []
+    for section in sections(config).values():
+        if section["update"].get("shift_projections"):
+            found.append(
+                "projections read the token before (mixer.update.shift_projections), of which vLLM's own know nothing; "
+                + remedy
+            )
+        if section["output"].get("shift") and is_softmax(section):
+            found.append(
+                "an output gate reads the token before (mixer.output.shift), and a softmax layer has no state in vLLM "
+                f"that could hold it; {remedy}"
+            )
+    return list(dict.fromkeys(found))
+
+
 def kinds(config: Any) -> list[str]:
     """`layer_types` as vLLM is to read them: `linear_attention` for each layer that holds a state."""
     own = getattr(config, "layer_types", None)

@@ -47,6 +47,8 @@ def attend(
     why = why or arguments.changed(kwargs, module.mixer.shape)
     if why is None and kwargs.get("s_aux") is not None:
         why = "has attention sinks of its own, which are not served; use linearize generate"
+    if why is None and frame.shifted is not None:
+        why = "its projections read the token before (shift_projections), which is not served; use linearize generate"
     if why is not None:
         raise UnsupportedModelError(f"{module.named()}: {why}")
     here = cast(Here, module.linearize_here)

@@ -10,7 +10,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from linearize.errors import UnsupportedModelError
 from linearize.mixers import build
 from linearize.serve.vllm.heads import problem, share
-from linearize.serve.vllm.kinds import is_softmax, layer_shapes, name_kinds, sections
+from linearize.serve.vllm.kinds import is_softmax, layer_shapes, name_kinds, sections, unserved
 from linearize.serve.vllm.pages import Layout
 from linearize.surgery.schema import FORMAT, plan_problems, upgraded
 
@@ -67,6 +67,7 @@ def problems(vllm_config: Any) -> list[str]:
     ranks = parallel.tensor_parallel_size
     uneven = (problem(shape, ranks) for shape in layer_shapes(vllm_config.model_config.hf_config).values())
     found += list(dict.fromkeys(why for why in uneven if why is not None))
+    found += unserved(vllm_config.model_config.hf_config)
     for what, size in (
         ("pipeline_parallel_size", parallel.pipeline_parallel_size),
         ("decode_context_parallel_size", getattr(parallel, "decode_context_parallel_size", 1)),
