@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -175,6 +176,17 @@ def _raise(error: BaseException):
         (LinearizeError("mend it"), 2, "mend it"),
         (KeyboardInterrupt(), 130, "interrupted; resume with: linearize run m demo --out 'a b' --resume"),
         (OSError(28, "No space left on device", "/x"), 2, "the disk is full (/x)"),
+        (OSError(errno.EMFILE, "", "/x"), 2, "too many files are open (/x); allow more of them (ulimit -n)"),
+        (OSError(errno.EFBIG, ""), 2, "a file grew larger than it may here; allow it"),
+        (OSError(errno.EIO, "", "/x"), 2, "the disk answers with an error (/x)"),
+        (OSError(errno.EROFS, ""), 2, "the file system is read-only; use another one and try again"),
+        (MemoryError(), 2, "out of memory; free some"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), 2, "out of memory (DefaultCPU"),
+        (
+            ImportError("libtorch.so: failed to map segment from shared object"),
+            2,
+            "out of memory (libtorch.so",
+        ),
     ],
 )
 def test_exit_codes(capsys, monkeypatch, error, code, expected):
@@ -183,9 +195,10 @@ def test_exit_codes(capsys, monkeypatch, error, code, expected):
     assert found == code and expected in err
 
 
-def test_a_bug_is_not_hidden(monkeypatch):
-    monkeypatch.setattr("linearize.cli.run.main", _raise(ZeroDivisionError()))
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("shapes differ"), OSError(2, "", "/x")])
+def test_a_bug_is_not_hidden(monkeypatch, error):
+    monkeypatch.setattr("linearize.cli.run.main", _raise(error))
+    with pytest.raises(type(error)):
         cli.main(["run", "m", "demo"])
 
 

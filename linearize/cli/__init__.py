@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,22 @@ from linearize import launched, signals
 from linearize.cli.console import error_console, messages, sound_streams
 from linearize.cli.parser import build_parser, parse
 from linearize.errors import LinearizeError
+
+NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|can(no|')t allocate|unable to allocate|failed to map segment",
+    re.IGNORECASE,
+)
+"""What allocators say that raise no MemoryError, and the loader of libraries."""
+OF_THE_MACHINE = {
+    errno.EMFILE: "too many files are open{where}; allow more of them (ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine{where}; close some",
+    errno.ENOMEM: "out of memory{where}; free some",
+    errno.EFBIG: "a file grew larger than it may here{where}; allow it (ulimit -f), or use another file system,",
+    errno.EIO: "the disk answers with an error{where}; look at it (dmesg), or use another one,",
+    errno.EROFS: "the file system is read-only{where}; use another one",
+    errno.ESTALE: "a file on a network drive is gone{where}; mount it again",
+}
+"""Errors that no command is the cause of -> what to say, and to do."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,16 +77,21 @@ def _answered(arguments: list[str]) -> int:
     except BrokenPipeError:  # `linearize recipes | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except MemoryError as error:
-        return _fail(f"out of memory{f' ({error})' if str(error) else ''}; free some and try again", 2)
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
+            raise
+        said = (str(error).strip().splitlines() or [""])[0][:200]
+        return _fail(f"out of memory{f' ({said})' if said else ''}; free some and try again", 2)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:  # wherever a path was looked at first
             name = repr(str(error.filename))
             name = name if len(name) <= 80 else f"{name[:80]}..."
             return _fail(f"{name} is too long for a file or folder here; give a shorter name", 2)
+        where = f" ({error.filename})" if error.filename else ""
+        if error.errno in OF_THE_MACHINE:
+            return _fail(f"{OF_THE_MACHINE[error.errno].format(where=where)} and try again", 2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        where = f" ({error.filename})" if error.filename else ""
         goes_on = "go on with --resume" if arguments[:1] == ["run"] else "try again"
         return _fail(f"the disk is full{where}; free some space and {goes_on}", 2)
 

@@ -144,5 +144,6 @@ def marks(datasets: Mapping[str, Any], measured: Mapping[str, Tensor]) -> dict[s
         datasets: stage -> what `dataset` gives.
         measured: text -> its windows [N, T].
     """
-    found = {f"stages.{name}": digest(text) for name, text in datasets.items()}
+    # passages that come again follow from the text, and take as long to make as many rows to read
+    found = {f"stages.{name}": digest(getattr(text, "dataset", text)) for name, text in datasets.items()}
     return found | {f"eval: {name}": digest([{"input_ids": text}]) for name, text in measured.items()}

@@ -14,6 +14,7 @@ from linearize.export.quantized import check_codes, check_readable
 from linearize.models.boundary import boundary
 from linearize.models.check import check_checkpoint
 from linearize.models.config import causal_class, read_config
+from linearize.models.generation import with_cache
 from linearize.models.rehearsal import check_report, rehearse
 from linearize.models.resolve import resolve
 from linearize.models.sound import check_finite
@@ -61,6 +62,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     check_codes(path, model)
     check_finite(path, model)
     check_rotation(path, model)
+    with_cache(model)
     return model.eval()
 
 

@@ -25,11 +25,13 @@ OF_A_CALL = {
     "return_dict": True,
     "output_attentions": False,
     "output_hidden_states": False,
+    "use_cache": True,
     "output_router_logits": False,
 }
 """Options of one call that a config can hold; saved by chance, they change what calls return, or forbid saving.
 
-The last one adds a loss of load balancing to what transformers makes of labels, which no objective here reads, and
+`Trainer` saves models without a cache, which then read the whole text again for each token that they write. The last
+one adds a loss of load balancing to what transformers makes of labels, which no objective here reads, and
 fails with a cache beside padding.
 """
 

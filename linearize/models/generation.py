@@ -43,6 +43,12 @@ def check_generation(folder: Path) -> None:
             )
 
 
+def with_cache(model: Any) -> None:
+    """Let `generate` keep what it has read, also where a config says not to: training saves that by chance."""
+    if getattr(model.generation_config, "use_cache", None) is False:
+        model.generation_config.use_cache = True
+
+
 def _count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**31
 

@@ -10,6 +10,7 @@ from linearize.errors import CheckpointError, ModelNotFoundError
 from linearize.models.boundary import boundary
 from linearize.models.check import check_checkpoint, dtype_of, has_tokenizer
 from linearize.models.config import causal_class, read_config, refuse_quantized
+from linearize.models.generation import with_cache
 from linearize.models.rehearsal import check_report, rehearse
 from linearize.models.resolve import resolve, resolve_config
 from linearize.models.tokenizer import check_vocabulary, load_tokenizer
@@ -114,6 +115,7 @@ def load_teacher(
         )
     teacher, report = loaded
     check_report(folder, report, teacher)
+    with_cache(teacher)
     if tokenizer is not None and teacher.generation_config.pad_token_id is None:
         teacher.generation_config.pad_token_id = tokenizer.pad_token_id  # else generate() warns at each call
     teacher = teacher.to(device).eval()

@@ -82,6 +82,23 @@ def test_options_of_a_call_that_a_config_holds_by_chance_are_left_out(checkpoint
     model.save_pretrained(checkpoint / "again")  # transformers refuses to, where sdpa is to give attentions
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_model_that_training_saved_without_a_cache_has_one(checkpoint, name):
+    """Otherwise each token that it writes reads the whole text again, converted or not."""
+    edit(checkpoint / name, use_cache=False)
+    if name == "config.json":
+        (checkpoint / "generation_config.json").unlink()
+    model, _ = load_teacher(str(checkpoint))
+    ids = torch.tensor([[1, 2, 3]])
+    made = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, return_dict_in_generate=True
+    )
+    assert made.past_key_values.get_seq_length() == 4
+    model.save_pretrained(checkpoint / "again")
+    kept = json.loads((checkpoint / "again" / "generation_config.json").read_text())
+    assert kept.get("use_cache") is not False
+
+
 @pytest.mark.parametrize(
     "rope",
     [
