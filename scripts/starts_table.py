@@ -7,7 +7,7 @@ from typing import Any
 
 from sheet import ROOT, number
 
-SPEEDS = "bf16, captured"
+SPEEDS = "bf16, compiled, captured"
 """Way of the bench whose tokens/s the tables show: replayed from a CUDA graph, as a run has it."""
 
 
