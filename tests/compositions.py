@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ SMALL = {"dim": 8, "size": 5, "rank": 3, "slots": 4, "within": 13}
 
 HEDGEHOG = {"name": "hedgehog", "dim": 8}
 SLIDING = {"name": "sliding", "size": 5}
+PLAIN = {"feature_map": {"name": "identity"}, "normalizer": {"name": "none"}}
 FIRST = {"first_values": True, "first_rank": 3}
 SKELETONS: list[dict] = [
     {"feature_map": HEDGEHOG},
@@ -124,16 +125,11 @@ VARIANTS: list[dict] = [
         "update": {"name": "delta", "bias": False, "rescales": False},
         "normalizer": {"name": "group_norm", "kind": "rms"},
     },
+    {**PLAIN, "update": {"name": "delta_product", "rank": 3, "bias": False, "rescales": False}},
     {
-        "feature_map": {"name": "identity"},
-        "update": {"name": "delta_product", "rank": 3, "bias": False, "rescales": False},
-        "normalizer": {"name": "none"},
-    },
-    {
-        "feature_map": {"name": "identity"},
+        **PLAIN,
         "gate": {"name": "rwkv7", "rank": 3, "per": "query_head"},
         "update": {"name": "rwkv7", "rank": 3},
-        "normalizer": {"name": "none"},
     },
     {
         "feature_map": {"name": "identity", "scaled": False},
@@ -275,7 +271,7 @@ VARIANTS: list[dict] = [
 """Options that change shapes or paths."""
 
 
-@functools.cache
+@cache
 def registered() -> tuple[dict, ...]:
     """Distinct compositions, each checked."""
     found = [
