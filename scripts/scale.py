@@ -16,6 +16,7 @@ minutes goes on where it ended. `scripts/results/scale_page.py` makes the page a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from scale_steps import TOO_LARGE, Row, length_of
 from scale_steps import options as both
@@ -94,7 +96,7 @@ def _options() -> argparse.Namespace:
         "--sequence", type=int, default=1, help="processes that hold each sequence, of rows of several"
     )
     parser.add_argument("--length", type=int, default=0, help="default: of `bench train`")
-    parser.add_argument("--limit", type=int, default=100, help="seconds that a row may take")
+    parser.add_argument("--limit", type=int, default=200, help="seconds that a row may take")
     parser.add_argument("--again", action="store_true", help="measure what has a row already once more")
     parser.add_argument("--commit", default="", help="of what is measured, for the rows")
     return parser.parse_args()
@@ -236,12 +238,20 @@ def _stop(number: int, *_: Any) -> None:
     """What is stopped leaves nobody on the cards."""
     for process in _started:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            _end(process)
     os._exit(128 + number)
 
 
+def _end(process: subprocess.Popen[str]) -> None:
+    """A launch and whoever it started: processes of a launcher have sessions of their own, and hold its output open."""
+    own = psutil.Process(process.pid)
+    for one in [*own.children(recursive=True), own]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+
+
 class _Alarm:
-    """Ends a process group that says nothing for so many seconds."""
+    """Ends a launch that says nothing for so many seconds."""
 
     def __init__(self, seconds: float, process: subprocess.Popen[str]) -> None:
         self.seconds, self.process, self.rang = seconds, process, False
@@ -259,7 +269,8 @@ class _Alarm:
 
     def _ring(self) -> None:
         self.rang = True
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            _end(self.process)
 
 
 if __name__ == "__main__":
