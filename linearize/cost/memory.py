@@ -10,11 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KEPT = {
+    "arwkv": 16_777, "radlads_rwkv7": 16_841, "lizard": 16_439, "gated_deltaproduct": 16_147, "hedgecats": 15_357,
+    "gdn2": 13_840, "lawcat": 13_249, "gated_delta_window": 10_569, "kda": 10_390, "supra": 9_192,
+    "gated_deltanet": 9_053, "radlads_rwkv6": 8_245, "t2r": 6_155, "lolcats": 5_973,
+}  # fmt: skip
+"""Recipe -> bytes that its mixer keeps a token and layer at q = 576: docs/training.md, saved_bytes.py."""
+MOVED = {
     "arwkv": 22_865, "radlads_rwkv7": 22_865, "lizard": 18_787, "hedgecats": 19_973, "gdn2": 16_928, "lawcat": 15_185,
     "kda": 12_338, "gated_delta_window": 14_105, "supra": 15_380, "gated_deltanet": 12_205, "radlads_rwkv6": 11_325,
     "t2r": 10_003, "lolcats": 5_961,
 }  # fmt: skip
-"""Recipe -> bytes that its mixer keeps a token and layer at q = 576, compiled: docs/training.md, saved_bytes.py."""
+"""The same where torch decides, which is nearer to what passes write and read: what is made again is moved too."""
 UNKNOWN = KEPT["lawcat"]
 """Of a recipe that nobody has measured: the median of the larger ones."""
 KEPT_AT = 576
@@ -40,6 +46,7 @@ class Sizes:
         apart: whether the teacher is a copy of its own, since base weights have changed.
         layers, hidden, inner, query, key: numbers and widths d, f, q, v.
         mixer: bytes that a layer's attention keeps a token.
+        moved: the same, nothing of it made again.
     """
 
     total: int
@@ -57,38 +64,47 @@ class Sizes:
     query: int
     key: int
     mixer: float
+    moved: float
 
 
-def mixer_bytes(recipe: str | None, query: int) -> float:
-    """Bytes a token and layer that attention keeps.
+def mixer_bytes(recipe: str | None, query: int, key: int) -> tuple[float, float]:
+    """Bytes a token and layer that attention keeps, and that it would keep if nothing were made again.
 
     Args:
-        recipe: name; None for softmax, which keeps q, its output, and keys and values of each query head: 8 q.
-        query: width of all query heads, with which it grows.
+        recipe: name; None for softmax, which keeps q, its output, keys and values, and those for each query head where
+            nothing is made again.
+        query, key: widths of all query heads, with which it grows, and of all key heads.
     """
-    return 8.0 * query if recipe is None else KEPT.get(recipe, UNKNOWN) * query / KEPT_AT
+    if recipe is None:
+        return 4.0 * query + 4.0 * key, 8.0 * query
+    grows = query / KEPT_AT
+    return KEPT.get(recipe, UNKNOWN) * grows, MOVED.get(recipe, MOVED["lawcat"]) * grows
 
 
 def block_bytes(sizes: Sizes) -> float:
     """Bytes a token and layer that a compiled block keeps for backward.
 
-    Where base weights train, 4 d each for the residual stream before both norms (float32, as embeddings are), 2 d each
-    for what both norms give, 6 f for gate, up and their product. Where they do not, the residual stream is bfloat16
-    and inputs of frozen products are not kept, but those of adapters: 2 d four times, 4 f. It is what was kept when the
-    peaks were measured that this is held against; less is since, as what norms and activations give is made again.
+    The residual stream before both norms, 4 d each where base weights train (float32, as embeddings are), else 2 d;
+    gate and up, 4 f. What norms and activations give is made again.
     """
+    stream = 8.0 if sizes.base_trained else 4.0
+    return stream * sizes.hidden + sizes.mixer + 4 * sizes.inner
+
+
+def moved_bytes(sizes: Sizes) -> float:
+    """Bytes a token and layer that memory traffic is counted in multiples of: a block's, nothing of it made again."""
     if sizes.base_trained:
-        return 12.0 * sizes.hidden + sizes.mixer + 6 * sizes.inner
-    return 8.0 * sizes.hidden + sizes.mixer + 4 * sizes.inner
+        return 12.0 * sizes.hidden + sizes.moved + 6 * sizes.inner
+    return 8.0 * sizes.hidden + sizes.moved + 4 * sizes.inner
 
 
 def transfer_bytes(sizes: Sizes) -> float:
     """Bytes a token that one layer of attention transfer holds; no graph spans layers.
 
-    What the mixer keeps and as much in gradients, 12 q for the two outputs compared in float32 and 4 d of the stream;
-    or the frozen feed-forward layer, 6 f and 4 d, if that is more.
+    What the mixer moves, kept or in gradients, twice, 12 q for the two outputs compared in float32 and 4 d of the
+    stream; or the frozen feed-forward layer, 6 f and 4 d, if that is more.
     """
-    return max(2 * sizes.mixer + 12.0 * sizes.query, 6.0 * sizes.inner) + 4 * sizes.hidden
+    return max(2 * sizes.moved + 12.0 * sizes.query, 6.0 * sizes.inner) + 4 * sizes.hidden
 
 
 def parts(sizes: Sizes, kind: str, tokens: int, *, checkpointing: bool = False) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Tokens a second of a stage: products at a share of the peak, and memory traffic in multiples of what is kept.
 
-A token takes FLOPs / (PRODUCTS x peak) + TRAFFIC x kept bytes / bandwidth + LAUNCH x kernels / tokens of a micro-step.
+A token takes FLOPs / (PRODUCTS x peak) + TRAFFIC x bytes / bandwidth + LAUNCH x kernels / tokens of a micro-step.
 MFU is what comes out of it, FLOPs / (time x peak) (Chowdhery et al. 2022, arXiv 2204.02311, appendix B). All constants
 are fitted to docs/results/train-h200.json; LAUNCH is the time of a kernel however small. One card of another kind, or a
 model larger than 8B, is extrapolation, and the plan says so.
@@ -9,7 +9,7 @@ model larger than 8B, is extrapolation, and the plan says so.
 from __future__ import annotations
 
 from linearize.cost.cards import Card
-from linearize.cost.memory import Sizes, block_bytes, transfer_bytes
+from linearize.cost.memory import Sizes, moved_bytes, transfer_bytes
 
 PRODUCTS = 0.62
 TRAFFIC = {"transfer": 17.0, "lora": 21.0, "lora_kl": 19.0, "all": 19.0, "all_kl": 22.0}
@@ -33,11 +33,11 @@ def seconds(
         card: where.
         checkpointing: adds a forward pass: a third of the products and of the traffic.
     """
-    kept = transfer_bytes(sizes) if kind == "transfer" else block_bytes(sizes)
+    moved = transfer_bytes(sizes) if kind == "transfer" else moved_bytes(sizes)
     again = 4 / 3 if checkpointing and kind != "transfer" else 1.0
     kind = kind.replace("mixers", "lora")  # of which there are measurements
     products = flops / (PRODUCTS * card.peak)
-    traffic = TRAFFIC[kind] * kept * sizes.layers / card.bandwidth
+    traffic = TRAFFIC[kind] * moved * sizes.layers / card.bandwidth
     return again * (products + traffic) + LAUNCH * KERNELS[kind] * sizes.layers / tokens
 
 

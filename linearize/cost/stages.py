@@ -231,7 +231,12 @@ def sizes_of(model: nn.Module, kind: str, recipe: str | None, teacher: int, *, a
     tables.add(id(head))
     trains = trained(model).values()
     body = [p for p in trains if p.dim() > 1 and id(p) not in own and id(p) not in tables]
-    kept = changed * mixer_bytes(recipe, heads * dim) + (layers - changed) * mixer_bytes(None, heads * dim)
+    key = (getattr(text, "num_key_value_heads", None) or heads) * dim
+    mixed, softmax = mixer_bytes(recipe, heads * dim, key), mixer_bytes(None, heads * dim, key)
+    kept, moved = (
+        (changed * one + (layers - changed) * other) / layers
+        for one, other in zip(mixed, softmax, strict=True)
+    )
     return Sizes(
         total=_count(model),
         teacher=teacher,
@@ -246,8 +251,9 @@ def sizes_of(model: nn.Module, kind: str, recipe: str | None, teacher: int, *, a
         hidden=text.hidden_size,
         inner=_inner(base, text),
         query=heads * dim,
-        key=(getattr(text, "num_key_value_heads", None) or heads) * dim,
-        mixer=kept / layers,
+        key=key,
+        mixer=kept,
+        moved=moved,
     )
 
 

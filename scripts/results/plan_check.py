@@ -36,6 +36,8 @@ GONE = {
     ("a54b486", "gated_delta_window", "transfer", 1024): "before what stands around the attention was compiled",
 }  # fmt: skip
 """Rows of steps that the package no longer makes, and why; later rows of the same stage are held."""
+KEPT_MORE = ("a54b486", "b7e25fd", "62dabdc", "f6c3851", "d6aecf1", "452dbe9")
+"""Commits whose compiled blocks kept for backward what is made again since: the memory of their end-to-end stages."""
 
 Row = dict[str, Any]
 
@@ -81,6 +83,7 @@ def compared(row: Row) -> Row:
     rate = 1 / speed.seconds(sizes, row["stage"], each, tokens, CARDS["h200"])
     rate *= cards * speed.SCALING if cards > 1 else 1
     held = way == "one card" and sequence == 1
+    kept_more = row.get("commit") in KEPT_MORE and row["stage"] != "transfer"
     off_memory, off_time = peak / row["peak_gib"] - 1, row["tokens_per_second"] / rate - 1
     return {
         "shape": row["shape"],
@@ -96,7 +99,7 @@ def compared(row: Row) -> Row:
         "plan, tokens/s": f"{rate:,.0f}" if held else "",
         "time": f"{100 * off_time:+.0f} %" if held else "",
         "note": gone(row),
-        "missed": abs(off_memory) > MEMORY or (held and abs(off_time) > TIME),
+        "missed": (abs(off_memory) > MEMORY and not kept_more) or (held and abs(off_time) > TIME),
     }
 
 
