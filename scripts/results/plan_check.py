@@ -31,11 +31,8 @@ from linearize.eval import tables
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 FILES = ("train-h200.json", "scale-h200x2.json")
 MEMORY, TIME = 0.15, 0.25
-GONE = {
-    ("b7e25fd", "lolcats", "transfer", 32_768): "recorded with a mask [B, 1, T, T]; steps of that size no longer are",
-    ("a54b486", "gated_delta_window", "transfer", 1024): "before what stands around the attention was compiled",
-}  # fmt: skip
-"""Rows of steps that the package no longer makes, and why; later rows of the same stage are held."""
+GONE = ("a54b486", "b7e25fd", "62dabdc", "f6c3851", "d6aecf1", "dd86310")
+"""Commits whose attention transfer was another step: it ran to the model's end, read masks, made gradients of q, k, v."""
 KEPT_MORE = ("a54b486", "b7e25fd", "62dabdc", "f6c3851", "d6aecf1", "452dbe9")
 """Commits whose compiled blocks kept for backward what is made again since: the memory of their end-to-end stages."""
 
@@ -63,7 +60,8 @@ def rows(path: Path) -> list[Row]:
 
 def gone(row: Row) -> str:
     """Why a row is of a step that is no longer made, or nothing."""
-    return GONE.get((row.get("commit", ""), row["recipe"], row["stage"], row["length"]), "")
+    gone = row.get("commit") in GONE and row["stage"] == "transfer"
+    return "a pass to the model's end, with masks and gradients of q, k and v" if gone else ""
 
 
 def compared(row: Row) -> Row:
