@@ -32,7 +32,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 FILES = ("train-h200.json", "scale-h200x2.json")
 MEMORY, TIME = 0.15, 0.25
 GONE = ("a54b486", "b7e25fd", "62dabdc", "f6c3851", "d6aecf1", "dd86310")
-"""Commits whose attention transfer was another step: it ran to the model's end, read masks, made gradients of q, k, v."""
+"""Commits whose attention transfer was another step: to the end of the model, with masks and gradients of q, k, v."""
 KEPT_MORE = ("a54b486", "b7e25fd", "62dabdc", "f6c3851", "d6aecf1", "452dbe9")
 """Commits whose compiled blocks kept for backward what is made again since: the memory of their end-to-end stages."""
 
