@@ -51,7 +51,7 @@ def make_plan(q: Tensor, k: Tensor, a: Tensor, b: Tensor, numbers: list[float]) 
 
 TABLE: dict[int, tuple[int, int, int, int]] = {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)}
 """Widest padded columns of a head -> queries and keys in a tile, warps, stages."""
-SINGLE: dict[int, tuple[int, int, int, int]] = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)}
+SINGLE: dict[int, tuple[int, int, int, int]] = {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)}
 """The same of float32, whose products are three."""
 
 

@@ -119,9 +119,10 @@ class Pieces:
             self._seen = {each: count // 2 for each, count in self._seen.items() if count > 1}
 
     def _worth(self, key: Key) -> bool:
-        if self._full or self._seen[key] <= SEEN:
+        seen = self._seen.get(key, 0)  # none where counting it has halved the counts
+        if self._full or seen <= SEEN:
             return False
-        return len(self._graphs) < MOST or self._seen[key] > OFTEN * self._seen.get(self._rarest(), 0)
+        return len(self._graphs) < MOST or seen > OFTEN * self._seen.get(self._rarest(), 0)
 
     def _rarest(self) -> Key:
         return min(self._graphs, key=lambda key: self._seen.get(key, 0))

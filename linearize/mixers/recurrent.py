@@ -99,7 +99,7 @@ class Recurrent(nn.Module):
         the rule `has_factors`; `inputs` come without values, `state` is empty."""
         position = self._advance(inputs, state)
         stream = self._stream(inputs, position, position, state)
-        q, k = stream.narrow(stream.q, self.update.keys(stream))
+        q, k = stream.narrow(stream.q, self.update.keys(stream), grows=True)
         # differences of sums over a text: float32 would leave few digits of the last ones
         total = None if stream.log_decay is None else summed(stream.log_decay.double())
         return q, k, total

@@ -26,6 +26,8 @@ from linearize.mixers.spec import build
 
 Term = Callable[[], Tensor]
 """[B, T, H] with a graph: a part of what each query's row of weights differs by."""
+Own = Callable[[], tuple[Tensor, Tensor, Tensor, Plain | None]]
+"""See `surgery.LayerCall.shifted`."""
 
 
 def terms(
@@ -42,18 +44,24 @@ def terms(
     plain: Plain | None = None,
     sink: Tensor | None = None,
     first: Tensor | None = None,
+    shifted: Own | None = None,
 ) -> list[Term]:
     """Terms of `kernels.mixing_matrix.compared` between the layer's softmax and the mixer; see `Mixer.chunked`.
 
     Each is computed when it is called, so that the gradient of one may be taken before the next begins. At padding
     they are any finite number.
+
+    Args:
+        shifted: makes the mixer's own q, k, v and `plain` anew at each call, where they are not the layer's.
     """
     beside = Beside(hidden, plain, sink, first)
-    if shows_products(mixer) and not _too_wide(mixer, q, k, v):
+    if shifted is None and shows_products(mixer) and not _too_wide(mixer, q, k, v):
         return [partial(_products, mixer, kind, q, k, v, valid, starts, gaps, beside)]
     masks = {"valid": valid, "starts": starts, "gaps": gaps}
     width, tokens = v.shape[-1], v.shape[1]
-    return [partial(_columns, mixer, kind, q, k, v, at, masks, beside) for at in range(0, tokens, width)]
+    return [
+        partial(_columns, mixer, kind, q, k, v, at, masks, beside, shifted) for at in range(0, tokens, width)
+    ]
 
 
 def shows_products(mixer: Mixer) -> bool:
@@ -154,6 +162,7 @@ def _columns(
     at: int,
     masks: dict[str, Tensor | bool | None],
     beside: Beside,
+    shifted: Own | None,
 ) -> Tensor:
     """Columns `at` to `at + V` of both matrices, of all rows."""
     tokens, width = v.shape[1], v.shape[-1]
@@ -162,6 +171,9 @@ def _columns(
     given = {"valid": masks["valid"], "starts": masks["starts"], "gaps": masks["gaps"]}
     with torch.no_grad():
         teacher = softmax(mixer.shape).chunked(q, k, values, sink=beside.sink, **given)  # type: ignore[arg-type]
+    if shifted is not None:
+        q, k, _, own = shifted()
+        beside = beside._replace(plain=own)
     with _showing(mixer):
         student = mixer.chunked(q, k, values, **given, **beside._asdict())  # type: ignore[arg-type]
     return column_rows(kind, teacher, student)

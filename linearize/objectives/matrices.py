@@ -16,5 +16,5 @@ def terms(call: Any, kind: Kind) -> list[shown.Term]:
         kind: how rows are compared.
     """
     call = getattr(call, "whole", call)  # which queries count says nothing about what is padding
-    masks = {"valid": call.valid, "starts": call.starts, "gaps": call.gaps}
-    return shown.terms(call.mixer, kind, call.q, call.k, call.v, **masks, **call.context)
+    given = {"valid": call.valid, "starts": call.starts, "gaps": call.gaps, "shifted": call.shifted}
+    return shown.terms(call.mixer, kind, call.q, call.k, call.v, **given, **call.context)

@@ -96,6 +96,14 @@ def test_few_shapes_are_kept(graphs):
     assert asked._seen[1, 2, True] < often and sum(asked._seen.values()) <= pieces.REMEMBERED
 
 
+def test_a_length_that_is_new_when_counts_are_halved(graphs, monkeypatch):
+    monkeypatch.setattr(pieces, "REMEMBERED", 2 * pieces.SEEN)
+    asked = pieces.Pieces(True)
+    ask(asked, 1, pieces.REMEMBERED)
+    ask(asked, 2)
+    assert asked._seen == {(1, 1, True): pieces.SEEN} and list(asked._graphs) == [(1, 1, True)]
+
+
 def test_lengths_that_never_come_again_are_not_recorded_again_and_again(graphs):
     asked, dice = pieces.Pieces(True), random.Random(0)
     for _ in range(2000):

@@ -7,6 +7,7 @@ import torch
 from compositions import SHAPES, Draw, label, make, registered
 from torch import Tensor
 
+from linearize.kernels import dispatch
 from linearize.kernels.mixing_matrix import compared
 from linearize.mixers import Mixer, build, shown
 
@@ -105,6 +106,16 @@ def test_gradients_are_those_of_the_definition(name: str) -> None:
         )
         reached += 1
     assert reached and made.shows is False
+
+
+def test_features_that_float16_does_not_hold() -> None:
+    mixer, x = {"feature_map": {"name": "exp"}}, Draw.of(SHAPE, TOKENS, torch.float16)
+    x.k[0, 7] = 12.0
+    with torch.no_grad():
+        with dispatch.kernels("triton"):
+            rows = found(make(mixer, SHAPE, torch.float16), "cross_entropy", x, {})
+        wanted = expected(make(mixer, SHAPE, torch.float64), "cross_entropy", x.apply(Tensor.double), {})
+    torch.testing.assert_close(rows, wanted.to(rows), rtol=1e-2, atol=1e-2)
 
 
 def test_a_teachers_window_and_cap() -> None:
