@@ -136,7 +136,7 @@ def test_items_that_have_changed_are_told(
         at_step(patch, "recover", 2, press_ctrl_c)
         distill.run(str(teacher_folder), asked, out)
     file.write_text(before.replace("mat", "tree"))
-    with pytest.raises(RunFolderError, match="that of eval.tasks: lambada_openai has changed since"):
+    with pytest.raises(RunFolderError, match=r"that of eval\.tasks: lambada_openai has changed since"):
         distill.run(str(teacher_folder), asked, out, resume=True)
     file.write_text(before * 2)  # behind the limit: not read
     with monkeypatch.context() as patch, pytest.raises(runner.RunStopped):
