@@ -65,7 +65,22 @@ def expand(tasks: str | Sequence[str]) -> list[str]:
 
 
 def check_data(tasks: Sequence[str], data_dir: str | Path, limit: int | None = None) -> dict[str, int]:
-    """Read every task's file and check each item's columns, before any model runs.
+    """Read every task's file and check each item's columns, before any model runs. Arguments and errors as `items_of`.
+
+    Returns:
+        task -> number of requests that the model will get (one for each choice of each item).
+    """
+    requests = {}
+    for task, items in items_of(tasks, data_dir, limit).items():
+        choices = "context_options" if "context_options" in _config(task)["metadata"]["columns"] else "choices"
+        requests[task] = sum(len(item.get(choices, [None])) for item in items)
+    return requests
+
+
+def items_of(
+    tasks: Sequence[str], data_dir: str | Path, limit: int | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """The items of tasks, out of their files, every column checked.
 
     Args:
         tasks: names, or "all".
@@ -73,14 +88,14 @@ def check_data(tasks: Sequence[str], data_dir: str | Path, limit: int | None = N
         limit: how many items of a task will be used; None or 0 = all.
 
     Returns:
-        task -> number of requests that the model will get (one for each choice of each item).
+        task -> items.
 
     Raises:
         DataError: folder or file missing, empty, not JSON lines, or an item without a column; names the line.
         LinearizeError: unknown task.
     """
     folder = expanded(str(data_dir))
-    requests: dict[str, int] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for task in expand(tasks):
         config = _config(task)
         columns: dict[str, str] = config["metadata"]["columns"]
@@ -93,10 +108,8 @@ def check_data(tasks: Sequence[str], data_dir: str | Path, limit: int | None = N
             )
         if not stat.S_ISREG(mode_of(path) or 0):
             raise DataError(f"{path} not found: {expected}")
-        items = _read(path, columns, expected)[: limit or None]
-        choices = "context_options" if "context_options" in columns else "choices"
-        requests[task] = sum(len(item.get(choices, [None])) for item in items)
-    return requests
+        found[task] = _read(path, columns, expected)[: limit or None]
+    return found
 
 
 def run_tasks(

@@ -26,7 +26,7 @@ import yaml
 
 from linearize.data.tokens import Tokens
 from linearize.errors import LinearizeError
-from linearize.eval import harness
+from linearize.eval import harness, task_files
 from linearize.eval.intervals import DRAWS, bootstrap, wilson
 from linearize.eval.lm_requests import Share, expected
 from linearize.eval.measurement import Call, Setting, score
@@ -72,19 +72,21 @@ def suite(
         )
     units = []
     for name in chosen:
-        if name in local:
-            harness.check_data([name], data or "", limit)
-        elif name not in known(include):
+        if name not in local and name not in known(include):
             hint = closest(name, [*known(include), *local])
             raise LinearizeError(f"--tasks: lm-eval has no task '{name}'; {hint if 'mean' in hint else HINT}")
         found = published.get(name) if shots is None else shots
-        settings = {
+        settings: dict[str, Any] = {
             "name": name,
             "shots": found,
             "limit": limit,
             "include": None if include is None else str(include),
             "data": str(data) if name in local else None,
         }
+        if name in local:
+            settings["read"] = task_files.of_items([name], data or "", limit)[name]
+        elif include is not None:
+            settings["read"] = task_files.of_folder(include)
         units.append(Unit(TASK, 0, settings))
     return Suite("tasks", "tasks of lm-eval", tuple(units))
 

@@ -38,7 +38,7 @@ def problems(recipe: Recipe, broken: Collection[str] = ()) -> list[str]:
         found += auto_or_count("eval.batch_size", recipe.eval.batch_size)
     for name, stage in recipe.stages.items():
         found += stage_problems(name, stage, recipe, broken)
-    found += _adapters(recipe, broken)
+    found += _adapters(recipe, broken) + _imitated(recipe, broken)
     if len(recipe.stages) > rules.STAGES:
         found.append(f"stages: {len(recipe.stages)} of them; at most {rules.STAGES}")
     return found + _data(recipe, broken) + _tasks(recipe, broken)
@@ -137,6 +137,27 @@ def _adapters(recipe: Recipe, broken: Collection[str]) -> list[str]:
                     f"{paths[1]}.{key}: {shown(value)} is not the {shown(wanted[key])} of {paths[0]}.{key}, and stages "
                     f"share one adapter; give both the same, or let one of them train: [all]"
                 )
+    return found
+
+
+def _imitated(recipe: Recipe, broken: Collection[str]) -> list[str]:
+    """A stage per layer imitates the model's own attention, of which nothing is left once its projections trained."""
+    from linearize import objectives  # late: see _mixer
+
+    if "stages" in broken:
+        return []
+    of_layers, before, found = set(objectives.names("layer")), "", []
+    for name, stage in recipe.stages.items():
+        unknown = {f"stages.{name}.{key}" for key in ("train", "objective")} & set(broken)
+        used = [objective for objective in stage.objective if objective in of_layers]
+        if before and used and not unknown:
+            found.append(
+                f"stages.{name}.objective: {used[0]} imitates the model's own attention, and by then {before} has "
+                f"trained what attention reads, so it would imitate something else; put {name} in front of it, or "
+                "take an objective of the whole model (logits_kl)"
+            )
+        if not before and not unknown and {"lora", "all"} & set(stage.train):
+            before = f"stage '{name}' (train: [{', '.join(stage.train)}])"
     return found
 
 

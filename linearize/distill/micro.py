@@ -2,7 +2,9 @@
 
 A step's gradient is the same whatever that number is: losses are sums over its tokens (or sequences, or pairs), divided
 by those of the whole step. Where memory runs out the step is begun again with half as many, under the same random
-state, and the number stays for the rest of the stage; a checkpoint remembers it.
+state, and the number stays for the rest of the stage; a checkpoint remembers it. A stage whose first pass takes more
+than the others (`passes`: it runs part by part) makes that one with fewer sequences, for nothing but the look, before
+it settles for fewer in all.
 """
 
 from __future__ import annotations
@@ -61,7 +63,11 @@ class MicroBatch:
         self.halved = False
 
     def run(
-        self, batch: dict[str, Tensor], part: Callable[[dict[str, Tensor]], Tensor], undo: Callable[[], Any]
+        self,
+        batch: dict[str, Tensor],
+        part: Callable[[dict[str, Tensor]], Tensor],
+        undo: Callable[[], Any],
+        looks: Callable[[], bool] = lambda: False,
     ) -> Tensor:
         """One optimizer step's passes.
 
@@ -69,6 +75,7 @@ class MicroBatch:
             batch: tensors of all sequences.
             part: forward and backward of some of them; gives their share of the step's losses.
             undo: forgets the gradients of a step that is begun again.
+            looks: whether a pass takes more memory now than those behind it will.
 
         Returns:
             The sum of what `part` gave.
@@ -79,7 +86,7 @@ class MicroBatch:
         """
         shape: tuple[int, int] = tuple(batch["input_ids"].shape)  # type: ignore[assignment]
         rng = state.rng_tensors() if self.found else {}
-        self.halved = False
+        self.halved = looked = False
         while True:
             self.size = self.sizes[shape]
             try:
@@ -88,9 +95,12 @@ class MicroBatch:
                 if not (self.alone and self.found and self.size > 1 and memory.is_out_of_memory(error)):
                     raise
             # out of the handler: its frames, and the tensors in them, are gone
-            undo()
-            memory.release(self.device)
-            state.restore_torch(rng)
+            self._begin_again(undo, rng)
+            if looks() and not looked:
+                self._look(batch, part)
+                self._begin_again(undo, rng)
+                looked = True
+                continue
             self.no_more_than(self.size // 2, shape)
             self.halved = True
             log.warning(
@@ -100,6 +110,32 @@ class MicroBatch:
                 self.sizes[shape],
                 shape[0],
             )
+
+    def _begin_again(self, undo: Callable[[], Any], rng: dict[str, Tensor]) -> None:
+        undo()
+        memory.release(self.device)
+        state.restore_torch(rng)
+
+    def _look(self, batch: dict[str, Tensor], part: Callable[[dict[str, Tensor]], Tensor]) -> None:
+        """The first pass, of as many sequences as fit; its gradients are nobody's."""
+        size = self.size
+        while True:
+            size //= 2
+            try:
+                part({name: tensor[:size] for name, tensor in batch.items()})
+            except Exception as error:
+                if size == 1 or not memory.is_out_of_memory(error):
+                    raise
+            else:
+                break
+            memory.release(self.device)
+        log.info(
+            "stage '%s': the first pass, which takes more memory than the others, was made of %d sequences; the "
+            "others are tried with %d",
+            self.name,
+            size,
+            self.size,
+        )
 
     def _whole(self, batch: dict[str, Tensor], part: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
         total: Tensor | None = None

@@ -82,6 +82,10 @@ class Passes:
         # which would take more memory than the others
         self._looked_at = spread
 
+    def looks(self, batch: dict[str, Tensor]) -> bool:
+        """Whether a pass over it now runs part by part, and takes more memory than the compiled ones behind it."""
+        return self.compiles and not self._looked_at and "attention_mask" not in batch
+
     def __call__(
         self,
         step: DrawnStep,

@@ -23,7 +23,7 @@ from linearize.errors import (
     collected,
     raise_together,
 )
-from linearize.eval import ablation, harness, tables
+from linearize.eval import ablation, harness, tables, task_files
 from linearize.eval.perplexity import perplexity, windows
 from linearize.mixers.offloaded import device_of
 from linearize.progress import Meter
@@ -94,6 +94,10 @@ class Measurer:
         autocast: dtype for the passes, or None for the model's own.
         errors: receives what texts and tasks are refused for, in place of raising the first.
 
+    Attributes:
+        texts: name -> windows [N, T].
+        items: task -> checksum of its items.
+
     Raises:
         DataError: a text is missing or shorter than a window, or a task's file is missing; all before training.
     """
@@ -110,6 +114,7 @@ class Measurer:
         self.tokenizer = tokenizer
         self.autocast = autocast
         self.texts: dict[str, Tensor] = {}
+        self.items: dict[str, str] = {}
         wrong: list[LinearizeError] = [] if errors is None else errors
         with collected(wrong):
             self._read(data.HELD_OUT, recipe.data, tokenizer)
@@ -118,7 +123,8 @@ class Measurer:
                 self._read(name, DataConfig(validation=source, text_field=recipe.data.text_field))
         if self.settings.tasks:
             with collected(wrong):
-                harness.check_data(self.settings.tasks, self.settings.task_data, self.settings.task_limit)
+                given = (self.settings.tasks, self.settings.task_data, self.settings.task_limit)
+                self.items = task_files.of_items(*given)
         if errors is None:
             raise_together(wrong, "evaluation")
 

@@ -153,7 +153,7 @@ class _Job:
         recipe, folder = self.recipe, self.folder
         places = self._places()
         measurer, datasets, seen = processes.first(lambda: self._beforehand(places))
-        found[TEXTS] = alone(lambda: folder.hold_texts(texts.marks(datasets, measurer.texts)))
+        found[TEXTS] = alone(lambda: folder.hold_texts(texts.marks(datasets, measurer)))
         self.trackers = Trackers(recipe, folder.path)
         stack.callback(self.trackers.finish)
         model: Any

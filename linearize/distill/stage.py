@@ -196,6 +196,7 @@ class StageTrainer(Trainer):
                 # a share of the batch is a number of the recording
                 lambda part: self.passes(run, part, num_items_in_batch, draw, phase.batch),
                 undo=self._begin_again,
+                looks=partial(self.passes.looks, batch),
             )
         window_dropout.forget(surgery.converted(self.trained_model) if draw.off else [], draw.off)
         rows = tuple(batch["input_ids"].shape)

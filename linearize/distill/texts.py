@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from linearize import models
 from linearize.config.course import Course
@@ -137,13 +136,14 @@ def dataset(recipe: Recipe, written: Recipe, tokenizer: Any, place: StagePlace) 
     return packed(tokenizer, text, tokens=packed_tokens(text, stage), seed=seed, split="train")
 
 
-def marks(datasets: Mapping[str, Any], measured: Mapping[str, Tensor]) -> dict[str, str]:
-    """What is read -> its checksum: the text of each stage that has not ended, and the texts that are measured on.
+def marks(datasets: Mapping[str, Any], measurer: Measurer) -> dict[str, str]:
+    """What is read -> its checksum: the text of each stage that has not ended, and what is measured on.
 
     Args:
         datasets: stage -> what `dataset` gives.
-        measured: text -> its windows [N, T].
+        measurer: has the texts and items.
     """
     # passages that come again follow from the text, and take as long to make as many rows to read
     found = {f"stages.{name}": digest(getattr(text, "dataset", text)) for name, text in datasets.items()}
-    return found | {f"eval: {name}": digest([{"input_ids": text}]) for name, text in measured.items()}
+    found |= {f"eval: {name}": digest([{"input_ids": text}]) for name, text in measurer.texts.items()}
+    return found | {f"eval.tasks: {task}": mark for task, mark in measurer.items.items()}

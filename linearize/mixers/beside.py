@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,6 +27,12 @@ class Beside(NamedTuple):
     plain: Plain | None = None
     sink: Tensor | None = None
     first: Tensor | None = None
+
+    def each(self, form: Callable[[Tensor], Tensor]) -> Beside:
+        """With a function of every tensor in its place."""
+        plain = None if self.plain is None else (form(self.plain[0]), form(self.plain[1]))
+        hidden, sink, first = (None if x is None else form(x) for x in (self.hidden, self.sink, self.first))
+        return Beside(hidden, plain, sink, first)
 
     def packed(self, by: Packing) -> Beside:
         """With the padding of every row taken to its front."""

@@ -167,16 +167,23 @@ def _columns(
     """Columns `at` to `at + V` of both matrices, of all rows."""
     tokens, width = v.shape[1], v.shape[-1]
     chosen = torch.arange(tokens, device=v.device)[:, None] - at == torch.arange(width, device=v.device)
-    values = chosen.to(v.dtype)[None, :, None].expand(v.shape)
+    exact = _exact(v)
+    q, k, beside = exact(q), exact(k), beside.each(exact)
+    values = chosen.to(exact(v).dtype)[None, :, None].expand(v.shape)
     given = {"valid": masks["valid"], "starts": masks["starts"], "gaps": masks["gaps"]}
     with torch.no_grad():
         teacher = softmax(mixer.shape).chunked(q, k, values, sink=beside.sink, **given)  # type: ignore[arg-type]
     if shifted is not None:
         q, k, _, own = shifted()
-        beside = beside._replace(plain=own)
+        q, k, beside = exact(q), exact(k), beside._replace(plain=own).each(exact)
     with _showing(mixer):
         student = mixer.chunked(q, k, values, **given, **beside._asdict())  # type: ignore[arg-type]
     return column_rows(kind, teacher, student)
+
+
+def _exact(v: Tensor) -> Callable[[Tensor], Tensor]:
+    """In what a matrix is computed whose columns come in the dtype of v: float16 ends at 6e-8, and weights do not."""
+    return torch.Tensor.float if v.dtype == torch.float16 else lambda x: x
 
 
 def column_rows(kind: Kind, teacher: Tensor, student: Tensor) -> Tensor:

@@ -141,6 +141,12 @@ def test_stages_that_share_an_adapter_agree_on_it():
     assert again.stages["again"].lora.rank == again.stages["recover"].lora.rank
 
 
+def test_layers_are_imitated_as_long_as_nothing_but_mixers_has_trained():
+    between = ["stages.recover.train=[mixers]", "~stages.recover.lora"]
+    again = compose("lolcats", [*between, "stages.again={objective: attention_output, tokens: 20000}"])
+    assert list(again.stages) == ["transfer", "recover", "again"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -163,6 +169,15 @@ def test_stages_that_share_an_adapter_agree_on_it():
             "stages.again.lora.targets: ['q', 'v'] is",
         ),
         ([f"stages.again={AGAIN}", "stages.again.lora.merge=false"], "stages.again.lora.merge: false is not"),
+        (
+            ["stages.again={objective: attention_output, tokens: 20000}"],
+            "stages.again.objective: attention_output imitates the model's own attention, and by then stage 'recover' "
+            "(train: [lora]) has trained",
+        ),
+        (
+            ["stages.recover.train=[all]", "~stages.recover.lora", "stages.again={objective: mixing_matrix}"],
+            "stages.again.objective: mixing_matrix imitates",
+        ),
         (["stages.recover.train=[loras]"], "did you mean 'lora'?"),
         (["stages.recover.train=[]"], "stages.recover.train: empty"),
         (["stages.recover.lora.targets=[q,q]"], "names 'q' twice"),

@@ -20,6 +20,7 @@ from linearize.config.schema import Recipe, StageDataConfig
 from linearize.config.semantics import problems
 from linearize.distill import answers, placing, runner, stages
 from linearize.errors import RecipeError, RunFolderError
+from linearize.eval import harness
 
 VOCABULARY = 259
 
@@ -117,6 +118,29 @@ def test_a_text_that_has_changed_is_told(
     assert times
     text.write_text(before)
     with pytest.raises(RunFolderError, match="another text"):
+        distill.run(str(teacher_folder), asked, out, resume=True)
+
+
+def test_items_that_have_changed_are_told(
+    teacher_folder: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of one results.json are of the same items of a task."""
+    pytest.importorskip("lm_eval")
+    scored = replace(recipe.eval, tasks=["lambada_openai"], task_data=str(tmp_path), task_limit=1)
+    asked, out = replace(recipe, eval=scored), tmp_path / "run"
+    file = tmp_path / "lambada_openai.jsonl"
+    before = '{"context": "the cat sat on the", "continuation": "mat"}\n'
+    file.write_text(before)
+    with monkeypatch.context() as patch, pytest.raises(runner.RunStopped):
+        patch.setattr(harness, "run_tasks", lambda *x, **y: {"lambada_openai": {"acc": 0.5}})
+        at_step(patch, "recover", 2, press_ctrl_c)
+        distill.run(str(teacher_folder), asked, out)
+    file.write_text(before.replace("mat", "tree"))
+    with pytest.raises(RunFolderError, match=r"that of eval\.tasks: lambada_openai has changed since"):
+        distill.run(str(teacher_folder), asked, out, resume=True)
+    file.write_text(before * 2)  # behind the limit: not read
+    with monkeypatch.context() as patch, pytest.raises(runner.RunStopped):
+        at_step(patch, "recover", 3, press_ctrl_c)
         distill.run(str(teacher_folder), asked, out, resume=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from linearize import cli, config, distill
 from linearize.config.check import check
 from linearize.config.schema import Recipe, StageConfig, TeacherConfig
 from linearize.distill import memory
+from linearize.distill.blocks import Blocks
 from linearize.distill.continuing import changes
 from linearize.distill.finetune import FinetuneTrainer
 from linearize.distill.memory import Fitting
@@ -153,6 +155,57 @@ def test_a_given_number_stays_and_the_remedy_is_auto(
     with pytest.raises(memory.OutOfMemoryError, match=r"--resume stages\.transfer\.micro_batch=auto"):
         distill.run(str(teacher_folder), recipe, tmp_path / "run")
     assert asked == [4]
+
+
+@pytest.mark.parametrize(
+    ("first", "most", "looks", "size"), [(3, 8, [4, 2], 8), (3, 4, [4, 2], 4), (0, 8, [4, 2, 1], 0)]
+)
+def test_a_first_pass_that_takes_more_memory_than_the_others_does_not_decide(
+    first: int,
+    most: int,
+    looks: list[int],
+    size: int,
+    teacher_folder: Path,
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: Any,
+) -> None:
+    """It is made of fewer sequences, for nothing but the look; the step is the one that it would have been.
+
+    Args:
+        first: sequences that the device holds in the pass that runs part by part.
+        most: in the others.
+        looks: sizes that are tried for the look.
+        size: what the stage goes on with; 0: not one fits.
+    """
+    recipe.stages = {"recover": recipe.stages["recover"]}
+    recipe.run.compile = "always"
+    monkeypatch.setattr(Blocks, "compiled", lambda self: nullcontext())
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe.stages["recover"], "micro_batch", size or 8)
+        distill.run(str(teacher_folder), recipe, tmp_path / "plain")
+    own, asked = FinetuneTrainer.micro_step, []
+
+    def micro_step(self: Any, model: Any, batch: Any, count: Any) -> Tensor:
+        asked.append(len(batch["input_ids"]))
+        values = own(self, model, batch, count)
+        if asked[-1] > (most if self.passes._looked_at else first):
+            raise FULL
+        return values
+
+    monkeypatch.setattr(FinetuneTrainer, "micro_step", micro_step)
+    if not size:
+        with pytest.raises(memory.OutOfMemoryError, match=r"in stage 'recover', step 1 \(2.50 GiB"):
+            distill.run(str(teacher_folder), recipe, tmp_path / "found")
+        assert asked == [8, *looks]
+        return
+    with caplog.at_level("INFO", logger="linearize"):
+        distill.run(str(teacher_folder), recipe, tmp_path / "found")
+    halved = [8] if size < 8 else []
+    assert asked == [8, *looks, *halved, *5 * (8 // size) * [size]]
+    assert lines(tmp_path / "found") == lines(tmp_path / "plain")
+    assert "the first pass, which takes more memory than the others, was made of 2 sequences" in caplog.text
 
 
 @pytest.mark.gpu

@@ -142,6 +142,33 @@ def test_published_shots_and_unknown_tasks(tasks):
         named(tasks, "piqa", data=tasks)
 
 
+def test_scores_are_of_the_files_that_were_read(tasks, tmp_path, tmp_path_factory):
+    """Items, or a task's own definition, that have changed since are another measurement; a copy is none."""
+    first = named(tasks, "mine_a")
+    assert named(tasks, "mine_a") == first
+    items = tasks / "items.jsonl"
+    whole = items.read_text()
+    items.write_text(whole.replace("red dog", "red cat"))
+    assert named(tasks, "mine_a") != first
+    items.write_text(whole)
+    assert named(tasks, "mine_a") == first
+    elsewhere = tmp_path_factory.mktemp("data") / "items.jsonl"
+    elsewhere.write_text(whole)
+    task = tasks / "mine_a.yaml"
+    task.write_text(task.read_text().replace(str(items), str(elsewhere)) + "process_docs: !function f.f\n")
+    there = named(tasks, "mine_a")
+    elsewhere.write_text(whole + "\n")
+    assert named(tasks, "mine_a") not in (there, first)
+    local = {"query": "the cat", "choices": CHOICES, "gold": 1}
+    for limit, same in ((1, True), (0, False)):  # what a limit leaves out is not read
+        read = []
+        for last in ("sat", "ran"):
+            lines = [local, {**local, "query": f"the cat {last}"}]
+            (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, lines)))
+            read.append(named(None, "piqa", data=tmp_path, limit=limit))
+        assert (read[0] == read[1]) == same
+
+
 def test_a_folder_of_tasks_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(LinearizeError, match=r"--include-path: no folder '.*gone'"):
         named(tmp_path / "gone", "mine")

@@ -118,6 +118,33 @@ def test_features_that_float16_does_not_hold() -> None:
     torch.testing.assert_close(rows, wanted.to(rows), rtol=1e-2, atol=1e-2)
 
 
+def test_weights_that_float16_does_not_hold() -> None:
+    """A token that the teacher looks at and the student hardly sees: 1e-8 is no 1e-12, at which its loss would end."""
+    mixer, x = (
+        {"feature_map": {"name": "exp"}, "window": {"name": "sliding", "size": 5}},
+        Draw.of(SHAPE, TOKENS, torch.float16),
+    )
+    x.k[:, 7], x.q[:] = -18.0, -x.q.abs()
+    with torch.no_grad():
+        with dispatch.kernels("triton"):
+            rows = found(make(mixer, SHAPE, torch.float16), "cross_entropy", x, {})
+        wanted = expected(make(mixer, SHAPE, torch.float64), "cross_entropy", x.apply(Tensor.double), {})
+    assert 15 < wanted.max() < 25, "the loss of a weight between 1e-7 and 1e-12"
+    torch.testing.assert_close(rows, wanted.to(rows), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_float16_makes_every_kind_of_matrix(name: str) -> None:
+    mixer, kind, _ = TRAINED[name]
+    x, given = Draw.of(SHAPE, TOKENS, torch.float16), masks()
+    made, exact = (make(mixer, SHAPE, dtype) for dtype in (torch.float16, torch.float64))
+    exact.load_state_dict(made.state_dict())
+    made.branch_off = exact.branch_off = "window" if name.endswith("off") else None
+    with torch.no_grad():
+        rows, wanted = found(made, kind, x, given), expected(exact, kind, x.apply(Tensor.double), given)
+    torch.testing.assert_close(rows[given["valid"]], wanted[given["valid"]].to(rows), rtol=2e-2, atol=2e-2)
+
+
 def test_a_teachers_window_and_cap() -> None:
     shape = SHAPES["capped"]
     made = make({"feature_map": HEDGEHOG}, shape, torch.float64)
