@@ -1,10 +1,22 @@
-"""Connections that stand still: no request is waited for for ever, and no client that does not read its answer."""
+"""Connections: what is no HTTP is told so, nothing is waited for for ever, and no client that does not read its answer."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
+import h11
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from linearize.serve.answers import as_json
+from linearize.serve.metrics import Metrics
+from linearize.serve.refusal import Refusal
+
+LONGEST_HEAD = 2**16
+"""Bytes of a request's head."""
+TOLD = "linearize.told"
+"""Name in a request's scope of the status that its client was told before the endpoint could say one."""
 HEAD = 30.0
 """Seconds that the head of a request may take, counted from the connection's first byte or the answer before."""
 UNREAD = 30.0
@@ -49,3 +61,48 @@ def drop(connections: Iterable[Any]) -> None:
     """Close connections at once, as if their clients had gone: what runs for them ends by itself."""
     for connection in list(connections):
         connection.transport.abort()
+
+
+def protocol(metrics: Metrics) -> type[H11Protocol]:
+    """uvicorn's connections, except that requests which HTTP itself refuses get OpenAI's error object, and are counted.
+
+    uvicorn answers them with a line of text, and with an error in its log where another answer has been given already
+    (a body of chunks that goes wrong behind a 413).
+
+    Args:
+        metrics: to count in.
+    """
+
+    class Connection(H11Protocol):
+        def send_400_response(self, msg: str) -> None:
+            error = sys.exception()  # of h11; uvicorn hands on a word of its own
+            answers = self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE)
+            if answers:
+                status = getattr(error, "error_status_hint", 400)
+                reason = str(error or msg).partition(": bytearray")[0][:200]
+                refusal = Refusal(
+                    status,
+                    f"this is no request of HTTP/1.1: {reason}; heads have at most {LONGEST_HEAD:,} bytes, and there "
+                    "is no TLS here",
+                )
+                if self.cycle is not None and not self.cycle.response_complete:
+                    self.cycle.scope[TOLD] = status  # type: ignore[typeddict-unknown-key]
+                else:
+                    metrics.requests.labels("other", str(status)).inc()
+                self._say(refusal)
+            self.transport.close()
+
+        def _say(self, refusal: Refusal) -> None:
+            body = as_json(refusal.body())
+            headers = [
+                ("content-type", "application/json"),
+                ("content-length", str(len(body))),
+                ("connection", "close"),
+            ]
+            head = h11.Response(
+                status_code=refusal.status, headers=headers, reason=STATUS_PHRASES[refusal.status]
+            )
+            for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+
+    return Connection
