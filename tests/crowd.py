@@ -12,8 +12,8 @@ from serving import CHAT, COMPLETIONS
 
 GARBAGE = (b"", b"{", b"[]", b"\xff\xfe\x00", b'{"prompt": "a"', b"null", b"[" * 200, b'"\xed\xa0\x80"')
 WRONG: tuple[dict[str, Any], ...] = (
-    {"temperature": 9}, {"max_tokens": 0}, {"prompt": ""}, {"prompt": [10**9]}, {"n": -1}, {"stop": 5}, {"prompt": "a\ud800"},
-    {"tools": [{}]}, {"zzz": 1},
+    {"temperature": 9}, {"max_tokens": 0}, {"prompt": ""}, {"prompt": [10**9]}, {"n": -1}, {"stop": 5},
+    {"prompt": "a\ud800"}, {"tools": [{}]}, {"zzz": 1},
 )  # fmt: skip
 
 
