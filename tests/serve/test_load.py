@@ -10,6 +10,7 @@ import asyncio
 import gc
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -32,8 +33,11 @@ openai = pytest.importorskip("openai")
 
 TOKENS = 5
 PROMPTS = [("The river " * 7)[start : start + 3 + 5 * start] for start in range(10)]
-MOST = {"memory": 8 * 2**20, "files": 4, "threads": 1}
-"""Between the smallest and the largest of what is held, the first turn left out."""
+GROWTH = {"memory": 8 * 2**20, "files": 2, "threads": 1}
+"""Of the least that is held in the later half of a load over the least in the earlier one.
+
+What is held goes up and down by some megabytes, with what an allocator keeps for later; what leaks raises the least.
+"""
 
 
 def held(process: int) -> dict[str, int]:
@@ -126,9 +130,10 @@ def load(client: Client, process: int, model: Any, count: int, turns: int) -> No
     assert sum(value for name, value in found.items() if "texts_total" in name) == sum(ended.values())
     assert ended["length"] + ended["stop"] >= kinds["whole"] + kinds["streams"]
     assert answered(found, 200) <= sum(ended.values()) <= count - answered(found, 400) - kinds["half a body"]
-    for what, most in MOST.items():
-        values = [each[what] for each in weighed[1:] if each]
-        assert max(values, default=0) - min(values, default=0) <= most, (what, weighed)
+    for what, most in GROWTH.items():
+        values = [each[what] for each in weighed if each]
+        earlier, later = values[: len(values) // 2], values[len(values) // 2 :]
+        assert min(later, default=0) - min(earlier, default=0) <= most, (what, values)
 
 
 def by_process(folder: Path, count: int, turns: int) -> None:
@@ -136,6 +141,7 @@ def by_process(folder: Path, count: int, turns: int) -> None:
     model = byte_model([1])
     export.save(model, folder, tokenizer=chatting())
     process = Process(folder, "--port", 0, "--slots", 32, "--queue", 100)
+    shutil.rmtree(folder)  # what is served has been read
     try:
         load(process.client, process.process.pid, model, count, turns)
     finally:
@@ -148,12 +154,12 @@ def recorded(monkeypatch, count: int) -> None:
     model, graphs = byte_model("all"), on_cpu(monkeypatch, Card(), words=259)
     with served(model, slots=32, queue=100) as client:
         client.served.slots._reading._pieces._records = True
-        load(client, os.getpid(), model, count, 2)
+        load(client, os.getpid(), model, count, 4)
     assert len(graphs) > 3 and sum(graph.replays for graph in graphs) > count // 6
 
 
 def test_hundreds_of_requests(tmp_path):
-    by_process(tmp_path / "tiny", 200, 2)
+    by_process(tmp_path / "tiny", 200, 4)
 
 
 def test_hundreds_of_requests_in_recorded_pieces(monkeypatch):
@@ -176,4 +182,4 @@ def test_a_thousand_requests_on_a_card():
     """Steps and pieces of prompts are CUDA graphs there."""
     model = byte_model("all").cuda()
     with served(model, slots=32, queue=100) as client:
-        load(client, os.getpid(), model, 1_000, 2)
+        load(client, os.getpid(), model, 1_000, 4)
