@@ -115,7 +115,7 @@ def protocol(metrics: Metrics) -> type[H11Protocol]:
             """Say so, unless another answer has been given already, and close."""
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 if self.cycle is not None and not self.cycle.response_complete:
-                    self.cycle.scope[TOLD] = refusal.status  # type: ignore[typeddict-unknown-key]
+                    self.cycle.scope[TOLD] = refusal.status  # type: ignore[literal-required]
                 else:
                     metrics.requests.labels("other", str(refusal.status)).inc()
                 self._say(refusal)
