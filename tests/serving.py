@@ -1,13 +1,19 @@
-"""A server in a thread of the test's process, and a client that speaks plain HTTP."""
+"""A server in a thread of the test's process or in one of its own, and a client that speaks plain HTTP."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import os
+import re
 import string
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import tiny
@@ -21,6 +27,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def byte_model(layers: Any = "all", seed: int = 0) -> Any:
@@ -84,6 +91,34 @@ class Client:
         """A line of the metrics; 0 where it is not there yet."""
         lines = self.ask("/metrics")[2].splitlines()
         return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + " ")), 0.0)
+
+
+class Process:
+    """The command in a process of its own, started as from a terminal."""
+
+    def __init__(self, *arguments: object) -> None:
+        restore = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        code = f"{restore}; import sys; from linearize import cli; sys.exit(cli.main())"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, "serve", *map(str, arguments)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        assert self.process.stderr is not None
+        self.said = self.process.stderr.readline()
+        found = re.search(r"http://127\.0\.0\.1:(\d+)/v1", self.said)
+        assert found, self.said + self.process.stderr.read()
+        self.client = Client(int(found[1]))
+
+    def stop(self, number: int) -> tuple[int, str, float]:
+        """Exit code, what was said after the first line, and how long it took."""
+        began = time.monotonic()
+        self.process.send_signal(number)
+        _, said = self.process.communicate(timeout=300)
+        return self.process.returncode, said, time.monotonic() - began
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from linearize.cli.console import messages
 
 ROOT = Path(__file__).resolve().parent.parent
 SAYS = """
@@ -34,6 +37,16 @@ def said(arguments: list[str], shell: str, **environment: str) -> tuple[int, str
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment},
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
+
+
+def test_libraries_are_quiet_before_a_command_imports_them():
+    """torchao warns of each of its libraries that is not for this machine, transformers imports it."""
+    loud = [logging.getLogger(name) for name in ("torchao", "torchao.float8", "torch.utils._pytree")]
+    for log in loud:
+        log.setLevel(logging.NOTSET)
+    with messages():
+        assert not any(log.isEnabledFor(logging.WARNING) for log in loud)
+    assert all(log.isEnabledFor(logging.ERROR) for log in loud)
 
 
 @pytest.mark.parametrize("shell", ["2>/dev/full", "2>&-", "2>/dev/null"])

@@ -69,6 +69,10 @@ def sound_streams() -> None:
                 sys.stderr = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True)
 
 
+CHATTY = ("accelerate", "huggingface_hub", "peft", "torch.utils._pytree", "torchao")
+"""Libraries whose warnings nobody who runs a command can do anything about; torchao's come when it is imported."""
+
+
 class _Lines(logging.Handler):
     """Messages of the package's loggers as plain lines, above a progress bar where one is shown."""
 
@@ -78,10 +82,14 @@ class _Lines(logging.Handler):
 
 @contextmanager
 def messages() -> Iterator[None]:
-    """Inside, what the package reports (a download, a conversion, a text that is read twice) goes to standard error."""
+    """Inside, what the package reports (a download, a conversion, a text that is read twice) goes to standard error.
+
+    What libraries say below an error is hidden from here on, see `quiet_libraries`.
+    """
     # of several processes the first one speaks for all
     log, lines = logging.getLogger("linearize"), _Lines(logging.INFO if launched.first() else logging.ERROR)
     level = log.level
+    _hush()  # whichever of a command's imports brings them in
     log.addHandler(lines)
     log.setLevel(min(level or logging.INFO, logging.INFO))
     try:
@@ -99,8 +107,7 @@ def quiet_libraries() -> None:
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    for name in ("accelerate", "huggingface_hub", "peft", "torch.utils._pytree", "torchao"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    _hush()  # the hub's sets its own level when it is imported
     hub_bars = sys.stderr.isatty() and not are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()  # the hub's as well
     if hub_bars:
@@ -110,6 +117,11 @@ def quiet_libraries() -> None:
     if not sys.warnoptions:
         for category in (FutureWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category)
+
+
+def _hush() -> None:
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def size(count: float) -> str:

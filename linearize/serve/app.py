@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from linearize.registry import closest
 from linearize.serve.answers import as_json
 from linearize.serve.asked import Reader
+from linearize.serve.connections import TOLD
 from linearize.serve.fields import parsed
 from linearize.serve.job import Job, deadline
 from linearize.serve.metrics import Metrics
@@ -163,7 +164,7 @@ class Counted:
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self.metrics.requests.labels(path, str(message["status"])).inc()
+                self.metrics.requests.labels(path, str(scope.get(TOLD, message["status"]))).inc()
             await send(message)
 
         if path not in OPEN and not self._may(scope):

@@ -1,10 +1,24 @@
-"""Connections that stand still: no request is waited for for ever, and no client that does not read its answer."""
+"""Connections: so many and no more, what is no HTTP is told so, and none that stands still is waited for for ever."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
+import h11
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from linearize.serve.answers import as_json
+from linearize.serve.metrics import Metrics
+from linearize.serve.refusal import Refusal
+
+LONGEST_HEAD = 2**16
+"""Bytes of a request's head."""
+SPARE = 64
+"""Files that a process has open beside its connections, generously."""
+TOLD = "linearize.told"
+"""Name in a request's scope of the status that its client was told before the endpoint could say one."""
 HEAD = 30.0
 """Seconds that the head of a request may take, counted from the connection's first byte or the answer before."""
 UNREAD = 30.0
@@ -49,3 +63,78 @@ def drop(connections: Iterable[Any]) -> None:
     """Close connections at once, as if their clients had gone: what runs for them ends by itself."""
     for connection in list(connections):
         connection.transport.abort()
+
+
+def most() -> int | None:
+    """How many connections there may be, so that files are left for everything else; None where nothing says."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if files == resource.RLIM_INFINITY else max(files - SPARE, 1)
+
+
+def protocol(metrics: Metrics) -> type[H11Protocol]:
+    """uvicorn's connections, except that what never comes to an endpoint gets OpenAI's error object, and is counted.
+
+    uvicorn answers requests that HTTP itself refuses with a line of text, and with an error in its log where another
+    answer has been given already (a body of chunks that goes wrong behind a 413). Where all files that a process may
+    open are taken by connections, nobody is told anything, and asyncio's log fills with tracebacks.
+
+    Args:
+        metrics: to count in.
+    """
+    limit = most()
+
+    class Connection(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if limit is not None and len(self.connections) > limit:
+                self._refuse(
+                    Refusal(
+                        503,
+                        f"{limit:,} connections are open, as many as this process may have; try again later, or raise "
+                        "`ulimit -n` where the server is started",
+                        retry=1,
+                    )
+                )
+
+        def send_400_response(self, msg: str) -> None:
+            error = sys.exception()  # of h11; uvicorn hands on a word of its own
+            reason = str(error or msg).partition(": bytearray")[0][:200]
+            self._refuse(
+                Refusal(
+                    getattr(error, "error_status_hint", 400),
+                    f"this is no request of HTTP/1.1: {reason}; heads have at most {LONGEST_HEAD:,} bytes, and there "
+                    "is no TLS here",
+                )
+            )
+
+        def _refuse(self, refusal: Refusal) -> None:
+            """Say so, unless another answer has been given already, and close."""
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                if self.cycle is not None and not self.cycle.response_complete:
+                    self.cycle.scope[TOLD] = refusal.status  # type: ignore[literal-required]
+                else:
+                    metrics.requests.labels("other", str(refusal.status)).inc()
+                self._say(refusal)
+            self.transport.close()
+
+        def _say(self, refusal: Refusal) -> None:
+            body = as_json(refusal.body())
+            headers = {
+                "Content-Type": "application/json",
+                "Content-Length": str(len(body)),
+                "Connection": "close",
+                **refusal.headers,
+            }
+            head = h11.Response(
+                status_code=refusal.status,
+                headers=list(headers.items()),
+                reason=STATUS_PHRASES[refusal.status],
+            )
+            for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+
+    return Connection

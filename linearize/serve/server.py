@@ -20,7 +20,7 @@ from linearize.decode.reach import furthest
 from linearize.decode.slots import Slots
 from linearize.serve.app import Service, build
 from linearize.serve.asked import Limits, Reader
-from linearize.serve.connections import Patience, drop
+from linearize.serve.connections import LONGEST_HEAD, Patience, drop, protocol
 from linearize.serve.metrics import Metrics
 from linearize.serve.scheduler import Scheduler
 from linearize.serve.settings import Settings, taken
@@ -71,7 +71,7 @@ class Served:
         self.slots.prepare()
         rows = model.get_input_embeddings().weight.shape[0]
         reader = Reader(tokenizer, rows, settings.name, limits)
-        metrics = Metrics(settings.slots, self.slots.bytes)
+        self._metrics = metrics = Metrics(settings.slots, self.slots.bytes)
         on_gpu = self.slots.device.type == "cuda"
         self.piece = settings.piece or (2048 if on_gpu else 512)
         if on_gpu:
@@ -113,7 +113,8 @@ class Served:
             server_header=False,
             backlog=BACKLOG,
             # not whatever happens to be installed: it decides about limits of heads, and what is told of bad ones
-            http="h11",
+            http=protocol(self._metrics),
+            h11_max_incomplete_event_size=LONGEST_HEAD,
             ws="none",
             timeout_graceful_shutdown=round(self.settings.grace + 2 * LAST_WORDS),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 
@@ -17,7 +18,9 @@ from serving import CHAT, COMPLETIONS, byte_model, chatting, expected, served
 from linearize.decode.row_choice import Wish
 from linearize.decode.sampling import Sampling
 from linearize.errors import LinearizeError
+from linearize.serve.asked import Limits, Reader
 from linearize.serve.connections import Patience
+from linearize.serve.refusal import Refusal
 from linearize.serve.settings import Settings, bound
 
 HALF = "\ud800"
@@ -164,6 +167,98 @@ def test_heads_that_never_end_are_not_waited_for(model):
                 pass
             connection.close()
         assert client.text("a", 3)
+
+
+def spoken(port: int, *parts: bytes) -> tuple[int, dict, bytes]:
+    """Status and object of the first answer to bytes, sent one part behind the other, and what came after it."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        got = b""
+        for part in parts:
+            connection.sendall(part)
+            while b"}" not in got:
+                got += connection.recv(10_000)
+        head, _, rest = got.partition(b"\r\n\r\n")
+        length = int(re.search(rb"content-length: (\d+)", head.lower())[1])
+        return int(head.split()[1]), json.loads(rest[:length]), rest[length:]
+
+
+CHUNKED = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+
+
+@pytest.mark.parametrize(
+    "sent, status, word",
+    [
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 70_000, 431, "65,536 bytes"),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X: a\r\n" * 15_000, 431, "65,536 bytes"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400, "no TLS here"),
+        (b"GET /" + b"\xff" * 500 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 400, "illegal request line"),
+        (b"GET /health HTTP/1.1\r\n\r\n", 400, "Host"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400, "Content-Length"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n", 501, "Transfer-Encoding"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_what_is_no_http_is_told_so(client, sent, status, word, caplog):
+    """By the error object, as everything else, and counted; the next one is served."""
+    name = f'linearize_requests_total{{endpoint="other",status="{status}"}}'
+    before = client.number(name)
+    found, body, rest = spoken(client.port, sent)
+    assert (found, rest) == (status, b"") and word in body["error"]["message"], body
+    assert set(body["error"]) == {"message", "type", "param", "code"} and len(body["error"]["message"]) < 400
+    assert client.number(name) == before + 1 and not caplog.records
+
+
+def test_a_body_that_goes_wrong_is_one_request(client, caplog):
+    """Before an answer, and behind one that did not wait for it, where nothing more can be said."""
+    names = [f'linearize_requests_total{{endpoint="{path}",status="400"}}' for path in (COMPLETIONS, "other")]
+    before = [client.number(name) for name in names]
+    assert spoken(client.port, CHUNKED + b"no number\r\n")[0] == 400
+    until(lambda: client.number(names[0]) == before[0] + 1)
+    told = spoken(client.port, CHUNKED.replace(b"/v1", b"/v2"), b"no number\r\n")
+    assert told[0] == 404 and told[2] == b""
+    until(lambda: not client.served._server.server_state.tasks)
+    assert [client.number(name) for name in names] == [before[0] + 1, before[1]] and not caplog.records
+
+
+def test_more_connections_than_there_are_files(model, monkeypatch, caplog):
+    from linearize.serve import connections
+
+    assert connections.most() is None or connections.most() > 0
+    monkeypatch.setattr(connections, "most", lambda: 2)
+    with served(model) as client:
+        made = [socket.create_connection(("127.0.0.1", client.port)) for _ in range(2)]
+        until(lambda: len(client.served._server.server_state.connections) == 2)
+        status, headers, found = client.ask("/health")
+        assert status == 503 and headers["retry-after"] == "1"
+        assert "2 connections are open" in found["error"]["message"]
+        made.pop().close()
+        until(lambda: len(client.served._server.server_state.connections) == 1)
+        assert client.number('linearize_requests_total{endpoint="other",status="503"}') == 1
+        made.pop().close()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ nobody.knows }}", "undefined"),
+        ("{% for m in messages %}", "Unexpected end of template"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "Recursion"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{# nothing of it #}", "does not write"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_templates_that_refuse_or_fail(template, words):
+    """What a template says reaches the client; it is no mistake of this server's."""
+    tokenizer = chatting()
+    tokenizer.chat_template = template
+    reader = Reader(tokenizer, 259, "tiny", Limits(40, 30, 70, 4000, 1))
+    with pytest.raises(Refusal) as refused:
+        reader.read({"messages": [{"role": "system", "content": "be brief"}, USER]}, chat=True)
+    assert refused.value.status == 400 and words in refused.value.message
 
 
 def test_how_long_a_connection_may_stand():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,12 +15,10 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 
-from serving import COMPLETIONS, Client, byte_model, chatting
+from serving import COMPLETIONS, Process, byte_model, chatting
 
 from linearize import cli, export
 from linearize.serve import through_vllm
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -30,34 +26,6 @@ def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     export.save(byte_model("all"), folder, tokenizer=chatting())
     return folder
-
-
-class Process:
-    """The command in a process of its own, started as from a terminal."""
-
-    def __init__(self, *arguments: object) -> None:
-        restore = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-        code = f"{restore}; import sys; from linearize import cli; sys.exit(cli.main())"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, "serve", *map(str, arguments)],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
-        assert self.process.stderr is not None
-        self.said = self.process.stderr.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)/v1", self.said)
-        assert found, self.said + self.process.stderr.read()
-        self.client = Client(int(found[1]))
-
-    def stop(self, number: int) -> tuple[int, str, float]:
-        """Exit code, what was said after the first line, and how long it took."""
-        began = time.monotonic()
-        self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=300)
-        return self.process.returncode, said, time.monotonic() - began
 
 
 def test_running_texts_end_and_then_it_stops(checkpoint):
