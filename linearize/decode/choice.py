@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.generation import GenerationMode
 
 from linearize.decode.masks import PATTERNS, patterns
@@ -108,6 +109,11 @@ def unknown_steps(model: Any) -> list[str]:
     chunked = [layer.layer_idx for layer in layers if layer.mixer.shape.chunk is not None]
     if chunked:
         problems.append(f"layers {_listed(chunked)} begin again at each chunk, which their masks tell")
+    beside = [layer.layer_idx for layer in layers if layer.layer_idx in _beside(config)]
+    if beside:
+        problems.append(
+            f"layers {_listed(beside)} keep states of a convolution or a recurrence beside their attention's"
+        )
     if len(layers) < config.num_hidden_layers:
         if config._attn_implementation not in ("sdpa", "eager"):
             problems.append(f"softmax layers with the attention function {config._attn_implementation}")
@@ -116,6 +122,15 @@ def unknown_steps(model: Any) -> list[str]:
         if other:
             problems.append(f"layers of the kind {', '.join(other)}")
     return problems
+
+
+def _beside(config: Any) -> set[int]:
+    """Layers that hold more in transformers' cache than keys and values, which no converted layer of ours holds."""
+    try:
+        places = DynamicCache(config=config).layers
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return set()  # a family with a cache of its own
+    return {index for index, place in enumerate(places) if isinstance(place, LinearAttentionCacheLayerMixin)}
 
 
 def fingerprint(model: Any) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from linearize.surgery.cache import LinearizedCacheLayer
 KEYS = ("keys", "values")
 """What a softmax layer holds, each [1, N, S, K]."""
 GROWING = {**dict.fromkeys(KEYS, 2), **dict.fromkeys(("window_k", "window_v", "window_valid"), 1)}
-"""Tensors that may grow with the text, and the axis of its tokens; a ring has the same names and one size."""
+"""Tensors that may grow with the text, and the axis of its tokens; see `growing`."""
 
 FURTHEST = 2**32
 """No counter of a text gets there: a text has below 2^31 tokens, and a ring counts its own slots beside them."""
@@ -69,6 +70,23 @@ def split(name: str) -> tuple[int, str]:
     return int(index), held
 
 
+def growing(names: Iterable[str]) -> list[str]:
+    """Those of a text's tensors that grow with it.
+
+    A ring has the names of a growing window and one size, and a mixer may call a sum `values`, so a layer is told by
+    all that it holds.
+    """
+    layers: dict[int, set[str]] = {}
+    for index, held in map(split, names):
+        layers.setdefault(index, set()).add(held)
+    return [
+        f"{index}.{name}"
+        for index, held in layers.items()
+        for name in sorted(held & GROWING.keys())
+        if (held == set(KEYS) if name in KEYS else "window_next" not in held)
+    ]
+
+
 def check_layout(model: Any, tensors: dict[str, Tensor], tokens: int) -> None:
     """Refuse tensors that the model's layers would not hold after so many tokens; it reads a single one to know.
 
@@ -92,10 +110,11 @@ def check_layout(model: Any, tensors: dict[str, Tensor], tokens: int) -> None:
         known = "this model's layers hold" if name in expected else "none of this model's layers holds"
         raise LinearizeError(f"the state {what} '{name[:80]}', which {known}; {REMEDY}")
     reach = {layer.layer_idx: _reach(layer.mixer.window) for layer in converted(model)}
+    grows = set(growing(expected))
     for name, like in expected.items():
         index, held = split(name)
         size = list(like.shape)
-        if held in GROWING and f"{index}.window_next" not in expected:
+        if name in grows:
             seen = reach[index] if index in reach else getattr(cache.layers[index], "sliding_window", None)
             size[GROWING[held]] = tokens if not seen or seen == 1 else min(tokens, seen - 1)
         found = tensors[name]

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 
 from linearize.decode.arguments import cache_name, evaluating, forward_names
-from linearize.decode.held import GROWING, KEYS, REMEDY, check_layout, split, taken
+from linearize.decode.held import REMEDY, check_layout, growing, split, taken
 from linearize.decode.identity import check_identity, identity
 from linearize.decode.reach import check_reach
 from linearize.errors import LinearizeError
@@ -54,13 +54,8 @@ class Prefix:
     @property
     def grown(self) -> int:
         """Those of them that grow with the text: keys and values of layers that attend to all of it."""
-        grown = [x for name, x in self.tensors.items() if split(name)[1] in GROWING and self._grows(name)]
+        grown = [self.tensors[name] for name in growing(self.tensors)]
         return sum(tensor.numel() * tensor.element_size() for tensor in grown)
-
-    def _grows(self, name: str) -> bool:
-        index, held = split(name)
-        # a ring has a counter beside its keys, and its size is fixed
-        return held in KEYS or f"{index}.window_next" not in self.tensors
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """What layer `index` holds, by name."""

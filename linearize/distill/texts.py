@@ -19,9 +19,10 @@ from linearize.data import packed
 from linearize.data.mixing import check
 from linearize.distill import batches, preference
 from linearize.distill.identity import digest, fingerprint
+from linearize.distill.planned import planned
 from linearize.distill.results import Measurer
 from linearize.distill.stages import StagePlace
-from linearize.errors import LinearizeError, collected
+from linearize.errors import LinearizeError, collected, raise_together
 from linearize.objectives import level_of
 from linearize.progress import count, duration
 from linearize.sample import job, openings, wanted, with_text
@@ -89,10 +90,15 @@ def write(
 
     Raises:
         UnsupportedModelError, DataError, CheckpointError: see `sample.sample`.
+        LinearizeError: loaded, the model shows that the recipe cannot convert it.
     """
 
     def load() -> Any:
-        return models.load_teacher(source, dtype=weights, device=str(device), for_text=True)[0]
+        model = models.load_teacher(source, dtype=weights, device=str(device), for_text=True)[0]
+        wrong: list[LinearizeError] = []
+        planned(model, recipe, wrong)  # before the hours that its text may take
+        raise_together(wrong, f"the recipe on {source}")
+        return model
 
     read, found = with_text(
         recipe,

@@ -6,17 +6,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from linearize.config.layers import assign
 from linearize.config.names import SOFTMAX
-from linearize.errors import UnsupportedModelError
 from linearize.surgery.inspection import attention_layers
 from linearize.surgery.model import honor_softcap, linearized, refuse_converted
-from linearize.surgery.plan import checked
-from linearize.surgery.schema import mixer_of, stored
+from linearize.surgery.plan import check_rotation, checked
+from linearize.surgery.schema import stored
 from linearize.surgery.verify import Reference
 
 
@@ -54,8 +52,7 @@ def convert(
     layers_to_convert = [layer for layer in found if given[layer.index] != SOFTMAX]
     plan = stored(whole, {layer.path: (given[layer.index], layer.shape) for layer in layers_to_convert})
     for layer in layers_to_convert:
-        if layer.shape.rotary == "other":
-            check_rotation(layer.path, layer.module, plan)
+        check_rotation(layer.path, layer.module, layer.shape, whole[given[layer.index]])
     with _whole_or_not_at_all(model, [layer.module for layer in layers_to_convert]):
         honor_softcap(model, plan)
         if next(model.parameters()).is_meta:
@@ -64,25 +61,6 @@ def convert(
         linearized(model, plan)
         reference.hold(model)
     return model
-
-
-def check_rotation(path: str, module: nn.Module, plan: dict[str, Any]) -> None:
-    """Refuse to take a rotation back that is not of the rotate-half kind.
-
-    Args:
-        path, module: of an attention layer with another rotation.
-        plan: what a converted model's config holds.
-
-    Raises:
-        UnsupportedModelError: the layer's mixer asks for queries and keys as they were before.
-    """
-    with torch.device("meta"):
-        asked = mixer_of(plan, path).needs_plain
-    if asked:
-        raise UnsupportedModelError(
-            f"{path} ({type(module).__name__}): its rotary embedding is not of the rotate-half kind, "
-            "so queries and keys cannot be rotated back; leave mixer.position at its default"
-        )
 
 
 @contextmanager

@@ -101,6 +101,22 @@ def test_the_engine_holds_what_reading_would_have_left(name):
     assert kept and apart == []
 
 
+@pytest.mark.parametrize("layers", ["all", [0]], ids=["whole", "beside softmax"])
+@pytest.mark.parametrize("update", ["mala", "inline"])
+def test_a_sum_that_is_called_values_does_not_grow(tmp_path, update, layers):
+    """Softmax layers call what grows by that name."""
+    mixer = {"feature_map": {"name": "elu"}, "update": {"name": update}, "normalizer": {"name": "none"}}
+    model = surgery.convert(tiny.model(num_hidden_layers=2), mixer, layers)
+    first, more = ids_of("odd")
+    save_state(read_ids(model, first), tmp_path / "state")
+    state = load_state(tmp_path / "state", model)
+    kept = [] if layers == "all" else [state.tensors["1.keys"], state.tensors["1.values"]]
+    assert "0.values" in state.tensors and state.grown == sum(x.numel() * x.element_size() for x in kept)
+    with torch.no_grad():
+        found = model(more, **{cache_name(model): state.cache(model)}).logits
+    assert torch.equal(found, pieces(model, first, more))
+
+
 def test_one_text_after_another():
     model = made("hybrid")
     first, more = ids_of("odd")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 
 import covering
+import odd
 import pytest
 import tiny
 import torch
 from decoding import HEDGEHOG, LOLCATS, MIXERS, devices, hybrid
 
+from linearize import surgery
 from linearize.bench.subjects import convert, random_model, subjects
+from linearize.decode.draft import Draft
 from linearize.decode.prompts import widest
 from linearize.decode.row_choice import NO_NUMBER, Wish
 from linearize.decode.sampling import Sampling
@@ -314,3 +317,15 @@ def test_more_slots_than_there_is_memory_for():
     model = hybrid("llama", [1], num_hidden_layers=2)
     with pytest.raises(LinearizeError, match=r"3 slots need more memory.*take fewer"):
         Slots(model, 3, 10**12).prepare()
+
+
+@pytest.mark.parametrize("layers", ["all", [1], []], ids=["all", "hybrid", "teacher"])
+def test_a_layer_with_a_recurrence_beside_its_attention_is_named(layers):
+    """Also where every layer's attention is converted, which leaves no softmax layer to look at."""
+    model = odd.model("falcon_h1", num_hidden_layers=2)
+    if layers:
+        model = surgery.convert(model, HEDGEHOG, layers)
+    with pytest.raises(LinearizeError, match="beside their attention" if layers else "of the kind hybrid"):
+        Slots(model, 2, 32)
+    with pytest.raises(LinearizeError, match="cannot be decoded ahead"):
+        Draft(model).check(model)

@@ -7,14 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from byte_llama import byte_tokenizer
 from interrupted import at_step, press_ctrl_c
 from safetensors.torch import load_file
+from transformers import GPTJConfig, GPTJForCausalLM
 
 from linearize import distill, models
 from linearize.config.schema import CalibrateConfig, StageDataConfig, TeacherConfig
 from linearize.distill import RunStopped, texts
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, UnsupportedModelError
 from linearize.sample import store
+from linearize.sample.writer import Writer
 
 WRITING = TeacherConfig(length=96, batch=4, temperature=1.0, top_k=50)
 
@@ -30,7 +33,7 @@ def recipe(make_recipe):
     made = make_recipe(tokens=6 * 2 * 64)
     mix = {"teacher": 3, made.data.source: 1}
     made.stages["recover"].data = StageDataConfig(source="teacher")
-    data = replace(made.data, source="builtin", mix=mix, teacher=WRITING)
+    data = replace(made.data, source="builtin", mix=mix, teacher=replace(WRITING))
     return replace(
         made, data=data, calibrate=CalibrateConfig(tokens=128), eval=replace(made.eval, ablations=False)
     )
@@ -81,6 +84,24 @@ def test_what_is_wrong_is_said_before_any_weight_is_loaded(teacher_folder, recip
     said = str(caught.value)
     assert "3 problems" in said and "bokos.txt" in said and "none.txt" in said and "no chat template" in said
     assert not (tmp_path / "run").exists() and not store.cache_dir().exists()
+
+
+def test_what_loaded_weights_show_is_said_before_any_text_is_written(recipe, tmp_path, monkeypatch):
+    """That a family's rotation cannot be taken back is not seen in its config."""
+    monkeypatch.setattr(Writer, "write", lambda *x, **y: pytest.fail("written"))
+    config = GPTJConfig(vocab_size=259, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=512)
+    GPTJForCausalLM(config).save_pretrained(tmp_path / "odd")
+    byte_tokenizer().save_pretrained(tmp_path / "odd")
+    recipe.mixer["window"]["overlap"] = True
+    recipe.mixer["position"] = {"name": "rope", "recurrent": False}
+    with pytest.raises(UnsupportedModelError, match="cannot be rotated back"):
+        distill.run(str(tmp_path / "odd"), recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    recipe.data.mix = {}
+    recipe.stages["recover"].data = None
+    with pytest.raises(UnsupportedModelError, match="cannot be rotated back"):
+        distill.run(str(tmp_path / "odd"), recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "nor before the teacher is evaluated"
 
 
 def test_how_much_is_wanted(recipe):

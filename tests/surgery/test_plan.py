@@ -5,9 +5,12 @@ from __future__ import annotations
 import odd
 import pytest
 import tiny
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from linearize import surgery
 from linearize.cli.inspection import table, totals
+from linearize.errors import LinearizeError, UnsupportedModelError
 from linearize.surgery.plan import Plan, Row
 
 
@@ -94,4 +97,28 @@ def test_layers_that_are_no_attention_are_named(family, others):
 def test_a_plan_of_a_loaded_model_is_the_plan_of_its_config():
     model = tiny.model("gemma3")
     assert surgery.plan(model, tiny.LOLCATS).to_dict() == surgery.plan(model.config, tiny.LOLCATS).to_dict()
+    assert not surgery.converted(model)
+
+
+GPTJ = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}
+GLM = {**tiny.COMMON, "num_hidden_layers": 2, "head_dim": 16}
+
+
+@pytest.mark.parametrize("where", ["window", "recurrent"])
+@pytest.mark.parametrize(("family", "sizes"), [("gptj", GPTJ), ("glm", GLM)])
+def test_a_plan_says_that_a_rotation_cannot_be_taken_back(family, sizes, where):
+    """Told by `convert` alone, it would come behind the teacher's own text and its evaluation."""
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **sizes), dtype=torch.float32
+    ).eval()
+    window = {"name": "sliding", "size": 6, "overlap": True}
+    mixer = {**tiny.HEDGEHOG, "window": window, "position": {"name": "rope", where: False}}
+    kept = {"turned": {"position": {where: True}}}
+    for act in (surgery.plan, surgery.convert):
+        with pytest.raises(UnsupportedModelError, match="cannot be rotated back; leave the rotation on"):
+            act(model, mixer)
+    errors: list[LinearizeError] = []
+    plan = surgery.plan(model, mixer, {"use": {"turned": [0]}}, errors=errors, mixers=kept)
+    assert len(plan.converted) == 2 and [plan.rows[1].path in str(error) for error in errors] == [True]
+    surgery.plan(model, mixer, {"keep": [0], "use": {"turned": [1]}}, mixers=kept)
     assert not surgery.converted(model)
