@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SAYS = """
 import sys
-from linearize.cli.console import error_console, messages, sound_streams
+from linearize.console import error_console, messages, sound_streams
 sound_streams()
 import logging
 from linearize.progress import Meter

@@ -52,11 +52,12 @@ class Process:
         assert found, self.said + self.process.stderr.read()
         self.client = Client(int(found[1]))
 
-    def stop(self, number: int) -> tuple[int, str]:
-        """Exit code, and what was said after the first line."""
+    def stop(self, number: int) -> tuple[int, str, float]:
+        """Exit code, what was said after the first line, and how long it took."""
+        began = time.monotonic()
         self.process.send_signal(number)
         _, said = self.process.communicate(timeout=300)
-        return self.process.returncode, said
+        return self.process.returncode, said, time.monotonic() - began
 
 
 def test_running_texts_end_and_then_it_stops(checkpoint):
@@ -69,7 +70,7 @@ def test_running_texts_end_and_then_it_stops(checkpoint):
     # a text that has ended already is one that the server has let end
     while thread.is_alive() and not served.client.number("linearize_texts_running"):
         time.sleep(0.01)
-    code, said = served.stop(signal.SIGTERM)
+    code, said, _ = served.stop(signal.SIGTERM)
     thread.join(200)
     assert (code, said.strip()) == (0, "stopped")
     status, _, found = answers[0]
@@ -86,9 +87,9 @@ def test_what_runs_beyond_the_grace_is_told(checkpoint):
     while served.client.number("linearize_texts_running") < 2:
         assert thread.is_alive() and stream.is_alive(), answers
         time.sleep(0.01)
-    code, said = served.stop(signal.SIGINT)
+    code, said, took = served.stop(signal.SIGINT)
     thread.join(200), stream.join(200)
-    assert (code, said.strip()) == (0, "stopped")
+    assert (code, said.strip()) == (0, "stopped") and took < 100
     whole = next(each for each in answers if isinstance(each, tuple))
     events = next(each for each in answers if isinstance(each, list))
     assert whole[0] == 503 and "shutting down" in whole[2]["error"]["message"]
