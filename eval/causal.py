@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from linearize.decode.limits import learned_positions
 from linearize.errors import UnsupportedModelError
-from linearize.eval.limits import learned_positions
 from linearize.mixers.offloaded import device_of
 
 TOKENS = 32

@@ -19,9 +19,7 @@ import numpy as np
 import torch
 
 from linearize import surgery
-from linearize.bench.decode_ways import Point, generate, graph, prompt, room
-from linearize.bench.subjects import half
-from linearize.eval.generation import cache_bytes
+from linearize.decode.ways import Point, cache_bytes, generate, graph, half, prompt, room
 from linearize.eval.measurement import Call, Setting, score
 from linearize.eval.recall.answering import Cached
 from linearize.eval.rows import STUDENT, TEACHER, Score, key_of

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LogitsProcessorList, TextStreamer
 
 from linearize.data.chat import Chat
@@ -16,9 +16,9 @@ from linearize.decode.choice import obstacles
 from linearize.decode.continuation import behind, check_continuation
 from linearize.decode.draft import Draft, speculate_ids
 from linearize.decode.generate import generate_ids
+from linearize.decode.limits import check_numbers, check_room
 from linearize.decode.prefix import Prefix, read_ids
 from linearize.errors import LinearizeError
-from linearize.eval.limits import check_numbers, check_room
 from linearize.mixers.offloaded import device_of
 from linearize.models.boundary import boundary
 from linearize.models.tokenizer import check_ids
@@ -157,36 +157,6 @@ def read_state(model: Any, tokenizer: Any, text: str, *, after: Prefix | None = 
     return read_ids(model, row, tokenizer=tokenizer, after=after)
 
 
-def cache_bytes(past_key_values: Any) -> int:
-    """Bytes held by every tensor that can be reached from a cache: keys, values, states, counters.
-
-    Each storage counts once and whole, so that a short view which keeps a long tensor alive is not mistaken for a small
-    cache. Modules reached from the cache are not part of it.
-
-    Args:
-        past_key_values: a Cache of transformers, or any object, list or dict that holds tensors.
-    """
-    storages: dict[tuple[torch.device, int], int] = {}
-    seen: set[int] = set()
-    pending = [past_key_values]
-    while pending:
-        item = pending.pop()
-        if id(item) in seen or isinstance(item, nn.Module | type | str | bytes):
-            continue
-        seen.add(id(item))
-        if isinstance(item, Tensor):
-            storage = item.untyped_storage()
-            storages[item.device, storage.data_ptr()] = storage.nbytes()
-        elif isinstance(item, dict):
-            pending.extend(item.values())
-        elif isinstance(item, list | tuple | set):
-            pending.extend(item)
-        else:
-            pending.extend(getattr(item, "__dict__", {}).values())
-            pending.extend(getattr(item, name, None) for name in _slots(type(item)))
-    return sum(storages.values())
-
-
 class _Callback(TextStreamer):
     """Hands finished pieces of text on instead of printing them."""
 
@@ -269,12 +239,3 @@ def _padded(tokenizer: Any, rows: list[list[int]]) -> dict[str, Tensor]:
         "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
         "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
     }
-
-
-def _slots(cls: type) -> list[str]:
-    """Names in the `__slots__` of a class and its bases (a state dataclass may have them instead of `__dict__`)."""
-    names: list[str] = []
-    for base in cls.__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        names.extend([slots] if isinstance(slots, str) else slots)
-    return [name for name in names if not name.startswith("__")]

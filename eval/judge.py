@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from linearize.decode.limits import learned_positions
 from linearize.errors import DataError
 from linearize.eval.cast import Entrant
 from linearize.eval.efficiency import crossovers
-from linearize.eval.limits import learned_positions
 from linearize.eval.measurement import Call, Measurement, Setting
 from linearize.eval.rows import STUDENT, TEACHER, Score, Scores, key_of
 from linearize.eval.suite import Suite, Unit

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from linearize.data import Document
 from linearize.data.tokens import Tokens
+from linearize.decode.limits import learned_positions
 from linearize.errors import DataError, NotFiniteError
-from linearize.eval.limits import learned_positions
 from linearize.mixers.offloaded import device_of
 
 LOGITS_AT_ONCE = 2**24

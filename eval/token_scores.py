@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linearize.decode.generate import evaluating
-from linearize.distill.headless import predict_final, recognize
 from linearize.kernels.distill import Head
 from linearize.kernels.distill.reference import shape_logits
 from linearize.mixers.offloaded import device_of
+from linearize.objectives.headless import predict_final, recognize
 
 LOGITS_AT_ONCE = 2**24
 """Elements of the float32 logits that exist at a time: 341 tokens of a 49k vocabulary, 64 MB; twice that on a GPU."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+PATIENCE = 200
+"""Seconds that a busy machine may take for what a quiet one does at once."""
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,6 +50,14 @@ def chatting() -> Any:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     return tokenizer
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for it, patiently."""
+    ends = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < ends, "it never came"
+        time.sleep(0.01)
 
 
 class Client:
@@ -134,13 +144,13 @@ def served(model: Any, tokenizer: Any = None, **settings: Any) -> Iterator[Clien
         thread = threading.Thread(target=made.run, args=(listening, ready.set))
         thread.start()
         try:
-            assert ready.wait(30)
+            assert ready.wait(PATIENCE)
             client = Client(listening.getsockname()[1], chosen.token)
             client.served = made  # type: ignore[attr-defined]
             yield client
         finally:
             made.stop()
-            thread.join(30)
+            thread.join(PATIENCE)
             assert not thread.is_alive() and not made.scheduler.alive
 
 

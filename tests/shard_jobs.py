@@ -18,10 +18,11 @@ from linearize.distill import gathering, non_finite, pieces, processes, shards
 from linearize.distill.device import resolve_device
 from linearize.distill.finetune import FinetuneTrainer, predict, predict_teacher
 from linearize.distill.pieces import Pieces
-from linearize.distill.trainable import prepare, trained, unwrapped
+from linearize.distill.trainable import prepare, trained
 from linearize.distill.transfer import transfer_step
 from linearize.errors import CheckpointError, UnsupportedModelError
 from linearize.export import rounding
+from linearize.models.unwrapped import unwrapped
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ import torch
 from linearize import cli, surgery
 from linearize.bench.clock import Ceilings
 from linearize.bench.decode import STATIC, Way, compared, floor, measure, said
-from linearize.bench.decode_ways import SKIPPED, Point, Stamps, generate, graph, loop
-from linearize.bench.subjects import converted, half, random_model
+from linearize.bench.subjects import converted, random_model
+from linearize.decode.ways import SKIPPED, Point, Stamps, generate, graph, half, loop
 
 POINTS = [Point(1, 9, 10), Point(2, 30, 10)]
 

@@ -24,11 +24,12 @@ from linearize.bench.subjects import (
     random_model,
     subjects,
 )
-from linearize.distill import blocks, captured, headless
+from linearize.distill import blocks, captured
 from linearize.errors import LinearizeError
 from linearize.kernels import dispatch
 from linearize.kernels.distill import Head
 from linearize.mixers import check
+from linearize.objectives import headless
 
 TINY = ["--device", "cpu", "--shape", "tiny", "--length", "32"]
 

@@ -113,7 +113,10 @@ def test_a_model_of_few_learned_positions_is_measured_within_them(tmp_path, caps
     found = judged(tmp_path, tmp_path / "out", tmp_path / "gpt")
     said = capsys.readouterr().err
     assert found["student", "generated"] <= 8 and ("swa_sinks", "ppl") in found
-    assert "no generation at 60 tokens: the model has 64 positions" in said and "at 16" not in said
+    assert (
+        "no generation at 60 tokens: the model has 64 positions" in said
+        and "generation at 16 tokens" not in said
+    )
 
 
 def test_an_encoder_is_refused_by_name_and_as_a_decoder_it_is_judged(tmp_path, capsys):
@@ -137,7 +140,7 @@ def test_compare_never_tells_to_delete_what_is_not_its_own(tmp_path, capsys):
     mine = tmp_path / "thesis.json"
     mine.write_text("{}")
     assert cli.main(["compare", str(mine)]) == 2
-    said = capsys.readouterr().err
+    said = capsys.readouterr().err.replace(str(tmp_path), "")  # its name may say anything
     assert "no scores of format 1" in said and "elete" not in said
 
 

@@ -1,4 +1,4 @@
-"""No module needs, while it is imported, one that is still being imported: which is first must not matter."""
+"""Folders import from those to their left alone, and no module one that is still being imported."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ from pathlib import Path
 import linearize
 
 ROOT = Path(linearize.__file__).parent
+ORDER = (
+    "recipes", "kernels", "config", "models", "data", "mixers", "surgery", "objectives", "export", "decode", "sample",
+    "eval", "distill", "bench", "cost", "select", "serve", "cli",
+)  # fmt: skip
+BACK = {
+    ("config", "mixers"): "a recipe's parts are checked by the options that they declare",
+    ("config", "objectives"): "and its objectives by what is registered",
+    ("auto", "export"): "transformers is taught a converted model's classes when it asks for them",
+    ("storing", "models"): "a folder of a run comes to be as one of the cache does",
+    ("distill", "cost"): "run.shard=auto asks the plan",
+    ("bench", "cli"): "`bench decode` opens a checkpoint as every command does",
+}
+"""What knows something to its right, inside functions alone, and why."""
 
 
 def modules() -> dict[str, Path]:
@@ -38,14 +51,42 @@ def at_import(tree: ast.Module) -> list[ast.Import | ast.ImportFrom]:
     return found
 
 
-def needs(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    wanted = set()
-    for node in at_import(ast.parse(path.read_text(encoding="utf-8"))):
+def looks(tree: ast.Module) -> list[ast.Import | ast.ImportFrom]:
+    """Every import, those in functions and for type checkers too."""
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def folder(name: str) -> str:
+    return name.split(".")[1]
+
+
+def backwards(name: str, path: Path, known: dict[str, Path]) -> set[tuple[str, str]]:
+    """Folders that a module reads to the right of its own, in pairs with it; files at the top stand left of all."""
+    places = {one: number for number, one in enumerate(ORDER)}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    own = folder(name)
+    seen = {folder(other) for other in _named(looks(tree), path) if other.startswith("linearize.")}
+    right = {other for other in seen & set(ORDER) if places[other] > places.get(own, -1)}
+    at_once = {folder(other) for other in _named(at_import(tree), path) if other.startswith("linearize.")}
+    found = {(own, other) for other in right}
+    eager = {pair for pair in found if pair[1] in at_once and pair[0] in ORDER}
+    assert not eager, f"{name} imports {eager} at once"
+    return found
+
+
+def _named(nodes: list[ast.Import | ast.ImportFrom], path: Path) -> set[str]:
+    wanted: set[str] = set()
+    for node in nodes:
         if isinstance(node, ast.Import):
             wanted |= {alias.name for alias in node.names}
         else:
             assert node.level == 0, f"{path}: relative import"
             wanted |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return wanted
+
+
+def needs(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    wanted = _named(at_import(ast.parse(path.read_text(encoding="utf-8"))), path)
     parents = {".".join(one.split(".")[:n]) for one in wanted for n in range(2, one.count(".") + 2)}
     own = {".".join(name.split(".")[:n]) for n in range(1, name.count(".") + 1)}
     return (wanted | parents) & set(known) - own - {name, "linearize"}
@@ -71,6 +112,17 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
+def test_folders_read_what_stands_to_their_left():
+    known = modules()
+    inner = {name: path for name, path in known.items() if name not in ("linearize", "linearize.__main__")}
+    folders = {folder(name) for name in inner if name.count(".") > 1}
+    assert folders | {"recipes"} == set(ORDER)
+    found = set().union(*(backwards(name, path, known) for name, path in inner.items()))
+    assert found == set(BACK), "what is no longer needed goes from the list, too"
+    said = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert f"`{' -> '.join(ORDER)}`" in " ".join(said.split())
+
+
 def test_nothing_imports_in_circles():
     known = modules()
     assert {"linearize.kernels.dispatch", "linearize.eval.rows", "linearize.distill.runner"} <= set(known)
@@ -85,20 +137,21 @@ def test_a_circle_is_found():
 
 def test_what_decides_and_what_runs_know_each_other_one_way():
     """Inside functions too. What one kernel computes is decided in `mixers.fused`, asked in `mixers.mixer` alone."""
-    for knows, known in (("mixers.mixer", "mixers.fused"), ("surgery.layer_call", "surgery.projections")):
-        texts = [
-            (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8") for name in (knows, known)
-        ]
-        names = [
-            [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
-            for text in texts
-        ]
-        imported = [
-            {f"{getattr(node, 'module', '')}.{alias.name}" for node in found for alias in node.names}
-            for found in names
-        ]
-        assert any(f"linearize.{known}" in name for name in imported[0])
-        assert not any(f"linearize.{knows}" in name for name in imported[1])
+    known = modules()
+
+    def read_by(name: str) -> set[str]:
+        path = known[f"linearize.{name}"]
+        return _named(looks(ast.parse(path.read_text(encoding="utf-8"))), path)
+
+    assert "linearize.mixers.fused" in read_by("mixers.mixer")
+    assert "linearize.surgery.projections" in read_by("surgery.layer_call")
+    for one, other in (
+        ("mixers.fused", "mixers.mixer"),
+        ("surgery.projections", "surgery.layer_call"),
+        ("surgery.projections", "surgery.attention"),
+        ("surgery.attention", "surgery.projections"),
+    ):
+        assert f"linearize.{other}" not in read_by(one)
     asking = [
         path.relative_to(ROOT).as_posix()
         for path in ROOT.rglob("*.py")

@@ -15,7 +15,7 @@ from linearize.cli.console import messages
 ROOT = Path(__file__).resolve().parent.parent
 SAYS = """
 import sys
-from linearize.cli.console import error_console, messages, sound_streams
+from linearize.console import error_console, messages, sound_streams
 sound_streams()
 import logging
 from linearize.progress import Meter

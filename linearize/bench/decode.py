@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from linearize.bench.decode_ways import Measured, Point, generate, graph, loop, room
-from linearize.bench.subjects import RANDOM, converted, half, random_model
-from linearize.cli.console import console, quiet_libraries
+from linearize.bench.subjects import RANDOM, converted, random_model
+from linearize.console import console, quiet_libraries
+from linearize.decode.ways import Measured, Point, generate, graph, half, loop, room
 from linearize.errors import LinearizeError
 
 STATIC = "generate, static cache, compiled"
@@ -31,7 +31,7 @@ class Way:
     Attributes:
         model: "converted" or "teacher".
         name: see the table.
-        measure: see `decode_ways`.
+        measure: see `decode.ways`.
         batches: those that it is for, or None for all.
         compiles: compiles anew for each point, so that it comes last where time is short.
     """

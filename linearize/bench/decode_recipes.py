@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from linearize.bench import report, whole
-from linearize.bench.decode_ways import EVERY
 from linearize.bench.profiles import kept, profiled
 from linearize.bench.recipes import about, device_of, say
 from linearize.bench.subjects import RANDOM, TEACHER, chosen, convert, random_model
 from linearize.bench.whole import SLOW, Budget, Row, Stopwatch, Table, empty, reported
-from linearize.cli.console import quiet_libraries
+from linearize.console import quiet_libraries
 from linearize.decode import Decoder
 from linearize.decode.cache import tensors
+from linearize.decode.ways import EVERY
 from linearize.errors import LinearizeError
 
 CONTEXT = (1024,)

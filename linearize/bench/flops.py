@@ -83,9 +83,9 @@ def per_token(model: nn.Module, stage: str, length: int) -> float:
         length: tokens of a sequence, over which softmax attention averages.
     """
     from linearize import surgery
-    from linearize.distill.trainable import unwrapped
     from linearize.mixers.window.full import FullWindow
     from linearize.models import experts
+    from linearize.models.unwrapped import unwrapped
 
     base = unwrapped(model)
     met = experts.shares(base)

@@ -25,7 +25,7 @@ from linearize.bench.profiles import kept
 from linearize.bench.subjects import chosen, convert, layers_of_each, random_model
 from linearize.bench.training_step import Step, way_of
 from linearize.bench.whole import Budget, Row, Table, empty, reported
-from linearize.cli.console import console, quiet_libraries
+from linearize.console import console, quiet_libraries
 from linearize.errors import LinearizeError
 
 if TYPE_CHECKING:

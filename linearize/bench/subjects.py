@@ -131,11 +131,3 @@ def convert(model: Any, name: str) -> Any:
 def converted(teacher: Any, recipe: str) -> tuple[Any, Any]:
     """A copy of a model with a recipe's mixers, untrained, and the model."""
     return convert(copy.deepcopy(teacher), recipe), teacher
-
-
-def half(model: Any) -> Any:
-    """A converted model in bfloat16, its mixers in float32 as they were."""
-    for name, parameter in model.named_parameters():
-        if ".mixer." not in name:
-            parameter.data = parameter.data.to(torch.bfloat16)
-    return model

@@ -23,8 +23,8 @@ from linearize.bench.recipes import about, device_of, say
 from linearize.bench.steps import Clocked
 from linearize.bench.subjects import SHAPES, TEACHER, chosen, convert, random_model
 from linearize.bench.whole import Budget, Row, Stopped, reported
-from linearize.cli.console import quiet_libraries
 from linearize.config.schema import LoraConfig, RunConfig, StageConfig
+from linearize.console import quiet_libraries
 from linearize.distill import stages
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.distill.rates import RandomText

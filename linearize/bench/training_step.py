@@ -57,8 +57,8 @@ class Step:
         like: Blocks | None = None,
         beside: Path | None = None,
     ) -> None:
-        from linearize.distill import headless
         from linearize.distill.blocks import Blocks, repeated
+        from linearize.objectives import headless
 
         self.compiled, self.blocks = compiled, Blocks([], "benchmark")
         self.model, self.device, self.precision, self.captured = model, device, precision, captured

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 
 from linearize import launched, signals
-from linearize.cli.console import error_console, messages, sound_streams
 from linearize.cli.parser import build_parser, parse
+from linearize.console import error_console, messages, sound_streams
 from linearize.errors import LinearizeError
 
 NO_MEMORY = re.compile(

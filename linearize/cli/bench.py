@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from linearize.cli.console import console, error_console
+from linearize.console import console, error_console
 from linearize.errors import LinearizeError
 from linearize.registry import closest
 

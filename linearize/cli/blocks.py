@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from linearize.cli.console import console, quiet_libraries
 from linearize.cli.run import composed, default_folder, recipe_name
+from linearize.console import console, quiet_libraries
 
 if TYPE_CHECKING:
     from linearize.distill.blockwise.job import Job

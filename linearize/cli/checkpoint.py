@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from linearize.cli.console import quiet_libraries
+from linearize.console import quiet_libraries
 from linearize.errors import CheckpointError, LinearizeError
 
 log = logging.getLogger(__name__)

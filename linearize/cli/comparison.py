@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from linearize.cli.console import console, error_console
+from linearize.console import console, error_console
 
 LONGEST = 100
 """Characters of a folder's name that is made of others."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from linearize.cli.console import console, quiet_libraries
+from linearize.console import console, quiet_libraries
 from linearize.errors import LinearizeError
 
 NOTE = "linearize.json"
@@ -91,12 +91,12 @@ def _judge(
     from linearize import surgery
     from linearize.cli import comparison, trained_alike
     from linearize.cli.checkpoint import load
+    from linearize.decode.limits import learned_positions
     from linearize.distill.memory import watched
     from linearize.eval import page, side_by_side, summary
     from linearize.eval.cast import entrants
     from linearize.eval.causal import check_causal
     from linearize.eval.judge import judge
-    from linearize.eval.limits import learned_positions
     from linearize.eval.measurement import Setting
     from linearize.eval.rows import Scores
 

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from linearize.cli.console import console, quiet_libraries, size
+from linearize.console import console, quiet_libraries, size
 
 
 def main(options: argparse.Namespace) -> int:

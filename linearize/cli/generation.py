@@ -17,11 +17,11 @@ def main(options: argparse.Namespace) -> int:
     from transformers import set_seed
 
     from linearize.cli.checkpoint import load
-    from linearize.cli.console import error_console
+    from linearize.console import error_console
+    from linearize.decode.limits import check_numbers
     from linearize.decode.prefix_file import check_target, load_state
     from linearize.errors import LinearizeError
     from linearize.eval.generation import generate
-    from linearize.eval.limits import check_numbers
 
     sampling = _sampling(options)
     _check_states(options)

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from linearize.cli.console import console, quiet_libraries, size
 from linearize.cli.run import composed
 from linearize.config.names import DEFAULT
+from linearize.console import console, quiet_libraries, size
 
 if TYPE_CHECKING:
     from rich.table import Table

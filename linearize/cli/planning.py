@@ -7,8 +7,8 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from linearize.cli.console import console, quiet_libraries
 from linearize.cli.run import composed, recipe_name
+from linearize.console import console, quiet_libraries
 
 if TYPE_CHECKING:
     from linearize.cost.stages import Plan, StagePlan

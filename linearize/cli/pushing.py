@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from linearize.cli.console import console, quiet_libraries, size
+from linearize.console import console, quiet_libraries, size
 
 
 def main(options: argparse.Namespace) -> int:

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from linearize.cli.console import console
 from linearize.config import compose, list_recipes, outline, to_yaml
 from linearize.config.names import DEFAULT, SOFTMAX
 from linearize.config.variants import sections
+from linearize.console import console
 
 WIDTH = 100
 """Columns of the list, on terminals that have so many."""

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linearize import launched
-from linearize.cli.console import console, quiet_libraries
 from linearize.config import compose, list_recipes
 from linearize.config.budget import check
 from linearize.config.compose import is_file_name
+from linearize.console import console, quiet_libraries
 from linearize.errors import RecipeError
 
 if TYPE_CHECKING:

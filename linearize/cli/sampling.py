@@ -9,10 +9,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linearize.cli.console import console, quiet_libraries
 from linearize.config.ranges import Range
 from linearize.config.rules import RULES
 from linearize.config.schema import RunConfig, TeacherConfig
+from linearize.console import console, quiet_libraries
 from linearize.errors import CheckpointError, LinearizeError
 
 if TYPE_CHECKING:

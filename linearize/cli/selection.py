@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from linearize.cli.console import console, quiet_libraries
 from linearize.cli.run import composed, default_folder, recipe_name
+from linearize.console import console, quiet_libraries
 
 
 def main(options: argparse.Namespace) -> int:

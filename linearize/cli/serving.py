@@ -7,7 +7,7 @@ import logging
 import os
 from pathlib import Path
 
-from linearize.cli.console import size
+from linearize.console import size
 from linearize.errors import LinearizeError
 
 log = logging.getLogger(__name__)

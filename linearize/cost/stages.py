@@ -19,9 +19,10 @@ from linearize.cost.memory import Sizes, mixer_bytes
 from linearize.cost.strategy import Fit, fit
 from linearize.distill.finetune import needs_teacher
 from linearize.distill.teachers import apart
-from linearize.distill.trainable import prepare, trained, unwrapped
+from linearize.distill.trainable import prepare, trained
 from linearize.distill.tying import untied
 from linearize.models import experts
+from linearize.models.unwrapped import unwrapped
 from linearize.surgery.inspection import skeleton
 from linearize.surgery.projections import linear_sizes
 

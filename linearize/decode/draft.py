@@ -10,12 +10,12 @@ from torch import Tensor
 
 from linearize.decode.arguments import evaluating
 from linearize.decode.choice import Request, fingerprint, request, unknown_steps
+from linearize.decode.limits import learned_positions
 from linearize.decode.prefix import Prefix
 from linearize.decode.reach import check_reach
 from linearize.decode.reuse import STEP
 from linearize.decode.speculator import Speculator
 from linearize.errors import LinearizeError
-from linearize.eval.limits import learned_positions
 from linearize.mixers.offloaded import device_of
 
 MOST = 64

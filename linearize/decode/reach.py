@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from linearize.decode.limits import learned_positions
 from linearize.errors import LinearizeError
-from linearize.eval.limits import learned_positions
 
 CHANGING = ("dynamic", "longrope")
 """Kinds of RoPE that rotate all tokens otherwise once the text is longer than the original positions."""

@@ -22,12 +22,12 @@ from linearize import objectives, surgery
 from linearize.distill import answers, processes, window_dropout
 from linearize.distill.blocks import around_attention, repeated
 from linearize.distill.device import sent
-from linearize.distill.headless import predict_final, recognize
 from linearize.distill.lent import is_lent
 from linearize.distill.stage import StageTrainer
-from linearize.distill.trainable import unwrapped
 from linearize.kernels.distill import Head
+from linearize.models.unwrapped import unwrapped
 from linearize.objectives import Final, TopK
+from linearize.objectives.headless import predict_final, recognize
 
 
 class FinetuneTrainer(StageTrainer):

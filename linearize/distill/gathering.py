@@ -17,11 +17,11 @@ from linearize import export, storing
 from linearize.config.schema import Recipe
 from linearize.distill import processes, shards
 from linearize.distill.folder import ADAPTER, RunFolder
-from linearize.distill.trainable import unwrapped
 from linearize.errors import UnsupportedModelError
 from linearize.export import rounding, streamed
 from linearize.export.adapter import save_adapter
 from linearize.export.save import Weights
+from linearize.models.unwrapped import unwrapped
 
 
 def check(model: Any) -> None:

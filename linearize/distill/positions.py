@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from linearize.config.schema import DataConfig, Recipe
+from linearize.decode.limits import learned_positions, position_table
 from linearize.errors import DataError
-from linearize.eval.limits import learned_positions, position_table
 
 
 @contextmanager

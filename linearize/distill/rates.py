@@ -24,7 +24,7 @@ from linearize.distill import memory, processes, stages
 from linearize.distill.placing import Place
 from linearize.distill.preference import Pairs
 from linearize.distill.teachers import apart
-from linearize.distill.trainable import unwrapped
+from linearize.models.unwrapped import unwrapped
 from linearize.storing import PARTIAL
 
 NEVER = 10**9

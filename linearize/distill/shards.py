@@ -24,9 +24,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from linearize import surgery
 from linearize.config.schema import Recipe
 from linearize.distill import roles
-from linearize.distill.trainable import unwrapped
 from linearize.errors import LinearizeError, UnsupportedModelError
 from linearize.models.routers import routers
+from linearize.models.unwrapped import unwrapped
 
 AXIS = "fsdp"
 """Name of the mesh's one dimension; peft tells by it that a sharded layer computes whole."""

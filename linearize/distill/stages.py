@@ -22,11 +22,12 @@ from linearize.distill.positions import counted_from_zero
 from linearize.distill.preference import PreferenceTrainer
 from linearize.distill.profiling import Traced
 from linearize.distill.stage import StageTrainer
-from linearize.distill.trainable import prepare, trained, unwrapped
+from linearize.distill.trainable import prepare, trained
 from linearize.distill.transfer import TransferTrainer
 from linearize.distill.tying import untied
 from linearize.errors import CheckpointError
 from linearize.models.cache import sha256
+from linearize.models.unwrapped import unwrapped
 from linearize.objectives import TopK
 from linearize.progress import Meter
 

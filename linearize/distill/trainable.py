@@ -15,6 +15,7 @@ from linearize.config.schedule import Over
 from linearize.config.schema import LoraConfig, Recipe, StageConfig
 from linearize.distill import roles
 from linearize.errors import RecipeError
+from linearize.models.unwrapped import unwrapped
 from linearize.registry import closest
 from linearize.surgery.plan import Plan
 
@@ -181,9 +182,3 @@ def with_adapters(model: nn.Module, lora: LoraConfig) -> nn.Module:
         # peft asks for `is_gradient_checkpointing`, which transformers 5.23 has renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         return get_peft_model(model, config)
-
-
-def unwrapped(model: nn.Module) -> Any:
-    """The causal language model itself, out of a PeftModel."""
-    peft: Any = model
-    return peft.get_base_model() if hasattr(model, "get_base_model") else model

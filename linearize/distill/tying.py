@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from linearize.distill.trainable import unwrapped
+from linearize.models.unwrapped import unwrapped
 
 
 @contextmanager

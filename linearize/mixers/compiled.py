@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from linearize.kernels import dispatch
 from linearize.kernels.dispatch import KernelError
+from linearize.mixers.given import Given
 from linearize.registry import closest
 
 VARIABLE = "LINEARIZE_COMPILE"
@@ -37,12 +38,19 @@ torch gives a function eight forms (`torch._dynamo.config.recompile_limit`) and 
 """
 
 
-Form = Callable[..., Tensor]
-"""Of a mixer, and the arguments of a call."""
+Form = Callable[[Any, Given], Tensor]
+"""Of a mixer, and the tensors of a call."""
 
 
-def _run(mixer: Any, *arguments: Any) -> Tensor:
-    made: Tensor = mixer._run(*arguments)
+def training(mixer: Any, given: Given) -> Tensor:
+    """`Mixer.run` of a text that nothing carries over."""
+    made: Tensor = mixer.run(given)
+    return made
+
+
+def weights_in_training(mixer: Any, given: Given) -> Tensor:
+    """The same of columns of the weights, see `Mixer.chunked`."""
+    made: Tensor = mixer.run(given, weights=True)
     return made
 
 
@@ -55,8 +63,8 @@ class _Compiled:
     """
 
     def __init__(self, name: str, form: Form) -> None:
-        def body(mixer: Any, *arguments: Any) -> Tensor:
-            return form(mixer, *arguments)
+        def body(mixer: Any, given: Given) -> Tensor:
+            return form(mixer, given)
 
         # torch counts compilations by code object: each composition gets one of its own
         code = body.__code__.replace(co_name=name)
@@ -98,8 +106,8 @@ def part_by_part() -> Iterator[None]:
         _off = before
 
 
-def compiled(mixer: nn.Module, q: Tensor, form: Form = _run) -> Callable[..., Tensor] | None:
-    """`mixer._run`, or another `form` of the mixer, compiled, or None where it is to run as it is.
+def compiled(mixer: nn.Module, q: Tensor, form: Form) -> Callable[[Given], Tensor] | None:
+    """A `form` of the mixer, compiled, or None where it is to run as it is.
 
     Args:
         q: [B, T, H, K] of the call.
@@ -114,19 +122,19 @@ def compiled(mixer: nn.Module, q: Tensor, form: Form = _run) -> Callable[..., Te
     if found.failed:
         return None
 
-    def call(*arguments: Any) -> Tensor:
-        kind = _kind(arguments)
+    def call(given: Given) -> Tensor:
+        kind = _kind(given)
         if kind not in found.kinds:
             if found.full or len(found.kinds) >= SHAPES:
-                return form(mixer, *arguments)
+                return form(mixer, given)
             found.kinds.add(kind)
         try:
-            return found.call(mixer, *arguments)
+            return found.call(mixer, given)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             # torch tells apart what `_kind` does not; what it has compiled stays in use
             found.full = True
             found.kinds.discard(kind)
-            return form(mixer, *arguments)
+            return form(mixer, given)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             if isinstance(error.__cause__, torch.cuda.OutOfMemoryError | KernelError):
                 raise error.__cause__ from error
@@ -137,15 +145,15 @@ def compiled(mixer: nn.Module, q: Tensor, form: Form = _run) -> Callable[..., Te
                 "leaves compiling out",
                 stacklevel=2,
             )
-            return form(mixer, *arguments)
+            return form(mixer, given)
 
     return call
 
 
-def _kind(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _kind(given: tuple[Any, ...]) -> tuple[Any, ...]:
     """What torch compiles a call of one composition for: each tensor's size, type and place, and which there are."""
     found: list[Any] = []
-    for x in arguments:
+    for x in given:
         if isinstance(x, Tensor):
             found.append((x.shape, x.dtype, x.device, x.requires_grad))
         else:
@@ -184,5 +192,4 @@ def _structure(mixer: nn.Module) -> tuple[Any, ...]:
     fixed, places = _walked[mixer]
     dtypes = tuple(getattr(own[name], "dtype", None) for own, name in places)
     chosen = getattr(mixer, "without_window", None) is not None
-    shows = getattr(mixer, "shows", False)
-    return (*fixed, dtypes, getattr(mixer, "branch_off", None), chosen, shows)
+    return (*fixed, dtypes, getattr(mixer, "branch_off", None), chosen)

@@ -18,9 +18,11 @@ from linearize.kernels.window_linear import Pins, window_linear
 from linearize.kernels.window_linear.recurrent import window_linear_step
 from linearize.kernels.window_linear.sizes import CHUNK, MOST_PINS
 from linearize.mixers.base import LayerShape, documents
+from linearize.mixers.beside import Plain
 from linearize.mixers.combine import Combine
 from linearize.mixers.combine.shared_normalizer import SharedNormalizer
 from linearize.mixers.feature_map.hedgehog import Hedgehog
+from linearize.mixers.given import Given
 from linearize.mixers.position import Position
 from linearize.mixers.recurrent import Recurrent
 from linearize.mixers.state import State
@@ -145,34 +147,25 @@ class Fused:
         return False
 
     def chunked(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        valid: Tensor | None,
-        docs: Tensor | None,
-        state: State | None,
-        front: Tensor | None = None,
-        sink: Tensor | None = None,
-        off: Tensor | None = None,
+        self, pair: Plain, given: Given, state: State | None, front: Tensor | None, off: Tensor | None
     ) -> Tensor:
-        """`Mixer.chunked` up to the output part, [B, T, H, V] in the dtype of v; q and k as the branches see them.
+        """`Mixer.run` up to the output part, [B, T, H, V] in the dtype of v.
 
         Args:
-            docs: [B, T] document numbers, or None for one document.
-            state: what is carried and is to be written, or None.
-            front: [B] padding in front of each row, behind which the state belongs, or None.
+            pair: q [B, T, H, K] and k [B, T, N, K] as the branches see them.
+            given, state, front: see `Mixer.run`.
             off: [] bool, `Mixer.without_window`. A query that sees nothing without the window still gets its output.
         """
+        _, _, v, valid, docs, beside = given
         # under autocast a rotary embedding leaves q and k in float32
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        seen = self._seen(q, k, v, valid, docs, state, front)
+        q, k = pair[0].to(v.dtype), pair[1].to(v.dtype)
+        seen = self._seen(Given(q, k, v, valid, docs), state, front)
         query_map, key_map = self._maps()
         past = None if state is None else (state["sums"], state["norms"])
         out, last = window_linear(
             q, seen.line.k, seen.line.v, query_map, key_map, window=0 if self.window is None else self.window.span,
             scaling=self.shape.scaling, window_weight=self._share(off), linear_weight=self._rest(off),
-            sink=self._sink(sink), codes=seen.codes, reach=seen.reach, least=seen.least, prefix=seen.line.prefix,
+            sink=self._sink(beside.sink), codes=seen.codes, reach=seen.reach, least=seen.least, prefix=seen.line.prefix,
             state=past, return_state=state is not None, pins=seen.pins,
         )  # fmt: skip
         if state is not None:
@@ -183,17 +176,9 @@ class Fused:
                 self.window.keep(line, state, seen.pinned, seen.count)
         return out
 
-    def _seen(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        valid: Tensor | None,
-        docs: Tensor | None,
-        state: State | None,
-        front: Tensor | None,
-    ) -> _Seen:
+    def _seen(self, given: Given, state: State | None, front: Tensor | None) -> _Seen:
         """The keys of a call and who sees them; without masks where nothing is masked."""
+        q, k, v, valid, docs, _ = given
         window, (batch, tokens), device = self.window, k.shape[:2], k.device
         ringed = window is not None and (window.has_reach or window.first > 0)
         plain = state is None and valid is None and docs is None and not ringed
@@ -226,22 +211,20 @@ class Fused:
             made.pins = Pins(window.first, pinned.to(torch.int32), past, asking)
         return made
 
-    def step(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        valid: Tensor | None,
-        state: State,
-        sink: Tensor | None = None,
-    ) -> Tensor:
-        """`Mixer.step` up to the output part, [B, 1, H, V] in the dtype of v, in place on the state."""
-        q, k = q.to(v.dtype), k.to(v.dtype)
+    def step(self, pair: Plain, given: Given, state: State) -> Tensor:
+        """`Mixer.step` up to the output part, [B, 1, H, V] in the dtype of v, in place on the state.
+
+        Args:
+            pair: q [B, 1, H, K] and k [B, 1, N, K] as the branches see them.
+            given, state: see `Mixer.step`.
+        """
+        v, valid = given.v, given.valid
+        q, k = pair[0].to(v.dtype), pair[1].to(v.dtype)
         query_map, key_map = self._maps()
         out = window_linear_step(
             q[:, 0], k[:, 0], v[:, 0], query_map, key_map, scaling=self.shape.scaling,
             ring=None if self.window is None else self.window.ring(state), state=(state["sums"], state["norms"]),
-            sink=self._sink(sink), valid=None if valid is None else valid[:, 0],
+            sink=self._sink(given.beside.sink), valid=None if valid is None else valid[:, 0],
             window_factor=None if self.combine is None else self.combine.window_factor,
             complement=self._complement,
         )  # fmt: skip

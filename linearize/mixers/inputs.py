@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from linearize.mixers.base import accumulator, documents, narrows
-from linearize.mixers.beside import Beside
+from linearize.mixers.given import Given
 from linearize.mixers.state import State
 
 if TYPE_CHECKING:
@@ -44,24 +44,17 @@ class Inputs:
 
 
 def entering(
-    mixer: Mixer,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    valid: Tensor | None,
-    docs: Tensor | None,
-    beside: Beside,
-    front: Tensor | None = None,
-    state: State | None = None,
+    mixer: Mixer, given: Given, front: Tensor | None = None, state: State | None = None
 ) -> tuple[Inputs, Inputs]:
     """What the window and what the recurrent branch see: in the accumulator's dtype, or as kernels take them.
 
     Args:
         mixer: whose branches they are.
-        q, k, v, valid, docs, beside, front, state: of the call, see `Mixer`.
+        given: the call.
+        front, state: see `Mixer.run`.
     """
+    q, k, v, valid, docs, (hidden, plain, _, first) = given
     batch, tokens = k.shape[:2]
-    hidden, plain, _, first = beside
     first = first if mixer.uses_first else None
     assert hidden is not None or not mixer.uses_hidden, "this mixer reads hidden states"
     assert first is not None or not mixer.uses_first, "this mixer reads the first layer's values"

@@ -11,10 +11,11 @@ from linearize.mixers.base import LayerShape, Part, Partial, accumulator, docume
 from linearize.mixers.beside import Beside, Plain
 from linearize.mixers.combine import Combine
 from linearize.mixers.feature_map import FeatureMap
+from linearize.mixers.given import Given
 from linearize.mixers.inputs import entering
 from linearize.mixers.offloaded import with_weights
 from linearize.mixers.output import Output
-from linearize.mixers.padding import has_gaps, leading, packing
+from linearize.mixers.padding import has_gaps, leading
 from linearize.mixers.position import Position
 from linearize.mixers.recurrent import Recurrent
 from linearize.mixers.state import State
@@ -48,7 +49,6 @@ class Mixer(nn.Module):
     Attributes:
         branch_off: the branch that contributes nothing, or None.
         without_window: [] bool, by which the device says whether the window contributes nothing, or None.
-        shows: values are columns of the identity, and what acts on values channel by channel is left out (`shown`).
         composition: says all parts, options and numbers, where `build` put them together; equal mixers are equal here.
     """
 
@@ -70,7 +70,6 @@ class Mixer(nn.Module):
         self.output = output
         self.branch_off: str | None = None
         self.without_window: Tensor | None = None
-        self.shows = False
         self.composition = ""
         self.fused = fused.find(shape, position, window, recurrent, combine)
         if recurrent is not None:
@@ -179,7 +178,7 @@ class Mixer(nn.Module):
             values = q.new_zeros(batch, tokens, self.shape.kv_heads, 0) if v is None else v
             docs = documents(starts, batch, tokens, k.device)
             beside = Beside(hidden, plain, sink, first)
-            near_inputs, inputs = entering(self, q, k, values, valid, docs, beside)
+            near_inputs, inputs = entering(self, Given(q, k, values, valid, docs, beside))
             visible = (
                 (causal >= 0)
                 & (inputs.docs[:, rows, None] == inputs.docs[:, None, :])
@@ -209,6 +208,7 @@ class Mixer(nn.Module):
         plain: Plain | None = None,
         sink: Tensor | None = None,
         first: Tensor | None = None,
+        weights: bool = False,
     ) -> Tensor:
         """The same in O(T) memory; with a state, the tokens before are part of the sequence and the state is written.
 
@@ -217,65 +217,56 @@ class Mixer(nn.Module):
         Args:
             gaps: whether padding stands between tokens, or, with a state, behind any of them or of those before. None:
                 with a state it is taken for granted, without one the device is asked.
+            weights: v holds columns of the identity, and what comes are those columns of the weights: what acts on
+                values channel by channel is left out, the output part among it.
         """
         batch, tokens = k.shape[:2]
         docs = None if starts is None else documents(starts, batch, tokens, k.device)
-        beside = Beside(hidden, plain, sink, first)
+        given = Given(q, k, v, valid, docs, Beside(hidden, plain, sink, first))
         if valid is None or gaps is False or (gaps is None and state is None and not has_gaps(valid)):
-            return self._chunked(q, k, v, valid, docs, state, beside)
-        packed = packing(valid)
-        q, k, v = packed.pack(q), packed.pack(k), packed.pack(v)
-        docs = None if docs is None else packed.pack(torch.where(valid, docs, 0))
-        valid = packed.pack(valid)
-        front = leading(valid)
-        return packed.unpack(self._chunked(q, k, v, valid, docs, state, beside.packed(packed), front))
+            return self._chunked(given, state, weights=weights)
+        given, packing = given.packed(valid)
+        front = None if state is None or given.valid is None else leading(given.valid)
+        return packing.unpack(self._chunked(given, state, front, weights=weights))
 
     def _chunked(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        valid: Tensor | None,
-        docs: Tensor | None,
-        state: State | None,
-        beside: Beside,
-        front: Tensor | None = None,
+        self, given: Given, state: State | None, front: Tensor | None = None, *, weights: bool
     ) -> Tensor:
-        """`chunked` of rows without padding between tokens; the state belongs behind the `front` [B] padding."""
-        front = None if state is None else front
-        arguments = (q, k, v, valid, docs, beside)
-        if dispatch.use_triton(q, k, v) and state is None and torch.is_grad_enabled():
-            from linearize.mixers.compiled import compiled
+        """`run`, compiled where it trains."""
+        if dispatch.use_triton(given.q, given.k, given.v) and state is None and torch.is_grad_enabled():
+            from linearize.mixers import compiled
 
-            body = compiled(self, q)
+            form = compiled.weights_in_training if weights else compiled.training
+            body = compiled.compiled(self, given.q, form)
             if body is not None:
-                return body(*arguments)
-        return self._run(*arguments, state=state, front=front)
+                return body(given)
+        return self.run(given, state, front, weights=weights)
 
-    def _run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        valid: Tensor | None,
-        docs: Tensor | None,
-        beside: Beside,
-        state: State | None = None,
-        front: Tensor | None = None,
+    def run(
+        self, given: Given, state: State | None = None, front: Tensor | None = None, *, weights: bool = False
     ) -> Tensor:
-        """Part by part, or in one kernel; the form that is compiled where it trains."""
+        """`chunked` of rows without padding between tokens, part by part or in one kernel.
+
+        Args:
+            given: the call.
+            state: what is carried and is to be written, or None.
+            front: [B] padding in front of each row, behind which the state belongs, or None.
+            weights: see `chunked`.
+
+        Returns:
+            [B, T, H, V], see the class.
+        """
+        q, k, v, valid, docs, beside = given
         with torch.autocast(q.device.type, enabled=False):
             if self._is_fused(q, k, v) and not (state is not None and state.in_parts):
                 assert self.fused is not None
-                pair, off = self._fused_pair(q, k, beside.plain), self.without_window
-                made = self.fused.chunked(*pair, v, valid, docs, state, front, beside.sink, off)
-                return self._finish(
-                    made, self._behind(beside.hidden, valid, docs, front, state, chunked=True)
-                )
+                made = self.fused.chunked(self._fused_pair(given), given, state, front, self.without_window)
+                behind = self._behind(beside.hidden, valid, docs, front, state, chunked=True)
+                return self._finish(made, behind, weights=weights)
             fresh = state is None
             if state is None:
                 state = self.initial_state(k.shape[0], k.dtype, k.device)
-            near_inputs, inputs = entering(self, q, k, v, valid, docs, beside, front, state)
+            near_inputs, inputs = entering(self, given, front, state)
             near, handed = self.window.chunked(
                 near_inputs.q,
                 near_inputs.k,
@@ -290,9 +281,9 @@ class Mixer(nn.Module):
             )
             far = None
             if self.recurrent is not None and handed is not None:
-                far = self.recurrent.chunked(inputs, handed, state, fresh=fresh, weights=self.shows)
+                far = self.recurrent.chunked(inputs, handed, state, fresh=fresh, weights=weights)
             behind = self._behind(inputs.hidden, valid, docs, front, state, chunked=True)
-            return self._joined_in(v, near, far, inputs.hidden, behind)
+            return self._joined_in(v, near, far, inputs.hidden, behind, weights=weights)
 
     @with_weights
     def step(
@@ -309,13 +300,13 @@ class Mixer(nn.Module):
         first: Tensor | None = None,
     ) -> Tensor:
         """One token (T = 1) against the state, which is updated in place; padding leaves it as it is."""
+        given = Given(q, k, v, valid, None, Beside(hidden, plain, sink, first))
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             if self._is_fused(q, k, v):
                 assert self.fused is not None
-                made = self.fused.step(*self._fused_pair(q, k, plain), v, valid, state, sink)
+                made = self.fused.step(self._fused_pair(given), given, state)
                 return self._finish(made, self._behind(hidden, valid, None, state=state))
-            beside = Beside(hidden, plain, sink, first)
-            near_inputs, inputs = entering(self, q, k, v, valid, None, beside, state=state)
+            near_inputs, inputs = entering(self, given, state=state)
             near, handed = self.window.step(
                 near_inputs.q, near_inputs.k, near_inputs.v, inputs.valid, state, sink
             )
@@ -325,18 +316,19 @@ class Mixer(nn.Module):
             behind = self._behind(inputs.hidden, valid, None, state=state)
             return self._joined_in(v, near, far, inputs.hidden, behind)
 
-    def _fused_pair(self, q: Tensor, k: Tensor, plain: Plain | None) -> Plain:
+    def _fused_pair(self, given: Given) -> Plain:
         """q and k as the kernel's branches see them, in the dtype that comes in."""
+        plain = given.beside.plain
         assert plain is not None or not self.needs_plain, "this mixer wants q and k before RoPE"
         assert self.fused is not None
-        return (q, k) if self.fused.rotated or plain is None else plain
+        return (given.q, given.k) if self.fused.rotated or plain is None else plain
 
     def _is_fused(self, *tensors: Tensor) -> bool:
         return self.fused is not None and self.branch_off is None and self.fused.runs(*tensors)
 
-    def _finish(self, joined: Tensor, hidden: Tensor | None) -> Tensor:
+    def _finish(self, joined: Tensor, hidden: Tensor | None, *, weights: bool = False) -> Tensor:
         """The output part behind the one kernel."""
-        if self.output is None or self.shows:
+        if self.output is None or weights:
             return joined
         if narrows(joined):
             return self.output(joined, None if hidden is None else hidden.to(joined.dtype)).to(joined.dtype)
@@ -372,9 +364,12 @@ class Mixer(nn.Module):
         far: Partial | None,
         hidden: Tensor | None,
         behind: Tensor | None,
+        *,
+        weights: bool = False,
     ) -> Tensor:
         """`_join` in the dtype of v where that is what the kernels took."""
-        return self._join(near, far, hidden, behind).to(v.dtype if narrows(v) else accumulator(v.dtype))
+        joined = self._join(near, far, hidden, behind, weights=weights)
+        return joined.to(v.dtype if narrows(v) else accumulator(v.dtype))
 
     def _join(
         self,
@@ -386,7 +381,7 @@ class Mixer(nn.Module):
         weights: bool = False,
     ) -> Tensor:
         joined = self._joined(near, far, hidden)
-        return joined if self.output is None or weights or self.shows else self.output(joined, behind)
+        return joined if self.output is None or weights else self.output(joined, behind)
 
     def _joined(self, near: Partial | None, far: Partial | None, hidden: Tensor | None) -> Tensor:
         if near is not None and far is not None and self.combine is not None:

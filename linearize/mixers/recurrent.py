@@ -117,7 +117,7 @@ class Recurrent(nn.Module):
 
         Args:
             fresh: the state is empty and nobody looks at it afterwards.
-            weights: the values are columns of the identity, see `Mixer.shows`.
+            weights: the values are columns of the identity, see `Mixer.chunked`.
         """
         position = self._advance(inputs, state)
         stream = self._arriving(inputs, handed, position, state, projected=True, weights=weights)

@@ -68,8 +68,8 @@ def shown(mixer: Mixer) -> Iterator[Seen]:
         hooks.append(mixer.recurrent.normalizer.register_forward_hook(keep))
     given = mixer._joined_in
 
-    def joined(*arguments: Any) -> Tensor:
-        seen.joined = given(*arguments)
+    def joined(*arguments: Any, **options: Any) -> Tensor:
+        seen.joined = given(*arguments, **options)
         return seen.joined
 
     parts._joined_in = joined

@@ -8,9 +8,9 @@ elsewhere, on the kernels that train it. Either way nothing as large as a matrix
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, partial
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -19,15 +19,24 @@ from linearize.kernels import dispatch
 from linearize.kernels.mixing_matrix import WIDEST, Kind, Products, Softmax, compared, mixing_matrix_rows
 from linearize.mixers.base import LayerShape, documents, narrows, wide
 from linearize.mixers.beside import Beside, Plain
+from linearize.mixers.given import Given
 from linearize.mixers.inputs import entering
 from linearize.mixers.mixer import Mixer
-from linearize.mixers.padding import has_gaps, packing
+from linearize.mixers.padding import has_gaps
 from linearize.mixers.spec import build
 
 Term = Callable[[], Tensor]
 """[B, T, H] with a graph: a part of what each query's row of weights differs by."""
 Own = Callable[[], tuple[Tensor, Tensor, Tensor, Plain | None]]
 """See `surgery.LayerCall.shifted`."""
+
+
+class _Masks(TypedDict):
+    """See `Mixer.chunked`."""
+
+    valid: Tensor | None
+    starts: Tensor | None
+    gaps: bool | None
 
 
 def terms(
@@ -54,14 +63,14 @@ def terms(
     Args:
         shifted: makes the mixer's own q, k, v and `plain` anew at each call, where they are not the layer's.
     """
+    batch, tokens, _, width = v.shape
     beside = Beside(hidden, plain, sink, first)
     if shifted is None and shows_products(mixer) and not _too_wide(mixer, q, k, v):
-        return [partial(_products, mixer, kind, q, k, v, valid, starts, gaps, beside)]
-    masks = {"valid": valid, "starts": starts, "gaps": gaps}
-    width, tokens = v.shape[-1], v.shape[1]
-    return [
-        partial(_columns, mixer, kind, q, k, v, at, masks, beside, shifted) for at in range(0, tokens, width)
-    ]
+        docs = None if starts is None else documents(starts, batch, tokens, k.device)
+        return [partial(_products, mixer, kind, Given(q, k, v, valid, docs, beside), gaps)]
+    masks: _Masks = {"valid": valid, "starts": starts, "gaps": gaps}
+    given = Given(q, k, v, beside=beside)
+    return [partial(_columns, mixer, kind, given, at, masks, shifted) for at in range(0, tokens, width)]
 
 
 def shows_products(mixer: Mixer) -> bool:
@@ -90,46 +99,23 @@ def softmax(shape: LayerShape) -> Mixer:
     return build({"window": {"name": "full"}}, shape)
 
 
-def _products(
-    mixer: Mixer,
-    kind: Kind,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    valid: Tensor | None,
-    starts: Tensor | None,
-    gaps: bool | None,
-    beside: Beside,
-) -> Tensor:
+def _products(mixer: Mixer, kind: Kind, given: Given, gaps: bool | None) -> Tensor:
     """Tile by tile, or in blocks of rows, with the padding of every row taken to its front."""
-    docs = None if starts is None else documents(starts, k.shape[0], k.shape[1], k.device)
-    packed = None
-    if valid is not None and gaps is not False and (gaps or has_gaps(valid)):
-        packed = packing(valid)
-        q, k, v, beside = packed.pack(q), packed.pack(k), packed.pack(v), beside.packed(packed)
-        docs = None if docs is None else packed.pack(torch.where(valid, docs, 0))
-        valid = packed.pack(valid)
-    form, arguments = _FORMS[kind], (q, k, v, valid, docs, beside)
-    run = None
-    if dispatch.use_triton(q, k, v) and torch.is_grad_enabled():
+    packing = None
+    if given.valid is not None and gaps is not False and (gaps or has_gaps(given.valid)):
+        given, packing = given.packed(given.valid)
+    form, run = _FORMS[kind], None
+    if dispatch.use_triton(given.q, given.k, given.v) and torch.is_grad_enabled():
         from linearize.mixers.compiled import compiled
 
-        run = compiled(mixer, q, form)
-    rows = form(mixer, *arguments) if run is None else run(*arguments)
-    return rows if packed is None else packed.unpack(rows)
+        run = compiled(mixer, given.q, form)
+    rows = form(mixer, given) if run is None else run(given)
+    return rows if packing is None else packing.unpack(rows)
 
 
-def _compared(
-    kind: Kind,
-    mixer: Mixer,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    valid: Tensor | None,
-    docs: Tensor | None,
-    beside: Beside,
-) -> Tensor:
+def _compared(kind: Kind, mixer: Mixer, given: Given) -> Tensor:
     """Features and their comparison, of rows without padding between tokens: what is compiled."""
+    q, k, v, valid, docs, beside = given
     batch, tokens = k.shape[:2]
     codes = docs
     if valid is not None:
@@ -138,7 +124,7 @@ def _compared(
     with torch.autocast(q.device.type, enabled=False):
         assert mixer.recurrent is not None
         state, shape = mixer.initial_state(batch, k.dtype, k.device), mixer.shape
-        _, inputs = entering(mixer, q, k, v[..., :0], valid, docs, beside, state=state)
+        _, inputs = entering(mixer, Given(q, k, v[..., :0], valid, docs, beside), state=state)
         student = Products(*mixer.recurrent.products(inputs, state), mixer.recurrent.update.running_sum)
         if narrows(q, k, v):
             # under autocast a rotary embedding leaves q and k in float32
@@ -153,31 +139,20 @@ _FORMS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _columns(
-    mixer: Mixer,
-    kind: Kind,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    at: int,
-    masks: dict[str, Tensor | bool | None],
-    beside: Beside,
-    shifted: Own | None,
-) -> Tensor:
+def _columns(mixer: Mixer, kind: Kind, given: Given, at: int, masks: _Masks, shifted: Own | None) -> Tensor:
     """Columns `at` to `at + V` of both matrices, of all rows."""
+    q, k, v, _, _, beside = given
     tokens, width = v.shape[1], v.shape[-1]
     chosen = torch.arange(tokens, device=v.device)[:, None] - at == torch.arange(width, device=v.device)
     exact = _exact(v)
     q, k, beside = exact(q), exact(k), beside.each(exact)
     values = chosen.to(exact(v).dtype)[None, :, None].expand(v.shape)
-    given = {"valid": masks["valid"], "starts": masks["starts"], "gaps": masks["gaps"]}
     with torch.no_grad():
-        teacher = softmax(mixer.shape).chunked(q, k, values, sink=beside.sink, **given)  # type: ignore[arg-type]
+        teacher = softmax(mixer.shape).chunked(q, k, values, sink=beside.sink, **masks)
     if shifted is not None:
         q, k, _, own = shifted()
         q, k, beside = exact(q), exact(k), beside._replace(plain=own).each(exact)
-    with _showing(mixer):
-        student = mixer.chunked(q, k, values, **given, **beside._asdict())  # type: ignore[arg-type]
+    student = mixer.chunked(q, k, values, weights=True, **masks, **beside._asdict())
     return column_rows(kind, teacher, student)
 
 
@@ -189,13 +164,3 @@ def _exact(v: Tensor) -> Callable[[Tensor], Tensor]:
 def column_rows(kind: Kind, teacher: Tensor, student: Tensor) -> Tensor:
     """`compared` of columns [B, T, H, V] -> [B, T, H]; a function alone, so that it can be compiled."""
     return compared(kind, wide(teacher), wide(student))
-
-
-@contextmanager
-def _showing(mixer: Mixer) -> Iterator[None]:
-    """Inside, values are columns of the identity: what acts on values channel by channel is left out."""
-    mixer.shows = True
-    try:
-        yield
-    finally:
-        mixer.shows = False

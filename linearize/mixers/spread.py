@@ -25,6 +25,7 @@ from linearize.across import Across
 from linearize.mixers import shift
 from linearize.mixers.base import documents
 from linearize.mixers.beside import Beside, Plain
+from linearize.mixers.given import Given
 from linearize.mixers.state import State
 from linearize.mixers.update import Transition
 from linearize.mixers.window.none import NoWindow
@@ -112,19 +113,18 @@ def chunked(
     assert k.shape[1] == across.tokens, "a pass over other tokens than those of the batch"
     starts = across.starts
     docs = None if starts is None else documents(starts, k.shape[0], k.shape[1], k.device)
+    given = Given(q, k, v, None, docs, Beside(**beside))
     if not at_once(mixer):
-        return _in_turn(mixer, q, k, v, docs, Beside(**beside), across)
-    given = (mixer, q, k, v, docs, Beside(**beside), across)
+        return _in_turn(mixer, given, across)
     if not (again and torch.is_grad_enabled()):
-        return _at_once(*given)
+        return _at_once(mixer, given, across)
     # nothing in a mixer draws random numbers, whose state would be read off the device
-    made: Tensor = checkpoint(_at_once, *given, use_reentrant=False, preserve_rng_state=False)
+    made: Tensor = checkpoint(_at_once, mixer, given, across, use_reentrant=False, preserve_rng_state=False)
     return made
 
 
-def _at_once(
-    mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, beside: Beside, across: Across
-) -> Tensor:
+def _at_once(mixer: Mixer, given: Given, across: Across) -> Tensor:
+    q, k, v, _, _, beside = given
     state = Entering(mixer.initial_state(k.shape[0], k.dtype, k.device).tensors, across)
     plain = beside.plain
     window = mixer.window
@@ -133,8 +133,7 @@ def _at_once(
         _held(window, state, near, v, across)
     far: Plain = (q, k) if mixer.position.recurrent_rotated or plain is None else plain
     _recent(mixer, state, (*far, v), beside.hidden, across)
-    made: Tensor = mixer._run(q, k, v, None, docs, beside, state=state)
-    return made
+    return mixer.run(given, state)
 
 
 def _held(window: SlidingWindow, state: Entering, k: Tensor, v: Tensor, across: Across) -> None:
@@ -177,16 +176,15 @@ def _same(across: Across, count: int) -> Tensor:
     return there & (docs == docs[:, -1:])
 
 
-def _in_turn(
-    mixer: Mixer, q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, beside: Beside, across: Across
-) -> Tensor:
-    given = (q, k, v, beside.hidden, beside.first, *(beside.plain or ()), *mixer.parameters())
-    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+def _in_turn(mixer: Mixer, given: Given, across: Across) -> Tensor:
+    q, k, v, _, _, beside = given
+    sources = (q, k, v, beside.hidden, beside.first, *(beside.plain or ()), *mixer.parameters())
+    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in sources)
     # the same in all processes, so that all of them wait for a gradient or none does
     anchor = torch.zeros((), device=q.device, requires_grad=trains)
     empty = mixer.initial_state(k.shape[0], k.dtype, k.device).tensors
     taken = across.taken(list(empty.values()), anchor)
     state = Entering(dict(zip(empty, taken, strict=True)))
-    made = mixer._run(q, k, v, None, docs, beside, state=state)
+    made = mixer.run(given, state)
     left = [state[name].to(like.dtype) for name, like in empty.items()]
     return across.given(made, left, anchor, taken if across.rank else [])

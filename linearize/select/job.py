@@ -17,11 +17,11 @@ from linearize import models, surgery
 from linearize.config.layers import keeps_softmax
 from linearize.config.schema import Recipe
 from linearize.config.values import shown
+from linearize.decode.limits import learned_positions
 from linearize.distill import memory
 from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
 from linearize.distill.identity import fingerprint
 from linearize.errors import DataError, LinearizeError, RecipeError, UnsupportedModelError
-from linearize.eval.limits import learned_positions
 from linearize.eval.rows import Score, Scores, key_of
 from linearize.models.sound import check_trainable
 from linearize.progress import Meter, count, duration

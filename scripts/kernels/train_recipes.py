@@ -249,9 +249,9 @@ def decodes(model: Any, row: dict[str, Any]) -> None:
     """A prompt, and tokens behind it, in the captured step where there is a GPU."""
     import torch
 
-    from linearize.bench.subjects import half
     from linearize.decode import Decoder
     from linearize.decode.cache import tensors
+    from linearize.decode.ways import half
 
     device = row["device"]
     model = (half(model) if device == "cuda" else model).eval().requires_grad_(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -178,7 +179,7 @@ def test_empty_data(jsonl, rows):
 
 def test_names_that_lead_nowhere(tmp_path, jsonl):
     jsonl(ROWS)
-    with pytest.raises(DataError, match=f"did you mean '{tmp_path}/text.jsonl'"):
+    with pytest.raises(DataError, match=re.escape(f"did you mean '{tmp_path}/text.jsonl'")):
         load_texts(str(tmp_path / "txet.jsonl"))
     with pytest.raises(DataError, match="did you mean 'builtin'"):
         load_texts("bultin")

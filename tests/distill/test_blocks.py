@@ -12,10 +12,10 @@ from linearize import objectives, surgery
 from linearize.bench.subjects import convert, random_model
 from linearize.distill import blocks
 from linearize.distill.finetune import predicts, teacher_predicts
-from linearize.distill.headless import recognize
 from linearize.distill.transfer import transfer_step
 from linearize.distill.window_dropout import windows_off
 from linearize.mixers import compiled as compiled_mixers
+from linearize.objectives.headless import recognize
 from linearize.patch import changed
 
 LAYERS = 3

@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from linearize import objectives, surgery
 from linearize.config.schema import LoraConfig, RunConfig, StageConfig
 from linearize.distill.finetune import FinetuneTrainer, predict, predict_teacher, teacher_predicts
-from linearize.distill.headless import predict_final, recognize
 from linearize.distill.sequences import Sequences
 from linearize.distill.trainable import prepare, trained
 from linearize.kernels.distill import operator
 from linearize.objectives import Final
+from linearize.objectives.headless import predict_final, recognize
 
 CPU = torch.device("cpu")
 LOSSES = {"next_token": 0.5, "logits_kl": 1.5}

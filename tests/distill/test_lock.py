@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,7 +58,8 @@ def test_the_other_is_named_and_a_killed_one_never_blocks(holder: Holder, tmp_pa
     out = tmp_path / "run"
     with (
         pytest.raises(
-            RunFolderError, match=rf"{out} is in use by process {holder.pid} on {os.uname().nodename}"
+            RunFolderError,
+            match=re.escape(f"{out} is in use by process {holder.pid} on {os.uname().nodename}"),
         ),
         held(out),
     ):

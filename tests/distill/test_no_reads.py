@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from linearize import objectives, surgery
 from linearize.bench.subjects import convert, random_model, subjects
 from linearize.distill.finetune import predicts, teacher_predicts
-from linearize.distill.headless import recognize
 from linearize.distill.transfer import transfer_step
+from linearize.objectives.headless import recognize
 
 
 def packed(tokens: int = 40) -> dict[str, torch.Tensor]:

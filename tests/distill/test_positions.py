@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from linearize import distill
+from linearize.decode.limits import learned_positions, position_table
 from linearize.distill.positions import counted_from_zero
 from linearize.distill.stage import StageTrainer
 from linearize.errors import DataError
-from linearize.eval.limits import learned_positions, position_table
 
 SIZES = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257}
 

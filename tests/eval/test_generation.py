@@ -9,8 +9,9 @@ import torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from linearize import surgery
+from linearize.decode.ways import cache_bytes
 from linearize.errors import LinearizeError
-from linearize.eval.generation import cache_bytes, generate
+from linearize.eval.generation import generate
 
 
 def test_a_batch_gives_what_each_prompt_gives_alone(model, tokenizer):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import time
 
 import pytest
 
@@ -13,7 +12,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 
-from serving import CHAT, COMPLETIONS, byte_model, chatting, expected, served
+from serving import CHAT, COMPLETIONS, PATIENCE, byte_model, chatting, expected, served, until
 
 from linearize.decode.row_choice import Wish
 from linearize.decode.sampling import Sampling
@@ -36,13 +35,6 @@ def model():
 def client(model):
     with served(model) as made:
         yield made
-
-
-def until(condition, seconds: float = 200) -> None:
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends, "it never came"
-        time.sleep(0.01)
 
 
 def request(fields: dict, length: int | None = None) -> bytes:
@@ -153,8 +145,8 @@ def test_seeds_below_zero_are_seeds_of_their_own():
 
 def test_heads_that_never_end_are_not_waited_for(model):
     """Nothing at all, a part of a head, and a part of the next one: each holds one of a process' few connections."""
-    with served(model, seconds=1) as client:
-        made = [socket.create_connection(("127.0.0.1", client.port), timeout=20) for _ in range(3)]
+    with served(model, seconds=2) as client:
+        made = [socket.create_connection(("127.0.0.1", client.port), timeout=PATIENCE) for _ in range(3)]
         made[1].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
         made[2].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert made[2].recv(1000).startswith(b"HTTP/1.1 200")

@@ -14,7 +14,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 
-from serving import CHAT, COMPLETIONS, byte_model, chatting, expected, served
+from serving import CHAT, COMPLETIONS, PATIENCE, byte_model, chatting, expected, served, until
 
 WORDS = "In the year 1512 the river rose by seven feet, and the miller moved his corn. "
 
@@ -48,7 +48,7 @@ def at_once(calls) -> list:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
     return found
 
 
@@ -204,25 +204,18 @@ def raw_stream(port: int, prompt: str, tokens: int) -> socket.socket:
     """A stream that has begun, as a bare connection."""
     body = f'{{"prompt": "{prompt}", "max_tokens": {tokens}, "stream": true, "temperature": 0}}'.encode()
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
     connection.sendall(head + body)
     assert connection.recv(20).startswith(b"HTTP/1.1 200")
     return connection
 
 
-def until(condition, seconds: float = 200) -> None:
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends, "it never came"
-        time.sleep(0.01)
-
-
 def test_whoever_goes_away_frees_a_slot_and_leaves_nothing(model):
     """Streams that are dropped at random beside texts that are not: those are `generate`'s, in slots used before."""
     tokenizer, dice = chatting(), random.Random(3)
-    with served(model, tokenizer, queue=100) as client:
+    with served(model, tokenizer, queue=100, new=100_000) as client:
         for _ in range(4):
-            streams = [raw_stream(client.port, text, 1000) for text in prompts(3, dice.random())]
+            streams = [raw_stream(client.port, text, 100_000) for text in prompts(3, dice.random())]
             texts = prompts(4, dice.random())
             asked: list = []
             thread = threading.Thread(
@@ -234,7 +227,7 @@ def test_whoever_goes_away_frees_a_slot_and_leaves_nothing(model):
             for stream in streams:
                 time.sleep(dice.random() / 20)
                 stream.close()
-            thread.join(60)
+            thread.join(PATIENCE)
             assert asked == [expected(model, tokenizer, text, 9) for text in texts]
         until(lambda: client.served.scheduler.open == 0)
         assert client.number('linearize_texts_total{reason="cancelled"}') == 12
@@ -242,15 +235,16 @@ def test_whoever_goes_away_frees_a_slot_and_leaves_nothing(model):
 
 
 def test_who_goes_away_before_an_answer_that_is_no_stream(model):
-    with served(model, slots=1) as client:
+    with served(model, slots=1, new=100_000) as client:
         with socket.create_connection(("127.0.0.1", client.port)) as connection:
-            body = b'{"prompt": "a", "max_tokens": 1000, "ignore_eos": true}'
+            body = b'{"prompt": "a", "max_tokens": 100000, "ignore_eos": true}'
             connection.sendall(
                 b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
                 % (len(body), body)
             )
             until(lambda: client.served.scheduler.open == 1)
-        until(lambda: client.served.scheduler.open == 0, 5)
+        until(lambda: client.served.scheduler.open == 0)
+        assert client.number('linearize_texts_total{reason="cancelled"}') == 1
 
 
 def test_models_health_and_metrics(client):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 
 import pytest
 
@@ -15,7 +14,7 @@ pytest.importorskip("prometheus_client")
 from byte_llama import byte_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import CHAT, COMPLETIONS, byte_model, served
+from serving import CHAT, COMPLETIONS, PATIENCE, byte_model, served, until
 
 from linearize.errors import LinearizeError
 from linearize.serve.asked import Limits, Reader
@@ -165,7 +164,7 @@ def test_bodies_that_are_too_large(client):
     # and without saying so beforehand
     parts = b"".join(b"%x\r\n%s\r\n" % (500, b"x" * 500) for _ in range(20)) + b"0\r\n\r\n"
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
-    with socket.create_connection(("127.0.0.1", client.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", client.port), timeout=PATIENCE) as connection:
         connection.sendall(head + parts)
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
 
@@ -177,7 +176,7 @@ def test_a_body_that_never_comes(model):
     ):
         head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{{".encode()
         connection.sendall(head)
-        connection.settimeout(20)
+        connection.settimeout(PATIENCE)
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
 
 
@@ -196,19 +195,16 @@ def test_no_room_for_more(model):
         ):
             one.sendall(head + body)
             two.sendall(head + body)
-            ends = time.monotonic() + 200
-            while scheduler.open < 2 and time.monotonic() < ends:
-                time.sleep(0.01)
+            until(lambda: scheduler.open == 2)
             answer = client.ask(COMPLETIONS, {"prompt": "a"})
             assert refused(answer, 429, "2 texts")["type"] == "rate_limit_error"
             assert answer[1]["retry-after"] == "1"
-        while scheduler.open and time.monotonic() < ends:
-            time.sleep(0.01)
+        until(lambda: not scheduler.open)
         assert client.text("a", 3)
 
 
 def test_requests_that_take_too_long(model):
-    with served(model, slots=1, seconds=0.5, new=100_000) as client:
+    with served(model, slots=1, seconds=2, new=100_000) as client:
         body = {"prompt": "a", "max_tokens": 100_000, "ignore_eos": True}
         error = refused(client.ask(COMPLETIONS, body), 504, "the most that a request may take")
         assert error["code"] == "timeout" and error["type"] == "server_error"

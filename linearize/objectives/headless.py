@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.distill.trainable import unwrapped
 from linearize.kernels.distill import Head
 from linearize.kernels.distill.reference import shape_logits
+from linearize.models.unwrapped import unwrapped
 from linearize.objectives import Final
 
 PROBE = (-8.0, -1.0, -0.25, 0.5, 2.0, 24.0)

@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from linearize.decode import Decoder
 from linearize.decode.cache import tensors
 from linearize.errors import LinearizeError
-from linearize.eval.generation import cache_bytes
 
 SKIPPED = 12
 """First tokens that are not timed: compiling, recording, warming up."""
@@ -187,3 +186,50 @@ def room(device: torch.device) -> Iterator[None]:
         yield
     finally:
         release()
+
+
+def half(model: Any) -> Any:
+    """A converted model in bfloat16, its mixers in float32 as they were."""
+    for name, parameter in model.named_parameters():
+        if ".mixer." not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def cache_bytes(past_key_values: Any) -> int:
+    """Bytes held by every tensor that can be reached from a cache: keys, values, states, counters.
+
+    Each storage counts once and whole, so that a short view which keeps a long tensor alive is not mistaken for a small
+    cache. Modules reached from the cache are not part of it.
+
+    Args:
+        past_key_values: a Cache of transformers, or any object, list or dict that holds tensors.
+    """
+    storages: dict[tuple[torch.device, int], int] = {}
+    seen: set[int] = set()
+    pending = [past_key_values]
+    while pending:
+        item = pending.pop()
+        if id(item) in seen or isinstance(item, nn.Module | type | str | bytes):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            storage = item.untyped_storage()
+            storages[item.device, storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, dict):
+            pending.extend(item.values())
+        elif isinstance(item, list | tuple | set):
+            pending.extend(item)
+        else:
+            pending.extend(getattr(item, "__dict__", {}).values())
+            pending.extend(getattr(item, name, None) for name in _slots(type(item)))
+    return sum(storages.values())
+
+
+def _slots(cls: type) -> list[str]:
+    """Names in the `__slots__` of a class and its bases (a state dataclass may have them instead of `__dict__`)."""
+    names: list[str] = []
+    for base in cls.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        names.extend([slots] if isinstance(slots, str) else slots)
+    return [name for name in names if not name.startswith("__")]
