@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from linearize.kernels.window_linear.reference import divide
 from linearize.mixers import fits
 from linearize.mixers.base import LayerShape, Part, Partial, fill, put
-from linearize.mixers.combine import COMBINES, Combine
+from linearize.mixers.combine import COMBINES, SHUT, Combine
 from linearize.mixers.options import number
 
 
@@ -84,6 +84,12 @@ class SharedNormalizer(Combine):
         )
         search([step / 3 for step in range(-5, 6) if step], best.clone())
         put(self.window_factor, best)
+
+    def shut(self, resize: Callable[[Tensor], bool]) -> bool:
+        if not self.config.complement:
+            return False
+        put(self.window_factor, torch.full_like(self.window_factor, 1 - SHUT).logit())
+        return True
 
     def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
         assert window.denominator is not None and recurrent.denominator is not None, "see needs_normalizer"
