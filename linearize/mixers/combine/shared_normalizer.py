@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from linearize.kernels.window_linear.reference import divide
 from linearize.mixers import fits
 from linearize.mixers.base import LayerShape, Part, Partial, fill, put
-from linearize.mixers.combine import COMBINES, SHUT, Combine
+from linearize.mixers.combine import COMBINES, Combine
 from linearize.mixers.options import number
 
 
@@ -88,7 +88,7 @@ class SharedNormalizer(Combine):
     def shut(self, resize: Callable[[Tensor], bool]) -> bool:
         if not self.config.complement:
             return False
-        put(self.window_factor, torch.full_like(self.window_factor, 1 - SHUT).logit())
+        put(self.window_factor, torch.full_like(self.window_factor, self.REACH))
         return True
 
     def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:

@@ -91,6 +91,8 @@ class Sigmoid(Combine):
     def shut(self, resize: Callable[[Tensor], bool]) -> bool:
         resize(torch.zeros_like(self.window_factor))
         put(self.window_factor, torch.full_like(self.window_factor, 1 - SHUT).logit())
+        if self.token_weight is not None:
+            put(self.token_weight, torch.zeros_like(self.token_weight))
         return True
 
     def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
