@@ -23,6 +23,10 @@ MULTIPLE = 16
 SHARE = 4
 """Copies take one such part of the memory that is free at most."""
 INDUCTOR = "inductor"
+PLAIN = ("torch", "torch.nn.functional", "torch._C._nn", "builtins")
+"""Modules whose functions write into what they are given only where their names say so."""
+ARITHMETIC = (operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv, operator.neg)
+"""What traced expressions are made of; the module has others that write."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,9 @@ class Joining:
             if found is not None:
                 constants[node] = found
         alike: dict[Node, list[Product]] = {}
+        read = _read(graph)
         for node in graph.graph.nodes:
-            product = _product(node, constants)
+            product = _product(node, constants) if node in read else None
             if product is not None:
                 alike.setdefault(product.shared, []).append(product)
         groups = [products for products in alike.values() if len(products) > 1]
@@ -190,6 +195,25 @@ class Joining:
         name = f"linearize_copy_{len(list(graph.buffers()))}"
         graph.register_buffer(name, tensor, persistent=False)
         return graph.graph.get_attr(name)
+
+
+def _read(graph: GraphModule) -> set[Node]:
+    """What the outputs, or nodes that may write, are made of; the compiler leaves out the rest, unless it is joined."""
+    found: set[Node] = set()
+    for node in reversed(graph.graph.nodes):
+        if node in found or _may_write(node):
+            found |= {node, *node.all_input_nodes}
+    return found
+
+
+def _may_write(node: Node) -> bool:
+    """Whether there is more to a node than what it returns, as far as names say; in doubt there is."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    if node.op != "call_function":
+        return node.op not in ("placeholder", "get_attr")
+    module, name = getattr(node.target, "__module__", ""), getattr(node.target, "__name__", "_")
+    return node.target not in ARITHMETIC and (module not in PLAIN or name.endswith("_"))
 
 
 def _derived(node: Node, constants: dict[Node, Constant]) -> Constant | None:

@@ -37,8 +37,8 @@ JUDGED, FEWEST = 8, 4
 """One sequence of so many is judged by and not fitted, from so many sequences on."""
 START = "start"
 """Name of the mixers as they came."""
-OUTPUT = ".mixer.output."
-"""In the names of output parts' parameters."""
+OUTPUT, SHARES = ".mixer.output.", ".mixer.combine."
+"""In the names of output parts' parameters, and of those that weigh a window against a recurrent branch."""
 
 
 def wanted(recipe: Recipe, model: nn.Module) -> bool:
@@ -88,21 +88,26 @@ FULL = Way("full")
 PLAIN = Way("plain", how={"plain": True, "sizes_only": True}, begins="full")
 OWN = Way("own", own_stream=True, how={"plain": False})
 OWN_PLAIN = Way("own plain", own_stream=True, how={"plain": True})
+WINDOW = Way("window alone", how={"plain": True, "sizes_only": True, "shut": True}, begins="full")
 
 
-def every_way(outputs: bool) -> tuple[Way, ...]:
-    """All that `ways` may give, for mixers with output parts or without."""
-    return (FULL, PLAIN, OWN, OWN_PLAIN) if outputs else (FULL, OWN)
+def every_way(outputs: bool, windows: bool) -> tuple[Way, ...]:
+    """All that `ways` may give, for mixers with output parts or without, with windows beside branches or without."""
+    found = (FULL, PLAIN, OWN, OWN_PLAIN) if outputs else (FULL, OWN)
+    return (*found, WINDOW) if windows else found
 
 
-def ways(away: Mapping[str, float], outputs: bool) -> Iterator[Way]:
-    """The ways in which mixers are set, in order; the last one is as plain as what came nearer before.
+def ways(away: Mapping[str, float], outputs: bool, windows: bool) -> Iterator[Way]:
+    """The ways in which mixers are set, in order; own streams are as plain as what came nearer before.
 
     Args:
         away: name of a way -> how far its distributions are from the teacher's; read as far as ways were given.
         outputs: whether any mixer has an output part.
+        windows: whether any mixer weighs a window against a recurrent branch.
     """
     yield FULL
+    if windows:
+        yield WINDOW
     if outputs:
         yield PLAIN
     yield OWN_PLAIN if outputs and away[PLAIN.name] < away[FULL.name] else OWN
@@ -119,6 +124,11 @@ def has_outputs(names: Iterable[str]) -> bool:
     A constant is set in every way.
     """
     return any(OUTPUT in name and not name.endswith(f"{OUTPUT}constant") for name in names)
+
+
+def has_windows(names: Iterable[str]) -> bool:
+    """Whether mixers with parameters of these names weigh a window against a recurrent branch."""
+    return any(SHARES in name for name in names)
 
 
 def sequences(dataset: Any, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -139,7 +149,8 @@ def calibrate(model: nn.Module, dataset: Any, *, autocast: torch.dtype | None) -
     and on what the layers set before them give (errors that add up spoil the one, layers that compensate each other's
     the other); with output parts that follow the hidden state, and without (what fits one text may not fit another).
     What comes nearest the teacher's next-token distributions is kept, on sequences that were not fitted where there
-    are enough; the start that the mixers came with counts too.
+    are enough; the start that the mixers came with counts too, and their windows with the branches beside them shut:
+    errors of layers, which branches are fitted by, do not say how far a model's answers are.
 
     Args:
         model: converted, untrained.
@@ -159,12 +170,13 @@ def calibrate(model: nn.Module, dataset: Any, *, autocast: torch.dtype | None) -
     computing = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
     states = {START: state(model)}
     found: dict[str, list[dict[str, float]]] = {START: []}
-    outputs = has_outputs(states[START])
+    outputs, windows = has_outputs(states[START]), has_windows(states[START])
     model.eval()
-    with torch.no_grad(), Meter("calibrate", (3 if outputs else 2) * len(layers), "layers") as meter:
+    passes = 2 + int(outputs) + int(windows)
+    with torch.no_grad(), Meter("calibrate", passes * len(layers), "layers") as meter:
         with computing:
             away = {START: _divergence(model, judged)}
-        for way in ways(away, outputs):
+        for way in ways(away, outputs, windows):
             surgery.load_mixer_state(model, way.begin(states))
             with way.may_overflow(), computing:
                 found[way.name] = _pass(model, fitted, way.own_stream, meter, **way.how)

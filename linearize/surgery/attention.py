@@ -143,13 +143,15 @@ class LinearizedAttention(nn.Module):
         found = []
         with rehearsing(cache):
             for place, own in enumerate(inputs):
-                taken = replace(frame, hidden_states=own, takes=[], shifted=None)
+                takes: list[Tensor] = []
+                taken = replace(frame, hidden_states=own, takes=takes, shifted=None)
                 if "hidden_states" in kwargs:
                     super().forward(*args, **{**kwargs, "hidden_states": own}, linearize_frame=taken)
                 else:
                     super().forward(own, *args[1:], **kwargs, linearize_frame=taken)
-                assert taken.takes, "the module's forward has not come to its attention function"
-                found.append(taken.takes[place])
+                # a number is compared, since torch's compiler makes a tensor of what else an assertion is given
+                assert len(takes) == 3, "the module's forward has not come to its attention function"
+                found.append(takes[place])
         return found[0], found[1], found[2]
 
     def teacher(

@@ -239,3 +239,31 @@ def test_a_constant_alone_asks_for_no_plain_way():
         [f"{name}constant", "model.layers.0.self_attn.mixer.recurrent.update.scale"]
     )
     assert calibrate.has_outputs([f"{name}constant", f"{name}up"])
+
+
+def test_a_window_that_comes_nearer_alone_is_left_alone(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the distributions of the whole model: what branches lower in their own layers may not lower that."""
+    recipe = make_recipe()
+    combine = {"name": "shared_normalizer", "complement": True}
+    recipe.mixer = {**recipe.mixer, "combine": combine}
+    recipe.calibrate.tokens = 512
+    assert calibrate.has_windows(state(surgery.convert(tiny_llama(), recipe.mixer, recipe.layers)))
+    nearness = iter([5.0, 3.0, 2.0, 4.0])
+    monkeypatch.setattr(calibrate, "_divergence", lambda model, batch: next(nearness))
+    alone, layers = found(recipe)
+    assert [layer["layer"] for layer in layers] == [0, 1]
+    nearness = iter([5.0, 3.0, 3.5, 4.0])
+    model, _ = found(recipe)
+    shut, fitted = state(alone), state(model)
+    changed = {name for name, value in shut.items() if not torch.equal(value, fitted[name])}
+    assert changed == {name for name in shut if name.endswith("combine.window_factor")}
+    text = calibrate.text(recipe, byte_tokenizer())[0]["input_ids"][None]
+    windows = surgery.convert(
+        tiny_llama(), {"window": recipe.mixer["window"], "feature_map": {"name": "none"}}, recipe.layers
+    )
+    with torch.no_grad():
+        expected = windows(text).logits
+        torch.testing.assert_close(alone(text).logits, expected, rtol=0.01, atol=0.01)
+        assert not torch.allclose(model(text).logits, expected, rtol=0.01, atol=0.01)

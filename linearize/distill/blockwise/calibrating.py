@@ -77,7 +77,8 @@ class _Sweep:
 
     def __init__(self, job: Job, fitted: dict[str, Tensor], judged: dict[str, Tensor], text: str) -> None:
         self.job, self.texts, self.text = job, {"fitted": fitted, "judged": judged}, text
-        self.ways = whole.every_way(whole.has_outputs(job.maker.names))
+        names = job.maker.names
+        self.ways = whole.every_way(whole.has_outputs(names), whole.has_windows(names))
         self.fitted: dict[str, _Stream] = {}
         self.judged: dict[str, _Stream] = {}
         self.mixers: dict[str, dict[str, Tensor]] = {}
@@ -198,7 +199,13 @@ class _Sweep:
                     student = head.finish(self.judged[name].hidden[row : row + 1], one)[0]
                     found.append(whole.divergence(teacher, student))
         away = {name: whole.over(found) for name, found in rows.items()}
-        tried = [whole.START, *(way.name for way in whole.ways(away, whole.PLAIN in self.ways))]
+        tried = [
+            whole.START,
+            *(
+                way.name
+                for way in whole.ways(away, *(way in self.ways for way in (whole.PLAIN, whole.WINDOW)))
+            ),
+        ]
         chosen = whole.nearest({name: away[name] for name in tried if name in away})
         return self.mixers[chosen], self.found[chosen]
 

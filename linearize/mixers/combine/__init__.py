@@ -13,6 +13,10 @@ from linearize.mixers.base import LayerShape, Part, Partial
 from linearize.registry import Registry, discover
 
 
+SHUT = 0.002
+"""Share of a branch that is to say nothing: too little to be heard, enough to learn from."""
+
+
 class Combine(Part):
     """Base of the rules; built only for mixers that have both branches.
 
@@ -47,6 +51,14 @@ class Combine(Part):
             hidden: [1, N, D], where `uses_hidden`.
             resize: multiplies what the recurrent branch gives by [H], or says false.
         """
+
+    def shut(self, resize: Callable[[Tensor], bool]) -> bool:
+        """Let the window speak alone, as near as the rule comes to it; false, and nothing done, where it cannot.
+
+        Args:
+            resize: as in `fit`.
+        """
+        return False
 
     def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
         """Two partials -> output [B, T, H, V]; `hidden` [B, T, D] for rules with `uses_hidden`."""

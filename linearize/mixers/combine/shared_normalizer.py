@@ -85,6 +85,12 @@ class SharedNormalizer(Combine):
         search([step / 3 for step in range(-5, 6) if step], best.clone())
         put(self.window_factor, best)
 
+    def shut(self, resize: Callable[[Tensor], bool]) -> bool:
+        if not self.config.complement:
+            return False
+        put(self.window_factor, torch.full_like(self.window_factor, self.REACH))
+        return True
+
     def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
         assert window.denominator is not None and recurrent.denominator is not None, "see needs_normalizer"
         window = window.sums()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linearize.errors import LinearizeError
 from linearize.mixers import fits
 from linearize.mixers.base import LayerShape, Part, Partial, accumulator, fill, product, put
-from linearize.mixers.combine import COMBINES, Combine, blend
+from linearize.mixers.combine import COMBINES, SHUT, Combine, blend
 from linearize.mixers.options import choice_problems, number
 
 
@@ -76,16 +76,24 @@ class Sigmoid(Combine):
         """g from the two branches' least-squares factors, what is left of the second one in the branch's own size.
 
         Where the recurrent branch has no size to set, g alone: <w - r, t - r> / |w - r|^2. g is kept from EDGE to
-        1 - EDGE, so that its sigmoid still has a slope.
+        1 - EDGE, so that its sigmoid still has a slope; a branch that heads are better without keeps SHUT.
         """
         near, far = window.normalized()[0], recurrent.normalized()[0]
         if resize(torch.ones_like(self.window_factor)):
             ours, theirs = fits.two_scales(near, far, target)
-            share = ours.clamp(self.EDGE, 1 - self.EDGE)
+            most = torch.where(theirs > 0, 1 - self.EDGE, 1 - SHUT)
+            share = ours.clamp_min(self.EDGE).minimum(most)
             resize(theirs / (1 - share))
         else:
-            share = fits.scale(near - far, target - far).clamp(self.EDGE, 1 - self.EDGE)
+            share = fits.scale(near - far, target - far).clamp(self.EDGE, 1 - SHUT)
         put(self.window_factor, share.logit())
+
+    def shut(self, resize: Callable[[Tensor], bool]) -> bool:
+        resize(torch.zeros_like(self.window_factor))
+        put(self.window_factor, torch.full_like(self.window_factor, 1 - SHUT).logit())
+        if self.token_weight is not None:
+            put(self.token_weight, torch.zeros_like(self.token_weight))
+        return True
 
     def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:
         logit = self.window_factor.to(accumulator(window.numerator.dtype))

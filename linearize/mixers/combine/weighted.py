@@ -67,6 +67,13 @@ class FixedWeights(Combine):
             put(self.window_weight, near)
             put(self.recurrent_weight, far)
 
+    def shut(self, resize: Callable[[Tensor], bool]) -> bool:
+        if self.window_weight is None or self.recurrent_weight is None:
+            return False
+        put(self.window_weight, torch.ones_like(self.window_weight))
+        put(self.recurrent_weight, torch.zeros_like(self.recurrent_weight))
+        return True
+
     def resize(self, factor: Tensor) -> bool:
         if self.window_weight is None or self.recurrent_weight is None:
             return False
