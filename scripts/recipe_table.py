@@ -1,4 +1,4 @@
-"""Write the tables of docs/recipes.md, README.md and docs/export.md from the recipes, between the markers there.
+"""Write the tables of docs/recipes.md and docs/export.md from the recipes, between the markers there.
 
 python scripts/recipe_table.py            # writes
 python scripts/recipe_table.py --check    # exit code 1 where a table is not current
@@ -52,32 +52,38 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def current() -> dict[Path, str]:
-    """Each file -> its text with the table as the recipes have it now."""
+    """Each file -> its text with its tables as the recipes have them now."""
     recipes = {name: outline(name) for name, _ in list_recipes()}
     tables = {
-        ROOT / "docs" / "recipes.md": table(
-            ["paper", "recipe", "parts", "stages", "what differs from the paper"],
-            [
-                [paper(recipe), _link(name), composition(recipe), stages(recipe), differences(name)]
-                for name, recipe in recipes.items()
-            ],
-        ),
-        ROOT / "README.md": table(
-            ["recipe", "what it does", "paper"],
-            [[f"`{name}`", recipe["description"], paper(recipe)] for name, recipe in recipes.items()],
-        ),
-        ROOT / "docs" / "export.md": table(
-            ["recipe", "fla", "llama.cpp"],
-            [[f"`{name}`", *layouts(recipe)] for name, recipe in recipes.items()],
-        ),
+        ROOT / "docs" / "recipes.md": [
+            table(
+                ["recipe", "what it does", "paper"],
+                [[_link(name), recipe["description"], paper(recipe)] for name, recipe in recipes.items()],
+            ),
+            table(
+                ["recipe", "parts", "stages", "what differs from the paper"],
+                [
+                    [f"`{name}`", composition(recipe), stages(recipe), differences(name)]
+                    for name, recipe in recipes.items()
+                ],
+            ),
+        ],
+        ROOT / "docs" / "export.md": [
+            table(
+                ["recipe", "fla", "llama.cpp"],
+                [[f"`{name}`", *layouts(recipe)] for name, recipe in recipes.items()],
+            )
+        ],
     }
     return {path: between(path.read_text(encoding="utf-8"), rows) for path, rows in tables.items()}
 
 
-def between(text: str, rows: str) -> str:
-    """The text with what stands between the markers replaced."""
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{rows}{END}{rest.split(END)[1]}"
+def between(text: str, tables: list[str]) -> str:
+    """The text with what stands between each pair of markers replaced, in their order."""
+    made, *rest = text.split(BEGIN)
+    for rows, part in zip(tables, rest, strict=True):
+        made += f"{BEGIN}\n{rows}{END}{part.split(END)[1]}"
+    return made
 
 
 def table(titles: list[str], rows: list[list[str]]) -> str:

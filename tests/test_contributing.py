@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from compositions import SHAPES, Draw, make
 
 from linearize.config import compose
+from linearize.config.compose import RECIPES
 from linearize.mixers import check
 from linearize.mixers.feature_map import FEATURE_MAPS
 
@@ -60,9 +62,14 @@ def test_its_options_are_checked(relu2):
     assert "must be above 0" in problem
 
 
-def test_the_recipe_composes(relu2, tmp_path):
-    path = tmp_path / "relu2.yaml"
+def test_the_recipe_composes(relu2, tmp_path, monkeypatch):
+    """As a file of somebody's, and by its name where the example says that it lies: in `recipes`."""
+    assert "# recipes/relu2.yaml" in block("yaml")
+    shutil.copytree(RECIPES, tmp_path / "recipes")
+    path = tmp_path / "recipes" / "relu2.yaml"
     path.write_text(block("yaml"))
     recipe = compose(path, [])
-    assert recipe.mixer["feature_map"]["name"] == "relu2"
+    assert recipe.mixer["feature_map"] == {"name": "relu2"}
     assert recipe.mixer["window"]["name"] == "sliding"
+    monkeypatch.setattr(sys.modules["linearize.config.compose"], "RECIPES", path.parent)
+    assert compose("relu2", []) == recipe

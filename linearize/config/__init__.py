@@ -1,4 +1,4 @@
-"""Recipes: typed schema, composition by hydra, and a check that reports every mistake at once."""
+"""Recipes: typed schema, files laid over each other, overrides, and a check that reports every mistake at once."""
 
 from __future__ import annotations
 

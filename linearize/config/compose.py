@@ -140,7 +140,7 @@ class _Files:
             merged: dict[str, Any] = {}
             for name in starts:
                 if name == SELF:
-                    merged = self._over(merged, own, shipped=path.parent == RECIPES)
+                    merged = self._over(merged, own)
                 else:
                     merged = _merged(merged, self.of(self._find(name, path, where), (*chain, path)))
             self.done[path] = merged
@@ -160,16 +160,15 @@ class _Files:
         hint = closest(name, (shipped | near) - {path.stem})
         raise RecipeError([f"defaults: unknown recipe {quoted(name)}; {hint}"], where)
 
-    def _over(self, below: dict[str, Any], own: dict[str, Any], *, shipped: bool) -> dict[str, Any]:
-        """A user's file that names another choice of a mixer part drops the options of the one it replaces."""
+    def _over(self, below: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+        """A file that names another choice of a mixer part drops the options of the one it replaces."""
         merged = _merged(below, own)
-        if not shipped:
-            _named_anew(below.get("mixer"), own.get("mixer"), merged.get("mixer"))
-            before, changes, after = (x if isinstance(x, dict) else {} for x in (
-                below.get("mixers"), own.get("mixers"), merged.get("mixers")
-            ))  # fmt: skip
-            for name in changes:
-                _named_anew(before.get(name), changes[name], after.get(name))
+        _named_anew(below.get("mixer"), own.get("mixer"), merged.get("mixer"))
+        before, changes, after = (x if isinstance(x, dict) else {} for x in (
+            below.get("mixers"), own.get("mixers"), merged.get("mixers")
+        ))  # fmt: skip
+        for name in changes:
+            _named_anew(before.get(name), changes[name], after.get(name))
         return merged
 
 

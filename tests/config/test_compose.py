@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -319,3 +320,12 @@ def test_naming_another_part_drops_the_options_of_the_old_one(tmp_path):
         assert recipe.mixer["window"] == {"name": "sliding", "size": 64, "first": 2}, (
             "the same choice still merges"
         )
+
+
+def test_a_shipped_recipe_says_the_same_from_another_folder(tmp_path):
+    """Its file can be copied and changed: whose it is changes nothing of what it says."""
+    for path in Path(RECIPES).glob("*.yaml"):
+        shutil.copy(path, tmp_path)
+    assert {name: compose(tmp_path / f"{name}.yaml") for name in SHIPPED} == {
+        name: compose(name) for name in SHIPPED
+    }
