@@ -13,7 +13,8 @@ import torch
 from byte_llama import byte_tokenizer
 from several import run, start, whole
 from several_recipes import assert_equal, enough_cards, once
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LongcatFlashConfig
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashTopkRouter
 
 import linearize
 from linearize import surgery
@@ -93,6 +94,20 @@ def test_what_trains(family: str) -> None:
     assert [name for name in names if name.endswith("mlp.gate.weight")]
     names = trainable.trained(trainable.prepare(model, StageConfig(train=["all"], freeze=["mlp"])))
     assert not [name for name in names if ".mlp." in name]
+
+
+def test_a_router_whose_weights_stand_in_a_layer_of_its_own() -> None:
+    """LongCat's, in which `linearize run` ended with a StopIteration."""
+    sizes = {"hidden_size": 32, "n_routed_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 2}
+    config: Any = LongcatFlashConfig(**sizes, zero_expert_num=2)
+    router = LongcatFlashTopkRouter(config).to(torch.bfloat16)
+    weight, hidden = router.classifier.weight.detach().clone(), torch.randn(512, 32).bfloat16()
+    routers.widen(router)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = router(hidden)[0]
+    assert router.classifier.weight.dtype == logits.dtype == torch.float32
+    exact = torch.nn.functional.linear(hidden.double(), weight.double())
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
