@@ -53,6 +53,7 @@ FAMILIES: dict[str, dict] = {
         "word_embed_proj_dim": 32,
     },
     "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
     "deepseek_v32": INDEXED,
     "glm_moe_dsa": INDEXED,
     "minimax_m3_vl_text": {

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import odd
 import pytest
 import transformers
 from tiny import config as family_config
@@ -16,8 +17,10 @@ from linearize.cost.cards import CARDS, cards
 from linearize.cost.shapes import config_of
 from linearize.cost.stages import plan, ways
 from linearize.cost.strategy import fit, shares
+from linearize.decode.newest import fits
 from linearize.errors import CheckpointError, LinearizeError, UnsupportedModelError
 from linearize.kernels.distill.slices import ELEMENTS
+from linearize.models.layers import head_sizes, most
 
 ROOT = Path(__file__).parents[1]
 
@@ -163,6 +166,16 @@ def test_widths_that_have_another_name():
     ):
         found = plan(config, compose("lolcats"), 1, CARDS["h100"], model="one", name="lolcats")
         assert {stage.sizes.inner for stage in found.stages} == {inner}
+
+
+def test_layers_of_unequal_heads_have_a_plan():
+    """transformers refuses to read a width off such a config, which `plan` and the CUDA graph's step both asked for."""
+    config = odd.config("gemma4_text", num_kv_shared_layers=0, global_head_dim=24)
+    assert head_sizes(config) == {8, 24} and most(config, "head_dim") == 24
+    assert head_sizes(family_config("gpt2")) == {8} and most(family_config("gpt2"), "head_dim") is None
+    found = plan(config, compose("hedgehog"), 1, CARDS["h100"], model="one", name="hedgehog")
+    assert {stage.sizes.query for stage in found.stages} == {4 * 24}
+    assert not fits(odd.model("gemma4_text", num_kv_shared_layers=0, global_head_dim=24), config)
 
 
 @pytest.mark.parametrize(

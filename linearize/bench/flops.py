@@ -32,6 +32,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from linearize.models.layers import head_sizes, most
+
 PEAKS = {
     "H200": 989.4,
     "H100 PCIe": 756.5,
@@ -146,8 +148,7 @@ def matrix_layer(mixer: Any, length: int) -> float:
 
 def softmax_layer(config: Any, length: int) -> float:
     """FLOPs that scores and values of one layer take a token, forward, over the causal half of `length` keys."""
-    heads = config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, dim = most(config, "num_attention_heads") or 1, max(head_sizes(config))
     return 2.0 * (length + 1) * heads * dim
 
 

@@ -22,6 +22,7 @@ from linearize.distill.teachers import apart
 from linearize.distill.trainable import prepare, trained
 from linearize.distill.tying import untied
 from linearize.models import experts
+from linearize.models.layers import head_sizes, most
 from linearize.models.unwrapped import unwrapped
 from linearize.surgery.inspection import skeleton
 from linearize.surgery.projections import linear_sizes
@@ -223,8 +224,8 @@ def sizes_of(model: nn.Module, kind: str, recipe: str | None, teacher: int, *, a
     """
     base = unwrapped(model)
     text = base.config.get_text_config()
-    heads = text.num_attention_heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    heads = most(text, "num_attention_heads") or 1
+    dim = max(head_sizes(text))
     layers, changed = text.num_hidden_layers, len(surgery.converted(base))
     own = {id(p) for layer in surgery.converted(base) for p in layer.mixer.parameters()}
     tables = {id(part.weight) for part in base.modules() if isinstance(part, nn.Embedding)}
@@ -232,7 +233,7 @@ def sizes_of(model: nn.Module, kind: str, recipe: str | None, teacher: int, *, a
     tables.add(id(head))
     trains = trained(model).values()
     body = [p for p in trains if p.dim() > 1 and id(p) not in own and id(p) not in tables]
-    key = (getattr(text, "num_key_value_heads", None) or heads) * dim
+    key = (most(text, "num_key_value_heads") or heads) * dim
     mixed, softmax = mixer_bytes(recipe, heads * dim, key), mixer_bytes(None, heads * dim, key)
     kept, moved = (
         (changed * one + (layers - changed) * other) / layers
@@ -266,9 +267,9 @@ def _inner(model: nn.Module, text: Any) -> int:
     routed = experts.inner(model)
     if routed:
         return routed
-    said = getattr(text, "intermediate_size", None)
+    said = most(text, "intermediate_size")
     if said:
-        return max(said) if isinstance(said, (list, tuple)) else said
+        return said
     widths = linear_sizes(model)
     return max(
         (before for before, after in widths if after == text.hidden_size), default=4 * text.hidden_size

@@ -19,6 +19,7 @@ from linearize.decode.masks import Masks, patterns
 from linearize.errors import LinearizeError
 from linearize.kernels import dispatch
 from linearize.kernels.newest import newest_step
+from linearize.models.layers import head_sizes
 
 NAME = "linearize_newest"
 WIDEST = 256
@@ -80,12 +81,11 @@ def fits(model: Any, config: Any) -> bool:
         config: its text config.
     """
     like = next(model.parameters())
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return (
         dispatch.use_triton(like)
         and config._attn_implementation == "sdpa"
         and bool(getattr(model, "_supports_attention_backend", False))
-        and width <= WIDEST
+        and max(head_sizes(config), default=0) <= WIDEST
     )
 
 

@@ -208,8 +208,9 @@ def training(
         "device": next(model.parameters()).device,
         "autocast": autocast,
     }
-    use_cache = unwrapped(model).config.use_cache
-    with untied(model, stage.untie), _checkpointing(unwrapped(model), stage.gradient_checkpointing):
+    base = unwrapped(model)
+    checkpointing = _checkpointing(base, stage.gradient_checkpointing)
+    with untied(model, stage.untie), _cache_kept(base.config), checkpointing:
         level = objectives.level_of(stage.objective)
         try:
             if level == "layer":
@@ -223,9 +224,22 @@ def training(
             with _let_go_at_once(model, trainer.parameters.values()):
                 yield trainer
         finally:
-            unwrapped(model).config.use_cache = use_cache  # Trainer switches it off for good
             shards.settle(model)
             model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _cache_kept(config: Any) -> Iterator[None]:
+    """Afterwards a config says of caches what it said, or nothing: Trainer switches them off for good."""
+    before = vars(config).get(
+        "use_cache"
+    )  # configs of several models (Fuyu's, Gemma 4's) have none of their own
+    try:
+        yield
+    finally:
+        vars(config).pop("use_cache", None)
+        if before is not None:
+            config.use_cache = before
 
 
 @contextmanager

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from linearize.errors import UnsupportedModelError
+from linearize.surgery.inspection import skeleton
+
 
 def merged(model: Any, dtype: torch.dtype) -> Any:
     """The model without adapters, their updates in its weights.
@@ -29,20 +32,30 @@ def merged(model: Any, dtype: torch.dtype) -> Any:
     return model.unload()
 
 
+def _made_wide(model: Any) -> set[str]:
+    """Tensors that the family makes in float32 whatever the dtype of the model is, and so loads in it."""
+    try:
+        like = skeleton(model.config)
+    except UnsupportedModelError:  # whatever it is, a check of the export stands behind
+        return set()
+    return {name for name, tensor in like.state_dict().items() if tensor.dtype == torch.float32}
+
+
 def in_dtype(model: Any, dtype: torch.dtype) -> Any:
     """Bring what a checkpoint holds of a model to one dtype, in place; gives the model.
 
-    Mixers stay as they are, and so does what the family loads in float32 whatever the dtype is.
+    Mixers stay as they are, and so does what the family has in float32 in a model of that dtype: routers, whose rounded
+    weights would send tokens to other experts, among it.
 
     Args:
         model: of transformers.
         dtype: floating.
     """
-    kept = [
-        re.compile(rf"(^|\.){name}($|\.)")
-        for name in getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    ]
-    stored = set(model.state_dict())
+    names = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    if dtype == torch.float16:
+        names += getattr(model, "_keep_in_fp32_modules", None) or ()
+    kept = [re.compile(rf"(^|\.){name}($|\.)") for name in names]
+    stored = set(model.state_dict()) - _made_wide(model)
     for path, module in model.named_modules():
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             full = f"{path}.{name}" if path else name

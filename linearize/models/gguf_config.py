@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from linearize.errors import CheckpointError, UnsupportedModelError
 from linearize.models.boundary import boundary
 from linearize.models.config import MOST_LAYERS
-from linearize.models.gguf_keys import head_sizes, unplaced
+from linearize.models.gguf_keys import unplaced
+from linearize.models.layers import head_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from linearize.models.layers import head_sizes
+
 SAME: dict[str, tuple[str, ...]] = {
     "block_count": ("num_hidden_layers", "n_layer"),
     "embedding_length": ("hidden_size", "n_embd"),
@@ -154,23 +156,6 @@ def unplaced(config: Any, said: dict[str, Any]) -> Iterator[tuple[str, Any, str]
             yield key, value, f"{name} would be {found}"
         else:
             yield key, value, "the config has no place for it"
-
-
-def head_sizes(config: Any) -> set[int]:
-    """Widths of a config's heads; more than one where layers differ."""
-    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-    names = ("head_dim", "global_head_dim", "d_kv")
-    known = {size for name in names for size in _values(config, name) if isinstance(size, int)}
-    if not known and isinstance(heads, int) and heads and isinstance(width, int):
-        known = {width // heads}
-    return known
-
-
-def _values(config: Any, name: str) -> list[Any]:
-    try:
-        return [getattr(config, name, None)]
-    except RuntimeError:  # transformers', where layers differ
-        return [getattr(layer, name, None) for layer in config.per_layer_config]
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ def widen(model: nn.Module) -> None:
         model: of transformers, with weights.
     """
     for router in routers(model):
-        for parameter in router.parameters(recurse=False):
+        for parameter in router.parameters():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         if not hasattr(router, "routes_wide"):
             # a class, and no attribute of the instance: copies of the model call their own
@@ -43,7 +43,7 @@ def widen(model: nn.Module) -> None:
 
 def _wide(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        own = next(p.dtype for p in self.parameters(recurse=False) if p.is_floating_point())
+        own = next(p.dtype for p in self.parameters() if p.is_floating_point())
         with torch.autocast(hidden_states.device.type, enabled=False):
             return cls.forward(self, hidden_states.to(own), *args, **kwargs)
 

@@ -20,6 +20,7 @@ from linearize.config.schema import TeacherConfig
 from linearize.decode.choice import obstacles
 from linearize.decode.reach import furthest
 from linearize.errors import DataError, UnsupportedModelError
+from linearize.models.layers import head_sizes, most
 from linearize.progress import Meter
 from linearize.sample.choice import Narrow
 from linearize.sample.documents import Filter, beginning, documents
@@ -307,8 +308,8 @@ def _rows(model: Any, settings: TeacherConfig) -> int:
     if parameter.device.type != "cuda":
         return ROWS_ON_CPU
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = most(config, "num_key_value_heads") or most(config, "num_attention_heads") or 1
+    width = max(head_sizes(config), default=config.hidden_size)
     keys = 2 * config.num_hidden_layers * heads * width * parameter.element_size() * settings.length
     weights = sum(x.numel() * x.element_size() for x in model.parameters())
     room = SHARE * (torch.cuda.get_device_properties(parameter.device).total_memory - weights)

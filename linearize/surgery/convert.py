@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 
 from linearize.config.layers import assign
 from linearize.config.names import SOFTMAX
+from linearize.errors import LinearizeError, raise_together
+from linearize.surgery import demands
 from linearize.surgery.inspection import attention_layers
 from linearize.surgery.model import honor_softcap, linearized, refuse_converted
-from linearize.surgery.plan import check_rotation, checked
+from linearize.surgery.plan import checked
 from linearize.surgery.schema import stored
 from linearize.surgery.verify import Reference
 
@@ -51,8 +53,9 @@ def convert(
     given = assign(layers, [layer.index for layer in found], list(mixers or {}))
     layers_to_convert = [layer for layer in found if given[layer.index] != SOFTMAX]
     plan = stored(whole, {layer.path: (given[layer.index], layer.shape) for layer in layers_to_convert})
-    for layer in layers_to_convert:
-        check_rotation(layer.path, layer.module, layer.shape, whole[given[layer.index]])
+    wrong: list[LinearizeError] = []
+    demands.check(model, [(layer, whole[given[layer.index]]) for layer in layers_to_convert], wrong)
+    raise_together(wrong, "mixer and model")
     with _whole_or_not_at_all(model, [layer.module for layer in layers_to_convert]):
         honor_softcap(model, plan)
         if next(model.parameters()).is_meta:

@@ -31,6 +31,9 @@ def looking(forward: Callable[..., Any]) -> Callable[..., Any]:
     def inner(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         mask = given.get("attention_mask")
+        found = layers(self)
+        if any(layer.mixer.uses_first for layer in found):
+            kwargs[handed_on.NAME] = handed_on.FirstLayer()
         caches = (Cache, EncoderDecoderCache)
         cache = next((x for x in given.values() if isinstance(x, caches)), None)
         if not isinstance(mask, Tensor) and mask is not None:
@@ -47,10 +50,7 @@ def looking(forward: Callable[..., Any]) -> Callable[..., Any]:
                 args = (*args[:at], places, *args[at + 1 :])
             elif places is not None:
                 kwargs["position_ids"] = places
-        found = layers(self) if isinstance(inputs, Tensor) else []
-        if any(layer.mixer.uses_first for layer in found):
-            kwargs[handed_on.NAME] = handed_on.FirstLayer()
-        switch = found[0].linearize_switch if found else None
+        switch = found[0].linearize_switch if found and isinstance(inputs, Tensor) else None
         if (
             inputs is None
             or switch is None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from linearize.errors import UnsupportedModelError
+from linearize.mixers import LayerShape
 
 NAME = "linearize_first_values"
 """Of the argument."""
@@ -80,11 +81,23 @@ def mark(layers: list[Any]) -> None:
     mixing = [layer for layer in layers if layer.mixer.uses_first]
     for layer in layers:
         layer.linearize_hands = bool(mixing) and layer is mixing[0]
-    for layer in mixing:
-        first, own = (x.mixer.shape for x in (mixing[0], layer))
+    check([(f"layer {layer.layer_idx} ({type(layer).__name__})", layer.mixer.shape) for layer in mixing])
+
+
+def check(mixing: list[tuple[str, LayerShape]]) -> None:
+    """Refuse layers that mix values of another shape than the first one's.
+
+    Args:
+        mixing: name and numbers of the layers that do, in their order.
+
+    Raises:
+        UnsupportedModelError: names the first such layer.
+    """
+    for name, own in mixing:
+        first_name, first = mixing[0]
         if (first.kv_heads, first.value_dim) != (own.kv_heads, own.value_dim):
             raise UnsupportedModelError(
-                f"layer {layer.layer_idx} ({type(layer).__name__}) has {own.kv_heads} heads of {own.value_dim} values, "
-                f"layer {mixing[0].layer_idx} {first.kv_heads} of {first.value_dim}: they cannot be mixed; convert "
-                f"with {OPTION}=false, or give such layers a mixer of their own"
+                f"{name} has {own.kv_heads} heads of {own.value_dim} values, {first_name} {first.kv_heads} of "
+                f"{first.value_dim}: they cannot be mixed; convert with {OPTION}=false, or give such layers a mixer of "
+                "their own"
             )

@@ -83,8 +83,11 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    except FAILURES as error:
+    except (*FAILURES, ImportError) as error:
         name = getattr(config, "model_type", type(config).__name__)
+        if isinstance(error, ImportError):
+            needs = " ".join(str(error).split())[:300]
+            raise UnsupportedModelError(f"a '{name}' model cannot be built here: {needs}") from error
         if "for this kind of AutoModel" in str(error):
             raise UnsupportedModelError(
                 f"a '{name}' model has no causal language model in transformers; give a decoder"

@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from linearize.config import variants
 from linearize.config.layers import assign, idle
 from linearize.config.names import DEFAULT, SOFTMAX
 from linearize.config.words import describe
-from linearize.errors import LinearizeError, RecipeError, UnsupportedModelError, collected, raise_together
-from linearize.mixers import LayerShape, build, check, normalize
+from linearize.errors import LinearizeError, RecipeError, collected, raise_together
+from linearize.mixers import build, check, normalize
+from linearize.surgery import demands
 from linearize.surgery.inspection import AttentionLayer, attention_layers, skeleton
 from linearize.surgery.model import refuse_converted
 from linearize.surgery.others import other_layers
@@ -181,28 +181,6 @@ def row(layer: AttentionLayer, mixer: dict[str, Any] | None, name: str = DEFAULT
     )
 
 
-def check_rotation(path: str, module: nn.Module, shape: LayerShape, mixer: dict[str, Any]) -> None:
-    """Refuse to take a rotation back that is not of the rotate-half kind.
-
-    Args:
-        path, module: of an attention layer.
-        shape: its numbers.
-        mixer: normalized section of the mixer that it gets.
-
-    Raises:
-        UnsupportedModelError: the rotation is another one, and the mixer asks for queries and keys as they were before.
-    """
-    if shape.rotary != "other":
-        return
-    with torch.device("meta"):
-        asked = build(mixer, shape).needs_plain
-    if asked:
-        raise UnsupportedModelError(
-            f"{path} ({type(module).__name__}): its rotary embedding is not of the rotate-half kind, so queries and "
-            "keys cannot be rotated back; leave the rotation on in both branches (mixer.position={name: rope})"
-        )
-
-
 def plan(
     teacher: PreTrainedConfig | PreTrainedModel,
     mixer: dict[str, Any],
@@ -225,7 +203,7 @@ def plan(
         mixers: a recipe's `mixers:` section.
 
     Raises:
-        UnsupportedModelError: see `attention_layers` and `check_rotation`; a projection that is asked for is not there.
+        UnsupportedModelError: see `attention_layers` and `demands`; a projection that is asked for is not there.
         RecipeError: see `select`; or several of these.
         LinearizeError: the model is converted already.
     """
@@ -242,10 +220,7 @@ def plan(
             log.warning("%s", sentence)
     chosen = [layer for layer in found if given[layer.index] != SOFTMAX]
     converted = [(layer.path, layer.module, layer.shape) for layer in chosen]
-    with collected(wrong):
-        # without weights a rotation is shown that a layer may not take (Llama 4's without positions)
-        for layer in [] if next(model.parameters()).is_meta else chosen:
-            check_rotation(layer.path, layer.module, layer.shape, whole[given[layer.index]])
+    demands.check(model, [(layer, whole[given[layer.index]]) for layer in chosen], wrong)
     with collected(wrong):
         targets(model, converted, roles)
     if projects:

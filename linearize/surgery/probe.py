@@ -82,7 +82,9 @@ class Probe:
         return self.local_sizes.get(_storage(mask)) if isinstance(mask, Tensor) else None
 
 
-def probe(model: PreTrainedModel, modules: list[nn.Module], *, own: bool = False) -> Probe:
+def probe(
+    model: PreTrainedModel, modules: list[nn.Module], *, own: bool = False, cached: bool = False
+) -> Probe:
     """Run a few tokens and record what the attention modules hand to their attention function.
 
     Args:
@@ -90,6 +92,7 @@ def probe(model: PreTrainedModel, modules: list[nn.Module], *, own: bool = False
         modules: its attention modules.
         own: under the name of the attention function that the model is set to, since some families take another way
             for names that they know; else under the probe's own.
+        cached: with a cache.
 
     Raises:
         UnsupportedModelError: the model's forward does not run this way; the message names where it stops.
@@ -104,7 +107,7 @@ def probe(model: PreTrainedModel, modules: list[nn.Module], *, own: bool = False
                 seen = Probe()
                 try:
                     with recording(model, modules, seen, own=own), evaluating(model), torch.no_grad():
-                        model(**inputs, use_cache=False)
+                        model(**inputs, use_cache=cached)
                     return seen
                 except FAILURES as error:
                     first = first or error

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import odd
 import pytest
 import shard_jobs
 import tiny
@@ -13,12 +14,14 @@ import torch
 from byte_llama import byte_tokenizer
 from several import run, start, whole
 from several_recipes import assert_equal, enough_cards, once
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LongcatFlashConfig
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashTopkRouter
 
 import linearize
 from linearize import surgery
 from linearize.config.schema import CalibrateConfig, LoraConfig, Recipe, StageConfig
 from linearize.distill import trainable
+from linearize.export import rounding
 from linearize.models import routers
 
 FAMILIES = ("mixtral", "qwen3_moe")
@@ -93,6 +96,39 @@ def test_what_trains(family: str) -> None:
     assert [name for name in names if name.endswith("mlp.gate.weight")]
     names = trainable.trained(trainable.prepare(model, StageConfig(train=["all"], freeze=["mlp"])))
     assert not [name for name in names if ".mlp." in name]
+
+
+def test_a_router_whose_weights_stand_in_a_layer_of_its_own() -> None:
+    """LongCat's, in which `linearize run` ended with a StopIteration."""
+    sizes = {"hidden_size": 32, "n_routed_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 2}
+    config: Any = LongcatFlashConfig(**sizes, zero_expert_num=2)
+    router = LongcatFlashTopkRouter(config).to(torch.bfloat16)
+    weight, hidden = router.classifier.weight.detach().clone(), torch.randn(512, 32).bfloat16()
+    routers.widen(router)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = router(hidden)[0]
+    assert router.classifier.weight.dtype == logits.dtype == torch.float32
+    exact = torch.nn.functional.linear(hidden.double(), weight.double())
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_a_family_has_in_float32_leaves_so(dtype: torch.dtype, tmp_path: Path) -> None:
+    """DeepSeek-V3's router: rounded, its weights and correction send tokens to other experts than the teacher's."""
+    model = surgery.convert(odd.model("deepseek_v3"), tiny.LOLCATS)
+    gate = model.model.layers[1].mlp.gate
+    gate.e_score_correction_bias.copy_(0.1 * torch.rand(4))
+    wide = {
+        "weight": gate.weight.detach().clone(),
+        "e_score_correction_bias": gate.e_score_correction_bias.clone(),
+    }
+    linearize.save(rounding.in_dtype(model, dtype), tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    own = loaded.model.layers[1].mlp.gate.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in wide.items())
+    found, wanted = loaded.state_dict(), model.state_dict()
+    assert {name: x.dtype for name, x in found.items()} == {name: x.dtype for name, x in wanted.items()}
+    assert loaded.dtype == loaded.lm_head.weight.dtype == dtype
 
 
 @pytest.mark.parametrize("family", FAMILIES)

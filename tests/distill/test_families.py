@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
+from byte_llama import byte_tokenizer
+from transformers import FuyuConfig, FuyuForCausalLM
 
-from linearize import objectives, surgery
-from linearize.config.schema import LoraConfig, StageConfig
+from linearize import distill, objectives, surgery
+from linearize.config.schema import LoraConfig, Recipe, StageConfig
 from linearize.distill.finetune import predict, predict_teacher
 from linearize.distill.trainable import prepare, trained
 from linearize.distill.transfer import transfer_step
@@ -41,6 +47,19 @@ def test_transfer_then_adapters(family: str) -> None:
     targets = objectives.next_targets(ids, batch["position_ids"])
     objectives.token_backward(logits, targets, {"next_token": 1.0, "logits_kl": 1.0}, teacher=teacher)
     assert all(parameter.grad is not None for parameter in trained(model).values())
+
+
+def test_a_config_of_several_models_is_trained_and_says_nothing_new(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, pictures_unrendered: None
+) -> None:
+    """Fuyu's has no word on caches, for which `run` ended in a traceback, and keeps none from Trainer."""
+    text = {**tiny.COMMON, "vocab_size": 300, "num_hidden_layers": 2}
+    FuyuForCausalLM(FuyuConfig(text_config=text, vocab_size=300)).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = make_recipe(tokens=2 * 2 * 64)
+    recipe.eval.ablations = False
+    distill.run(str(tmp_path / "model"), recipe, tmp_path / "run")
+    assert "use_cache" not in json.loads((tmp_path / "run" / "checkpoint" / "config.json").read_text())
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
+import odd
 import pytest
 import tiny
 import torch
@@ -11,6 +12,7 @@ from transformers import StaticCache
 
 import linearize
 from linearize import export, surgery
+from linearize.decode import Decoder
 from linearize.errors import UnsupportedModelError
 from linearize.surgery import handed_on
 
@@ -191,6 +193,16 @@ def test_a_first_layer_that_runs_as_the_teacher_hands_on_too():
     torch.testing.assert_close(found[3][0][1], expected)
 
 
+@pytest.mark.parametrize("layers", ["all", [1, 2]], ids=str)
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_steps_of_fixed_size_hand_them_on(family, layers):
+    """Gemma 3 is given a mask for each kind of layer in them, which no padding is read off."""
+    model, ids = made(family, layers), tiny.tokens(2, 12)
+    options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+    wanted = model.generate(ids, **options)[:, 12:]
+    assert torch.equal(Decoder(model, 2, pad=0, length=24).generate(ids, None, 6), wanted)
+
+
 def test_refused_by_name():
     model = made()
     block, hidden = model.model.layers[2], torch.randn(1, 5, 32)
@@ -207,3 +219,15 @@ def test_values_of_another_shape_are_refused():
     layers[2].mixer.shape = linearize.mixers.LayerShape(4, 4, 8, 8, 1.0, model_dim=32)
     with pytest.raises(UnsupportedModelError, match=r"layer 2 .*cannot be mixed"):
         handed_on.mark(layers)
+
+
+def test_values_of_another_shape_are_told_without_weights():
+    sizes = {"num_kv_shared_layers": 0, "global_head_dim": 16}
+    config = odd.config("gemma4_text", **sizes)
+    said = r"layers\.1\.self_attn \(Gemma4TextAttention\) has 2 heads of 16 values, .*layers\.0.* 2 of 8"
+    for model in (config, odd.model("gemma4_text", **sizes)):
+        with pytest.raises(UnsupportedModelError, match=said):
+            surgery.plan(model, RWKV7)
+        surgery.plan(model, RWKV7, [1, 3])
+    with pytest.raises(UnsupportedModelError, match=said):
+        surgery.convert(odd.model("gemma4_text", **sizes), RWKV7)

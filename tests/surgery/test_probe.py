@@ -131,6 +131,17 @@ def test_a_config_that_builds_no_model_is_said_in_a_line():
         surgery.plan(config, tiny.LOLCATS)
 
 
+def test_a_package_that_a_family_needs_is_named(monkeypatch):
+    def lacking(*args, **kwargs):
+        raise ImportError("\nTimmWrapperModel requires the timm library\nInstall it")
+
+    monkeypatch.setattr(odd.AutoModelForCausalLM, "from_config", lacking)
+    with pytest.raises(
+        UnsupportedModelError, match="cannot be built here: TimmWrapperModel requires the timm lib"
+    ):
+        surgery.plan(tiny.config("llama"), tiny.LOLCATS)
+
+
 def test_the_probe_leaves_nothing_behind():
     model = tiny.model("gemma3").train()
     model.model.layers[1].eval()

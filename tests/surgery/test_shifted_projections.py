@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 
+import odd
 import pytest
 import tiny
 import torch
 from torch.nn import functional as F
 from transformers import StaticCache
+from transformers.cache_utils import Cache
 
 import linearize
 from linearize import export, objectives, surgery
 from linearize.decode import Decoder, Draft, Sampling
 from linearize.decode.draft import speculate_ids
+from linearize.errors import UnsupportedModelError
 from linearize.mixers import shift
 from linearize.surgery import handed_on
 
@@ -245,3 +248,19 @@ def test_the_teacher_is_untouched():
     teacher = tiny.model()
     with torch.no_grad(), surgery.mode(model, "teacher"):
         assert torch.equal(model(ids, use_cache=False).logits, teacher(ids, use_cache=False).logits)
+
+
+def test_attention_that_keeps_a_convolutions_state_is_refused():
+    """It would write that four times a token; one that stands beside a recurrence (Falcon-H1) writes keys alone."""
+    mixer = {**PUBLISHED, "position": {"name": "rope"}}
+    for model in (odd.config("zaya"), odd.model("zaya")):
+        with pytest.raises(
+            UnsupportedModelError, match=r"Zaya.*beside keys and values.*shift_projections=false"
+        ):
+            surgery.plan(model, mixer)
+        surgery.plan(model, {**mixer, "update": {**mixer["update"], "shift_projections": False}})
+    with pytest.raises(UnsupportedModelError, match="cannot run on shifted inputs"):
+        surgery.convert(odd.model("zaya"), mixer)
+    for model in (odd.config("falcon_h1"), odd.model("falcon_h1")):
+        surgery.plan(model, mixer)
+    assert not [name for name, x in vars(Cache).items() if "watched" in getattr(x, "__qualname__", "")]

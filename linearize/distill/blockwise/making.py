@@ -18,10 +18,10 @@ from linearize.distill.blockwise.division import named
 from linearize.distill.blockwise.parts import Parts
 from linearize.errors import NotFiniteError, UnsupportedModelError
 from linearize.mixers import calibration
+from linearize.surgery.demands import check_rotation
 from linearize.surgery.inspection import rotations
 from linearize.surgery.model import honor_softcap, linearized
-from linearize.surgery.plan import check_rotation
-from linearize.surgery.schema import put, shape_of
+from linearize.surgery.schema import mixer_of, put
 from linearize.surgery.verify import softmax_view, tolerance
 
 TOKENS = 4
@@ -148,8 +148,9 @@ class Maker:
         found = rotations(block.whole, modules, run) if modules else []
         for path, module, turning in zip(paths, modules, found, strict=True):
             put(self.plan, path, turning)
-            mixer = self.plan["mixers"][self.plan["layers"][path]["mixer"]]
-            check_rotation(path, module, shape_of(self.plan, path), mixer)
+            with torch.device("meta"):
+                mixer = mixer_of(self.plan, path)
+            check_rotation(path, module, mixer.shape, mixer)
 
     def _layer_of(self, path: str) -> int:
         """Number of the layer that a module stands in."""
