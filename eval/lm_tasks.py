@@ -258,8 +258,11 @@ def estimate(setting: Setting, settings: Mapping[str, Any]) -> int:
 def _reading(settings: Mapping[str, Any]) -> Iterator[Any]:
     """The task as lm-eval takes it, while its data is read: quietly, and what fails with a remedy."""
     name, data = settings["name"], settings["data"]
-    away = None if data is not None or _is_own(name, settings.get("include")) else hub_away()
-    remedy = REMEDY if away is None else f"the Hugging Face hub cannot be reached ({away}). {AWAY}"
+    own = _own(name, settings.get("include"))
+    away = None if data is not None or own is not None else hub_away()
+    remedy = REMEDY if own is None else f"look at {own} and at the data that it names, {OR_AWAY}"
+    if away is not None:
+        remedy = f"the Hugging Face hub cannot be reached ({away}). {AWAY}"
     with ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
@@ -283,6 +286,7 @@ def _rows(setting: Setting) -> int:
 
 SHOTS_SEED = 1234
 """What draws the worked examples, as lm-eval's own command line has it."""
+OR_AWAY = "or whether the hub can be reached where the data is there, or leave it out"
 REMEDY = "look whether its data is here or the hub can be reached, or leave it out"
 AWAY = (
     "Where it can be, the same command loads the data once, and later calls need no network; or name files of the same "
@@ -292,11 +296,11 @@ PATIENCE = 10.0
 """Seconds to wait for the hub: what loads data asks five times for each file of each subject, minutes in all."""
 
 
-def _is_own(name: str, include: str | None) -> bool:
-    """Whether a task or group stands in a YAML of the user's folder, which asks the hub or does not as it likes."""
-    files = [] if include is None else Path(include).rglob("*.yaml")
+def _own(name: str, include: str | None) -> Path | None:
+    """The YAML of the user's folder that a task or group stands in; it asks the hub or does not as it likes."""
+    files = [] if include is None else sorted(Path(include).rglob("*.yaml"))
     own = re.compile(rf"^(task|group|tag):\s*['\"]?{re.escape(name)}['\"]?\s*$", re.MULTILINE)
-    return any(own.search(file.read_text(encoding="utf-8")) for file in files)
+    return next((file for file in files if own.search(file.read_text(encoding="utf-8"))), None)
 
 
 @cache

@@ -39,7 +39,9 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 def test_help_and_version(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0 and "examples:" in out and "inspect" in out
-    assert run(capsys)[1] == out
+    assert run(capsys)[1] == out == run(capsys, "help")[1]
+    assert run(capsys, "help", "bench", "train") == run(capsys, "bench", "train", "--help")
+    assert "did you mean 'run'?" in run(capsys, "help", "runn")[2]
     assert run(capsys, "--version")[1].strip() == f"linearize {__version__}"
     for command in ("run", "inspect", "eval", "generate", "recipes"):
         code, out, _ = run(capsys, command, "--help")

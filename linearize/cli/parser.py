@@ -82,7 +82,10 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         UsageError: unknown command, option or argument, each with the nearest valid one.
     """
-    options, rest = parser.parse_known_args(list(arguments))
+    words = list(arguments)
+    if words[:1] == ["help"]:  # as git, pip and cargo answer to it
+        words = [*words[1:], "--help"]
+    options, rest = parser.parse_known_args(words)
     vars(options).pop(given.GIVEN, None)
     if not hasattr(options, "overrides"):
         if rest:

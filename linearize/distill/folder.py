@@ -175,6 +175,7 @@ class RunFolder:
         here = {**environment(), **facts}
         if self.recipe.is_file() and self.environment.is_file():
             before = read_json(self.environment, self._without_environment)
+            self._tell_of_versions(before.get("packages"), here["packages"])
             resumed = before.get("resumed", [])
             here = {**before, "resumed": [*(resumed if isinstance(resumed, list) else []), here]}
             for key in ("fingerprint", TEXTS):
@@ -186,6 +187,20 @@ class RunFolder:
             write_file(self.recipe, config.to_yaml(recipe))
             write_json(self.environment, here)
         write_json(self.plan, plan)
+
+    def _tell_of_versions(self, before: Any, here: dict[str, str]) -> None:
+        """Say in what packages this machine differs from the one that the run began on."""
+        known = before if isinstance(before, dict) else {}
+        others = [
+            f"{name} {known[name]} -> {own}" for name, own in here.items() if known.get(name, own) != own
+        ]
+        if others:
+            log.warning(
+                "%s: going on with other packages (%s); what is computed from here on may differ in rounding from what "
+                "the run would have given, or in more where a package changed what it computes",
+                self.path,
+                ", ".join(others),
+            )
 
     def sweep(self, stages: list[str]) -> None:
         """Delete what processes that were cut off have left: half-written files and folders, by the names we give them.

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from linearize import config, distill
 from linearize.config.schema import Recipe, StageConfig
 from linearize.data import store
+from linearize.distill.callbacks import RunStopped
 from linearize.distill.continuing import changes
 from linearize.errors import CheckpointError, ModelNotFoundError, RunFolderError
 
@@ -349,3 +350,20 @@ def test_a_stage_whose_result_changed_is_not_taken(
         distill.run(str(teacher_folder), plain, out, resume=True)
     shutil.rmtree(path.parent)
     distill.run(str(teacher_folder), plain, out, resume=True)
+
+
+def test_other_packages_than_the_run_began_with_are_told(
+    teacher_folder: Path, plain: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(RunStopped):
+        at_step(patch, "transfer", 2, press_ctrl_c)
+        distill.run(str(teacher_folder), plain, out)
+    environment = json.loads((out / "environment.json").read_text())
+    here = environment["packages"]["torch"]
+    environment["packages"]["torch"] = "1.0"
+    (out / "environment.json").write_text(json.dumps(environment))
+    with monkeypatch.context() as patch, pytest.raises(RunStopped):
+        at_step(patch, "transfer", 3, press_ctrl_c)
+        distill.run(str(teacher_folder), plain, out, resume=True)
+    assert caplog.text.count("going on with other packages") == 1 and f"(torch 1.0 -> {here})" in caplog.text

@@ -181,6 +181,15 @@ def test_a_folder_of_tasks_that_cannot_be_read_is_named(tmp_path):
         named(tmp_path, "mine")
 
 
+def test_a_task_of_ones_own_that_cannot_be_measured_names_its_file(model, tokenizer, tasks, tmp_path):
+    file = tasks / "mine_b.yaml"
+    file.write_text(file.read_text().replace("test_split: test", "test_split: tset"))
+    with pytest.raises(
+        LinearizeError, match=r"'mine_b' cannot be measured: .*tset.*; look at .*mine_b\.yaml and at"
+    ):
+        lm_tasks.estimate(Setting(tokenizer, {}, tmp_path), named(tasks, "mine_b"))
+
+
 def test_an_answer_that_is_longer_than_the_model_holds_is_named(model, tokenizer, tasks, tmp_path):
     items = [{"query": "the cat", "choices": ["cat " * 400, "dog"], "gold": 1}]
     (tasks / "items.jsonl").write_text(json.dumps(items[0]))
