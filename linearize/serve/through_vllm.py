@@ -25,7 +25,7 @@ NAMES = {
 
 
 CACHE = 4 * 2**30
-"""Bytes of states and keys on a CPU. vLLM takes 92 % of the machine's memory if nobody says, and ends where less is free."""
+"""Bytes of states and keys on a CPU; if nobody says, vLLM takes 92 % of the memory, and ends where less is free."""
 
 
 def installed() -> bool:

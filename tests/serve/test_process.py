@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -122,7 +123,7 @@ def test_memory_of_vllms_build_for_the_cpu(checkpoint, monkeypatch):
         monkeypatch.setattr(through_vllm, "_version", versions.get)
         monkeypatch.setattr(through_vllm, "machine", lambda: (free, 2 * free))
         line = through_vllm.command(Settings("tiny"), checkpoint, 1)
-        return dict(zip(line, line[1:], strict=False)).get("--kv-cache-memory-bytes")
+        return dict(itertools.pairwise(line)).get("--kv-cache-memory-bytes")
 
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     assert given({"vllm": "0.33.0"}, 2**40) is None
