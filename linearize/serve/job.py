@@ -121,6 +121,8 @@ class Job:
                     yield event(answers.piece(index, new, first=first, scores=scores))
                 if end:
                     yield event(answers.piece(index, None, end=end))
+                # that the client has gone is heard between two turns of the loop, and not while pieces are at hand
+                await asyncio.sleep(0)
             if self.asked.usage:
                 yield event(answers.usage(self.count))
         except Refusal as refusal:

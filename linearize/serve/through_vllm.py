@@ -9,6 +9,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from linearize.distill.memory import machine
 from linearize.errors import LinearizeError
 from linearize.serve.settings import Settings
 
@@ -21,6 +22,10 @@ NAMES = {
     "prompts": "--prompts",
 }
 """Settings of the slots that vLLM's server has no counterpart of, as the command line calls them."""
+
+
+CACHE = 4 * 2**30
+"""Bytes of states and keys on a CPU; if nobody says, vLLM takes 92 % of the memory, and ends where less is free."""
 
 
 def installed() -> bool:
@@ -47,16 +52,29 @@ def command(settings: Settings, folder: Path, port: int) -> list[str]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     most = min(most, config.get("max_position_embeddings") or most)  # it refuses more
     made += ["--max-num-seqs", str(settings.slots), "--max-model-len", str(most)]
+    if _on_cpu() and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        free, _ = machine()
+        made += ["--kv-cache-memory-bytes", str(min(CACHE, free // 2) if free else CACHE)]
     return made + ([] if settings.graph else ["--enforce-eager"])
 
 
 def _server() -> list[str]:
     """The module that is `vllm serve`, which asks for a package of the name vllm; vllm-cpu 0.32 is none."""
-    try:
-        distribution("vllm")
-    except PackageNotFoundError:
+    if _version("vllm") is None:
         return ["vllm.entrypoints.openai.api_server", "--model"]
     return ["vllm.entrypoints.cli.main", "serve"]
+
+
+def _on_cpu() -> bool:
+    """Whether what is installed is vLLM's build for the CPU, by its name or by its version (0.33.0+cpu)."""
+    return _version("vllm-cpu") is not None or "cpu" in (_version("vllm") or "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return distribution(package).version
+    except PackageNotFoundError:
+        return None
 
 
 def replace_process(settings: Settings, folder: Path, port: int) -> None:

