@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import tiny
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 from transformers import StaticCache
 
@@ -245,3 +247,27 @@ def test_the_teacher_is_untouched():
     teacher = tiny.model()
     with torch.no_grad(), surgery.mode(model, "teacher"):
         assert torch.equal(model(ids, use_cache=False).logits, teacher(ids, use_cache=False).logits)
+
+
+def test_a_compiled_token_equals_one_that_is_not():
+    """And makes each projection's product once, though the forward runs four times."""
+    ids, mask, _ = tiny.left_padded(length=9)
+    model = made(num_hidden_layers=1, mixer=without("update", "first_values"))
+    expected = Decoder(model, 2, length=32).generate(ids, mask, 4)
+    matrices: Counter[tuple[int, ...]] = Counter()
+
+    def look(graph, inputs):
+        products = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+        matrices.update(tuple(node.args[1].meta["val"].shape) for node in products)
+        return graph
+
+    torch._dynamo.reset()
+    options = {"backend": aot_autograd(fw_compiler=look), "fullgraph": True}
+    decoder = Decoder(model, 2, length=32, compile=options)
+    assert torch.equal(decoder.generate(ids, mask, 4), expected)
+    assert decoder.obstacle is None
+    assert decoder._joining.joined == [2], "those into the MLP; q, k and v have an input each"
+    width, keys = 32, 16
+    assert matrices[width, width] == 2, "q, and behind the attention"
+    assert matrices[width, keys] == 2, "k and v"
+    assert not matrices[width, width + 2 * keys]
