@@ -11,6 +11,7 @@ from torch import Tensor
 from linearize.kernels.window_linear.reference import divide
 from linearize.mixers.base import LayerShape, Part, Partial
 from linearize.registry import Registry, discover
+
 SHUT = 0.002
 """Share of a branch that is to say nothing: too little to be heard, enough to learn from."""
 
