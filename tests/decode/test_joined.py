@@ -104,6 +104,25 @@ def test_products_that_must_stay_alone():
         assert joining.joined == []
 
 
+def test_products_that_nobody_reads_stay_out():
+    """As far as outputs and what is written into go: a compiler drops the rest, but no part of a product."""
+    weight, other, third, fourth = parameter(5, 8), parameter(4, 8), parameter(3, 8), parameter(2, 8)
+
+    def call(x, held):
+        unread = F.linear(x, third)
+        torch.cat([unread.transpose(0, 1), unread.mT * 2.0 - unread.neg().mT], 1).softmax(-1)
+        held.copy_(F.linear(x, fourth))
+        return F.linear(x, weight), F.linear(x, other).exp()
+
+    with torch.no_grad():
+        x, eager = torch.randn(3, 8, dtype=torch.float64), Eager()
+        held, joining = torch.zeros(3, 2, dtype=torch.float64), Joining(eager)
+        made, right = compiled(call, joining)(x, held), held.clone()
+        expected = call(x, held)
+        assert joining.joined == [3] and count(eager.graphs, F.linear) == 2
+        torch.testing.assert_close((*made, right), (*expected, held), rtol=1e-12, atol=1e-12)
+
+
 def test_copies_follow_parameters_that_change():
     weight, other = parameter(5, 8), parameter(3, 8)
     with torch.no_grad():

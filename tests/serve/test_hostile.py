@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 import socket
-import time
 from itertools import pairwise
 
 import pytest

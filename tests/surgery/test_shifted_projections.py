@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import odd
 import pytest
 import tiny
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 from transformers import StaticCache
 from transformers.cache_utils import Cache
@@ -264,3 +266,27 @@ def test_attention_that_keeps_a_convolutions_state_is_refused():
     for model in (odd.config("falcon_h1"), odd.model("falcon_h1")):
         surgery.plan(model, mixer)
     assert not [name for name, x in vars(Cache).items() if "watched" in getattr(x, "__qualname__", "")]
+
+
+def test_a_compiled_token_equals_one_that_is_not():
+    """And makes each projection's product once, though the forward runs four times."""
+    ids, mask, _ = tiny.left_padded(length=9)
+    model = made(num_hidden_layers=1, mixer=without("update", "first_values"))
+    expected = Decoder(model, 2, length=32).generate(ids, mask, 4)
+    matrices: Counter[tuple[int, ...]] = Counter()
+
+    def look(graph, inputs):
+        products = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+        matrices.update(tuple(node.args[1].meta["val"].shape) for node in products)
+        return graph
+
+    torch._dynamo.reset()
+    options = {"backend": aot_autograd(fw_compiler=look), "fullgraph": True}
+    decoder = Decoder(model, 2, length=32, compile=options)
+    assert torch.equal(decoder.generate(ids, mask, 4), expected)
+    assert decoder.obstacle is None
+    assert decoder._joining.joined == [2], "those into the MLP; q, k and v have an input each"
+    width, keys = 32, 16
+    assert matrices[width, width] == 2, "q, and behind the attention"
+    assert matrices[width, keys] == 2, "k and v"
+    assert not matrices[width, width + 2 * keys]

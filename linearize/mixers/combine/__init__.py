@@ -12,7 +12,6 @@ from linearize.kernels.window_linear.reference import divide
 from linearize.mixers.base import LayerShape, Part, Partial
 from linearize.registry import Registry, discover
 
-
 SHUT = 0.002
 """Share of a branch that is to say nothing: too little to be heard, enough to learn from."""
 

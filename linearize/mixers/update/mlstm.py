@@ -49,7 +49,7 @@ class MLSTM(Additive):
         fill(self.input_bias, 0.0)
 
     def starts(self, statistics: Statistics) -> list[dict[str, Tensor]]:
-        """Gates down to the published one: as long as sums stay below the floor of `bounded`, i is the output's size."""
+        """Gates down to the published one: where sums stay below the floor of `bounded`, i is the output's size."""
         return [{"input_bias": torch.full_like(self.input_bias, bias)} for bias in BIASES]
 
     def keys(self, stream: Stream) -> Tensor:

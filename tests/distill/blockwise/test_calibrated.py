@@ -65,16 +65,35 @@ GATED = {
 }
 
 
+WINDOWED = {
+    "feature_map": {"name": "relu"},
+    "window": {"name": "sliding", "size": 8},
+    "combine": {"name": "shared_normalizer", "complement": True},
+}
+
+
 @pytest.mark.parametrize(
-    ("kept", "sign", "sixteen"), [(1, 1, False), (2, 1, True), (3, 1, False), (3, -1, True)]
+    ("mixer", "kept", "sign", "sixteen"),
+    [
+        (GATED, 1, 1, False),
+        (GATED, 2, 1, True),
+        (GATED, 3, 1, False),
+        (GATED, 3, -1, True),
+        (WINDOWED, 2, 1, False),
+    ],
 )
 def test_all_ways_are_those_of_a_whole_run(
-    kept: int, sign: int, sixteen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mixer: dict[str, Any],
+    kept: int,
+    sign: int,
+    sixteen: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whichever is kept, and whether plain outputs come nearer or not; on sequences that were not fitted."""
     source = blocked.teacher(tmp_path / "teacher", layers=3)
     recipe = blocked.recipe(source, calibrate=512, window_dropout=0.0)
-    recipe.mixer, recipe.layers = GATED, [0, 2]
+    recipe.mixer, recipe.layers = mixer, [0, 2]
     if sixteen:
         recipe.run.precision = "bf16"
     tried: list[list[str]] = []
@@ -99,6 +118,7 @@ def test_all_ways_are_those_of_a_whole_run(
     assert all(torch.equal(value, expected[name]) for name, value in whole.state(model).items())
     assert json.loads((job.calibration / whole.DONE).read_text())["layers"] == found
     assert tried[0] == tried[1] and len(tried[0]) == 4
+    assert ("window alone" in tried[0]) == (mixer is WINDOWED)
 
 
 @pytest.mark.parametrize("checked", [False, pytest.param(True, marks=pytest.mark.slow)])
