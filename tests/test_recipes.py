@@ -144,7 +144,7 @@ def test_overrides_that_a_header_offers_are_valid(name: str) -> None:
 
 
 def test_tables_are_current() -> None:
-    """docs/recipes.md and README.md show every recipe with the parts that it has now."""
+    """docs/recipes.md and docs/export.md show every recipe with the parts that it has now."""
     spec = importlib.util.spec_from_file_location("recipe_table", ROOT / "scripts" / "recipe_table.py")
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
@@ -155,6 +155,13 @@ def test_tables_are_current() -> None:
     assert all(script.differences(name) for name in RECIPES), (
         "a header says where the recipe leaves its paper"
     )
+
+
+def test_what_the_readme_recommends_is_shipped() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Choose a recipe")[1].split("```")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert len(named) > 10 and named <= set(RECIPES)
 
 
 def test_parts_in_words() -> None:

@@ -51,6 +51,7 @@ examples:
   linearize export runs/small --quantize int8                a smaller checkpoint of it
   linearize push runs/small me/small --dry-run               what would go to the hub, and its card
   linearize recipes show lolcats layers.every=4              the composed YAML
+  linearize parts gate low_rank                              what a layer is made of, and the options
 """
 
 
@@ -250,6 +251,14 @@ def build_parser() -> Parser:
     show.add_argument("recipe", metavar="NAME", help=RECIPE_HELP)
     show.usage = "%(prog)s NAME [key=value ...]"
     _override_argument(show)
+
+    parts = _add(
+        commands, "parts", "what a layer can be put together from, with options", "linearize.cli.parts"
+    )
+    parts.add_argument("part", nargs="?", metavar="PART", help="such as gate (default: all of them)")
+    parts.add_argument(
+        "name", nargs="?", metavar="NAME", help="one of its choices, such as low_rank: every option of it"
+    )
     return parser
 
 

@@ -17,21 +17,21 @@ WIDTH = 100
 
 
 def main(options: argparse.Namespace) -> int:
-    """List the shipped recipes: name, paper, parts and one line each."""
+    """List the shipped recipes: name, one line each, and who published it."""
     from rich.table import Table
 
     screen = console()
     table = Table(box=None, header_style="bold", pad_edge=False, width=min(WIDTH, screen.width))
     table.add_column("recipe", no_wrap=True)
+    table.add_column("what it does", ratio=1, overflow="fold")
     table.add_column("paper", no_wrap=True)
-    table.add_column("parts", ratio=6, overflow="fold")
-    table.add_column("what it does", ratio=7, overflow="fold")
     for name, description in list_recipes():
-        recipe = outline(name)
-        who, number = source(recipe.get("paper", ""))
-        table.add_row(name, f"{who}\n{number}".strip(), composition(recipe), description)
+        table.add_row(name, description, "\n".join(source(outline(name).get("paper", ""))).strip())
     screen.print(table)
-    screen.print("\n`linearize recipes show NAME` prints one in full; its file can be copied and changed.")
+    screen.print(
+        "\n`linearize recipes show NAME` prints one in full; its file can be copied and changed. `linearize parts` "
+        "lists what layers are made of."
+    )
     return 0
 
 

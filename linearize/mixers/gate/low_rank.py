@@ -26,6 +26,7 @@ class LowRankGate(Gate):
         rank: int = number(16, least=1, most=WIDEST)
         """Width between W1 [D, rank] and W2 [rank, N F]."""
         divisor: float = number(16.0, above=0)
+        """Of the log of the sigmoid: larger remembers longer."""
         bias: float = number(0.0, least=-1000, most=1000)
         """b at the start; larger remembers longer."""
 

@@ -25,6 +25,7 @@ class ScalarGate(Gate):
         per: str = "layer"
         """layer or kv_head."""
         divisor: float = number(1.0, above=0)
+        """Of the log of the sigmoid: larger remembers longer."""
         bias: float = number(4.0, least=-1000, most=1000)
         """b at the start."""
 
