@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from kernel_calls import normal
 from torch import Tensor
@@ -128,3 +129,41 @@ def check_no_tokens(case: Recurrence) -> None:
     outputs, state = case.chunk(case.sequence(0) | case.shared, one_document(0), case.state)
     assert all(x.shape[:2] == (BATCH, 0) for x in outputs)
     assert_close(state, case.state, 0.0)
+
+
+def forms(found: Mapping[str, Recurrence]) -> type:
+    """The contract as tests of these cases: `TestForms = forms(CASES)` in an operator's file."""
+    cases = pytest.mark.parametrize("case", found.values(), ids=found)
+    dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+
+    class Forms:
+        @cases
+        @dtypes
+        @pytest.mark.parametrize("tokens", [1, 7, 64, 131])
+        def test_chunks_equal_the_loop(self, case, dtype, tokens):
+            check_chunk(case, tokens, dtype)
+
+        @cases
+        @dtypes
+        def test_steps_equal_the_loop(self, case, dtype):
+            check_steps(case, 37, dtype)
+
+        @cases
+        @pytest.mark.parametrize("at", [0, 1, 64, 90])
+        def test_state_is_carried_across_a_split(self, case, at):
+            check_split(case, 131, at)
+
+        @cases
+        @dtypes
+        def test_gradients_equal_those_of_the_loop(self, case, dtype):
+            check_gradients(case, 71, dtype)
+
+        @cases
+        def test_padding_changes_nothing(self, case):
+            check_padding(case, 60, 9)
+
+        @cases
+        def test_no_tokens(self, case):
+            check_no_tokens(case)
+
+    return Forms

@@ -122,7 +122,7 @@ def sum_keys(
 @triton.jit
 def own_products(
     outgoing, v, bias, first, rows, tokens,
-    heads: tl.constexpr, state_heads: tl.constexpr, V: tl.constexpr, NORMALIZE: tl.constexpr,
+    heads: tl.constexpr, state_heads: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Each reader's product with the value of its own token, which a bonus weighs; made again rather than kept."""
     BV: tl.constexpr = 64 if V > 64 else V
@@ -197,9 +197,7 @@ def add_sums(
         )  # fmt: skip
         readers += passing
         if HAS_BONUS:
-            own_weight = own_products(
-                outgoing, v, bias, first, rows, tokens, heads, state_heads, V, NORMALIZE
-            )
+            own_weight = own_products(outgoing, v, bias, first, rows, tokens, heads, state_heads, V)
             factor = tl.load(bonus + head * K + dims).to(tl.float32)
             keys = load_rows(k, first, rows, state_heads * K, dims, tokens)
             for_q += own_weight[:, None] * factor[None, :] * keys.to(tl.float32)
@@ -292,9 +290,7 @@ def add_sums(
             if NORMALIZE:
                 bias = tl.load(weight + (batch * tokens + place) * heads + own, mask=inside, other=0.0)
             outgoing = do + (batch * tokens * heads + own) * V
-            own_weight = own_products(
-                outgoing, v, bias, first, rows, tokens, heads, state_heads, V, NORMALIZE
-            )
+            own_weight = own_products(outgoing, v, bias, first, rows, tokens, heads, state_heads, V)
             queries = load_rows(q + (batch * tokens * heads + own) * K, first, rows, heads * K, dims, tokens)
             own_keys += own_weight[:, None] * queries.to(tl.float32)
         for_k += own_keys * tl.load(bonus + head * K + dims).to(tl.float32)[None, :]

@@ -21,6 +21,25 @@ def sees(queries, key, code, codes, tokens, HAS_CODES: tl.constexpr):
 
 
 @triton.jit
+def totals(high, low, places, there, SIZE: tl.constexpr, HAS_DECAY: tl.constexpr):
+    """Both parts of the sums of log decays [SIZE] at some places, zeros where there are none."""
+    if HAS_DECAY:
+        return tl.load(high + places, mask=there, other=0.0), tl.load(low + places, mask=there, other=0.0)
+    return tl.zeros([SIZE], tl.float32), tl.zeros([SIZE], tl.float32)
+
+
+@triton.jit
+def of_rows(log_sum, rest, pull, slope, lines, real, NORMALIZED: tl.constexpr):
+    """What `product_gradient` takes of rows [M]; the middle two are anything where nothing is normalized."""
+    own_sum = tl.load(log_sum + lines, mask=real, other=0.0)
+    own_slope = tl.load(slope + lines, mask=real, other=0.0)
+    if NORMALIZED:
+        own_rest = tl.load(rest + lines, mask=real, other=0.0)
+        return own_sum, own_rest, tl.load(pull + lines, mask=real, other=0.0), own_slope
+    return own_sum, own_slope, own_slope, own_slope
+
+
+@triton.jit
 def teacher_tile(
     query, tile, queries, key, seen, window, scaling, cap, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -31,6 +50,15 @@ def teacher_tile(
     if HAS_WINDOW:
         near = seen & (queries[:, None] - key[None, :] < window)
     return tl.where(near, capped(score, cap, HAS_CAP), float("-inf"))
+
+
+@triton.jit
+def decayed(product, at_high, at_low, key_high, key_low, seen, HAS_DECAY: tl.constexpr):
+    """Weights [M, N] before they are normalized, and the decay [M, N] in them; without one, anything."""
+    if HAS_DECAY:
+        fade = faded(at_high, at_low, key_high, key_low, seen)
+        return product * fade, fade
+    return product, product
 
 
 @triton.jit

@@ -6,11 +6,13 @@ import triton
 import triton.language as tl
 
 from linearize.kernels.mixing_matrix.triton_common import (
-    faded,
+    decayed,
+    of_rows,
     product_gradient,
     sees,
     spread,
     teacher_tile,
+    totals,
 )
 from linearize.kernels.window.triton_common import load_tile
 
@@ -37,10 +39,7 @@ def key_kernel(
     )
     inside = key < tokens
     places = text * tokens * map_heads + map_head
-    key_high, key_low = tl.zeros([N], tl.float32), tl.zeros([N], tl.float32)
-    if HAS_DECAY:
-        key_high = tl.load(high + places + key * map_heads, mask=inside, other=0.0)
-        key_low = tl.load(low + places + key * map_heads, mask=inside, other=0.0)
+    key_high, key_low = totals(high, low, places + key * map_heads, inside, N, HAS_DECAY)
     end = tokens
     if HAS_CODES:
         codes += text * tokens
@@ -67,17 +66,11 @@ def key_kernel(
                 query, held, queries, key, seen, window, scaling, cap, HAS_WINDOW, HAS_CAP, PRECISION
             )
             product = tl.dot(asked, tl.trans(feature), input_precision=PRECISION)
-            if HAS_DECAY:
-                at_high = tl.load(high + places + queries * map_heads, mask=real, other=0.0)
-                at_low = tl.load(low + places + queries * map_heads, mask=real, other=0.0)
-                fade = faded(at_high, at_low, key_high, key_low, seen)
-                product *= fade
-            own_sum = tl.load(log_sum + lines, mask=real, other=0.0)
-            own_slope = tl.load(slope + lines, mask=real, other=0.0)
-            own_rest, own_pull = own_slope, own_slope
-            if NORMALIZED:
-                own_rest = tl.load(rest + lines, mask=real, other=0.0)
-                own_pull = tl.load(pull + lines, mask=real, other=0.0)
+            at_high, at_low = totals(high, low, places + queries * map_heads, real, M, HAS_DECAY)
+            product, fade = decayed(product, at_high, at_low, key_high, key_low, seen, HAS_DECAY)
+            own_sum, own_rest, own_pull, own_slope = of_rows(
+                log_sum, rest, pull, slope, lines, real, NORMALIZED
+            )
             gradient = product_gradient(
                 score, product, seen, own_sum, own_rest, own_pull, own_slope, NORMALIZED, SQUARES
             )

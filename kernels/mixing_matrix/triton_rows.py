@@ -8,15 +8,41 @@ import triton.language as tl
 from linearize.kernels.mixing_matrix.triton_common import (
     LOG2E,
     SMALLEST,
-    faded,
+    decayed,
     inverse,
+    of_rows,
     product_gradient,
     pulled,
     sees,
     spread,
     teacher_tile,
+    totals,
 )
 from linearize.kernels.window.triton_common import load_tile
+
+
+@triton.jit
+def placed(
+    tokens, first, heads: tl.constexpr, map_heads: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    HAS_CODES: tl.constexpr,
+):  # fmt: skip
+    """The block of M rows that a program has, of a grid (batch * heads * blocks), and which keys it sees.
+
+    Returns:
+        queries [M] and which are there [M], the head, the text, where its first feature's row stands among those of
+        all texts and feature heads, and the first key and the one behind the last, from the start of a tile of N on.
+    """
+    blocks = tl.cdiv(tokens, M)
+    # long rows first
+    block = blocks - 1 - tl.program_id(0) % blocks
+    head = (tl.program_id(0) // blocks) % heads
+    text = (tl.program_id(0) // blocks // heads).to(tl.int64)
+    queries = block * M + tl.arange(0, M)
+    place = text * tokens * map_heads + head // (heads // map_heads)
+    begin = 0
+    if HAS_CODES:
+        begin = tl.load(first + text * tokens + block * M) // N * N
+    return queries, queries < tokens, head, text, place, begin, tl.minimum(tokens, block * M + M)
 
 
 @triton.jit
@@ -32,31 +58,18 @@ def row_kernel(
 
     Grid (batch * heads * blocks of M rows).
     """
-    blocks = tl.cdiv(tokens, M)
-    # long rows first
-    block = blocks - 1 - tl.program_id(0) % blocks
-    head = (tl.program_id(0) // blocks) % heads
-    text = (tl.program_id(0) // blocks // heads).to(tl.int64)
-    queries = block * M + tl.arange(0, M)
     dims, columns, tile = tl.arange(0, KP), tl.arange(0, FP), tl.arange(0, N)
-    real = queries < tokens
+    queries, real, head, text, place, begin, end = placed(tokens, first, heads, map_heads, M, N, HAS_CODES)
     lines = (text * tokens + queries) * heads + head
-    map_head = head // (heads // map_heads)
     keys = k + text * tokens * kv_heads * K + head // (heads // kv_heads) * K
-    features = b + text * tokens * map_heads * F + map_head * F
-    query = load_tile(q + text * tokens * heads * K + head * K, queries, dims, heads * K, tokens, K)
-    asked = load_tile(a + text * tokens * heads * F + head * F, queries, columns, heads * F, tokens, F)
-    code, begin = queries, 0
+    features = b + place * F
+    query = load_tile(q + (text * tokens * heads + head) * K, queries, dims, heads * K, tokens, K)
+    asked = load_tile(a + (text * tokens * heads + head) * F, queries, columns, heads * F, tokens, F)
+    code = queries
     if HAS_CODES:
         codes += text * tokens
         code = tl.load(codes + queries, mask=real, other=-2)
-        begin = tl.load(first + text * tokens + block * M) // N * N
-    at_high, at_low = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
-    if HAS_DECAY:
-        place = text * tokens * map_heads + map_head
-        at_high = tl.load(high + place + queries * map_heads, mask=real, other=0.0)
-        at_low = tl.load(low + place + queries * map_heads, mask=real, other=0.0)
-    end = tl.minimum(tokens, block * M + M)
+    at_high, at_low = totals(high, low, place + queries * map_heads, real, M, HAS_DECAY)
     top, total = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     if HAS_SINK:
         top = tl.zeros([M], tl.float32) + tl.load(sink + head).to(tl.float32)
@@ -76,10 +89,8 @@ def row_kernel(
         if NORMALIZED:
             feature = load_tile(features, key, columns, map_heads * F, tokens, F)
             product = tl.dot(asked, tl.trans(feature), input_precision=PRECISION)
-            if HAS_DECAY:
-                key_high = tl.load(high + place + key * map_heads, mask=key < tokens, other=0.0)
-                key_low = tl.load(low + place + key * map_heads, mask=key < tokens, other=0.0)
-                product *= faded(at_high, at_low, key_high, key_low, seen)
+            key_high, key_low = totals(high, low, place + key * map_heads, key < tokens, N, HAS_DECAY)
+            product, _ = decayed(product, at_high, at_low, key_high, key_low, seen, HAS_DECAY)
             mass += tl.sum(tl.where(seen, product, 0.0), 1)
     log_sum = tl.where(total > 0.0, top + tl.log(tl.where(total > 0.0, total, 1.0)), 0.0)
     rest = inverse(mass)
@@ -93,10 +104,8 @@ def row_kernel(
         )
         feature = load_tile(features, key, columns, map_heads * F, tokens, F)
         weight = tl.dot(asked, tl.trans(feature), input_precision=PRECISION)
-        if HAS_DECAY:
-            key_high = tl.load(high + place + key * map_heads, mask=key < tokens, other=0.0)
-            key_low = tl.load(low + place + key * map_heads, mask=key < tokens, other=0.0)
-            weight *= faded(at_high, at_low, key_high, key_low, seen)
+        key_high, key_low = totals(high, low, place + key * map_heads, key < tokens, N, HAS_DECAY)
+        weight, _ = decayed(weight, at_high, at_low, key_high, key_low, seen, HAS_DECAY)
         if NORMALIZED:
             weight *= rest[:, None]
         weight = tl.where(seen, weight, 0.0)
@@ -124,36 +133,19 @@ def query_kernel(
     SQUARES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries' features and of their totals. Grid (batch * heads * blocks of M rows)."""
-    blocks = tl.cdiv(tokens, M)
-    block = blocks - 1 - tl.program_id(0) % blocks
-    head = (tl.program_id(0) // blocks) % heads
-    text = (tl.program_id(0) // blocks // heads).to(tl.int64)
-    queries = block * M + tl.arange(0, M)
     dims, columns, tile = tl.arange(0, KP), tl.arange(0, FP), tl.arange(0, N)
-    real = queries < tokens
+    queries, real, head, text, place, begin, end = placed(tokens, first, heads, map_heads, M, N, HAS_CODES)
     lines = (text * tokens + queries) * heads + head
-    map_head = head // (heads // map_heads)
     keys = k + text * tokens * kv_heads * K + head // (heads // kv_heads) * K
-    features = b + text * tokens * map_heads * F + map_head * F
-    query = load_tile(q + text * tokens * heads * K + head * K, queries, dims, heads * K, tokens, K)
-    asked = load_tile(a + text * tokens * heads * F + head * F, queries, columns, heads * F, tokens, F)
-    code, begin = queries, 0
+    features = b + place * F
+    query = load_tile(q + (text * tokens * heads + head) * K, queries, dims, heads * K, tokens, K)
+    asked = load_tile(a + (text * tokens * heads + head) * F, queries, columns, heads * F, tokens, F)
+    code = queries
     if HAS_CODES:
         codes += text * tokens
         code = tl.load(codes + queries, mask=real, other=-2)
-        begin = tl.load(first + text * tokens + block * M) // N * N
-    at_high, at_low = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
-    if HAS_DECAY:
-        place = text * tokens * map_heads + map_head
-        at_high = tl.load(high + place + queries * map_heads, mask=real, other=0.0)
-        at_low = tl.load(low + place + queries * map_heads, mask=real, other=0.0)
-    own_sum = tl.load(log_sum + lines, mask=real, other=0.0)
-    own_slope = tl.load(slope + lines, mask=real, other=0.0)
-    own_rest, own_pull = own_slope, own_slope
-    if NORMALIZED:
-        own_rest = tl.load(rest + lines, mask=real, other=0.0)
-        own_pull = tl.load(pull + lines, mask=real, other=0.0)
-    end = tl.minimum(tokens, block * M + M)
+    at_high, at_low = totals(high, low, place + queries * map_heads, real, M, HAS_DECAY)
+    own_sum, own_rest, own_pull, own_slope = of_rows(log_sum, rest, pull, slope, lines, real, NORMALIZED)
     found, of_total = tl.zeros([M, FP], tl.float32), tl.zeros([M], tl.float32)
     for start in range(begin, end, N):
         key = start + tile
@@ -164,11 +156,8 @@ def query_kernel(
         )
         feature = load_tile(features, key, columns, map_heads * F, tokens, F)
         product = tl.dot(asked, tl.trans(feature), input_precision=PRECISION)
-        if HAS_DECAY:
-            key_high = tl.load(high + place + key * map_heads, mask=key < tokens, other=0.0)
-            key_low = tl.load(low + place + key * map_heads, mask=key < tokens, other=0.0)
-            fade = faded(at_high, at_low, key_high, key_low, seen)
-            product *= fade
+        key_high, key_low = totals(high, low, place + key * map_heads, key < tokens, N, HAS_DECAY)
+        product, fade = decayed(product, at_high, at_low, key_high, key_low, seen, HAS_DECAY)
         gradient = product_gradient(
             score, product, seen, own_sum, own_rest, own_pull, own_slope, NORMALIZED, SQUARES
         )

@@ -139,49 +139,17 @@ def launch_backward(
         dasking=dasking, pin_weights=pin_weights, pin_ds=pin_ds, PINS=plan.pins, HAS_ASKING=asking is not q, **shared,
         **made.options(),
     )  # fmt: skip
-    states, norms = torch.empty_like(states), torch.empty_like(norms)
-    carries, carry_norms = torch.empty_like(carries), torch.empty_like(carry_norms)
-    totals, total_norms = torch.empty_like(carries, dtype=torch.float32), torch.empty_like(carry_norms)
-    made = config("split_query_states" if plan.split else "query_states", plan)
-    launch(
-        query_states_kernel,
-        (plan.scans(made), plan.batch * plan.state_heads * plan.segments * (plan.chunks > 0)),
-        q=q, do=do, log_inverse=log_inverse, delta=delta, weight=query_map, factor=factor, query_lse=query_lse,
-        codes=codes, states=states, norms=norms, totals=totals, total_norms=total_norms,
-        key_tokens=plan.key_tokens, tokens=plan.tokens, prefix=plan.prefix, chunks=plan.chunks,
-        per_segment=plan.per_segment, segments=plan.segments,
-        heads=plan.heads, state_heads=plan.state_heads, BV=made.values, SPLIT=plan.split, **_sizes(plan),
-        HAS_FACTOR=factor is not None, HAS_CODES=codes is not None, HAS_TOTALS=plan.segments > 1,
-        PRECISION=plan.precision, **made.options(),
-    )  # fmt: skip
-    if plan.segments > 1:
-        for total, carry in ((totals, carries), (total_norms, carry_norms)):
-            _carry(plan, total, carry, None, codes, reverse=True)
-    first = plan.first_tile
-    grid = (plan.chunks + plan.lag - first, plan.batch * plan.kv_heads)
+    states, norms, carries, carry_norms = _query_states(
+        plan, shared, query_lse, (states, norms, carries, carry_norms)
+    )
     shared |= {
-        "states": states, "norms": norms, "carries": carries, "carry_norms": carry_norms, "first": first, "dy": key_dy,
+        "states": states, "norms": norms, "carries": carries, "carry_norms": carry_norms, "first": plan.first_tile,
+        "dy": key_dy,
     }  # fmt: skip
-    frozen = aligned and plan.window > 0 and not train_inputs
-    options = config(
-        "frozen_key_gradient" if frozen else plan.kernel("key_gradient", aligned=aligned), plan
-    ).options()
     if aligned:
-        launch(aligned_key_gradient_kernel, grid, dk=dk, dv=dv, **shared, **options)
+        _aligned_keys(plan, dk, dv, shared, train_inputs)
     else:
-        # the window has a part in dk and dv alone
-        windowed = plan.window > 0 and train_inputs
-        split = windowed and plan.value_dim * plan.key_dim > 64 * 64
-        parts = [(True, False, False), (False, True, True)] if split else [(windowed, True, False)]
-        for_k, for_v = (empty(x, dtype=torch.float32) for x in (dk, dv)) if split else (dk, dv)
-        for do_window, do_linear, add in parts:
-            launch(
-                key_gradient_kernel, grid, dk=for_k, dv=for_v, **shared, DO_WINDOW=do_window, DO_LINEAR=do_linear,
-                ADD=add, **options,
-            )  # fmt: skip
-        if split:
-            dk.copy_(for_k)
-            dv.copy_(for_v)
+        _general_keys(plan, dk, dv, shared, train_inputs)
     if plan.pins and plan.chunks and train_inputs:
         _pinned_gradient(plan, asking, do, (pin, codes), (pin_weights, pin_ds, balance, place_of_top), dk, dv)
     found = [x.zero_() for x in plan.gradients(q, train_maps)]
@@ -196,6 +164,64 @@ def launch_backward(
     if sink is not None:
         found[4] = dsink.sum((0, 2))
     return [dq, dk, dv, dasking, *found]
+
+
+def _query_states(
+    plan: Plan, shared: dict[str, Any], query_lse: Tensor, kept: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Sums over the queries behind each tile, and their carries, shaped as those `kept` of the keys before it."""
+    given = {name: shared[name] for name in ("q", "do", "log_inverse", "delta", "factor", "codes")}
+    states, norms, carries, carry_norms = (torch.empty_like(x) for x in kept)
+    totals, total_norms = torch.empty_like(carries, dtype=torch.float32), torch.empty_like(carry_norms)
+    made = config("split_query_states" if plan.split else "query_states", plan)
+    launch(
+        query_states_kernel,
+        (plan.scans(made), plan.batch * plan.state_heads * plan.segments * (plan.chunks > 0)),
+        **given, weight=shared["query_map"], query_lse=query_lse, states=states, norms=norms, totals=totals,
+        total_norms=total_norms,
+        key_tokens=plan.key_tokens, tokens=plan.tokens, prefix=plan.prefix, chunks=plan.chunks,
+        per_segment=plan.per_segment, segments=plan.segments,
+        heads=plan.heads, state_heads=plan.state_heads, BV=made.values, SPLIT=plan.split, **_sizes(plan),
+        HAS_FACTOR=given["factor"] is not None, HAS_CODES=given["codes"] is not None, HAS_TOTALS=plan.segments > 1,
+        PRECISION=plan.precision, **made.options(),
+    )  # fmt: skip
+    if plan.segments > 1:
+        for total, carry in ((totals, carries), (total_norms, carry_norms)):
+            _carry(plan, total, carry, None, given["codes"], reverse=True)
+    return states, norms, carries, carry_norms
+
+
+def _aligned_keys(plan: Plan, dk: Tensor, dv: Tensor, shared: dict[str, Any], train_inputs: bool) -> None:
+    """dk and dv, where windows are whole tiles: one launch."""
+    frozen = plan.window > 0 and not train_inputs
+    name = "frozen_key_gradient" if frozen else plan.kernel("key_gradient", aligned=True)
+    launch(
+        aligned_key_gradient_kernel, _key_grid(plan), dk=dk, dv=dv, **shared, **config(name, plan).options()
+    )
+
+
+def _general_keys(plan: Plan, dk: Tensor, dv: Tensor, shared: dict[str, Any], train_inputs: bool) -> None:
+    """dk and dv of any window; wide heads take the window's part and the sums' one after the other, in float32."""
+    # the window has a part in dk and dv alone
+    windowed = plan.window > 0 and train_inputs
+    split = windowed and plan.value_dim * plan.key_dim > 64 * 64
+    parts = [(True, False, False), (False, True, True)] if split else [(windowed, True, False)]
+    # no tile holds the keys in front of tile 0
+    empty = torch.zeros_like if plan.base > 0 else torch.empty_like
+    for_k, for_v = (empty(x, dtype=torch.float32) for x in (dk, dv)) if split else (dk, dv)
+    options = config(plan.kernel("key_gradient", aligned=False), plan).options()
+    for do_window, do_linear, add in parts:
+        launch(
+            key_gradient_kernel, _key_grid(plan), dk=for_k, dv=for_v, **shared, DO_WINDOW=do_window,
+            DO_LINEAR=do_linear, ADD=add, **options,
+        )  # fmt: skip
+    if split:
+        dk.copy_(for_k)
+        dv.copy_(for_v)
+
+
+def _key_grid(plan: Plan) -> tuple[int, int]:
+    return plan.chunks + plan.lag - plan.first_tile, plan.batch * plan.kv_heads
 
 
 def _pinned_gradient(

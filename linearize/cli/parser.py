@@ -131,7 +131,13 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"linearize {__version__}")
     parser.set_defaults(parser=parser, command=_show_help)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
+    for group in (_converting, _judging, _using, _measuring, _listing):
+        group(commands)
+    return parser
 
+
+def _converting(commands: Any) -> None:
+    """What makes a model, or says beforehand what it would take."""
     run = _add(commands, "run", "convert a model by a recipe: train, evaluate, export", "linearize.cli.run")
     _recipe_arguments(run)
     run_options.add(run)
@@ -169,6 +175,10 @@ def build_parser() -> Parser:
     _select_arguments(
         _add(commands, "select", "choose the layers that stay softmax", "linearize.cli.selection")
     )
+
+
+def _judging(commands: Any) -> None:
+    """What says how good one is."""
     eval_options.add(
         _add(
             commands, "eval", "judge a model beside its teacher and the controls", "linearize.cli.evaluation"
@@ -192,6 +202,10 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="where page.html and page.md go (default: runs/compare-A-B)",
     )
+
+
+def _using(commands: Any) -> None:
+    """What is done with one."""
     text_options.generate(_add(commands, "generate", "continue a prompt", "linearize.cli.generation"))
     text_options.serve(_add(commands, "serve", "answer as OpenAI's API does", "linearize.cli.serving"))
     sample = _add(commands, "sample", "let a model write training text", "linearize.cli.sampling")
@@ -212,6 +226,9 @@ def build_parser() -> Parser:
     )
     push_options.push(push)
 
+
+def _measuring(commands: Any) -> None:
+    """What says how fast this machine is."""
     bench = _add(commands, "bench", "measure speed on this machine's GPU", "linearize.cli.bench")
     bench.set_defaults(command=_show_help)
     what = bench.add_subparsers(title="benchmarks", metavar="WHAT", parser_class=Parser)
@@ -242,6 +259,9 @@ def build_parser() -> Parser:
         )
     )
 
+
+def _listing(commands: Any) -> None:
+    """What there is to convert by."""
     recipes = _add(
         commands, "recipes", "list the shipped recipes, or show one composed", "linearize.cli.recipes"
     )
@@ -259,7 +279,6 @@ def build_parser() -> Parser:
     parts.add_argument(
         "name", nargs="?", metavar="NAME", help="one of its choices, such as low_rank: every option of it"
     )
-    return parser
 
 
 def _show_help(options: argparse.Namespace) -> int:

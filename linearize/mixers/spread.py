@@ -28,8 +28,7 @@ from linearize.mixers.beside import Beside, Plain
 from linearize.mixers.given import Given
 from linearize.mixers.state import State
 from linearize.mixers.update import Transition
-from linearize.mixers.window.none import NoWindow
-from linearize.mixers.window.sliding import SlidingWindow
+from linearize.mixers.window.ring import RingWindow
 
 if TYPE_CHECKING:
     from linearize.mixers.mixer import Mixer
@@ -79,7 +78,7 @@ def composed(across: Across, own: Transition, state: dict[str, Tensor]) -> dict[
 def at_once(mixer: Mixer) -> bool:
     """Whether what enters a process can be composed of what all of them say at the same time."""
     window, recurrent = mixer.window, mixer.recurrent
-    if type(window) not in (NoWindow, SlidingWindow):
+    if not window.spreads:
         return False
     if recurrent is None:
         return True
@@ -128,15 +127,15 @@ def _at_once(mixer: Mixer, given: Given, across: Across) -> Tensor:
     state = Entering(mixer.initial_state(k.shape[0], k.dtype, k.device).tensors, across)
     plain = beside.plain
     window = mixer.window
-    if isinstance(window, SlidingWindow):
+    if isinstance(window, RingWindow):
         near = k if mixer.position.window_rotated or plain is None else plain[1]
         _held(window, state, near, v, across)
     far: Plain = (q, k) if mixer.position.recurrent_rotated or plain is None else plain
-    _recent(mixer, state, (*far, v), beside.hidden, across)
+    _recent(state, (*far, v), beside.hidden, across)
     return mixer.run(given, state)
 
 
-def _held(window: SlidingWindow, state: Entering, k: Tensor, v: Tensor, across: Across) -> None:
+def _held(window: RingWindow, state: Entering, k: Tensor, v: Tensor, across: Across) -> None:
     """Pinned and last keys of the document that is open, as `RingWindow` keeps them."""
     there = _same(across, window.span)
     keys, values = across.halo(k, window.span), across.halo(v, window.span)
@@ -151,7 +150,6 @@ def _held(window: SlidingWindow, state: Entering, k: Tensor, v: Tensor, across: 
 
 
 def _recent(
-    mixer: Mixer,
     state: Entering,
     streams: tuple[Tensor, Tensor, Tensor],
     hidden: Tensor | None,

@@ -31,8 +31,6 @@ from linearize.surgery import converted
 
 log = logging.getLogger(__name__)
 
-Loaded = tuple[Any, Any]
-"""Model and tokenizer."""
 MOST_ROWS = 2048
 ROWS_ON_CPU = 8
 SHARE = 0.7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import byte_llama
 import pytest
@@ -43,7 +44,10 @@ def state(checkpoint, doc, tmp_path, capsys):
     line = ["generate", str(checkpoint), "--prompt-file", str(doc), "--save-state", str(path)]
     assert cli.main(line) == 0
     said = capsys.readouterr().out
-    assert f"{path}: 150 tokens read; 0.0 MiB at any length" in said and f"--state {path} --prompt" in said
+    assert (
+        f"{path}: 150 tokens read; 0.0 MiB at any length" in said
+        and f"--state {shlex.quote(str(path))} --prompt" in said
+    )
     return path
 
 

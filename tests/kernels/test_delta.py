@@ -6,18 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_calls import normal, uniform
-from recurrences import (
-    BATCH,
-    Recurrence,
-    check_chunk,
-    check_gradients,
-    check_no_tokens,
-    check_padding,
-    check_split,
-    check_steps,
-    one_document,
-    some_documents,
-)
+from recurrences import BATCH, Recurrence, forms, one_document, some_documents
 
 from linearize.kernels.gated_delta import delta_chunk, delta_reference, delta_step
 from linearize.kernels.gated_linear import gated_linear_chunk
@@ -66,43 +55,7 @@ CASES = {
     "mild_per_feature": make(0.1, per_feature=True),
     "strong_per_feature": make(20.0, per_feature=True),
 }
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
-
-
-@cases
-@dtypes
-@pytest.mark.parametrize("tokens", [1, 7, 64, 131])
-def test_chunks_equal_the_loop(case, dtype, tokens):
-    check_chunk(case, tokens, dtype)
-
-
-@cases
-@dtypes
-def test_steps_equal_the_loop(case, dtype):
-    check_steps(case, 37, dtype)
-
-
-@cases
-@pytest.mark.parametrize("at", [0, 1, 64, 90])
-def test_state_is_carried_across_a_split(case, at):
-    check_split(case, 131, at)
-
-
-@cases
-@dtypes
-def test_gradients_equal_those_of_the_loop(case, dtype):
-    check_gradients(case, 71, dtype)
-
-
-@cases
-def test_padding_changes_nothing(case):
-    check_padding(case, 60, 9)
-
-
-@cases
-def test_no_tokens(case):
-    check_no_tokens(case)
+TestForms = forms(CASES)
 
 
 @pytest.mark.parametrize("form", [delta_chunk, delta_reference])

@@ -5,18 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_calls import normal, uniform
-from recurrences import (
-    BATCH,
-    Recurrence,
-    check_chunk,
-    check_gradients,
-    check_no_tokens,
-    check_padding,
-    check_split,
-    check_steps,
-    one_document,
-    some_documents,
-)
+from recurrences import BATCH, Recurrence, forms, one_document, some_documents
 
 from linearize.kernels.gated_linear import gated_linear_chunk, gated_linear_reference, gated_linear_step
 from linearize.kernels.linear import linear_chunk
@@ -76,43 +65,7 @@ CASES = {
     **{f"{over}-bonus": make(over, "mixed", bonus=True) for over in WIDTHS},
     **{f"{over}-sums_only": make(over, "mixed", normalize=False) for over in ("head", "key")},
 }
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
-
-
-@cases
-@dtypes
-@pytest.mark.parametrize("tokens", [1, 7, 64, 131])
-def test_chunks_equal_the_loop(case, dtype, tokens):
-    check_chunk(case, tokens, dtype)
-
-
-@cases
-@dtypes
-def test_steps_equal_the_loop(case, dtype):
-    check_steps(case, 37, dtype)
-
-
-@cases
-@pytest.mark.parametrize("at", [0, 1, 64, 90])
-def test_state_is_carried_across_a_split(case, at):
-    check_split(case, 131, at)
-
-
-@cases
-@dtypes
-def test_gradients_equal_those_of_the_loop(case, dtype):
-    check_gradients(case, 71, dtype)
-
-
-@cases
-def test_padding_changes_nothing(case):
-    check_padding(case, 60, 9)
-
-
-@cases
-def test_no_tokens(case):
-    check_no_tokens(case)
+TestForms = forms(CASES)
 
 
 @pytest.mark.parametrize("over", ["head", "key"])

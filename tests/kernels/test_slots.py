@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from kernel_calls import normal, uniform
-from recurrences import (
-    BATCH,
-    Recurrence,
-    check_chunk,
-    check_gradients,
-    check_no_tokens,
-    check_padding,
-    check_split,
-    check_steps,
-    one_document,
-)
+from recurrences import BATCH, Recurrence, forms, one_document
 
 from linearize.kernels.slots import slots_chunk, slots_reference, slots_step
 
@@ -57,43 +46,7 @@ def make(strength: float, *, complement: bool = False) -> Recurrence:
 
 
 CASES = {"own_writes": make(1.0), "mild": make(0.1, complement=True), "strong": make(20.0, complement=True)}
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
-
-
-@cases
-@dtypes
-@pytest.mark.parametrize("tokens", [1, 7, 64, 131])
-def test_chunks_equal_the_loop(case, dtype, tokens):
-    check_chunk(case, tokens, dtype)
-
-
-@cases
-@dtypes
-def test_steps_equal_the_loop(case, dtype):
-    check_steps(case, 37, dtype)
-
-
-@cases
-@pytest.mark.parametrize("at", [0, 1, 64, 90])
-def test_state_is_carried_across_a_split(case, at):
-    check_split(case, 131, at)
-
-
-@cases
-@dtypes
-def test_gradients_equal_those_of_the_loop(case, dtype):
-    check_gradients(case, 71, dtype)
-
-
-@cases
-def test_padding_changes_nothing(case):
-    check_padding(case, 60, 9)
-
-
-@cases
-def test_no_tokens(case):
-    check_no_tokens(case)
+TestForms = forms(CASES)
 
 
 def test_a_slot_a_token_is_softmax_attention():

@@ -22,10 +22,13 @@ class Window(Part):
         size: tokens seen by the softmax, the query's own included, or tokens in a block; 0 = none, None = all.
         alone: whether nothing shares the branch's normalizer, so that a kernel may give its output without sums.
         far: how far away its pinned tokens may seem, or None where they are as far as they are.
+        spreads: whether the last tokens before a text, and the first ones, are all that it carries over into one, so
+            that processes which hold parts of a sequence fill it at once (`refill`).
     """
 
     size: int | None
     alone = False
+    spreads = False
     far: Far | None = None
 
     def __init__(self, config: Any, shape: LayerShape) -> None:

@@ -19,6 +19,7 @@ class NoWindow(Window):
     """
 
     size = 0
+    spreads = True
 
     @dataclass
     class Config(Part.Config):

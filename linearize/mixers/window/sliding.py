@@ -25,6 +25,8 @@ class SlidingWindow(RingWindow):
     teacher's window.
     """
 
+    spreads = True
+
     @dataclass
     class Config(RingWindow.Config):
         pass
