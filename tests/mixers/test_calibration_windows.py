@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from layer_by_hand import Call, call
+from layer_by_hand import SHAPE, Call, call
 
-from linearize.mixers import calibration
+from linearize.config import compose, list_recipes
+from linearize.mixers import build, calibration
 
 ALONE = {"name": "sliding", "size": 16, "first": 2}
 OVERLAPPING = {**ALONE, "overlap": True}
@@ -101,3 +102,13 @@ def test_a_gate_that_shrinks_signed_sums_is_found():
     fitted = calibration.calibrate(made)
     assert (update.input_bias <= -2).all()
     assert fitted.after < 0.1 * fitted.before
+
+
+def test_every_shipped_rule_can_be_shut():
+    found = []
+    for name, _ in list_recipes():
+        combine = build(compose(name).mixer, SHAPE).combine
+        if combine is not None:
+            found.append(name)
+            assert combine.shut(lambda factor: True), name
+    assert {"mlstm", "lolcats", "liger_gla", "priming", "sse"} <= set(found)
