@@ -22,7 +22,7 @@ from types import ModuleType
 from transformers import PreTrainedModel
 
 from linearize.errors import UnsupportedModelError
-from linearize.surgery.model import LinearizedModel
+from linearize.surgery.model import LinearizedModel, body
 from linearize.version import __version__
 
 MODULE = "modeling_linearized"
@@ -124,7 +124,7 @@ def base_classes(model: PreTrainedModel) -> tuple[type, type, type]:
     """
     causal_lm, base = (
         next(cls for cls in type(part).__mro__ if not issubclass(cls, LinearizedModel))
-        for part in (model, model.base_model)
+        for part in (model, body(model))
     )
     config = type(model.config).__mro__[2]
     for cls in (causal_lm, base, config):

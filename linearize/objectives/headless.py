@@ -44,7 +44,8 @@ def recognize(model: nn.Module, device: torch.device) -> Head | None:
     try:
         with torch.no_grad(), _answering(module, lambda hidden: numbers.to(hidden)[None, None]):
             token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-            found = model(input_ids=token, use_cache=False).logits
+            # positions as packed text has them: counted by itself, a model may reach behind a table that counts from 0
+            found = model(input_ids=token, position_ids=token, use_cache=False).logits
     except RuntimeError:
         return None  # a family that insists on the width of its vocabulary
     finally:

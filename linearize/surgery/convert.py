@@ -14,7 +14,7 @@ from linearize.config.names import SOFTMAX
 from linearize.errors import LinearizeError, raise_together
 from linearize.surgery import demands
 from linearize.surgery.inspection import attention_layers
-from linearize.surgery.model import honor_softcap, linearized, refuse_converted
+from linearize.surgery.model import body, honor_softcap, linearized, refuse_converted
 from linearize.surgery.plan import checked
 from linearize.surgery.schema import stored
 from linearize.surgery.verify import Reference
@@ -69,7 +69,7 @@ def convert(
 @contextmanager
 def _whole_or_not_at_all(model: PreTrainedModel, modules: list[nn.Module]) -> Iterator[None]:
     """Inside, surgery; an exception leaves the model, its config and its modules as they were."""
-    touched: list[Any] = [model, model.base_model, model.config, *modules]
+    touched: list[Any] = [model, body(model), model.config, *modules]
     kept = [(item, type(item), dict(vars(item)), dict(vars(item).get("_modules", {}))) for item in touched]
     try:
         yield

@@ -18,6 +18,7 @@ from linearize.errors import LinearizeError, UnsupportedModelError, collected
 from linearize.mixers import LayerShape, Mixer, build, shift
 from linearize.surgery import handed_on
 from linearize.surgery.inspection import AttentionLayer
+from linearize.surgery.model import body
 from linearize.surgery.probe import probe
 
 SHIFTS = "mixer.update.shift_projections"
@@ -40,7 +41,9 @@ def check(
         # without weights a rotation is shown that a layer may not take (Llama 4's without positions)
         for layer, mixer in built if loaded else []:
             check_rotation(layer.path, layer.module, layer.shape, mixer)
+    mixing = [layer for layer, mixer in built if mixer.uses_first]
     with collected(errors):
+        _check_handing(model, mixing, loaded=loaded)
         handed_on.check([(_named(x.path, x.module), x.shape) for x, mixer in built if mixer.uses_first])
     with collected(errors):
         _check_shifts(model, [layer for layer, mixer in built if shift.shifts_projections(mixer)])
@@ -62,6 +65,41 @@ def check_rotation(path: str, module: nn.Module, shape: LayerShape, mixer: Mixer
             f"{_named(path, module)}: its rotary embedding is not of the rotate-half kind, so queries and keys cannot "
             "be rotated back; leave the rotation on in both branches (mixer.position={name: rope})"
         )
+
+
+def _check_handing(model: PreTrainedModel, layers: list[AttentionLayer], *, loaded: bool) -> None:
+    """Refuse values of the first layer where a family's blocks keep arguments from their attention.
+
+    Raises:
+        UnsupportedModelError: names the first such layer.
+    """
+    found: set[int] = set()
+
+    def give(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, handed_on.NAME: None}
+
+    def take(index: int) -> Callable[..., Any]:
+        def taking(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            found.update([index] if handed_on.NAME in kwargs else [])
+            return args, {name: x for name, x in kwargs.items() if name != handed_on.NAME}
+
+        return taking
+
+    if not layers:
+        return
+    hooks = [body(model).register_forward_pre_hook(give, with_kwargs=True)]
+    hooks += [x.module.register_forward_pre_hook(take(x.index), with_kwargs=True) for x in layers]
+    try:
+        probe(model, [layer.module for layer in layers])
+    except UnsupportedModelError:
+        if not loaded:
+            return  # some run with their weights alone
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for layer in layers:
+        if layer.index not in found:
+            raise handed_on.missing(_named(layer.path, layer.module))
 
 
 def _check_shifts(model: PreTrainedModel, layers: list[AttentionLayer]) -> None:

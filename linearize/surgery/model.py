@@ -161,7 +161,7 @@ def attach(model: PreTrainedModel) -> None:
         convert_module(attention, mixer_of(plan, path), switch)
         _keep_in_float32(model, f"{names[path]}.mixer")
     handed_on.mark(converted(model))
-    base = cast(PreTrainedModel, model.base_model)
+    base = body(model)
     if base is not model:
         _become(base, model_class(type(base), type(model.config), head=False))
     _register_outputs(model)
@@ -200,6 +200,18 @@ def linearized(model: PreTrainedModel, plan: dict[str, Any]) -> PreTrainedModel:
     attach(model)
     _become(model, model_class(type(model), type(config), head=True))
     return model
+
+
+def body(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head, which looks at arguments; a model that has none itself.
+
+    Llama 4's causal model names an attribute for it that it does not have.
+    """
+    base = cast(PreTrainedModel, model.base_model)
+    if base is not model or model.get_output_embeddings() is None:
+        return base
+    inside = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return inside[0] if len(inside) == 1 else base
 
 
 def converted(model: nn.Module) -> list[LinearizedAttention]:

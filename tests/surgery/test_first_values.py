@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from transformers import StaticCache
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import linearize
 from linearize import export, surgery
@@ -219,6 +220,36 @@ def test_values_of_another_shape_are_refused():
     layers[2].mixer.shape = linearize.mixers.LayerShape(4, 4, 8, 8, 1.0, model_dim=32)
     with pytest.raises(UnsupportedModelError, match=r"layer 2 .*cannot be mixed"):
         handed_on.mark(layers)
+
+
+def test_blocks_that_keep_arguments_are_told_without_weights(monkeypatch):
+    """As `run` would otherwise find behind the teacher's evaluation."""
+    own = LlamaDecoderLayer.forward
+
+    def alone(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+        return own(self, hidden_states, attention_mask, position_embeddings=position_embeddings)
+
+    for model in (tiny.config("llama"), tiny.model("llama")):
+        surgery.plan(model, RWKV7)
+        with monkeypatch.context() as patch:
+            patch.setattr(LlamaDecoderLayer, "forward", alone)
+            with pytest.raises(
+                UnsupportedModelError, match=r"layers\.0\.self_attn .*without `linearize_first_values`"
+            ):
+                surgery.plan(model, RWKV7)
+
+
+def test_a_family_that_misnames_its_base_model_looks_too(tmp_path):
+    """Llama 4's: it counted padding as text where no positions were given, and had nothing to hand values on by."""
+    model = surgery.convert(odd.model("llama4_text"), RWKV7)
+    tiny.randomize(layer.mixer for layer in surgery.converted(model))
+    ids, mask, positions = tiny.left_padded(length=14)
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask, position_ids=positions).logits[mask.bool()]
+        assert torch.equal(model(ids, attention_mask=mask).logits[mask.bool()], wanted)
+        linearize.save(model, tmp_path / "out", check=True)
+        again = linearize.load(tmp_path / "out")
+        assert torch.equal(again(ids, attention_mask=mask).logits[mask.bool()], wanted)
 
 
 def test_values_of_another_shape_are_told_without_weights():
