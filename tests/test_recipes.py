@@ -158,7 +158,9 @@ def test_tables_are_current() -> None:
 
 
 def test_what_the_readme_recommends_is_shipped() -> None:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Choose a recipe")[1].split("```")[0]
+    section = (
+        (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Choose a recipe")[1].split("```")[0]
+    )
     rows = [line for line in section.splitlines() if line.startswith("| ")]
     named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     assert len(named) > 10 and named <= set(RECIPES)
