@@ -265,20 +265,15 @@ def _listing(commands: Any) -> None:
     recipes = _add(
         commands, "recipes", "list the shipped recipes, or show one composed", "linearize.cli.recipes"
     )
+    _parts_arguments(
+        _add(commands, "parts", "what a layer can be put together from, with options", "linearize.cli.parts")
+    )
     actions = recipes.add_subparsers(title="actions", metavar="ACTION", parser_class=Parser)
     _add(actions, "list", "list them, as without an action", "linearize.cli.recipes")
     show = _add(actions, "show", "print the composed and checked YAML", "linearize.cli.recipes", "show")
     show.add_argument("recipe", metavar="NAME", help=RECIPE_HELP)
     show.usage = "%(prog)s NAME [key=value ...]"
     _override_argument(show)
-
-    parts = _add(
-        commands, "parts", "what a layer can be put together from, with options", "linearize.cli.parts"
-    )
-    parts.add_argument("part", nargs="?", metavar="PART", help="such as gate (default: all of them)")
-    parts.add_argument(
-        "name", nargs="?", metavar="NAME", help="one of its choices, such as low_rank: every option of it"
-    )
 
 
 def _show_help(options: argparse.Namespace) -> int:
@@ -313,6 +308,13 @@ def _override_argument(parser: Parser) -> None:
     group = parser.add_argument_group("overrides")
     group.description = f"key=value: {OVERRIDE_HELP}; ~key removes a field"
     parser.set_defaults(overrides=[])
+
+
+def _parts_arguments(parser: Parser) -> None:
+    parser.add_argument("part", nargs="?", metavar="PART", help="such as gate (default: all of them)")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="one of its choices, such as low_rank: every option of it"
+    )
 
 
 def _select_arguments(parser: Parser) -> None:

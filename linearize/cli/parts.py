@@ -10,10 +10,10 @@ import re
 import textwrap
 from typing import Any
 
-from linearize.cli.console import console
 from linearize.cli.recipes import WIDTH
 from linearize.config import list_recipes, outline
 from linearize.config.variants import sections
+from linearize.console import console
 from linearize.errors import LinearizeError
 from linearize.mixers import PARTS
 from linearize.mixers.options import limits_of

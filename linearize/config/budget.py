@@ -145,7 +145,7 @@ def check(recipe: Recipe, budget: Budget) -> None:
         [
             f"--budget {budget.text}: in the recipe's proportions stage '{tight}' gets "
             f"{budget.tokens * stage.tokens // whole(recipe):,} tokens, less than one sequence of "
-            f"{_longest(recipe, stage):,}; give {smallest}-tokens or more, or a shorter data.length"
+            f"{_longest(recipe, stage):,}; give {smallest}-tokens or more, or a shorter {stage.length_key(tight)}"
         ]
     )
 

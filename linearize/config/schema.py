@@ -107,6 +107,11 @@ class StageConfig:
     save_every: int = 200
     """Optimizer steps between two resumable checkpoints."""
 
+    def length_key(self, name: str) -> str:
+        """Where the length of its sequences is set, for advice: `name`'s own data, or the recipe's."""
+        own = self.data is not None and self.data.length is not None
+        return f"stages.{name}.data.length" if own else "data.length"
+
 
 @dataclass
 class CalibrateConfig:

@@ -183,15 +183,14 @@ def _timed(
         with opened as trainer:
             model = trainer.trained_model
             trainer.add_callback(clock)
-            with memory.watched(f"timing stage '{name}'", lambda: _ADVICE):
+            shorter = f"Take a shorter {recipe.stages[name].length_key(name)}"
+            advice = f"{shorter}, or gradient_checkpointing=true of the stage"
+            with memory.watched(f"timing stage '{name}'", lambda: advice):
                 trainer.train()
     model.requires_grad_(False)
     step_tokens = Over.of(stage.batch_size).most * length
     timing = Timing(clock.step / step_tokens, max(0.0, clock.first - clock.warm * clock.step), clock.save)
     return processes.alone(lambda: timing), model.eval()
-
-
-_ADVICE = "Take a shorter data.length, or gradient_checkpointing=true of the stage"
 
 
 def _text(model: Any, stage: StageConfig, recipe: Recipe, length: int) -> Dataset[dict[str, Tensor]]:

@@ -323,7 +323,7 @@ class _Job:
         overrides = memory.less_for_stage(name, stage, whole_model=whole_model)
         wide = self.weights == torch.float32 and self.device.type == "cuda"
         less = ", or run.weights=bfloat16 there (half the bytes of what does not train)" if wide else ""
-        return self._advice(overrides, f"a shorter data.length in a new run folder{less}")
+        return self._advice(overrides, f"a shorter {stage.length_key(name)} in a new run folder{less}")
 
     def _advice(self, overrides: list[str], otherwise: str) -> str:
         begun = self.folder.recipe.is_file()

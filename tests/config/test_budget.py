@@ -78,6 +78,17 @@ def test_where_the_batch_is_bounded_the_rate_goes_with_its_root() -> None:
     assert made.batch_size == 1024 and made.lr == pytest.approx(1e-3 * math.sqrt(1024 / wanted), rel=1e-2)
 
 
+def test_the_advice_names_the_length_that_counts() -> None:
+    """A stage with texts of its own length reads nothing of the recipe's."""
+    for name, changes, key in (
+        ("best_hybrid", ["data.length=64"], "stages.distill.data.length"),
+        ("lolcats", [], "data.length"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            check(compose(name, changes), parse("1k-tokens"))
+        assert str(caught.value).endswith(f"or a shorter {key}")
+
+
 def test_longer_texts_in_smaller_batches_are_no_larger_steps() -> None:
     """32 x 1,024, then 8 x 4,096, is scaled like 32 x 1,024."""
     recipe = compose("best_constant")
