@@ -72,7 +72,9 @@ def check_data(tasks: Sequence[str], data_dir: str | Path, limit: int | None = N
     """
     requests = {}
     for task, items in items_of(tasks, data_dir, limit).items():
-        choices = "context_options" if "context_options" in _config(task)["metadata"]["columns"] else "choices"
+        choices = (
+            "context_options" if "context_options" in _config(task)["metadata"]["columns"] else "choices"
+        )
         requests[task] = sum(len(item.get(choices, [None])) for item in items)
     return requests
 
