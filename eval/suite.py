@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,6 +67,10 @@ class Takes:
         return f"{what} {self.least} or more and below 2^31"
 
 
+KEYS = ("about", "measure")
+"""What a suite's file has."""
+MISSPELT = 0.85
+"""From how alike on a name is another one misspelt: `demo-control` is no `control`, `studnt` a `student`."""
 MOST = 2**31
 """No count that anybody means."""
 
@@ -142,6 +147,23 @@ def of_roles(suites: Sequence[Suite], roles: Sequence[str]) -> list[Suite]:
     return made
 
 
+def check_roles(suites: Sequence[Suite], given: Sequence[str]) -> None:
+    """Refuse a role that a suite's file misspells: it would be measured of nobody, and the others as if all were well.
+
+    Args:
+        suites: from `load`.
+        given: names of further checkpoints.
+
+    Raises:
+        LinearizeError: a role that nobody has and whose name is near to one. Others may be controls of another call.
+    """
+    known = [*MADE, GIVEN, *given]
+    for suite in suites:
+        for role in dict.fromkeys(role for unit in suite.units for role in unit.roles if role not in known):
+            if near := difflib.get_close_matches(role, known, n=1, cutoff=MISSPELT):
+                raise LinearizeError(f"suite '{suite.name}': no role '{role}'; did you mean '{near[0]}'?")
+
+
 def _read(path: Path) -> Suite:
     """A suite's file.
 
@@ -151,6 +173,14 @@ def _read(path: Path) -> Suite:
     form = "`about: a line` and `measure:`, a list of {task: NAME, length: TOKENS, ...}"
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {'nothing' if found is None else f'a {type(found).__name__}'}")
+        for key in found:
+            if key not in KEYS:
+                raise ValueError(f"'{key}': {closest(str(key), KEYS)}")
+        for key in KEYS:
+            if key not in found:
+                raise ValueError(f"it has no '{key}'")
         entries, about = list(found["measure"]), str(found["about"])
         units = tuple(unit for entry in entries for unit in _units(dict(entry)))
         if not units:

@@ -36,6 +36,7 @@ def main(options: argparse.Namespace) -> int:
     elif named != options.suite:
         raise LinearizeError("--suite tasks: name them with --tasks A,B")
     tasks_known.check(suites)
+    suite.check_roles(suites, [_name(source) for source in options.control])
     if options.roles:
         suites = suite.of_roles(suites, _roles(options))
     if options.text and not any(tasks_known.TASKS[unit.task].reads for one in suites for unit in one.units):

@@ -42,6 +42,9 @@ def test_an_unknown_suite_or_task_offers_the_nearest(tmp_path):
         ("measure: [{task: text, length: 4}]", "'about'"),
         ("about: x\nmeasure: [{task: text, length: many}]", "length m"),
         ("about: x\nmeasure: [{task: text, length: -4}]", "length -4"),
+        ("measre: []\nabout: x", "'measre': did you mean 'measure'"),
+        ("about: x\nmeasure: [{task: text, length: 4}]\nroles: [student]", "'roles': valid: about, measure"),
+        ("[1]", "it holds a list"),
         ("about: [", "is no YAML"),
         ("", "is no suite"),
         ("about: x\nmeasure: []", "measures nothing"),
@@ -103,3 +106,14 @@ def test_a_suite_names_controls_that_are_checkpoints_without_knowing_their_names
     assert not any(unit.concerns(role) for role in ("student", "swa_sinks", "untrained swap", "window off"))
     [[kept]] = [one.units for one in suite.of_roles([mine], ["student", "run-control"])]
     assert kept.roles == ("run-control",)
+
+
+def test_a_misspelt_role_is_not_measured_of_nobody(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "about: x\nmeasure:\n  - {task: text, length: 64, roles: [student, studnt, demo-control]}\n"
+    )
+    with pytest.raises(LinearizeError, match=r"suite 'mine': no role 'studnt'; did you mean 'student'\?"):
+        suite.check_roles(suite.load(str(file)), [])
+    file.write_text(file.read_text().replace("studnt", "teacher"))
+    suite.check_roles(suite.load(str(file)), ["control of mine"])
