@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -51,9 +53,7 @@ def start(size: int, job: Callable[..., Any], *given: Any, folder: Path) -> Ende
     multiprocessing.get_context("forkserver").set_forkserver_preload(
         ["several", "several_jobs", "shard_jobs", "spread_jobs", "elsewhere"]
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     environments = [
         {
             "RANK": str(rank),
@@ -83,6 +83,18 @@ def start(size: int, job: Callable[..., Any], *given: Any, folder: Path) -> Ende
     said = "".join(path.read_text() for path in paths if path.exists())
     assert not hanging, f"processes {hanging} hang after {PATIENCE} seconds:\n{said}"
     return Ended([process.exitcode for process in started], said, time.monotonic() - began)
+
+
+def _free_port() -> int:
+    """A port that nobody listens on, and that the system gives to nobody who asks for any, as gloo's sockets do."""
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    least = int(given.read_text().split()[0]) if given.exists() else 32768
+    drawn = random.SystemRandom()
+    while True:
+        port = drawn.randrange(min(10_000, least // 2), least)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def _one(environment: dict[str, str], path: Path, job: Callable[..., Any], given: tuple[Any, ...]) -> None:
