@@ -9,7 +9,6 @@ import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from linearize.distill.memory import machine
 from linearize.errors import LinearizeError
 from linearize.serve.settings import Settings
 
@@ -53,7 +52,7 @@ def command(settings: Settings, folder: Path, port: int) -> list[str]:
     most = min(most, config.get("max_position_embeddings") or most)  # it refuses more
     made += ["--max-num-seqs", str(settings.slots), "--max-model-len", str(most)]
     if _on_cpu() and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        free, _ = machine()
+        free = _free()
         made += ["--kv-cache-memory-bytes", str(min(CACHE, free // 2) if free else CACHE)]
     return made + ([] if settings.graph else ["--enforce-eager"])
 
@@ -68,6 +67,13 @@ def _server() -> list[str]:
 def _on_cpu() -> bool:
     """Whether what is installed is vLLM's build for the CPU, by its name or by its version (0.33.0+cpu)."""
     return _version("vllm-cpu") is not None or "cpu" in (_version("vllm") or "")
+
+
+def _free() -> int:
+    """Bytes that are free; 0 where the system does not tell."""
+    from linearize.distill.memory import machine  # whose neighbours train: no server needs them
+
+    return machine()[0]
 
 
 def _version(package: str) -> str | None:

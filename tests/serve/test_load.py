@@ -179,8 +179,9 @@ def test_ten_thousand_requests(tmp_path):
 
 
 @pytest.mark.slow
-def test_ten_thousand_requests_in_recorded_pieces(monkeypatch):
-    recorded(monkeypatch, 10_000)
+def test_two_thousand_requests_in_recorded_pieces(monkeypatch):
+    """Not ten: without a card a recorded piece is computed as wide as it was recorded, in the clients' own process."""
+    recorded(monkeypatch, 2_000)
 
 
 @pytest.mark.gpu

