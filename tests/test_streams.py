@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from linearize.cli.console import messages
+from linearize.console import messages
 
 ROOT = Path(__file__).resolve().parent.parent
 SAYS = """

@@ -265,15 +265,15 @@ def _listing(commands: Any) -> None:
     recipes = _add(
         commands, "recipes", "list the shipped recipes, or show one composed", "linearize.cli.recipes"
     )
-    _parts_arguments(
-        _add(commands, "parts", "what a layer can be put together from, with options", "linearize.cli.parts")
-    )
     actions = recipes.add_subparsers(title="actions", metavar="ACTION", parser_class=Parser)
     _add(actions, "list", "list them, as without an action", "linearize.cli.recipes")
     show = _add(actions, "show", "print the composed and checked YAML", "linearize.cli.recipes", "show")
     show.add_argument("recipe", metavar="NAME", help=RECIPE_HELP)
     show.usage = "%(prog)s NAME [key=value ...]"
     _override_argument(show)
+    _parts_arguments(
+        _add(commands, "parts", "what a layer can be put together from, with options", "linearize.cli.parts")
+    )
 
 
 def _show_help(options: argparse.Namespace) -> int:
