@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from linearize.console import messages
 
 ROOT = Path(__file__).resolve().parent.parent
