@@ -77,7 +77,7 @@ def stretches_chunk(
         KernelError: Triton is to run what it does not cover.
     """
     if before is None:
-        before = torch.zeros_like(place[:, 0])
+        before = place.new_zeros(len(place))
     if state is not None:
         # behind the token that comes next, a pair may begin
         bits = stretches.block.bit_length() - 1

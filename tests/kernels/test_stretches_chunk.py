@@ -116,3 +116,20 @@ def test_it_is_the_definition(name):
     torch.testing.assert_close(got, wanted, atol=1e-10, rtol=1e-8)
     for one, two in zip(gradients(got, given), gradients(wanted, given), strict=True):
         torch.testing.assert_close(one, two, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", USUAL)
+@pytest.mark.parametrize("name", CALLS)
+def test_in_triton(name, dtype, poisoned_memory):
+    options, stretches = CALLS[name]
+    given = drawn(**options)
+    exact = leaves(given, torch.float64)
+    wanted = stretches_reference(**exact, block=stretches.block)
+    ours = leaves(given, dtype)
+    with dispatch.kernels("triton"):
+        got = run(ours, stretches)
+        made = gradients(got, ours)
+    assert got.dtype == dtype
+    names = ["out", *(key for key, x in ours.items() if isinstance(x, Tensor) and x.requires_grad)]
+    for which, one, two in zip(names, [got, *made], [wanted, *gradients(wanted, exact)], strict=True):
+        assert error(one, two) < TOLERANCE[dtype], which
