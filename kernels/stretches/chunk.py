@@ -11,15 +11,19 @@ from linearize.kernels import dispatch
 from linearize.kernels.chunks import Blocks, Decay, at_least_float32, cut_documents, decayed_products, scan
 from linearize.kernels.stretches.reference import level_of
 
+WIDEST = 128
+"""Columns of keys or of values of a head that Triton takes; a kernel holds several tiles of as many."""
+
 
 @dataclass(frozen=True)
 class Stretches:
-    """Which stretches have states.
+    """Which stretches have states, of L + 2 levels.
 
     Attributes:
         block: tokens in a block, a power of two.
         levels: states of levels 0 ... `levels` - 1; no text at hand reaches further unless `older`.
-        older: whether one more state holds the whole past, of which what is on no level gets the last share.
+        older: whether one more state holds the whole past, of which what is on no level gets the last share; then
+            `levels` is L + 1.
     """
 
     block: int
@@ -211,12 +215,13 @@ def _read(
     entering, after = scan(_change, state, *pieces)
 
     group = given.shape[-2]
+    far = (cut.own >> max(most - 1, 0) > 0)[:, :, None, :, None, None]
     for at in range(stretches.count):
         begins = cut.first >> at << at
         level = level_of(cut.own ^ begins[..., None], most)
         share = given.gather(-1, level[:, :, None, :, None, None].expand(*given.shape[:-1], 1))
         if stretches.older:
-            last = given[..., -1:]
+            last = given[..., -1:] * far.to(given.dtype)
             share = last if at == stretches.levels else share - last
         share = share * cut.live[:, :, at, None, None, None, None].to(share.dtype)
         out = out + (matrices.readers * share.flatten(-3, -2)) @ entering[:, :, at]

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.kernels import dispatch
-from linearize.kernels.stretches.chunk import Stretches, bounds
-from linearize.kernels.stretches.plan import CHUNK, WIDEST, make_plan
+from linearize.kernels.stretches.chunk import WIDEST, Stretches, bounds
+from linearize.kernels.stretches.plan import CHUNK, make_plan
 
 
 def stretches_triton(

@@ -9,10 +9,7 @@ from torch import Tensor
 
 from linearize.kernels.gated_delta.plan import CHUNK, Config
 
-__all__ = ["CHUNK", "WIDEST", "Config", "Matrices", "Plan", "config", "make_plan"]
-
-WIDEST = 128
-"""Columns of keys or of values of a head; a kernel holds several tiles of as many."""
+__all__ = ["CHUNK", "Config", "Matrices", "Plan", "config", "make_plan"]
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,12 @@ def load_bounds(bounds, batch, chunk, chunks):
 
 
 @triton.jit
-def is_live(bound, level, BITS: tl.constexpr, LEVELS: tl.constexpr):
+def is_live(bound, level, C: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr):
     """Whether a chunk that begins at place `bound` reads the state of `level`; LEVELS is that of the whole past."""
     bit = (bound >> BITS >> tl.maximum(level - 1, 0)) & 1
     found = tl.where(level == 0, bound & ((1 << BITS) - 1), bit)
-    return tl.where(level == LEVELS, bound, found) != 0
+    far = (bound + (C - 1)) >> tl.minimum(BITS + LEVELS - 1, 31)
+    return tl.where(level == LEVELS, tl.where(bound != 0, far, 0), found) != 0
 
 
 @triton.jit
@@ -83,7 +84,9 @@ def stretch_shares(
         there = tl.where(level == LEVELS, MOST, there)
     found = tl.load(shares + rows * stride + there, mask=inside, other=0.0)
     if OLDER:
-        last = tl.load(shares + rows * stride + MOST, mask=inside, other=0.0)
+        # there, MOST is LEVELS
+        far = blocks >> (MOST - 1) != 0
+        last = tl.load(shares + rows * stride + MOST, mask=inside & far, other=0.0)
         found = tl.where(level == LEVELS, last, found - last)
     return found, there
 

@@ -49,7 +49,7 @@ def value_gradient_kernel(
     stride: tl.constexpr = heads * (MOST + 1)
     shares += (batch * tokens + first) * stride
     blocks = load_blocks(place, batch, first, rows, tokens, BITS)
-    _, following = load_bounds(bounds, batch, chunk, chunks)
+    bound, following = load_bounds(bounds, batch, chunk, chunks)
     there = rows[None, :] * stride + pair_levels(blocks, blocks, MOST)
     corner = rows[None, :] * C + rows[:, None]
     at = row_head * chunks + chunk
@@ -124,47 +124,52 @@ def weight_gradient_kernel(
     stride: tl.constexpr = heads * (MOST + 1)
     lines = (batch * tokens + first) * stride + reader * (MOST + 1)
     shares += lines
+    do += (batch * tokens * heads + reader) * V
     blocks = load_blocks(place, batch, first, rows, tokens, BITS)
-    bound, _ = load_bounds(bounds, batch, chunk, chunks)
     at = row_head * chunks + chunk
-    reading = tl.load(readers + at * C * K + rows[:, None] * K + dims[None, :]).to(tl.float32)
-    line = (batch * state_heads + head) * (LEVELS + OLDER)
+    corner = rows[:, None] * C + rows[None, :]
     pairs = tl.zeros([C, C], tl.float32)
-    for_reader = tl.zeros([C, K], tl.float32)
-    for_share = tl.zeros([C, WIDTH], tl.float32)
     for piece in range(V // BV):
         values = piece * BV + tl.arange(0, BV)
-        y = load_rows(do + (batch * tokens * heads + reader) * V, first, rows, heads * V, values, tokens)
+        y = load_rows(do, first, rows, heads * V, values, tokens)
         value = load_columns(
             v + (batch * tokens * state_heads + head) * V, first, rows, state_heads * V, values, tokens
         )
         pairs = tl.dot(y, value, pairs, input_precision=PRECISION)
-        for level in range(LEVELS + OLDER):
-            if is_live(bound, level, BITS, LEVELS):
-                share, place_of = stretch_shares(
-                    shares, blocks, rows, inside, bound, level, stride, BITS, LEVELS, MOST, OLDER
-                )
-                state = tl.load(
-                    states + ((line + level) * chunks + chunk) * K * V + dims[None, :] * V + values[:, None]
-                )
-                found = tl.dot(y, state, input_precision=PRECISION)
-                for_reader += found * share[:, None]
-                read = tl.sum(found * reading, 1)
-                for_share += tl.where(columns[None, :] == place_of[:, None], read[:, None], 0.0)
-                if OLDER:
-                    less = tl.where(level == LEVELS, 0.0, read)
-                    for_share -= tl.where(columns[None, :] == MOST, less[:, None], 0.0)
-    tl.store(dreaders + at * C * K + rows[:, None] * K + dims[None, :], for_reader.to(kind))
-    corner = rows[:, None] * C + rows[None, :]
     levels = pair_levels(blocks, blocks, MOST)
     share = tl.load(shares + rows[:, None] * stride + levels, mask=inside[:, None], other=0.0)
-    weight = tl.load(weights + at * C * C + corner).to(tl.float32) * pairs
     tl.store(dweights + at * C * C + corner, (pairs * share).to(kind))
-    causal = rows[:, None] >= rows[None, :]
-    furthest = tl.max(tl.max(tl.where(causal, levels, 0), 1), 0)
-    for level in range(0, furthest + 1):
-        read = tl.sum(tl.where(causal & (levels == level), weight, 0.0), 1)
+    pairs *= tl.load(weights + at * C * C + corner).to(tl.float32)
+    levels = tl.where(rows[:, None] >= rows[None, :], levels, 0)
+    for_share = tl.zeros([C, WIDTH], tl.float32)
+    for level in range(0, tl.max(tl.max(levels, 1), 0) + 1):
+        # what is not causal is on level 0, with a weight of zero
+        read = tl.sum(tl.where(levels == level, pairs, 0.0), 1)
         for_share += tl.where(columns[None, :] == level, read[:, None], 0.0)
+    bound, following = load_bounds(bounds, batch, chunk, chunks)
+    reading = tl.load(readers + at * C * K + rows[:, None] * K + dims[None, :])
+    states += ((batch * state_heads + head) * (LEVELS + OLDER) * chunks + chunk) * K * V
+    for_reader = tl.zeros([C, K], tl.float32)
+    for piece in range(V // BV):
+        values = piece * BV + tl.arange(0, BV)
+        y = load_rows(do, first, rows, heads * V, values, tokens)
+        for level in range(LEVELS + OLDER):
+            if is_live(bound, level, C, BITS, LEVELS):
+                weight, place_of = stretch_shares(
+                    shares, blocks, rows, inside, bound, level, stride, BITS, LEVELS, MOST, OLDER
+                )
+                to = tl.cast(level, tl.int64) * chunks * K * V
+                state = tl.load(states + to + dims[None, :] * V + values[:, None])
+                found = tl.dot(y, state, input_precision=PRECISION)
+                for_reader += found * weight[:, None]
+                passed = tl.sum(found * reading.to(tl.float32), 1)
+                if OLDER:
+                    far = blocks >> (MOST - 1) != 0
+                    less = tl.where(far & (level != LEVELS), passed, 0.0)
+                    for_share -= tl.where(columns[None, :] == MOST, less[:, None], 0.0)
+                    passed = tl.where(far | (level != LEVELS), passed, 0.0)
+                for_share += tl.where(columns[None, :] == place_of[:, None], passed[:, None], 0.0)
+    tl.store(dreaders + at * C * K + rows[:, None] * K + dims[None, :], for_reader.to(kind))
     tl.store(
         dshares + lines + rows[:, None] * stride + columns[None, :],
         for_share,

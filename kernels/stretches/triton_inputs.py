@@ -153,29 +153,19 @@ def writer_gradient_kernel(
     )
     at = row_head * chunks + chunk
     corner, mirrored = rows[:, None] * C + rows[None, :], rows[None, :] * C + rows[:, None]
-    keys = load_rows(k + keys_of_head, first, rows, state_heads * K, dims, tokens).to(tl.float32)
-    ends = keys * to_end[:, None]
-    for_key = load_rows(partial + keys_of_head, first, rows, state_heads * K, dims, tokens)
-    for_end = tl.load(dwriters + at * K * C + dims[None, :] * C + rows[:, None])
+    stride: tl.constexpr = state_heads * K
+    keys = load_rows(k + keys_of_head, first, rows, stride, dims, tokens)
     if DELTA:
         strength = load_scalars(beta, batch, first, rows, tokens, state_heads, head)
-        solve = tl.load(inverse + at * C * C + corner).to(tl.float32)
-        square = at * K * K + dims[:, None] * K + dims[None, :]
-        taken = tl.load(dremoval + square)
-        turned = tl.load(dremoval + at * K * K + dims[None, :] * K + dims[:, None])
-        held = (keys * from_start[:, None]).to(kind)
-        columns = load_columns(k + keys_of_head, first, rows, state_heads * K, dims, tokens)
-        columns = (columns.to(tl.float32) * from_start[None, :]).to(kind)
+        taken = tl.load(dremoval + at * K * K + dims[:, None] * K + dims[None, :])
+        columns = load_columns(k + keys_of_head, first, rows, stride, dims, tokens).to(tl.float32)
+        columns = (columns * from_start[None, :]).to(kind)
         writes = tl.load(dwriters + at * K * C + dims[:, None] * C + rows[None, :]).to(tl.float32)
         writes -= tl.dot(taken, columns, input_precision=PRECISION)
+        ends = (keys.to(tl.float32) * to_end[:, None]).to(kind)
         for_solve = tl.load(dsolve + at * C * C + corner)
-        for_solve = tl.dot(ends.to(kind), writes.to(kind), for_solve, input_precision=PRECISION)
-        wanted = for_end.to(tl.float32) - tl.dot(held, turned, input_precision=PRECISION)
-        change = (solve * strength[None, :]).to(kind)
-        for_end = tl.dot(change, wanted.to(kind), input_precision=PRECISION)
-        writing = tl.load(writers + at * K * C + dims[None, :] * C + rows[:, None])
-        for_held = tl.dot(writing, taken, input_precision=PRECISION) * from_start[:, None]
-        for_key -= for_held
+        for_solve = tl.dot(ends, writes.to(kind), for_solve, input_precision=PRECISION)
+        solve = tl.load(inverse + at * C * C + corner).to(tl.float32)
         store_scalars(
             dbeta, batch, first, rows, tokens, state_heads, head, tl.sum(for_solve * solve, 0)
         )
@@ -184,18 +174,29 @@ def writer_gradient_kernel(
         found = tl.dot(left.to(kind), solved, input_precision=PRECISION)
         found *= -decays_to_earlier(begin, total, rows, 1, HAS_DECAY)
         tl.store(apart + at * C * C + corner, found.to(kind))
+        writing = tl.load(writers + at * K * C + dims[None, :] * C + rows[:, None])
+        for_key = tl.dot(writing, taken, input_precision=PRECISION) * -from_start[:, None]
+        by_held = tl.sum(for_key * keys.to(tl.float32), 1)
+        held = (keys.to(tl.float32) * from_start[:, None]).to(kind)
+        turned = tl.load(dremoval + at * K * K + dims[None, :] * K + dims[:, None])
+        wanted = tl.load(dwriters + at * K * C + dims[None, :] * C + rows[:, None]).to(tl.float32)
+        wanted -= tl.dot(held, turned, input_precision=PRECISION)
+        change = tl.load(inverse + at * C * C + corner).to(tl.float32) * strength[None, :]
+        for_end = tl.dot(change.to(kind), wanted.to(kind), input_precision=PRECISION)
     else:
-        for_end = for_end.to(tl.float32)
-    for_key += for_end * to_end[:, None]
+        for_end = tl.load(dwriters + at * K * C + dims[None, :] * C + rows[:, None]).to(tl.float32)
+        for_key = tl.zeros([C, K], tl.float32)
+    for_end *= to_end[:, None]
+    for_key += for_end + load_rows(partial + keys_of_head, first, rows, stride, dims, tokens)
     if DELTA:
-        store_rows(partial + keys_of_head, first, rows, state_heads * K, dims, tokens, for_key)
+        store_rows(partial + keys_of_head, first, rows, stride, dims, tokens, for_key)
     else:
-        store_rows(dk + keys_of_head, first, rows, state_heads * K, dims, tokens, for_key)
+        store_rows(dk + keys_of_head, first, rows, stride, dims, tokens, for_key)
     if HAS_DECAY:
-        passed = tl.sum(for_end * ends, 1)
+        passed = tl.sum(for_end * keys.to(tl.float32), 1)
         for_total = load_scalars(along, batch, first, rows, tokens, state_heads, head) - passed
         if DELTA:
-            for_total -= tl.sum(for_held * keys, 1)
+            for_total += by_held
         for member in range(group):
             for_total += load_scalars(moved, batch, first, rows, tokens, heads, head * group + member)
         whole = tl.sum(passed, 0) + tl.load(dkept + at)

@@ -36,7 +36,7 @@ def output_kernel(
     stride: tl.constexpr = heads * (MOST + 1)
     shares += (batch * tokens + first) * stride + reader * (MOST + 1)
     blocks = load_blocks(place, batch, first, rows, tokens, BITS)
-    bound, _ = load_bounds(bounds, batch, chunk, chunks)
+    bound, following = load_bounds(bounds, batch, chunk, chunks)
     at = row_head * chunks + chunk
     pairs = tl.load(weights + at * C * C + rows[:, None] * C + rows[None, :]).to(tl.float32)
     there = rows[:, None] * stride + pair_levels(blocks, blocks, MOST)
@@ -48,8 +48,8 @@ def output_kernel(
     reading = tl.load(readers + at * C * K + rows[:, None] * K + dims[None, :]).to(tl.float32)
     line = (batch * state_heads + head) * (LEVELS + OLDER)
     for level in range(LEVELS + OLDER):
-        if is_live(bound, level, BITS, LEVELS):
-            share, _ = stretch_shares(
+        if is_live(bound, level, C, BITS, LEVELS):
+            share, place_of = stretch_shares(
                 shares, blocks, rows, inside, bound, level, stride, BITS, LEVELS, MOST, OLDER
             )
             state = tl.load(
@@ -80,13 +80,13 @@ def reader_kernel(
     stride: tl.constexpr = heads * (MOST + 1)
     shares += (batch * tokens + first) * stride
     blocks = load_blocks(place, batch, first, rows, tokens, BITS)
-    bound, _ = load_bounds(bounds, batch, chunk, chunks)
+    bound, following = load_bounds(bounds, batch, chunk, chunks)
     for level in range(LEVELS + OLDER):
-        if is_live(bound, level, BITS, LEVELS):
+        if is_live(bound, level, C, BITS, LEVELS):
             found = tl.zeros([K, BV], tl.float32)
             for member in range(group):
                 reader = head * group + member
-                share, _ = stretch_shares(
+                share, place_of = stretch_shares(
                     shares + reader * (MOST + 1), blocks, rows, inside, bound, level, stride, BITS, LEVELS, MOST, OLDER
                 )  # fmt: skip
                 y = load_rows(

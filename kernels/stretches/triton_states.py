@@ -54,7 +54,7 @@ def write_kernel(
         some = tl.max(writes.to(tl.int32), 0)
         at = (row_head * (LEVELS + OLDER) + level) * chunks + chunk
         if part == 0:
-            found = tl.where(is_live(bound, level, BITS, LEVELS), LIVE, 0)
+            found = tl.where(is_live(bound, level, C, BITS, LEVELS), LIVE, 0)
             found += tl.where(is_carried(bound, following, level, BITS, LEVELS), CARRIED, 0)
             tl.store(marks + at, found + some * WRITTEN)
         if some > 0:

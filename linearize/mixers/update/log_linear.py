@@ -41,6 +41,10 @@ class LogLinear(Levels, Additive):
     def without(self, stream: Stream, written: Tensor) -> Stream:
         return replace(stream, k=stream.k * written.to(stream.k.dtype))
 
+    def given(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        q, k, v = stream.narrow(stream.q, self.keys(stream), stream.v, grows=True)
+        return q, k, v, None
+
     def step(self, stream: Stream, state: State) -> Partial:
         held, shares, decay = self.level_step(stream, state)
         count = self.levels + 2

@@ -39,6 +39,10 @@ class LogLinearDelta(Levels, Delta):
     def without(self, stream: Stream, written: Tensor) -> Stream:
         return replace(stream, v=stream.v * written.to(stream.v.dtype))
 
+    def given(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        stream, q, k, beta = self._terms(stream)
+        return *stream.narrow(q, k, stream.v), beta  # type: ignore[return-value]
+
     def step(self, stream: Stream, state: State) -> Partial:
         held, shares, decay = self.level_step(stream, state)
         count = self.levels + 2
