@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_calls import TOLERANCE, USUAL, cases, documents, error, normal, uniform
+from kernel_calls import DEVICE, INTERPRETED, TOLERANCE, USUAL, cases, documents, error, normal, uniform
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,21 +14,18 @@ from linearize.kernels import dispatch
 from linearize.kernels.stretches import Stretches, stretches_chunk, stretches_reference
 from linearize.mixers.base import positions
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LARGE = 20
-"""Enough that everything carried has a level."""
 
 
 def drawn(
     *,
-    tokens: int = 150,
-    heads: int = 2,
-    state_heads: int = 2,
+    tokens: int = 100,
+    heads: int = 1,
+    state_heads: int = 1,
     key_dim: int = 16,
     value_dim: int = 16,
     delta: bool = True,
     decay: str = "head",
-    opens: tuple[tuple[int, ...], ...] = ((), ()),
+    opens: tuple[tuple[int, ...], ...] = ((),),
     padding: int = 0,
     most: int = 9,
 ) -> dict[str, Any]:
@@ -56,10 +53,10 @@ def drawn(
     return {**found, "place": place, "docs": docs}
 
 
-def gradients(out: Tensor, given: dict[str, Any]) -> list[Tensor]:
-    leaves = [x for x in given.values() if isinstance(x, Tensor) and x.requires_grad]
-    towards = normal(*out.shape, seed=9).to(out.device, out.dtype)
-    return list(torch.autograd.grad((out * towards).sum(), leaves))
+def gradients(outs: list[Tensor], given: dict[str, Any]) -> list[Tensor]:
+    wanted = [x for x in given.values() if isinstance(x, Tensor) and x.requires_grad]
+    towards = [normal(*out.shape, seed=9).to(out.device, out.dtype) for out in outs]
+    return list(torch.autograd.grad(outs, wanted, towards, materialize_grads=True))
 
 
 def leaves(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -81,26 +78,30 @@ CALLS: dict[str, tuple[dict[str, Any], Stretches]] = {
     "delta, no decay": ({"decay": "none"}, Stretches(16, 6, False)),
     "additive": ({"delta": False}, Stretches(16, 6, False)),
     "additive, no decay": ({"delta": False, "decay": "none"}, Stretches(16, 6, False)),
+    "three chunks": ({"tokens": 150, "opens": ((11,),)}, Stretches(16, 6, False)),
     "packed, padded": (
-        {"opens": ((7, 9, 75, 76, 131), (64, 100), (90,)), "padding": 37},
+        {"opens": ((7, 9, 64, 70, 71), (40,)), "padding": 23, "tokens": 83},
         Stretches(4, 8, False),
     ),
-    "one token the shortest": ({"opens": ((), (5, 70))}, Stretches(1, 9, False)),
-    "older": ({"opens": ((), (21,)), "most": 4}, Stretches(8, 3, True)),
-    "older, additive": ({"delta": False, "most": 5, "opens": ((), (21,))}, Stretches(1, 4, True)),
-    "grouped": ({"heads": 6, "state_heads": 2, "tokens": 90, "opens": ((50,),)}, Stretches(8, 6, False)),
+    "one token the shortest": ({"opens": ((5, 70),)}, Stretches(1, 9, False)),
+    "older": ({"opens": ((21,),), "most": 4}, Stretches(8, 3, True)),
+    "older, additive": ({"delta": False, "most": 5, "opens": ((21,),)}, Stretches(1, 4, True)),
+    "nothing older": ({"most": 9}, Stretches(16, 8, True)),
+    "grouped": (
+        {"heads": 4, "state_heads": 2, "tokens": 70, "opens": ((50,),)},
+        Stretches(8, 6, False),
+    ),
     "grouped, additive": (
-        {"heads": 3, "state_heads": 1, "tokens": 90, "opens": ((50,),), "delta": False},
+        {"heads": 3, "state_heads": 1, "tokens": 70, "opens": ((50,),), "delta": False},
         Stretches(8, 6, False),
     ),
     "one token": ({"tokens": 1}, Stretches(16, 1, False)),
     "no token": ({"tokens": 0}, Stretches(16, 1, False)),
     "a chunk": ({"tokens": 64}, Stretches(16, 3, False)),
-    "uneven sizes": (
-        {"tokens": 70, "key_dim": 24, "value_dim": 40, "opens": ((),)},
-        Stretches(16, 4, False),
-    ),
+    "uneven sizes": ({"tokens": 70, "key_dim": 24, "value_dim": 40}, Stretches(16, 4, False)),
+    "wide": ({"tokens": 70, "key_dim": 128, "value_dim": 128}, Stretches(16, 4, False)),
 }
+RARELY = ("delta, no decay", "additive, no decay", "three chunks", "nothing older", "a chunk", "uneven sizes", "wide")
 BY_FEATURE = {
     "delta by feature": ({"decay": "feature"}, Stretches(16, 6, False)),
     "additive by feature": ({"decay": "feature", "delta": False}, Stretches(16, 6, False)),
@@ -114,22 +115,62 @@ def test_it_is_the_definition(name):
     wanted = stretches_reference(**given, block=stretches.block)
     got = run(given, stretches)
     torch.testing.assert_close(got, wanted, atol=1e-10, rtol=1e-8)
-    for one, two in zip(gradients(got, given), gradients(wanted, given), strict=True):
+    for one, two in zip(gradients([got], given), gradients([wanted], given), strict=True):
         torch.testing.assert_close(one, two, atol=1e-9, rtol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", USUAL)
-@pytest.mark.parametrize("name", CALLS)
-def test_in_triton(name, dtype, poisoned_memory):
-    options, stretches = CALLS[name]
-    given = drawn(**options)
-    exact = leaves(given, torch.float64)
-    wanted = stretches_reference(**exact, block=stretches.block)
-    ours = leaves(given, dtype)
-    with dispatch.kernels("triton"):
-        got = run(ours, stretches)
-        made = gradients(got, ours)
-    assert got.dtype == dtype
-    names = ["out", *(key for key, x in ours.items() if isinstance(x, Tensor) and x.requires_grad)]
-    for which, one, two in zip(names, [got, *made], [wanted, *gradients(wanted, exact)], strict=True):
+NAMES = ("q", "k", "v", "beta", "log_decay", "shares", "state")
+
+
+def compare(given: dict[str, Any], dtype: torch.dtype, function: Any) -> None:
+    """`function` of leaves in `dtype` in Triton against that of leaves in float64, with every gradient."""
+    found = []
+    for kind, kept in (("triton", dtype), ("torch", torch.float64)):
+        own = leaves(given, kept)
+        with dispatch.kernels(kind):
+            outs = function(own)
+            found.append([*outs, *gradients(outs, own)])
+    assert found[0][0].dtype == dtype
+    names = ["out", "state"][: len(outs)] + [name for name in NAMES if given.get(name) is not None]
+    for which, one, two in zip(names, *found, strict=True):
         assert error(one, two) < TOLERANCE[dtype], which
+
+
+@pytest.mark.parametrize(
+    ("options", "stretches", "dtype"),
+    cases(
+        {f"{name}-{str(dtype)[6:]}": (*call, dtype) for name, call in CALLS.items() for dtype in USUAL},
+        {f"{name}-{str(dtype)[6:]}" for name in CALLS for dtype in USUAL[1:]} | set(RARELY),
+    ),
+)
+def test_in_triton(options, stretches, dtype, poisoned_memory):
+    def function(given: dict[str, Any]) -> list[Tensor]:
+        if given["q"].dtype == torch.float64:
+            return [stretches_reference(**given, block=stretches.block)]
+        return [run(given, stretches)]
+
+    compare(drawn(**options), dtype, function)
+
+
+@pytest.mark.parametrize("delta", [True, pytest.param(False, marks=INTERPRETED)])
+def test_in_triton_from_a_state(delta, poisoned_memory):
+    """What is carried, and what it becomes."""
+    given = drawn(delta=delta, tokens=70, most=4, opens=((), (30,)), padding=0)
+    stretches, before = Stretches(8, 3, True), torch.tensor([37, 24], device=DEVICE)
+    given["place"] = given["place"] + before[:, None] * (given["docs"] == 0)
+    given["state"] = normal(2, stretches.count, 1, 16, 16, seed=7).to(DEVICE)
+
+    def function(own: dict[str, Any]) -> list[Tensor]:
+        state = own.pop("state")
+        out, after = stretches_chunk(*own.values(), stretches, before, state)
+        own["state"] = state
+        return [out, after]
+
+    compare(given, torch.float32, function)
+
+
+def test_what_is_not_covered_is_refused():
+    given = leaves(drawn(decay="feature", tokens=8), torch.float32)
+    wanted = "log_decay: .* one a head, not one a key dimension"
+    with dispatch.kernels("triton"), pytest.raises(dispatch.KernelError, match=wanted):
+        run(given, Stretches(16, 1, False))
