@@ -124,7 +124,7 @@ def launch_scan(
     reverse: bool,
 ) -> None:  # fmt: skip
     """The loop over chunks."""
-    made = config("states", plan)
+    made = config("states" if plan.delta else "sums", plan)
     parts = plan.value_dim // made.values
     launch(
         states_kernel, (plan.batch * plan.state_heads * plan.states * parts,), removal=matrices.removal,

@@ -91,6 +91,7 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "matrices": SAME,
     "write": SAME,
     "states": {32: Config(32, 32, 2, 3), 64: Config(64, 64, 4, 3), 128: Config(128, 64, 4, 3)},
+    "sums": {32: Config(32, 16, 2, 1), 64: Config(64, 16, 4, 1), 128: Config(128, 16, 4, 1)},
     "output": SAME,
     "reader": SAME,
     "value_gradient": SAME,
@@ -100,7 +101,8 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "writer_gradient": SAME,
     "pair_gradient": SAME,
 }
-"""Keys are never cut."""
+"""Keys are never cut. The loop over chunks has no product where nothing is taken out (`sums`): narrow tiles, so that
+programs of one text are many."""
 
 
 @dataclass(frozen=True)

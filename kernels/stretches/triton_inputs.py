@@ -175,6 +175,7 @@ def writer_gradient_kernel(
         found *= -decays_to_earlier(begin, total, rows, 1, HAS_DECAY)
         tl.store(apart + at * C * C + corner, found.to(kind))
         writing = tl.load(writers + at * K * C + dims[None, :] * C + rows[:, None])
+        taken = tl.load(dremoval + at * K * K + dims[:, None] * K + dims[None, :])
         for_key = tl.dot(writing, taken, input_precision=PRECISION) * -from_start[:, None]
         by_held = tl.sum(for_key * keys.to(tl.float32), 1)
         held = (keys.to(tl.float32) * from_start[:, None]).to(kind)

@@ -88,25 +88,33 @@ def states_kernel(
     if HAS_START:
         state = tl.load(start + line * K * V + place)
     kind = states.dtype.element_ty
-    chunk = chunks - 1 if REVERSE else 0
-    mark = tl.load(marks + line * chunks + chunk)
+    everywhere = tl.zeros([K, BV], tl.int32)
+    # what a chunk adds and keeps is fetched one chunk ahead, whether it adds anything two chunks ahead
+    last = chunks - 1
+    mark = tl.load(marks + line * chunks + (last if REVERSE else 0))
+    mark_next = tl.load(marks + line * chunks + (tl.maximum(last - 1, 0) if REVERSE else tl.minimum(1, last)))
+    chunk = last if REVERSE else 0
+    added = tl.load(
+        states + (line * chunks + chunk) * K * V + place, mask=(mark & wanted) + everywhere != 0, other=0.0
+    )
+    decay = tl.load(kept + row_head * chunks + chunk)
     for step in range(0, chunks):
-        chunk = chunks - 1 - step if REVERSE else step
-        here = line * chunks + chunk
-        following = line * chunks + (
-            tl.maximum(chunk - 1, 0) if REVERSE else tl.minimum(chunk + 1, chunks - 1)
-        )
-        at = states + here * K * V + place
-        added = tl.load(at, mask=(mark & wanted) + tl.zeros([K, BV], tl.int32) != 0, other=0.0).to(tl.float32)
-        decay = tl.load(kept + row_head * chunks + chunk)
+        chunk = last - step if REVERSE else step
+        following = tl.maximum(chunk - 1, 0) if REVERSE else tl.minimum(chunk + 1, last)
+        after = tl.maximum(chunk - 2, 0) if REVERSE else tl.minimum(chunk + 2, last)
+        at = states + (line * chunks + following) * K * V + place
+        added_next = tl.load(at, mask=(mark_next & wanted) + everywhere != 0, other=0.0)
+        decay_next = tl.load(kept + row_head * chunks + following)
+        mark_after = tl.load(marks + line * chunks + after)
         entering = state.to(kind)
-        tl.store(at, entering, mask=(mark & stored) + tl.zeros([K, BV], tl.int32) != 0)
+        at = states + (line * chunks + chunk) * K * V + place
+        tl.store(at, entering, mask=(mark & stored) + everywhere != 0)
         carried = (mark & CARRIED) != 0
-        state = added + tl.where(carried, state * decay, 0.0)
+        state = added.to(tl.float32) + tl.where(carried, state * decay, 0.0)
         if DELTA:
             taken = tl.load(removal + (row_head * chunks + chunk) * K * K + square)
             entering = tl.where(carried, entering, tl.zeros([K, BV], kind))
             state = tl.dot(taken, entering, state, input_precision=PRECISION)
-        mark = tl.load(marks + following)
+        added, decay, mark, mark_next = added_next, decay_next, mark_next, mark_after
     if HAS_FINAL:
         tl.store(final + line * K * V + place, state)
