@@ -11,8 +11,10 @@ from linearize.kernels import dispatch
 from linearize.kernels.chunks import Blocks, Decay, at_least_float32, cut_documents, decayed_products, scan
 from linearize.kernels.stretches.reference import level_of
 
-WIDEST = 128
-"""Columns of keys or of values of a head that Triton takes; a kernel holds several tiles of as many."""
+
+def widest(dtype: torch.dtype) -> int:
+    """Columns of keys or of values of a head that Triton takes: a kernel holds several tiles of as many."""
+    return 64 if dtype == torch.float32 else 128
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,9 @@ def _inputs(
     if not plan.delta:
         return
     made = config("pair_gradient", plan)
-    shared = {name: value for name, value in rule.items() if name not in ("heads", "DELTA", "log_decay", "docs")}
+    shared = {
+        name: value for name, value in rule.items() if name not in ("heads", "DELTA", "log_decay", "docs")
+    }
     launch(
         pair_gradient_kernel, (rows,), apart=apart, partial=partial, dk=found.k, dbeta=found.beta,
         dlog_decay=found.log_decay, **shared, num_warps=made.warps, num_stages=made.stages,

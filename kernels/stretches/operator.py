@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.kernels import dispatch
-from linearize.kernels.stretches.chunk import WIDEST, Stretches, bounds
+from linearize.kernels.stretches.chunk import Stretches, bounds, widest
 from linearize.kernels.stretches.plan import CHUNK, make_plan
 
 
@@ -54,6 +54,7 @@ def covered(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Ten
         KernelError: with every rule that is broken.
     """
     kinds = (torch.float32, torch.float16, torch.bfloat16)
+    most = widest(q.dtype)
     gates = [x for x in (beta, log_decay) if x is not None]
     dispatch.require(
         "stretches",
@@ -69,8 +70,8 @@ def covered(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Ten
             log_decay is None or log_decay.dim() == 3,
             f"{None if log_decay is None else tuple(log_decay.shape)}: one a head, not one a key dimension",
         ),
-        key_dim=(k.shape[-1] <= WIDEST, f"{k.shape[-1]} must be at most {WIDEST}"),
-        value_dim=(v.shape[-1] <= WIDEST, f"{v.shape[-1]} must be at most {WIDEST}"),
+        key_dim=(k.shape[-1] <= most, f"{k.shape[-1]} must be at most {most} in {q.dtype}"),
+        value_dim=(v.shape[-1] <= most, f"{v.shape[-1]} must be at most {most} in {q.dtype}"),
         heads=(
             q.shape[2] % k.shape[2] == 0,
             f"{q.shape[2]} must be a multiple of {k.shape[2]} heads of the state",
@@ -98,11 +99,13 @@ def _(q, k, v, beta, log_decay, shares, place, bounds, docs, start, numbers):
     return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(size, dtype=torch.float32)
 
 
-def _inputs(*tensors):
+def _inputs(q, k, v, beta, log_decay, shares, place, bounds, docs, start):
     from linearize.kernels.stretches.launches import Inputs
 
-    *others, docs, start = (None if x is None else x.contiguous() for x in tensors)
-    return Inputs(*others, docs=docs.to(torch.int32), start=start)
+    q, k, v, shares, place, bounds = (x.contiguous() for x in (q, k, v, shares, place, bounds))
+    beta, log_decay, start = (None if x is None else x.contiguous() for x in (beta, log_decay, start))
+    docs = docs.to(torch.int32).contiguous()
+    return Inputs(q, k, v, beta, log_decay, shares, place, bounds, docs, start)
 
 
 @torch.library.custom_op("linearize::stretches_backward", mutates_args=())
@@ -148,9 +151,7 @@ def _backward(ctx, do, dfinal):
         do = v.new_zeros(*q.shape[:3], v.shape[-1])
     if start is None:
         dfinal = None
-    found = backward(
-        do, dfinal, q, k, v, beta, log_decay, shares, place, limits, docs, start, ctx.numbers
-    )
+    found = backward(do, dfinal, q, k, v, beta, log_decay, shares, place, limits, docs, start, ctx.numbers)
     dq, dk, dv, dbeta, dlog_decay, dshares, dstart = found
     return (
         dq, dk, dv, None if beta is None else dbeta, None if log_decay is None else dlog_decay, dshares, None, None,

@@ -15,7 +15,7 @@ CARRIED: tl.constexpr = tl.constexpr(4)
 
 @triton.jit
 def level_of(apart, MOST: tl.constexpr):
-    """How many binary digits blocks that differ in the bits `apart` have, at most MOST: what a float's exponent says."""
+    """How many binary digits the bits `apart` of two blocks have, at most MOST: what a float's exponent says."""
     exponent = (apart.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
     return tl.minimum(tl.maximum(exponent, 0), MOST)
 
@@ -27,10 +27,9 @@ def load_blocks(place, batch, first, rows, tokens, BITS: tl.constexpr):
 
 
 @triton.jit
-def load_bounds(bounds, batch, chunk, chunks):
-    """Places of the tokens that would come first in a chunk and in the next, if the documents before went on."""
-    bounds += batch * (chunks + 1) + chunk
-    return tl.load(bounds), tl.load(bounds + 1)
+def load_bound(bounds, batch, chunk, chunks):
+    """Place of the token that would come first in a chunk, if the document before went on."""
+    return tl.load(bounds + batch * (chunks + 1) + chunk)
 
 
 @triton.jit
@@ -59,36 +58,30 @@ def written(blocks, inside, following, level, BITS: tl.constexpr, LEVELS: tl.con
 
 
 @triton.jit
+def stretch_levels(blocks, bound, level, BITS: tl.constexpr, LEVELS: tl.constexpr, MOST: tl.constexpr):
+    """On which level the state of `level`, of what lies before place `bound`, is for queries in `blocks`."""
+    there = level_of(blocks ^ (bound >> BITS >> level << level), MOST)
+    return tl.where(level == LEVELS, MOST, there)
+
+
+@triton.jit
 def stretch_shares(
-    shares,
-    blocks,
-    rows,
-    inside,
-    bound,
-    level,
-    stride,
-    BITS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    MOST: tl.constexpr,
-    OLDER: tl.constexpr,
-):
-    """With what each query weighs the state of `level`, and on which level that is for it.
+    shares, blocks, there, rows, inside, level, stride,
+    LEVELS: tl.constexpr, MOST: tl.constexpr, OLDER: tl.constexpr,
+):  # fmt: skip
+    """With what each query weighs the state of `level`, which is on level `there` for it.
 
     Args:
         shares: at the chunk's first token and the query's head.
         stride: between tokens.
     """
-    begins = (bound >> BITS >> level) << level
-    there = level_of(blocks ^ begins, MOST)
-    if OLDER:
-        there = tl.where(level == LEVELS, MOST, there)
     found = tl.load(shares + rows * stride + there, mask=inside, other=0.0)
     if OLDER:
         # there, MOST is LEVELS
         far = blocks >> (MOST - 1) != 0
         last = tl.load(shares + rows * stride + MOST, mask=inside & far, other=0.0)
         found = tl.where(level == LEVELS, last, found - last)
-    return found, there
+    return found
 
 
 @triton.jit

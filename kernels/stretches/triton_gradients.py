@@ -16,8 +16,9 @@ from linearize.kernels.stretches.triton_common import (
     WRITTEN,
     is_live,
     load_blocks,
-    load_bounds,
+    load_bound,
     pair_levels,
+    stretch_levels,
     stretch_shares,
     written,
 )
@@ -49,7 +50,7 @@ def value_gradient_kernel(
     stride: tl.constexpr = heads * (MOST + 1)
     shares += (batch * tokens + first) * stride
     blocks = load_blocks(place, batch, first, rows, tokens, BITS)
-    bound, following = load_bounds(bounds, batch, chunk, chunks)
+    following = load_bound(bounds, batch, chunk + 1, chunks)
     there = rows[None, :] * stride + pair_levels(blocks, blocks, MOST)
     corner = rows[None, :] * C + rows[:, None]
     at = row_head * chunks + chunk
@@ -68,9 +69,7 @@ def value_gradient_kernel(
             pairs *= tl.load(
                 shares + reader * (MOST + 1) + there, mask=(first + rows < tokens)[None, :], other=0.0
             )
-            y = load_rows(
-                do + (batch * tokens * heads + reader) * V, first, rows, heads * V, values, tokens
-            )
+            y = load_rows(do + (batch * tokens * heads + reader) * V, first, rows, heads * V, values, tokens)
             for_value = tl.dot(pairs.to(kind), y, for_value, input_precision=PRECISION)
         value = load_columns(v + values_of_head, first, rows, state_heads * V, values, tokens)
         value = value.to(tl.float32)
@@ -88,9 +87,7 @@ def value_gradient_kernel(
                     for_writers = tl.dot(ahead, own, for_writers, input_precision=PRECISION)
                 if mark & CARRIED != 0:
                     if DELTA:
-                        state = tl.load(
-                            states + here * K * V + dims[None, :] * V + values[:, None]
-                        )
+                        state = tl.load(states + here * K * V + dims[None, :] * V + values[:, None])
                         for_removal = tl.dot(ahead, state, for_removal, input_precision=PRECISION)
                     elif HAS_DECAY:
                         state = tl.load(states + square).to(tl.float32)
@@ -146,7 +143,7 @@ def weight_gradient_kernel(
         # what is not causal is on level 0, with a weight of zero
         read = tl.sum(tl.where(levels == level, pairs, 0.0), 1)
         for_share += tl.where(columns[None, :] == level, read[:, None], 0.0)
-    bound, following = load_bounds(bounds, batch, chunk, chunks)
+    bound = load_bound(bounds, batch, chunk, chunks)
     reading = tl.load(readers + at * C * K + rows[:, None] * K + dims[None, :])
     states += ((batch * state_heads + head) * (LEVELS + OLDER) * chunks + chunk) * K * V
     for_reader = tl.zeros([C, K], tl.float32)
@@ -155,8 +152,9 @@ def weight_gradient_kernel(
         y = load_rows(do, first, rows, heads * V, values, tokens)
         for level in range(LEVELS + OLDER):
             if is_live(bound, level, C, BITS, LEVELS):
-                weight, place_of = stretch_shares(
-                    shares, blocks, rows, inside, bound, level, stride, BITS, LEVELS, MOST, OLDER
+                there = stretch_levels(blocks, bound, level, BITS, LEVELS, MOST)
+                weight = stretch_shares(
+                    shares, blocks, there, rows, inside, level, stride, LEVELS, MOST, OLDER
                 )
                 to = tl.cast(level, tl.int64) * chunks * K * V
                 state = tl.load(states + to + dims[None, :] * V + values[:, None])
@@ -168,7 +166,7 @@ def weight_gradient_kernel(
                     less = tl.where(far & (level != LEVELS), passed, 0.0)
                     for_share -= tl.where(columns[None, :] == MOST, less[:, None], 0.0)
                     passed = tl.where(far | (level != LEVELS), passed, 0.0)
-                for_share += tl.where(columns[None, :] == place_of[:, None], passed[:, None], 0.0)
+                for_share += tl.where(columns[None, :] == there[:, None], passed[:, None], 0.0)
     tl.store(dreaders + at * C * K + rows[:, None] * K + dims[None, :], for_reader.to(kind))
     tl.store(
         dshares + lines + rows[:, None] * stride + columns[None, :],

@@ -89,19 +89,13 @@ def reader_gradient_kernel(
     at = row_head * chunks + chunk
     corner, mirrored = rows[:, None] * C + rows[None, :], rows[None, :] * C + rows[:, None]
     keys = load_rows(k, first, rows, state_heads * K, dims, tokens)
-    for_key = tl.zeros([C, K], tl.float32)
     for_held = tl.zeros([C, K], tl.float32)
-    for_solve = tl.zeros([C, C], tl.float32)
     if DELTA:
-        strength = load_scalars(beta, batch, first, rows, tokens, state_heads, head)
-        change = tl.load(inverse + at * C * C + corner).to(tl.float32)
-        change = (change * strength[None, :]).to(kind)
-    for member in range(group):
-        reader = head * group + member
-        to = (batch * heads + reader) * chunks + chunk
-        queries = q + (batch * tokens * heads + reader) * K
-        turned = tl.load(dweights + to * C * C + mirrored)
-        if DELTA:
+        for_solve = tl.zeros([C, C], tl.float32)
+        for member in range(group):
+            reader = head * group + member
+            to = (batch * heads + reader) * chunks + chunk
+            queries = q + (batch * tokens * heads + reader) * K
             x = load_columns(queries, first, rows, heads * K, dims, tokens)
             pairs = tl.dot(keys, x, input_precision=PRECISION) * later
             straight = tl.load(dweights + to * C * C + corner)
@@ -109,10 +103,19 @@ def reader_gradient_kernel(
             reading = tl.load(dreaders + to * C * K + rows[:, None] * K + dims[None, :])
             weight = tl.load(weights + to * C * C + mirrored)
             for_held = tl.dot(weight, reading, for_held, input_precision=PRECISION)
+        tl.store(dsolve + at * C * C + corner, for_solve)
+        strength = load_scalars(beta, batch, first, rows, tokens, state_heads, head)
+        change = tl.load(inverse + at * C * C + corner).to(tl.float32)
+        change = (change * strength[None, :]).to(kind)
+    for_key = tl.zeros([C, K], tl.float32)
+    for member in range(group):
+        reader = head * group + member
+        to = (batch * heads + reader) * chunks + chunk
+        turned = tl.load(dweights + to * C * C + mirrored)
+        wanted = turned.to(tl.float32)
+        if DELTA:
             wanted = tl.dot(change, turned, input_precision=PRECISION)
-        else:
-            wanted = turned.to(tl.float32)
-        x = load_rows(queries, first, rows, heads * K, dims, tokens)
+        x = load_rows(q + (batch * tokens * heads + reader) * K, first, rows, heads * K, dims, tokens)
         for_key = tl.dot((wanted * later).to(kind), x, for_key, input_precision=PRECISION)
     wide = keys.to(tl.float32)
     reach = for_held * from_start[:, None]
@@ -123,7 +126,6 @@ def reader_gradient_kernel(
         store_scalars(along, batch, first, rows, tokens, state_heads, head, -found)
     if DELTA:
         for_key -= reach
-        tl.store(dsolve + at * C * C + corner, for_solve)
     to = (batch * tokens * state_heads + head) * K
     store_rows(partial + to, first, rows, state_heads * K, dims, tokens, for_key)
 
@@ -166,9 +168,7 @@ def writer_gradient_kernel(
         for_solve = tl.load(dsolve + at * C * C + corner)
         for_solve = tl.dot(ends, writes.to(kind), for_solve, input_precision=PRECISION)
         solve = tl.load(inverse + at * C * C + corner).to(tl.float32)
-        store_scalars(
-            dbeta, batch, first, rows, tokens, state_heads, head, tl.sum(for_solve * solve, 0)
-        )
+        store_scalars(dbeta, batch, first, rows, tokens, state_heads, head, tl.sum(for_solve * solve, 0))
         solved = tl.load(inverse + at * C * C + mirrored)
         left = tl.dot(solved, (for_solve * strength[None, :]).to(kind), input_precision=PRECISION)
         found = tl.dot(left.to(kind), solved, input_precision=PRECISION)

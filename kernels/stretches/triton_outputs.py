@@ -9,8 +9,9 @@ from linearize.kernels.gated_delta.triton_common import load_rows, store_rows
 from linearize.kernels.stretches.triton_common import (
     is_live,
     load_blocks,
-    load_bounds,
+    load_bound,
     pair_levels,
+    stretch_levels,
     stretch_shares,
 )
 
@@ -36,11 +37,11 @@ def output_kernel(
     stride: tl.constexpr = heads * (MOST + 1)
     shares += (batch * tokens + first) * stride + reader * (MOST + 1)
     blocks = load_blocks(place, batch, first, rows, tokens, BITS)
-    bound, following = load_bounds(bounds, batch, chunk, chunks)
+    bound = load_bound(bounds, batch, chunk, chunks)
     at = row_head * chunks + chunk
     pairs = tl.load(weights + at * C * C + rows[:, None] * C + rows[None, :]).to(tl.float32)
-    there = rows[:, None] * stride + pair_levels(blocks, blocks, MOST)
-    pairs *= tl.load(shares + there, mask=inside[:, None], other=0.0)
+    pair = rows[:, None] * stride + pair_levels(blocks, blocks, MOST)
+    pairs *= tl.load(shares + pair, mask=inside[:, None], other=0.0)
     value = load_rows(
         v + (batch * tokens * state_heads + head) * V, first, rows, state_heads * V, values, tokens
     )
@@ -49,9 +50,8 @@ def output_kernel(
     line = (batch * state_heads + head) * (LEVELS + OLDER)
     for level in range(LEVELS + OLDER):
         if is_live(bound, level, C, BITS, LEVELS):
-            share, place_of = stretch_shares(
-                shares, blocks, rows, inside, bound, level, stride, BITS, LEVELS, MOST, OLDER
-            )
+            there = stretch_levels(blocks, bound, level, BITS, LEVELS, MOST)
+            share = stretch_shares(shares, blocks, there, rows, inside, level, stride, LEVELS, MOST, OLDER)
             state = tl.load(
                 states + ((line + level) * chunks + chunk) * K * V + dims[:, None] * V + values[None, :]
             )
@@ -80,15 +80,25 @@ def reader_kernel(
     stride: tl.constexpr = heads * (MOST + 1)
     shares += (batch * tokens + first) * stride
     blocks = load_blocks(place, batch, first, rows, tokens, BITS)
-    bound, following = load_bounds(bounds, batch, chunk, chunks)
+    bound = load_bound(bounds, batch, chunk, chunks)
     for level in range(LEVELS + OLDER):
         if is_live(bound, level, C, BITS, LEVELS):
+            there = stretch_levels(blocks, bound, level, BITS, LEVELS, MOST)
             found = tl.zeros([K, BV], tl.float32)
             for member in range(group):
                 reader = head * group + member
-                share, place_of = stretch_shares(
-                    shares + reader * (MOST + 1), blocks, rows, inside, bound, level, stride, BITS, LEVELS, MOST, OLDER
-                )  # fmt: skip
+                share = stretch_shares(
+                    shares + reader * (MOST + 1),
+                    blocks,
+                    there,
+                    rows,
+                    inside,
+                    level,
+                    stride,
+                    LEVELS,
+                    MOST,
+                    OLDER,
+                )
                 y = load_rows(
                     do + (batch * tokens * heads + reader) * V, first, rows, heads * V, values, tokens
                 )

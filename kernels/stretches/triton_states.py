@@ -13,7 +13,7 @@ from linearize.kernels.stretches.triton_common import (
     is_carried,
     is_live,
     load_blocks,
-    load_bounds,
+    load_bound,
     written,
 )
 
@@ -36,7 +36,8 @@ def write_kernel(
     first = chunk * C
     rows, dims, values = tl.arange(0, C), tl.arange(0, K), part * BV + tl.arange(0, BV)
     blocks = load_blocks(place, batch, first, rows, tokens, BITS)
-    bound, following = load_bounds(bounds, batch, chunk, chunks)
+    bound = load_bound(bounds, batch, chunk, chunks)
+    following = load_bound(bounds, batch, chunk + 1, chunks)
     document = load_documents(docs, batch, first, rows, tokens)
     inside = (document == tl.load(docs + batch * tokens + tl.minimum(first + C, tokens) - 1)) & (
         first + rows < tokens
@@ -46,9 +47,7 @@ def write_kernel(
         v + (batch * tokens * state_heads + head) * V, first, rows, state_heads * V, values, tokens
     )
     value = value.to(tl.float32)
-    keys = tl.load(
-        writers + (row_head * chunks + chunk) * K * C + dims[:, None] * C + rows[None, :]
-    )
+    keys = tl.load(writers + (row_head * chunks + chunk) * K * C + dims[:, None] * C + rows[None, :])
     for level in range(LEVELS + OLDER):
         writes = written(blocks, inside, following, level, BITS, LEVELS)
         some = tl.max(writes.to(tl.int32), 0)
@@ -115,6 +114,8 @@ def states_kernel(
             taken = tl.load(removal + (row_head * chunks + chunk) * K * K + square)
             entering = tl.where(carried, entering, tl.zeros([K, BV], kind))
             state = tl.dot(taken, entering, state, input_precision=PRECISION)
-        added, decay, mark, mark_next = added_next, decay_next, mark_next, mark_after
+        # a value that is handed on as it came would keep Triton from fetching operands ahead
+        mark = mark_next & (WRITTEN | LIVE | CARRIED)
+        added, decay, mark_next = added_next, decay_next, mark_after
     if HAS_FINAL:
         tl.store(final + line * K * V + place, state)

@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python scripts/kernels/count_stretches.py [--tokens 1024,65536]
 
-Needs no GPU: launches of forward and backward are recorded and not made, of one text of one document in bfloat16 with 9
-heads of 64, 10 levels and blocks of 16 tokens, the rule's own launches alone. Bytes a token are those of every tensor of
-a launch, read or written once (states of all chunks: what the launch touches of them), so that several launches may
+Needs no GPU: launches of forward and backward are recorded and not made, of one text of one document in bfloat16 with
+9 heads of 64, 10 levels and blocks of 16 tokens, the rule's own launches alone. Bytes a token are those of every tensor
+of a launch, read or written once (states of all chunks: what the launch touches of them), so that several launches may
 find some in a cache.
 """
 
@@ -72,9 +72,7 @@ def recorded(kind: type[Any], tokens: int, joined: bool) -> list[launch.Launch]:
     rows = (draw(HEADS, DIM) for _ in range(3))
     docs = torch.zeros(1, tokens, dtype=torch.int64)
     hidden, log_decay = draw(1), draw(HEADS, dtype=torch.float32)
-    stream = Stream(
-        *rows, docs, docs == 0, log_decay, hidden=hidden, dtype=torch.bfloat16, fresh=True
-    )
+    stream = Stream(*rows, docs, docs == 0, log_decay, hidden=hidden, dtype=torch.bfloat16, fresh=True)
     with form(joined), dispatch.kernels("triton"), launch.record() as made:
         state = State(rule.initial(1, torch.float32, docs.device))
         rule.chunked(stream, state).numerator.float().sum().backward()

@@ -26,7 +26,9 @@ def cases(tokens: int, lengths: tuple[int, ...]) -> list[Case]:
     """At a few lengths."""
     some = [length for length in lengths if length in SOME] or list(lengths[:1])
     return [
-        made for length in some for made in (_case(sized(tokens, length, 16, 64), delta) for delta in (False, True))
+        made
+        for length in some
+        for made in (_case(sized(tokens, length, 16, 64), delta) for delta in (False, True))
     ]
 
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linearize.kernels.stretches import WIDEST, Stretches, carry, stretches_chunk
+from linearize.kernels.stretches import Stretches, carry, stretches_chunk, widest
 from linearize.mixers.base import LayerShape, Part, Partial, fill, positions, product
 from linearize.mixers.options import number
 from linearize.mixers.state import State
 from linearize.mixers.update import Stream, Update
+
+Given = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 @dataclass
@@ -47,11 +49,11 @@ class Levels(Update):
     ... L, where bit l - 1 of b_t is set, the 2^(l - 1) blocks before those that the lower bits count; level L + 1 all
     that is older. lambda = softplus(bias + x W) for each query head, one at the start, where it is the rule itself.
 
-    A text is read by `kernels.stretches`, in one chain of launches whatever its length, where `covers` says so.
-    Elsewhere (decays of each feature, running sums, heads wider than 128, or `joined` false) each level is a call of the
-    rule itself, whose documents are pairs of stretches: the first of a pair writes, the second reads, and both take away
-    what the rule takes away. What is older than all levels is what the whole rule gives less theirs. So every call runs
-    on the rule's own kernels, O(log T) of them over a text.
+    A text is read by `kernels.stretches`, in one chain of launches whatever its length. Under decays of each feature
+    or running sums, with heads wider than 128 (in float32: 64), or where `joined` is false, each level is a call of the
+    rule itself, whose documents are pairs of stretches: the first of a pair writes, the second reads, and both take
+    away what the rule takes away. What is older than all levels is what the whole rule gives less theirs. So every call
+    runs on the rule's own kernels, O(log T) of them over a text.
 
     The state is L + 2 states of the rule, one a level, of fixed size for any length, where the published one ends at a
     longest text. Levels whose bit is not set are zero; a token that begins a block first carries all levels that are
@@ -113,21 +115,19 @@ class Levels(Update):
         shared = stream.v.repeat_interleave(weights.shape[2] // stream.v.shape[2], 2)
         return Partial(torch.einsum("bths,bshv->bthv", weights, shared), total)
 
-    def given(self, stream: Stream) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def given(self, stream: Stream) -> Given:
         """q, k, v and, of the delta rule, beta, as the kernels take them."""
         raise NotImplementedError(type(self))  # pragma: no cover - both rules define it
 
-    def covers(self, stream: Stream) -> bool:
-        """Whether the text's levels are read together."""
-        by_feature = stream.log_decay is not None and stream.log_decay.dim() == 4
-        sums = self.running_sum and self.sums_weights
-        wide = max(self.feature_dim, stream.v.shape[-1]) > WIDEST
-        return self.joined and not (by_feature or sums or wide)
-
     def chunked(self, stream: Stream, state: State) -> Partial:
-        return self._together(stream, state) if self.covers(stream) else self._apart(stream, state)
+        by_feature = stream.log_decay is not None and stream.log_decay.dim() == 4
+        if self.joined and not by_feature and not (self.running_sum and self.sums_weights):
+            given = self.given(stream)
+            if max(self.feature_dim, stream.v.shape[-1]) <= widest(given[0].dtype):
+                return self._together(stream, given, state)
+        return self._apart(stream, state)
 
-    def _together(self, stream: Stream, state: State) -> Partial:
+    def _together(self, stream: Stream, given: Given, state: State) -> Partial:
         before, tokens = state["seen"], stream.k.shape[1]
         place, seen = positions(stream.valid, stream.docs, before)
         levels, older, carried = self.levels + 1, True, None
@@ -138,12 +138,8 @@ class Levels(Update):
         else:
             kept = self._running(state, before, fresh=False)
             carried = torch.stack([each["sums"] for each in kept], 1)
-        q, k, v, beta = self.given(stream)
         out, after = stretches_chunk(
-            q,
-            k,
-            v,
-            beta,
+            *given,
             stream.log_decay,
             self.level_shares(stream),
             place,

@@ -20,11 +20,10 @@ def chunks(
     decay: bool = True,
     heads: int = 2,
     older: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Forward and backward of two chunks, from a state."""
 
-    def draw(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+    def draw(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.zeros(*size, dtype=dtype, requires_grad=True)
 
     rows, values = (1, 128, 2), value_dim or dim
@@ -65,7 +64,6 @@ CALLS: dict[str, Callable[[], None]] = {
     "chunks, dim 64, older": partial(chunks, 64, older=True),
     "chunks, dim 64, no decay": partial(chunks, 64, decay=False),
     "chunks, dim 64, additive": partial(chunks, 64, delta=False),
-    "chunks, dim 64, float32": partial(chunks, 64, dtype=torch.float32),
     "chunks, dim 128": partial(chunks, 128),
     "chunks, dim 128, additive": partial(chunks, 128, delta=False),
     "carry": carried,
