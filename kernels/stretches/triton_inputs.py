@@ -25,7 +25,8 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """dq of one chunk of one query head; `dweights` gets what Y's gradient adds to W's, in its place.
 
-    `moved` [B, T, H] gets the sums of q dq, which move the decays.
+    `moved` [B, T, H] gets what moves the sum of decays since the chunk's start at each token, of its queries and, as
+    far as these read it within the chunk, of its key.
     """
     chunk = tl.program_id(0) % chunks
     row_head = (tl.program_id(0) // chunks).to(tl.int64)
@@ -52,15 +53,21 @@ def query_gradient_kernel(
         turned = tl.load(inverse + at * C * C + rows[None, :] * C + rows[:, None]).to(tl.float32)
         turned = (turned * strength[:, None]).to(kind)
         pairs = tl.dot(pairs.to(kind), turned, input_precision=PRECISION)
-    pairs = (pairs * decays_to_earlier(begin, total, rows, 0, HAS_DECAY)).to(kind)
+    at = (batch * tokens * heads + reader) * K
+    pairs *= decays_to_earlier(begin, total, rows, 0, HAS_DECAY)
+    if HAS_DECAY:
+        # pair by pair: a token with itself has no decay, and beside strong ones its product would drown all others
+        x = load_rows(q + at, first, rows, heads * K, dims, tokens)
+        columns = load_columns(k, first, rows, state_heads * K, dims, tokens)
+        passed = tl.dot(x, columns, input_precision=PRECISION) * pairs
+        passed = tl.where(rows[:, None] > rows[None, :], passed, 0.0)
+        found = tl.sum(passed, 1) - tl.sum(passed, 0)
+        found += tl.sum(x.to(tl.float32) * reading.to(tl.float32), 1) * from_start
+        store_scalars(moved, batch, first, rows, tokens, heads, reader, found)
     keys = load_rows(k, first, rows, state_heads * K, dims, tokens)
     direct = reading.to(tl.float32) * from_start[:, None]
-    found = tl.dot(pairs, keys, direct, input_precision=PRECISION)
-    at = (batch * tokens * heads + reader) * K
-    store_rows(dq + at, first, rows, heads * K, dims, tokens, found)
-    if HAS_DECAY:
-        x = load_rows(q + at, first, rows, heads * K, dims, tokens).to(tl.float32)
-        store_scalars(moved, batch, first, rows, tokens, heads, reader, tl.sum(found * x, 1))
+    result = tl.dot(pairs.to(kind), keys, direct, input_precision=PRECISION)
+    store_rows(dq + at, first, rows, heads * K, dims, tokens, result)
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
@@ -71,8 +78,8 @@ def reader_gradient_kernel(
 ):  # fmt: skip
     """What all queries of a chunk add to the gradient of its keys.
 
-    `partial` [B, T, M, K] float32 gets that gradient, `along` [B, T, M] what it takes from the decays since the chunk's
-    start, `dsolve` [B, M, chunks, C, C] that of B.
+    `partial` [B, T, M, K] float32 gets that gradient, `dsolve` [B, M, chunks, C, C] that of B, `along` [B, T, M] what
+    reading the entering state under the keys takes from the decays since the chunk's start.
     """
     group: tl.constexpr = heads // state_heads
     chunk = tl.program_id(0) % chunks
@@ -119,13 +126,11 @@ def reader_gradient_kernel(
         for_key = tl.dot((wanted * later).to(kind), x, for_key, input_precision=PRECISION)
     wide = keys.to(tl.float32)
     reach = for_held * from_start[:, None]
-    if HAS_DECAY:
-        found = tl.sum(for_key * wide, 1)
-        if DELTA:
-            found += tl.sum(reach * wide, 1)
-        store_scalars(along, batch, first, rows, tokens, state_heads, head, -found)
     if DELTA:
         for_key -= reach
+        if HAS_DECAY:
+            found = -tl.sum(reach * wide, 1)
+            store_scalars(along, batch, first, rows, tokens, state_heads, head, found)
     to = (batch * tokens * state_heads + head) * K
     store_rows(partial + to, first, rows, state_heads * K, dims, tokens, for_key)
 
@@ -195,9 +200,10 @@ def writer_gradient_kernel(
         store_rows(dk + keys_of_head, first, rows, stride, dims, tokens, for_key)
     if HAS_DECAY:
         passed = tl.sum(for_end * keys.to(tl.float32), 1)
-        for_total = load_scalars(along, batch, first, rows, tokens, state_heads, head) - passed
+        for_total = -passed
         if DELTA:
             for_total += by_held
+            for_total += load_scalars(along, batch, first, rows, tokens, state_heads, head)
         for member in range(group):
             for_total += load_scalars(moved, batch, first, rows, tokens, heads, head * group + member)
         whole = tl.sum(passed, 0) + tl.load(dkept + at)
