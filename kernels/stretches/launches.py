@@ -213,20 +213,18 @@ def _inputs(
     )  # fmt: skip
     partial = torch.empty_like(given.k, dtype=torch.float32)
     along = given.k.new_empty(given.k.shape[:3], dtype=torch.float32)
-    dsolve = None if matrices.inverse is None else torch.empty_like(matrices.inverse, dtype=torch.float32)
+    apart = None if matrices.inverse is None else torch.empty_like(matrices.inverse)
     made = config("reader_gradient", plan)
     launch(
         reader_gradient_kernel, (rows,), q=given.q, inverse=matrices.inverse, weights=matrices.weights,
-        dweights=dweights, dreaders=dreaders, dsolve=dsolve, partial=partial, along=along, **rule,
-        num_warps=made.warps, num_stages=made.stages,
+        dweights=dweights, dreaders=dreaders, dwriters=dwriters, dremoval=dremoval, partial=partial, along=along,
+        apart=apart, dbeta=found.beta, **rule, num_warps=made.warps, num_stages=made.stages,
     )  # fmt: skip
-    apart = None if matrices.inverse is None else torch.empty_like(matrices.inverse)
     made = config("writer_gradient", plan)
     launch(
         writer_gradient_kernel, (rows,), inverse=matrices.inverse, writers=matrices.writers, dwriters=dwriters,
-        dremoval=dremoval, dkept=dkept, moved=moved, partial=partial, along=along, dsolve=dsolve, apart=apart,
-        dk=found.k, dbeta=found.beta, dlog_decay=found.log_decay, **rule, num_warps=made.warps,
-        num_stages=made.stages,
+        dremoval=dremoval, dkept=dkept, moved=moved, partial=partial, along=along, dk=found.k,
+        dlog_decay=found.log_decay, **rule, num_warps=made.warps, num_stages=made.stages,
     )  # fmt: skip
     if not plan.delta:
         return

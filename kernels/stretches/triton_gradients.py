@@ -54,7 +54,7 @@ def value_gradient_kernel(
     there = rows[None, :] * stride + pair_levels(blocks, blocks, MOST)
     corner = rows[None, :] * C + rows[:, None]
     at = row_head * chunks + chunk
-    turned = tl.load(writers + at * K * C + dims[None, :] * C + rows[:, None]).to(tl.float32)
+    turned = tl.load(writers + at * K * C + dims[None, :] * C + rows[:, None])
     for_writers = tl.zeros([K, C], tl.float32)
     for_removal = tl.zeros([K, K], tl.float32)
     for_kept = tl.cast(0.0, tl.float32)
@@ -72,7 +72,6 @@ def value_gradient_kernel(
             y = load_rows(do + (batch * tokens * heads + reader) * V, first, rows, heads * V, values, tokens)
             for_value = tl.dot(pairs.to(kind), y, for_value, input_precision=PRECISION)
         value = load_columns(v + values_of_head, first, rows, state_heads * V, values, tokens)
-        value = value.to(tl.float32)
         for level in range(LEVELS + OLDER):
             here = (row_head * (LEVELS + OLDER) + level) * chunks + chunk
             mark = tl.load(marks + here)
@@ -81,9 +80,9 @@ def value_gradient_kernel(
                 ahead = tl.load(leaving + square)
                 if mark & WRITTEN != 0:
                     writes = written(blocks, owned, following, level, BITS, LEVELS)
-                    own = tl.where(writes[:, None], turned, 0.0).to(kind)
+                    own = tl.where(writes[:, None], turned.to(tl.float32), 0.0).to(kind)
                     for_value = tl.dot(own, ahead, for_value, input_precision=PRECISION)
-                    own = tl.where(writes[None, :], value, 0.0).to(kind)
+                    own = tl.where(writes[None, :], value.to(tl.float32), 0.0).to(kind)
                     for_writers = tl.dot(ahead, own, for_writers, input_precision=PRECISION)
                 if mark & CARRIED != 0:
                     if DELTA:

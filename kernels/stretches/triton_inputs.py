@@ -72,14 +72,16 @@ def query_gradient_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
 def reader_gradient_kernel(
-    q, k, beta, log_decay, docs, inverse, weights, dweights, dreaders, dsolve, partial, along, tokens, chunks,
+    q, k, beta, log_decay, docs, inverse, weights, dweights, dreaders, dwriters, dremoval, partial, along, apart, dbeta,
+    tokens, chunks,
     heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     DELTA: tl.constexpr, HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What all queries of a chunk add to the gradient of its keys.
+    """What all queries of a chunk add to the gradient of its keys; of the delta rule all of that of B.
 
-    `partial` [B, T, M, K] float32 gets that gradient, `dsolve` [B, M, chunks, C, C] that of B, `along` [B, T, M] what
-    reading the entering state under the keys takes from the decays since the chunk's start.
+    `partial` [B, T, M, K] float32 gets the former, `along` [B, T, M] what reading the entering state under the keys
+    takes from the decays since the chunk's start. `apart` [B, M, chunks, C, C] gets the gradient of A times its decays,
+    dbeta [B, T, M] what is not of A.
     """
     group: tl.constexpr = heads // state_heads
     chunk = tl.program_id(0) % chunks
@@ -89,7 +91,7 @@ def reader_gradient_kernel(
     first = chunk * C
     rows, dims = tl.arange(0, C), tl.arange(0, K)
     kind = k.dtype.element_ty
-    _, end, total, from_start, _ = load_decays(
+    begin, end, total, from_start, to_end = load_decays(
         log_decay, docs, batch, head, first, rows, tokens, state_heads, C, HAS_DECAY
     )
     later = decays_to_later(end, total, rows, 0, HAS_DECAY)
@@ -110,10 +112,23 @@ def reader_gradient_kernel(
             reading = tl.load(dreaders + to * C * K + rows[:, None] * K + dims[None, :])
             weight = tl.load(weights + to * C * C + mirrored)
             for_held = tl.dot(weight, reading, for_held, input_precision=PRECISION)
-        tl.store(dsolve + at * C * C + corner, for_solve)
+        # and what states add to it
+        taken = tl.load(dremoval + at * K * K + dims[:, None] * K + dims[None, :])
+        columns = load_columns(k, first, rows, state_heads * K, dims, tokens).to(tl.float32)
+        columns = (columns * from_start[None, :]).to(kind)
+        writes = tl.load(dwriters + at * K * C + dims[:, None] * C + rows[None, :]).to(tl.float32)
+        writes -= tl.dot(taken, columns, input_precision=PRECISION)
+        ends = (keys.to(tl.float32) * to_end[:, None]).to(kind)
+        for_solve += tl.dot(ends, writes.to(kind), input_precision=PRECISION)
         strength = load_scalars(beta, batch, first, rows, tokens, state_heads, head)
-        change = tl.load(inverse + at * C * C + corner).to(tl.float32)
-        change = (change * strength[None, :]).to(kind)
+        solve = tl.load(inverse + at * C * C + corner).to(tl.float32)
+        store_scalars(dbeta, batch, first, rows, tokens, state_heads, head, tl.sum(for_solve * solve, 0))
+        solved = tl.load(inverse + at * C * C + mirrored)
+        left = tl.dot(solved, (for_solve * strength[None, :]).to(kind), input_precision=PRECISION)
+        found = tl.dot(left.to(kind), solved, input_precision=PRECISION)
+        found *= -decays_to_earlier(begin, total, rows, 1, HAS_DECAY)
+        tl.store(apart + at * C * C + corner, found.to(kind))
+        change = (solve * strength[None, :]).to(kind)
     for_key = tl.zeros([C, K], tl.float32)
     for member in range(group):
         reader = head * group + member
@@ -137,15 +152,14 @@ def reader_gradient_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
 def writer_gradient_kernel(
-    k, beta, log_decay, docs, inverse, writers, dwriters, dremoval, dkept, moved, partial, along, dsolve,
-    apart, dk, dbeta, dlog_decay, tokens, chunks,
+    k, beta, log_decay, docs, inverse, writers, dwriters, dremoval, dkept, moved, partial, along, dk, dlog_decay,
+    tokens, chunks,
     heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     DELTA: tl.constexpr, HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What states add to the gradient of a chunk's keys, in place; of the additive rule that is all of it.
+    """What states add to the gradients of a chunk's keys and decays.
 
-    Of the delta rule `apart` [B, M, chunks, C, C] gets the gradient of A times its decays, dbeta what is not of A,
-    `dlog_decay` [B, T, M] the sums that are not summed up yet.
+    Of the additive rule that is the last: dk, `dlog_decay` [B, T, M]. Of the delta rule dk is added to `partial`.
     """
     group: tl.constexpr = heads // state_heads
     chunk = tl.program_id(0) % chunks
@@ -155,43 +169,26 @@ def writer_gradient_kernel(
     first = chunk * C
     rows, dims = tl.arange(0, C), tl.arange(0, K)
     kind = k.dtype.element_ty
-    begin, _, total, from_start, to_end = load_decays(
+    _, _, _, from_start, to_end = load_decays(
         log_decay, docs, batch, head, first, rows, tokens, state_heads, C, HAS_DECAY
     )
     at = row_head * chunks + chunk
-    corner, mirrored = rows[:, None] * C + rows[None, :], rows[None, :] * C + rows[:, None]
     stride: tl.constexpr = state_heads * K
     keys = load_rows(k + keys_of_head, first, rows, stride, dims, tokens)
+    for_end = tl.load(dwriters + at * K * C + dims[None, :] * C + rows[:, None]).to(tl.float32)
+    for_key = tl.zeros([C, K], tl.float32)
     if DELTA:
-        strength = load_scalars(beta, batch, first, rows, tokens, state_heads, head)
-        taken = tl.load(dremoval + at * K * K + dims[:, None] * K + dims[None, :])
-        columns = load_columns(k + keys_of_head, first, rows, stride, dims, tokens).to(tl.float32)
-        columns = (columns * from_start[None, :]).to(kind)
-        writes = tl.load(dwriters + at * K * C + dims[:, None] * C + rows[None, :]).to(tl.float32)
-        writes -= tl.dot(taken, columns, input_precision=PRECISION)
-        ends = (keys.to(tl.float32) * to_end[:, None]).to(kind)
-        for_solve = tl.load(dsolve + at * C * C + corner)
-        for_solve = tl.dot(ends, writes.to(kind), for_solve, input_precision=PRECISION)
-        solve = tl.load(inverse + at * C * C + corner).to(tl.float32)
-        store_scalars(dbeta, batch, first, rows, tokens, state_heads, head, tl.sum(for_solve * solve, 0))
-        solved = tl.load(inverse + at * C * C + mirrored)
-        left = tl.dot(solved, (for_solve * strength[None, :]).to(kind), input_precision=PRECISION)
-        found = tl.dot(left.to(kind), solved, input_precision=PRECISION)
-        found *= -decays_to_earlier(begin, total, rows, 1, HAS_DECAY)
-        tl.store(apart + at * C * C + corner, found.to(kind))
-        writing = tl.load(writers + at * K * C + dims[None, :] * C + rows[:, None])
-        taken = tl.load(dremoval + at * K * K + dims[:, None] * K + dims[None, :])
-        for_key = tl.dot(writing, taken, input_precision=PRECISION) * -from_start[:, None]
-        by_held = tl.sum(for_key * keys.to(tl.float32), 1)
         held = (keys.to(tl.float32) * from_start[:, None]).to(kind)
         turned = tl.load(dremoval + at * K * K + dims[None, :] * K + dims[:, None])
-        wanted = tl.load(dwriters + at * K * C + dims[None, :] * C + rows[:, None]).to(tl.float32)
-        wanted -= tl.dot(held, turned, input_precision=PRECISION)
-        change = tl.load(inverse + at * C * C + corner).to(tl.float32) * strength[None, :]
-        for_end = tl.dot(change.to(kind), wanted.to(kind), input_precision=PRECISION)
-    else:
-        for_end = tl.load(dwriters + at * K * C + dims[None, :] * C + rows[:, None]).to(tl.float32)
-        for_key = tl.zeros([C, K], tl.float32)
+        for_end -= tl.dot(held, turned, input_precision=PRECISION)
+        strength = load_scalars(beta, batch, first, rows, tokens, state_heads, head)
+        change = tl.load(inverse + at * C * C + rows[:, None] * C + rows[None, :]).to(tl.float32)
+        change = (change * strength[None, :]).to(kind)
+        for_end = tl.dot(change, for_end.to(kind), input_precision=PRECISION)
+        taken = tl.load(dremoval + at * K * K + dims[:, None] * K + dims[None, :])
+        writing = tl.load(writers + at * K * C + dims[None, :] * C + rows[:, None])
+        for_key = tl.dot(writing, taken, input_precision=PRECISION) * -from_start[:, None]
+        by_held = tl.sum(for_key * keys.to(tl.float32), 1)
     for_end *= to_end[:, None]
     for_key += for_end + load_rows(partial + keys_of_head, first, rows, stride, dims, tokens)
     if DELTA:
