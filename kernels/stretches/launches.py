@@ -18,6 +18,7 @@ from linearize.kernels.stretches.triton_inputs import (
     pair_gradient_kernel,
     query_gradient_kernel,
     reader_gradient_kernel,
+    solve_gradient_kernel,
     writer_gradient_kernel,
 )
 from linearize.kernels.stretches.triton_matrices import matrices_kernel
@@ -213,12 +214,20 @@ def _inputs(
     )  # fmt: skip
     partial = torch.empty_like(given.k, dtype=torch.float32)
     along = given.k.new_empty(given.k.shape[:3], dtype=torch.float32)
-    apart = None if matrices.inverse is None else torch.empty_like(matrices.inverse)
+    apart = None
+    if plan.delta:
+        made = config("solve_gradient", plan)
+        apart = given.q.new_empty(plan.batch, plan.state_heads, plan.chunks, CHUNK, CHUNK)
+        whole = {name: value for name, value in rule.items() if name != "DELTA"}
+        launch(
+            solve_gradient_kernel, (rows,), q=given.q, inverse=matrices.inverse, dweights=dweights, dwriters=dwriters,
+            dremoval=dremoval, apart=apart, dbeta=found.beta, **whole, num_warps=made.warps, num_stages=made.stages,
+        )  # fmt: skip
     made = config("reader_gradient", plan)
     launch(
         reader_gradient_kernel, (rows,), q=given.q, inverse=matrices.inverse, weights=matrices.weights,
-        dweights=dweights, dreaders=dreaders, dwriters=dwriters, dremoval=dremoval, partial=partial, along=along,
-        apart=apart, dbeta=found.beta, **rule, num_warps=made.warps, num_stages=made.stages,
+        dweights=dweights, dreaders=dreaders, partial=partial, along=along, **rule, num_warps=made.warps,
+        num_stages=made.stages,
     )  # fmt: skip
     made = config("writer_gradient", plan)
     launch(

@@ -97,6 +97,7 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "value_gradient": SAME,
     "weight_gradient": SAME,
     "query_gradient": SAME,
+    "solve_gradient": SAME,
     "reader_gradient": SAME,
     "writer_gradient": SAME,
     "pair_gradient": SAME,

@@ -71,17 +71,14 @@ def query_gradient_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks"])
-def reader_gradient_kernel(
-    q, k, beta, log_decay, docs, inverse, weights, dweights, dreaders, dwriters, dremoval, partial, along, apart, dbeta,
-    tokens, chunks,
+def solve_gradient_kernel(
+    q, k, beta, log_decay, docs, inverse, dweights, dwriters, dremoval, apart, dbeta, tokens, chunks,
     heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-    DELTA: tl.constexpr, HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What all queries of a chunk add to the gradient of its keys; of the delta rule all of that of B.
+    """From the gradient of B, which queries and states have, to that of A times its decays, into `apart`.
 
-    `partial` [B, T, M, K] float32 gets the former, `along` [B, T, M] what reading the entering state under the keys
-    takes from the decays since the chunk's start. `apart` [B, M, chunks, C, C] gets the gradient of A times its decays,
-    dbeta [B, T, M] what is not of A.
+    `apart` is [B, M, chunks, C, C]; dbeta [B, T, M] gets what is not of A.
     """
     group: tl.constexpr = heads // state_heads
     chunk = tl.program_id(0) % chunks
@@ -94,48 +91,77 @@ def reader_gradient_kernel(
     begin, end, total, from_start, to_end = load_decays(
         log_decay, docs, batch, head, first, rows, tokens, state_heads, C, HAS_DECAY
     )
+    at = row_head * chunks + chunk
+    corner, mirrored = rows[:, None] * C + rows[None, :], rows[None, :] * C + rows[:, None]
+    keys = load_rows(k, first, rows, state_heads * K, dims, tokens)
+    later = decays_to_later(end, total, rows, 0, HAS_DECAY)
+    for_solve = tl.zeros([C, C], tl.float32)
+    for member in range(group):
+        reader = head * group + member
+        to = (batch * heads + reader) * chunks + chunk
+        queries = q + (batch * tokens * heads + reader) * K
+        x = load_columns(queries, first, rows, heads * K, dims, tokens)
+        pairs = tl.dot(keys, x, input_precision=PRECISION) * later
+        straight = tl.load(dweights + to * C * C + corner)
+        for_solve = tl.dot(pairs.to(kind), straight, for_solve, input_precision=PRECISION)
+    taken = tl.load(dremoval + at * K * K + dims[:, None] * K + dims[None, :])
+    columns = load_columns(k, first, rows, state_heads * K, dims, tokens).to(tl.float32)
+    columns = (columns * from_start[None, :]).to(kind)
+    writes = tl.load(dwriters + at * K * C + dims[:, None] * C + rows[None, :]).to(tl.float32)
+    writes -= tl.dot(taken, columns, input_precision=PRECISION)
+    ends = (keys.to(tl.float32) * to_end[:, None]).to(kind)
+    for_solve += tl.dot(ends, writes.to(kind), input_precision=PRECISION)
+    strength = load_scalars(beta, batch, first, rows, tokens, state_heads, head)
+    solve = tl.load(inverse + at * C * C + corner).to(tl.float32)
+    store_scalars(dbeta, batch, first, rows, tokens, state_heads, head, tl.sum(for_solve * solve, 0))
+    solved = tl.load(inverse + at * C * C + mirrored)
+    left = tl.dot(solved, (for_solve * strength[None, :]).to(kind), input_precision=PRECISION)
+    found = tl.dot(left.to(kind), solved, input_precision=PRECISION)
+    found *= -decays_to_earlier(begin, total, rows, 1, HAS_DECAY)
+    tl.store(apart + at * C * C + corner, found.to(kind))
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks"])
+def reader_gradient_kernel(
+    q, k, beta, log_decay, docs, inverse, weights, dweights, dreaders, partial, along, tokens, chunks,
+    heads: tl.constexpr, state_heads: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    DELTA: tl.constexpr, HAS_DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What all queries of a chunk add to the gradient of its keys.
+
+    `partial` [B, T, M, K] float32 gets that gradient, `along` [B, T, M] what reading the entering state under the keys
+    takes from the decays since the chunk's start.
+    """
+    group: tl.constexpr = heads // state_heads
+    chunk = tl.program_id(0) % chunks
+    row_head = (tl.program_id(0) // chunks).to(tl.int64)
+    batch, head = row_head // state_heads, row_head % state_heads
+    k += (batch * tokens * state_heads + head) * K
+    first = chunk * C
+    rows, dims = tl.arange(0, C), tl.arange(0, K)
+    kind = k.dtype.element_ty
+    _, end, total, from_start, _ = load_decays(
+        log_decay, docs, batch, head, first, rows, tokens, state_heads, C, HAS_DECAY
+    )
     later = decays_to_later(end, total, rows, 0, HAS_DECAY)
     at = row_head * chunks + chunk
     corner, mirrored = rows[:, None] * C + rows[None, :], rows[None, :] * C + rows[:, None]
     keys = load_rows(k, first, rows, state_heads * K, dims, tokens)
-    for_held = tl.zeros([C, K], tl.float32)
     if DELTA:
-        for_solve = tl.zeros([C, C], tl.float32)
-        for member in range(group):
-            reader = head * group + member
-            to = (batch * heads + reader) * chunks + chunk
-            queries = q + (batch * tokens * heads + reader) * K
-            x = load_columns(queries, first, rows, heads * K, dims, tokens)
-            pairs = tl.dot(keys, x, input_precision=PRECISION) * later
-            straight = tl.load(dweights + to * C * C + corner)
-            for_solve = tl.dot(pairs.to(kind), straight, for_solve, input_precision=PRECISION)
-            reading = tl.load(dreaders + to * C * K + rows[:, None] * K + dims[None, :])
-            weight = tl.load(weights + to * C * C + mirrored)
-            for_held = tl.dot(weight, reading, for_held, input_precision=PRECISION)
-        # and what states add to it
-        taken = tl.load(dremoval + at * K * K + dims[:, None] * K + dims[None, :])
-        columns = load_columns(k, first, rows, state_heads * K, dims, tokens).to(tl.float32)
-        columns = (columns * from_start[None, :]).to(kind)
-        writes = tl.load(dwriters + at * K * C + dims[:, None] * C + rows[None, :]).to(tl.float32)
-        writes -= tl.dot(taken, columns, input_precision=PRECISION)
-        ends = (keys.to(tl.float32) * to_end[:, None]).to(kind)
-        for_solve += tl.dot(ends, writes.to(kind), input_precision=PRECISION)
         strength = load_scalars(beta, batch, first, rows, tokens, state_heads, head)
-        solve = tl.load(inverse + at * C * C + corner).to(tl.float32)
-        store_scalars(dbeta, batch, first, rows, tokens, state_heads, head, tl.sum(for_solve * solve, 0))
-        solved = tl.load(inverse + at * C * C + mirrored)
-        left = tl.dot(solved, (for_solve * strength[None, :]).to(kind), input_precision=PRECISION)
-        found = tl.dot(left.to(kind), solved, input_precision=PRECISION)
-        found *= -decays_to_earlier(begin, total, rows, 1, HAS_DECAY)
-        tl.store(apart + at * C * C + corner, found.to(kind))
-        change = (solve * strength[None, :]).to(kind)
+        change = tl.load(inverse + at * C * C + corner).to(tl.float32)
+        change = (change * strength[None, :]).to(kind)
     for_key = tl.zeros([C, K], tl.float32)
+    for_held = tl.zeros([C, K], tl.float32)
     for member in range(group):
         reader = head * group + member
         to = (batch * heads + reader) * chunks + chunk
         turned = tl.load(dweights + to * C * C + mirrored)
         wanted = turned.to(tl.float32)
         if DELTA:
+            reading = tl.load(dreaders + to * C * K + rows[:, None] * K + dims[None, :])
+            weight = tl.load(weights + to * C * C + mirrored)
+            for_held = tl.dot(weight, reading, for_held, input_precision=PRECISION)
             wanted = tl.dot(change, turned, input_precision=PRECISION)
         x = load_rows(q + (batch * tokens * heads + reader) * K, first, rows, heads * K, dims, tokens)
         for_key = tl.dot((wanted * later).to(kind), x, for_key, input_precision=PRECISION)
