@@ -65,7 +65,8 @@ def stretches_chunk(
     which only tokens of the first of a pair write; so it is ready when the second begins, and nothing is subtracted.
 
     In Triton, with one decay a head or none: one launch each for T (of `gated_delta`), the matrices, writing, the loop
-    over chunks, outputs; backward makes all but outputs again from the inputs, which are all that is kept, and has nine more.
+    over chunks, outputs; backward makes all but outputs again from the inputs, which are all that is kept, and has nine
+    more.
 
     Args:
         q, k, v, beta, log_decay, shares, place, docs: as `stretches_reference` has them; shares float32 or wider.
