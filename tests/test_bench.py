@@ -114,6 +114,7 @@ def test_what_the_issue_asks_for_is_registered():
         "gdn2",
         "kda",
         "log_linear",
+        "log_linear_delta",
         "taylor_linear",
         "short_conv",
         "distill",

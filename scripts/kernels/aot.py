@@ -50,8 +50,8 @@ LET_PASS = {
 On sm_90, window_linear's kernels at head dim 64 were measured faster on an H100 than variants without spills (more
 warps, fewer registers; what the output spills is of carries), and its others are built alike. Of gated_linear,
 gated_delta and generalized_delta it is a debt: with decays per dimension the variants without spills were wrong on an
-H100; float32 was not tuned, which is where the window, taylor_linear and conjugate spill. Each is the largest of what
-Triton 3.6 and 3.9 give (the window: 3.9) and a tenth more, to go down alone.
+H100; float32 was not tuned, which is where the window, taylor_linear and conjugate spill; stretches do with heads of
+128 alone. Each is the largest of what Triton 3.6 and 3.9 give (the window: 3.9) and a tenth more, to go down alone.
 """
 NAMES = {
     torch.float64: "fp64",

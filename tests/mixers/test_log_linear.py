@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from linearize.config import compose
 from linearize.kernels import dispatch
 from linearize.mixers import build, check
+from linearize.mixers.update import levels as levels_file
+from linearize.mixers.update.levels import Levels
 
 SHAPE = SHAPES["grouped"]
 IDENTITY = {"feature_map": {"name": "identity"}, "normalizer": {"name": "none"}}
@@ -25,6 +27,8 @@ BASES = {
     "delta kda": {**IDENTITY, "gate": {"name": "kda", "rank": 3}, "update": {"name": "delta"}},
 }
 bases = pytest.mark.parametrize("name", BASES)
+JOINED = ("additive mamba2", "delta", "delta mamba2")
+"""Whose levels are read together."""
 
 
 def on_levels(base, **options):
@@ -98,6 +102,12 @@ def loop(made, x, row):
     return out
 
 
+@pytest.fixture
+def apart(monkeypatch):
+    """Levels are read one after the other, whatever the rule."""
+    monkeypatch.setattr(Levels, "joined", False)
+
+
 @bases
 @pytest.mark.parametrize(("levels", "block"), [(10, 1), (3, 1), (2, 4)])
 def test_it_is_a_fenwick_tree(name, levels, block):
@@ -105,6 +115,43 @@ def test_it_is_a_fenwick_tree(name, levels, block):
     x = Draw.of(SHAPE, 37, torch.float64, batch=1)
     with torch.no_grad():
         torch.testing.assert_close(x.run(made.chunked)[0], loop(made, x, 0), atol=1e-9, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", JOINED)
+@pytest.mark.parametrize(("levels", "block"), [(10, 1), (2, 4)])
+def test_apart_it_is_one_too(name, levels, block, apart):
+    test_it_is_a_fenwick_tree(name, levels, block)
+
+
+def read(made, x, lengths, valid, starts):
+    """Outputs of pieces, the state behind them, and every gradient, of the inputs too."""
+    x = x.apply(lambda y: y.clone().requires_grad_())
+    state, parts, first = made.initial_state(2, torch.float64, x.q.device), [], 0
+    for length in lengths:
+        piece = slice(first, first + length)
+        parts.append(x[piece].run(made.chunked, valid=valid[:, piece], starts=starts[:, piece], state=state))
+        first += length
+    out = torch.cat(parts, 1) * valid[..., None, None]
+    wanted = [*x.tensors, *made.parameters()]
+    found = torch.autograd.grad(out.square().sum(), wanted, allow_unused=True)
+    return [out, state["stretch_sums"], *(y for y in found if y is not None)]
+
+
+@pytest.mark.parametrize("name", JOINED)
+@pytest.mark.parametrize(("levels", "block"), [(10, 16), (3, 1), (2, 8)])
+@pytest.mark.parametrize("lengths", [(150,), (70, 1, 13, 66)])
+def test_together_or_apart(name, levels, block, lengths, monkeypatch):
+    """The same outputs, states and gradients over several chunks, padded, packed, and from what was carried."""
+    made = make(on_levels(BASES[name], levels=levels, block=block), SHAPE, torch.float64)
+    x = Draw.of(SHAPE, 150, torch.float64)
+    valid = torch.arange(150) >= torch.tensor([[0], [21]])
+    starts = torch.zeros(2, 150, dtype=torch.bool)
+    starts[0, [3, 40, 41]] = starts[1, [90]] = True
+    found = [read(made, x, lengths, valid, starts)]
+    monkeypatch.setattr(Levels, "joined", False)
+    found.append(read(made, x, lengths, valid, starts))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-8, rtol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["additive per feature", "delta mamba2"])
@@ -183,7 +230,7 @@ def test_the_state_has_a_fixed_size():
     assert made.state_bytes() == 9 * base.state_bytes() + 8  # and how many tokens were seen
 
 
-def test_a_long_text_calls_the_rule_once_a_doubling(monkeypatch):
+def test_apart_a_long_text_calls_the_rule_once_a_doubling(monkeypatch, apart):
     """Not once a token: the calls of the chunked form that trains."""
     from linearize.mixers.update import delta
 
@@ -196,6 +243,17 @@ def test_a_long_text_calls_the_rule_once_a_doubling(monkeypatch):
         Draw.of(SHAPE, tokens, torch.float32).run(made.chunked)
         counts.append(len(calls))
     assert counts == [7, 8, 9]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_together_a_text_is_one_call(name, monkeypatch):
+    """Where decays are a head's and no sum runs along; the others call their rule once a level."""
+    calls = []
+    given = levels_file.stretches_chunk
+    monkeypatch.setattr(levels_file, "stretches_chunk", lambda *a, **b: calls.append(1) or given(*a, **b))
+    made = make(on_levels(BASES[name]), SHAPE, torch.float32)
+    Draw.of(SHAPE, 64, torch.float32).run(made.chunked)
+    assert len(calls) == (name in JOINED)
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linearize.kernels.stretches import carry
+from linearize.kernels.stretches import Stretches, carry, stretches_chunk, widest
 from linearize.mixers.base import LayerShape, Part, Partial, fill, positions, product
 from linearize.mixers.options import number
 from linearize.mixers.state import State
 from linearize.mixers.update import Stream, Update
+
+Given = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 @dataclass
@@ -47,15 +49,20 @@ class Levels(Update):
     ... L, where bit l - 1 of b_t is set, the 2^(l - 1) blocks before those that the lower bits count; level L + 1 all
     that is older. lambda = softplus(bias + x W) for each query head, one at the start, where it is the rule itself.
 
-    Each level is a call of the rule itself, whose documents are pairs of stretches: the first of a pair writes, the
-    second reads, and both take away what the rule takes away. What is older than all levels is what the whole rule
-    gives less theirs. So every call runs on the rule's own kernels, O(log T) of them over a text.
+    A text is read by `kernels.stretches`, in one chain of launches whatever its length. Under decays of each feature
+    or running sums, with heads wider than 128 (in float32: 64), or where `joined` is false, each level is a call of the
+    rule itself, whose documents are pairs of stretches: the first of a pair writes, the second reads, and both take
+    away what the rule takes away. What is older than all levels is what the whole rule gives less theirs. So every call
+    runs on the rule's own kernels, O(log T) of them over a text.
 
     The state is L + 2 states of the rule, one a level, of fixed size for any length, where the published one ends at a
     longest text. Levels whose bit is not set are zero; a token that begins a block first carries all levels that are
     full into the next, as a counter does. So one token reads and writes the levels that hold something, half of them
     in the mean.
     """
+
+    joined: ClassVar[bool] = True
+    """Whether all levels of a text are read together, where they can be; false: one after the other, by the rule."""
 
     def make_levels(self, config: Any, shape: LayerShape) -> None:
         """The weights, without values."""
@@ -108,7 +115,45 @@ class Levels(Update):
         shared = stream.v.repeat_interleave(weights.shape[2] // stream.v.shape[2], 2)
         return Partial(torch.einsum("bths,bshv->bthv", weights, shared), total)
 
+    def given(self, stream: Stream) -> Given:
+        """q, k, v and, of the delta rule, beta, as the kernels take them."""
+        raise NotImplementedError(type(self))  # pragma: no cover - both rules define it
+
     def chunked(self, stream: Stream, state: State) -> Partial:
+        by_feature = stream.log_decay is not None and stream.log_decay.dim() == 4
+        if self.joined and not by_feature and not (self.running_sum and self.sums_weights):
+            given = self.given(stream)
+            if max(self.feature_dim, stream.v.shape[-1]) <= widest(given[0].dtype):
+                return self._together(stream, given, state)
+        return self._apart(stream, state)
+
+    def _together(self, stream: Stream, given: Given, state: State) -> Partial:
+        before, tokens = state["seen"], stream.k.shape[1]
+        place, seen = positions(stream.valid, stream.docs, before)
+        levels, older, carried = self.levels + 1, True, None
+        if stream.fresh:
+            older = tokens > self.block << self.levels
+            if not older:
+                levels = 1 + sum(self.block << level < tokens for level in range(self.levels))
+        else:
+            kept = self._running(state, before, fresh=False)
+            carried = torch.stack([each["sums"] for each in kept], 1)
+        out, after = stretches_chunk(
+            *given,
+            stream.log_decay,
+            self.level_shares(stream),
+            place,
+            stream.docs,
+            Stretches(self.block, levels, older),
+            before,
+            carried,
+        )
+        if after is not None:
+            kept = [State({"sums": each}) for each in after.unbind(1)]
+            state.write({**self._settled(kept, seen), "seen": seen})
+        return Partial(out, None)
+
+    def _apart(self, stream: Stream, state: State) -> Partial:
         before, tokens = state["seen"], stream.k.shape[1]
         place, seen = positions(stream.valid, stream.docs, before)
         shares = self.level_shares(stream)

@@ -13,7 +13,7 @@ from linearize.mixers.base import LayerShape, Partial
 from linearize.mixers.state import State
 from linearize.mixers.update import UPDATES, Stream
 from linearize.mixers.update.additive import Additive
-from linearize.mixers.update.levels import LevelOptions, Levels, each_head, each_level, on_first
+from linearize.mixers.update.levels import Given, LevelOptions, Levels, each_head, each_level, on_first
 
 
 @UPDATES.register("log_linear")
@@ -40,6 +40,10 @@ class LogLinear(Levels, Additive):
 
     def without(self, stream: Stream, written: Tensor) -> Stream:
         return replace(stream, k=stream.k * written.to(stream.k.dtype))
+
+    def given(self, stream: Stream) -> Given:
+        q, k, v = stream.narrow(stream.q, self.keys(stream), stream.v, grows=True)
+        return q, k, v, None
 
     def step(self, stream: Stream, state: State) -> Partial:
         held, shares, decay = self.level_step(stream, state)

@@ -12,7 +12,7 @@ from linearize.mixers.base import LayerShape, Partial
 from linearize.mixers.state import State
 from linearize.mixers.update import UPDATES, Stream
 from linearize.mixers.update.delta import Delta
-from linearize.mixers.update.levels import LevelOptions, Levels, each_head, each_level, on_first
+from linearize.mixers.update.levels import Given, LevelOptions, Levels, each_head, each_level, on_first
 
 
 @UPDATES.register("log_linear_delta")
@@ -38,6 +38,11 @@ class LogLinearDelta(Levels, Delta):
 
     def without(self, stream: Stream, written: Tensor) -> Stream:
         return replace(stream, v=stream.v * written.to(stream.v.dtype))
+
+    def given(self, stream: Stream) -> Given:
+        stream, q, k, beta = self._terms(stream)
+        q, k, v = stream.narrow(q, k, stream.v)
+        return q, k, v, beta
 
     def step(self, stream: Stream, state: State) -> Partial:
         held, shares, decay = self.level_step(stream, state)
