@@ -49,11 +49,11 @@ class Levels(Update):
     ... L, where bit l - 1 of b_t is set, the 2^(l - 1) blocks before those that the lower bits count; level L + 1 all
     that is older. lambda = softplus(bias + x W) for each query head, one at the start, where it is the rule itself.
 
-    A text is read by `kernels.stretches`, in one chain of launches whatever its length. Under decays of each feature
-    or running sums, with heads wider than 128 (in float32: 64), or where `joined` is false, each level is a call of the
-    rule itself, whose documents are pairs of stretches: the first of a pair writes, the second reads, and both take
-    away what the rule takes away. What is older than all levels is what the whole rule gives less theirs. So every call
-    runs on the rule's own kernels, O(log T) of them over a text.
+    Each level is a call of the rule itself, whose documents are pairs of stretches: the first of a pair writes, the
+    second reads, and both take away what the rule takes away. What is older than all levels is what the whole rule
+    gives less theirs. So every call runs on the rule's own kernels, O(log T) of them over a text. Where `joined` is
+    true, a text is read by `kernels.stretches` in one chain of launches whatever its length, but for decays of each
+    feature, running sums, and heads wider than 128 (in float32: 64).
 
     The state is L + 2 states of the rule, one a level, of fixed size for any length, where the published one ends at a
     longest text. Levels whose bit is not set are zero; a token that begins a block first carries all levels that are
@@ -61,8 +61,9 @@ class Levels(Update):
     in the mean.
     """
 
-    joined: ClassVar[bool] = True
-    """Whether all levels of a text are read together, where they can be; false: one after the other, by the rule."""
+    joined: ClassVar[bool] = False
+    """Whether all levels of a text are read together, where they can be; false: one after the other, by the rule. It
+    is the form of a text until a GPU has run the other, whose kernels the interpreter alone has."""
 
     def make_levels(self, config: Any, shape: LayerShape) -> None:
         """The weights, without values."""
