@@ -170,7 +170,7 @@ def steps(rows: list[Row]) -> str:
         cells = []
         for found in both:
             row, teacher = found.get(name), found[TEACHER]
-            times = "" if row is None or row["note"] else f"{_speed(row) / _speed(teacher):.2f}"
+            times = "" if row is None or row.get("note") else f"{_speed(row) / _speed(teacher):.2f}"
             cells += [_rate(row), times]
         memory = f"{both[1][name]['peak_gib']:.2f}" if name in both[1] else ""
         lines.append([name, *cells, memory])
@@ -191,7 +191,7 @@ def _names(*found: dict[str, Row]) -> list[str]:
 
 def _rate(row: Row | None) -> str:
     """Tokens/s; a row with a note was measured beside something else."""
-    return "" if row is None else f"{row['tokens_per_second']:,.0f}{BESIDE if row['note'] else ''}"
+    return "" if row is None else f"{row['tokens_per_second']:,.0f}{BESIDE if row.get('note') else ''}"
 
 
 def decoding_profiles(rows: list[Row], profiles: list[Row]) -> str:
