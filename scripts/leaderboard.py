@@ -153,7 +153,8 @@ def speeds(
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     found: dict[str, float] = {}
     for row in rows:
-        if (row["measured"], row["batch"], row["length"]) == (measured, batch, length):
+        alone = not row.get("note")  # else beside other work on the card
+        if alone and (row["measured"], row["batch"], row["length"]) == (measured, batch, length):
             found[row["recipe"]] = max(found.get(row["recipe"], 0.0), row["tokens_per_second"] or 0.0)
     return {recipe: speed for recipe, speed in found.items() if speed}
 

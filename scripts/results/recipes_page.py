@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from linearize.bench.decode_recipes import NEWEST
 from linearize.bench.subjects import TEACHER, subjects
@@ -23,6 +24,9 @@ LEAST, MOST_GIB, TIMES = 120_000, 20, 10
 """Issue 10's targets: tokens/s at 64 x 1,024, GiB at 16 x 1,024, times the compiled teacher in decoding."""
 STEP = "graph, compiled"
 """The way of decoding that the target is about; the teacher's is transformers' own attention."""
+OPERATIONS = "graph"
+"""The step that is recorded and not compiled."""
+PROMPTS = (1024, 8192, 65_536)
 BANDWIDTH = 4.25e12
 """Bytes a second that a copy of 1 GiB reaches on an H200 (docs/kernels.md)."""
 
@@ -64,6 +68,8 @@ def written(page: str, rows: list[Row], profiles: list[Row]) -> str:
     tables = {
         "training": training(rows),
         "decoding": decoding(rows),
+        "steps": steps(rows),
+        "prompts": prompts(rows),
         "decoding profiles": decoding_profiles(rows, profiles),
         "training profiles": training_profiles(profiles),
     }
@@ -94,14 +100,18 @@ def trained(rows: list[Row], batch: int) -> dict[str, Row]:
     return found
 
 
-def decoded(rows: list[Row], way: str = STEP) -> dict[str, Row]:
+def decoded(rows: list[Row], way: str = STEP, batch: int = 64) -> dict[str, Row]:
     """Recipe, or the teacher -> its newest decoding row of a way."""
+    return _newest(rows, ("decode", SHAPE, way, batch, CONTEXT))
+
+
+def _newest(rows: list[Row], kind: tuple[Any, ...]) -> dict[str, Row]:
+    """Recipe, or the teacher -> its newest row of a measurement, shape, way, batch and length."""
+    keys = ("measured", "shape", "way", "batch", "length")
     return {
         row["recipe"]: row
         for row in rows
-        if (row["measured"], row["shape"], row["way"], row["batch"], row["length"])
-        == ("decode", SHAPE, way, 64, CONTEXT)
-        and row["tokens_per_second"]
+        if tuple(row[key] for key in keys) == kind and row["tokens_per_second"]
     }
 
 
@@ -145,11 +155,43 @@ def decoding(rows: list[Row]) -> str:
     for name, row in sorted(found.items(), key=lambda pair: -pair[1]["tokens_per_second"]):
         times = row["tokens_per_second"] / teacher
         shown = f"{times:.1f}" if times >= TIMES or row["recipe"] == TEACHER else f"**{times:.1f}**"
-        speed = f"{row['tokens_per_second']:,.0f}"
+        speed = _rate(row)
         lines.append(
             [name, speed, shown, f"{row['milliseconds']:.2f}", f"{row['peak_gib']:.2f}", row["commit"]]
         )
     return _table(["recipe", "tokens/s", "x", "ms a token", "GiB", "commit"], lines)
+
+
+def steps(rows: list[Row]) -> str:
+    """One captured step of the model's own operations, of one text and of 64, as a multiple of the teacher's."""
+    both = [decoded(rows, OPERATIONS, batch) for batch in (1, 64)]
+    lines = []
+    for name in _names(*both):
+        cells = []
+        for found in both:
+            row, teacher = found.get(name), found[TEACHER]
+            times = "" if row is None or row.get("note") else f"{_speed(row) / _speed(teacher):.2f}"
+            cells += [_rate(row), times]
+        memory = f"{both[1][name]['peak_gib']:.2f}" if name in both[1] else ""
+        lines.append([name, *cells, memory])
+    return _table(["recipe", "batch 1", "x", "batch 64", "x", "GiB at 64"], lines)
+
+
+def prompts(rows: list[Row]) -> str:
+    """Tokens/s of reading one prompt."""
+    found = [_newest(rows, ("prefill", SHAPE, "chunked", 1, length)) for length in PROMPTS]
+    lines = [[name, *(_rate(each.get(name)) for each in found)] for name in _names(*found)]
+    return _table(["recipe", *(f"{length:,}" for length in PROMPTS)], lines)
+
+
+def _names(*found: dict[str, Row]) -> list[str]:
+    """The teacher, and recipes by name."""
+    return [TEACHER, *sorted({name for each in found for name in each} - {TEACHER})]
+
+
+def _rate(row: Row | None) -> str:
+    """Tokens/s; a row with a note was measured beside something else."""
+    return "" if row is None else f"{row['tokens_per_second']:,.0f}{BESIDE if row.get('note') else ''}"
 
 
 def decoding_profiles(rows: list[Row], profiles: list[Row]) -> str:
@@ -208,6 +250,8 @@ def training_profiles(profiles: list[Row]) -> str:
     return _table(titles, lines)
 
 
+BESIDE = " †"
+"""Of a row that was measured beside other work on the card: a lower bound."""
 PARTS = " °"
 """Of a row whose model ran norms, rotary embeddings and feed-forward layers one operation after the other."""
 KINDS = ("ours", "products", "torch's attention", "fused by torch", "torch's own")
@@ -281,7 +325,7 @@ def _step(row: Row | None) -> list[str]:
         return ["", "", ""]
     older = f" ({row['commit']})" if not _recorded(row) else PARTS if COMPILED not in row["way"] else ""
     ratio = "" if row.get("ratio") is None else f"{row['ratio']:.2f}"
-    return [f"{row['tokens_per_second']:,.0f}{older}", ratio, f"{row['peak_gib']:.1f}"]
+    return [f"{_rate(row)}{older}", ratio, f"{row['peak_gib']:.1f}"]
 
 
 def _table(titles: list[str], lines: list[list[str]]) -> str:

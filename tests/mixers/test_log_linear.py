@@ -103,9 +103,9 @@ def loop(made, x, row):
 
 
 @pytest.fixture
-def together(monkeypatch):
-    """Levels are read in one chain of launches, where they can be."""
-    monkeypatch.setattr(Levels, "joined", True)
+def apart(monkeypatch):
+    """Levels are read one after the other, also where they could be read in one chain of launches."""
+    monkeypatch.setattr(Levels, "joined", False)
 
 
 @bases
@@ -119,7 +119,7 @@ def test_it_is_a_fenwick_tree(name, levels, block):
 
 @pytest.mark.parametrize("name", JOINED)
 @pytest.mark.parametrize(("levels", "block"), [(10, 1), (2, 4)])
-def test_together_it_is_one_too(name, levels, block, together):
+def test_level_by_level_it_is_one_too(name, levels, block, apart):
     test_it_is_a_fenwick_tree(name, levels, block)
 
 
@@ -147,9 +147,10 @@ def test_together_or_apart(name, levels, block, lengths, monkeypatch):
     valid = torch.arange(150) >= torch.tensor([[0], [21]])
     starts = torch.zeros(2, 150, dtype=torch.bool)
     starts[0, [3, 40, 41]] = starts[1, [90]] = True
-    found = [read(made, x, lengths, valid, starts)]
-    monkeypatch.setattr(Levels, "joined", True)
-    found.append(read(made, x, lengths, valid, starts))
+    found = []
+    for joined in (True, False):
+        monkeypatch.setattr(Levels, "joined", joined)
+        found.append(read(made, x, lengths, valid, starts))
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, atol=1e-8, rtol=1e-7)
 
@@ -230,7 +231,7 @@ def test_the_state_has_a_fixed_size():
     assert made.state_bytes() == 9 * base.state_bytes() + 8  # and how many tokens were seen
 
 
-def test_a_long_text_calls_the_rule_once_a_doubling(monkeypatch):
+def test_a_long_text_calls_the_rule_once_a_doubling(monkeypatch, apart):
     """Not once a token: the calls of the chunked form that trains."""
     from linearize.mixers.update import delta
 
@@ -246,7 +247,7 @@ def test_a_long_text_calls_the_rule_once_a_doubling(monkeypatch):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_together_a_text_is_one_call(name, monkeypatch, together):
+def test_together_a_text_is_one_call(name, monkeypatch):
     """Where decays are a head's and no sum runs along; the others call their rule once a level."""
     calls = []
     given = levels_file.stretches_chunk

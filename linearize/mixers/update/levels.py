@@ -61,9 +61,9 @@ class Levels(Update):
     in the mean.
     """
 
-    joined: ClassVar[bool] = False
-    """Whether all levels of a text are read together, where they can be; false: one after the other, by the rule. It
-    is the form of a text until a GPU has run the other, whose kernels the interpreter alone has."""
+    joined: ClassVar[bool] = True
+    """Whether all levels of a text are read together, where they can be; false: one after the other, by the rule, for
+    comparison (`linearize bench kernels --only log_linear log_linear_delta`)."""
 
     def make_levels(self, config: Any, shape: LayerShape) -> None:
         """The weights, without values."""
