@@ -20,6 +20,7 @@ from linearize.config.schema import Recipe
 from linearize.distill import shards
 from linearize.errors import CheckpointError, LinearizeError, NotFiniteError
 from linearize.mixers import calibration
+from linearize.mixers.combine import SHUT
 from linearize.mixers.offloaded import device_of
 from linearize.mixers.seams import some
 from linearize.models.cache import sha256
@@ -71,7 +72,7 @@ class Way:
 
     name: str
     own_stream: bool = False
-    how: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+    how: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     begins: str = START
 
     def begin(self, states: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -88,13 +89,17 @@ FULL = Way("full")
 PLAIN = Way("plain", how={"plain": True, "sizes_only": True}, begins="full")
 OWN = Way("own", own_stream=True, how={"plain": False})
 OWN_PLAIN = Way("own plain", own_stream=True, how={"plain": True})
-WINDOW = Way("window alone", how={"plain": True, "sizes_only": True, "shut": True}, begins="full")
+LOWERED = tuple(
+    Way(name, how={"plain": True, "sizes_only": True, "heard": heard}, begins="full")
+    for name, heard in (("half heard", 0.5), ("little heard", 0.15), ("window alone", SHUT))
+)
+"""Errors of layers may find a branch worth more than the model's answers do, so less is tried, down to nothing."""
 
 
 def every_way(outputs: bool, windows: bool) -> tuple[Way, ...]:
     """All that `ways` may give, for mixers with output parts or without, with windows beside branches or without."""
     found = (FULL, PLAIN, OWN, OWN_PLAIN) if outputs else (FULL, OWN)
-    return (*found, WINDOW) if windows else found
+    return (*found, *LOWERED) if windows else found
 
 
 def ways(away: Mapping[str, float], outputs: bool, windows: bool) -> Iterator[Way]:
@@ -107,7 +112,7 @@ def ways(away: Mapping[str, float], outputs: bool, windows: bool) -> Iterator[Wa
     """
     yield FULL
     if windows:
-        yield WINDOW
+        yield from LOWERED
     if outputs:
         yield PLAIN
     yield OWN_PLAIN if outputs and away[PLAIN.name] < away[FULL.name] else OWN
@@ -149,8 +154,8 @@ def calibrate(model: nn.Module, dataset: Any, *, autocast: torch.dtype | None) -
     and on what the layers set before them give (errors that add up spoil the one, layers that compensate each other's
     the other); with output parts that follow the hidden state, and without (what fits one text may not fit another).
     What comes nearest the teacher's next-token distributions is kept, on sequences that were not fitted where there
-    are enough; the start that the mixers came with counts too, and their windows with the branches beside them shut:
-    errors of layers, which branches are fitted by, do not say how far a model's answers are.
+    are enough; the start that the mixers came with counts too, and windows whose branches are heard less, down to not
+    at all: errors of layers, which branches are fitted by, do not say how far a model's answers are.
 
     Args:
         model: converted, untrained.
@@ -172,7 +177,7 @@ def calibrate(model: nn.Module, dataset: Any, *, autocast: torch.dtype | None) -
     found: dict[str, list[dict[str, float]]] = {START: []}
     outputs, windows = has_outputs(states[START]), has_windows(states[START])
     model.eval()
-    passes = 2 + int(outputs) + int(windows)
+    passes = 2 + int(outputs) + len(LOWERED) * int(windows)
     with torch.no_grad(), Meter("calibrate", passes * len(layers), "layers") as meter:
         with computing:
             away = {START: _divergence(model, judged)}
@@ -193,7 +198,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _pass(
-    model: nn.Module, batch: dict[str, Tensor], own_stream: bool, meter: Meter, **how: bool
+    model: nn.Module, batch: dict[str, Tensor], own_stream: bool, meter: Meter, **how: Any
 ) -> list[dict[str, float]]:
     """All layers from first to last: the text goes through once, or twice side by side, as teacher and student.
 
@@ -213,7 +218,7 @@ def twice(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def observer(
-    found: list[dict[str, float]], own_stream: bool, meter: Meter, **how: bool
+    found: list[dict[str, float]], own_stream: bool, meter: Meter, **how: Any
 ) -> Callable[[Any], Tensor]:
     """Sets each layer's mixer as the layer shows itself.
 

@@ -72,7 +72,7 @@ def calibrate(
     *,
     plain: bool = False,
     sizes_only: bool = False,
-    shut: bool = False,
+    heard: float | None = None,
 ) -> Fitted:
     """Set a mixer's parameters to its teacher's layer, in place; a mixer that comes out worse is put back.
 
@@ -83,14 +83,14 @@ def calibrate(
         plain: leave the output part as it is but for the size of each head: what follows the hidden state, or differs
             from dim to dim, has many numbers to fit one text by.
         sizes_only: keep decays, strengths and features as they stand; shares, sizes and the output alone are set.
-        shut: where a window has a recurrent branch beside it, let the window speak alone, and leave all else as it is.
+        heard: where a window has a recurrent branch beside it, what remains of the branch's share; all else stays.
 
     Raises:
         NotFiniteError: q, k, the teacher's output, a statistic or a found parameter is NaN or infinite.
     """
     layer = _Layer(call, origin)
     before = layer.error()
-    if shut and layer.shut():
+    if heard is not None and layer.lower(heard):
         return Fitted(before, layer.error())
     kept = {name: value.clone() for name, value in call.mixer.state_dict().items()}
     layer.fit(plain=plain, sizes_only=sizes_only)
@@ -176,10 +176,10 @@ class _Layer:
         self._together(plain)
         self._set_constant()
 
-    def shut(self) -> bool:
-        """See `Combine.shut`; false where there is no such rule."""
+    def lower(self, heard: float) -> bool:
+        """See `Combine.lower`; false where there is no such rule."""
         combine = self.mixer.combine
-        return combine is not None and combine.shut(self._resize)
+        return combine is not None and combine.lower(heard)
 
     def _less_constant(self, y: Tensor) -> Tensor:
         """The target less the constant that is best beside a factor on each dim of y [N, H, V]."""

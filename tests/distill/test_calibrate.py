@@ -250,11 +250,11 @@ def test_a_window_that_comes_nearer_alone_is_left_alone(
     recipe.mixer = {**recipe.mixer, "combine": combine}
     recipe.calibrate.tokens = 512
     assert calibrate.has_windows(state(surgery.convert(tiny_llama(), recipe.mixer, recipe.layers)))
-    nearness = iter([5.0, 3.0, 2.0, 4.0])
+    nearness = iter([5.0, 3.0, 3.0, 3.0, 2.0, 4.0])
     monkeypatch.setattr(calibrate, "_divergence", lambda model, batch: next(nearness))
     alone, layers = found(recipe)
     assert [layer["layer"] for layer in layers] == [0, 1]
-    nearness = iter([5.0, 3.0, 3.5, 4.0])
+    nearness = iter([5.0, 3.0, 3.5, 3.5, 3.5, 4.0])
     model, _ = found(recipe)
     shut, fitted = state(alone), state(model)
     changed = {name for name, value in shut.items() if not torch.equal(value, fitted[name])}

@@ -10,6 +10,7 @@ from layer_by_hand import SHAPE, Call, call
 
 from linearize.config import compose, list_recipes
 from linearize.mixers import build, calibration
+from linearize.mixers.combine import SHUT
 
 ALONE = {"name": "sliding", "size": 16, "first": 2}
 OVERLAPPING = {**ALONE, "overlap": True}
@@ -65,7 +66,7 @@ def test_branches_are_shut_whatever_they_hold(rule):
             if "combine" in name or name.endswith("scale"):
                 parameter.copy_(torch.rand_like(parameter))
     kept = {name: value.clone() for name, value in made.mixer.state_dict().items()}
-    fitted = calibration.calibrate(made, shut=True, plain=True, sizes_only=True)
+    fitted = calibration.calibrate(made, heard=SHUT, plain=True, sizes_only=True)
     assert fitted.before > 0.01
     assert fitted.after == pytest.approx(error(made)) and fitted.after < 1e-3
     changed = {name for name, value in made.mixer.state_dict().items() if not torch.equal(value, kept[name])}
@@ -81,7 +82,7 @@ def test_what_cannot_be_shut_is_set_as_ever():
         made = call(mixer)
         torch.manual_seed(1)
         made.teacher = torch.randn(2, 96, 4, 8)
-        shut = calibration.calibrate(made, shut=True, plain=True, sizes_only=True)
+        shut = calibration.calibrate(made, heard=SHUT, plain=True, sizes_only=True)
         found = {name: value.clone() for name, value in made.mixer.state_dict().items()}
         made.mixer.reset_parameters()
         assert calibration.calibrate(made, plain=True, sizes_only=True) == shut
@@ -110,5 +111,24 @@ def test_every_shipped_rule_can_be_shut():
         combine = build(compose(name).mixer, SHAPE).combine
         if combine is not None:
             found.append(name)
-            assert combine.shut(lambda factor: True), name
+            assert combine.lower(SHUT), name
     assert {"mlstm", "lolcats", "liger_gla", "priming", "sse"} <= set(found)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_branch_is_heard_less_and_can_still_learn(rule):
+    """Half of its share, and even shut its own parameters have a gradient."""
+    made = call(RULES[rule])
+    combine = made.mixer.combine
+    ends = [made.student()]
+    for heard in (0.5, SHUT):
+        assert combine.lower(heard)
+        ends.append(made.student())
+    apart, half = ends[0] - ends[2], ends[1] - ends[2]
+    share = (apart * half).sum() / apart.square().sum()
+    assert 0.2 < share < 0.9, "one normalizer is no straight line"
+    ends[2].square().sum().backward()
+    heard = [
+        x.grad for name, x in made.mixer.named_parameters() if name.startswith(("recurrent.", "update."))
+    ]
+    assert all(grad is None or grad.any() for grad in heard)

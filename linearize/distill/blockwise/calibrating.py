@@ -203,7 +203,7 @@ class _Sweep:
             whole.START,
             *(
                 way.name
-                for way in whole.ways(away, *(way in self.ways for way in (whole.PLAIN, whole.WINDOW)))
+                for way in whole.ways(away, *(way in self.ways for way in (whole.PLAIN, whole.LOWERED[0])))
             ),
         ]
         chosen = whole.nearest({name: away[name] for name in tried if name in away})

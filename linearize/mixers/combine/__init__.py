@@ -51,11 +51,12 @@ class Combine(Part):
             resize: multiplies what the recurrent branch gives by [H], or says false.
         """
 
-    def shut(self, resize: Callable[[Tensor], bool]) -> bool:
-        """Let the window speak alone, as near as the rule comes to it; false, and nothing done, where it cannot.
+    def lower(self, heard: float) -> bool:
+        """Move every share to the window; false, and nothing done, where the rule cannot.
 
         Args:
-            resize: as in `fit`.
+            heard: of the recurrent branch, what remains: from 1, as it is, down to `SHUT`, the window alone. What the
+                branch itself gives stays, so that it can still learn to be heard.
         """
         return False
 

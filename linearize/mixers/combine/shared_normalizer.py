@@ -85,10 +85,11 @@ class SharedNormalizer(Combine):
         search([step / 3 for step in range(-5, 6) if step], best.clone())
         put(self.window_factor, best)
 
-    def shut(self, resize: Callable[[Tensor], bool]) -> bool:
+    def lower(self, heard: float) -> bool:
         if not self.config.complement:
             return False
-        put(self.window_factor, torch.full_like(self.window_factor, self.REACH))
+        share = heard * (-self.window_factor).sigmoid()
+        put(self.window_factor, (-share.logit()).clamp_max(self.REACH))
         return True
 
     def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:

@@ -88,11 +88,14 @@ class Sigmoid(Combine):
             share = fits.scale(near - far, target - far).clamp(self.EDGE, 1 - SHUT)
         put(self.window_factor, share.logit())
 
-    def shut(self, resize: Callable[[Tensor], bool]) -> bool:
-        resize(torch.zeros_like(self.window_factor))
-        put(self.window_factor, torch.full_like(self.window_factor, 1 - SHUT).logit())
+    def lower(self, heard: float) -> bool:
+        if self.token_weight is not None and heard > SHUT:  # 1 - g is nearly exp(-b - W x) where it is small
+            put(self.window_factor, self.window_factor - math.log(heard))
+            return True
         if self.token_weight is not None:
             put(self.token_weight, torch.zeros_like(self.token_weight))
+        share = heard * (-self.window_factor).sigmoid()
+        put(self.window_factor, -share.clamp_min(SHUT).logit())
         return True
 
     def forward(self, window: Partial, recurrent: Partial, hidden: Tensor | None = None) -> Tensor:

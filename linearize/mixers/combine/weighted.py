@@ -67,11 +67,11 @@ class FixedWeights(Combine):
             put(self.window_weight, near)
             put(self.recurrent_weight, far)
 
-    def shut(self, resize: Callable[[Tensor], bool]) -> bool:
+    def lower(self, heard: float) -> bool:
         if self.window_weight is None or self.recurrent_weight is None:
             return False
-        put(self.window_weight, torch.ones_like(self.window_weight))
-        put(self.recurrent_weight, torch.zeros_like(self.recurrent_weight))
+        put(self.window_weight, 1 + heard * (self.window_weight - 1))
+        put(self.recurrent_weight, heard * self.recurrent_weight)
         return True
 
     def resize(self, factor: Tensor) -> bool:
