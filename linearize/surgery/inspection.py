@@ -62,8 +62,10 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     own = probe(model, [module for _, module in modules], own=True)
     loaded = not next(model.parameters()).is_meta
     layers: list[AttentionLayer] = []
-    for path, module in modules:
-        refused = _refusal(module, seen, own)
+    # encoders of images and sound, attention to an encoder's output: text does not come by, and they stay as they are
+    read = [(path, module) for path, module in modules if seen.visits.get(id(module))]
+    for path, module in read or modules:
+        refused = _not_causal(module) or _refusal(module, seen, own)
         shape = None if refused else _shape(model, module, seen, loaded=loaded)
         if shape is None or isinstance(shape, str):
             raise UnsupportedModelError(f"{path} ({type(module).__name__}): {refused or shape}")
@@ -114,15 +116,16 @@ def _attention_modules(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
             "attention interface, so its queries and keys cannot be reached; convert a family that does "
             "(Llama, Qwen, Gemma, GPT-2, ...)"
         )
-    for path, module in found:
-        # transformers makes masks by the config's word, whatever the module says; without weights no mask tells
-        config = getattr(module, "config", None)
-        for said in (getattr(module, "is_causal", True), getattr(config, "is_causal", True)):
-            if said is False:
-                raise UnsupportedModelError(
-                    f"{path} ({type(module).__name__}): not causal (is_causal=False); only decoders can be converted"
-                )
     return found
+
+
+def _not_causal(module: nn.Module) -> str | None:
+    """Why a module is no decoder's, as far as it and its config say, or None.
+
+    transformers makes masks by the config's word, whatever the module says; without weights no mask tells.
+    """
+    said = (getattr(module, "is_causal", True), getattr(getattr(module, "config", None), "is_causal", True))
+    return "not causal (is_causal=False); only decoders can be converted" if False in said else None
 
 
 def _recorded_classes(model: PreTrainedModel) -> tuple[type[nn.Module], ...]:
