@@ -29,7 +29,8 @@ composition and a hybrid (LoLCATs) against the untouched model: plain, left-padd
 tokens with a cache, greedy generation from left-padded rows, teacher mode, a step of attention transfer, a step with
 adapters on q, k, v and o, and the export, reloaded in another process. Exact means: every difference below
 {tolerance:g} of the largest logit; between two forms of one hybrid, below four times what the same forms of the
-untouched model differ by, if that is more. A type that is refused is refused before anything is trained.
+untouched model differ by, if that is more. A type that is refused is refused before anything is trained. Encoders of
+images and sound, and attention to an encoder's output, stay as they are.
 
 {counts}
 """

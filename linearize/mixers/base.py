@@ -37,8 +37,9 @@ class LayerShape:
         sliding_window: tokens that the teacher's own layer sees, or None for all.
         chunk: tokens in a chunk of the teacher's own layer, which sees nothing of earlier ones (Llama 4), or None.
         model_dim: width of the hidden states, D, or None where nobody measured it.
-        rotary: how q and k have been rotated: "none", "half" (rotate-half, possibly partial), "other".
-        turns: radians by which a token turns each pair of dims of a rotate-half embedding, or None.
+        rotary: how q and k have been rotated: "none", a name of `rotations.WAYS` ("half": rotate-half, possibly
+            partial), or "other".
+        turns: radians by which a token turns each pair of dims of a rotation of halves from the first dim, or None.
     """
 
     heads: int

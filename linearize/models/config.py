@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,11 +120,30 @@ def refuse_quantized(folder: Path, config: PreTrainedConfig) -> None:
                 continue
             given = quantization if isinstance(quantization, dict) else vars(quantization)
             method = given.get("quant_method", "an unnamed method")
+            method = str(getattr(method, "value", method))
             raise UnsupportedModelError(
-                f"{folder}: its weights are quantized ({getattr(method, 'value', method)}), and a conversion trains on "
-                "plain ones; give the model's unquantized checkpoint, or dequantize it first (transformers: "
-                "from_pretrained, model.dequantize(), save_pretrained)"
+                f"{folder}: its weights are quantized ({method}), and a conversion trains on plain ones; give the "
+                f"model's unquantized checkpoint{_dequantizing(method)}"
             )
+
+
+def _dequantizing(method: str) -> str:
+    """How transformers makes plain weights of a method's, where it does: some while loading, some afterwards."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.base import HfQuantizer
+
+    named = (
+        method if method in AUTO_QUANTIZER_MAPPING else f"{method}_4bit"
+    )  # as bitsandbytes is in transformers
+    options: Any = AUTO_QUANTIZATION_CONFIG_MAPPING.get(named)
+    quantizer: Any = AUTO_QUANTIZER_MAPPING.get(named, HfQuantizer)
+    if options is not None and "dequantize" in inspect.signature(options.__init__).parameters:
+        made = f"from_pretrained with quantization_config={options.__name__}(dequantize=True)"
+    elif quantizer._dequantize is not HfQuantizer._dequantize:
+        made = "from_pretrained, model.dequantize()"
+    else:
+        return ""
+    return f", or dequantize it first (transformers: {made}, save_pretrained)"
 
 
 def _check_type(folder: Path, kind: str) -> None:

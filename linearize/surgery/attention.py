@@ -21,7 +21,7 @@ from linearize.errors import UnsupportedModelError
 from linearize.mixers import Mixer, shift
 from linearize.mixers.beside import Plain
 from linearize.mixers.offloaded import device_of
-from linearize.mixers.position import rotate_back
+from linearize.mixers.rotations import WAYS, rotate_back
 from linearize.surgery import arguments, handed_on, teaching
 from linearize.surgery.cache import LinearizedCacheLayer, adopt, rehearsing
 from linearize.surgery.generated import subclass
@@ -60,7 +60,7 @@ class Frame:
 
     Attributes:
         hidden_states: [B, T, D].
-        rotation: cos and sin [B, T, R] of the rotary embedding, or None where the module gets none.
+        rotation: the rotary embedding, cos and sin [B, T, R] or a complex tensor, or None where the module gets none.
         cache: the layer's converted cache, or None.
         offset: column of the first new token in the mask, [] tensor in static caches; None: no new token is padding.
         first: what the first converted layer hands on in this call, or None where no layer mixes its values.
@@ -69,7 +69,7 @@ class Frame:
     """
 
     hidden_states: Tensor
-    rotation: tuple[Tensor, Tensor] | None = None
+    rotation: Any = None
     cache: LinearizedCacheLayer | None = None
     offset: int | Tensor | None = 0
     first: handed_on.FirstLayer | None = None
@@ -212,12 +212,14 @@ def context(
 def _plain(module: LinearizedAttention, frame: Frame, q: Tensor, k: Tensor) -> Plain:
     """q and k before the rotary embedding."""
     shape = module.mixer.shape
-    rotation = frame.rotation if shape.rotary == "half" else None
-    if rotation is None and shape.rotary == "half":
+    if shape.rotary not in WAYS:
+        return q, k
+    if frame.rotation is None:
         raise UnsupportedModelError(
             f"{module.named()} was called without position_embeddings, so queries and keys cannot be rotated back"
         )
-    return (q, k) if rotation is None else (rotate_back(q, *rotation), rotate_back(k, *rotation))
+    rotation, name = frame.rotation, shape.rotary
+    return rotate_back(q, rotation, name), rotate_back(k, rotation, name)
 
 
 def _shifted(module: LinearizedAttention, frame: Frame, reading: Reading, given: Triple) -> Triple:

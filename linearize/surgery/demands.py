@@ -50,7 +50,7 @@ def check(
 
 
 def check_rotation(path: str, module: nn.Module, shape: LayerShape, mixer: Mixer) -> None:
-    """Refuse to take a rotation back that is not of the rotate-half kind.
+    """Refuse to take a rotation back that is of no known kind.
 
     Args:
         path, module: of an attention layer that was seen with its weights.
@@ -62,8 +62,9 @@ def check_rotation(path: str, module: nn.Module, shape: LayerShape, mixer: Mixer
     """
     if shape.rotary == "other" and mixer.needs_plain:
         raise UnsupportedModelError(
-            f"{_named(path, module)}: its rotary embedding is not of the rotate-half kind, so queries and keys cannot "
-            "be rotated back; leave the rotation on in both branches (mixer.position={name: rope})"
+            f"{_named(path, module)}: how its rotary embedding turns queries and keys does not follow from what the "
+            "layer is handed, so they cannot be rotated back; leave the rotation on in both branches "
+            "(mixer.position={name: rope})"
         )
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from linearize.errors import UnsupportedModelError
 from linearize.mixers import LayerShape
-from linearize.mixers.position import rotate_back
+from linearize.mixers.rotations import HALF, candidates, is_pair, rotate_back
 from linearize.surgery import arguments, rotation
 from linearize.surgery.probe import (
     FAILURES,
@@ -62,8 +62,10 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     own = probe(model, [module for _, module in modules], own=True)
     loaded = not next(model.parameters()).is_meta
     layers: list[AttentionLayer] = []
-    for path, module in modules:
-        refused = _refusal(module, seen, own)
+    # encoders of images and sound, attention to an encoder's output: text does not come by, and they stay as they are
+    read = [(path, module) for path, module in modules if seen.visits.get(id(module))]
+    for path, module in read or modules:
+        refused = _not_causal(module) or _refusal(module, seen, own)
         shape = None if refused else _shape(model, module, seen, loaded=loaded)
         if shape is None or isinstance(shape, str):
             raise UnsupportedModelError(f"{path} ({type(module).__name__}): {refused or shape}")
@@ -114,15 +116,16 @@ def _attention_modules(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
             "attention interface, so its queries and keys cannot be reached; convert a family that does "
             "(Llama, Qwen, Gemma, GPT-2, ...)"
         )
-    for path, module in found:
-        # transformers makes masks by the config's word, whatever the module says; without weights no mask tells
-        config = getattr(module, "config", None)
-        for said in (getattr(module, "is_causal", True), getattr(config, "is_causal", True)):
-            if said is False:
-                raise UnsupportedModelError(
-                    f"{path} ({type(module).__name__}): not causal (is_causal=False); only decoders can be converted"
-                )
     return found
+
+
+def _not_causal(module: nn.Module) -> str | None:
+    """Why a module is no decoder's, as far as it and its config say, or None.
+
+    transformers makes masks by the config's word, whatever the module says; without weights no mask tells.
+    """
+    said = (getattr(module, "is_causal", True), getattr(getattr(module, "config", None), "is_causal", True))
+    return "not causal (is_causal=False); only decoders can be converted" if False in said else None
 
 
 def _recorded_classes(model: PreTrainedModel) -> tuple[type[nn.Module], ...]:
@@ -209,7 +212,7 @@ def _turning(model: nn.Module, visit: Visit, *, loaded: bool) -> dict[str, Any]:
     """`rotary` and `turns` of a layer, of which the second is known of queries that show a rotation alone."""
     shown = loaded and bool(visit.calls[0].query.any())
     made: dict[str, Any] = {"rotary": _rotary(visit.calls[0], visit.rotation, shown=shown)}
-    made["turns"] = rotation.turns(model, visit) if shown and made["rotary"] == "half" else None
+    made["turns"] = rotation.turns(model, visit, made["rotary"]) if shown else None
     return made
 
 
@@ -270,17 +273,16 @@ def _rotary(call: Call, rotation: Any, *, shown: bool) -> str:
     """How the probe's queries [1, H, T, K] were rotated.
 
     Every token is the same, so the queries differ by their rotation alone: rotating back must make them equal. Without
-    weights, or of queries that are zero (not `shown`), a pair of cos and sin is taken for the rotate-half kind.
+    weights, or of queries that are zero (not `shown`), a pair of cos and sin is taken for that of rotate-half.
     """
-    pair = isinstance(rotation, (tuple, list)) and len(rotation) == 2
-    pair = pair and all(isinstance(x, Tensor) and not x.is_complex() for x in rotation)
     query = call.query.float().transpose(1, 2)
     if not shown:
-        return "none" if rotation is None else "half" if pair else "other"
+        return "none" if rotation is None else HALF if is_pair(rotation) else "other"
     near = 1e-2 * query.abs().max().item()
     if torch.allclose(query, query[:, :1], atol=near, rtol=0.0):
         return "none"
-    if not pair or rotation[0].shape[-1] > query.shape[-1] or rotation[0].dim() != 3:
-        return "other"
-    back = rotate_back(query, *(x.float() for x in rotation))
-    return "half" if torch.allclose(back, back[:, :1], atol=near, rtol=0.0) else "other"
+    for name in candidates(rotation, query.shape[-1]):
+        back = rotate_back(query, rotation, name)
+        if torch.allclose(back, back[:, :1], atol=near, rtol=0.0):
+            return name
+    return "other"

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from linearize.errors import UnsupportedModelError
+from linearize.surgery.standing_in import standing_in
 
 NAME = "linearize_probe"
 TOKENS = 4
@@ -117,30 +118,6 @@ def probe(
         f"than its own (it stops in {place(first)}), so its queries and keys cannot be reached; convert a model "
         "family that does (Llama, Qwen, Gemma, GPT-2, ...)"
     ) from first
-
-
-@contextmanager
-def standing_in(model: nn.Module) -> Iterator[None]:
-    """Inside, a model on the meta device has numbers: every parameter and buffer is one number, spread over its shape.
-
-    For forwards that look at values (which expert gets how many tokens); one number takes no memory.
-    """
-    kept: list[tuple[dict[str, Any], str, Any]] = []
-    for module in model.modules():
-        tables: list[Any] = [module._parameters, module._buffers]
-        for held in tables:
-            for name, value in held.items():
-                if value is not None and value.is_meta:
-                    kept.append((held, name, value))
-    try:
-        for held, name, value in kept:
-            number = torch.full((), 0.01 if value.is_floating_point() else 0, dtype=value.dtype)
-            spread = number.expand(value.shape)
-            held[name] = nn.Parameter(spread, False) if isinstance(value, nn.Parameter) else spread
-        yield
-    finally:
-        for held, name, value in kept:
-            held[name] = value
 
 
 def _inputs(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linearize.mixers.rotations import HALF, WAYS, Way, angles
 from linearize.surgery.probe import Visit
 
 FIXED = ("default", "linear", "llama3", "yarn", "proportional")
 """Kinds of rotary embeddings whose angles follow from a token's position alone."""
+TABLED = (HALF, Way(tables="once").name)
+"""Ways of turning of which `turns` tells: what looks from far away (`kernels.window.turned`) turns halves."""
 NEAR = 2e-2
 """cos and sin reach modules in the model's dtype, bfloat16 among them."""
 
@@ -25,30 +28,35 @@ def kinds(parameters: Any) -> set[str]:
     return {str(parameters.get("rope_type", "default"))}
 
 
-def turns(model: nn.Module, visit: Visit) -> tuple[float, ...] | None:
+def turns(model: nn.Module, visit: Visit, rotary: str) -> tuple[float, ...] | None:
     """Radians by which a token turns each pair of dims of a layer, or None where that is not to be told.
 
     The model's own tables of frequencies are held against the rotation that the layer was given.
 
     Args:
         model: with its weights.
-        visit: one run of a layer whose rotary embedding is of the rotate-half kind.
+        visit: one run of a layer.
+        rotary: how it turns its queries, see `LayerShape`; of others than halves from the first dim nothing is told.
     """
+    if rotary not in TABLED:
+        return None
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if kinds(getattr(config, "rope_parameters", None)) - set(FIXED):
         return None
-    cos, sin = (x[0].float().cpu() for x in visit.rotation)
+    given = angles(WAYS[rotary], visit.rotation)
+    assert given is not None, "the way was found by this rotation"
+    cos, sin = (x[0].float().cpu() for x in given)
     size = (cos.square() + sin.square()).sqrt()
-    if cos.shape[-1] % 2 or not bool((size > 0).all()):
+    if not bool((size > 0).all()):
         return None
     place = torch.arange(len(cos), dtype=torch.float32)[:, None]
     found = set[tuple[float, ...]]()
     for table in _tables(model):
-        angles = (place * table).repeat(1, 2)
-        if angles.shape == cos.shape and all(
-            torch.allclose(given / size, made, rtol=0.0, atol=NEAR)
-            for given, made in ((cos, angles.cos()), (sin, angles.sin()))
+        turned = place * table
+        if turned.shape == cos.shape and all(
+            torch.allclose(shown / size, made, rtol=0.0, atol=NEAR)
+            for shown, made in ((cos, turned.cos()), (sin, turned.sin()))
         ):
             found.add(tuple(table.tolist()))
     return found.pop() if len(found) == 1 else None

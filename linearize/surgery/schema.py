@@ -11,7 +11,9 @@ from torch import nn
 
 from linearize.config.names import DEFAULT
 from linearize.mixers import LayerShape, Mixer, build, check
+from linearize.mixers.rotations import HALF, WAYS
 from linearize.registry import closest
+from linearize.surgery import rotation
 
 FORMAT = 2
 """Version of `config.linearize`; raised when an older reader would misread it."""
@@ -20,7 +22,7 @@ COUNTS = {"heads": 2**16, "kv_heads": 2**16, "key_dim": 2**16, "value_dim": 2**1
 """Whole numbers of a layer that are at least 1 -> the largest that anything has."""
 FACTORS = ("scaling", "softcap")
 """Numbers of a layer that are above 0."""
-ROTARY = ("none", "half", "other")
+ROTARY = ("none", *WAYS, "other")
 MEASURED = (
     "heads",
     "kv_heads",
@@ -178,8 +180,9 @@ def shape_problems(layers: dict[str, dict[str, Any]], measured: dict[str, LayerS
                 continue
             problems.append(f"layers.{path}.{name}: is {found}, and the model's own layer has {true}")
         # without weights a rotation inside the module ("other") cannot be told from none
-        if measured[path].rotary == "none" and numbers.get("rotary") == "half":
-            problems.append(f"layers.{path}.rotary: is half, and the layer is given no rotary embedding")
+        rotary = numbers.get("rotary")
+        if measured[path].rotary == "none" and rotary in WAYS:
+            problems.append(f"layers.{path}.rotary: is {rotary}, and the layer is given no rotary embedding")
     return problems
 
 
@@ -206,8 +209,9 @@ def _layer_problems(numbers: Any, mixers: dict[str, Any], tables: list[Any]) -> 
         and 2 * len(tables[turn]) > numbers["key_dim"]
     ):
         yield f".turns: {len(tables[turn])} pairs of dims do not fit into heads of {numbers['key_dim']}"
-    elif turn is not None and numbers.get("rotary") in ("none", "other"):
-        yield f".turns: only a rotate-half embedding has them (rotary: half), and rotary is {_shown(numbers['rotary'])}"
+    elif turn is not None and numbers.get("rotary", HALF) not in rotation.TABLED:
+        had = " or ".join(rotation.TABLED)
+        yield f".turns: only an embedding of halves has them (rotary: {had}), and rotary is {_shown(numbers['rotary'])}"
     for name, value in numbers.items():
         problem = _field_problem(name, value, types)
         wrong = wrong or problem is not None
@@ -224,7 +228,7 @@ def _field_problem(name: str, value: Any, types: dict[str, Any]) -> str | None:
     if value is None and type(None) in kinds:
         return None
     if name == "rotary":
-        return None if value in ROTARY else f"{_shown(value)} is none of {', '.join(ROTARY)}"
+        return None if value in ROTARY else f"{_shown(value)} is unknown; {closest(str(value), ROTARY)}"
     if float in kinds and type(value) is int:
         value = float(value)
     if type(value) not in kinds:

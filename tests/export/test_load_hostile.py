@@ -139,11 +139,12 @@ def test_numbers_that_are_not_the_layers_own(folder, name, value):
         export.load(folder)
 
 
-def test_a_rotation_that_is_not_the_layers_own_where_a_mixer_takes_it_back(tmp_path):
+@pytest.mark.parametrize("rotary", ["none", "half-once", "pairs", "pairs-complex", "other"])
+def test_a_rotation_that_is_not_the_layers_own_where_a_mixer_takes_it_back(tmp_path, rotary):
     model = surgery.convert(tiny.model("llama", num_hidden_layers=2), tiny.LAWCAT)
     folder = linearize.save(model, tmp_path / "out")
-    edit_plan(folder, lambda plan: plan["layers"][FIRST].update(rotary="none", turns=None))
-    with pytest.raises(CheckpointError, match=r"rotary: is none, and the layer's own is half"):
+    edit_plan(folder, lambda plan: plan["layers"][FIRST].update(rotary=rotary, turns=None))
+    with pytest.raises(CheckpointError, match=rf"rotary: is {rotary}, and the layer's own is half"):
         export.load(folder)
 
 

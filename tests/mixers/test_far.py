@@ -174,8 +174,9 @@ def test_turns_are_read_off_the_model(family, options, tables):
 @pytest.mark.parametrize(
     ("family", "options", "rotary"),
     [
-        ("glm", {"head_dim": 8}, ["other", "other"]),
-        ("deepseek_v3", {}, ["other", "other"]),
+        ("glm", {"head_dim": 8}, ["pairs", "pairs"]),
+        ("deepseek_v3", {}, ["half-last", "half-last"]),
+        ("gpt_oss", {"head_dim": 16}, ["half-once", "half-once"]),
         ("smollm3", {"no_rope_layers": [1, 0]}, ["half", "none"]),
         ("llama", {}, ["half", "half"]),
     ],
@@ -184,7 +185,9 @@ def test_a_padding_token_of_zeros_hides_no_kind_of_rotation(family, options, rot
     """Token 0 is padding and its embedding zero: nothing may be guessed of queries that show nothing."""
     layers = surgery.attention_layers(model_of(family, **options))
     assert [layer.shape.rotary for layer in layers] == rotary
-    assert [layer.shape.turns is not None for layer in layers] == [kind == "half" for kind in rotary]
+    assert [layer.shape.turns is not None for layer in layers] == [
+        kind in ("half", "half-once") for kind in rotary
+    ]
 
 
 def test_of_queries_that_are_all_zero_no_turns_are_guessed():
@@ -210,7 +213,7 @@ def test_the_table_is_there_under_the_device_that_tensors_have():
     assert set(made.window.far._tables) == {torch.zeros(1).device}
 
 
-@pytest.mark.parametrize("rotary", ["none", "other"])
+@pytest.mark.parametrize("rotary", ["none", "other", "pairs", "half-last"])
 def test_a_plan_with_turns_of_what_does_not_turn_is_refused(rotary):
     model = model_of("llama")
     surgery.convert(model, {"window": {"name": "sliding", "size": 4, "first": 2, "within": 6}})
@@ -218,7 +221,8 @@ def test_a_plan_with_turns_of_what_does_not_turn_is_refused(rotary):
     assert plan_problems(plan) == []
     plan["layers"]["model.layers.0.self_attn"]["rotary"] = rotary
     assert plan_problems(plan) == [
-        f"layers.model.layers.0.self_attn.turns: only a rotate-half embedding has them (rotary: half), and rotary is "
+        f"layers.model.layers.0.self_attn.turns: only an embedding of halves has them (rotary: half "
+        f"or half-once), and rotary is "
         f"'{rotary}'"
     ]
 

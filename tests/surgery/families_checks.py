@@ -31,6 +31,11 @@ LOLCATS = {
     "window": {"name": "sliding", "size": 6},
     "combine": {"name": "shared_normalizer"},
 }
+UNTURNED = {
+    **LOLCATS,
+    "window": {"name": "sliding", "size": 6, "overlap": True},
+    "position": {"name": "rope", "recurrent": False},
+}
 TOLERANCE = 1e-5
 """Of the largest logit."""
 ROLES = ["q", "k", "v", "o"]
@@ -287,6 +292,8 @@ class Judge:
             self._forms_agree(model, inputs, expected)
         with self._checking("training"):
             model = self._train(model, inputs, expected, self._roles(folder))
+        with self._checking("rotation off"):
+            self._unturned(folder, inputs, expected)
         with self._checking("export"):
             linearize.save(model, self.folder / "out")
             before = answers(model, inputs.prompt)
@@ -294,7 +301,9 @@ class Judge:
             assert torch.equal(after["tokens"], before["tokens"]), "reloaded, it generates other tokens"
             self._compare("reloaded", {"logits": after["logits"]}, {"logits": before["logits"]})
 
-    def _forms_agree(self, model: PreTrainedModel, inputs: Inputs, expected: dict[str, Tensor]) -> None:
+    def _forms_agree(
+        self, model: PreTrainedModel, inputs: Inputs, expected: dict[str, Tensor], what: str = "hybrid"
+    ) -> None:
         """Cached and padded forms of a hybrid, up to what the untouched model's own cached form is off."""
         found = forms(model, inputs, expected)
         padded, wanted = found["left padding"], expected["left padding"]
@@ -303,9 +312,21 @@ class Judge:
                 continue
             noise = (expected[name] - wanted).abs().max().item()
             if noise > 1e-2:
-                self.verdict.notes.append(f"the untouched model's own {name} differ by {noise:.1g}")
+                note = f"the untouched model's own {name} differ by {noise:.1g}"
+                self.verdict.notes += [] if note in self.verdict.notes else [note]
             else:
-                self._compare("hybrid", {name: found[name]}, {name: padded}, noise=4 * noise)
+                self._compare(what, {name: found[name]}, {name: padded}, noise=4 * noise)
+
+    def _unturned(self, folder: Path, inputs: Inputs, expected: dict[str, Tensor]) -> None:
+        """A branch without the rotation reads a cache and padding as it reads the whole, or is refused by name."""
+        try:
+            model = surgery.convert(load(folder), UNTURNED)
+        except UnsupportedModelError as error:
+            assert "cannot be rotated back" in str(error), str(error)
+            self.verdict.notes.append("no rotation off in a branch: turned inside the layer (refused)")
+            return
+        names = [name for name in ("left padding", "prefill and tokens") if name in expected]
+        self._forms_agree(model, inputs, {name: expected[name] for name in names}, "rotation off")
 
     def _roles(self, folder: Path) -> list[str]:
         """The roles that adapters can be hung on, as the plan says before anything is trained."""

@@ -38,7 +38,7 @@ class Reader:
         self.process: subprocess.Popen[str] | None = None
 
     def ask(
-        self, path: Path, inputs: dict[str, Tensor], scratch: Path, seconds: float = 60
+        self, path: Path, inputs: dict[str, Tensor], scratch: Path, seconds: float = 600
     ) -> dict[str, Tensor]:
         """What the model saved at `path` answers there.
 

@@ -32,8 +32,8 @@ REFUSED = {
 
 EXACT = {
     "opt": ["none"] * 4,
-    "llama4_text": ["other", "other", "other", "none"],
-    "deepseek_v2": ["other"] * 4,
+    "llama4_text": ["pairs-complex"] * 3 + ["none"],
+    "deepseek_v2": ["pairs-complex-last"] * 4,
     "falcon_h1": ["half"] * 4,
     "zaya": ["other"] * 4,
     "bamba": ["half"] * 2,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from linearize.mixers.base import LayerShape, Part, accumulator
+from linearize.mixers.base import LayerShape, Part
 from linearize.registry import Registry, discover
 
 
@@ -43,29 +43,6 @@ class Position(Part):
             carried: what the call before gave, or None at a beginning.
         """
         raise NotImplementedError(type(self))  # pragma: no cover - every choice that turns defines it
-
-
-def rotate_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Undo a rotary embedding (rotate-half convention, possibly on the first dims only).
-
-    The rotation was x cos + rotate_half(x) sin; its inverse is the rotation by the opposite angle, over the square of
-    the factor that YaRN and the like put on cos and sin.
-
-    Args:
-        x: [B, T, H, K], rotated.
-        cos, sin: [B or 1, T, R], R <= K, as transformers hands them to attention modules.
-
-    Returns:
-        [B, T, H, K] before the rotation, in float32 or wider.
-    """
-    x = x.to(accumulator(x.dtype))
-    width = cos.shape[-1]
-    cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
-    rotated, rest = x[..., :width], x[..., width:]
-    half = width // 2
-    turned = torch.cat([-rotated[..., half:], rotated[..., :half]], dim=-1)
-    back = (rotated * cos - turned * sin) / (cos.square() + sin.square())
-    return torch.cat([back, rest], dim=-1) if rest.shape[-1] else back
 
 
 POSITIONS: Registry[Position] = Registry("position")

@@ -12,8 +12,12 @@ from linearize.mixers.position import POSITIONS, Position
 class Rope(Position):
     """The teacher's own rotation; where a branch has it off, the layer's q and k are rotated back exactly.
 
-    Limitations: rotating back knows the rotate-half convention of Llama, Qwen, Gemma, Phi, GPT-NeoX and their like,
-    partial rotation included; models without RoPE, or NoPE layers, have nothing to rotate back and stay as they are.
+    Rotating back knows pairs of halves (Llama, Qwen, Gemma, GPT-OSS) and of neighbours (Cohere, GLM, Llama 4), on whole
+    heads, their first dims or their last ones (DeepSeek); models without RoPE, or NoPE layers, have nothing to rotate
+    back and stay as they are.
+
+    Limitations: the layer must be handed its cosines and sines; where it looks them up itself or takes them in another
+    order (GPT-J, CodeGen, RecurrentGemma), a branch cannot have the rotation off.
     """
 
     @dataclass

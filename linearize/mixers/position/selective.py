@@ -13,6 +13,7 @@ from linearize.mixers.low_rank import LowRank
 from linearize.mixers.options import WIDEST, number
 from linearize.mixers.position import POSITIONS
 from linearize.mixers.position.rope import Rope
+from linearize.mixers.rotations import HALF, WAYS
 
 
 @POSITIONS.register("selective_rope")
@@ -20,8 +21,8 @@ class SelectiveRope(Rope):
     """In the recurrent branch every token turns what follows by angles of its own, on top of the teacher's rotation.
 
     q_t and k_t are turned by phi_t, the sum of w_s over the tokens of the document so far, w = base + x W1 W2 for each
-    key-value head and each plane of two dims, the teacher's planes (i, i + K / 2): a key is seen under the angles of
-    the tokens between it and the query.
+    key-value head and each plane of two dims, the teacher's planes: (i, i + K / 2), or (2i, 2i + 1) where it turns
+    neighbours. A key is seen under the angles of the tokens between it and the query.
     base = W1 = 0 at the start, where it is the teacher's rotation, or none where `recurrent` is false.
 
     Limitations: the paper has a short convolution, a temperature and optionally a gate on the angles. Where the teacher
@@ -35,7 +36,7 @@ class SelectiveRope(Rope):
         rank: int = number(32, least=1, most=WIDEST)
         """Width between W1 [D, rank] and W2."""
         width: int = number(0, least=0, most=WIDEST)
-        """Dims of a head that turn, from the first; 0 turns all."""
+        """Dims of a head that turn, at the end where the teacher turns some; 0 turns all."""
 
         def problems(self) -> list[str]:
             """Rules that types alone do not express."""
@@ -48,6 +49,7 @@ class SelectiveRope(Rope):
         whole = shape.key_dim - shape.key_dim % 2
         self.planes = min(config.width or whole, whole) // 2
         self.heads = shape.kv_heads
+        self.way = WAYS.get(shape.rotary, WAYS[HALF])
         self.angles = LowRank(shape.hidden_dim(), config.rank, self.heads, self.planes, tanh=False)
         self.reset_parameters()
 
@@ -69,6 +71,4 @@ class SelectiveRope(Rope):
     def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         grouped = wide(x.unflatten(2, (self.heads, -1)))
         cos, sin = cos[:, :, :, None], sin[:, :, :, None]
-        near, far, rest = grouped.split([self.planes, self.planes, x.shape[-1] - 2 * self.planes], -1)
-        made = torch.cat([near * cos - far * sin, far * cos + near * sin, rest], -1)
-        return made.flatten(2, 3).to(x.dtype)
+        return self.way.turned(grouped, cos, sin).flatten(2, 3).to(x.dtype)
