@@ -10,7 +10,8 @@
 #
 # PYTHON: python with the package's `dev` extra. JOBS: processes (one a core). CARDS: which (all; processes take them in turn).
 # LIMIT: seconds after which it ends, whatever is left; called again at the same commit it goes on with what has not passed.
-# OUT: folder of the results (runs/gpu-tests): results.tsv as they come, gpu-tests.txt with a line a test, log-*.txt.
+# OUT: folder of the results (runs/gpu-tests): results.tsv and failures.txt (tracebacks) as they come, whatever ends it,
+# gpu-tests.txt with a line a test, log-*.txt.
 # ANYWHERE=1: also without a GPU, interpreted (to try the script).
 # TESTS: other paths, and what else pytest takes, in place of the three folders.
 set -uo pipefail

@@ -2,8 +2,9 @@
 
     python tests/gpu_suite.py FOLDER        prints what the results in a folder say, a line a test
 
-`FOLDER/results.tsv` gets a line for each test as it ends: outcome, seconds, name. What `FOLDER/before.txt` names is
-left out, so that a suite that was cut goes on.
+`FOLDER/results.tsv` gets a line for each test as it ends: outcome, seconds, name; `FOLDER/failures.txt` the traceback
+of what failed and what it had printed, since pytest prints them at its end, and a suite whose time is over has none.
+What `FOLDER/before.txt` names is left out, so that a suite that was cut goes on.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ FIRST = (
 """Parts of names, in the order in which their tests are begun: kernels, what trains and decodes with them, the rest."""
 LAST = ("test_contract", "test_random_compositions", "test_nothing_widened", "test_spread")
 """Thousands of tests that need no card."""
+PRINTED = 4_000
+"""Characters that are kept of what a failed test printed, the last ones."""
 MANY = 40
 """Tests of one function that are one line, where all of them have passed."""
 
@@ -77,6 +80,16 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return
     with (_folder() / "results.tsv").open("a", encoding="utf-8") as file:
         file.write(f"{report.outcome.upper()}\t{report.duration:.1f}\t{report.nodeid}\n")
+    if report.failed:
+        with (_folder() / "failures.txt").open("a", encoding="utf-8") as file:
+            file.write(failure(report))
+
+
+def failure(report: pytest.TestReport) -> str:
+    """Where a test failed, how, and the end of what it printed."""
+    printed = [f"--- {title}\n{text[-PRINTED:]}" for title, text in report.sections if text.strip()]
+    title = f"=== {report.nodeid} ({report.when}, {report.duration:.1f} s)"
+    return "\n".join([title, report.longreprtext, *printed]) + "\n\n"
 
 
 def results(folder: Path) -> dict[str, tuple[str, float]]:

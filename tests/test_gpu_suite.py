@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import gpu_suite
 
 
@@ -37,3 +44,36 @@ def test_results_are_a_line_a_test(tmp_path):
     lines[0] = lines[0].replace("PASSED", "FAILED")
     (tmp_path / "results.tsv").write_text("\n".join(lines) + "\n")
     assert len([*gpu_suite.table(gpu_suite.results(tmp_path))]) == gpu_suite.MANY + 1 + 2 + 4
+
+
+def test_tracebacks_are_there_whatever_ends_the_suite(tmp_path):
+    """As when its limit is over: pytest is killed before it has printed a failure."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_some.py").write_text(
+        "import time\n"
+        "def test_wrong():\n    print('seen', 'there')\n    left = 3\n    assert left == 4, 'no four'\n"
+        "def test_long():\n    time.sleep(600)\n"
+    )
+    environment = os.environ | {
+        "LINEARIZE_GPU_SUITE": str(tmp_path), "LINEARIZE_GPU_CARDS": "", "PYTHONPATH": str(Path(__file__).parent),
+    }  # fmt: skip
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
+        environment.pop(name, None)
+    written = tmp_path / "failures.txt"
+    options = ["-q", "-p", "gpu_suite", "-p", "no:cacheprovider", f"--rootdir={tmp_path}"]
+    command = [sys.executable, "-m", "pytest", *options, "tests"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as suite:
+        try:
+            for _ in range(1200):
+                if written.is_file() and written.stat().st_size:
+                    break
+                assert suite.poll() is None
+                time.sleep(0.1)
+        finally:
+            suite.send_signal(signal.SIGKILL)
+    text = written.read_text()
+    assert text.startswith("=== tests/test_some.py::test_wrong (call, ") and "AssertionError: no four" in text
+    assert "assert left == 4" in text and "seen there" in text
+    assert (tmp_path / "results.tsv").read_text().startswith("FAILED\t")

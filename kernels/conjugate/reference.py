@@ -18,7 +18,7 @@ class Solving(NamedTuple):
     Attributes:
         x: [..., H, F] the solution so far, float32 or wider.
         rest: [..., H, F] what it leaves of the target.
-        direction: [..., H, F] of the next step, in the dtype that H is multiplied in.
+        direction: [..., H, F] of the next step, in the dtype that H is multiplied in, times `scale(size)`.
         size: [..., H] of `rest`, squared.
     """
 
@@ -28,24 +28,34 @@ class Solving(NamedTuple):
     size: Tensor
 
 
+def scale(size: Tensor) -> Tensor:
+    """The power of two [..., H, 1] that brings a direction of squared length `size` to a length of about one.
+
+    What is left shrinks with every step. In float16 its directions would soon lie below the smallest number, 6e-8, and
+    what is left of them lead further away with each step.
+    """
+    return torch.exp2(-torch.floor(0.5 * torch.log2(size + torch.finfo(size.dtype).tiny)))[..., None]
+
+
 def begun(target: Tensor, dtype: torch.dtype) -> Solving:
     """At zero. target [..., H, F], float32 or wider; dtype: of directions."""
-    return Solving(torch.zeros_like(target), target, target.to(dtype), target.square().sum(-1))
+    size = target.square().sum(-1)
+    return Solving(torch.zeros_like(target), target, (scale(size) * target).to(dtype), size)
 
 
 def step_reference(solving: Solving, made: Tensor, ridge: Tensor) -> Solving:
     """One step; see `chunk.conjugate_step`."""
     x, rest, direction, size = solving
-    tiny = torch.finfo(rest.dtype).tiny
+    tiny, before = torch.finfo(rest.dtype).tiny, scale(size)
     along = direction.to(rest.dtype)
     turned = made.to(rest.dtype) + along * ridge.to(rest.dtype)
     # once solved, all that is left is rounding, which may say anything of the direction
     least = LOWEST * along.square().sum(-1)
-    length = (size / (torch.maximum((along * turned).sum(-1), least) + tiny))[..., None]
+    length = (size / (torch.maximum((along * turned).sum(-1), least) + tiny))[..., None] * before
     x, rest = x + length * along, rest - length * turned
     after = rest.square().sum(-1)
-    along = rest + (after / (size + tiny))[..., None] * along
-    return Solving(x, rest, along.to(direction.dtype), after)
+    along = rest + (after / (size + tiny))[..., None] / before * along
+    return Solving(x, rest, (scale(after) * along).to(direction.dtype), after)
 
 
 def conjugate_reference(

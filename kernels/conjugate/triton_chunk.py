@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linearize.kernels.conjugate.triton_step import LOWEST, TINY
+from linearize.kernels.conjugate.triton_step import LOWEST, TINY, scale
 from linearize.kernels.gated_linear.triton_common import (
     coordinates,
     load_columns,
@@ -26,7 +26,8 @@ def chunk_kernel(
     """x [B, T, H, K] of one tile and query head; a period is one tile (TILES = 1), and V = K.
 
     A step multiplies the tile's directions by the state that enters it and by the keys within it, as linear attention
-    does; what is left, directions and solutions are in float32, rounded only where they are multiplied.
+    does; what is left, directions and solutions are in float32, rounded only where they are multiplied, and there of a
+    length of about one (`reference.scale`).
     """
     tile = tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
@@ -80,8 +81,9 @@ def chunk_kernel(
     start = (batch * tokens * heads + head) * K
     left = load_rows(target + start, first, rows, heads * K, dims, tokens).to(tl.float32)
     found = tl.zeros([C, K], tl.float32)
-    along = left.to(values.dtype)
     size = tl.sum(left * left, 1)
+    held = scale(size)
+    along = (held * left).to(values.dtype)
     for _ in range(steps):
         read = along.to(tl.float32) if WIDE else along
         turned = tl.dot(read, state, input_precision=PRECISION) * reach[:, None]
@@ -91,11 +93,13 @@ def chunk_kernel(
         turned += exact * diagonal[None, :]
         # once solved, all that is left is rounding, which may say anything of the direction
         least = LOWEST * tl.sum(exact * exact, 1)
-        length = size / (tl.maximum(tl.sum(exact * turned, 1), least) + TINY)
-        found += length[:, None] * exact
-        left -= length[:, None] * turned
+        length = (size / (tl.maximum(tl.sum(exact * turned, 1), least) + TINY))[:, None] * held
+        found += length * exact
+        left -= length * turned
         after = tl.sum(left * left, 1)
-        along = (left + (after / (size + TINY))[:, None] * exact).to(values.dtype)
+        direction = left + (after / (size + TINY))[:, None] / held * exact
+        held = scale(after)
+        along = (held * direction).to(values.dtype)
         size = after
     spot = place[:, None] * (heads * K) + dims[None, :]
     tl.store(out + start + spot, found, mask=inside[:, None])

@@ -11,6 +11,12 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
+def scale(size):
+    """See `reference.scale`: [R] -> [R, 1]."""
+    return tl.exp2(-tl.floor(0.5 * tl.log2(size + TINY)))[:, None]
+
+
+@triton.jit
 def step_kernel(
     made, ridge, x, rest, direction, size, x_out, rest_out, direction_out, size_out, rows,
     H: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, R: tl.constexpr,
@@ -25,15 +31,16 @@ def step_kernel(
     diagonal = tl.load(ridge + (row % H)[:, None] * F + dims[None, :], mask=seen, other=0.0)
     turned = tl.load(made + place, mask=seen, other=0.0).to(tl.float32) + along * diagonal
     before = tl.load(size + row, mask=there, other=0.0)
+    held = scale(before)
     least = LOWEST * tl.sum(along * along, 1)
-    length = before / (tl.maximum(tl.sum(along * turned, 1), least) + TINY)
-    found = tl.load(x + place, mask=seen, other=0.0) + length[:, None] * along
-    left = tl.load(rest + place, mask=seen, other=0.0) - length[:, None] * turned
+    length = (before / (tl.maximum(tl.sum(along * turned, 1), least) + TINY))[:, None] * held
+    found = tl.load(x + place, mask=seen, other=0.0) + length * along
+    left = tl.load(rest + place, mask=seen, other=0.0) - length * turned
     after = tl.sum(left * left, 1)
-    along = left + (after / (before + TINY))[:, None] * along
+    along = left + (after / (before + TINY))[:, None] / held * along
     tl.store(x_out + place, found, mask=seen)
     tl.store(rest_out + place, left, mask=seen)
-    tl.store(direction_out + place, along.to(direction_out.dtype.element_ty), mask=seen)
+    tl.store(direction_out + place, (scale(after) * along).to(direction_out.dtype.element_ty), mask=seen)
     tl.store(size_out + row, after, mask=there)
 
 

@@ -221,7 +221,9 @@ def pinned_parts_kernel(
                     tl.store(to_v, acc_v)
                 acc_k = tl.zeros([PP, K], tl.float32)
                 acc_v = tl.zeros([PP, V], tl.float32)
-                current = following
+            # a copy, `current = following`, would not leave the loop: the compiler sees a variable change by its value,
+            # and both begin as one
+            current = tl.maximum(current, following)
             mine = pinned == current
             for member in range(group):
                 head = kv_head * group + member

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 
+import beside
 import pytest
 import torch
-from short_stages import SIZES, STAGES, alike, same, trained
+from short_stages import SIZES, STAGES, alike, same, trained, trembling
 from torch import nn
 
 from linearize.bench.subjects import convert, random_model, subjects
@@ -40,8 +41,31 @@ def test_of_every_recipe(recipe, tmp_path, monkeypatch):
         assert recorded[2].graph is not None, recorded[2].obstacle
         again = trained(tmp_path / stage, recipe, stage, 50, capture=True, resume_at=30, **more)
         assert len(again[0]) == 20
-        alike(eager, recorded, begun)
-        alike((recorded[0][30:], recorded[1]), again, begun)
+
+        def disturbed(stage=stage, more=more):
+            folder = tmp_path / f"{stage}-disturbed"
+            return trained(folder, recipe, stage, 50, capture=False, watches=trembling, **more)
+
+        alike(eager, recorded, begun, disturbed)
+        alike((recorded[0][30:], recorded[1]), again, begun, disturbed)
+
+
+@pytest.mark.gpu
+@CUDA
+@pytest.mark.parametrize("recipe", subjects())
+def test_each_replay_of_every_recipe(recipe, tmp_path, monkeypatch):
+    """Gradients of every replayed micro-step are those of the step itself, from the weights that it has come to."""
+    monkeypatch.setenv("LINEARIZE_COMPILE", "never")
+    model = convert(random_model("meta", torch.float32, "tiny", **SIZES), recipe)
+    trains = any(layer.mixer.added_parameters for layer in converted(model))
+    for stage in ("transfer", "all_kl") if trains else ("all_kl",):
+        with monkeypatch.context() as patch:
+            apart = beside.each_replay(patch)
+            recorded = trained(
+                tmp_path / stage, recipe, stage, 6, capture=True, gradient_checkpointing=stage != "transfer"
+            )
+        assert recorded[2].graph is not None and len(apart) == 2 * 6 - 2 - WARM_UP, recorded[2].obstacle
+        assert max(apart) < 1, (stage, apart)
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import beside
 import pytest
 import replayed
 import torch
@@ -116,3 +117,21 @@ def test_a_number_that_is_none_stops_a_recorded_step(tmp_path):
         trained(tmp_path, APART, "transfer", STEPS, capture=True, device="cpu", watches=watches)
     for name, value in seen["before"].items():
         assert torch.equal(seen["trainer"].parameters[name], value)
+
+
+@pytest.mark.parametrize("stage", ["transfer", "all_kl"])
+def test_every_replay_gives_the_gradients_of_its_step(stage, tmp_path, monkeypatch):
+    """What `test_captured` asks of graphs on a card; here to the last digits, and that it would hear a stale batch."""
+    apart = beside.each_replay(monkeypatch, share=1e-4, floor=1e-5)
+    recipe = {**LINEAR, "window": {"name": "sliding", "size": 6}}
+    recorded = trained(tmp_path / "sound", recipe, stage, STEPS, capture=True, device="cpu")
+    assert recorded[2].obstacle is None and len(apart) == micro_steps(STEPS) - 1
+    assert max(apart) < 1
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch, "_foreach_copy_", lambda *args: None
+        )  # the batch of the recording, again and again
+        broken = beside.each_replay(patch)
+        with pytest.raises(AssertionError):
+            trained(tmp_path / "stale", recipe, stage, STEPS, capture=True, device="cpu")
+            assert max(broken) < 1

@@ -187,6 +187,22 @@ def test_the_systems_of_a_text(case):
     torch.testing.assert_close(conjugate_chunk(*given, 45), token_by_token(*given), atol=1e-9, rtol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["half", "bfloat16"])
+@pytest.mark.parametrize("case", ["plain", "grouped, decayed", "strong decays"])
+def test_steps_behind_the_solution_lead_nowhere(case, dtype):
+    """Recipes take as many steps as the hardest system needs: what is left of an easy one passes below float16."""
+    *given, target, ridge = text(case)
+    keys, values = (x.to(dtype) for x in given[:2])
+    wanted, conditions = solved(keys.double(), values.double(), *given[2:], target, ridge)
+    rest = [None if x is None else x.float() for x in given[2:]]
+    rounding = {torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
+    for steps in (16, 60):
+        for size in (1.0, 2.0**20, 2.0**-20):  # of losses that are scaled, too
+            got = conjugate_chunk(keys, values, *rest, size * target.float(), ridge.float(), steps)
+            off = (got.double() / size - wanted).norm(dim=-1)
+            assert (off <= rounding * conditions * wanted.norm(dim=-1)).all(), (steps, size)
+
+
 @needs_triton
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"]

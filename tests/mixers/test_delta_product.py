@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compositions import SHAPES, Draw, make
+from kernel_calls import DEVICE, ON_GPU, TOLERANCE, error
 from torch.nn import functional as F
 
 from linearize.config import compose
@@ -101,23 +102,30 @@ def test_recipe_starts_as_gated_deltanet():
 
 
 def test_kernels_give_what_the_parts_do():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = 2 if device == "cuda" else 1  # the interpreter takes them one after the other
+    """Beside float64, by the measure of the kernels' own tests, gradients three times that of outputs.
+
+    Those of decays ten times: they are sums of differences over the text, in which a digit is lost in float32, and more
+    on a card, whose tensor cores round towards zero.
+    """
+    rows = 2 if ON_GPU else 1  # the interpreter takes them one after the other
     found = {}
-    for kind in ("torch", "triton"):
-        made = make(MIXER, SHAPE, torch.float32).to(device)
-        x = Draw.of(SHAPE, 70, torch.float32, batch=rows).apply(lambda y: y.to(device))
-        step = Draw.of(SHAPE, 1, torch.float32, batch=rows, seed=3).apply(lambda y: y.to(device))
-        starts = torch.zeros(rows, 70, dtype=torch.bool, device=device)
+    for kind, dtype in (("torch", torch.float64), ("triton", torch.float32)):
+        made = make(MIXER, SHAPE, torch.float32).to(DEVICE, dtype)
+        x = Draw.of(SHAPE, 70, torch.float32, batch=rows).apply(lambda y, dtype=dtype: y.to(DEVICE, dtype))
+        step = Draw.of(SHAPE, 1, torch.float32, batch=rows, seed=3)
+        step = step.apply(lambda y, dtype=dtype: y.to(DEVICE, dtype))
+        starts = torch.zeros(rows, 70, dtype=torch.bool, device=DEVICE)
         starts[0, [3, 41]] = True
         with dispatch.kernels(kind):
             out = x.run(made.chunked, starts=starts)
             grads = torch.autograd.grad(out.square().sum(), list(made.parameters()), allow_unused=True)
-            state = made.initial_state(rows, torch.float32, torch.device(device))
+            state = made.initial_state(rows, dtype, torch.device(DEVICE))
             with torch.no_grad():
                 x.run(made.chunked, starts=starts, state=state)
                 after = step.run(made.step, state=state)
-        found[kind] = [out, after, state["sums"], *(g for g in grads if g is not None)]
-    for one, two in zip(*found.values(), strict=True):
-        scale = max(1.0, two.abs().max().item())
-        torch.testing.assert_close(one, two, atol=1e-4 * scale, rtol=0)
+        named = zip(made.named_parameters(), grads, strict=True)
+        gradients = {name: gradient for (name, _), gradient in named if gradient is not None}
+        found[kind] = {"out": out, "after": after, "sums": state["sums"]}, gradients
+    for one, exact, times in zip(found["triton"], found["torch"], (1, 3), strict=True):
+        off = {name: error(one[name], exact[name]) / (10 if ".gate." in name else times) for name in exact}
+        assert max(off.values()) < TOLERANCE[torch.float32], off

@@ -99,6 +99,9 @@ class MALA(InLine):
     """w_ts = s_ts / sum_r s_tr + c (s_ts - mean of s_t): linear attention and the deviations of its scores.
 
     In the paper's order (c + 1 / n.q) S^T q - c (n.q) m, with c = 1 there. Features must not be negative.
+
+    Limitations: deviations are small differences of large sums where all features are near one number, as those of
+    elu + 1 are for short queries and keys; in bfloat16 few of their digits are left.
     """
 
     positive = True

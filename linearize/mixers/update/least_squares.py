@@ -88,11 +88,11 @@ class _Solved(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        systems = Systems(*ctx.saved_tensors, *ctx.flags)
+        parts = ctx.saved_tensors  # a second look would unpack them again, which checkpointing refuses
         (gradient,) = gradients
         with torch.no_grad():
-            solved = systems.solved(gradient, ctx.steps)
-        return (solved, *[None] * (3 + len(ctx.saved_tensors)))
+            solved = Systems(*parts, *ctx.flags).solved(gradient, ctx.steps)
+        return (solved, *[None] * (3 + len(parts)))
 
 
 def solve(systems: Systems, target: Tensor, steps: int) -> tuple[Tensor, Tensor | None]:
