@@ -17,7 +17,7 @@ fi
 
 # Which layers have the longer window decides more here than all of the training. The recipe spaces them evenly, since it
 # names no model; these are what `linearize select` chose for this one (docs/guide.md, "Choosing the layers that stay softmax").
-layers="layers={use: {longer: [7, 14, 15, 18, 21, 23]}}"
+layers="layers.use.longer=[7,14,15,18,21,23]"
 
 show() { printf '\n$ %s\n' "linearize $*"; }
 

@@ -18,7 +18,7 @@ SMALL = [
     "eval.max_windows=2",
     "mixer.window.size=8",
     "mixers.longer.window.size=16",
-    "layers={use: {longer: [1]}}",
+    "layers.use.longer=[1]",
     "stages.distill.data.length=48",
     "stages.distill.tokens=480",
 ]
