@@ -1,6 +1,5 @@
 """A picture of a page; the README's, after `make demo`:
 
-    linearize eval runs/demo --suite scripts/page_suite.yaml
     python scripts/page_picture.py runs/demo/eval/page.html docs/page.png
 
 Needs playwright (`pip install 'linearize[browser]'`) and a Chromium, which is looked for on the PATH.

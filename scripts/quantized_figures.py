@@ -5,7 +5,7 @@ The weights are rounded as `linearize export --quantize` rounds them, and as tor
 each form: how far the logits are from those of plain weights (norm of the difference, as a share), and KL, on held-out
 text and on ids drawn at random; perplexity on the text.
 
-    python scripts/quantized_figures.py smollm2-135m demo
+    python scripts/quantized_figures.py smollm2-135m lolcats
 
 Needs torchao (`make test-quantize` puts it into .venv/quantize; PYTHONPATH).
 """

@@ -161,9 +161,9 @@ def test_run_hands_the_checked_recipe_on(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setitem(sys.modules, "linearize.distill", types.SimpleNamespace(run=fake))
     monkeypatch.setattr("linearize.distill", types.SimpleNamespace(run=fake), raising=False)
-    code, out, _ = run(capsys, "run", "m", "demo", "--out", str(tmp_path), "layers=[1]", "--resume")
+    code, out, _ = run(capsys, "run", "m", "lolcats", "--out", str(tmp_path), "layers=[1]", "--resume")
     assert code == 0 and "the table" in out and f"linearize generate {shlex.quote(str(tmp_path))}" in out
-    assert calls == [("m", [1], tmp_path, True, "demo", None)]
+    assert calls == [("m", [1], tmp_path, True, "lolcats", None)]
 
 
 def _raise(error: BaseException):

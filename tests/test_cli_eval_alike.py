@@ -20,14 +20,14 @@ OVER = "about: small\nmeasure:\n  - {task: text, length: 40, windows: 2, roles: 
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """What a run of `demo` leaves, as far as `eval` looks at it."""
+    """What a run of `lolcats` leaves, as far as `eval` looks at it: one of its two stages learns from the text."""
     tiny_llama().save_pretrained(tmp_path / "first")
     byte_tokenizer().save_pretrained(tmp_path / "first")
     folder = tmp_path / "mine"
     model = surgery.convert(tiny_llama(), MIXER)
     base = str(tmp_path / "first")
     export.save(model, folder / "checkpoint", tokenizer=byte_tokenizer(), base=base, recipe={"mixer": MIXER})
-    (folder / "recipe.yaml").write_text(config.to_yaml(config.compose("demo")))
+    (folder / "recipe.yaml").write_text(config.to_yaml(config.compose("lolcats", ["stages.*.tokens=20k"])))
     (folder / "done.json").write_text("{}")
     (tmp_path / "small.yaml").write_text(SUITE)
     (tmp_path / "over.yaml").write_text(OVER)
@@ -70,7 +70,7 @@ def test_a_folder_of_another_recipe_is_no_control(run, capsys):
     control = run.with_name("mine-control")
     shutil.copytree(run.parent / "first", control / "checkpoint")
     (control / "done.json").write_text("{}")
-    for other in (["data.length=128"], ["stages.recover.lr=1e-4"], ["run.seed=3"]):
+    for other in (["data.length=128"], ["stages.recover.lr=1e-5"], ["run.seed=3"]):
         recipe = config.compose(str(run / "recipe.yaml"), [*changes, *other])
         (control / "recipe.yaml").write_text(config.to_yaml(recipe))
         assert trained_alike.found(run) is None
@@ -81,7 +81,7 @@ def test_a_folder_of_another_recipe_is_no_control(run, capsys):
 
 
 def test_a_recipe_that_learns_from_the_teacher_alone_says_that_it_needs_none(run):
-    recipe = config.compose("demo", ["~stages.recover"])
+    recipe = config.compose("lolcats", ["~stages.recover"])
     (run / "recipe.yaml").write_text(config.to_yaml(recipe))
     [sentence] = trained_alike.advice(run, "first")
     assert "is the teacher" in sentence

@@ -17,9 +17,10 @@ SMALL = [
     "eval.length=48",
     "eval.max_windows=2",
     "mixer.window.size=8",
-    "mixer.feature_map.dim=8",
-    "stages.transfer.tokens=480",
-    "stages.recover.tokens=480",
+    "mixers.longer.window.size=16",
+    "layers.use.longer=[1]",
+    "stages.distill.data.length=48",
+    "stages.distill.tokens=480",
 ]
 
 
