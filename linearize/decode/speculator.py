@@ -67,7 +67,7 @@ class Speculator:
         self.batch, self.ahead, self.sampling, self.most = batch, ahead, sampling, tokens
         # a row's last round may end behind its text, and rounds go ahead from there while other rows run
         room = length + 2 * (ahead + 1)
-        self.model, self.draft = Ahead(model, batch, room), Ahead(draft, batch, room)
+        self.model, self.draft = Ahead(model, batch, room), Ahead(draft, batch, room, singly=ahead + 1)
         self.length, self.device, self.pad = length, self.model.device, pad
         self.holds_tokens = self.model.holds_tokens or self.draft.holds_tokens
         self.known = draft.get_input_embeddings().weight.shape[0]
@@ -121,6 +121,8 @@ class Speculator:
             raise LinearizeError(
                 f"{total} tokens, {tokens} of them new, where there is room for {self.length} and {self.most}"
             )
+        if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
+            self._leave_to_masks()  # keys that are seen do not lie side by side: only a mask can say which they are
         self.prepare()
         if tokens < 1:
             return ids[:, :0]
@@ -157,12 +159,33 @@ class Speculator:
         """
         if self._ready:
             return
+        try:
+            self._make()
+        except (LinearizeError, RuntimeError):
+            # a family may want a mask where it is given numbers, or have scores that are not known here
+            if not self._leave_to_masks():
+                raise
+            log.debug("kept softmax layers are given masks", exc_info=True)
+            self._make()
+        self._ready = True
+
+    def _make(self) -> None:
+        """The states and the graph, by what is known of the softmax layers."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             if self._captures:
                 self._capture()
             else:
                 self._twice()
-        self._ready = True
+
+    def _leave_to_masks(self) -> bool:
+        """Softmax layers read all that they hold, from now on; whether that is new."""
+        sides = (self.model, self.draft)
+        if not any(side.newest for side in sides):
+            return False
+        for side in sides:
+            side.newest = False
+        self.graph, self._ready = None, False
+        return True
 
     def _read(
         self,

@@ -187,6 +187,7 @@ def count_round(
     made.width = model.config.vocab_size
     with torch.no_grad(), as_on_a_card(Counting()):
         for side in (made.draft, made.model):
+            side.newest = side.keeps_softmax
             side.start(torch.zeros(rows, 1, dtype=torch.int64, device=META), None, None, 1)
         with made._decoding():
             made._round()
