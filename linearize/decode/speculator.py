@@ -20,6 +20,7 @@ from torch import Tensor
 from linearize.decode.acceptance import accept_greedy, accept_sampled
 from linearize.decode.ahead import Ahead
 from linearize.decode.cache import tensors
+from linearize.decode.compiling import Compiled
 from linearize.decode.prefix import Prefix
 from linearize.decode.sampling import Sampling, draw
 from linearize.errors import LinearizeError
@@ -42,12 +43,14 @@ class Speculator:
         length: most tokens, prompt included, that softmax layers of either model hold.
         tokens: most new tokens.
         capture: capture a CUDA graph where there is CUDA; without, the same rounds run operation by operation.
+        compile: options of `torch.compile` for the forwards of a round, or None for the models' own operations.
 
     Attributes:
         rounds, accepted: [B] int64, of the last text: rounds until the row ended, and drafted tokens taken in them.
         seconds: from its first new token to its last.
         graph: the graph of a round, or None.
-        obstacle: why they are not, although they were to be captured, or None.
+        obstacle: why they are not, although they were to be captured, or why a forward is not compiled although it was
+            to be; or None.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Speculator:
         length: int = 0,
         tokens: int = 1,
         capture: bool = True,
+        compile: dict[str, Any] | None = None,  # noqa: A002 - torch's name
     ) -> None:
         self.batch, self.ahead, self.sampling, self.most = batch, ahead, sampling, tokens
         # a row's last round may end behind its text, and rounds go ahead from there while other rows run
@@ -88,6 +92,7 @@ class Speculator:
         """Whether rounds without a graph may wait for the device; a test that they need not takes it away."""
         self.obstacle: str | None = None
         self._captures = capture and self.device.type == "cuda"
+        self._compiling = compile
         self._ready = False
 
     @torch.no_grad()
@@ -318,9 +323,16 @@ class Speculator:
             logits = side.start(torch.zeros_like(self.pair[:, :1]), None, None, 1)
             assert logits is not None
             self.width = logits.shape[1]
+        for side in (self.draft, self.model):
+            side.compiled = None
         self._idle()
         before = self._places()
+        for side in (self.draft, self.model):
+            if self._compiling is not None:
+                side.compiled = Compiled(side._forward_ahead, self._compiling)
         self._idle()
+        for side in (self.draft, self.model):
+            self.obstacle = self.obstacle or (None if side.compiled is None else side.compiled.obstacle)
         moved = [name for name, place in self._places().items() if before.get(name) != place]
         if moved:
             raise LinearizeError(
