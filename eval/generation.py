@@ -58,8 +58,8 @@ def generate(
         system: the system message of the chat template; only with `chat`.
         on_text: called with each new piece of text as soon as whole words are there (one prompt, no beams).
         graph: False decodes through transformers always, True insists on the graph.
-        compile: `torch.compile` the graph's step first: about a minute at the first call, then faster tokens; with a draft
-            the forwards of a round.
+        compile: `torch.compile` the graph's step first: about a minute at the first call, then faster tokens; with a
+            draft the forwards of a round.
         state: of a text that all prompts go on from (`linearize.read_state`, `load_state`). The prompts are split by
             themselves and without the tokenizer's special tokens, and have as many tokens each.
         draft: a model that drafts tokens which this one checks, several in one launch (`linearize.decode.draft`), on
