@@ -50,7 +50,9 @@ def step_kernel(
     ring_k = keys + (row * N + head) * S * K
     ring_v = values + (row * N + head) * S * V
     line = (row * T + token) * (N * G) + query_head
-    query = tl.load(q + line[:, None] * K + dims[None, :], mask=here[:, None] & (dims < K)[None, :], other=0.0)
+    query = tl.load(
+        q + line[:, None] * K + dims[None, :], mask=here[:, None] & (dims < K)[None, :], other=0.0
+    )
     top = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
     sums = tl.zeros([GP, VP], tl.float32)
