@@ -58,7 +58,8 @@ def generate(
         system: the system message of the chat template; only with `chat`.
         on_text: called with each new piece of text as soon as whole words are there (one prompt, no beams).
         graph: False decodes through transformers always, True insists on the graph.
-        compile: `torch.compile` the graph's step first: about a minute at the first call, then faster tokens.
+        compile: `torch.compile` the graph's step first: about a minute at the first call, then faster tokens; with a
+            draft the forwards of a round.
         state: of a text that all prompts go on from (`linearize.read_state`, `load_state`). The prompts are split by
             themselves and without the tokenizer's special tokens, and have as many tokens each.
         draft: a model that drafts tokens which this one checks, several in one launch (`linearize.decode.draft`), on
@@ -114,7 +115,8 @@ def generate(
     }
     made: Tensor | None
     if draft is not None:
-        made = speculate_ids(model, ids, mask, options, draft, capture=graph is not False, **looking)
+        capture = graph is not False
+        made = speculate_ids(model, ids, mask, options, draft, capture=capture, compile=compile, **looking)
     else:
         insists = True if compile else graph
         made = generate_ids(model, ids, mask, options, graph=insists, compile=compile, **looking)
@@ -192,14 +194,11 @@ def _check_draft(
     compile: bool,  # noqa: A002 - torch's name
 ) -> None:
     """Refuse what cannot draft for this model, or not in this way."""
-    if compile:
-        raise LinearizeError(
-            "compile=True with a draft: rounds of a draft are captured as they are; leave one of the two out"
-        )
-    problems = obstacles(model) if graph else []
+    name = "compile" if compile else "graph"
+    problems = obstacles(model) if compile or graph else []
     if problems:
         raise LinearizeError(
-            f"graph=True: {'; '.join(problems)}; without it rounds run operation by operation"
+            f"{name}=True: {'; '.join(problems)}; without it rounds run operation by operation"
         )
     draft.check(model, tokenizer, state)
 

@@ -61,6 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="the fastest counts")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--compile", action="store_true", help="steps and rounds, as `linearize generate` does"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
     model, tokenizer = _loaded(options.path, options)
@@ -106,7 +109,7 @@ def _place(
 ) -> None:
     """Rows of one model at one length, batch and temperature, but for those that are there."""
     known = {_key(row, options.path) for row in found["rows"]}
-    own = {"model": path, **_row(place)}
+    own = {"model": path, **_row(place)} | ({"compiled": True} if options.compile else {})
     wanted = [
         (name, ahead)
         for name in drafts
@@ -146,7 +149,7 @@ def _before(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
 
 def _key(row: dict[str, Any], path: str) -> tuple[Any, ...]:
     """What tells rows apart; rows of old have no model, which was the command's."""
-    names = ("context", "batch", "temperature", "draft", "draft_tokens")
+    names = ("context", "batch", "temperature", "draft", "draft_tokens", "compiled")
     return row.get("model", path), *(row.get(name) for name in names)
 
 
@@ -173,7 +176,9 @@ def _without(
 ) -> tuple[dict[str, Any], Tensor | None]:
     row = _row(place)
     try:
-        decoder = Decoder(model, place[1], _sampling(place[2]), length=place[0] + options.tokens)
+        compiling = {} if options.compile else None
+        length = place[0] + options.tokens
+        decoder = Decoder(model, place[1], _sampling(place[2]), length=length, compile=compiling)
         decoder.prepare()
         seconds = []
         for _ in range(options.repeats):
@@ -201,8 +206,9 @@ def _with(
     length = place[0] + options.tokens
     try:
         made = Speculator(
-            model, draft, place[1], ahead, _sampling(place[2]), length=length, tokens=options.tokens
-        )
+            model, draft, place[1], ahead, _sampling(place[2]), length=length, tokens=options.tokens,
+            compile={} if options.compile else None,
+        )  # fmt: skip
         made.prepare()
         seconds, taken, rounds = [], 0, 0
         for repeat in range(options.repeats):
@@ -267,14 +273,14 @@ def _table(found: dict[str, Any]) -> str:
         f"{found['tokens']} new tokens of each text.",
         "",
         "| model | prompt | rows | temperature | draft | drafted in a round | tokens/s | taken | tokens a round "
-        "| same texts |",
-        "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|",
+        "| same texts | compiled |",
+        "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---|",
     ]
     for row in found["rows"]:
         place = [row["context"], row["batch"], row["temperature"], row.get("draft", "none")]
         cells = [row.get("model", ""), *place]
         names = ("draft_tokens", "tokens_per_second", "taken", "tokens_a_round", "same_texts")
-        cells += [row.get(name, "") for name in names]
+        cells += [*(row.get(name, "") for name in names), "yes" if row.get("compiled") else ""]
         if "refused" in row:
             cells[6] = row["refused"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -20,7 +20,8 @@ import pytest
 LONGEST = "test_generalized_delta_triton.py::test_equals_the_loop[long_narrow]"
 """Minutes of Triton's compiler, so it begins at once."""
 FIRST = (
-    "test_stretches", "test_pieces", "test_newest", "test_window_step", "test_window_triton", "test_window_linear",
+    "test_stretches", "test_pieces", "test_newest", "test_ahead_newest", "test_compiled_rounds", "test_speculative",
+    "test_window_step", "test_window_triton", "test_window_linear",
     "test_conjugate", "test_sse",
     "test_delta_product", "test_joined", "test_generalized_delta_triton", "test_kda_triton", "test_gated_delta_triton",
     "test_taylor", "test_slots_triton", "test_gated_linear_triton", "test_short_conv_triton", "test_distill_triton",

@@ -128,7 +128,6 @@ def _check_draft(options: argparse.Namespace) -> None:
     whys = {
         "--save-state": (options.save_state is not None, "no text is made, the prompt is read and kept"),
         "--num-beams": (options.num_beams > 1, "one text is drafted and checked"),
-        "--compile": (options.compile, "rounds of a draft are captured as they are"),
     }
     for name, (asked, why) in whys.items():
         if asked:

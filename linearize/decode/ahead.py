@@ -1,7 +1,8 @@
-"""A model that reads tokens ahead of a text, several in one launch, and then keeps the first of them or none."""
+"""A model that reads tokens ahead of a text, in one launch or one by one, and then keeps the first of them or none."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor
 
 from linearize.decode.ahead_cache import AheadClock, AheadState, ahead_cache
+from linearize.decode.compiling import Compiled
 from linearize.decode.masks import Masks, token_masks
+from linearize.decode.newest import attending, fits, newest_numbers
 from linearize.decode.prefix import Prefix
 from linearize.decode.reader import Reader
+from linearize.decode.versions import Versions
 
 
 class Ahead(Reader):
@@ -20,16 +24,26 @@ class Ahead(Reader):
     Args:
         model, batch: as of `Reader`.
         length: most tokens, those ahead included, if any layer is softmax.
+        singly: tokens of a round, where they are read one by one and states are kept behind each; 0: any number in one
+            launch, and what is kept of them is read again by the layers.
 
     Attributes:
         last: [] int64, the largest position that a token of the text can have; tokens ahead of the text's end, which
             nobody reads, get no larger one, for which a model may have no row.
+        read: tokens of the round so far.
+        compiled: what forwards of a round go through, or None: the model as it is.
+        newest: kept softmax layers read the keys that tokens see by a kernel, see `Decoder`.
     """
 
     clock: AheadClock
 
-    def __init__(self, model: Any, batch: int, length: int) -> None:
-        super().__init__(model, batch, length, partial(ahead_cache, batch=batch))
+    def __init__(self, model: Any, batch: int, length: int, singly: int = 0) -> None:
+        super().__init__(model, batch, length, partial(ahead_cache, batch=batch, copies=not singly))
+        self.singly = singly
+        self.newest = self.keeps_softmax and fits(model, self.config)
+        self._versions: Versions | None = None
+        self.compiled: Compiled | None = None
+        self.read = 0
         self.last = torch.zeros((), dtype=torch.int64, device=self.device)
         self._copies: tuple[list[Tensor], list[Tensor]] | None = None
 
@@ -41,7 +55,9 @@ class Ahead(Reader):
             tokens: that may follow.
         """
         self.forget()
-        self.clock.ahead = 0
+        self.clock.ahead = self.read = 0
+        if self.compiled is not None:
+            self.compiled.refresh()
         before = 0 if prefix is None else prefix.tokens
         self.last.fill_(before + ids.shape[1] + tokens - 1)
         if ids.shape[1]:
@@ -57,7 +73,11 @@ class Ahead(Reader):
 
     def begin(self) -> None:
         """A round begins: states are copied, and the copies go ahead."""
-        self.clock.ahead = 0
+        self.clock.ahead = self.read = 0
+        if self.singly:
+            if self._versions is None:
+                self._versions = Versions([layer.held() for layer in self._states()], self.singly)
+            return
         for layer in self._states():
             layer.begin()
         if self._copies is None:
@@ -67,21 +87,41 @@ class Ahead(Reader):
             torch._foreach_copy_(*self._copies)
 
     def go(self, ids: Tensor, *, every: bool = False) -> Tensor:
-        """The next tokens [B, T] of the round, in one forward.
+        """The next tokens [B, T] of the round, in one forward or one by one.
 
         Returns:
             Logits [B, V] of what follows the last of them, with `every` [B, T, V] of what follows each.
         """
+        forward = self._forward_ahead if self.compiled is None else self.compiled
+        if not self.singly:
+            logits = forward(ids, every=every)
+            self.read += ids.shape[1]
+            self.clock.ahead = self.read
+            return logits
+        found = []
+        for token in ids.split(1, 1):
+            if self._versions is not None:
+                self._versions.save(self.read)
+            found.append(forward(token, every=every))
+            # on the device, so that each token is read in the same way, and `keep` takes back what is too much
+            self.clock.tokens.add_(1)
+            self.positions.add_(1)
+            self.read += 1
+        return torch.cat(found, 1) if every else found[-1]
+
+    def _forward_ahead(self, ids: Tensor, *, every: bool) -> Tensor:
         tokens, clock = ids.shape[1], self.clock
         order = torch.arange(clock.ahead, clock.ahead + tokens, device=self.device)
         positions = torch.minimum(self.positions + order, self.last)
         masks: Masks = self._no_masks
-        if self.keeps_softmax:
+        if self.newest:
+            seen = self.positions + order + 1
+            masks = newest_numbers(self.config, clock.places(tokens), seen)
+        elif self.keeps_softmax:
             masks = token_masks(self.config, self.seen, clock.places(tokens), self.dtype)
         given = {self._cache_name: self.cache, "use_cache": True, "attention_mask": masks}
         given |= {} if every else self._optional
         logits = self.model(input_ids=ids, position_ids=positions, **given).logits
-        clock.ahead += tokens
         return logits if every else logits[:, -1]
 
     def keep(self, kept: Tensor, same: int | None = None) -> None:
@@ -92,17 +132,29 @@ class Ahead(Reader):
             same: how many, if the host knows, of all rows that are still read: then nothing is masked, and where all
                 are kept the copies are the states.
         """
-        if same == self.clock.ahead and self._copies is not None:
+        tokens, read = kept.sum(1), self.read
+        if self.singly:
+            if self._versions is not None and same != read:
+                self._versions.take(tokens, read)
+        elif same == read and self._copies is not None:
             copies, states = self._copies
             if copies:
                 torch._foreach_copy_(states, copies)
         elif same != 0:
             for layer in self._states():
                 layer.keep(kept if same is None else None, same or kept.shape[1])
-        tokens = kept.sum(1)
-        self.clock.tokens += tokens
-        self.positions += tokens[:, None]
-        self.clock.ahead = 0
+        gone = tokens - read if self.singly else tokens
+        self.clock.tokens += gone
+        self.positions += gone[:, None]
+        self.clock.ahead = self.read = 0
+
+    def _decoding(self) -> AbstractContextManager[Any]:
+        """See `Decoder`."""
+        stack = ExitStack()
+        stack.enter_context(super()._decoding())
+        if self.newest:
+            stack.enter_context(attending(self.config))
+        return stack
 
     def _states(self) -> list[AheadState]:
         return [layer for layer in self.cache.layers if isinstance(layer, AheadState)]

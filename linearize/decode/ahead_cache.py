@@ -4,7 +4,7 @@ A round of tokens goes ahead of the text: converted layers run them on a copy of
 softmax layers write keys behind those of the text. Then each row keeps so many of them. A state advances by those
 alone, in one call over all of the round's tokens in which the rest is padding, which changes nothing in a mixer; keys
 that are not kept lie behind the text's end, unseen, and the next round writes over them. So one shape serves every
-outcome.
+outcome. Where a round's tokens come one by one, the state itself runs ahead, and `Versions` takes it back.
 """
 
 from __future__ import annotations
@@ -43,17 +43,23 @@ class AheadClock(Clock):
 
 
 class AheadState(FixedState):
-    """A converted layer: its mixer's state behind the text, and that behind the tokens ahead of it."""
+    """A converted layer: its mixer's state behind the text, and that behind the tokens ahead of it.
+
+    Args:
+        clock, length: see `FixedState`.
+        copied: tokens ahead run on a copy of the state.
+    """
 
     clock: AheadClock
 
-    def __init__(self, clock: AheadClock, length: int) -> None:
+    def __init__(self, clock: AheadClock, length: int, *, copied: bool) -> None:
         super().__init__(clock, length)
+        self.copied = copied
         self.trial: State | None = None
         self._calls: list[dict[str, Tensor]] = []
 
     def entered(self, valid: Tensor | None) -> tuple[State | None, Tensor | None]:
-        return (self.trial if self.clock.running else self.state), valid
+        return (self.trial if self.clock.running and self.copied else self.state), valid
 
     def attend(
         self,
@@ -69,7 +75,10 @@ class AheadState(FixedState):
     ) -> Tensor:
         if not self.clock.running:
             return super().attend(mixer, q, k, v, valid=valid, starts=starts, gaps=gaps, **context)
-        assert self._bounded is not None and self._bounded[0] is mixer and self.trial is not None
+        assert self._bounded is not None and self._bounded[0] is mixer and self.state is not None
+        if not self.copied:
+            return self._bounded[1].step(q, k, v, state=self.state, **context)
+        assert self.trial is not None
         call = {"q": q, "k": k, "v": v}
         call |= {name: context[name] for name in ("hidden", "first") if name in context}
         if "plain" in context:
@@ -79,6 +88,11 @@ class AheadState(FixedState):
         if k.shape[1] == 1:
             return mixer.step(q, k, v, state=self.trial, **context)
         return mixer.chunked(q, k, v, state=self.trial, gaps=False, **context)
+
+    def held(self) -> tuple[Mixer, State]:
+        """What runs, and its state."""
+        assert self.state is not None and self._bounded is not None, "the state is made with the first token"
+        return self._bounded[1], self.state
 
     def copies(self) -> list[tuple[Tensor, Tensor]]:
         """(copy, what it is a copy of) of each tensor of the state."""
@@ -127,9 +141,12 @@ class AheadKeys(FixedKeys):
 
 
 def ahead_cache(
-    layers: int, converted: set[int], length: int, device: torch.device, *, batch: int
+    layers: int, converted: set[int], length: int, device: torch.device, *, batch: int, copies: bool = True
 ) -> tuple[Cache, AheadClock]:
-    """As `fixed_cache`, for so many rows."""
+    """As `fixed_cache`, for so many rows; `copies`: see `AheadState`."""
     clock = AheadClock(batch, device)
-    kinds = (AheadState if index in converted else AheadKeys for index in range(layers))
-    return Cache(layers=[kind(clock, length) for kind in kinds]), clock
+    held = (
+        AheadState(clock, length, copied=copies) if index in converted else AheadKeys(clock, length)
+        for index in range(layers)
+    )
+    return Cache(layers=[*held]), clock

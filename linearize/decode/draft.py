@@ -133,7 +133,16 @@ class Draft:
                 "whether they are the same but for unused rows, or take a draft with the model's own"
             )
 
-    def speculator(self, model: Any, batch: int, length: int, asked: Request, capture: bool) -> Speculator:
+    def speculator(
+        self,
+        model: Any,
+        batch: int,
+        length: int,
+        asked: Request,
+        *,
+        capture: bool,
+        compile: bool = False,  # noqa: A002 - torch's name
+    ) -> Speculator:
         """The decoder for a request, the last one if it fits and neither model has changed since.
 
         Args:
@@ -142,11 +151,12 @@ class Draft:
             length: tokens of the texts, new ones included.
             asked: what to make.
             capture: see `Speculator`.
+            compile: forwards of a round.
         """
         most = asked.tokens
         if capture and device_of(model).type == "cuda":  # what is captured is worth keeping for other lengths
             length, most = (-(-n // STEP) * STEP for n in (length, most))
-        facts = (batch, self.tokens, asked.sampling, asked.eos, asked.pad, capture)
+        facts = (batch, self.tokens, asked.sampling, asked.eos, asked.pad, capture, compile)
         key = (id(model), fingerprint(model), fingerprint(self.model), facts)
         if self._kept is not None and self._kept[0] == key:
             made = self._kept[1]
@@ -164,6 +174,7 @@ class Draft:
             length=length,
             tokens=most,
             capture=capture,
+            compile={} if compile else None,
         )
         self._kept = key, made
         return made
@@ -177,6 +188,7 @@ def speculate_ids(
     draft: Draft,
     *,
     capture: bool = True,
+    compile: bool = False,  # noqa: A002 - torch's name
     on_tokens: Callable[[Tensor], None] | None = None,
     every: int = 16,
     prefix: Prefix | None = None,
@@ -187,6 +199,7 @@ def speculate_ids(
         model, ids, mask, options, on_tokens, every, prefix: see `generate_ids`.
         draft: which `Draft.check` has let through.
         capture: take a CUDA graph where it can be had.
+        compile: `torch.compile` the forwards of a round: minutes once, then faster rounds.
 
     Raises:
         LinearizeError: options that cannot be drafted for, or more tokens than the positions of a model reach.
@@ -207,7 +220,7 @@ def speculate_ids(
             f"{seen:,} tokens are more than the draft's {table:,} learned positions; make fewer tokens, or take "
             "another draft"
         )
-    made = draft.speculator(model, ids.shape[0], total, asked, capture)
+    made = draft.speculator(model, ids.shape[0], total, asked, capture=capture, compile=compile)
     with evaluating(model), evaluating(draft.model):
         try:
             found = made.generate(

@@ -1,8 +1,8 @@
-"""Softmax layers that read one token's keys and nothing else, under the name by which transformers' models find it.
+"""Softmax layers that read the keys which tokens see and nothing else, under the name by which transformers finds them.
 
 With a mask torch's attention reads the whole buffer of keys, and transformers first repeats it for all query heads of a
-key head. In place of a mask these layers are given two numbers a row, [B, 1, 1, 2]: the slot that was written last, and
-how many of the newest slots are seen. transformers hands on whatever has four dimensions.
+key head. In place of a mask these layers are given two numbers a token, [B, 1, T, 2]: the slot where it stands, and how
+many slots it sees, the newest at its turn. transformers hands on whatever has four dimensions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from linearize.decode.masks import Masks, patterns
 from linearize.errors import LinearizeError
 from linearize.kernels import dispatch
-from linearize.kernels.newest import newest_step
+from linearize.kernels.newest import newest_steps
 from linearize.models.layers import head_sizes
 
 NAME = "linearize_newest"
@@ -42,7 +42,7 @@ def attend(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it: query [B, H, 1, K], key and value [B, N, S, K or V]; gives [B, 1, H, V].
+    """As transformers calls it: query [B, H, T, K], key and value [B, N, S, K or V]; gives [B, T, H, V].
 
     Raises:
         UnknownScores: see there.
@@ -53,10 +53,10 @@ def attend(
                 f"{type(module).__name__}: its attention has {name}, which sampling does not know; sample with another "
                 "tool, and give the text as a file"
             )
-    newest, seen = attention_mask[:, 0, 0, 0], attention_mask[:, 0, 0, 1]
+    newest, seen = attention_mask[:, 0, :, 0], attention_mask[:, 0, :, 1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = newest_step(query[:, :, 0], key, value, newest, seen, scaling=scale, softcap=softcap)
-    return out[:, None], None
+    given = query.transpose(1, 2), key, value, newest, seen
+    return newest_steps(*given, scaling=scale, softcap=softcap), None
 
 
 AttentionInterface.register(NAME, attend)
@@ -94,8 +94,8 @@ def newest_numbers(config: Any, now: Tensor, seen: Tensor) -> Masks:
 
     Args:
         config: the model's text config.
-        now: [] int64, the slot in which every row's token stands.
-        seen: [B, 1] int64, tokens of each row with this one, in the slots up to `now`.
+        now: int64, the slots where tokens stand: [B, T], or [] where all rows have one token in the same.
+        seen: [B, T] int64, tokens of each row up to this one, in the slots up to `now`.
     """
 
     def numbers(kind: str) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from linearize.decode.acceptance import accept_greedy, accept_sampled
 from linearize.decode.ahead import Ahead
 from linearize.decode.cache import tensors
+from linearize.decode.compiling import Compiled
 from linearize.decode.prefix import Prefix
 from linearize.decode.sampling import Sampling, draw
 from linearize.errors import LinearizeError
@@ -42,12 +43,14 @@ class Speculator:
         length: most tokens, prompt included, that softmax layers of either model hold.
         tokens: most new tokens.
         capture: capture a CUDA graph where there is CUDA; without, the same rounds run operation by operation.
+        compile: options of `torch.compile` for the forwards of a round, or None for the models' own operations.
 
     Attributes:
         rounds, accepted: [B] int64, of the last text: rounds until the row ended, and drafted tokens taken in them.
         seconds: from its first new token to its last.
         graph: the graph of a round, or None.
-        obstacle: why they are not, although they were to be captured, or None.
+        obstacle: why they are not, although they were to be captured, or why a forward is not compiled although it was
+            to be; or None.
     """
 
     def __init__(
@@ -63,11 +66,12 @@ class Speculator:
         length: int = 0,
         tokens: int = 1,
         capture: bool = True,
+        compile: dict[str, Any] | None = None,  # noqa: A002 - torch's name
     ) -> None:
         self.batch, self.ahead, self.sampling, self.most = batch, ahead, sampling, tokens
         # a row's last round may end behind its text, and rounds go ahead from there while other rows run
         room = length + 2 * (ahead + 1)
-        self.model, self.draft = Ahead(model, batch, room), Ahead(draft, batch, room)
+        self.model, self.draft = Ahead(model, batch, room), Ahead(draft, batch, room, singly=ahead + 1)
         self.length, self.device, self.pad = length, self.model.device, pad
         self.holds_tokens = self.model.holds_tokens or self.draft.holds_tokens
         self.known = draft.get_input_embeddings().weight.shape[0]
@@ -88,6 +92,7 @@ class Speculator:
         """Whether rounds without a graph may wait for the device; a test that they need not takes it away."""
         self.obstacle: str | None = None
         self._captures = capture and self.device.type == "cuda"
+        self._compiling = compile
         self._ready = False
 
     @torch.no_grad()
@@ -121,6 +126,8 @@ class Speculator:
             raise LinearizeError(
                 f"{total} tokens, {tokens} of them new, where there is room for {self.length} and {self.most}"
             )
+        if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
+            self._leave_to_masks()  # keys that are seen do not lie side by side: only a mask can say which they are
         self.prepare()
         if tokens < 1:
             return ids[:, :0]
@@ -157,12 +164,33 @@ class Speculator:
         """
         if self._ready:
             return
+        try:
+            self._make()
+        except (LinearizeError, RuntimeError):
+            # a family may want a mask where it is given numbers, or have scores that are not known here
+            if not self._leave_to_masks():
+                raise
+            log.debug("kept softmax layers are given masks", exc_info=True)
+            self._make()
+        self._ready = True
+
+    def _make(self) -> None:
+        """The states and the graph, by what is known of the softmax layers."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             if self._captures:
                 self._capture()
             else:
                 self._twice()
-        self._ready = True
+
+    def _leave_to_masks(self) -> bool:
+        """Softmax layers read all that they hold, from now on; whether that is new."""
+        sides = (self.model, self.draft)
+        if not any(side.newest for side in sides):
+            return False
+        for side in sides:
+            side.newest = False
+        self.graph, self._ready = None, False
+        return True
 
     def _read(
         self,
@@ -295,9 +323,16 @@ class Speculator:
             logits = side.start(torch.zeros_like(self.pair[:, :1]), None, None, 1)
             assert logits is not None
             self.width = logits.shape[1]
+        for side in (self.draft, self.model):
+            side.compiled = None
         self._idle()
         before = self._places()
+        for side in (self.draft, self.model):
+            if self._compiling is not None:
+                side.compiled = Compiled(side._forward_ahead, self._compiling)
         self._idle()
+        for side in (self.draft, self.model):
+            self.obstacle = self.obstacle or (None if side.compiled is None else side.compiled.obstacle)
         moved = [name for name, place in self._places().items() if before.get(name) != place]
         if moved:
             raise LinearizeError(

@@ -76,7 +76,7 @@ def test_from_states_of_one_text(folders, tmp_path, capsys):
         (["--draft", "student", "--draft-state", "x"], "--draft-state without --state"),
         (["--draft", "student", "--save-state", "x"], "--save-state with --draft"),
         (["--draft", "student", "--num-beams", "2"], "--num-beams with --draft"),
-        (["--draft", "student", "--compile"], "--compile with --draft"),
+        (["--draft", "student", "--compile", "--no-graph"], "--compile: it is the graph that is compiled"),
         (["--draft", "student", "--draft-tokens", "65"], "a draft of 65 tokens"),
         (["--draft", "student", "--device", "cuda"], "torch sees no CUDA device"),
     ],
@@ -132,7 +132,7 @@ def test_what_cannot_draft_is_named(monkeypatch):
     fine = Draft(student(), tokenizer)
     refused("beam search.*: a draft serves", fine, num_beams=2)
     refused("option repetition_penalty", fine, repetition_penalty=1.2)
-    refused("compile=True with a draft", fine, compile=True)
+    refused("compile=True: the model is on cpu", fine, compile=True)
     refused("graph=True: the model is on cpu", fine, graph=True)
     refused(
         "the draft cannot be decoded ahead of a text: a Linear is not",

@@ -79,7 +79,7 @@ def test_scores_that_are_not_known_are_left_to_masks(error, monkeypatch):
     def unknown(*given, **named):
         raise error("sinks")
 
-    monkeypatch.setattr(newest, "newest_step", unknown)
+    monkeypatch.setattr(newest, "newest_steps", unknown)
     model, (ids, mask) = hybrid("llama", [1, 2]), prompts("cpu")
     made = Decoder(model, 2, eos=[2], pad=0, length=64).generate(ids, mask, NEW)
     assert torch.equal(made, expected(model, ids, mask))

@@ -1,4 +1,4 @@
-"""One token over the newest keys of a ring: against float64 loops, in torch and (interpreted) in Triton."""
+"""A row's last tokens over the newest keys of a ring: against float64 loops, in torch and (interpreted) in Triton."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from linearize.kernels import dispatch, sharing
-from linearize.kernels.newest import newest_step
+from linearize.kernels.newest import newest_step, newest_steps
 
 RUNS = dispatch.interpreted() or torch.cuda.is_available()
 DEVICE = "cpu" if dispatch.interpreted() or not torch.cuda.is_available() else "cuda"
@@ -59,6 +59,75 @@ def loops(q, keys, values, newest, seen, scaling, softcap):
     return out
 
 
+SEVERAL = {
+    "five of three heads": (3, 9, 3, 70, 64, 64, 5),
+    "two of one head, odd widths": (2, 2, 2, 40, 24, 40, 2),
+    "more than a tile of few keys": (2, 4, 1, 30, 16, 16, 9),
+    "as many as there are slots": (2, 2, 1, 4, 8, 8, 4),
+}
+"""B, H, N, S, K, V, T."""
+
+
+def drawn_of_several(case, dtype):
+    """Tokens one behind the other, over the ring's end too; what they see grows by one, and is bounded by a window."""
+    *sizes, tokens = SEVERAL[case]
+    CASES[case] = tuple(sizes)
+    q, keys, values, newest, _ = drawn(case, dtype)
+    del CASES[case]
+    generator = torch.Generator().manual_seed(4)
+    q = torch.randn(*q.shape[:1], tokens, *q.shape[1:], generator=generator, dtype=torch.float64).to(dtype)
+    slots, order = sizes[3], torch.arange(tokens)
+    seen = torch.randint(1, slots - tokens + 2, (len(q), 1), generator=generator)
+    seen[0] = slots - tokens + 1
+    seen = seen + order
+    seen[1] = seen[1].clamp(max=3)
+    return q, keys, values, (newest[:, None] + order) % slots, seen
+
+
+def loops_of_several(q, keys, values, newest, seen, scaling, softcap):
+    each = [
+        loops(q[:, at], keys, values, newest[:, at], seen[:, at], scaling, softcap)
+        for at in range(q.shape[1])
+    ]
+    return torch.stack(each, 1)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("case", SEVERAL)
+def test_several_tokens_in_torch(case, softcap):
+    given = drawn_of_several(case, torch.float64)
+    got = newest_steps(*given, scaling=0.3, softcap=softcap)
+    torch.testing.assert_close(got, loops_of_several(*given, 0.3, softcap), atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.skipif(not RUNS, reason="needs TRITON_INTERPRET=1 or a CUDA device")
+@pytest.mark.parametrize("dtype, close", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("case", SEVERAL)
+def test_several_tokens_in_triton(case, softcap, dtype, close):
+    given = drawn_of_several(case, dtype)
+    with dispatch.kernels("triton"):
+        got = newest_steps(*(x.to(DEVICE) for x in given), scaling=0.3, softcap=softcap)
+    assert got.dtype == dtype
+    torch.testing.assert_close(
+        got.double().cpu(), loops_of_several(*given, 0.3, softcap), atol=close, rtol=close
+    )
+
+
+@pytest.mark.skipif(not RUNS, reason="needs TRITON_INTERPRET=1 or a CUDA device")
+@pytest.mark.parametrize("programs", [2, 64])
+def test_programs_that_share_a_key_head_of_several_tokens(programs, monkeypatch):
+    """Some of them find keys of the later tokens alone, some none at all."""
+    monkeypatch.setitem(SEVERAL, "long", (2, 3, 1, 700, 16, 16, 5))
+    monkeypatch.setattr(sharing, "processors", lambda device: programs)
+    monkeypatch.setattr(sharing, "WAVES", 2)
+    given = drawn_of_several("long", torch.float32)
+    given[4][1] = torch.tensor([126, 127, 128, 2, 1])
+    with dispatch.kernels("triton"):
+        got = newest_steps(*(x.to(DEVICE) for x in given), scaling=0.3, softcap=2.0)
+    torch.testing.assert_close(got.double().cpu(), loops_of_several(*given, 0.3, 2.0), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("case", CASES)
 def test_torch(case, softcap):
@@ -100,7 +169,9 @@ def test_refusal_names_the_rule():
     from linearize.kernels.newest.triton_step import covered
 
     with pytest.raises(dispatch.KernelError, match="differ"):
-        covered(q.half(), keys, values)
+        covered(q[:, None].half(), keys, values)
+    with pytest.raises(dispatch.KernelError, match="600 tokens of 2 query heads"):
+        covered(q[:, None].expand(-1, 600, -1, -1), keys, values)
 
 
 @pytest.mark.skipif(not RUNS, reason="needs TRITON_INTERPRET=1 or a CUDA device")
