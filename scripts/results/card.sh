@@ -59,9 +59,12 @@ drafts() {  # SECONDS
             'data.mix={}' eval.max_windows=4 eval.ablations=false run.device="$device" --out "$out/drafts/$name" \
             >"$out/logs/draft-$name.log" 2>&1
     done
-    timeout -k 10 $((until - SECONDS)) "$python" scripts/speculative.py "$model" --drafts "$out"/drafts/{swa_sinks,best_constant} \
-        --context 7900 --batch 64 1 --draft-tokens 4 --temperature 0 --tokens 96 --repeats 2 --device "$device" "$@" \
-        --out "$out/speculative.json" >"$out/logs/speculative.log" 2>&1
+    for compiled in "" --compile; do
+        # shellcheck disable=SC2086
+        timeout -k 10 $((until - SECONDS)) "$python" scripts/speculative.py "$model" --drafts "$out"/drafts/{swa_sinks,best_constant} \
+            --context 7900 --batch 64 1 --draft-tokens 4 --temperature 0 --tokens 96 --repeats 2 --device "$device" $compiled \
+            --out "$out/speculative.json" >>"$out/logs/speculative.log" 2>&1
+    done
     say "drafts ended with $?"
 }
 
