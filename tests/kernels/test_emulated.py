@@ -218,7 +218,7 @@ def test_a_compiled_kernel(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ("pinned_documents", "one"))
+@pytest.mark.parametrize("case", ("pinned_general",))
 def test_real_kernels(case):
     """Packed documents' pinned keys, whose gradients a loop's lost copy gave to the first document."""
     pytest.importorskip("triton", reason="kernels need Triton to compile")

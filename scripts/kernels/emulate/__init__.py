@@ -6,7 +6,7 @@ Triton's interpreter runs the Python of a kernel, and hides what its compiler ma
 bounds and for races between barriers, `block` runs one block behind the other, and `device` stands in for
 `linearize.kernels.launch.launch`.
 
-    python scripts/kernels/emulate tests/kernels/test_window_linear_triton.py -k triton-pinned_documents
+    python scripts/kernels/emulate tests/kernels/test_window_linear_triton.py -k triton-pinned_general
 
 An instruction, a modifier or an operand that is not known ends the run with its name; nothing is guessed.
 
