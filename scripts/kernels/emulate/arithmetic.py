@@ -247,3 +247,16 @@ def build_permute(instruction: Instruction, threads: Threads) -> Action:
         target(found.view(np.uint32)[:, 0])
 
     return action
+
+
+def build_count(instruction: Instruction, threads: Threads) -> Action:
+    """popc: how many bits are set."""
+    instruction.only(())
+    target = threads.target(instruction.operands[0])
+    source = threads.source(instruction.operands[1], instruction.type)
+
+    def action() -> None:
+        found = np.ascontiguousarray(source()).view(np.uint8).reshape(threads.count, -1)
+        target(np.unpackbits(found, axis=1).sum(1, dtype=np.uint32))
+
+    return action

@@ -25,6 +25,7 @@ BUILDERS: dict[str, Builder] = {
     "bfi": arithmetic.build_bits,
     "lop3": arithmetic.build_logic,
     "prmt": arithmetic.build_permute,
+    "popc": arithmetic.build_count,
     "setp": conversion.build_compare,
     "selp": conversion.build_select,
     "cvt": conversion.build_convert,
@@ -90,6 +91,25 @@ def prepare(program: Program, instruction: Instruction, threads: Threads) -> Ste
         raise UnknownInstruction(text, f"its form ({error})") from error
 
 
+def prepare_all(program: Program, threads: Threads) -> list[Step]:
+    """Make functions of all instructions, so that nothing runs where one is not known.
+
+    Raises:
+        UnknownInstruction: the first that is not modelled, with the names of the others.
+    """
+    steps, unknown = [], []
+    for instruction in program.instructions:
+        try:
+            steps.append(prepare(program, instruction, threads))
+        except UnknownInstruction as error:
+            unknown.append((instruction.name, error))
+    if unknown:
+        own, first = unknown[0]
+        others = sorted({name for name, _ in unknown} - {own})
+        raise UnknownInstruction(first.text, first.why, others) from first
+    return steps
+
+
 def run(
     program: Program,
     count: int,
@@ -115,7 +135,7 @@ def run(
         UnknownInstruction: an instruction anywhere in the kernel is not modelled.
     """
     threads = Threads(program, count, arguments, grid, memory, shared)
-    steps = [prepare(program, instruction, threads) for instruction in program.instructions]
+    steps = prepare_all(program, threads)
     with np.errstate(all="ignore"):
         for place in np.ndindex(*reversed(grid)):
             threads.begin(tuple(reversed(place)))

@@ -99,7 +99,9 @@ def build_select(instruction: Instruction, threads: Threads) -> Action:
 
 
 def build_convert(instruction: Instruction, threads: Threads) -> Action:
-    """cvt between integers and floats; two float32 into a pair of 16-bit floats, the first operand the high one.
+    """cvt between integers and floats, and of floats to whole ones.
+
+    Two float32 go into a pair of 16-bit floats, the first operand into its high half.
 
     Raises:
         UnknownInstruction: there is no such conversion, rounding or type here.
@@ -109,7 +111,7 @@ def build_convert(instruction: Instruction, threads: Threads) -> Action:
     sources = [threads.source(operand, kind) for operand in instruction.operands[1:] if kind in TYPES]
     narrows = (to, kind) in (("f16", "f32"), ("bf16", "f32"), ("f32", "f64"), ("tf32", "f32"), ("f16", "f64"))
     rounding = {"rna"} if to == "tf32" else {"rn"} if narrows or to in PAIRS else set()
-    if is_float(kind) and not is_float(to) and to in TYPES:
+    if is_float(kind) and to in TYPES and (not is_float(to) or to == kind in ("f32", "f64")):
         rounding = set(TO_WHOLE)
     elif is_float(to) and not is_float(kind):
         rounding = {"rn"}
@@ -130,7 +132,8 @@ def build_convert(instruction: Instruction, threads: Threads) -> Action:
         if to == "bf16":
             target(narrow(x.astype(np.float32), to))
             return
-        found = to_integer(whole(x), to) if whole else x.astype(TYPES[to])
+        x = whole(x) if whole else x
+        found = to_integer(x, to) if whole and not is_float(to) else x.astype(TYPES[to])
         if not is_float(to) and found.dtype.itemsize < width.itemsize:
             found = found.astype(np.int64).astype(width)  # a register's upper bits are the number's sign
         target(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -13,10 +14,13 @@ class EmulationError(Exception):
 class UnknownInstruction(EmulationError):
     """An instruction that is not modelled; a guess would hide what this tool looks for."""
 
-    def __init__(self, text: str, why: str = "the operation") -> None:
+    def __init__(self, text: str, why: str = "the operation", others: Sequence[str] = ()) -> None:
+        self.text, self.why = text, why
         super().__init__(
-            f"'{text}': {why} is not known to the emulator, which does not guess. Add it to "
-            "scripts/kernels/emulate with a case in tests/kernels/test_emulated.py (wgmma: compile for sm_80)"
+            f"'{text}': {why} is not known to the emulator, which does not guess"
+            + (f"; nor are, in the same kernel, {', '.join(others)}" if others else "")
+            + ". Add it to scripts/kernels/emulate with a case in tests/kernels/test_emulated.py "
+            "(wgmma: compile for sm_80, --arch 80)"
         )
 
 
