@@ -18,6 +18,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="emulate", description=__doc__, allow_abbrev=False)
     parser.add_argument("--arch", type=int, default=90, choices=(80, 90), help="of the GPU (default: 90)")
     options, rest = parser.parse_known_args()
+    if not rest:
+        parser.error(
+            "name a test, as tests/kernels/test_slots_triton.py -k mild-float32: all of them would take very long"
+        )
     sys.path[:0] = [str(ROOT / "scripts" / "kernels"), str(ROOT), str(ROOT / "tests")]
     os.chdir(ROOT)
 

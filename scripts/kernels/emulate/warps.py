@@ -28,11 +28,10 @@ def build_product(instruction: Instruction, threads: Threads) -> Action:
     Raises:
         UnknownInstruction: other shapes, layouts or types.
     """
-    *_, shape, first, second, to, kind, other = instruction.modifiers
+    shape, kind = instruction.modifiers[2], instruction.modifiers[-1]
     expected = ("sync", "aligned", shape, "row", "col", "f32", kind, kind)
     if instruction.modifiers != expected or instruction.type != "f32" or (shape, kind) not in PRODUCTS:
         raise UnknownInstruction(instruction.text, "the matrix product")
-    assert (first, second, to, other) == ("row", "col", "f32", kind)
     size, count = int(shape.rpartition("k")[2]), threads.count // WARP
     targets = [threads.target(name) for name in vector(instruction.operands[0])]
     left, right = ([threads.source(x, "b32") for x in vector(part)] for part in instruction.operands[1:3])
