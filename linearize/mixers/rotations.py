@@ -47,18 +47,19 @@ class Way:
         told = [self.pairs, *([] if self.tables == "twice" else [self.tables])]
         return "-".join(told + ["last"] * self.last + ["backwards"] * self.backwards)
 
-    def turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def turned(self, x: Tensor, cos: Tensor, sin: Tensor, over: Tensor | float = 1.0) -> Tensor:
         """x [..., K] with its first or last pairs of dims turned.
 
         Args:
             x: queries or keys.
             cos, sin: [..., P], spread over the axes of `x`, of P pairs.
+            over: what the turned are divided by; [..., P] likewise.
         """
         width = 2 * cos.shape[-1]
         start = x.shape[-1] - width if self.last else 0
         before, own, behind = x[..., :start], x[..., start : start + width], x[..., start + width :]
         a, b = own.chunk(2, -1) if self.pairs == "half" else (own[..., ::2], own[..., 1::2])
-        made = (a * cos - b * sin, b * cos + a * sin)
+        made = ((a * cos - b * sin) / over, (b * cos + a * sin) / over)
         own = torch.cat(made, -1) if self.pairs == "half" else torch.stack(made, -1).flatten(-2)
         return torch.cat([before, own, behind], -1) if width < x.shape[-1] else own
 
@@ -158,5 +159,4 @@ def rotate_back(x: Tensor, rotation: Any, name: str = HALF) -> Tensor:
     assert found is not None, "the way was found by a rotation of this form"
     x = x.to(accumulator(x.dtype))
     cos, sin = (table[:, :, None].to(x.dtype) for table in found)
-    size = cos.square() + sin.square()
-    return way.turned(x, cos / size, -sin / size)
+    return way.turned(x, cos, -sin, cos.square() + sin.square())

@@ -44,8 +44,8 @@ def test_every_recipe(name, monkeypatch):
         looked_at(model, LENGTHS[0], backward=False)  # the first pass of all does more
         short, long, *longer = (looked_at(model, tokens) for tokens in lengths)
     if longer:
-        # a level more for twice the text, not a loop over tokens
-        assert long.operations - short.operations == longer[0].operations - long.operations > 0
+        # at most a level more for twice the text, not a loop over tokens; none where all levels are read together
+        assert long.operations - short.operations == longer[0].operations - long.operations >= 0
     else:
         # a text shorter than a window of blocks has some more
         assert short.operations >= long.operations

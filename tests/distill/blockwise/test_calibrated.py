@@ -117,7 +117,7 @@ def test_all_ways_are_those_of_a_whole_run(
     whole.restore(model, job.calibration)
     assert all(torch.equal(value, expected[name]) for name, value in whole.state(model).items())
     assert json.loads((job.calibration / whole.DONE).read_text())["layers"] == found
-    assert tried[0] == tried[1] and len(tried[0]) == 4
+    assert tried[0] == tried[1] and len(tried[0]) == (6 if mixer is WINDOWED else 4)
     assert ("window alone" in tried[0]) == (mixer is WINDOWED)
 
 
