@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
+from linearize.bench import quiet
 from linearize.cli.checkpoint import load
 from linearize.data.builtin import sample
 from linearize.decode import Decoder, Draft, Sampling
@@ -64,6 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--compile", action="store_true", help="steps and rounds, as `linearize generate` does"
     )
+    parser.add_argument(
+        "--turn", type=Path, metavar="DIR", help="where processes that share the device stand still meanwhile"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
     model, tokenizer = _loaded(options.path, options)
@@ -91,12 +96,13 @@ def main(arguments: list[str] | None = None) -> int:
     for pair in options.pairs:
         path, _, draft = pair.partition("=")
         models.setdefault(path, []).append(draft)
-    for path, drafts in models.items():
-        model, tokenizer = _loaded(path, options)
-        for name in drafts:
-            Draft(*_loaded(name, options)).check(model, tokenizer)
-        for place in places:
-            _place(found, path, drafts, place, options)
+    with nullcontext() if options.turn is None else quiet.known(options.turn):
+        for path, drafts in models.items():
+            model, tokenizer = _loaded(path, options)
+            for name in drafts:
+                Draft(*_loaded(name, options)).check(model, tokenizer)
+            for place in places:
+                _place(found, path, drafts, place, options)
     return 0
 
 
@@ -181,11 +187,13 @@ def _without(
         decoder = Decoder(model, place[1], _sampling(place[2]), length=length, compile=compiling)
         decoder.prepare()
         seconds = []
-        for _ in range(options.repeats):
-            decoder.read(ids, None)
-            began = _now(model)
-            decoder.run(options.tokens - 1)
-            seconds.append(_now(model) - began)
+        decoder.read(ids, None)
+        with quiet.alone(options.turn):
+            for _ in range(options.repeats):
+                decoder.read(ids, None)
+                began = _now(model)
+                decoder.run(options.tokens - 1)
+                seconds.append(_now(model) - began)
         made = decoder.generate(ids, None, options.tokens).cpu()
     except (LinearizeError, RuntimeError) as error:
         return row | {"refused": " ".join(str(error).split())[:200]}, None
@@ -211,11 +219,13 @@ def _with(
         )  # fmt: skip
         made.prepare()
         seconds, taken, rounds = [], 0, 0
-        for repeat in range(options.repeats):
-            torch.manual_seed(repeat)
-            text = made.generate(ids, None, options.tokens).cpu()
-            seconds.append(made.seconds)
-            taken, rounds = taken + int(made.accepted.sum()), rounds + int(made.rounds.sum())
+        made.generate(ids, None, 1)
+        with quiet.alone(options.turn):
+            for repeat in range(options.repeats):
+                torch.manual_seed(repeat)
+                text = made.generate(ids, None, options.tokens).cpu()
+                seconds.append(made.seconds)
+                taken, rounds = taken + int(made.accepted.sum()), rounds + int(made.rounds.sum())
     except (LinearizeError, RuntimeError) as error:
         return row | {"refused": " ".join(str(error).split())[:200]}
     row |= {

@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from judging import Judgement, add_options, state_bytes
 from sheet import ROOT, Sheet
-from starts_table import join, table
+from starts_runs import folder_of, results_of, starts_of
+from starts_table import MEASURED, PUBLISHED, join, table
 from transformers import set_seed
 
 from linearize import data, distill, models, surgery
@@ -75,6 +76,13 @@ def main(arguments: list[str] | None = None) -> int:
     found.setdefault("teacher", {})
     for name in names:
         row = found["rows"].setdefault(name, {})
+        if options.published_only:
+            if _composed(name).stages and PUBLISHED not in row:
+                row[PUBLISHED] = measured.trained(name, on=False)
+                found["teacher"] |= results_of(folder_of(options, name, on=False))["teacher"]
+                sheet.write()
+            print(f"{name:18} {json.dumps(row.get(PUBLISHED))}", flush=True)
+            continue
         if options.train and options.calibrated_only and _composed(name).stages:
             if not _whole(row, options):
                 try:
@@ -91,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "calibrated" not in row:
             row |= {"calibrated": None, **measured.calibrated(name)}
             sheet.write()
-        for key, on in (("after", True), ("after, published start", False)):
+        for key, on in (("after", True), (PUBLISHED, False)):
             if (
                 options.train
                 and (on or not options.calibrated_only)
@@ -151,12 +159,12 @@ def _side_by_side(sheet: Sheet, names: list[str], options: argparse.Namespace, a
             made = json.loads(part.read_text()) if part.exists() else {"rows": {}}
             found["teacher"] = made.get("teacher") or found.get("teacher", {})
             if code and options.train and options.calibrated_only:  # what it had measured before it ended
-                made["rows"][name] = made["rows"].get(name, {}) | _starts_of(_out(options, name, on=True))
-            said = {key: row for key, row in made["rows"].items() if row.get("swapped") or row.get("after")}
+                made["rows"][name] = made["rows"].get(name, {}) | starts_of(folder_of(options, name, on=True))
+            said = {key: row for key, row in made["rows"].items() if row}
             found["rows"] |= said
             failed += [name] if code else []
             sheet.write()
-            short = {key: made["rows"].get(name, {}).get(key) for key in ("swapped", "calibrated", "after")}
+            short = {key: row for key, row in made["rows"].get(name, {}).items() if key in MEASURED}
             print(f"{name:22} {code or ''} {json.dumps(short)}", flush=True)
     if failed:
         print(f"failed, see {parts}: {', '.join(failed)}")
@@ -242,10 +250,14 @@ class _Start:
 
     def trained(self, name: str, *, on: bool) -> dict[str, float]:
         """After `--train` tokens in the proportions of the recipe's stages, at its rates."""
-        recipe, out = self._training(name, on=on), _out(self.options, name, on=on)
-        if not (out / "done.json").is_file():
+        recipe, out = self._training(name, on=on), folder_of(self.options, name, on=on)
+        last = f"after {list(recipe.stages)[-1]}"
+        if last not in results_of(out):
+            exporting.checkpoint = lambda *given, **also: (
+                given[3].checkpoint
+            )  # its rows are all that is wanted
             distill.run(self.options.model, recipe, out, resume=out.is_dir(), recipe_name=name)
-        return list(_results(out).values())[-1]
+        return results_of(out)[last]
 
     def whole(self, name: str, row: dict[str, Any], keep: Callable[[], None]) -> dict[str, float]:
         """All of a row from one run, without its checkpoint; what a run that failed had measured is in the row too.
@@ -257,13 +269,12 @@ class _Start:
         Returns:
             The teacher's perplexities.
         """
-        recipe, out = self._training(name, on=True), _out(self.options, name, on=True)
-        recipe.run.compile = "never"  # compiling takes longer than a million tokens do
+        recipe, out = self._training(name, on=True), folder_of(self.options, name, on=True)
         row["state_bytes"] = state_bytes(self._converted(recipe))
 
         def instead(*given: Any, **also: Any) -> Path:
             """In the place of a run's export: its rows, and its judgement, are all that is wanted."""
-            row["after"] = _results(out)[f"after {list(recipe.stages)[-1]}"]
+            row["after"] = results_of(out)[f"after {list(recipe.stages)[-1]}"]
             keep()
             if self.options.judge:
                 row["judged"] = self.judged(name, given[0])
@@ -273,14 +284,14 @@ class _Start:
         exporting.checkpoint = instead
         try:
             distill.run(self.options.model, recipe, out, resume=out.is_dir(), recipe_name=name)
-            row["after"] = _results(out)[f"after {list(recipe.stages)[-1]}"]
+            row["after"] = results_of(out)[f"after {list(recipe.stages)[-1]}"]
         finally:
-            row |= _starts_of(out)
-        return _results(out)["teacher"]
+            row |= starts_of(out)
+        return results_of(out)["teacher"]
 
     def judged(self, name: str, model: Any = None) -> dict[str, Any]:
         """What the judge finds of a model in memory, by default the untrained one, or why it found nothing."""
-        out = _out(self.options, name, on=True)
+        out = folder_of(self.options, name, on=True)
         model = self._converted(self._recipe(name)) if model is None else model
         texts = {"" if name == "demo" else name: source for name, source in self.sources.items()}
         dtype = resolve_weights(self.run, self.device)
@@ -307,6 +318,7 @@ class _Start:
                 tokens=max(STEP * int(length), stage.tokens * self.options.train // whole),
             )
         texts = {text: source for text, source in self.sources.items() if source != "builtin"}
+        recipe.run.compile = "never"  # compiling takes longer than a million tokens do
         recipe.eval = EvalConfig(
             length=self.options.length, max_windows=self.options.windows, texts=texts, ablations=False
         )
@@ -314,43 +326,15 @@ class _Start:
 
 
 def _whole(row: dict[str, Any], options: argparse.Namespace) -> bool:
+    if options.published_only:
+        return PUBLISHED in row
     return "after" in row and (not options.judge or "judged" in row)
-
-
-def _out(options: argparse.Namespace, name: str, *, on: bool) -> Path:
-    runs: Path = options.runs
-    return runs / f"{name.replace(' ', '+')}-{'calibrated' if on else 'published'}"
-
-
-def _starts_of(out: Path) -> dict[str, Any]:
-    """What a row has before any training, from a run's folder, whole or not."""
-    results = _results(out)
-    titles = (("swapped", "swapped, untrained"), ("calibrated", "calibrated"))
-    found: dict[str, Any] = {key: results.get(title) for key, title in titles}
-    done = out / f"stage-0-{calibrate.NAME}" / calibrate.DONE
-    if done.is_file():
-        layers = json.loads(done.read_text())["layers"]
-        found["layers"] = [[round(layer["before"], 4), round(layer["after"], 4)] for layer in layers]
-    return found
 
 
 def _composed(name: str) -> Recipe:
     """A row's recipe: its name is that of a shipped one, and behind it what is changed."""
     recipe, *changes = name.split()
     return compose(recipe, changes)
-
-
-def _results(out: Path) -> dict[str, dict[str, float]]:
-    """Name of a row of results.json -> its perplexities, by the names of this script."""
-    path = out / "results.json"
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    return {
-        row["name"]: {
-            ("demo" if text == data.HELD_OUT else text): round(value, 2)
-            for text, value in row["perplexity"].items()
-        }
-        for row in rows
-    }
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -378,6 +362,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--source", nargs="*", default=[], metavar="FILE", help="training text, the demo's by default"
     )
     parser.add_argument("--calibrated-only", action="store_true", help="no training from the published start")
+    parser.add_argument(
+        "--published-only", action="store_true", help="training from the published start alone"
+    )
     parser.add_argument(
         "--jobs", type=int, default=1, help="recipes at once, a process each, dealt out to the cards"
     )

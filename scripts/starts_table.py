@@ -13,13 +13,15 @@ SPEEDS = "bf16, compiled, captured"
 
 MEASURED = ("swapped", "calibrated", "after")
 """What a row has of perplexities."""
+PUBLISHED = "after, published start"
+"""The same after training from the swapped model; it may come from a sheet of its own, with a commit of its own."""
 
 
 def join(found: dict[str, Any], sheets: list[dict[str, Any]]) -> None:
     """Sheets of one model and the same texts in one: the newest row under its recipe's name, older ones beside it.
 
     A row that was cut before its training does not take the place of a trained one, and an older one that says nothing
-    else than the newer is left out.
+    else than the newer is left out. Trainings from the published start are put into the newest row, with their commit.
 
     Args:
         found: filled, in place.
@@ -33,9 +35,15 @@ def join(found: dict[str, Any], sheets: list[dict[str, Any]]) -> None:
     rows: dict[str, dict[str, Any]] = {}
     runs: list[dict[str, Any]] = []
     notes: list[str] = []
+    published: dict[str, dict[str, Any]] = {}
     for sheet in sheets:
         for name, row in sheet["rows"].items():
             row = {"commit": sheet["commit"], **row}
+            if PUBLISHED in row:
+                published[name] = {PUBLISHED: row.pop(PUBLISHED)}
+                published[name]["published commit"] = row.pop("published commit", row["commit"])
+            if not any(row.get(key) for key in (*MEASURED, "judged")):
+                continue
             if name in rows:
                 new, old = (
                     (row, rows[name])
@@ -53,6 +61,8 @@ def join(found: dict[str, Any], sheets: list[dict[str, Any]]) -> None:
         notes += [note for note in sheet.get("notes", []) if note not in notes]
     newest = {name: rows[_recipe_of(name)] for name in rows}
     rows = {name: row for name, row in rows.items() if row is newest[name] or _says_more(row, newest[name])}
+    for name, made in published.items():
+        rows.setdefault(name, {"commit": made["published commit"]}).update(made)
     found |= {key: sheets[-1][key] for key in ("command", "date", "commit", "settings")}
     found |= {"teacher": sheets[0]["teacher"], "runs": runs, "rows": rows} | (
         {"notes": notes} if notes else {}
@@ -71,7 +81,7 @@ def table(found: dict[str, Any]) -> str:
     keys = [
         ("swapped", "swapped"),
         ("calibrated", "calibrated"),
-        ("after, published start", "trained from the swap"),
+        (PUBLISHED, "trained from the swap"),
         ("after", "trained from the calibrated start"),
     ]
     keys = [(key, title) for key, title in keys if any(row.get(key) for row in found["rows"].values())]
@@ -99,7 +109,7 @@ def table(found: dict[str, Any]) -> str:
     newest = {key: rows[_recipe_of(key)] for key in rows}
     for key, row in sorted(rows.items(), key=lambda pair: (_rank(newest[pair[0]]), pair[0])):
         name = _recipe_of(key)
-        if row.get("swapped") or row.get("after"):
+        if any(row.get(key) for key, _ in keys):
             cells = [number((row.get(column) or {}).get(text)) for text in texts for column, _ in keys]
             kib = f"{row['state_bytes'] / 1024:,.0f}" if row.get("state_bytes") else ""
             cells += [str(row.get("seconds", "")), kib, speeds.get(name, "")]
@@ -129,5 +139,5 @@ def _speeds() -> dict[str, str]:
 
 
 def _rank(row: dict[str, Any]) -> float:
-    measured = row.get("calibrated") or row.get("swapped") or row.get("after")
+    measured = row.get("calibrated") or row.get("swapped") or row.get("after") or row.get(PUBLISHED)
     return float(max((measured or {"": 0.0}).values()))

@@ -35,7 +35,7 @@ export PYTHONPATH=tests:.${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=fals
     exit 2
 }
 watch=()
-"$python" -c 'import pytest_timeout' 2>/dev/null && watch=(--timeout 300 --timeout-method thread)
+"$python" -c 'import pytest_timeout' 2>/dev/null && watch=(--timeout 600 --timeout-method thread)
 
 suite() { # NAME ARGUMENTS...
     local name=$1 most=0

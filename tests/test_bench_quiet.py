@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +69,39 @@ def test_an_error_lets_them_go_on(tmp_path, counting):
     with pytest.raises(ValueError), quiet.others(tmp_path):
         raise ValueError
     assert grows(counting, 30)
+
+
+def test_what_a_process_has_begun_stands_still_too(tmp_path):
+    path = tmp_path / "count"
+    path.write_text("")
+    parent = subprocess.Popen(
+        ["sh", "-c", f"(while :; do echo >> {path}; sleep 0.01; done) & wait"], start_new_session=True
+    )
+    try:
+        assert grows(path, 30)
+        assert len(quiet.follow(tmp_path, [parent.pid])) >= 2
+        with quiet.alone(tmp_path):
+            time.sleep(0.1)
+            assert not grows(path, 0.5)
+        assert grows(path, 30)
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+        parent.wait()
+    assert quiet.follow(tmp_path, [parent.pid]) == []
+    with quiet.alone(None):
+        pass
+
+
+def test_a_command_has_its_turn_alone(tmp_path, counting):
+    script = Path(__file__).resolve().parents[1] / "scripts" / "results" / "turns.py"
+    asked = [sys.executable, str(script), "alone", str(tmp_path), "30"]
+    grown = (
+        "import os, sys, time; size = lambda: os.stat(sys.argv[1]).st_size; at = size(); time.sleep(0.5); "
+    )
+    grown += "sys.exit(size() > at + 1)"
+    assert subprocess.run([*asked, sys.executable, "-c", grown, str(counting)]).returncode == 0
+    assert grows(counting, 30)
+    assert (
+        subprocess.run([sys.executable, str(script), "alone", str(tmp_path)], capture_output=True).returncode
+        == 2
+    )

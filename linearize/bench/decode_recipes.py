@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.bench import report, whole
+from linearize.bench import quiet, report, whole
 from linearize.bench.profiles import kept, profiled
 from linearize.bench.recipes import about, device_of, say
 from linearize.bench.subjects import RANDOM, TEACHER, chosen, convert, random_model
@@ -71,7 +71,7 @@ def main(options: argparse.Namespace) -> int:
 def rows(name: str, options: argparse.Namespace, device: torch.device, budget: Budget) -> Iterator[Row]:
     """The rows of one recipe, or of the teacher: its prompts, then its tokens."""
     model: Any = None
-    turn = options.out / "turn.lock" if options.only else None
+    turn = options.out / quiet.TURN if options.only else None
     ways: dict[str, dict[str, Any] | None] = {} if options.compile == ALONE else {"graph": None}
     if options.compile:
         ways["graph, compiled"] = {}

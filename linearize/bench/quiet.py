@@ -14,6 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock
+
+TURN = "turn.lock"
+"""The file that whoever times holds."""
 FOLDER = "processes"
 """Of files that are named after processes, and hold when they began."""
 MOST = 60
@@ -33,13 +37,56 @@ def known(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def others(folder: Path | None) -> Iterator[None]:
-    """Inside, the other processes that are known in a folder stand still; None: there is nobody to stop."""
+def alone(folder: Path | None, most: int | None = None) -> Iterator[None]:
+    """Inside, it is this process's turn on the device, and the others that are known in a folder stand still.
+
+    Args:
+        folder: that the processes share; None: nobody else is there.
+        most: seconds after which the others go on whatever happens (default: `MOST`).
+    """
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / TURN), others(folder, most):
+        yield
+
+
+def follow(folder: Path, roots: list[int]) -> list[int]:
+    """Make processes and all that they have begun known, so that they stand still too; gives those found.
+
+    For programs that know nothing of turns, such as tests: whoever began them calls this again and again.
+
+    Args:
+        folder: that the processes share.
+        roots: numbers of processes.
+    """
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = int(stat.read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found: list[int] = []
+    left = list(roots)
+    while left:
+        pid = left.pop()
+        began = _began(pid)
+        if began is not None and pid not in found:
+            found.append(pid)
+            (folder / FOLDER / str(pid)).write_text(began, encoding="utf-8")
+            left += children.get(pid, [])
+    return found
+
+
+@contextmanager
+def others(folder: Path | None, most: int | None = None) -> Iterator[None]:
+    """Inside, the other processes that are known in a folder stand still, so long at most; None: nobody is there."""
     found = [] if folder is None else [pid for pid in _known_in(folder / FOLDER) if pid != os.getpid()]
     if not found:
         yield
         return
-    again = ["sh", "-c", f"sleep {MOST}; kill -CONT {' '.join(map(str, found))}"]
+    again = ["sh", "-c", f"sleep {MOST if most is None else most}; kill -CONT {' '.join(map(str, found))}"]
     watch = subprocess.Popen(
         again, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
     )

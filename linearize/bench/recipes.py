@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock
 
-from linearize.bench import report, whole
+from linearize.bench import quiet, report, whole
 from linearize.bench.profiles import kept
 from linearize.bench.subjects import chosen, convert, layers_of_each, random_model
 from linearize.bench.training_step import Step, way_of
@@ -77,7 +77,7 @@ def main(options: argparse.Namespace) -> int:
 def rows(name: str, options: argparse.Namespace, device: torch.device, budget: Budget) -> Iterator[Row]:
     """The rows of one recipe, or of the teacher."""
     model, step, ahead = None, None, None
-    turn = FileLock(options.out / "turn.lock") if options.only else nullcontext()
+    turn = FileLock(options.out / quiet.TURN) if options.only else nullcontext()
     switches = {"compiled": options.compile, "captured": options.captured}
     way = way_of(options.precision, **switches)
     if options.only and not budget.spent:

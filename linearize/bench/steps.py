@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.autograd import DeviceType
 from transformers import TrainerCallback
+
+from linearize.bench import quiet
 
 WARM = 4
 """Steps that are not timed: kernels compile, graphs are captured, the optimizer gets its moments."""
@@ -32,6 +36,7 @@ class Clocked(TrainerCallback):
         spend: seconds of timed steps.
         profile: whether one further step is looked into.
         warm: steps that are not timed.
+        beside: a folder of processes that stand still meanwhile, see `quiet.alone`.
 
     Attributes:
         first: seconds until the first step was done.
@@ -41,7 +46,15 @@ class Clocked(TrainerCallback):
         profiled: `busy`, `kernels`, `products` and `bound`, where asked for.
     """
 
-    def __init__(self, device: torch.device, *, spend: float, profile: bool, warm: int = WARM) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        spend: float,
+        profile: bool,
+        warm: int = WARM,
+        beside: Path | None = None,
+    ) -> None:
         self.device, self.spend, self.profile, self.warm = device, spend, profile, warm
         self.first = self.seconds = 0.0
         self.count = 0
@@ -50,6 +63,7 @@ class Clocked(TrainerCallback):
         self._marks: list[Any] = []
         self._began = self._timed_from = 0.0
         self._recorder: Any = None
+        self._beside, self._turn = beside, ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = time.perf_counter()
@@ -63,6 +77,7 @@ class Clocked(TrainerCallback):
         if self._recorder is not None:
             self._wait()
             self._recorder.__exit__(None, None, None)
+            self._turn.close()
             self.profiled = looked_into(self._recorder, self.seconds, self.device)
             control.should_training_stop = True
             return
@@ -78,9 +93,15 @@ class Clocked(TrainerCallback):
         if timed >= LEAST and long:
             self._conclude()
             control.should_training_stop = not self.profile
+            if not self.profile:
+                self._turn.close()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._turn.close()
 
     def _mark(self) -> None:
         if not self._marks:
+            self._turn.enter_context(quiet.alone(self._beside))
             self._wait()
             self._timed_from = time.perf_counter()
         if self.device.type == "cuda":

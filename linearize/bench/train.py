@@ -12,13 +12,15 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 
-from linearize.bench import flops, report, whole
+from linearize.bench import flops, quiet, report, whole
 from linearize.bench.recipes import about, device_of, say
 from linearize.bench.steps import Clocked
 from linearize.bench.subjects import SHAPES, TEACHER, chosen, convert, random_model
@@ -86,8 +88,9 @@ def main(options: argparse.Namespace) -> int:
         torch.set_float32_matmul_precision("high")  # as a run has it
     page = Page(options, device)
     try:
-        for row in rows(names if options.only else [TEACHER, *names], options, device, page.budget):
-            page.add(row)
+        with quiet.known(options.out) if options.only else nullcontext():
+            for row in rows(names if options.only else [TEACHER, *names], options, device, page.budget):
+                page.add(row)
     except Stopped as stop:
         raise LinearizeError(f"{stop}; what was measured is in {page.path}") from stop
     say(f"train.json and train.md in {options.out}")
@@ -228,7 +231,8 @@ def step(
             teacher=teacher,
         )
         with opened as trainer:
-            clock = Clocked(device, spend=options.seconds, profile=options.profile)
+            beside = options.out if options.only else None
+            clock = Clocked(device, spend=options.seconds, profile=options.profile, beside=beside)
             trainer.add_callback(clock)
             trainer.train()
             loss = trainer.take_window()["loss"]
@@ -282,13 +286,15 @@ class Page:
         self.budget = Budget(options.budget)
         self.about = report.facts(about(device), None, report.given(options))
         self.rows = whole.read(self.path)
+        options.out.mkdir(parents=True, exist_ok=True)
 
     def add(self, row: Row) -> None:
-        """Write and say a row."""
+        """Write and say a row; what other processes have written into the folder meanwhile stays."""
         row = {**row, "device": self.about["device"]["name"]}
-        self.rows = compared(whole.merged(self.rows, row))
-        whole.write(self.path, self.rows)
-        self.path.with_suffix(".md").write_text(markdown(self.about, self.rows), encoding="utf-8")
+        with FileLock(self.path.with_suffix(".lock")):
+            self.rows = compared(whole.merged(whole.read(self.path), row))
+            whole.write(self.path, self.rows)
+            self.path.with_suffix(".md").write_text(markdown(self.about, self.rows), encoding="utf-8")
         say(f"{time.monotonic() - self.started:4.0f} s  {said(self.rows[-1])}")
 
 

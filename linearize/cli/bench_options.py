@@ -205,7 +205,11 @@ def train(parser: argparse.ArgumentParser) -> None:
         help="torch: the same mathematics in plain PyTorch (default: auto)",
     )
     parser.add_argument("--checkpointing", action="store_true", help="compute activations twice, keep none")
-    parser.add_argument("--only", action="store_true", help="without the softmax model's own step")
+    parser.add_argument(
+        "--only",
+        action="store_true",
+        help="without the softmax model's own step; several processes may share --out: they time in turns",
+    )
     parser.add_argument(
         "--window-dropout",
         type=given.share,
