@@ -51,6 +51,7 @@ class Recurrent(nn.Module):
         self.shape, self.delayed = shape, delayed
         self.feature_map, self.update, self.normalizer = feature_map, update, normalizer
         self.short_conv, self.gate = short_conv, gate
+        update.at_zero = feature_map.at_zero
         if gate is not None:
             update.decay = "feature" if gate.per_feature else "head"
         self.by_products = False

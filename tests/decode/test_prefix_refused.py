@@ -100,6 +100,19 @@ def test_facts_that_only_the_model_can_judge(model, path):
         load_state(forged(path, last=1, tokens=22), model)
 
 
+def test_sums_of_something_else(tmp_path):
+    """States of whole features, as they were before sums were of what is above the map's value at zero."""
+    mixer = {"feature_map": {"name": "elu"}, "update": {"name": "mala"}, "normalizer": {"name": "none"}}
+    model = surgery.convert(tiny.model(num_hidden_layers=1), mixer)
+    path = save_state(read_ids(model, tiny.tokens(1, 21)), tmp_path / "a.state")
+    load_state(path, model)
+    forged(path, lambda held: {name.replace("_from_zero", ""): x for name, x in held.items()})
+    with pytest.raises(
+        LinearizeError, match=r"'0\.norms', which none of this model's layers holds; .*read the text again"
+    ):
+        load_state(path, model)
+
+
 def test_names_that_are_none(path):
     with pytest.raises(CheckpointError, match=r"a tensor is called 'sums', and should be LAYER\.NAME"):
         load_state(forged(path, lambda held: {**held, "sums": torch.zeros(1)}))

@@ -53,6 +53,17 @@ def test_all_maps_are_here():
 
 
 @pytest.mark.parametrize("name", SHARED + LEARNED)
+def test_its_value_at_zero(name):
+    """For what is taken off keys and added back, any number would do; only this one leaves digits to short keys."""
+    feature_map = made(name)
+    if feature_map.at_zero:
+        features = feature_map.key(torch.zeros(2, 5, 2, 8, dtype=torch.float64), POSITION)
+        close(features, torch.full_like(features, feature_map.at_zero))
+    else:
+        assert name != "elu"
+
+
+@pytest.mark.parametrize("name", SHARED + LEARNED)
 def test_shapes_and_signs(name):
     feature_map = made(name)
     q, k = heads(4), heads(2, seed=1)

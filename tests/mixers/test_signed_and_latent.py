@@ -8,6 +8,7 @@ from compositions import SHAPES, Draw, make
 
 from linearize.kernels import dispatch
 from linearize.mixers import build, check
+from linearize.mixers.update import Stream
 
 SHAPE = SHAPES["grouped"]
 LATTE = {"feature_map": {"name": "exp"}, "update": {"name": "latte"}, "normalizer": {"name": "none"}}
@@ -131,6 +132,58 @@ def test_kernels_give_what_the_parts_do(name):
     for one, two in zip(*found.values(), strict=True):
         scale = max(1.0, two.abs().max().item())
         torch.testing.assert_close(one, two, atol=1e-4 * scale, rtol=0)
+
+
+def in_sixteen_bits(monkeypatch, name, x):
+    """What the rule gives, and the gradients of q, k and v, from bfloat16 as a GPU's kernels read and round it, and in
+    float64 from the same numbers."""
+    found, read = [], Stream.narrow
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for dtype in (torch.float64, torch.bfloat16):
+        mixer = {**MIXERS[name], "feature_map": {"name": "elu"}}
+        made, given, seen = (
+            make(mixer, SHAPE, dtype).to(device),
+            x.apply(lambda y: y.bfloat16().to(device)),
+            [],
+        )
+        given = given.apply(lambda y, dtype=dtype: y.to(dtype).requires_grad_())
+        made.recurrent.normalizer.register_forward_hook(
+            lambda *call, seen=seen: seen.append(call[2].numerator)
+        )
+        narrow = dtype == torch.bfloat16 and device == "cpu"  # no kernel of Triton's, and so nothing narrowed
+        rounded = (
+            (lambda self, *tensors, grows=False: tuple(y.bfloat16() for y in tensors)) if narrow else read
+        )
+        monkeypatch.setattr(Stream, "narrow", rounded)
+        out = given.run(made.chunked).double()
+        signs = torch.arange(out.numel(), dtype=torch.float64, device=device).cos().view_as(out)
+        grads = torch.autograd.grad((out * signs).sum(), [given.q, given.k, given.v])
+        found.append([y.detach().double().cpu() for y in (*seen, *grads)])
+    return found
+
+
+@pytest.mark.parametrize("name", ["mala", "inline"])
+def test_deviations_keep_their_digits_in_sixteen_bits(name, monkeypatch):
+    """Features about one: the sums themselves would leave 7 % of the deviations to rounding."""
+    x = Draw.of(SHAPE, 128, torch.float64, batch=1)
+    x.q, x.k = x.q / 10, x.k / 10
+    wanted, found = in_sixteen_bits(monkeypatch, name, x)
+    count = torch.arange(1, 129)[:, None, None]
+    mean = (x.v.bfloat16().double().cumsum(1) / count).repeat_interleave(SHAPE.group, 2)
+    assert (found[0] - wanted[0]).norm() < 0.01 * (wanted[0] - mean).norm()
+    for which in (1, 3):
+        assert (found[which] - wanted[which]).norm() < 0.01 * wanted[which].norm(), "qkv"[which - 1]
+
+
+@pytest.mark.parametrize("below", [6, 8, 20])
+def test_no_quotient_of_rounding_errors(below, monkeypatch):
+    """Keys that are negative throughout: their weights add up to less than is lost beside those of zeros."""
+    x = Draw.of(SHAPE, 70, torch.float64, batch=1)
+    x.k = x.k - below
+    wanted, found = in_sixteen_bits(monkeypatch, "mala", x)
+    assert all(y.isfinite().all() for y in found)
+    # what is left of the deviations is little, but the rest is the mean, and neither nothing nor many times the values
+    assert (found[0] - wanted[0]).norm() < 0.5 * wanted[0].norm()
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,14 @@ class FeatureMap(Part):
         non_negative: phi(q).phi(k) >= 0 for every q and k, so a running sum of the key features can normalize.
         uses_position: `query` and `key` need `position`; the others ignore it.
         products: see `Products`, or None for other maps.
+        at_zero: what every feature of a key of zeros is, where most features of keys lie about it; 0.0 elsewhere, as
+            with powers of e and shares of a sum, whose many small ones would be lost in a difference from it.
     """
 
     non_negative: ClassVar[bool] = True
     uses_position: ClassVar[bool] = False
     products: Products | None = None
+    at_zero: float = 0.0
     feature_dim: int
     state_heads: int
 

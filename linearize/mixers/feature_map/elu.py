@@ -20,6 +20,8 @@ class ELU(ParameterFree):
     softmax 58.8).
     """
 
+    at_zero = 1.0
+
     @dataclass
     class Config(Part.Config):
         pass

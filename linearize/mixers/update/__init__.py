@@ -122,6 +122,7 @@ class Update(Part):
         uses_hidden: whether it reads the layer's input.
         takes_products: whether without a gate it takes q and k as a map `projected` them; see `Stream.scale`.
         decay: the kind of gate that it runs under, one of `decays`; set by whoever wires the branch.
+        at_zero: of the feature map, see there; set by whoever wires the branch.
         learned: the state that every text begins with, or None for an empty one.
         mix: [D], how much of the token before it reads in place of a token, or None for nothing (token shift).
         first: mixes values with those of the model's first converted layer, or None.
@@ -152,6 +153,7 @@ class Update(Part):
         self.heads, self.feature_dim, self.value_dim = heads, feature_dim, value_dim
         self.running_sum = running_sum
         self.decay = "none"
+        self.at_zero = 0.0
         self.register_parameter("mix", None)
         self.learned: LearnedStart | None = None
         self.first: FirstValues | None = None

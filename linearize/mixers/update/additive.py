@@ -54,11 +54,17 @@ class Additive(Update):
         if self.learned is not None:
             self.learned.start()
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """Of the two sums in the state."""
+        return "sums", "norms"
+
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         shape = (batch, self.heads, self.feature_dim)
-        state = {"sums": torch.zeros(*shape, self.value_dim, dtype=dtype, device=device)}
+        sums, norms = self.names
+        state = {sums: torch.zeros(*shape, self.value_dim, dtype=dtype, device=device)}
         if self.running_sum:
-            state["norms"] = torch.zeros(shape, dtype=dtype, device=device)
+            state[norms] = torch.zeros(shape, dtype=dtype, device=device)
         return state if self.learned is None else state | self.decayed(batch, dtype, device)
 
     def keys(self, stream: Stream) -> Tensor:
@@ -186,12 +192,13 @@ class Additive(Update):
     def _written(
         self, state: State, numerator: Tensor, denominator: Tensor | None, after: GatedState
     ) -> Partial:
-        kept = dict(zip(("sums", "norms"), after, strict=True))
+        kept = dict(zip(self.names, after, strict=True))
         state.write({name: value for name, value in kept.items() if value is not None})
         return Partial(numerator, denominator)
 
     def _state(self, state: State) -> tuple[Tensor, Tensor | None]:
-        return state["sums"], state["norms"] if self.running_sum else None
+        sums, norms = self.names
+        return state[sums], state[norms] if self.running_sum else None
 
 
 def _sums(k: Tensor, v: Tensor, log_decay: Tensor | None, docs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

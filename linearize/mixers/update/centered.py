@@ -24,6 +24,9 @@ class InLine(Additive):
     longer have the same weights. c = scale / t, `scale` learned for each query head, is the softmax to first order in
     its scores; c = scale (`averaged` false) is published, whose deviations grow with the text.
 
+    What all keys have in common is no deviation: sums are of k - a, a the map's value at zero (`FeatureMap.at_zero`).
+    The same in exact numbers, it leaves digits to the differences where features lie about a.
+
     Limitations: no decay; weights may be negative, where softmax's are not.
     """
 
@@ -51,24 +54,37 @@ class InLine(Additive):
     def reset_parameters(self) -> None:
         fill(self.scale, self.config.scale)
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """Of other sums another name, so that a kept state that has the features themselves is refused."""
+        return ("sums_from_zero", "norms_from_zero") if self.at_zero else super().names
+
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         values = torch.zeros(batch, self.heads, self.value_dim, dtype=dtype, device=device)
         seen = torch.zeros(batch, dtype=torch.int64, device=device)
         return super().initial(batch, dtype, device) | {"values": values, "seen": seen}
 
+    def keys(self, stream: Stream) -> Tensor:
+        """k - a, and nothing where nobody sees the key: there its features are zero already."""
+        if not self.at_zero:
+            return stream.k
+        return stream.k - stream.valid[..., None, None].to(stream.k.dtype) * self.at_zero
+
     def parallel(self, stream: Stream) -> Partial:
         place, _ = positions(stream.valid, stream.docs, stream.docs.new_zeros(len(stream.docs)))
         total = running(self._values(stream), stream.docs)
         stream = replace(stream, log_decay=stream.k.new_zeros(stream.k.shape[:3]))
-        return self._centered(super().parallel(stream), total, place)
+        return self._centered(super().parallel(stream), stream.q, total, place)
 
     def chunked(self, stream: Stream, state: State) -> Partial:
         total, place = self._carried(stream, state)
-        return self._centered(super().chunked(stream, state), total, place)
+        # once, as the kernel reads it: what is added to its weights is of the same query
+        stream = replace(stream, q=stream.narrow(stream.q, grows=True)[0])
+        return self._centered(super().chunked(stream, state), stream.q, total, place)
 
     def step(self, stream: Stream, state: State) -> Partial:
         total, place = self._carried(stream, state)
-        return self._centered(super().step(stream, state), total, place)
+        return self._centered(super().step(stream, state), stream.q, total, place)
 
     def _values(self, stream: Stream) -> Tensor:
         return stream.v * stream.valid[..., None, None].to(stream.v.dtype)
@@ -79,18 +95,27 @@ class InLine(Additive):
         state.write({"values": total[:, -1].to(state["values"].dtype), "seen": seen})
         return total, place
 
-    def _centered(self, made: Partial, total: Tensor, place: Tensor) -> Partial:
-        """From S_t^T q_t and n_t.q_t, sums of values [B, T, M, V] and places in the document [B, T]."""
+    def _centered(self, made: Partial, q: Tensor, total: Tensor, place: Tensor) -> Partial:
+        """From S_t^T q_t and n_t.q_t of keys less a, queries, sums of values [B, T, M, V] and places in the document
+        [B, T]."""
         assert made.denominator is not None
         found, weight = made.numerator.to(total.dtype), made.denominator[..., None].to(total.dtype)
         count = (place + 1).clamp_min(1)[:, :, None, None].to(total.dtype)
         mean = (total / count).repeat_interleave(found.shape[2] // self.heads, 2)
         scale = self.scale.to(total.dtype)[:, None]
         scale = scale / count if self.config.averaged else scale
-        return Partial(self.base(found, weight, mean) + scale * (found - weight * mean), None)
+        apart = found - weight * mean
+        return Partial(self.base(mean, apart, made, q, count) + scale * apart, None)
 
-    def base(self, found: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
-        """What the deviations are added to: weights that add up to one."""
+    def base(self, mean: Tensor, apart: Tensor, made: Partial, q: Tensor, count: Tensor) -> Tensor:
+        """What the deviations are added to: weights that add up to one.
+
+        Args:
+            mean, apart: m and S^T q - (n.q) m, [B, T, H, V].
+            made: S^T q and n.q of keys less a.
+            q: [B, T, H, F].
+            count: t, [B, T, 1, 1].
+        """
         return mean
 
 
@@ -98,13 +123,22 @@ class InLine(Additive):
 class MALA(InLine):
     """w_ts = s_ts / sum_r s_tr + c (s_ts - mean of s_t): linear attention and the deviations of its scores.
 
-    In the paper's order (c + 1 / n.q) S^T q - c (n.q) m, with c = 1 there. Features must not be negative.
+    In the paper's order (c + 1 / n.q) S^T q - c (n.q) m, with c = 1 there; here m + (c + 1 / n.q) (S^T q - (n.q) m),
+    the bracket as in `inline`. Features must not be negative.
 
-    Limitations: deviations are small differences of large sums where all features are near one number, as those of
-    elu + 1 are for short queries and keys; in bfloat16 few of their digits are left.
+    Limitations: where features of keys are nearly all far below a (elu + 1 of keys that are negative throughout),
+    k - a is nearly -a, and in bfloat16 few digits of the deviations are left. A sum of weights below the rounding of
+    t a.q counts as that much, and the quotient moves to the mean.
     """
 
     positive = True
 
-    def base(self, found: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
-        return torch.where(weight > 0, found / weight.clamp_min(torch.finfo(weight.dtype).tiny), 0.0)
+    def base(self, mean: Tensor, apart: Tensor, made: Partial, q: Tensor, count: Tensor) -> Tensor:
+        assert made.denominator is not None
+        weight = made.denominator[..., None].to(mean.dtype)
+        if self.at_zero:
+            common = self.at_zero * count * q.sum(-1, keepdim=True, dtype=mean.dtype)
+            # a smaller sum is the rounding error of this one, and nothing to divide by
+            weight = torch.maximum(weight + common, torch.finfo(made.numerator.dtype).eps * common)
+        tiny = torch.finfo(weight.dtype).tiny
+        return torch.where(weight > 0, mean + apart / weight.clamp_min(tiny), 0.0)
