@@ -105,3 +105,20 @@ def test_a_command_has_its_turn_alone(tmp_path, counting):
         subprocess.run([sys.executable, str(script), "alone", str(tmp_path)], capture_output=True).returncode
         == 2
     )
+
+
+def test_what_stopped_processes_had_launched_is_waited_for(tmp_path, counting, monkeypatch):
+    busy, said = tmp_path / "busy", tmp_path / "said"
+    busy.write_text("")
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {said}\n[ -e {busy} ] && echo 97 || echo 0\nrm -f {busy}\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with quiet.others(tmp_path):
+        assert not busy.exists() and len(said.read_text().splitlines()) == 2
+        assert said.read_text().splitlines()[0].endswith("-i 3")
+    busy.write_text("")
+    with quiet.others(tmp_path / "none"):
+        assert busy.exists(), "there was nobody to wait for"

@@ -1,8 +1,8 @@
 """Processes that share a device stand still while one of them times: a step beside others' steps took a third more.
 
 They compile at once, and what compiles also launches whenever it is ready. So whoever times stops the others'
-processes for those seconds (SIGSTOP) and lets them go on. Should it be killed meanwhile, a process that it began for
-that lets them go on.
+processes for those seconds (SIGSTOP), waits until what they had launched is done, and lets them go on. Should it be
+killed meanwhile, a process that it began for that lets them go on.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,8 @@ FOLDER = "processes"
 """Of files that are named after processes, and hold when they began."""
 MOST = 60
 """Seconds after which the others go on whatever happens."""
+QUEUED = 20.0
+"""Seconds at most that are waited for what stopped processes had launched; steps of theirs may stand in line."""
 
 
 @contextmanager
@@ -92,11 +95,30 @@ def others(folder: Path | None, most: int | None = None) -> Iterator[None]:
     )
     try:
         _signal(found, signal.SIGSTOP)
+        _until_idle()
         yield
     finally:
         _signal(found, signal.SIGCONT)
         os.killpg(watch.pid, signal.SIGKILL)
         watch.wait()
+
+
+def _until_idle() -> None:
+    """Until every device that this process may use says that it does nothing; at once where nothing tells."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    asked = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    asked += [] if not visible else ["-i", visible]
+    end = time.monotonic() + QUEUED
+    while time.monotonic() < end:
+        try:
+            said = subprocess.run(
+                asked, capture_output=True, text=True, timeout=10, check=True
+            ).stdout.split()
+        except (OSError, subprocess.SubprocessError):
+            return
+        if not any(share.isdecimal() and int(share) for share in said):
+            return
+        time.sleep(0.2)
 
 
 def _known_in(folder: Path) -> list[int]:
