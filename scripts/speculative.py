@@ -294,7 +294,7 @@ def _table(found: dict[str, Any]) -> str:
         if "refused" in row:
             cells[6] = row["refused"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *(["", found["note"]] if "note" in found else [])]) + "\n"
 
 
 if __name__ == "__main__":

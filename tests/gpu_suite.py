@@ -34,7 +34,7 @@ LAST = ("test_contract", "test_random_compositions", "test_nothing_widened", "te
 PRINTED = 4_000
 """Characters that are kept of what a failed test printed, the last ones."""
 MANY = 40
-"""Tests of one function that are one line, where all of them have passed."""
+"""Tests of one function that are one line, if more of them have passed, or were skipped."""
 
 
 def _folder() -> Path:
@@ -103,7 +103,7 @@ def results(folder: Path) -> dict[str, tuple[str, float]]:
 
 
 def table(found: dict[str, tuple[str, float]]) -> Iterator[str]:
-    """Counts, what failed, and a line a test; many of one function that have all passed are one line."""
+    """Counts, what failed, and a line a test; many of one function that have passed are one line."""
     outcomes = [outcome for outcome, _ in found.values()]
     counts = ", ".join(
         f"{outcomes.count(outcome):,} {outcome.lower()}" for outcome in ("PASSED", "FAILED", "SKIPPED")
@@ -115,10 +115,13 @@ def table(found: dict[str, tuple[str, float]]) -> Iterator[str]:
 
 
 def _lines(function: str, names: list[str], found: dict[str, tuple[str, float]]) -> Iterable[str]:
-    seconds = sum(found[name][1] for name in names)
-    if len(names) > MANY and all(found[name][0] == "PASSED" for name in names):
-        return [f"PASSED {len(names):,} of {function} ({seconds:.0f} s)"]
-    return [f"{found[name][0]} {name} ({found[name][1]:.1f} s)" for name in names]
+    for outcome in ("FAILED", "PASSED", "SKIPPED"):
+        same = [name for name in names if found[name][0] == outcome]
+        if len(same) > MANY and outcome != "FAILED":
+            seconds = sum(found[name][1] for name in same)
+            yield f"{outcome} {len(same):,} of {function} ({seconds:.0f} s)"
+        else:
+            yield from (f"{outcome} {name} ({found[name][1]:.1f} s)" for name in same)
 
 
 if __name__ == "__main__":

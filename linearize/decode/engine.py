@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from linearize.decode.cache import tensors
-from linearize.decode.joined import INDUCTOR, Joining
+from linearize.decode.compiling import Compiled
 from linearize.decode.masks import Masks, token_masks
 from linearize.decode.newest import attending, fits, newest_numbers
-from linearize.decode.ordered import in_order
 from linearize.decode.prefix import Prefix
 from linearize.decode.reader import Reader
 from linearize.decode.sampling import Sampling
 from linearize.errors import LinearizeError
-from linearize.kernels.dispatch import KernelError
 from linearize.recording import record
 
 log = logging.getLogger(__name__)
@@ -74,7 +72,6 @@ class Decoder(Reader):
         super().__init__(model, batch, length)
         self.sampling = sampling
         self.steps = 0
-        self.obstacle: str | None = None
 
         def whole(*size: int, fill: Any = 0, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.full(size, fill, dtype=dtype, device=self.device)
@@ -84,15 +81,17 @@ class Decoder(Reader):
         self.recent, self.column = whole(batch, BLOCK), whole(1)
         self.eos = torch.tensor(list(eos), dtype=torch.int64, device=self.device)
         self.pad = whole(fill=pad)
-        self._step: Callable[[], None] = self._eager_step
-        self._joining: Joining | None = None
-        self._compiling = compile
-        if compile is not None:
-            self._compile(join="mode" not in compile)
+        self.compiled = None if compile is None else Compiled(self._eager_step, compile, "the step")
+        self._step: Callable[[], None] = self.compiled or self._eager_step
         self._graph: torch.cuda.CUDAGraph | None = None
         self._capturing = capture
         self._ready = False
         self._newest = newest and self.keeps_softmax and fits(model, self.config)
+
+    @property
+    def obstacle(self) -> str | None:
+        """See above."""
+        return None if self.compiled is None else self.compiled.obstacle
 
     @torch.no_grad()
     def generate(
@@ -193,8 +192,8 @@ class Decoder(Reader):
             self._newest = False
             if self._ready:
                 self._make()
-        if self._joining is not None:
-            self._joining.refresh()
+        if self.compiled is not None:
+            self.compiled.refresh()
         self._reset()
         self._take(self.fill(ids, mask, prefix))
 
@@ -258,43 +257,16 @@ class Decoder(Reader):
         self.finished.zero_()
         self.column.zero_()
 
-    def _compile(self, *, join: bool) -> None:
-        """Let the next step be compiled, with products of one input joined or as they are."""
-        options = dict(self._compiling or {})
-        self._joining = Joining(options.get("backend", INDUCTOR)) if join else None
-        if self._joining is not None:
-            options["backend"] = self._joining
-        self._step = torch.compile(self._eager_step, dynamic=False, **options)
-
     def _twice(self) -> None:
         """Two steps; the first, never compiled, makes the states, the second must leave every tensor where it is."""
         self._eager_step()
         before = {name: x.data_ptr() for name, x in tensors(self.cache).items()}
-        self._once_compiled()
+        self._step()
         moved = [name for name, x in tensors(self.cache).items() if before.get(name) != x.data_ptr()]
         if moved:
             raise LinearizeError(
                 f"states that are not written in place cannot be replayed: {', '.join(moved[:3])}"
             )
-
-    def _once_compiled(self) -> None:
-        """A step by which it is compiled, in the model's own operations where it cannot be."""
-        while True:
-            try:
-                with in_order():
-                    return self._step()
-            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-                if isinstance(error.__cause__, torch.cuda.OutOfMemoryError | KernelError):
-                    raise error.__cause__ from error
-                why = " ".join(str(error).split())[:200] or type(error).__name__
-                log.debug("where it could not be compiled", exc_info=error)
-            if self._joining is not None:
-                log.warning("the step is compiled without joining products: %s", why)
-                self._compile(join=False)
-            else:
-                self.obstacle = why
-                log.warning("the step is not compiled, which is slower: %s", why)
-                self._step = self._eager_step
 
     def _capture(self) -> None:
         with torch.cuda.device(self.device):

@@ -329,7 +329,7 @@ class Speculator:
         before = self._places()
         for side in (self.draft, self.model):
             if self._compiling is not None:
-                side.compiled = Compiled(side._forward_ahead, self._compiling)
+                side.compiled = Compiled(side._forward_ahead, self._compiling, "a round's forward")
         self._idle()
         for side in (self.draft, self.model):
             self.obstacle = self.obstacle or (None if side.compiled is None else side.compiled.obstacle)

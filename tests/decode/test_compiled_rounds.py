@@ -54,6 +54,27 @@ def test_what_cannot_be_compiled_runs_as_it_is():
     assert "not today" in made.obstacle
 
 
+def test_every_size_is_compiled():
+    """torch counts what it compiles by code, and stops at eight: a ninth batch would run operation by operation."""
+    met = []
+
+    def counting(graph, inputs):
+        met[-1] += 1
+        return graph
+
+    model = random_model("cpu", torch.float32, "tiny", **SIZES)
+    ids = tiny.tokens(10, 5) % 97
+    for rows in range(1, 11):
+        met.append(0)
+        Decoder(model, rows, length=9, compile={"backend": counting}).generate(ids[:rows], None, 3)
+    for ahead_by in range(1, 10):
+        met.append(0)
+        made = Speculator(model, model, 2, ahead_by, length=9, tokens=4, compile={"backend": counting})
+        made.generate(ids[:2], None, 4)
+        assert made.obstacle is None
+    assert min(met[:10]) == 1 and min(met[10:]) >= 2, met
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["swa_sinks", "best_constant", "lolcats", TEACHER])

@@ -13,7 +13,7 @@ from torch._higher_order_ops.auto_functionalize import can_auto_functionalize
 
 from linearize import kernels
 from linearize.bench.subjects import convert, random_model
-from linearize.decode import Decoder, engine
+from linearize.decode import Decoder, compiling
 from linearize.kernels import dispatch
 
 SIZES = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 2}
@@ -65,7 +65,7 @@ def test_a_compiled_token_equals_one_that_is_not(recipe):
         expected = Decoder(model, 2, length=32).generate(ids, mask, 4)
         decoder = Decoder(model, 2, length=32, compile=options)
         assert torch.equal(decoder.generate(ids, mask, 4), expected)
-        assert decoder._joining.joined, "projections have the same input in every layer"
+        assert decoder.compiled.joining.joined, "projections have the same input in every layer"
 
 
 @pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1")
@@ -85,7 +85,7 @@ def test_what_reads_a_state_stays_before_what_writes_into_it(ordered, monkeypatc
         raise RuntimeError("that is all")
 
     if not ordered:
-        monkeypatch.setattr(engine, "in_order", nullcontext)
+        monkeypatch.setattr(compiling, "in_order", nullcontext)
     model = convert(random_model("cpu", torch.bfloat16, "tiny", **{**SIZES, "num_hidden_layers": 1}), "based")
     torch._dynamo.reset()
     with dispatch.kernels("triton"), torch._inductor.config.patch(post_grad_custom_post_pass=look):

@@ -159,7 +159,10 @@ def test_a_model_decodes_as_it_does_without(recipe, device):
     assert torch.equal(decoder.generate(ids, None, 5), expected)
     assert decoder.obstacle is None
     # xatl: decays and the output's gate; lizard: a gate
-    assert decoder._joining.joined == {"teacher": [3, 2], "xatl": [5, 2], "lizard": [4, 2]}[recipe] * layers
+    assert (
+        decoder.compiled.joining.joined
+        == {"teacher": [3, 2], "xatl": [5, 2], "lizard": [4, 2]}[recipe] * layers
+    )
     with torch.no_grad():
         for projection in ("q_proj", "k_proj"):
             for name, weight in model.named_parameters():
@@ -180,4 +183,4 @@ def test_a_step_that_does_not_compile_joined_compiles_as_it_is(monkeypatch):
     torch._dynamo.reset()
     decoder = Decoder(model, 1, length=32, compile={"backend": "aot_eager"})
     decoder.prepare()
-    assert decoder.obstacle is None and decoder._joining is None
+    assert decoder.obstacle is None and decoder.compiled.joining is None

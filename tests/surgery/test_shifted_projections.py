@@ -285,7 +285,7 @@ def test_a_compiled_token_equals_one_that_is_not():
     decoder = Decoder(model, 2, length=32, compile=options)
     assert torch.equal(decoder.generate(ids, mask, 4), expected)
     assert decoder.obstacle is None
-    assert decoder._joining.joined == [2], "those into the MLP; q, k and v have an input each"
+    assert decoder.compiled.joining.joined == [2], "those into the MLP; q, k and v have an input each"
     width, keys = 32, 16
     assert matrices[width, width] == 2, "q, and behind the attention"
     assert matrices[width, keys] == 2, "k and v"
