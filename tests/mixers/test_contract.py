@@ -158,6 +158,29 @@ def test_a_call_of_padding_alone_leaves_the_state_empty(mixer, gaps):
     close(torch.cat(parts, 1)[valid], x.run(made.parallel, valid=valid)[valid])
 
 
+@mixers
+def test_padding_behind_a_text_leaves_its_state(mixer):
+    """More of it than a chunk, and calls in which a row has no token: it goes on as the row without them."""
+    made, tokens = make(mixer, SHAPES["grouped"], torch.float64), 24
+    x = Draw.of(SHAPES["grouped"], tokens, torch.float64)
+    own = [13, 16]  # what a state is split by, a power of two among others, ends here and goes on there
+    state, read, outs = made.initial_state(2, torch.float64, x.q.device), [0, 0], [[], []]
+    # tokens of each row, and how long the call is
+    for counts, length in ((own, 150), ((0, 1), 2), ((1, 0), 1), ((0, 0), 70), ((3, 0), 3), ((0, 2), 5)):
+        at = torch.arange(length)
+        taken = torch.stack([(first + at).clamp_max(tokens - 1) for first in read])
+        valid = at < torch.tensor(counts)[:, None]
+        piece = x.apply(lambda y, taken=taken: torch.stack([row[i] for row, i in zip(y, taken, strict=True)]))
+        with torch.no_grad():
+            out = piece.run(made.step if length == 1 else made.chunked, valid=valid, state=state)
+        for row, count in enumerate(counts):
+            outs[row].append(out[row, :count])
+            read[row] += count
+    expected = x.run(made.parallel)
+    for row, count in enumerate(read):
+        close(torch.cat(outs[row]), expected[row, :count])
+
+
 @placed
 def test_packed_documents_do_not_see_each_other(mixer, shape):
     made = make(mixer, shape, torch.float64)
