@@ -10,6 +10,7 @@ import itertools
 import pytest
 import torch
 from compositions import SHAPES, Draw, label, make, registered
+from rounding import close, moved, moves
 from saved_once import unpacked_once
 
 from linearize.mixers import PARTS, build
@@ -28,12 +29,6 @@ placed = pytest.mark.parametrize(
     ],
 )
 PRECISIONS = [("f32", torch.float32, 1e-5), ("f64", torch.float64, 1e-10)]
-
-
-def close(out: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-10) -> None:
-    """Equal to `tolerance` of the largest value, or of one if that is smaller."""
-    scale = max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(out, expected, atol=tolerance * scale, rtol=0)
 
 
 def test_every_part_is_covered():
@@ -61,7 +56,19 @@ def test_chunked_equals_parallel(mixer, shape, dtype, tolerance, tokens):
     expected = x.run(made.parallel)
     assert expected.shape == (2, tokens, shape.heads, shape.value_dim)
     assert expected.dtype == dtype
-    close(x.run(made.chunked), expected, tolerance)
+    close(x.run(made.chunked), expected, tolerance, moves(mixer, shape, x))
+
+
+@pytest.mark.parametrize("mixer", registered()[::16], ids=label)
+def test_float32_is_as_near_as_its_rounding(mixer):
+    """To what float64 makes of the same numbers, in either form: that is what `moved` says."""
+    shape = SHAPES["capped"]
+    made, x = make(mixer, shape, torch.float32), Draw.of(shape, 131, torch.float32)
+    exact = x.apply(torch.Tensor.double).run(make(mixer, shape, torch.float32).double().parallel)
+    allowed = moved(mixer, shape, x)
+    assert 1e-9 < allowed.max() / exact.abs().max() < 1e-4
+    for form in (made.parallel, made.chunked):
+        close(x.run(form).double(), exact, 1e-6, lambda: allowed)
 
 
 @placed
@@ -103,7 +110,9 @@ def test_state_carries_across_calls(mixer, dtype, tolerance, cuts):
         parts = [x[:first].run(made.chunked, valid=valid[:, :first], state=state)]
         parts += [x[t : t + 1].run(made.step, state=state) for t in range(first, second)]
         parts.append(x[second:].run(made.chunked, state=state))
-    close(torch.cat(parts, 1)[valid], expected[valid], tolerance)
+    out = torch.cat(parts, 1)
+    out[~valid] = expected[~valid]  # which is nobody's
+    close(out, expected, tolerance, moves(mixer, shape, x, valid=valid))
 
 
 @mixers
