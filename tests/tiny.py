@@ -10,6 +10,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from linearize.models import soft_cap
+
 VOCABULARY = 97
 
 COMMON = {
@@ -109,6 +111,8 @@ def model(family: str = "llama", *, seed: int = 0, **changes: object) -> PreTrai
     for parameter in made.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
+    if soft_cap.capped(made.config):
+        soft_cap.honor_soft_cap(made)  # as every teacher that is loaded
     return made
 
 

@@ -86,9 +86,9 @@ def stretches_chunk(
     if before is None:
         before = place.new_zeros(len(place))
     if state is not None:
-        # behind the token that comes next, a pair may begin
+        # with the token that comes next, if there is one, a pair may begin
         bits = stretches.block.bit_length() - 1
-        first, last = before >> bits, (before - 1).clamp_min(0) >> bits
+        first, last = bounds(place, before, chunk, 1)[:, 0] >> bits, (before - 1).clamp_min(0) >> bits
         level = torch.arange(stretches.count, device=place.device)
         still = first[:, None] >> level == last[:, None] >> level
         if stretches.older:
@@ -157,7 +157,7 @@ class Cut:
 
     Attributes:
         own: [B, N, C] block of each token in its document.
-        first: [B, N] that of the token that would come first in the chunk, if it went on with the document before.
+        first: [B, N] that of the token that would come first in the chunk, see `bounds`.
         written: [B, N, S, C] bool, whether the token writes to the state that leaves its chunk.
         carried: [B, N, S] bool, whether what enters is still of the state when the chunk ends.
         live: [B, N, S] bool, whether queries read the state that enters.
@@ -190,10 +190,20 @@ class Cut:
 
 def bounds(place: Tensor, before: Tensor, chunk: int, count: int) -> Tensor:
     """[B, N + 1] place of the token that would come first in each chunk, if it went on with the document before; last
-    that of the last token, as what is carried behind it is split by its block."""
-    inner = place[:, chunk - 1 : (count - 1) * chunk : chunk] + 1
-    last = place[:, -1:] if place.shape[1] else before[:, None]
-    return torch.cat([before[:, None], inner, last.clamp_min(0)], 1)
+    that of the last token, as what is carried behind it is split by its block.
+
+    Where nothing but padding follows, no token comes, and no pair begins: there too it is that of the last token, so
+    that all that a state holds is carried over padding behind a text, and over a call that has no token of a row.
+    """
+    tokens, last = place.shape[1], (before - 1)[:, None]
+    behind = torch.cat([last, place[:, chunk - 1 : (count - 1) * chunk : chunk]], 1)
+    if not tokens:
+        return last.clamp_min(0).expand(-1, 2)
+    # places change with every token of a document
+    comes = torch.cat([last, place], 1).diff(dim=1) != 0
+    read = torch.where(comes, torch.arange(1, tokens + 1, device=place.device), 0).amax(1, keepdim=True)
+    follows = torch.arange(count, device=place.device) * chunk < read
+    return torch.cat([behind + follows, place[:, -1:]], 1).clamp_min(0)
 
 
 def _read(

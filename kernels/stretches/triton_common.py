@@ -28,7 +28,7 @@ def load_blocks(place, batch, first, rows, tokens, BITS: tl.constexpr):
 
 @triton.jit
 def load_bound(bounds, batch, chunk, chunks):
-    """Place of the token that would come first in a chunk, if the document before went on."""
+    """Place of the token that would come first in a chunk, if the document before went on; see `chunk.bounds`."""
     return tl.load(bounds + batch * (chunks + 1) + chunk)
 
 
@@ -43,10 +43,14 @@ def is_live(bound, level, C: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.conste
 
 @triton.jit
 def is_carried(bound, following, level, BITS: tl.constexpr, LEVELS: tl.constexpr):
-    """Whether what the state of `level` holds at `bound` is something, and is still of it at `following`."""
+    """Whether what the state of `level` holds at `bound` is something, and is still of it at `following`.
+
+    Where both are one place the chunk is padding behind a text, whose last token that is, or has one token, and is
+    the last: a state then is zero where it holds nothing.
+    """
     size = tl.minimum(BITS + level, 30)
     same = ((bound >> size) == (following >> size)) & ((bound & ((1 << size) - 1)) != 0)
-    return tl.where(level == LEVELS, bound != 0, same)
+    return tl.where(level == LEVELS, bound != 0, same) | (bound == following)
 
 
 @triton.jit

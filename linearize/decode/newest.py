@@ -20,6 +20,7 @@ from linearize.errors import LinearizeError
 from linearize.kernels import dispatch
 from linearize.kernels.newest import newest_steps
 from linearize.models.layers import head_sizes
+from linearize.models.soft_cap import capped
 
 NAME = "linearize_newest"
 WIDEST = 256
@@ -84,6 +85,9 @@ def fits(model: Any, config: Any) -> bool:
     return (
         dispatch.use_triton(like)
         and config._attn_implementation == "sdpa"
+        and not capped(
+            config
+        )  # which sdpa does not compute: the prompt, and `generate`, would be of another model
         and bool(getattr(model, "_supports_attention_backend", False))
         and max(head_sizes(config), default=0) <= WIDEST
     )

@@ -13,6 +13,7 @@ from linearize.models.config import causal_class, read_config, refuse_quantized
 from linearize.models.generation import with_cache
 from linearize.models.rehearsal import check_report, rehearse
 from linearize.models.resolve import resolve, resolve_config
+from linearize.models.soft_cap import capped, honor_soft_cap
 from linearize.models.tokenizer import check_vocabulary, load_tokenizer
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def load_teacher(
         model: alias, checkpoint folder, GGUF file or hub id; see `resolve`.
         dtype: of the weights.
         device: where the model goes.
-        attn_implementation: of transformers; None takes its default (sdpa where the family has it).
+        attn_implementation: of transformers; None takes its default (sdpa where the family has it). A soft cap is
+            computed whichever it is, see `honor_soft_cap`.
         for_text: refuse a checkpoint without a tokenizer, before its weights are read.
 
     Returns:
@@ -116,6 +118,8 @@ def load_teacher(
     teacher, report = loaded
     check_report(folder, report, teacher)
     with_cache(teacher)
+    if capped(teacher.config):
+        honor_soft_cap(teacher)
     if tokenizer is not None and teacher.generation_config.pad_token_id is None:
         teacher.generation_config.pad_token_id = tokenizer.pad_token_id  # else generate() warns at each call
     teacher = teacher.to(device).eval()

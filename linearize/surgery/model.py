@@ -10,6 +10,7 @@ from transformers.utils import output_capturing
 
 from linearize.errors import CheckpointError, LinearizeError, UnsupportedModelError
 from linearize.mixers.base import Part
+from linearize.models.soft_cap import honor_soft_cap
 from linearize.surgery import handed_on
 from linearize.surgery.attention import LinearizedAttention, Switch, convert_module
 from linearize.surgery.cache import adopt, check_past_recording
@@ -170,9 +171,8 @@ def attach(model: PreTrainedModel) -> None:
 def honor_softcap(model: PreTrainedModel, plan: dict[str, Any]) -> None:
     """Set a model whose layers have a soft cap to the attention function that computes it."""
     capped = any(numbers.get("softcap") for numbers in plan["layers"].values())
-    if capped and model.config._attn_implementation == "sdpa":
-        # sdpa has no soft cap; transformers before 5.18 drops it without a word, so the teacher would be another model
-        model.config._attn_implementation = "eager"
+    if capped:
+        honor_soft_cap(model)
 
 
 def _keep_in_float32(model: PreTrainedModel, path: str) -> None:

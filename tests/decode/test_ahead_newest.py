@@ -73,6 +73,15 @@ def test_padding_between_tokens_is_left_to_masks(device):
     assert torch.equal(made.generate(ids, mask, NEW), expected(model, ids, mask)) and not made.model.newest
 
 
+@pytest.mark.parametrize(("family", "fitting"), [("llama", True), ("gemma2", False)])
+def test_a_cap_that_the_model_drops_is_not_computed_by_half(family, fitting, monkeypatch):
+    """sdpa has no soft cap, and transformers before 5.18 drops it: so would the prompt, and `generate`."""
+    monkeypatch.setattr(newest.dispatch, "use_triton", lambda *tensors: True)
+    model = tiny.model(family)
+    model.config._attn_implementation = "sdpa"
+    assert newest.fits(model, model.config) == fitting
+
+
 @pytest.mark.parametrize("error", [newest.UnknownScores, dispatch.KernelError, RuntimeError])
 def test_scores_that_are_not_known_are_left_to_masks(error, monkeypatch):
     def unknown(*given, **named):

@@ -182,6 +182,32 @@ def test_in_triton_from_a_state(delta, poisoned_memory):
     compare(given, torch.float32, function)
 
 
+@pytest.mark.parametrize("delta", [True, pytest.param(False, marks=INTERPRETED)])
+@pytest.mark.parametrize("stretches", [Stretches(1, 3, True), Stretches(8, 4, False)], ids=str)
+def test_in_triton_with_padding_behind(delta, stretches, poisoned_memory):
+    """A row without a token, one whose last chunk is padding, one whose last chunk has one token: what each holds."""
+    tokens = torch.tensor([0, 5, 65], device=DEVICE)
+    before = torch.tensor([40, 37, 63], device=DEVICE)
+    given = drawn(delta=delta, tokens=66, most=4 if stretches.older else 5, opens=((), (), ()))
+    valid = torch.arange(66, device=DEVICE) < tokens[:, None]
+    for name in ("k", "beta", "log_decay"):
+        if given[name] is not None:
+            given[name] = given[name] * valid.view(3, 66, *[1] * (given[name].dim() - 2))
+    given["place"] = positions(valid, given["docs"], before)[0]
+    given["state"] = normal(3, stretches.count, 1, 16, 16, seed=7).to(DEVICE)
+
+    def function(own: dict[str, Any]) -> list[Tensor]:
+        state = own.pop("state")
+        out, after = stretches_chunk(*own.values(), stretches, before, state)
+        own["state"] = state
+        return [out * valid[..., None, None], after]
+
+    compare(given, torch.float32, function)
+    with torch.no_grad():
+        after = function(leaves(given, torch.float64))[1]
+    assert torch.equal(after[0], given["state"][0]), "a row without a token holds what it held"
+
+
 @pytest.mark.parametrize(
     ("options", "rule"),
     [

@@ -10,6 +10,7 @@ import itertools
 import pytest
 import torch
 from compositions import SHAPES, Draw, label, make, registered
+from rounding import close, moved, moves
 from saved_once import unpacked_once
 
 from linearize.mixers import PARTS, build
@@ -28,12 +29,6 @@ placed = pytest.mark.parametrize(
     ],
 )
 PRECISIONS = [("f32", torch.float32, 1e-5), ("f64", torch.float64, 1e-10)]
-
-
-def close(out: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-10) -> None:
-    """Equal to `tolerance` of the largest value, or of one if that is smaller."""
-    scale = max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(out, expected, atol=tolerance * scale, rtol=0)
 
 
 def test_every_part_is_covered():
@@ -61,7 +56,19 @@ def test_chunked_equals_parallel(mixer, shape, dtype, tolerance, tokens):
     expected = x.run(made.parallel)
     assert expected.shape == (2, tokens, shape.heads, shape.value_dim)
     assert expected.dtype == dtype
-    close(x.run(made.chunked), expected, tolerance)
+    close(x.run(made.chunked), expected, tolerance, moves(mixer, shape, x))
+
+
+@pytest.mark.parametrize("mixer", registered()[::16], ids=label)
+def test_float32_is_as_near_as_its_rounding(mixer):
+    """To what float64 makes of the same numbers, in either form: that is what `moved` says."""
+    shape = SHAPES["capped"]
+    made, x = make(mixer, shape, torch.float32), Draw.of(shape, 131, torch.float32)
+    exact = x.apply(torch.Tensor.double).run(make(mixer, shape, torch.float32).double().parallel)
+    allowed = moved(mixer, shape, x)
+    assert 1e-9 < allowed.max() / exact.abs().max() < 1e-4
+    for form in (made.parallel, made.chunked):
+        close(x.run(form).double(), exact, 1e-6, lambda: allowed)
 
 
 @placed
@@ -103,7 +110,9 @@ def test_state_carries_across_calls(mixer, dtype, tolerance, cuts):
         parts = [x[:first].run(made.chunked, valid=valid[:, :first], state=state)]
         parts += [x[t : t + 1].run(made.step, state=state) for t in range(first, second)]
         parts.append(x[second:].run(made.chunked, state=state))
-    close(torch.cat(parts, 1)[valid], expected[valid], tolerance)
+    out = torch.cat(parts, 1)
+    out[~valid] = expected[~valid]  # which is nobody's
+    close(out, expected, tolerance, moves(mixer, shape, x, valid=valid))
 
 
 @mixers
@@ -156,6 +165,29 @@ def test_a_call_of_padding_alone_leaves_the_state_empty(mixer, gaps):
         parts.append(x[6:20].run(made.chunked, valid=valid[:, 6:20], state=state))
         parts += [x[t : t + 1].run(made.step, state=state) for t in range(20, 40)]
     close(torch.cat(parts, 1)[valid], x.run(made.parallel, valid=valid)[valid])
+
+
+@mixers
+def test_padding_behind_a_text_leaves_its_state(mixer):
+    """More of it than a chunk, and calls in which a row has no token: it goes on as the row without them."""
+    made, tokens = make(mixer, SHAPES["grouped"], torch.float64), 24
+    x = Draw.of(SHAPES["grouped"], tokens, torch.float64)
+    own = [13, 16]  # what a state is split by, a power of two among others, ends here and goes on there
+    state, read, outs = made.initial_state(2, torch.float64, x.q.device), [0, 0], [[], []]
+    # tokens of each row, and how long the call is
+    for counts, length in ((own, 150), ((0, 1), 2), ((1, 0), 1), ((0, 0), 70), ((3, 0), 3), ((0, 2), 5)):
+        at = torch.arange(length)
+        taken = torch.stack([(first + at).clamp_max(tokens - 1) for first in read])
+        valid = at < torch.tensor(counts)[:, None]
+        piece = x.apply(lambda y, taken=taken: torch.stack([row[i] for row, i in zip(y, taken, strict=True)]))
+        with torch.no_grad():
+            out = piece.run(made.step if length == 1 else made.chunked, valid=valid, state=state)
+        for row, count in enumerate(counts):
+            outs[row].append(out[row, :count])
+            read[row] += count
+    expected = x.run(made.parallel)
+    for row, count in enumerate(read):
+        close(torch.cat(outs[row]), expected[row, :count])
 
 
 @placed

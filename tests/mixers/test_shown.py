@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compositions import SHAPES, Draw, label, make, registered
+from kernel_calls import DEVICE
 from torch import Tensor
 
 from linearize.kernels import dispatch
@@ -108,13 +109,19 @@ def test_gradients_are_those_of_the_definition(name: str) -> None:
     assert reached
 
 
+def placed(mixer: dict, dtype: torch.dtype) -> Mixer:
+    """Where Triton runs: on a card, or in its interpreter."""
+    return make(mixer, SHAPE, dtype).to(DEVICE)
+
+
 def test_features_that_float16_does_not_hold() -> None:
     mixer, x = {"feature_map": {"name": "exp"}}, Draw.of(SHAPE, TOKENS, torch.float16)
     x.k[0, 7] = 12.0
+    x = x.apply(lambda y: y.to(DEVICE))
     with torch.no_grad():
         with dispatch.kernels("triton"):
-            rows = found(make(mixer, SHAPE, torch.float16), "cross_entropy", x, {})
-        wanted = expected(make(mixer, SHAPE, torch.float64), "cross_entropy", x.apply(Tensor.double), {})
+            rows = found(placed(mixer, torch.float16), "cross_entropy", x, {})
+        wanted = expected(placed(mixer, torch.float64), "cross_entropy", x.apply(Tensor.double), {})
     torch.testing.assert_close(rows, wanted.to(rows), rtol=1e-2, atol=1e-2)
 
 
@@ -125,10 +132,11 @@ def test_weights_that_float16_does_not_hold() -> None:
         Draw.of(SHAPE, TOKENS, torch.float16),
     )
     x.k[:, 7], x.q[:] = -18.0, -x.q.abs()
+    x = x.apply(lambda y: y.to(DEVICE))
     with torch.no_grad():
         with dispatch.kernels("triton"):
-            rows = found(make(mixer, SHAPE, torch.float16), "cross_entropy", x, {})
-        wanted = expected(make(mixer, SHAPE, torch.float64), "cross_entropy", x.apply(Tensor.double), {})
+            rows = found(placed(mixer, torch.float16), "cross_entropy", x, {})
+        wanted = expected(placed(mixer, torch.float64), "cross_entropy", x.apply(Tensor.double), {})
     assert 15 < wanted.max() < 25, "the loss of a weight between 1e-7 and 1e-12"
     torch.testing.assert_close(rows, wanted.to(rows), rtol=1e-2, atol=1e-2)
 

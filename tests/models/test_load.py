@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
@@ -27,6 +28,19 @@ def test_a_checkpoint_without_a_tokenizer_loads(checkpoint):
 def test_the_attention_implementation_can_be_chosen(checkpoint):
     model, _ = load_teacher(str(checkpoint), attn_implementation="eager")
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_soft_cap_is_computed(tmp_path):
+    """By transformers before 5.18 as well, which takes sdpa for Gemma 2 unasked: that leaves the cap out."""
+    family, ids = tiny.model("gemma2"), tiny.tokens()
+    family.save_pretrained(tmp_path)
+    model, _ = load_teacher(str(tmp_path))
+    uncapped = tiny.model("gemma2", attn_logit_softcapping=None)
+    with torch.no_grad():
+        found, wanted, other = (x(ids).logits for x in (model, family, uncapped))
+    assert model.config._attn_implementation == "eager"
+    torch.testing.assert_close(found, wanted)
+    assert (found - other).abs().max() > 1e-2
 
 
 def test_a_missing_tokenizer_is_an_error_where_one_is_needed(checkpoint):

@@ -23,17 +23,9 @@ def close(out, expected):
     torch.testing.assert_close(out, expected, atol=TOLERANCE * scale, rtol=0)
 
 
-def untouched(family: str):
-    model = tiny.model(family)
-    if model.config._attn_implementation == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
-        # transformers 5.17 runs Gemma 2 through sdpa, which drops the soft cap; eager is the model as published
-        model.set_attn_implementation("eager")
-    return model
-
-
 @families
 def test_identity_surgery_reproduces_logits(family):
-    model = untouched(family)
+    model = tiny.model(family)
     ids, mask, positions = tiny.left_padded()
     packed = torch.cat([torch.arange(15), torch.arange(25)]).expand(2, -1)
     with torch.no_grad():
@@ -53,7 +45,7 @@ def test_identity_surgery_reproduces_logits(family):
 
 @families
 def test_identity_surgery_reproduces_cached_generation(family):
-    model = untouched(family)
+    model = tiny.model(family)
     ids, mask, _ = tiny.left_padded(length=20)
     settings = {
         "max_new_tokens": 12,
@@ -72,7 +64,7 @@ def test_identity_surgery_reproduces_cached_generation(family):
 @families
 @pytest.mark.parametrize("layers", ["all", [1, 3]], ids=str)
 def test_teacher_mode_is_bit_equal(family, layers):
-    model = untouched(family)
+    model = tiny.model(family)
     ids = tiny.tokens()
     swapped = surgery.convert(copy.deepcopy(model), tiny.LOLCATS, layers)
     with torch.no_grad(), surgery.mode(swapped, "teacher"):
@@ -88,7 +80,7 @@ def test_teacher_mode_is_bit_equal(family, layers):
     ids=["lolcats", "lolcats-some", "lawcat-some"],
 )
 def test_forms_agree_in_the_model(family, mixer, layers):
-    model = surgery.convert(untouched(family), mixer, layers)
+    model = surgery.convert(tiny.model(family), mixer, layers)
     tiny.randomize(layer.mixer for layer in surgery.converted(model))
     ids, mask, positions = tiny.left_padded()
     with torch.no_grad():
@@ -133,7 +125,7 @@ def test_plan_loads_no_weights(family):
 @families
 def test_rotating_back_gives_the_model_without_rotation(family):
     """A softmax over q and k before RoPE is the same model with its rotary embedding switched off."""
-    model = untouched(family)
+    model = tiny.model(family)
     mixer = {"window": {"name": "full"}, "position": {"name": "rope", "window": False}}
     swapped = surgery.convert(copy.deepcopy(model), mixer)
     ids = tiny.tokens()
