@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from linearize import auto
 from linearize.errors import CheckpointError, ModelNotFoundError
-from linearize.export.provenance import check_layers, check_recipe, check_rotation
+from linearize.export.provenance import check_loaded, check_places, check_plan
 from linearize.export.quantized import check_codes, check_readable
 from linearize.models.boundary import boundary
 from linearize.models.check import check_checkpoint
@@ -50,8 +50,9 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     elif not FOR_THE_HUB & set(kwargs):
         folder = _fetched(str(path), kwargs.pop("revision", None))
     source: Any = AutoModelForCausalLM
+    judge = not FROM_THE_FILES & set(kwargs)
     if folder is not None:
-        source, config = check_folder(folder, judge=not FROM_THE_FILES & set(kwargs))
+        source, config = check_folder(folder, judge=judge)
         kwargs.setdefault("config", config)
     with boundary(f"{path}", REMEDY):
         loaded: Any = source.from_pretrained(
@@ -61,7 +62,11 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     check_report(path, loaded[1], model)
     check_codes(path, model)
     check_finite(path, model)
-    check_rotation(path, model)
+    found = check_loaded(path, model)
+    if folder is not None and judge:
+        check_places(
+            folder, model.config, found
+        )  # of families that show their layers on loaded weights alone
     with_cache(model)
     return model.eval()
 
@@ -101,6 +106,5 @@ def check_folder(folder: Path, *, judge: bool = True) -> tuple[type[PreTrainedMo
         if not quantized:  # names and shapes of codes are torchao's
             rehearse(folder, cls, config, tensors)
         if isinstance(getattr(config, "linearize", None), dict):
-            check_layers(folder, config)
-            check_recipe(folder, config)
+            check_plan(folder, config)
     return cls, config

@@ -16,6 +16,7 @@ from linearize.surgery.cache import adopt, check_past_recording
 from linearize.surgery.filing import file_config, file_model
 from linearize.surgery.generated import subclass
 from linearize.surgery.given import looking
+from linearize.surgery.rotation import table_problems
 from linearize.surgery.schema import FORMAT, mixer_of, module_problems, plan_problems, upgraded
 
 TYPE_PREFIX = "linearized_"
@@ -54,6 +55,11 @@ class LinearizedModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         attach(self)  # type: ignore[arg-type]
+        problems = table_problems(self, self.config.linearize)  # type: ignore[attr-defined]
+        if problems:
+            raise CheckpointError(
+                f"config.linearize: {'; '.join(problems[:3])}; fetch or export the checkpoint again"
+            )
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Part):
