@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from linearize.auto import TYPE_PREFIX
@@ -15,21 +14,22 @@ from linearize.config.names import DEFAULT, SOFTMAX
 from linearize.errors import CheckpointError, RecipeError, UnsupportedModelError
 from linearize.mixers import normalize
 from linearize.models.files import read_json
-from linearize.surgery import converted, rotation
 from linearize.surgery.inspection import AttentionLayer, attention_layers, skeleton
 from linearize.surgery.plan import checked
-from linearize.surgery.schema import shape_of, shape_problems, upgraded
+from linearize.surgery.schema import AGAIN, refused, shape_problems, upgraded
 
 NOTE = "linearize.json"
-REMEDY = "fetch or export the checkpoint again"
 
 
-def check_plan(folder: Path, config: Any) -> None:
+def check_plan(folder: Path, config: Any) -> list[AttentionLayer]:
     """All that can be said of `config.linearize` before weights are read: of each layer's numbers, and of the recipe.
 
     Args:
         folder: of the checkpoint; of a hub's name, which is no folder, the numbers alone are judged.
         config: its config, whose plan is known to be well formed.
+
+    Returns:
+        The base model's attention layers; none of a family that shows its numbers on loaded weights alone.
 
     Raises:
         CheckpointError: names what differs.
@@ -37,6 +37,7 @@ def check_plan(folder: Path, config: Any) -> None:
     found = check_layers(folder, config)
     check_recipe(folder, config)
     check_places(folder, config, found)
+    return found
 
 
 def check_layers(folder: Path, config: Any) -> list[AttentionLayer]:
@@ -47,7 +48,7 @@ def check_layers(folder: Path, config: Any) -> list[AttentionLayer]:
         config: its config, whose plan is known to be well formed.
 
     Returns:
-        The base model's attention layers; none of a family that shows its numbers on loaded weights alone.
+        See `check_plan`.
 
     Raises:
         CheckpointError: names every number that differs.
@@ -60,63 +61,10 @@ def check_layers(folder: Path, config: Any) -> list[AttentionLayer]:
     except UnsupportedModelError:
         return []
     layers = upgraded(config.linearize)["layers"]
-    _refuse(folder, shape_problems(layers, {layer.path: layer.shape for layer in found}))
-    return found
-
-
-def check_loaded(folder: str | Path, model: PreTrainedModel) -> list[AttentionLayer]:
-    """Hold the plan's numbers of each layer, those of its rotation among them, against a probing forward.
-
-    Args:
-        folder: of the checkpoint, for messages.
-        model: loaded and converted, or any other, of which nothing is said.
-
-    Returns:
-        The model's attention layers; none where a probe cannot reach them and no mixer takes a rotation back.
-
-    Raises:
-        CheckpointError: names each number that differs.
-    """
-    plain = {id(layer) for layer in converted(model) if layer.mixer.needs_plain}
-    if not converted(model):
-        return []
-    plan = upgraded(model.config.linearize)
-    try:
-        found = attention_layers(model)
-    except UnsupportedModelError:
-        if plain:
-            raise
-        return []
-    problems = shape_problems(plan["layers"], {layer.path: layer.shape for layer in found})
-    tabled = any(numbers.get("turns") is not None for numbers in plan["layers"].values())
-    for layer in found:
-        if layer.path not in plan["layers"]:
-            continue
-        written, own, place = shape_of(plan, layer.path), layer.shape, f"layers.{layer.path}"
-        ways: tuple[str, ...] = ()
-        if id(layer.module) in plain:
-            ways = (own.rotary,)
-        elif "rotary" in plan["layers"][layer.path] and layer.ways:  # older plans do not say
-            ways = (*layer.ways, "other")  # several may agree with what is seen, and none is taken back
-        if ways and written.rotary not in ways:
-            problems.append(f"{place}.rotary: is {written.rotary}, and the layer's own is {own.rotary}")
-        elif own.turns is None:
-            continue  # not to be told of what is seen; that the model has such a table is known
-        elif written.turns is None and tabled:
-            problems.append(f"{place}.turns: is missing, and the layer is given a rotary embedding")
-        elif written.turns is not None and not rotation.same(written.turns, own.turns):
-            problems.append(
-                f"{place}.turns: is {plan['layers'][layer.path]['turns']}, the table of other layers; this one's "
-                f"first pairs turn by {', '.join(f'{x:.6g}' for x in own.turns[:2])} a token"
-            )
-    _refuse(folder, problems)
-    return found
-
-
-def _refuse(folder: str | Path, problems: list[str]) -> None:
+    problems = shape_problems(layers, {layer.path: layer.shape for layer in found})
     if problems:
-        listed = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
-        raise CheckpointError(f"{folder}: config.linearize: {listed}; {REMEDY}")
+        raise CheckpointError(f"{folder}: {refused(problems)}")
+    return found
 
 
 def check_recipe(folder: Path, config: Any) -> None:
@@ -166,7 +114,7 @@ def check_places(folder: str | Path, config: Any, found: list[AttentionLayer]) -
             raise CheckpointError(
                 f"{folder}: config.json says layers.{layer.path}.mixer: {written}, and {NOTE} that the layer was "
                 f"trained with {given[layer.index]}; put the trained one back, or "
-                f"{REMEDY}"
+                f"{AGAIN}"
             )
 
 
