@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from linearize import auto
 from linearize.errors import CheckpointError, ModelNotFoundError
-from linearize.export.provenance import check_layers, check_recipe, check_rotation
+from linearize.export.provenance import check_places, check_plan
 from linearize.export.quantized import check_codes, check_readable
 from linearize.models.boundary import boundary
 from linearize.models.check import check_checkpoint
@@ -18,6 +18,8 @@ from linearize.models.generation import with_cache
 from linearize.models.rehearsal import check_report, rehearse
 from linearize.models.resolve import resolve
 from linearize.models.sound import check_finite
+from linearize.surgery import converted
+from linearize.surgery.inspection import attention_layers
 
 REMEDY = "export or download it again"
 FROM_THE_FILES = frozenset(
@@ -50,8 +52,9 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     elif not FOR_THE_HUB & set(kwargs):
         folder = _fetched(str(path), kwargs.pop("revision", None))
     source: Any = AutoModelForCausalLM
+    judge, shown = not FROM_THE_FILES & set(kwargs), False
     if folder is not None:
-        source, config = check_folder(folder, judge=not FROM_THE_FILES & set(kwargs))
+        source, config, shown = _look(folder, judge=judge)
         kwargs.setdefault("config", config)
     with boundary(f"{path}", REMEDY):
         loaded: Any = source.from_pretrained(
@@ -61,7 +64,8 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     check_report(path, loaded[1], model)
     check_codes(path, model)
     check_finite(path, model)
-    check_rotation(path, model)
+    if folder is not None and judge and not shown and converted(model):
+        check_places(folder, model.config, attention_layers(model))
     with_cache(model)
     return model.eval()
 
@@ -84,6 +88,12 @@ def check_folder(folder: Path, *, judge: bool = True) -> tuple[type[PreTrainedMo
     Raises:
         CheckpointError, UnsupportedModelError: see `load`.
     """
+    cls, config, _ = _look(folder, judge=judge)
+    return cls, config
+
+
+def _look(folder: Path, *, judge: bool) -> tuple[type[PreTrainedModel], Any, bool]:
+    """See `check_folder`; and whether the family shows its attention layers without weights."""
     try:
         tensors = check_checkpoint(folder)
     except ModelNotFoundError as error:
@@ -97,10 +107,10 @@ def check_folder(folder: Path, *, judge: bool = True) -> tuple[type[PreTrainedMo
     cls, config = causal_class(folder, config)
     check_readable(folder, config)
     quantized = getattr(config, "quantization_config", None)
+    shown = False
     if judge:
         if not quantized:  # names and shapes of codes are torchao's
             rehearse(folder, cls, config, tensors)
         if isinstance(getattr(config, "linearize", None), dict):
-            check_layers(folder, config)
-            check_recipe(folder, config)
-    return cls, config
+            shown = bool(check_plan(folder, config))
+    return cls, config, shown

@@ -6,28 +6,49 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from linearize.auto import TYPE_PREFIX
-from linearize.config.names import DEFAULT
+from linearize.config.layers import assign
+from linearize.config.names import DEFAULT, SOFTMAX
 from linearize.errors import CheckpointError, RecipeError, UnsupportedModelError
 from linearize.mixers import normalize
 from linearize.models.files import read_json
-from linearize.surgery import converted
-from linearize.surgery.inspection import attention_layers, skeleton
+from linearize.surgery.inspection import AttentionLayer, attention_layers, skeleton
 from linearize.surgery.plan import checked
-from linearize.surgery.schema import shape_problems, upgraded
+from linearize.surgery.schema import AGAIN, refused, shape_problems, upgraded
 
 NOTE = "linearize.json"
 
 
-def check_layers(folder: Path, config: Any) -> None:
+def check_plan(folder: Path, config: Any) -> list[AttentionLayer]:
+    """All that can be said of `config.linearize` before weights are read: of each layer's numbers, and of the recipe.
+
+    Args:
+        folder: of the checkpoint; of a hub's name, which is no folder, the numbers alone are judged.
+        config: its config, whose plan is known to be well formed.
+
+    Returns:
+        The base model's attention layers; none of a family that shows its numbers on loaded weights alone.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    found = check_layers(folder, config)
+    check_recipe(folder, config)
+    check_places(folder, config, found)
+    return found
+
+
+def check_layers(folder: Path, config: Any) -> list[AttentionLayer]:
     """Hold the numbers of each converted layer in `config.linearize` against the base model's own, on the meta device.
 
     Args:
         folder: of the checkpoint, for messages.
         config: its config, whose plan is known to be well formed.
+
+    Returns:
+        See `check_plan`.
 
     Raises:
         CheckpointError: names every number that differs.
@@ -38,35 +59,12 @@ def check_layers(folder: Path, config: Any) -> None:
     try:
         found = attention_layers(skeleton(base))
     except UnsupportedModelError:
-        return  # a family that shows its numbers on loaded weights alone
-    problems = shape_problems(
-        upgraded(config.linearize)["layers"], {layer.path: layer.shape for layer in found}
-    )
+        return []
+    layers = upgraded(config.linearize)["layers"]
+    problems = shape_problems(layers, {layer.path: layer.shape for layer in found})
     if problems:
-        listed = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
-        raise CheckpointError(
-            f"{folder}: config.linearize: {listed}; export or download the checkpoint again"
-        )
-
-
-def check_rotation(folder: str | Path, model: PreTrainedModel) -> None:
-    """Hold the plan's word on how q and k are rotated against a probing forward, where a mixer takes the rotation back.
-
-    Args:
-        folder: of the checkpoint, for messages.
-        model: loaded and converted.
-
-    Raises:
-        CheckpointError: names the first layer whose rotation is another.
-    """
-    layers = {id(layer): layer.mixer.shape.rotary for layer in converted(model) if layer.mixer.needs_plain}
-    for layer in attention_layers(model) if layers else ():
-        written = layers.get(id(layer.module), layer.shape.rotary)
-        if written != layer.shape.rotary:
-            raise CheckpointError(
-                f"{folder}: config.linearize: layers.{layer.path}.rotary: is {written}, and the layer's own is "
-                f"{layer.shape.rotary}; export or download the checkpoint again"
-            )
+        raise CheckpointError(f"{folder}: {refused(problems)}")
+    return found
 
 
 def check_recipe(folder: Path, config: Any) -> None:
@@ -79,17 +77,7 @@ def check_recipe(folder: Path, config: Any) -> None:
     Raises:
         CheckpointError: names the first option that differs.
     """
-    if not (folder / NOTE).is_file():
-        return
-    recipe = read_json(folder / NOTE).get("recipe")
-    mixer = recipe.get("mixer") if isinstance(recipe, dict) else None
-    mixers = (recipe.get("mixers") or {}) if isinstance(recipe, dict) else {}
-    if not isinstance(mixer, dict) or not mixer or not isinstance(mixers, dict):
-        return
-    try:
-        trained = checked(mixer, mixers)
-    except RecipeError:
-        return
+    _, trained = _recipe(folder)
     for name, section in upgraded(config.linearize)["mixers"].items():
         written, key_of = normalize(section), "mixer" if name == DEFAULT else f"mixers.{name}"
         for part, options in trained.get(name, written).items():
@@ -99,3 +87,50 @@ def check_recipe(folder: Path, config: Any) -> None:
                         f"{folder}: config.json says {key_of}.{part}.{key}: {written[part].get(key)}, and {NOTE} that "
                         f"it was trained with {value}; put the trained value back, or change both if you mean it"
                     )
+
+
+def check_places(folder: str | Path, config: Any, found: list[AttentionLayer]) -> None:
+    """Hold which layer has which mixer in `config.linearize` against the recipe beside it, where there is one.
+
+    Args:
+        folder: of the checkpoint.
+        config: its config, whose plan is known to be well formed.
+        found: the model's attention layers; where there are none, nothing is said.
+
+    Raises:
+        CheckpointError: names the first layer that differs.
+    """
+    recipe, trained = _recipe(Path(folder))
+    if not found or not trained or "layers" not in recipe:
+        return
+    try:
+        given = assign(recipe["layers"], [layer.index for layer in found], list(recipe.get("mixers") or {}))
+    except RecipeError:
+        return
+    layers = upgraded(config.linearize)["layers"]
+    for layer in found:
+        written = layers[layer.path]["mixer"] if layer.path in layers else SOFTMAX
+        if written != given[layer.index]:
+            raise CheckpointError(
+                f"{folder}: config.json says layers.{layer.path}.mixer: {written}, and {NOTE} that the layer was "
+                f"trained with {given[layer.index]}; put the trained one back, or "
+                f"{AGAIN}"
+            )
+
+
+def _recipe(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The recipe that stands beside a checkpoint and its mixers by name, both empty where none can be read."""
+    recipe = read_json(folder / NOTE).get("recipe") if (folder / NOTE).is_file() else None
+    mixer = recipe.get("mixer") if isinstance(recipe, dict) else None
+    mixers = (recipe.get("mixers") or {}) if isinstance(recipe, dict) else {}
+    if (
+        not isinstance(recipe, dict)
+        or not isinstance(mixer, dict)
+        or not mixer
+        or not isinstance(mixers, dict)
+    ):
+        return {}, {}
+    try:
+        return recipe, checked(mixer, mixers)
+    except RecipeError:
+        return {}, {}

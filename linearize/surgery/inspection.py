@@ -39,12 +39,14 @@ class AttentionLayer:
         path: name of the module inside the model.
         module: the module itself.
         shape: its numbers.
+        ways: every value of `shape.rotary` that its queries agree with; empty where they show nothing.
     """
 
     index: int
     path: str
     module: nn.Module
     shape: LayerShape
+    ways: tuple[str, ...] = ()
 
 
 def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
@@ -70,7 +72,9 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
         if shape is None or isinstance(shape, str):
             raise UnsupportedModelError(f"{path} ({type(module).__name__}): {refused or shape}")
         index = getattr(module, "layer_idx", None)
-        layers.append(AttentionLayer(len(layers) if index is None else index, path, module, shape))
+        visit = seen.visits[id(module)][0]
+        ways = _ways(visit.calls[0], visit.rotation) if _shows(visit, loaded=loaded) else ()
+        layers.append(AttentionLayer(len(layers) if index is None else index, path, module, shape, ways))
     _check_cache(model, layers)
     return sorted(layers, key=lambda layer: layer.index)
 
@@ -210,7 +214,7 @@ def _shape(model: nn.Module, module: nn.Module, seen: Probe, *, loaded: bool) ->
 
 def _turning(model: nn.Module, visit: Visit, *, loaded: bool) -> dict[str, Any]:
     """`rotary` and `turns` of a layer, of which the second is known of queries that show a rotation alone."""
-    shown = loaded and bool(visit.calls[0].query.any())
+    shown = _shows(visit, loaded=loaded)
     made: dict[str, Any] = {"rotary": _rotary(visit.calls[0], visit.rotation, shown=shown)}
     made["turns"] = rotation.turns(model, visit, made["rotary"]) if shown else None
     return made
@@ -269,20 +273,34 @@ def _check_cache(model: PreTrainedModel, layers: list[AttentionLayer]) -> None:
         taken[layer.index] = layer.path
 
 
+def _shows(visit: Visit, *, loaded: bool) -> bool:
+    """Whether a layer's queries say how they were rotated: there are weights, and they are not zero."""
+    return loaded and bool(visit.calls[0].query.any())
+
+
 def _rotary(call: Call, rotation: Any, *, shown: bool) -> str:
     """How the probe's queries [1, H, T, K] were rotated.
 
-    Every token is the same, so the queries differ by their rotation alone: rotating back must make them equal. Without
-    weights, or of queries that are zero (not `shown`), a pair of cos and sin is taken for that of rotate-half.
+    Without weights, or of queries that are zero (not `shown`), a pair of cos and sin is taken for that of rotate-half.
     """
-    query = call.query.float().transpose(1, 2)
     if not shown:
         return "none" if rotation is None else HALF if is_pair(rotation) else "other"
+    return next(iter(_ways(call, rotation)), "other")
+
+
+def _ways(call: Call, rotation: Any) -> tuple[str, ...]:
+    """Every way in which the probe's queries [1, H, T, K] may have been rotated, "none" first.
+
+    Every token is the same, so the queries differ by their rotation alone: rotating back must make them equal.
+    """
+    query = call.query.float().transpose(1, 2)
     near = 1e-2 * query.abs().max().item()
-    if torch.allclose(query, query[:, :1], atol=near, rtol=0.0):
-        return "none"
-    for name in candidates(rotation, query.shape[-1]):
-        back = rotate_back(query, rotation, name)
-        if torch.allclose(back, back[:, :1], atol=near, rtol=0.0):
-            return name
-    return "other"
+
+    def equal(x: torch.Tensor) -> bool:
+        return torch.allclose(x, x[:, :1], atol=near, rtol=0.0)
+
+    found = ["none"] if equal(query) else []
+    found += [
+        name for name in candidates(rotation, query.shape[-1]) if equal(rotate_back(query, rotation, name))
+    ]
+    return tuple(found)

@@ -17,7 +17,9 @@ from linearize.surgery.cache import adopt, check_past_recording
 from linearize.surgery.filing import file_config, file_model
 from linearize.surgery.generated import subclass
 from linearize.surgery.given import looking
-from linearize.surgery.schema import FORMAT, mixer_of, module_problems, plan_problems, upgraded
+from linearize.surgery.rotation import table_problems
+from linearize.surgery.schema import FORMAT, mixer_of, module_problems, plan_problems, refused, upgraded
+from linearize.surgery.seen import seen_problems
 
 TYPE_PREFIX = "linearized_"
 
@@ -55,6 +57,9 @@ class LinearizedModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         attach(self)  # type: ignore[arg-type]
+        problems = table_problems(self, self.config.linearize)  # type: ignore[attr-defined]
+        if problems:
+            raise CheckpointError(refused(problems))
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Part):
@@ -84,6 +89,22 @@ class LinearizedCausalLM(LinearizedModel):
     """Mixin in front of a causal language model."""
 
     linearize_around: ClassVar[dict[str, Any]] = {}  # its base model looks already
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers loads; the plan is then held against what the layers show.
+
+        Raises:
+            CheckpointError: names each number that is not the layer's own.
+        """
+        made = super().from_pretrained(path, *args, **kwargs)  # type: ignore[misc]
+        model = made[0] if isinstance(made, tuple) else made
+        if not next(model.parameters()).is_meta:
+            plain = {id(layer) for layer in converted(model) if layer.mixer.needs_plain}
+            problems = seen_problems(model, model.config.linearize, plain)
+            if problems:
+                raise CheckpointError(f"{path}: {refused(problems)}")
+        return made
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -152,8 +173,7 @@ def attach(model: PreTrainedModel) -> None:
     names = {} if problems else {path: path.removeprefix(prefix) for path in plan["layers"]}
     problems += module_problems(model, names)
     if problems:
-        listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise CheckpointError(f"config.linearize: {listed}; export or download the checkpoint again")
+        raise CheckpointError(refused(problems, 5))
     model.config.linearize = plan
     honor_softcap(model, plan)
     switch = Switch()

@@ -17,6 +17,7 @@ from linearize.surgery import rotation
 
 FORMAT = 2
 """Version of `config.linearize`; raised when an older reader would misread it."""
+AGAIN = "fetch or export the checkpoint again"
 KEYS = ("format", "mixers", "layers", "turns")
 COUNTS = {"heads": 2**16, "kv_heads": 2**16, "key_dim": 2**16, "value_dim": 2**16, "model_dim": 2**24}
 """Whole numbers of a layer that are at least 1 -> the largest that anything has."""
@@ -125,6 +126,12 @@ def plan_problems(plan: dict[str, Any]) -> list[str]:
     for path, numbers in layers.items():
         problems += [f"layers.{path}{problem}" for problem in _layer_problems(numbers, mixers, tables)]
     return problems
+
+
+def refused(problems: list[str], most: int = 3) -> str:
+    """The message of a plan with problems, the first of which it names."""
+    more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+    return f"config.linearize: {'; '.join(problems[:most])}{more}; {AGAIN}"
 
 
 def _are_tables(value: Any) -> bool:

@@ -67,8 +67,12 @@ DAMAGES = {
         "unexpected .more",
     ),
     "another config": (
-        lambda folder: edit_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 7.0}),
+        lambda folder: edit_config(folder, rms_norm_eps=0.5),
         r"logits differ from the model's by .* at token \d+",
+    ),
+    "another rotation": (
+        lambda folder: edit_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 7.0}),
+        r"turns\[0\] .* and the model's rotary embedding turns it by",
     ),
     "numbers that are none": (lambda folder: edit_config(folder, rms_norm_eps=float("nan")), "not finite"),
 }

@@ -52,6 +52,27 @@ def test_plan(start, linear, tmp_path):
         start(Checkpoint(folder, []))
 
 
+def test_plan_of_another_model(start, linear, tmp_path):
+    """Its layers are held against the model that config.json describes."""
+    folder = tmp_path / "edited"
+    shutil.copytree(linear.path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    next(iter(config["linearize"]["layers"].values()))["scaling"] = 0.3
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Exception, match=r"scaling: is 0\.3, and the model's own layer has"):
+        start(Checkpoint(folder, []))
+
+
+def test_plan_of_another_rotation(start, linear, tmp_path):
+    folder = tmp_path / "turned"
+    shutil.copytree(linear.path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] /= 10
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Exception, match="rotary embedding turns it by"):
+        start(Checkpoint(folder, []))
+
+
 def test_family(start, tmp_path):
     """GPT-2's projections lie the other way round."""
     model = surgery.convert(tiny.model("gpt2", n_embd=128), tiny.LOLCATS, [0, 2])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from linearize.errors import UnsupportedModelError
+from linearize.export.provenance import check_plan
 from linearize.mixers import build
 from linearize.serve.vllm.heads import problem, share
 from linearize.serve.vllm.kinds import is_softmax, layer_shapes, name_kinds, sections, unserved
@@ -23,6 +25,7 @@ class LinearizedSettings(VerifyAndUpdateConfig):
         found = wrong(model_config.hf_config)
         if found:
             raise UnsupportedModelError(f"vLLM cannot serve {model_config.model}: {'; '.join(found[:5])}")
+        check_plan(Path(model_config.model), model_config.hf_config)
         name_kinds(model_config.hf_config)
 
     @staticmethod
