@@ -27,6 +27,7 @@ from torch import Tensor
 from linearize import plain_json
 from linearize.errors import CheckpointError
 from linearize.models.cache import sha256
+from linearize.models.files import check_file
 
 log = logging.getLogger(__name__)
 
@@ -273,8 +274,9 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         remedy: what to do where it is damaged, as a sentence.
 
     Raises:
-        CheckpointError: the file is missing, not JSON, or holds no mapping.
+        CheckpointError: the file is missing or none, not JSON, or holds no mapping.
     """
+    check_file(path, remedy)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

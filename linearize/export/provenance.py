@@ -12,14 +12,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from linearize.auto import TYPE_PREFIX
 from linearize.config.names import DEFAULT
 from linearize.errors import CheckpointError, RecipeError, UnsupportedModelError
+from linearize.export.origin import NOTE, read_note
 from linearize.mixers import normalize
-from linearize.models.files import read_json
 from linearize.surgery import converted
 from linearize.surgery.inspection import attention_layers, skeleton
 from linearize.surgery.plan import checked
 from linearize.surgery.schema import shape_problems, upgraded
-
-NOTE = "linearize.json"
 
 
 def check_layers(folder: Path, config: Any) -> None:
@@ -77,14 +75,11 @@ def check_recipe(folder: Path, config: Any) -> None:
         config: its config, whose plan is known to be well formed.
 
     Raises:
-        CheckpointError: names the first option that differs.
+        CheckpointError: names the first option that differs, or what is no recipe.
     """
-    if not (folder / NOTE).is_file():
-        return
-    recipe = read_json(folder / NOTE).get("recipe")
-    mixer = recipe.get("mixer") if isinstance(recipe, dict) else None
-    mixers = (recipe.get("mixers") or {}) if isinstance(recipe, dict) else {}
-    if not isinstance(mixer, dict) or not mixer or not isinstance(mixers, dict):
+    recipe = read_note(folder).get("recipe") or {}
+    mixer, mixers = recipe.get("mixer"), recipe.get("mixers") or {}
+    if not mixer:
         return
     try:
         trained = checked(mixer, mixers)

@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.export.layouts import fla, gguf_file
 from linearize.export.layouts.source import read
+from linearize.export.origin import read_note
 from linearize.export.save import replace_folder, save_tokenizer
 from linearize.markdown import text
-from linearize.models.files import read_json
 from linearize.models.tokenizer import load_tokenizer
 from linearize.registry import closest
 from linearize.version import __version__
@@ -74,7 +74,7 @@ def export_layout(path: str | Path, layout: str, out: str | Path) -> str:
 
 def _card(path: Path, said: str) -> str:
     """A short model card: what the folder is, and how it is loaded."""
-    note = read_json(path / "linearize.json") if (path / "linearize.json").is_file() else {}
+    note = read_note(path)
     base = text(note.get("base") or "a teacher")
     return f"""---
 library_name: transformers
