@@ -67,8 +67,8 @@ def check_checkpoint(folder: Path) -> dict[str, Stored]:
 
     Raises:
         ModelNotFoundError: not a checkpoint folder.
-        CheckpointError: a pipe or a device, no safetensors weights, a missing shard, a truncated or damaged one, an index that leads out
-            of the folder, an adapter beside the model.
+        CheckpointError: a pipe or a device, no safetensors weights, a missing shard, a truncated or damaged one, an
+            index that leads out of the folder, an adapter beside the model.
     """
     check_config(folder)
     check_files(folder)

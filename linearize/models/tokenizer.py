@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from linearize.errors import CheckpointError, DataError, LinearizeError
 from linearize.models.boundary import boundary
 from linearize.models.check import has_tokenizer, shorten
-from linearize.models.files import check_files, instead_of_file, leads_out, read_json
+from linearize.models.files import check_file, check_files, leads_out, read_json
 from linearize.models.resolve import resolve
 
 if TYPE_CHECKING:
@@ -60,7 +60,11 @@ def check_names(folder: Path) -> None:
         if place.is_dir():
             check_files(place)
     path = folder / CONFIG
-    config = {} if instead_of_file(path) is None and not path.exists() else read_json(path)
+    check_file(path, "fetch the checkpoint again")
+    try:
+        config = read_json(path) if path.exists() else {}
+    except CheckpointError:
+        return  # the library says what it cannot read of the tokenizer
     again = "mend it, or fetch the checkpoint again"
     versions = config.get("fast_tokenizer_files")
     if versions is not None:
