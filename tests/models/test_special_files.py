@@ -172,9 +172,7 @@ def test_whatever_key_names_a_file_outside(folder, tmp_path, key):
     other.write_text("{}")
     for name in (str(other), "../other.json"):
         named(folder, **{key: name})
-        with pytest.raises(
-            CheckpointError, match=rf"{key} is .*other.json', a file outside the checkpoint's folder"
-        ):
+        with pytest.raises(CheckpointError, match=rf"{key} is .*, a file outside the checkpoint's folder"):
             load_tokenizer(folder)
     named(folder, **{key: "tokenizer.json"})
     load_tokenizer(folder)
