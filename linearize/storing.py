@@ -27,6 +27,8 @@ from torch import Tensor
 from linearize import plain_json
 from linearize.errors import CheckpointError
 from linearize.models.cache import sha256
+from linearize.models.files import check_file
+from linearize.modes import open_up
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,8 @@ PARTIAL = ".partial-"
 MARKER = "complete.json"
 STATE = "trainer_state.json"
 """Where a checkpoint says which step it is of."""
-AGAIN = "give the command again, a run with --resume"
+ONCE_MORE = "give the command again"
+AGAIN = f"{ONCE_MORE}, a run with --resume"
 """What goes on behind the newest intact checkpoint: `linearize select` trains as well, and has no such option."""
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -273,8 +276,9 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         remedy: what to do where it is damaged, as a sentence.
 
     Raises:
-        CheckpointError: the file is missing, not JSON, or holds no mapping.
+        CheckpointError: the file is missing or none, not JSON, or holds no mapping.
     """
+    check_file(path, remedy)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -288,12 +292,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """Save tensors as safetensors, from whatever device they are on, with plain text beside them."""
     metadata = {"format": "pt"} if metadata is None else metadata
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    open_up(path)
 
 
 def write_tensors_file(
-    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None, *, again: str = AGAIN
 ) -> None:
-    """Replace a safetensors file at once.
+    """Replace a safetensors file at once; `again` as of `could_not_write`.
 
     Raises:
         CheckpointError: the disk is full or refuses; the old file is intact.
@@ -305,7 +310,7 @@ def write_tensors_file(
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         remove(partial)
-        raise could_not_write(path, error) from error
+        raise could_not_write(path, error, again=again) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -323,19 +328,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def could_not_write(path: Path, error: Exception, kept: Path | None = None) -> CheckpointError:
+def could_not_write(
+    path: Path, error: Exception, kept: Path | None = None, *, untouched: bool = False, again: str = AGAIN
+) -> CheckpointError:
     """The error that a user sees when a file or folder could not be written.
 
     Args:
         path: what was being written.
         error: what the system said.
         kept: the checkpoint before it, where there is one.
+        untouched: what had the name before is as it was.
+        again: what to do once the cause is mended.
     """
     full = is_full(error)
     what = "the disk is full" if full else f"could not be written ({error})"
     intact = f". The previous checkpoint is intact ({kept.name})" if kept is not None else ""
+    intact += ". What was there before is untouched" if untouched else ""
     remedy = "free space" if full else "mend the cause"
-    return CheckpointError(f"{path}: {what}{intact}: {remedy}, then {AGAIN}")
+    return CheckpointError(f"{path}: {what}{intact}: {remedy}, then {again}")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from linearize.errors import LinearizeError
 from linearize.eval import tables
 from linearize.eval.page.blocks import Chart, Page, Table
 from linearize.eval.page.figures import figure
+from linearize.extras import install
 
 FOLDER = Path(__file__).parent
 DRAW = """\
@@ -41,7 +42,7 @@ def render(page: Page) -> str:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise LinearizeError(
-            "the HTML page needs plotly, which is not installed: pip install 'linearize[page]' (the markdown beside it "
+            f"the HTML page needs plotly, which is not installed: {install('page')} (the markdown beside it "
             "holds the same numbers)"
         ) from error
     charts: list[dict[str, Any]] = []

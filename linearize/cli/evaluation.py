@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +11,6 @@ from typing import Any
 
 from linearize.console import console, quiet_libraries
 from linearize.errors import LinearizeError
-
-NOTE = "linearize.json"
 
 log = logging.getLogger(__name__)
 
@@ -227,12 +224,9 @@ def _base(folder: str) -> str | None:
     from linearize.export import origin
     from linearize.models import resolve
 
+    note = origin.read_note(Path(resolve(folder)))
     try:
-        note = json.loads((resolve(folder) / NOTE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    try:
-        base = origin.found(note) if isinstance(note, dict) else None
+        base = origin.found(note)
         if base is not None:
             resolve(base)
     except (CheckpointError, ModelNotFoundError) as error:

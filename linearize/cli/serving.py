@@ -9,6 +9,7 @@ from pathlib import Path
 
 from linearize.console import size
 from linearize.errors import LinearizeError
+from linearize.extras import install
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def main(options: argparse.Namespace) -> int:
     )
     if options.engine == "vllm" and not through_vllm.installed():
         raise LinearizeError(
-            "--engine vllm: vLLM is not installed; pip install 'linearize[vllm]', or take --engine slots"
+            f"--engine vllm: vLLM is not installed; {install('vllm')}, or take --engine slots"
         )
     if options.engine != "slots" and through_vllm.installed():
         folder = Path(resolve(export_of(options.path)))
@@ -69,7 +70,7 @@ def main(options: argparse.Namespace) -> int:
         if (error.name or "").partition(".")[0] not in PARTS:
             raise
         raise LinearizeError(
-            f"serving needs {error.name}, which is not installed: pip install 'linearize[serve]'"
+            f"serving needs {error.name}, which is not installed: {install('serve')}"
         ) from None
     with bound(settings) as listening:  # before the seconds that the model takes
         model, tokenizer = load(options.path, options.device)

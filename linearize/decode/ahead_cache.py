@@ -54,7 +54,7 @@ class AheadState(FixedState):
 
     def __init__(self, clock: AheadClock, length: int, *, copied: bool) -> None:
         super().__init__(clock, length)
-        self.copied = copied
+        self.copied, self.copies_held = copied, 1 + copied
         self.trial: State | None = None
         self._calls: list[dict[str, Tensor]] = []
 

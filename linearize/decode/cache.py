@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from linearize.decode.bounded import bounded, hold_window
+from linearize.memory import Room
 from linearize.mixers import Mixer, State
 from linearize.surgery.cache import LinearizedCacheLayer
 
@@ -25,7 +26,10 @@ class Clock:
         before: tokens of the prefix that the prompt goes on from.
         running: the prompt has been read, and tokens come one by one.
         expected: `tokens` as the host counts them.
+        room: that buffers and states are taken from when they are made; None: nobody counts.
     """
+
+    room: Room | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
@@ -52,6 +56,8 @@ class FixedState(LinearizedCacheLayer):
 
     is_compileable = True
     is_sliding = False
+    copies_held = 1
+    """Tensors of the state that there are of each."""
 
     def __init__(self, clock: Clock, length: int) -> None:
         CacheLayerMixin.__init__(self)
@@ -65,6 +71,9 @@ class FixedState(LinearizedCacheLayer):
     def attend(self, mixer: Mixer, *args: Any, **kwargs: Any) -> Tensor:
         if self._bounded is None or self._bounded[0] is not mixer:
             self._bounded = mixer, bounded(mixer, self.max_cache_len)
+        if self.state is None and self.clock.room is not None:
+            k: Tensor = args[1]
+            self.clock.room.take(self.copies_held * self._bounded[1].state_bytes(k.shape[0], k.dtype))
         return super().attend(self._bounded[1], *args, **kwargs)
 
     def _count(self, tokens: int) -> None:
@@ -121,7 +130,11 @@ class FixedKeys(CacheLayerMixin):
         self.clock, self.max_cache_len = clock, length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        for name, like in (("keys", key_states), ("values", value_states)):
+        both = {"keys": key_states, "values": value_states}
+        if self.clock.room is not None:
+            tokens = sum(x[:, :, 0].numel() * x.element_size() for x in both.values())
+            self.clock.room.take(self.max_cache_len * tokens)
+        for name, like in both.items():
             batch, heads, _, width = like.shape
             setattr(self, name, like.new_zeros(batch, heads, self.max_cache_len, width))
         self.is_initialized = True

@@ -14,7 +14,7 @@ from linearize.decode.identity import READ_AGAIN, checksum
 from linearize.decode.prefix import Prefix
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.models.files import instead_of_file
-from linearize.storing import check_place, write_tensors_file
+from linearize.storing import ONCE_MORE, check_place, write_tensors_file
 
 KIND = "linearize state"
 FORMAT = 1
@@ -45,7 +45,7 @@ def save_state(prefix: Prefix, path: str | Path) -> Path:
         "facts": json.dumps(facts, sort_keys=True),
         "checksum": checksum(tensors, facts),
     }
-    write_tensors_file(path, tensors, metadata)
+    write_tensors_file(path, tensors, metadata, again=ONCE_MORE)
     return path
 
 

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from linearize.decode.pieces import Pieces
-from linearize.decode.row_cache import RowCache
+from linearize.decode.row_cache import Row, RowCache
 from linearize.decode.row_model import WIDTH, RowModel
 
 
@@ -23,12 +22,12 @@ class Prompts:
 
     Args:
         model: that reads.
-        like: a cache of one row, see `RowCache`.
+        like: what a row holds.
         most: prompts at once.
         records: record pieces of one shape as CUDA graphs, where no layer's work grows with the text.
     """
 
-    def __init__(self, model: RowModel, like: Cache, most: int, *, records: bool = False) -> None:
+    def __init__(self, model: RowModel, like: Row, most: int, *, records: bool = False) -> None:
         self._model, self._held = model, RowCache(like, most, model.held)
         self._pieces = Pieces(records and not model.held)
         self._read: list[int] = []

@@ -16,12 +16,16 @@ from linearize.decode.cache import Clock, fixed_cache
 from linearize.decode.masks import token_masks
 from linearize.decode.prefix import Prefix
 from linearize.errors import LinearizeError
+from linearize.memory import Room
 from linearize.surgery import converted
 
 UNEQUAL = (
     "prompts of unequal length behind a state: padding would stand between it and the shorter ones; give prompts of as "
     "many tokens each, or one after the other"
 )
+
+BESIDE = 640
+"""Bytes of a row's numbers beside states and keys: its place, its last tokens."""
 
 
 class Reader:
@@ -36,6 +40,7 @@ class Reader:
     Attributes:
         keeps_softmax: some layers were not converted.
         holds_tokens: what a layer holds depends on the length of the text.
+        room: memory that the layers' buffers and states are held against before they are made.
         positions: [B, 1] int64, of each row's next token.
         seen: [B, length] bool, false on the prompt's padding.
     """
@@ -55,7 +60,16 @@ class Reader:
         self.keeps_softmax = len(layers) < config.num_hidden_layers
         self.holds_tokens = holds_tokens(model)
         self.length = length if self.holds_tokens else 0
+        long = f" of {self.length:,} tokens" if self.length else ""
+        self.room = Room(
+            self.device,
+            f"the states and keys of {batch:,} texts{long}",
+            "take fewer at a time, or shorter ones",
+        )
+        # `seen`, and the ages of tokens that masks are made of: before the layers, which each say what they take
+        self.room.take((batch + 8) * self.length + BESIDE * batch)
         self.cache, self.clock = make(config.num_hidden_layers, layers, self.length, self.device)
+        self.clock.room = self.room
         self._cache_name = cache_name(model)
         self._optional = {"logits_to_keep": 1} if "logits_to_keep" in forward_names(model) else {}
         self.positions = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)

@@ -6,6 +6,7 @@ softmax layers write their token's key at its row's place, and masks tell each r
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ class Places:
             whether there are any.
         valid: [B, T] bool, false on the padding in front of rows that have fewer tokens in the call; None: all have T.
     """
+
+    room = None
+    """A row's memory is known before any is made, see `Row`."""
 
     def __init__(self, rows: Tensor, each: Tensor, before: int, valid: Tensor | None = None) -> None:
         self.rows, self.each, self.before, self.valid = rows, each, before, valid
@@ -89,19 +93,48 @@ class RowKeys(FixedKeys):
         return self.clock.before + query_length, 0
 
 
+@dataclass(frozen=True)
+class Row:
+    """What a row holds, told without the memory for it.
+
+    Attributes:
+        held: [1, ...] by layer and name, of the right shape and dtype; all their numbers are one and the same place.
+        states: of each layer, whether it is a converted one.
+    """
+
+    held: dict[str, Tensor]
+    states: list[bool]
+
+    @classmethod
+    def between(cls, short: Cache, longer: Cache, steps: int) -> Row:
+        """As the first of two caches, and so many times more of what the second has more."""
+        more, held = tensors(longer), {}
+        for name, x in tensors(short).items():
+            shape = [
+                own + steps * (other - own) for own, other in zip(x.shape, more[name].shape, strict=True)
+            ]
+            held[name] = x.new_zeros(()).expand(shape)
+        return cls(held, [isinstance(layer, RowState) for layer in short.layers])
+
+    @property
+    def bytes(self) -> int:
+        """Memory that a row takes."""
+        return sum(x.numel() * x.element_size() for x in self.held.values())
+
+
 class RowCache:
     """The storage of so many rows, of which the first ones are a cache of transformers whenever they are needed.
 
     Args:
-        like: a cache of one row that has read a token, so that names, shapes and dtypes of its states are known.
+        like: what a row holds.
         rows: texts that fit.
         length: tokens that softmax layers hold.
     """
 
-    def __init__(self, like: Cache, rows: int, length: int) -> None:
+    def __init__(self, like: Row, rows: int, length: int) -> None:
         self.rows, self.length = rows, length
-        self.held = {name: x.new_zeros(rows, *x.shape[1:]) for name, x in tensors(like).items()}
-        self._kinds = [isinstance(layer, RowState) for layer in like.layers]
+        self.held = {name: x.new_zeros(rows, *x.shape[1:]) for name, x in like.held.items()}
+        self._kinds = like.states
         self._growing = {name for name in self.held if not self._kinds[int(name.partition(".")[0])]}
         self._numbers = torch.arange(rows, device=next(iter(self.held.values())).device)
 

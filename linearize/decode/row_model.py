@@ -12,7 +12,7 @@ from linearize.decode.arguments import cache_name, forward_names
 from linearize.decode.bounded import holds_tokens
 from linearize.decode.masks import Masks, token_masks
 from linearize.decode.reach import furthest
-from linearize.decode.row_cache import Places, RowKeys, RowState
+from linearize.decode.row_cache import Places, Row, RowKeys, RowState
 from linearize.surgery import converted
 
 WIDTH = 64
@@ -52,13 +52,21 @@ class RowModel:
         self._no_masks = token_masks(self.config, seen, seen.new_zeros((), dtype=torch.int64), self.dtype)
         self._seen = seen.expand(1, self.held)
 
-    def one(self) -> Cache:
-        """A cache of one row in which two tokens have been read: names, shapes and dtypes of the states."""
+    def row(self) -> Row:
+        """What a row holds: names, shapes and dtypes, found by reading two tokens into short ones."""
+        short = self._read(min(self.held, WIDTH))
+        if self.held <= WIDTH:
+            return Row.between(short, short, 0)
+        # how much a row may be is the caller's word, so that one of its length may not fit into memory
+        return Row.between(short, self._read(2 * WIDTH), self.held // WIDTH - 1)
+
+    def _read(self, held: int) -> Cache:
+        """A row with so many places, in which two tokens have been read."""
         places = torch.arange(2, device=self.device)[None]
         at = Places(places[0, :1], places, 0)
         kinds = (RowState if i in self._converted else RowKeys for i in range(self.config.num_hidden_layers))
-        made = Cache(layers=[kind(at, self.held) for kind in kinds])
-        self(torch.zeros_like(places), places, made, self.held)
+        made = Cache(layers=[kind(at, held) for kind in kinds])
+        self(torch.zeros_like(places), places, made, held)
         return made
 
     def __call__(self, ids: Tensor, places: Tensor, cache: Cache, width: int) -> Tensor:

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from linearize.console import size
 from linearize.decode.choice import unknown_steps
 from linearize.decode.pieces import SEEN
 from linearize.decode.prompts import Prompts
-from linearize.decode.row_cache import RowCache
+from linearize.decode.row_cache import Row, RowCache
 from linearize.decode.row_choice import Scores, Wish, Wishes, likelihoods
 from linearize.decode.row_model import WIDTH, RowModel
 from linearize.errors import LinearizeError
+from linearize.memory import free
 from linearize.models.boundary import MEMORY
 from linearize.recording import record
 
@@ -83,8 +85,6 @@ class Slots:
         self._rows = RowModel(model, length, most)
         self.device, self.length = self._rows.device, self._rows.length
         self._captures = capture and self.device.type == "cuda"
-        self._tokens, self._places, self._alive = self._whole(rows), self._whole(rows), self._whole(rows)
-        self._wishes = Wishes(rows, self.device)
         self._ends: list[int] = []
         self._reading: Prompts | None = None
         self._held: RowCache | None = None
@@ -111,10 +111,13 @@ class Slots:
         if self._held is not None:
             return
         with self._fitting():
-            like = self._rows.one()
+            like = self._rows.row()
+            self._check_memory(like)
+            rows = self.rows
+            self._tokens, self._places, self._alive = self._whole(rows), self._whole(rows), self._whole(rows)
+            self._wishes = Wishes(rows, self.device)
             self._reading = Prompts(self._rows, like, self.prompts, records=self._captures)
-            self._held = RowCache(like, self.rows, self._rows.held)
-            del like
+            self._held = RowCache(like, rows, self._rows.held)
             with self._decoding():
                 self._forward(self.rows)
                 self._check()
@@ -258,6 +261,25 @@ class Slots:
         self.read([[0] * width for width in widths])
         for prompt in reversed(range(len(widths))):
             self.forget(prompt)
+
+    def _check_memory(self, row: Row) -> None:
+        """Refuse more rows than fit, before the memory is written to."""
+        most = free(self.device)
+        # a step's logits, and its tokens, places and wishes
+        step = self.model.get_input_embeddings().weight.shape[0] * self._rows.dtype.itemsize + 64
+        each, beside = row.bytes + step, self.prompts * row.bytes
+        wanted = self.rows * each + beside
+        if most is None or wanted <= most:
+            return
+        # with fewer rows fewer prompts are read together
+        fit = max((most - beside) // each, min(most // (each + row.bytes), self.prompts), 0)
+        prompts = f" and {self.prompts:,} prompts that are read beside them" if self.prompts > 1 else ""
+        remedy = f"take at most {fit:,}" if fit else "not one fits: take another model"
+        remedy += ", or shorter texts, which softmax layers hold" if self._rows.held else ""
+        raise LinearizeError(
+            f"{self.rows:,} slots need more memory than there is: at {size(row.bytes)} each they take {size(wanted)} "
+            f"with a step's logits{prompts}, and {size(most)} are free; {remedy}"
+        )
 
     @contextmanager
     def _fitting(self, what: str = "") -> Iterator[None]:

@@ -72,6 +72,7 @@ class Speculator:
         # a row's last round may end behind its text, and rounds go ahead from there while other rows run
         room = length + 2 * (ahead + 1)
         self.model, self.draft = Ahead(model, batch, room), Ahead(draft, batch, room, singly=ahead + 1)
+        self.draft.clock.room = self.model.room  # both are made before either is written to
         self.length, self.device, self.pad = length, self.model.device, pad
         self.holds_tokens = self.model.holds_tokens or self.draft.holds_tokens
         self.known = draft.get_input_embeddings().weight.shape[0]

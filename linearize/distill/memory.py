@@ -7,13 +7,13 @@ import gc
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from linearize.config.schema import EvalConfig, StageConfig
 from linearize.errors import LinearizeError
+from linearize.memory import machine
 
 _WORDS = (
     "out of memory",
@@ -174,14 +174,3 @@ def _free(error: BaseException) -> str:
         return ""
     free, total = machine()
     return "" if not total else f"{free / 2**30:,.2f} of the machine's {total / 2**30:,.2f} GiB free"
-
-
-def machine() -> tuple[int, int]:
-    """Bytes of memory that are free and that there are in all; zeros where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0, 0
-    sizes = dict(line.split(":", 1) for line in lines)
-    free, total = (int(sizes.get(key, "0").split()[0]) * 1024 for key in ("MemAvailable", "MemTotal"))
-    return free, total

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from linearize.errors import CheckpointError
+from linearize.modes import open_up
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -89,3 +90,4 @@ def save_adapter(model: PeftModel, path: Path, *, base: Path) -> None:
         config.base_model_name_or_path = str(base)
     # "auto" would ask the hub whether the vocabulary has grown.
     model.save_pretrained(str(path), save_embedding_layers=False)
+    open_up(path)

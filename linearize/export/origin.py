@@ -6,9 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from linearize.errors import ModelNotFoundError
+from linearize.errors import CheckpointError, ModelNotFoundError
 from linearize.models.aliases import ALIASES
+from linearize.models.check import shorten
+from linearize.models.files import check_file, read_json
 
+NOTE = "linearize.json"
+
+NOTE_REMEDY = "fetch the checkpoint again, or take the file out to have nothing held against it"
 BASE, PATH = "base", "base_path"
 """Keys of `linearize.json`: the MODEL argument as it was given, and where it lay if that was on this machine."""
 
@@ -27,6 +32,28 @@ def origin(base: str) -> dict[str, str]:
     except (OSError, RuntimeError, ValueError):
         local = False
     return {BASE: base, PATH: str(path.resolve())} if local else {BASE: base}
+
+
+def read_note(folder: Path) -> dict[str, Any]:
+    """What an export says of itself, nothing where it has no `linearize.json`.
+
+    Raises:
+        CheckpointError: it is no file, no mapping, or its recipe is none, so that nothing could be held against it.
+    """
+    path = folder / NOTE
+    check_file(path, NOTE_REMEDY)
+    if not path.exists():
+        return {}
+    note = read_json(path)
+    recipe = note.get("recipe")
+    mixer = recipe.get("mixer") if isinstance(recipe, dict) else None
+    mixers = recipe.get("mixers") if isinstance(recipe, dict) else None
+    for key, value in {"recipe": recipe, "recipe.mixer": mixer, "recipe.mixers": mixers}.items():
+        if value is not None and not isinstance(value, dict):
+            raise CheckpointError(
+                f"{path}: {key} is {shorten(value)}, and a mapping is asked for; {NOTE_REMEDY}"
+            )
+    return note
 
 
 def recorded(note: Mapping[str, Any]) -> dict[str, str]:

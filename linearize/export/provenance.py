@@ -12,13 +12,11 @@ from linearize.auto import TYPE_PREFIX
 from linearize.config.layers import assign
 from linearize.config.names import DEFAULT, SOFTMAX
 from linearize.errors import CheckpointError, RecipeError, UnsupportedModelError
+from linearize.export.origin import NOTE, read_note
 from linearize.mixers import normalize
-from linearize.models.files import read_json
 from linearize.surgery.inspection import AttentionLayer, attention_layers, skeleton
 from linearize.surgery.plan import checked
 from linearize.surgery.schema import AGAIN, refused, shape_problems, upgraded
-
-NOTE = "linearize.json"
 
 
 def check_plan(folder: Path, config: Any) -> list[AttentionLayer]:
@@ -75,7 +73,7 @@ def check_recipe(folder: Path, config: Any) -> None:
         config: its config, whose plan is known to be well formed.
 
     Raises:
-        CheckpointError: names the first option that differs.
+        CheckpointError: names the first option that differs, or what is no recipe.
     """
     _, trained = _recipe(folder)
     for name, section in upgraded(config.linearize)["mixers"].items():
@@ -119,18 +117,11 @@ def check_places(folder: str | Path, config: Any, found: list[AttentionLayer]) -
 
 
 def _recipe(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The recipe that stands beside a checkpoint and its mixers by name, both empty where none can be read."""
-    recipe = read_json(folder / NOTE).get("recipe") if (folder / NOTE).is_file() else None
-    mixer = recipe.get("mixer") if isinstance(recipe, dict) else None
-    mixers = (recipe.get("mixers") or {}) if isinstance(recipe, dict) else {}
-    if (
-        not isinstance(recipe, dict)
-        or not isinstance(mixer, dict)
-        or not mixer
-        or not isinstance(mixers, dict)
-    ):
+    """The recipe that stands beside a checkpoint and its mixers by name, both empty where there is none to be had."""
+    recipe = read_note(folder).get("recipe") or {}
+    if not recipe.get("mixer"):
         return {}, {}
     try:
-        return recipe, checked(mixer, mixers)
+        return recipe, checked(recipe["mixer"], recipe.get("mixers") or {})
     except RecipeError:
         return {}, {}

@@ -16,11 +16,10 @@ from linearize import plain_json
 from linearize.config.values import shown
 from linearize.errors import CheckpointError, LinearizeError
 from linearize.export.load import check_folder
-from linearize.export.origin import PATH, published
-from linearize.export.provenance import NOTE
+from linearize.export.origin import NOTE, PATH, published, read_note
 from linearize.models.aliases import ALIASES
 from linearize.models.check import has_tokenizer
-from linearize.models.files import read_json, read_words
+from linearize.models.files import read_words
 from linearize.models.tokenizer import load_tokenizer
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "modeling_*.py", "adapter/*")
@@ -100,7 +99,7 @@ def gather(
         )
     if has_tokenizer(folder):
         load_tokenizer(folder)  # what goes is what loads
-    note: dict[str, Any] = read_json(folder / NOTE) if (folder / NOTE).is_file() else {}
+    note = read_note(folder)
     alias = ALIASES.get(str(note.get("base")))
     base = base_model or (alias.hub if alias else "" if PATH in note else _hub_id(note.get("base")))
     terms = license or (alias.license if alias and base == alias.hub else "")
@@ -112,7 +111,7 @@ def gather(
     if NOTE in files and PATH in note:
         files.remove(NOTE)
         made[NOTE] = plain_json.dumps(published(note, base), indent=2) + "\n"
-    old = read_words(folder / CARD, "convert or delete it") if (folder / CARD).is_file() else ""
+    old = read_words(folder / CARD, "convert or delete it") if (folder / CARD).exists() else ""
     problems = []
     if not terms:
         problems.append(

@@ -13,18 +13,16 @@ from torch import nn
 
 from linearize.errors import LinearizeError, UnsupportedModelError
 from linearize.export.load import check_folder, load
-from linearize.export.origin import recorded
+from linearize.export.origin import read_note, recorded
 from linearize.export.plain import check_plain
 from linearize.export.quantized import check_torchao, codes, stored_bytes
 from linearize.export.save import save
-from linearize.models.files import read_json
 from linearize.models.tokenizer import load_tokenizer
 from linearize.surgery.inspection import skeleton
 
 FORMS = ("int8", "int4", "float8")
 GROUPS = (64, 32)
 """Weights that share a scale in `int4`: the first that divides every layer's inputs."""
-NOTE = "linearize.json"
 
 
 def quantize(path: str | Path, form: str, out: str | Path, *, device: str = "cpu") -> Path:
@@ -63,7 +61,7 @@ def quantize(path: str | Path, form: str, out: str | Path, *, device: str = "cpu
     given = TorchAoConfig(_config(path, form, names, packed), modules_to_not_convert=_kept(empty))
     placed = {"device_map": device} if device != "cpu" else {}
     model: Any = load(path, quantization_config=given, **placed)
-    note = read_json(path / NOTE) if (path / NOTE).is_file() else {}
+    note = read_note(path)
     about = _described(form, len(codes(model)), packed, model)
     return save(
         model,

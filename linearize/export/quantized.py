@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from linearize.errors import CheckpointError, LinearizeError
+from linearize.extras import install
 
-INSTALL = "pip install 'linearize[quantize]'"
+INSTALL = install("quantize")
 
 
 def check_torchao(what: str) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from linearize import plain_json
+from linearize import plain_json, storing
 from linearize.errors import CheckpointError
 from linearize.export.bundle import MODULE, auto_map, bundle
 from linearize.export.card import model_card
 from linearize.export.origin import BASE, origin
 from linearize.export.verify import verify
 from linearize.models.files import FOLDER, instead_of_file
+from linearize.modes import open_up
 from linearize.patch import changed
 from linearize.surgery import converted
 
@@ -108,17 +109,16 @@ def save(
                 model, base=made_of.get(BASE, ""), recipe=recipe or {}, metrics=metrics or {}, about=about
             )
         )
-        scratch.chmod(0o755)
+        open_up(scratch)
         if check and converted(model):
             _check(model, scratch, path, remote_code=remote_code, weights=weights)
         replace_folder(scratch, path)
     except Exception as error:
         # the tokenizer's library raises a plain Exception
-        if isinstance(error, OSError | SafetensorError) or "No space left" in str(error):
-            raise CheckpointError(
-                f"{path}: could not be written ({error}); what was there before is untouched. Free some space, or mend "
-                "the cause, and try again (a run goes on with --resume)"
-            ) from error
+        if isinstance(error, OSError | SafetensorError) or storing.is_full(error):
+            of_a_run = (path.parent / "recipe.yaml").is_file()
+            again = storing.AGAIN if of_a_run else storing.ONCE_MORE
+            raise storing.could_not_write(path, error, untouched=True, again=again) from error
         raise
     finally:
         if scratch is not None:  # gone where all went well; Ctrl-C and a stop leave nothing either

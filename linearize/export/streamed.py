@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from linearize.export.reloading import fingerprint
+from linearize.modes import open_up
 
 INDEX = "model.safetensors.index.json"
 
@@ -54,6 +55,7 @@ def write(
         if held:
             try:
                 save_file(held, folder / file, {"format": "pt"})
+                open_up(folder / file)
             except (OSError, SafetensorError) as error:
                 failure = error  # the others go on asking for tensors, and so must this process
     if failure is not None:

@@ -21,6 +21,7 @@ from linearize import launched
 from linearize.errors import CheckpointError
 from linearize.export import reloading
 from linearize.kernels import dispatch
+from linearize.memory import machine
 from linearize.mixers.offloaded import device_of
 
 log = logging.getLogger(__name__)
@@ -57,8 +58,8 @@ def verify(
     log.info("checking the export: a fresh process loads it and compares it with the model ...")
     expected = {} if tensors is not None else _expected(model, _text(model))
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    free = _free_memory()
-    if free is not None and free < MARGIN * size:
+    free, _ = machine()
+    if 0 < free < MARGIN * size:
         log.warning(
             "the export was not checked: %.1f GB of memory are free, and a second copy of the model takes %.1f GB; "
             "load it once where there is more memory",
@@ -168,14 +169,3 @@ def _expected(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
             "train it again with a lower learning rate"
         )
     return {"ids": ids, **{name: tensor.cpu() for name, tensor in found.items()}}
-
-
-def _free_memory() -> int | None:
-    """Bytes that a new process can have, where the system tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    sizes = dict(line.split(":", 1) for line in lines)
-    free = sizes.get("MemAvailable")
-    return None if free is None else int(free.split()[0]) * 1024

@@ -15,6 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from linearize.errors import CheckpointError
+from linearize.modes import open_up
 
 log = logging.getLogger(__name__)
 
@@ -110,20 +111,13 @@ def _build(final: Path, build: Callable[[Path], None]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}{PARTIAL}", dir=final.parent))
     try:
         build(temporary)
-        _make_readable(temporary)
+        open_up(temporary)  # a cache may be shared
         if final.exists():
             log.warning("%s is damaged; it is replaced", final)
             shutil.rmtree(final)
         temporary.rename(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _make_readable(folder: Path) -> None:
-    """Let others read what mkdtemp and safetensors write for the owner alone: a cache may be shared."""
-    folder.chmod(0o755)
-    for path in folder.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _locked(path: Path) -> FileLock:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from linearize.errors import CheckpointError, ModelNotFoundError
-from linearize.models.files import instead_of_file, read_json
+from linearize.models.files import check_file, check_files, instead_of_file, leads_out, read_json
 from linearize.models.generation import check_generation
 from linearize.models.shards import FLOATS, Stored, check_shard
 
@@ -34,9 +33,7 @@ def check_config(folder: Path) -> dict[str, Any]:
         CheckpointError: config.json is not JSON, or names no model type.
     """
     path = folder / "config.json"
-    found = instead_of_file(path)
-    if found:
-        raise CheckpointError(f"{path} is {found} and not a file; fetch the checkpoint again")
+    check_file(path, "fetch the checkpoint again")
     if not path.is_file():
         raise ModelNotFoundError(
             f"{folder} is not a checkpoint folder: it has no config.json{_instead(folder)}"
@@ -70,10 +67,11 @@ def check_checkpoint(folder: Path) -> dict[str, Stored]:
 
     Raises:
         ModelNotFoundError: not a checkpoint folder.
-        CheckpointError: no safetensors weights, a missing shard, a truncated or damaged one, an index that leads out
-            of the folder, an adapter beside the model.
+        CheckpointError: a pipe or a device, no safetensors weights, a missing shard, a truncated or damaged one, an
+            index that leads out of the folder, an adapter beside the model.
     """
     check_config(folder)
+    check_files(folder)
     check_generation(folder)
     if (folder / ADAPTER).exists():
         # transformers would load it along, with whatever weight file it has
@@ -82,9 +80,7 @@ def check_checkpoint(folder: Path) -> dict[str, Stored]:
             "out of the folder to take the model without it"
         )
     for name in (WEIGHTS, INDEX):
-        found = instead_of_file(folder / name)
-        if found:
-            raise CheckpointError(f"{folder / name} is {found} and not a file; fetch the checkpoint again")
+        check_file(folder / name, "fetch the checkpoint again")
     if (folder / WEIGHTS).is_file():
         return check_shard(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
@@ -120,7 +116,7 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{index}: {key} lies in {shorten(name)}, which names no safetensors file; fetch the checkpoint again"
             )
-        if PureWindowsPath(name).anchor or name.startswith("/") or ".." in re.split(r"[/\\\\]", name):
+        if leads_out(name):
             raise CheckpointError(
                 f"{index}: {key} lies in {shorten(name)}, outside the checkpoint's folder; fetch the checkpoint again "
                 "from where you trust it"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from linearize.errors import CheckpointError
@@ -21,6 +22,7 @@ KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+SPECIAL = ("a pipe", "a socket", "a device")
 
 
 def instead_of_file(path: Path) -> str | None:
@@ -34,12 +36,41 @@ def instead_of_file(path: Path) -> str | None:
     return next((kind for matches, kind in KINDS if matches(mode)), None)
 
 
+def check_file(path: Path, remedy: str) -> None:
+    """Refuse what is no file where one is expected; nothing at all passes.
+
+    Raises:
+        CheckpointError: says what is there; ends with the remedy.
+    """
+    found = instead_of_file(path)
+    if found:
+        raise CheckpointError(f"{path} is {found} and not a file; {remedy}")
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a folder that holds what a library would wait at for ever, or read without end.
+
+    Raises:
+        CheckpointError: names the first such thing.
+    """
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith(".") and instead_of_file(path) in SPECIAL:
+            check_file(path, "fetch the checkpoint again")
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name that stands in a checkpoint's file is of something outside the folder, on any system."""
+    return bool(PureWindowsPath(name).anchor) or name.startswith("/") or ".." in re.split(r"[/\\\\]", name)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The mapping that a JSON file holds.
 
     Raises:
-        CheckpointError: not readable, not JSON, too large or too deep to be meant, or not a mapping.
+        CheckpointError: no file (a pipe would be waited at for ever), not readable, not JSON, too large or too deep to
+            be meant, or not a mapping.
     """
+    check_file(path, "fetch the checkpoint again")
     try:
         size = path.stat().st_size
         if size > MAX_JSON:
@@ -64,8 +95,9 @@ def read_words(path: Path, remedy: str) -> str:
     """The text of a file that people may have written themselves.
 
     Raises:
-        CheckpointError: not readable, or no text in UTF-8; ends with the remedy.
+        CheckpointError: no file, not readable, or no text in UTF-8; ends with the remedy.
     """
+    check_file(path, remedy)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

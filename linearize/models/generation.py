@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from linearize.errors import CheckpointError
-from linearize.models.files import read_json
+from linearize.models.files import check_file, read_json
 
 NAME = "generation_config.json"
+AGAIN = "mend it, or fetch the checkpoint again"
 COUNTS = """
 num_beams num_beam_groups num_return_sequences max_length max_new_tokens min_length min_new_tokens top_k
 no_repeat_ngram_size encoder_no_repeat_ngram_size prompt_lookup_num_tokens num_assistant_tokens prefill_chunk_size
@@ -33,14 +34,13 @@ def check_generation(folder: Path) -> None:
         CheckpointError: names the key, the value and what it must be.
     """
     path = folder / NAME
+    check_file(path, AGAIN)
     if not path.exists():
         return
     for key, value in read_json(path).items():
         rule = RULES.get(key)
         if rule is not None and value is not None and not rule[0](value):
-            raise CheckpointError(
-                f"{path}: {key} must be {rule[1]}, got {str(value)[:60]!r}; mend it, or fetch the checkpoint again"
-            )
+            raise CheckpointError(f"{path}: {key} must be {rule[1]}, got {str(value)[:60]!r}; {AGAIN}")
 
 
 def with_cache(model: Any) -> None:

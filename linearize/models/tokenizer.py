@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.errors import CheckpointError, DataError, LinearizeError
 from linearize.models.boundary import boundary
-from linearize.models.check import has_tokenizer
+from linearize.models.check import has_tokenizer, shorten
+from linearize.models.files import check_file, check_files, leads_out, read_json
 from linearize.models.resolve import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CONFIG, TEMPLATES = "tokenizer_config.json", "additional_chat_templates"
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -24,7 +26,8 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         model: a checkpoint folder, or anything that `resolve` takes.
 
     Raises:
-        CheckpointError: the checkpoint holds no tokenizer, or one that cannot be read.
+        CheckpointError: the checkpoint holds no tokenizer, one that names files outside of it, or one that cannot be
+            read.
     """
     from transformers import AutoTokenizer
 
@@ -34,6 +37,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
             f"{folder} holds no tokenizer (no tokenizer.json or vocabulary file), and text cannot be read "
             "or written without one; copy the tokenizer's files into the folder"
         )
+    check_names(folder)
     with boundary(f"the tokenizer in {folder}", "fetch the checkpoint again"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer.padding_side = "left"
@@ -41,6 +45,63 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         tokenizer.decode(tokenizer("a")["input_ids"])  # some parts are only looked at in use
     return tokenizer
+
+
+def check_names(folder: Path) -> None:
+    """Refuse a tokenizer that would be read from elsewhere, or from what is no file.
+
+    Names are judged, not where links lead. Paths of files that transformers takes from the folder whatever the config
+    says stand in many published checkpoints, left from where they were made; only what is there would be read.
+
+    Raises:
+        CheckpointError: names the key and the file.
+    """
+    for place in (folder, folder / TEMPLATES):
+        if place.is_dir():
+            check_files(place)
+    path = folder / CONFIG
+    check_file(path, "fetch the checkpoint again")
+    try:
+        config = read_json(path) if path.exists() else {}
+    except CheckpointError:
+        return  # the library says what it cannot read of the tokenizer
+    again = "mend it, or fetch the checkpoint again"
+    versions = config.get("fast_tokenizer_files")
+    if versions is not None:
+        if not isinstance(versions, list) or not all(isinstance(name, str) for name in versions):
+            raise CheckpointError(f"{path}: fast_tokenizer_files must be a list of file names; {again}")
+        for name in versions:
+            if leads_out(name):
+                raise CheckpointError(
+                    f"{path}: fast_tokenizer_files names {shorten(name)}, outside the checkpoint's folder; {again}"
+                )
+        taken = _newest(versions)
+        if not (folder / taken).is_file():
+            raise CheckpointError(
+                f"{path}: of fast_tokenizer_files this version of transformers takes {shorten(taken)}, which the "
+                f"folder does not have; {again}"
+            )
+    for key, name in config.items():
+        if key.endswith("_file") and isinstance(name, str) and leads_out(name) and _is_there(folder / name):
+            raise CheckpointError(
+                f"{path}: {key} is {shorten(name)}, a file outside the checkpoint's folder; take the key out, or fetch "
+                "the checkpoint again"
+            )
+
+
+def _newest(versions: list[str]) -> str:
+    """The file among those for several versions of transformers that this one takes."""
+    from transformers.tokenization_utils_base import get_fast_tokenizer_file
+
+    with boundary("fast_tokenizer_files in tokenizer_config.json", "mend it, or fetch the checkpoint again"):
+        return str(get_fast_tokenizer_file(versions))
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def check_vocabulary(where: object, tokenizer: Any, rows: int) -> None:

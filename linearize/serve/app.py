@@ -33,6 +33,10 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PATHS = (CHAT, COMPLETIONS, "/v1/models", "/health", "/metrics")
 OPEN = ("/health",)
 """What needs no token."""
+LINGER, QUIET = 30.0, 5.0
+"""Seconds that the rest of a body is read behind a refusal, and that nothing of it may come."""
+MOST_UNREAD = 2**28
+"""Bytes of it that are read, and thrown away."""
 GONE = 499
 """nginx's status of requests whose client has gone."""
 
@@ -75,9 +79,8 @@ class Service:
         return _json(self._model())
 
     async def health(self, request: Request) -> Response:
-        """GET /health: 200 while texts are made."""
-        if not self.scheduler.alive:
-            raise Refusal(503, f"the decoding has stopped: {self.scheduler.failure}; restart the server")
+        """GET /health: 200 while texts are taken on and made."""
+        self.scheduler.check()
         return _json({"status": "ok"})
 
     async def numbers(self, request: Request) -> Response:
@@ -144,6 +147,28 @@ class _Events(StreamingResponse):
             self._job.cancel()
 
 
+class _BeforeTheEnd(Response):
+    """An answer to a request whose body is still on its way.
+
+    A connection that is closed with bytes unread is reset, which takes the answer from a client that has not read it
+    yet; many do not begin to before they have sent everything. So the rest is read for a while, a piece at a time.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        await send(start)
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        left, ends = MOST_UNREAD, time.monotonic() + LINGER
+        with suppress(TimeoutError):
+            # not `asyncio.timeout` around it: where a piece comes as it runs out, `wait_for` of 3.11 takes the piece
+            while left > 0 and (seconds := ends - time.monotonic()) > 0:
+                message = await asyncio.wait_for(receive(), min(QUIET, seconds))
+                left -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    break
+        await send({"type": "http.response.body", "body": b""})
+
+
 class Counted:
     """ASGI middleware: counts answers by endpoint and status, and asks for the token.
 
@@ -203,7 +228,9 @@ def build(service: Service, token: str | None) -> ASGIApp:
         ClientDisconnect: _on_gone,
         Exception: _on_bug,
     }
-    return Counted(Starlette(routes=routes, exception_handlers=handlers), service.metrics, token)
+    made = Starlette(routes=routes, exception_handlers=handlers)
+    made.router.redirect_slashes = False  # a path with a slash too many is a wrong path, and told so
+    return Counted(made, service.metrics, token)
 
 
 async def _gone(request: Request) -> None:
@@ -214,6 +241,8 @@ async def _gone(request: Request) -> None:
 
 async def _on_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
+    if error.status == 413:
+        return _BeforeTheEnd(as_json(error.body()), error.status, error.headers, "application/json")
     return _refused(error)
 
 

@@ -21,6 +21,8 @@ TOLD = "linearize.told"
 """Name in a request's scope of the status that its client was told before the endpoint could say one."""
 HEAD = 30.0
 """Seconds that the head of a request may take, counted from the connection's first byte or the answer before."""
+LINGER, MOST_UNREAD = 2.0, 2**22
+"""Seconds and bytes that are read behind the refusal of what is no HTTP."""
 UNREAD = 30.0
 """Seconds that an answer's last bytes may lie unread beyond the time that its request may take."""
 
@@ -88,6 +90,9 @@ def protocol(metrics: Metrics) -> type[H11Protocol]:
     limit = most()
 
     class Connection(H11Protocol):
+        _unread: int | None = None
+        """Bytes that may still come behind a refusal, and are thrown away."""
+
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             if limit is not None and len(self.connections) > limit:
@@ -108,18 +113,33 @@ def protocol(metrics: Metrics) -> type[H11Protocol]:
                     getattr(error, "error_status_hint", 400),
                     f"this is no request of HTTP/1.1: {reason}; heads have at most {LONGEST_HEAD:,} bytes, and there "
                     "is no TLS here",
-                )
+                ),
+                rest=True,
             )
 
-        def _refuse(self, refusal: Refusal) -> None:
-            """Say so, unless another answer has been given already, and close."""
+        def _refuse(self, refusal: Refusal, *, rest: bool = False) -> None:
+            """Say so, unless another answer has been given already, and close; with `rest` once some more is read."""
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 if self.cycle is not None and not self.cycle.response_complete:
                     self.cycle.scope[TOLD] = refusal.status  # type: ignore[literal-required]
                 else:
                     metrics.requests.labels("other", str(refusal.status)).inc()
                 self._say(refusal)
+                if rest and self.transport.can_write_eof():
+                    # bytes that lie unread when a connection is closed reset it, and the client may lose the answer
+                    self.transport.write_eof()
+                    self._unread = MOST_UNREAD
+                    self.loop.call_later(LINGER, self.transport.close)
+                    return
             self.transport.close()
+
+        def data_received(self, data: bytes) -> None:
+            if self._unread is None:
+                super().data_received(data)
+                return
+            self._unread -= len(data)
+            if self._unread < 0:
+                self.transport.close()
 
         def _say(self, refusal: Refusal) -> None:
             body = as_json(refusal.body())

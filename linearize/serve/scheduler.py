@@ -140,10 +140,7 @@ class Scheduler:
                 "for fewer at a time, or start the server with more --slots or a longer --queue",
             )
         with self._changed:
-            if self._closing is not None:
-                raise Refusal(503, CLOSING, retry=5)
-            if not self.alive:
-                raise Refusal(503, f"the decoding has stopped: {self.failure}; restart the server")
+            self.check()
             if len(tickets) > most - self.open:
                 raise Refusal(
                     429,
@@ -154,6 +151,17 @@ class Scheduler:
                 )
             self._waiting.extend(tickets)
             self._changed.notify()
+
+    def check(self) -> None:
+        """Refuse where nothing is taken on.
+
+        Raises:
+            Refusal: the server stops, or its decoding has failed (503).
+        """
+        if self._closing is not None:
+            raise Refusal(503, CLOSING, retry=5)
+        if not self.alive:
+            raise Refusal(503, f"the decoding has stopped: {self.failure}; restart the server")
 
     def cancel(self, ticket: Ticket, reason: str = "cancelled") -> None:
         """Nobody waits for a text any more; its slot is free at the next look. Of several reasons the first counts."""

@@ -118,7 +118,7 @@ class Served:
             ws="none",
             timeout_graceful_shutdown=round(self.settings.grace + 2 * LAST_WORDS),
         )
-        self._server = _Server(config, self.settings, lambda: self.scheduler.close(self.settings.grace))
+        self._server = _Server(config, self.settings, self.scheduler)
         asyncio.run(self._serve(listening, ready))
 
     def stop(self) -> None:
@@ -144,21 +144,28 @@ class Served:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which tells the scheduler when it is asked to stop, and then ends as what is done does."""
+    """uvicorn's, which tells the scheduler when it is asked to stop, and then ends as what is done does.
 
-    def __init__(self, config: uvicorn.Config, settings: Settings, closing: Callable[[], None]) -> None:
+    Until the running texts have ended, or their grace has, it goes on listening, so that who asks is told so.
+    """
+
+    def __init__(self, config: uvicorn.Config, settings: Settings, scheduler: Scheduler) -> None:
         super().__init__(config)
-        self._settings, self._closing = settings, closing
+        self._settings, self._scheduler = settings, scheduler
         self._patience = Patience(settings.seconds)
+        self._ends: float | None = None
 
     async def on_tick(self, counter: int) -> bool:
         if counter % TICKS == 0:
             drop(self._patience.over(self.server_state.connections, time.monotonic()))
+        if self._ends is not None and not (self._scheduler.open and time.monotonic() < self._ends):
+            self.should_exit = True
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # uvicorn would cancel what is left, with a traceback for each
-        end = self._settings.grace + LAST_WORDS
+        left = 0.0 if self._ends is None else max(self._ends - time.monotonic(), 0.0)
+        end = left + LAST_WORDS
         last = asyncio.get_running_loop().call_later(end, drop, self.server_state.connections)
         try:
             await super().shutdown(sockets)
@@ -182,8 +189,13 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
-        self._closing()
+        if self._ends is not None:
+            # asked again: no new connections, and the second Ctrl-C waits for nothing
+            self.should_exit = True
+            super().handle_exit(sig, frame)
+            return
+        self._scheduler.close(self._settings.grace)
+        self._ends = time.monotonic() + self._settings.grace
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:

@@ -50,13 +50,13 @@ def bound(settings: Settings) -> socket.socket:
     Raises:
         LinearizeError: the host is not this machine's alone and there is no token; the port is taken or forbidden.
     """
+    if not settings.host.strip():
+        raise LinearizeError("--host is empty; give an address such as 127.0.0.1, or 0.0.0.0 for all of them")
     if settings.token is None and not _is_loopback(settings.host):
         raise LinearizeError(
             f"--host {settings.host}: others could reach the server, and it has no token; set LINEARIZE_TOKEN (or "
             "--token), or leave --host at 127.0.0.1"
         )
-    if not settings.host.strip():
-        raise LinearizeError("--host is empty; give an address such as 127.0.0.1, or 0.0.0.0 for all of them")
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     try:

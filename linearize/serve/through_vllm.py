@@ -71,7 +71,7 @@ def _on_cpu() -> bool:
 
 def _free() -> int:
     """Bytes that are free; 0 where the system does not tell."""
-    from linearize.distill.memory import machine  # whose neighbours train: no server needs them
+    from linearize.memory import machine  # which imports torch, and most of this file does without
 
     return machine()[0]
 

@@ -313,12 +313,6 @@ def test_a_state_that_moves_is_refused(monkeypatch):
         Slots(model, 1, 0).prepare()
 
 
-def test_more_slots_than_there_is_memory_for():
-    model = hybrid("llama", [1], num_hidden_layers=2)
-    with pytest.raises(LinearizeError, match=r"3 slots need more memory.*take fewer"):
-        Slots(model, 3, 10**12).prepare()
-
-
 @pytest.mark.parametrize("layers", ["all", [1], []], ids=["all", "hybrid", "teacher"])
 def test_a_layer_with_a_recurrence_beside_its_attention_is_named(layers):
     """Also where every layer's attention is converted, which leaves no softmax layer to look at."""

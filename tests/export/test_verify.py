@@ -146,7 +146,7 @@ def test_a_model_that_cannot_generate_is_said_to_and_kept(tmp_path, monkeypatch)
 
 
 def test_too_little_memory_is_said_and_loses_nothing(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(verify, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(verify, "machine", lambda: (1000, 2000))
     with caplog.at_level(logging.WARNING, "linearize"):
         linearize.save(trained(), tmp_path / "out", check=True)
     assert "was not checked" in caplog.text and (tmp_path / "out" / "config.json").is_file()

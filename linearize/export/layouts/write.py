@@ -8,14 +8,16 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from linearize.errors import CheckpointError, LinearizeError
+from linearize.errors import LinearizeError
 from linearize.export.layouts import fla, gguf_file
 from linearize.export.layouts.source import read
+from linearize.export.origin import read_note
 from linearize.export.save import replace_folder, save_tokenizer
 from linearize.markdown import text
-from linearize.models.files import read_json
 from linearize.models.tokenizer import load_tokenizer
+from linearize.modes import open_up
 from linearize.registry import closest
+from linearize.storing import ONCE_MORE, could_not_write
 from linearize.version import __version__
 
 LAYOUTS = ("fla", "gguf")
@@ -60,12 +62,10 @@ def export_layout(path: str | Path, layout: str, out: str | Path) -> str:
             for name in COPIED:
                 if (path / name).is_file():
                     shutil.copyfile(path / name, scratch / name)
-            scratch.chmod(0o755)
+            open_up(scratch)
             replace_folder(scratch, out)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{out}: could not be written ({error}); free some space, or mend the cause, and try again"
-        ) from error
+        raise could_not_write(out, error, untouched=True, again=ONCE_MORE) from error
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -74,7 +74,7 @@ def export_layout(path: str | Path, layout: str, out: str | Path) -> str:
 
 def _card(path: Path, said: str) -> str:
     """A short model card: what the folder is, and how it is loaded."""
-    note = read_json(path / "linearize.json") if (path / "linearize.json").is_file() else {}
+    note = read_note(path)
     base = text(note.get("base") or "a teacher")
     return f"""---
 library_name: transformers
