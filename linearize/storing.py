@@ -41,6 +41,8 @@ ONCE_MORE = "give the command again"
 AGAIN = f"{ONCE_MORE}, a run with --resume"
 """What goes on behind the newest intact checkpoint: `linearize select` trains as well, and has no such option."""
 _NAME = re.compile(r"^checkpoint-(\d+)$")
+_RUST = re.compile(r"^Error while serializing: (I/O error: )?| \(os error \d+\)$")
+"""What safetensors says around the system's reason."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -341,7 +343,7 @@ def could_not_write(
         again: what to do once the cause is mended.
     """
     full = is_full(error)
-    what = "the disk is full" if full else f"could not be written ({error})"
+    what = "the disk is full" if full else f"could not be written ({_RUST.sub('', str(error))})"
     intact = f". The previous checkpoint is intact ({kept.name})" if kept is not None else ""
     intact += ". What was there before is untouched" if untouched else ""
     remedy = "free space" if full else "mend the cause"

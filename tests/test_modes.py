@@ -102,3 +102,11 @@ def test_a_state_speaks_of_no_run(tmp_path, monkeypatch):
     monkeypatch.setattr(storing, "save_file", lambda *args: (_ for _ in ()).throw(FULL[0]))
     with pytest.raises(CheckpointError, match=r"the disk is full: free space, then give the command again$"):
         prefix_file.save_state(prefix, tmp_path / "state")
+
+
+def test_the_reason_is_the_systems(tmp_path):
+    other = SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+    said = str(storing.could_not_write(tmp_path / "a", other, again=storing.ONCE_MORE))
+    assert said.endswith(
+        "a: could not be written (File too large): mend the cause, then give the command again"
+    )
