@@ -17,6 +17,7 @@ from linearize.models.config import causal_class, read_config
 from linearize.models.generation import with_cache
 from linearize.models.rehearsal import check_report, rehearse
 from linearize.models.resolve import resolve
+from linearize.models.soft_cap import capped, honor_soft_cap
 from linearize.models.sound import check_finite
 from linearize.surgery import converted
 from linearize.surgery.inspection import attention_layers
@@ -67,6 +68,8 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     if folder is not None and judge and not shown and converted(model):
         check_places(folder, model.config, attention_layers(model))
     with_cache(model)
+    if capped(model.config):  # a softmax model; a converted one is set so as it is made
+        honor_soft_cap(model)
     return model.eval()
 
 

@@ -72,9 +72,20 @@ def test_generation(mixer):
     settings = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
     expected = model.generate(ids, use_cache=False, **settings)
     ways = [{}, {"prefill_chunk_size": 1}, {"prefill_chunk_size": 3}]
-    ways.append({"cache_implementation": "static", "disable_compile": True})
+    if not transformers_has_no_static_chunks():
+        ways.append({"cache_implementation": "static", "disable_compile": True})
     for way in ways:
         assert torch.equal(model.generate(ids, **settings, **way), expected), way
+
+
+def transformers_has_no_static_chunks() -> bool:
+    """Whether an untouched model with chunks has no static cache either: transformers 5.17 hands its masks too much."""
+    ids, settings = tiny.tokens(1, 9), {"max_new_tokens": 2, "do_sample": False, "disable_compile": True}
+    try:
+        odd.model("llama4_text").generate(ids, cache_implementation="static", **settings)
+    except TypeError:
+        return True
+    return False
 
 
 def test_drafts_are_taken_back_over_the_end_of_a_chunk():
