@@ -52,10 +52,10 @@ def main(arguments: list[str]) -> int:
 
 
 def rows(path: Path) -> list[Row]:
-    """What has a figure in a file of `bench train` or of `scripts/scale.py`."""
+    """What has a figure in a file of `bench train` or of `scripts/scale.py`, of kernels: no plan is of plain torch."""
     read = json.loads(path.read_text(encoding="utf-8"))
     listed: list[Row] = read["rows"] if isinstance(read, dict) else read
-    return [row for row in listed if row["tokens_per_second"]]
+    return [row for row in listed if row["tokens_per_second"] and "plain torch" not in row.get("way", "")]
 
 
 def gone(row: Row) -> str:
