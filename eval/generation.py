@@ -79,6 +79,12 @@ def generate(
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     _check_text(texts)
+    if state is not None and not isinstance(state, Prefix):
+        raise LinearizeError(
+            f"state={state!r:.80}: give a state that is read or loaded, linearize.load_state(PATH)"
+        )
+    if draft is not None and not isinstance(draft, Draft):
+        raise LinearizeError(f"draft={draft!r:.80}: give linearize.decode.Draft(model, its_tokenizer)")
     if draft is not None:
         _check_draft(draft, model, tokenizer, state, graph=graph, compile=compile)
     if on_text is not None and (len(texts) > 1 or options.get("num_beams", 1) > 1):

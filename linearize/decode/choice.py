@@ -51,17 +51,24 @@ def request(model: Any, prompt: int, options: dict[str, Any]) -> tuple[Request |
     Returns:
         The request and no problem, or None and what stands in the way, each a phrase.
     """
-    config, unknown = model._prepare_generation_config(None, **options)
+    try:
+        config, unknown = model._prepare_generation_config(None, **options)
+    except ValueError as error:
+        return None, [" ".join(str(error).split())]
     problems = [f"option {name}" for name in sorted(unknown)]
     if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         problems.append(f"{config.get_generation_mode().value.replace('_', ' ')}")
-    problems += [f"option {name}" for name in unread(config)]
-    if problems:
-        return None, list(dict.fromkeys(problems))
+    own = "" if options.get("generation_config") is not None else ", of the model's generation_config.json"
+    problems += [f"option {name}{'' if name in options else own}" for name in unread(config)]
     sampling = Sampling()
     if config.do_sample:
         top_p = 1.0 if config.top_p is None else config.top_p
-        sampling = Sampling(True, config.temperature or 1.0, config.top_k or 0, top_p)
+        try:
+            sampling = Sampling(True, config.temperature or 1.0, config.top_k or 0, top_p)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        return None, list(dict.fromkeys(problems))
     ends = config.eos_token_id
     eos = () if ends is None else tuple(ends) if isinstance(ends, list | tuple) else (int(ends),)
     pads = (config.pad_token_id, *eos, 0)

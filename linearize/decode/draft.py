@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from linearize.decode.arguments import evaluating
@@ -82,6 +83,14 @@ class Draft:
     def __post_init__(self) -> None:
         if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or not 1 <= self.tokens <= MOST:
             raise LinearizeError(f"a draft of {self.tokens!r} tokens; give a whole number from 1 to {MOST}")
+        if not isinstance(self.model, torch.nn.Module):
+            raise LinearizeError(
+                f"a draft by {self.model!r:.80}; give a model that is loaded, linearize.load(PATH)"
+            )
+        if self.state is not None and not isinstance(self.state, Prefix):
+            raise LinearizeError(
+                f"a draft with the state {self.state!r:.80}; give one that is loaded, linearize.load_state(PATH)"
+            )
 
     def check(self, model: Any, tokenizer: Any = None, state: Prefix | None = None) -> None:
         """Refuse to draft for a model with other tokens, on another device, or from another text.
@@ -112,7 +121,10 @@ class Draft:
                 f"the draft's state is of another text ({self.state.tokens:,} tokens) than the model's "
                 f"({state.tokens:,}); read one text with both models, or leave the draft's state out"
             )
-        self.state.check(self.model, self.tokenizer)
+        try:
+            self.state.check(self.model, self.tokenizer)
+        except LinearizeError as error:
+            raise LinearizeError(f"the draft's state: {error}") from error
 
     def _check_tokens(self, model: Any, tokenizer: Any) -> None:
         if self.tokenizer is not None and tokenizer is not None:

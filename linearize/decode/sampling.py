@@ -36,6 +36,15 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
 
+    def __post_init__(self) -> None:
+        """transformers' own rules.
+
+        Raises:
+            ValueError: a number is out of its range.
+        """
+        if self.sample:
+            _ = self._warpers
+
     def choose(self, logits: Tensor) -> Tensor:
         """The next tokens [B] for logits [B, V]."""
         return draw(self.probabilities(logits)) if self.sample else logits.float().argmax(-1)

@@ -16,6 +16,7 @@ from linearize.decode.ahead import Ahead
 from linearize.decode.draft import speculate_ids
 from linearize.decode.speculator import Speculator
 from linearize.errors import LinearizeError
+from linearize.eval.generation import generate
 from linearize.kernels import dispatch
 
 NEW = 15
@@ -290,3 +291,33 @@ def test_the_decoder_is_kept_until_something_changes():
         draft.model.get_input_embeddings().weight.data = torch.zeros(97, 3)
         speculate_ids(model, ids, None, options, draft)
     assert draft._kept is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"do_sample": True, "top_k": -1},
+        {"do_sample": True, "top_k": 2.5},
+        {"num_return_sequences": 2},
+        {"generation_config": {"repetition_penalty": 1.3}},
+    ],
+    ids=str,
+)
+def test_options_that_are_none_are_refused_by_name(wrong):
+    """Those of the model's own generation config name their file: nobody gave them."""
+    model, (ids, mask) = tiny.model("llama"), prompts()
+    if "generation_config" in wrong:
+        model.generation_config.update(**wrong.pop("generation_config"))
+    with pytest.raises(LinearizeError) as refused:
+        speculate_ids(model, ids, mask, {"max_new_tokens": 3, **wrong}, Draft(model))
+    assert ("generation_config.json" in str(refused.value)) == (not wrong)
+
+
+def test_what_is_no_draft_and_no_state_is_refused():
+    model = tiny.model("llama")
+    for made in (lambda: Draft("runs/window"), lambda: Draft(model, state="doc.state")):
+        with pytest.raises(LinearizeError, match="that is loaded"):
+            made()
+    for given in ({"draft": model}, {"draft": "runs/window"}, {"state": "doc.state"}):
+        with pytest.raises(LinearizeError, match="give"):
+            generate(model, None, "a", **given)
