@@ -8,7 +8,8 @@
 # drafts     scripts/speculative.py behind 7,900 tokens, with drafts that are calibrated alone, compiled and not
 # peers      fla's log-linear attention beside ours, first to tune, then alone
 # precision  10 M tokens of lolcats and gated_delta_window, weights in bfloat16 and in float32
-# starts     scripts/starts.py: AGAIN calibrated and judged, RECIPES from the published start; STARTJOBS and PUBLISHEDJOBS
+# again      scripts/starts.py of AGAIN (RECIPES), calibrated and judged, STARTJOBS at once
+# published  the same of RECIPES from the swap alone, PUBLISHEDJOBS at once
 #
 # PARTS names those that are wanted (all). Everything goes on where it was cut when it is called again with the same OUT.
 # The commit is that of the tree, or COMMIT where there is no git. Afterwards, here: scripts/results/join_rows.py,

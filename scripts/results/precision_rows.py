@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,7 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [
         _row(folder) for folder in sorted(options.folder.iterdir()) if (folder / "results.json").is_file()
     ]
-    about = {"commit": options.commit or commit(), "device": options.device, "note": options.note}
+    about = {
+        "command": "scripts/results/card.sh precision",
+        "commit": options.commit or commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": options.device,
+        "note": options.note,
+    }
     options.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
     return 0
