@@ -13,6 +13,7 @@ from torch._higher_order_ops.auto_functionalize import can_auto_functionalize
 
 from linearize import kernels
 from linearize.bench.subjects import convert, random_model
+from linearize.config import list_recipes
 from linearize.decode import Decoder, compiling
 from linearize.kernels import dispatch
 
@@ -27,6 +28,9 @@ RECIPES = (
     "softmax",
 )
 """Between them every operator that makes a token in place, and softmax layers, kept and run by a mixer."""
+EVERY_RECIPE = [name for name, _ in list_recipes()]
+WHOLE = ("inline", "mala", "best_constant", "best_hybrid")
+"""Of them, what is traced at every change."""
 QUICK = ("gated_delta_window",)
 """Of them, what is compiled at every change; the others take a minute and a half together."""
 
@@ -66,6 +70,27 @@ def test_a_compiled_token_equals_one_that_is_not(recipe):
         decoder = Decoder(model, 2, length=32, compile=options)
         assert torch.equal(decoder.generate(ids, mask, 4), expected)
         assert decoder.compiled.joining.joined, "projections have the same input in every layer"
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [name if name in WHOLE else pytest.param(name, marks=pytest.mark.slow) for name in EVERY_RECIPE],
+)
+def test_a_step_is_one_graph(recipe):
+    """Where tracing ends, layers run by themselves, and behind the eighth operation by operation; torch says little."""
+    graphs = []
+
+    def look(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = convert(random_model("cpu", torch.float32, "tiny", **SIZES), recipe)
+    decoder = Decoder(model, 2, length=64, compile={"backend": look})
+    decoder.prepare()
+    decoder.read(torch.arange(5, 21).view(2, 8), None)
+    decoder.run(2)
+    assert decoder.obstacle is None and len(graphs) == 1
 
 
 @pytest.mark.skipif(not dispatch.interpreted(), reason="needs TRITON_INTERPRET=1")

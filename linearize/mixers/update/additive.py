@@ -38,6 +38,7 @@ class Additive(Update):
     decays: ClassVar[tuple[str, ...]] = ("none", "head", "feature")
     dense = True
     takes_products: ClassVar[bool] = True
+    NAMES: ClassVar[tuple[str, str]] = ("sums", "norms")
 
     @dataclass
     class Config(Part.Config):
@@ -57,7 +58,7 @@ class Additive(Update):
     @property
     def names(self) -> tuple[str, str]:
         """Of the two sums in the state."""
-        return "sums", "norms"
+        return self.NAMES
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         shape = (batch, self.heads, self.feature_dim)

@@ -57,7 +57,8 @@ class InLine(Additive):
     @property
     def names(self) -> tuple[str, str]:
         """Of other sums another name, so that a kept state that has the features themselves is refused."""
-        return ("sums_from_zero", "norms_from_zero") if self.at_zero else super().names
+        # not by super(): what looks at it there cannot be compiled
+        return ("sums_from_zero", "norms_from_zero") if self.at_zero else self.NAMES
 
     def initial(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         values = torch.zeros(batch, self.heads, self.value_dim, dtype=dtype, device=device)
