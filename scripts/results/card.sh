@@ -8,6 +8,8 @@
 # drafts     scripts/speculative.py behind 7,900 tokens, with drafts that are calibrated alone, compiled and not
 # peers      fla's log-linear attention beside ours, first to tune, then alone
 # precision  10 M tokens of lolcats and gated_delta_window, weights in bfloat16 and in float32
+# judge      what scripts/results/judge.sh measures of precision/lolcats-bfloat16, beside the teacher trained as its second stage
+# cost       the same of latency and memory, with the card to itself for COSTS seconds at most
 # again      scripts/starts.py of AGAIN (RECIPES), calibrated and judged, STARTJOBS at once
 # published  the same of RECIPES from the swap alone, PUBLISHEDJOBS at once
 #
@@ -102,6 +104,32 @@ precision() {
             eval.max_windows="${WINDOWS:-100}" "eval.texts={wikitext2: $texts/wikitext2.test.parquet}" &
     done
     wait
+}
+
+judging() {  # STEPS... of judge.sh
+    mkdir -p "$out/judge"
+    ln -sfn ../precision/lolcats-bfloat16 "$out/judge/lolcats"
+    PARTS="" DATA=$(dirname "$texts") RUNS=$out/judge OUT=$out/judge/page MODELS=lolcats CONTROL=$out/judge/softmax DEVICE=$device \
+        PYTHON=$python LIMIT=$(left) SLOTS=${JUDGES:-4} OMP_NUM_THREADS=1 scripts/results/judge.sh "$@"
+}
+
+judge() {
+    # the second stage of lolcats, on the teacher as it is
+    trained judge/softmax softmax "stages.recover={objective: {next_token: 1.0}, train: [lora], lora: {rank: 8, alpha: 16, \
+        targets: [q, k, v, o]}, tokens: ${SECOND:-6M}, batch_size: 16, micro_batch: 4, lr: 1e-4}" eval.max_windows=4
+    until [ -f "$out/precision/lolcats-bfloat16/done.json" ] || [ "$(left)" -lt 30 ]; do sleep 2; done
+    judging measure >"$out/logs/judge.log" 2>&1 &
+    local began=$!
+    stands_still $began &
+    wait $began
+    say "judge ended with $?"
+}
+
+cost() {
+    export -f judging left
+    export out texts device python end
+    "$python" scripts/results/turns.py alone "$beside" "${COSTS:-150}" bash -c 'SECONDS=0 end=${COSTS:-150}; judging cost' >"$out/logs/cost.log" 2>&1
+    say "cost ended with $?"
 }
 
 starts() {  # FILE JOBS FLAGS... of scripts/starts.py
