@@ -27,7 +27,10 @@ What `linearize` does with every causal language model type of transformers {tra
 which builds each type tiny with random weights, saves it, loads it from the file, and holds an identity (softmax)
 composition and a hybrid (LoLCATs) against the untouched model: plain, left-padded and packed rows, prefill and single
 tokens with a cache, greedy generation from left-padded rows, teacher mode, a step of attention transfer, a step with
-adapters on q, k, v and o, and the export, reloaded in another process. Exact means: every difference below
+adapters on q, k, v and o, and the export, reloaded in another process. A second hybrid, whose linear branch sees
+queries and keys before the rotation (`position: {{recurrent: false}}`), is held with padding and with a cache, or
+refused by name where how they are turned does not follow from what the layer is handed (Hunyuan norms them behind the
+rotation): the note "no rotation off in a branch". Exact means: every difference below
 {tolerance:g} of the largest logit; between two forms of one hybrid, below four times what the same forms of the
 untouched model differ by, if that is more. A type that is refused is refused before anything is trained. Encoders of
 images and sound, and attention to an encoder's output, stay as they are.

@@ -323,7 +323,7 @@ class Judge:
             model = surgery.convert(load(folder), UNTURNED)
         except UnsupportedModelError as error:
             assert "cannot be rotated back" in str(error), str(error)
-            self.verdict.notes.append("no rotation off in a branch: turned inside the layer (refused)")
+            self.verdict.notes.append("no rotation off in a branch (refused)")
             return
         names = [name for name in ("left padding", "prefill and tokens") if name in expected]
         self._forms_agree(model, inputs, {name: expected[name] for name in names}, "rotation off")
