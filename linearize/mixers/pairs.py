@@ -52,10 +52,10 @@ def seen(statistics: Statistics) -> Seen:
         several = before.sum(1).to(q)
         mean = found.sum(2) / several
         weights = found.masked_fill(~before, -torch.inf).softmax(2)
-        wanted = (found, (found - mean[..., None]).masked_fill(~before, 0.0))
-        wanted += ((2 * several[:, None] * weights).sqrt(),)
+        level = (found - mean[..., None]).masked_fill(~before, 0.0)
+        roots = (2 * several[:, None] * weights).sqrt()
         made = [(several[:, None] * q).mT @ q, (before.sum(0).to(k)[:, None] * k).mT @ k]
-        made += [q.mT @ (target @ k) for target in wanted]
+        made += [q.mT @ (target @ k) for target in (found, level, roots)]
         totals = [total + part.double() for total, part in zip(totals, made, strict=True)]
         count += int(before.sum())
     return Seen(*(total / max(count, 1) for total in totals))
