@@ -239,24 +239,31 @@ def running(values: Tensor, docs: Tensor, carried: Tensor | None = None) -> Tens
 
 
 def summed(values: Tensor) -> Tensor:
-    """values.cumsum(1) of [B, T, ...]; where it is compiled, in pieces of PIECE tokens, and the pieces' sums likewise.
+    """values.cumsum(1) of [B, T, ...]; compiled or on a GPU in pieces of PIECE tokens, and the pieces' sums likewise.
 
     A sum over more tokens with few numbers beside it Inductor gives to several programs, and then fails to write their
     code ("Error in codegen for ComputedBuffer ... SplitScan", torch 2.11), so that the whole mixer would run part by
-    part.
+    part. Torch's own kernel goes through a dimension that is not the last one number after the other, which long
+    prompts wait for.
     """
     tokens = values.shape[1]
-    if tokens <= PIECE or not torch.compiler.is_compiling():
+    if tokens <= PIECE or not (values.is_cuda or torch.compiler.is_compiling()):
         return values.cumsum(1)
+    return _in_pieces(values)
+
+
+def _in_pieces(values: Tensor) -> Tensor:
+    tokens = values.shape[1]
     filled = torch.cat([values, values.new_zeros(values.shape[0], -tokens % PIECE, *values.shape[2:])], 1)
     pieces = filled.unflatten(1, (-1, PIECE)).cumsum(2)
-    ends = summed(pieces[:, :, -1])
+    ends = pieces[:, :, -1]
+    ends = ends.cumsum(1) if ends.shape[1] <= PIECE else _in_pieces(ends)
     before = torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1)
     return (pieces + before[:, :, None]).flatten(1, 2)[:, :tokens]
 
 
 PIECE = 32
-"""Tokens of a sum that Inductor never gives to several programs."""
+"""Tokens of a sum that Inductor never gives to several programs, and that torch's kernel soon goes through."""
 NARROW = (torch.bfloat16, torch.float16)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from linearize.kernels import dispatch
 from linearize.mixers import LayerShape, build, compiled, shown
-from linearize.mixers.base import PIECE, summed
+from linearize.mixers.base import PIECE, _in_pieces, summed
 
 SHAPE = LayerShape(heads=2, kv_heads=1, key_dim=16, value_dim=16, scaling=0.25, model_dim=10)
 WINDOW = {"name": "sliding", "size": 16, "first": 2, "overlap": True}
@@ -189,3 +189,17 @@ def test_a_sum_over_a_text_is_compiled_in_short_pieces(tokens, rest):
     assert lengths and max(lengths) <= PIECE
     torch.testing.assert_close(made, values.cumsum(1), rtol=0, atol=1e-12)
     assert torch.equal(summed(values), values.cumsum(1))
+
+
+@pytest.mark.parametrize("tokens", [33, 100, PIECE**2, PIECE**2 + 1, 3000])
+def test_a_sum_in_pieces_is_the_sum(tokens):
+    """As a GPU makes it without compiling, its gradient included."""
+    values = torch.randn(2, tokens, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    values.requires_grad_()
+    made, expected = _in_pieces(values), values.cumsum(1)
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-12)
+    weights = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    found = torch.autograd.grad((made * weights).sum(), values)
+    torch.testing.assert_close(
+        found, torch.autograd.grad((expected * weights).sum(), values), rtol=0, atol=1e-11
+    )
