@@ -2,7 +2,7 @@
 
     python scripts/results/precision_rows.py OUT/precision --device "NVIDIA H200" --out docs/results/precision-h200.json
 
-Runs are folders named RECIPE-WEIGHTS. Prints the table of docs/training.md; `apart` is float32's figure as a share.
+Runs are folders named RECIPE-WEIGHTS. Rows of other runs that the file has stay, each with its commit. Prints the table of docs/training.md; `apart` is float32's figure as a share.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--commit", default=None, help="of what ran (default: the checkout's)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
-    rows = [
-        _row(folder) for folder in sorted(options.folder.iterdir()) if (folder / "results.json").is_file()
-    ]
     about = {
         "command": "scripts/results/card.sh precision",
         "commit": options.commit or commit(),
@@ -38,6 +35,15 @@ def main(arguments: list[str] | None = None) -> int:
         "device": options.device,
         "note": options.note,
     }
+    rows = [
+        _row(folder) | {"commit": about["commit"]}
+        for folder in sorted(options.folder.iterdir())
+        if (folder / "results.json").is_file()
+    ]
+    before = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {"rows": []}
+    coming = {(row["recipe"], row["weights"]) for row in rows}
+    stay = [row for row in before["rows"] if (row["recipe"], row["weights"]) not in coming]
+    rows = [{"commit": before.get("commit")} | row for row in stay] + rows
     options.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
     return 0
