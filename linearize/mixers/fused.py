@@ -181,7 +181,8 @@ class Fused:
         q, k, v, valid, docs, _ = given
         window, (batch, tokens), device = self.window, k.shape[:2], k.device
         ringed = window is not None and (window.has_reach or window.first > 0)
-        plain = state is None and valid is None and docs is None and not ringed
+        whole = valid is None and docs is None
+        plain = state is None and whole and not ringed
         valid = torch.ones(batch, tokens, dtype=torch.bool, device=device) if valid is None else valid
         docs = documents(None, batch, tokens, device) if docs is None else docs
         if plain or window is None:
@@ -194,7 +195,7 @@ class Fused:
         reach = window.reach(None if position is None else position[:, window.span :])
         # kernels for windows of whole chunks want whole chunks in front of them, too
         lead = -window.first % CHUNK if reach is None and window.span % CHUNK == 0 else 0
-        line, pinned = window.line(state, k, v, valid, docs, front, lead)
+        line, pinned = window.line(state, k, v, valid, docs, front, lead, whole=whole)
         if state is not None and reach is not None and position is not None:
             # a ring is longer than what its queries see: its oldest keys are in the sums
             before = line.prefix - window.span

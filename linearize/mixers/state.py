@@ -22,6 +22,8 @@ class State:
 
     in_parts = False
     """Whether parts run one by one, each on its own kernel, since what is carried has a gradient."""
+    empty = False
+    """Whether nothing has been written yet, for as long as whoever has just made it says so: nobody reads it then."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors

@@ -140,7 +140,11 @@ class LinearizedCacheLayer(CacheLayerMixin):
             self._recorded.append(recorded)
         if k.shape[1] == 1 and starts is None and not (torch.is_grad_enabled() and q.requires_grad):
             return mixer.step(q, k, v, state=self.state, valid=valid, **context)
-        return mixer.chunked(q, k, v, valid=valid, starts=starts, state=self.state, gaps=gaps, **context)
+        self.state.empty = fresh
+        try:
+            return mixer.chunked(q, k, v, valid=valid, starts=starts, state=self.state, gaps=gaps, **context)
+        finally:
+            self.state.empty = False
 
     def _check_mixer(self, mixer: Mixer, fresh: bool) -> None:
         """Refuse the mixer of another model; that of a copy, as of a copied cache, has the same parts and shapes.

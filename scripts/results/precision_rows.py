@@ -2,7 +2,8 @@
 
     python scripts/results/precision_rows.py OUT/precision --device "NVIDIA H200" --out docs/results/precision-h200.json
 
-Runs are folders named RECIPE-WEIGHTS. Rows of other runs that the file has stay, each with its commit. Prints the table of docs/training.md; `apart` is float32's figure as a share.
+Runs are folders named RECIPE-WEIGHTS. Rows of other runs that the file has stay, each with its commit. Prints the table
+of docs/training.md; `apart` is float32's figure as a share.
 """
 
 from __future__ import annotations

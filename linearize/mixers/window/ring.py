@@ -226,9 +226,9 @@ class RingWindow(Window):
     ) -> tuple[Partial | None, Handed | None]:
         position = self.positions(valid, docs, state, front)
         reach = self.reach(None if position is None else position[:, self.span :])
-        line, pinned = self.line(None if fresh else state, k, v, valid, docs, front)
+        line, pinned = self.line(None if fresh else state, k, v, valid, docs, front, whole=whole)
         window = min(self.limit or self.span, self.span)
-        if fresh and whole and reach is None and pinned is None:
+        if (fresh or self._begins(state)) and whole and reach is None and pinned is None:
             seen = Seen(window)
         else:
             seen = line.seen(window, reach, pinned)
@@ -255,23 +255,32 @@ class RingWindow(Window):
         docs: Tensor,
         front: Tensor | None,
         lead: int = 0,
+        *,
+        whole: bool = False,
     ) -> tuple[Line, Tensor | None]:
-        """What the state carries behind `lead` empty places, and the new tokens; `Line.pinned_from` of pinned ones."""
-        line = Line(k, v, valid, docs, 0)
-        if state is not None:
+        """What the state carries behind `lead` empty places, and the new tokens, `whole` rows; `Line.pinned_from`."""
+        line = Line(k, v, valid, docs, 0, whole=whole)
+        if state is not None and not self._begins(state):
             line = self._carried(state, k, v, valid, docs, front, lead)
         if not self.first:
             return line, None
         line.pins = self.first
         if line.carried is None:  # padding in front of the row is in front of its first document
-            line.carried, line.front = valid.new_zeros(len(valid), dtype=torch.int64), leading(valid)
+            line.carried = valid.new_zeros(len(valid), dtype=torch.int64)
+            line.front, line.untouched = line.carried if line.whole else leading(valid), True
         return line, line.pinned_from()
+
+    def _begins(self, state: State) -> bool:
+        """Whether the ring is empty and need not be read; windows with a `reach` count from its length on."""
+        return state.empty and not self.has_reach
 
     def counts(self, state: State | None, line: Line, pinned: Tensor | None) -> Tensor | None:
         """`Far.counts`, or None where no pinned token is as far as to seem nearer."""
-        if self.far is None or pinned is None or (state is None and line.k.shape[1] <= self.far.most + 1):
+        if self.far is None or pinned is None:
             return None
-        return self.far.counts(line, pinned, None if state is None else state["window_since"])
+        if state is None or self._begins(state):
+            return None if line.k.shape[1] <= self.far.most + 1 else self.far.counts(line, pinned, None)
+        return self.far.counts(line, pinned, state["window_since"])
 
     def _carried(
         self, state: State, k: Tensor, v: Tensor, valid: Tensor, docs: Tensor, front: Tensor | None, lead: int
@@ -320,9 +329,9 @@ class RingWindow(Window):
 
     def keep(self, line: Line, state: State, pinned: Tensor | None, count: Tensor | None) -> None:
         """The last keys of the last document, its pinned ones, and how many tokens it has had, into the state."""
-        if count is not None:
-            since = torch.where(line.valid[:, -1], count[:, -1] + 1, state["window_since"])
-            state.write({"window_since": since})
+        if self.far is not None and pinned is not None:
+            own = line.valid.shape[1] - pinned[:, -1] if count is None else count[:, -1] + 1
+            state.write({"window_since": torch.where(line.valid[:, -1], own, state["window_since"])})
         self.refill(state, *line.kept(self.span, pinned))
 
     def step(
