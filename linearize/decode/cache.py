@@ -99,6 +99,7 @@ class FixedState(LinearizedCacheLayer):
         """Take over what a text of so many tokens has left, [1, ...] by name, for every row and in place."""
         assert self.state is not None and self._bounded is not None, "the state is made with the first token"
         batch, (mixer, ring) = self.state.batch, self._bounded
+        self.forgotten = False
         if ring is not mixer:
             hold_window(
                 ring, self.state, {name: x.to(self.clock.tokens.device) for name, x in tensors.items()}
@@ -111,6 +112,7 @@ class FixedState(LinearizedCacheLayer):
         self.read, self.plain = None, False
         if self.state is not None:
             self.state.zero()
+            self.forgotten = True
 
 
 class FixedKeys(CacheLayerMixin):

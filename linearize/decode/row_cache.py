@@ -43,6 +43,7 @@ class RowState(FixedState):
     def __init__(self, places: Places, length: int, state: State | None = None) -> None:
         super().__init__(places, length)  # type: ignore[arg-type]
         self.state, self.is_initialized = state, state is not None
+        self.forgotten = places.before == 0
 
     def attend(self, mixer: Mixer, *args: Any, **kwargs: Any) -> Tensor:
         if self.clock.valid is not None:

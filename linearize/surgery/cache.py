@@ -38,6 +38,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
         read: in the model's first converted layer, what masks have said of the tokens so far, or None.
         plain: no call had a mask so far.
         awaits: a converted layer is about to hand over its keys and values; nobody else may.
+        forgotten: the state was emptied, and nothing has been written since.
         rehearses: it does so more than once for the same tokens, and this time they do not count.
     """
 
@@ -53,6 +54,7 @@ class LinearizedCacheLayer(CacheLayerMixin):
     plain = False
     awaits = False
     rehearses = False
+    forgotten = False
     _snapshot: State | None
     _recorded: list[dict[str, Tensor]]
     _home: torch.device
@@ -138,9 +140,10 @@ class LinearizedCacheLayer(CacheLayerMixin):
             if "plain" in context:
                 recorded["plain_q"], recorded["plain_k"] = context["plain"]
             self._recorded.append(recorded)
+        empty, self.forgotten = fresh or self.forgotten, False
         if k.shape[1] == 1 and starts is None and not (torch.is_grad_enabled() and q.requires_grad):
             return mixer.step(q, k, v, state=self.state, valid=valid, **context)
-        self.state.empty = fresh
+        self.state.empty = empty
         try:
             return mixer.chunked(q, k, v, valid=valid, starts=starts, state=self.state, gaps=gaps, **context)
         finally:
