@@ -16,6 +16,7 @@ from linearize.decode.limits import learned_positions
 from linearize.errors import DataError
 from linearize.eval.cast import Entrant
 from linearize.eval.efficiency import crossovers
+from linearize.eval.lm_tasks import TASK
 from linearize.eval.measurement import Call, Measurement, Setting
 from linearize.eval.rows import STUDENT, TEACHER, Score, Scores, key_of
 from linearize.eval.suite import Suite, Unit
@@ -64,6 +65,7 @@ def judge(
         return _key(entrant, beside, unit, setting)
 
     setting.key_of = lambda role, unit: key(by_role[role], unit) if role in by_role else ""
+    _load_data(suites, cast, setting, scores)
     for suite in suites:
         units = list(_units(suite, setting, by_role))
         jobs = {entrant.role: _jobs(entrant, units, setting, scores) for entrant in cast}
@@ -76,10 +78,20 @@ def judge(
             for number, entrant in enumerate(cast, 1):
                 title = f"{suite.name} {number}/{len(cast)} {entrant.role}"
                 _measure(suite, entrant, jobs[entrant.role], setting, scores, command, title)
-        rows = [row for unit in units for entrant in cast for row in scores.of(key(entrant, unit))]
+        keys = dict.fromkeys(key(entrant, unit) for unit in units for entrant in cast)
+        rows = [row for one in keys for row in scores.of(one)]
         derived = crossovers(rows)
         scores.add([row for row in derived if not scores.of(row.key)])
         yield suite, [*rows, *derived]
+
+
+def _load_data(suites: Sequence[Suite], cast: Sequence[Entrant], setting: Setting, scores: Scores) -> None:
+    """Data of lm-eval's tasks, where something is left to measure: what cannot be had ends the call now, and not behind
+    the minutes that another suite takes."""
+    for unit in (unit for suite in suites for unit in suite.units if unit.task == TASK):
+        asked = [entrant.role for entrant in cast if unit.concerns(entrant.role)]
+        if not all(scores.of(setting.key_of(role, unit)) for role in asked):
+            TASKS[TASK].tokens(unit, setting)
 
 
 def _units(suite: Suite, setting: Setting, roles: Collection[str]) -> Iterator[Unit]:
@@ -127,12 +139,14 @@ def _key(entrant: Entrant, beside: Sequence[Any], unit: Unit, setting: Setting) 
 
 
 def _jobs(entrant: Entrant, units: Sequence[Unit], setting: Setting, scores: Scores) -> list[_Job]:
-    made = []
+    made: dict[
+        str, _Job
+    ] = {}  # of two units that differ in their roles alone, a role that both have is measured once
     for unit in units:
         key = setting.key_of(entrant.role, unit)
-        if unit.concerns(entrant.role) and not scores.of(key):
-            made.append(_Job(Call(unit, entrant, key), TASKS[unit.task].tokens(unit, setting)))
-    return made
+        if unit.concerns(entrant.role) and key not in made and not scores.of(key):
+            made[key] = _Job(Call(unit, entrant, key), TASKS[unit.task].tokens(unit, setting))
+    return list(made.values())
 
 
 def _announce(

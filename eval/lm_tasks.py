@@ -74,7 +74,8 @@ def suite(
     for name in chosen:
         if name not in local and name not in known(include):
             hint = closest(name, [*known(include), *local])
-            raise LinearizeError(f"--tasks: lm-eval has no task '{name}'; {hint if 'mean' in hint else HINT}")
+            hint = hint if hint.startswith("did you mean") else HINT  # not the names of all thousands
+            raise LinearizeError(f"--tasks: lm-eval has no task '{name}'; {hint}")
         found = published.get(name) if shots is None else shots
         settings: dict[str, Any] = {
             "name": name,

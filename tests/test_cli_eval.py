@@ -187,6 +187,17 @@ def test_tasks_of_lm_eval_stand_beside_the_suite(converted, tmp_path, capsys):
     assert "--suite tasks: name them with --tasks A,B" in capsys.readouterr().err
 
 
+def test_a_task_whose_data_is_not_there_ends_the_call_before_the_suite(converted, files, tmp_path, capsys):
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: gone.jsonl}\n"
+    )
+    assert cli.main(["eval", str(converted), *files, "--tasks", "mine", "--include-path", str(tasks)]) == 2
+    assert "'mine' cannot be measured" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
 def test_what_cannot_be_measured_is_refused_with_a_remedy(teacher, converted, files, tmp_path, capsys):
     shutil.copytree(teacher, tmp_path / "other")
     tokenizer = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
@@ -201,7 +212,7 @@ def test_what_cannot_be_measured_is_refused_with_a_remedy(teacher, converted, fi
         (["--against", str(tmp_path / "other")], "has another tokenizer than"),
         (["--text", f"gone={tmp_path / 'gone.txt'}"], "gone.txt"),
     ]
-    suites = [("wrong.yaml", "is no suite ('task')"), ("task.yaml", "unknown task 'pass_key'")]
+    suites = [("wrong.yaml", "line 2: an entry names a task"), ("task.yaml", "unknown task 'pass_key'")]
     lines = [([*files, *arguments], expected) for arguments, expected in mistakes]
     for arguments, expected in [
         *lines,

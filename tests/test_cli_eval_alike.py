@@ -113,7 +113,6 @@ def test_suites_one_after_the_other_and_some_roles_alone(run, capsys):
         (["--suite", str(run.parent / "over.yaml"), "--roles", "swa_sinks"], "nothing in suite 'over'"),
         (["--suite", "quick,quick"], "'quick' stands there twice"),
         (["--suite", "quick,all"], "'quick' stands there twice"),
-        (["--suite", ","], "names no suite"),
     ):
         assert cli.main(["eval", str(run), *line]) == 2
         assert reason in capsys.readouterr().err

@@ -76,15 +76,18 @@ class Haystack:
             filling.append(self._ids(separator + sentence))
             have += len(filling[-1])
         surplus = have - need
+        # of a list's line that is cut only the end is left, and behind a needle it would read as the end of its answer
+        first = 1 if surplus and callable(item.haystack) else 0
         while surplus:  # an excerpt begins anywhere
             cut = min(surplus, len(filling[0]))
             filling[0] = filling[0][cut:]
             surplus -= cut
             if not filling[0]:
                 filling.pop(0)
+                first = 0
         ids = list(before)
         borders = _borders(filling)
-        places = [_nearest(borders, needle.depth * need) for needle in item.needles]
+        places = [max(first, _nearest(borders, needle.depth * need)) for needle in item.needles]
         for index in range(len(filling) + 1):
             for needle, place in zip(needles, places, strict=True):
                 if place == index:

@@ -76,7 +76,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="worked examples before an item (default: as published, such as 5 for mmlu)",
     )
     tasks.add_argument(
-        "--limit", type=given.count, default=0, metavar="N", help="items of each task (default: all)"
+        "--limit", type=given.positive, default=0, metavar="N", help="items of each task (default: all)"
     )
     parser.add_argument(
         "--out",

@@ -27,13 +27,16 @@ def main(options: argparse.Namespace) -> int:
     quiet_libraries()
     _check(options)
     options.control = _with_trained_alike(options.path, options.control)
-    suites = suite.load(named, options.only) if (named := _without_tasks(options.suite)) else []
+    given = [_name(source) for source in options.control]
+
+    def faults(unit: suite.Unit) -> list[str]:
+        return [*tasks_known.problems(unit), *suite.role_problems(unit, given)]
+
+    suites = suite.load(named, options.only, faults) if (named := _without_tasks(options.suite)) else []
     if options.tasks:
         suites.append(_lm_tasks(options))
     elif named != options.suite:
         raise LinearizeError("--suite tasks: name them with --tasks A,B")
-    tasks_known.check(suites)
-    suite.check_roles(suites, [_name(source) for source in options.control])
     if options.roles:
         suites = suite.of_roles(suites, _roles(options))
     if options.text and not any(tasks_known.TASKS[unit.task].reads for one in suites for unit in one.units):
@@ -60,8 +63,6 @@ def main(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse options that would change nothing."""
-    if not options.suite:
-        raise LinearizeError("--suite: names no suite; leave it out for quick")
     if options.only and not _without_tasks(options.suite):
         raise LinearizeError("--only with --suite tasks: --tasks A,B says which; leave out --only")
     beside = {

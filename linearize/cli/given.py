@@ -84,8 +84,13 @@ def lengths(text: str) -> tuple[int, ...]:
 
 
 def names(text: str) -> list[str]:
-    """A,B as a list."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """A,B as a list. None at all, as of a variable that is not set, would be taken for the option left out."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(
+            f"must name at least one, got {quoted(text)}; leave the option out for its default"
+        )
+    return found
 
 
 GIVEN = "_given"

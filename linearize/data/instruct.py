@@ -84,7 +84,11 @@ class Template:
         missing = [column for column in needed if column not in have]
         if missing:
             hint = " (or 'prompt' and 'response')" if self.name == "chat" else ""
-            setting = "" if self.name in ("alpaca", "preference") else "; set data.text_field"
+            setting = (
+                ""
+                if self.name in ("alpaca", "preference")
+                else "; rename the one that is meant, or set data.text_field"
+            )
             near = closest(missing[0], have)
             columns = f" (columns: {', '.join(have)})" if near.startswith("did") else ""
             meant = next((other for usual, other in USUAL.items() if usual <= set(have)), None)

@@ -176,6 +176,18 @@ def test_needles_lie_at_their_depths():
         Haystack(tokenizer).assemble(item, 16, Random(0))
 
 
+def test_the_end_of_a_cut_line_is_never_read_as_the_end_of_an_answer():
+    tokenizer = byte_tokenizer()
+    haystack = Haystack(tokenizer)
+    for task in ("phonebook", "niah_multikey_2", "niah_multikey_3"):
+        for number in range(40):  # as many cuts of the first line
+            item = GENERATORS[task](Random(number), 0.0)
+            ids = haystack.assemble(item, 1800 + number, Random(number)).ids
+            text = tokenizer.decode(ids)
+            assert len(ids) == 1800 + number and text.endswith(item.after)
+            assert all(f"\n{needle.text}\n" in text for needle in item.needles), (task, number)
+
+
 def test_rulers_tasks_hold_what_they_are_defined_by():
     made = {name: generator(Random(3)) for name, generator in NIAH.items()}
     counts = {name: (len(item.needles), len(item.answers)) for name, item in made.items()}

@@ -8,7 +8,7 @@ import pytest
 from byte_llama import TEXT, byte_tokenizer
 
 from linearize.data import Document
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, RecipeError
 from linearize.eval import suite, tasks_known
 from linearize.eval.judge import _units
 from linearize.eval.measurement import Setting
@@ -16,9 +16,8 @@ from linearize.eval.recall.measure import GENERATORS
 
 
 def test_every_suite_reads_and_knows_its_tasks():
-    suites = suite.load("all")
+    suites = suite.load("all", faults=tasks_known.problems)
     assert [one.name for one in suites] == suite.names() == ["quick", "standard", "long", "efficiency"]
-    tasks_known.check(suites)
     measured = {unit.task for one in suites for unit in one.units}
     assert set(GENERATORS) | {"text", "mqar", "decoding", "generation", "prefill", "decode"} == measured
     lengths = {unit.length for one in suites for unit in one.units if unit.task == "passkey"}
@@ -40,13 +39,28 @@ def test_an_unknown_suite_or_task_offers_the_nearest(tmp_path):
     file = tmp_path / "mine.yaml"
     for text, reason in (
         ("measure: [{task: text, length: 4}]", "'about'"),
-        ("about: x\nmeasure: [{task: text, length: many}]", "length m"),
-        ("about: x\nmeasure: [{task: text, length: -4}]", "length -4"),
+        (
+            "about: x\nmeasure: [{task: text, length: many}]",
+            "length must be a whole number, or a list of them, got 'many'",
+        ),
+        ("about: x\nmeasure: [{task: text, length: -4}]", "got -4"),
         ("measre: []\nabout: x", "'measre': did you mean 'measure'"),
         ("about: x\nmeasure: [{task: text, length: 4}]\nroles: [student]", "'roles': valid: about, measure"),
         ("[1]", "it holds a list"),
         ("about: [", "is no YAML"),
         ("", "is no suite"),
+        ("[" * 20_000, "is no YAML"),
+        ("about: x\nmeasure: {task: text, length: 4}", "measure must be a list of"),
+        ("about: x\nmeasure: [text]", r"line 2: an entry is \{task: NAME.* got 'text'"),
+        ("about: x\nmeasure:\n- {tsk: text}", "line 3: an entry names a task"),
+        ("about: x\nmeasure: [{task: [], length: 4}]", "an entry names a task"),
+        ("about: x\nmeasure: [{task: text, length: []}]", r"length must be .* got \[\]"),
+        (
+            "about: x\nabout: y\nmeasure: [{task: text, length: 4}]",
+            "line 2: 'about' stands twice, first in line 1",
+        ),
+        ("about: x\nmeasure: [{task: text, length: 4, length: 5}]", "'length' stands twice"),
+        ("about: x\nmeasure: [{task: text, length: [4, 4]}]", "text at 4 tokens stands there twice"),
         ("about: x\nmeasure: []", "measures nothing"),
         ("about: x\nmeasure: [{task: text, length: 4, roles: {a: b}}]", "roles"),
     ):
@@ -76,7 +90,42 @@ def test_a_setting_that_a_task_does_not_take_is_refused(tmp_path, entry, reason)
     file = tmp_path / "mine.yaml"
     file.write_text(f"about: x\nmeasure: [{{{entry}}}]")
     with pytest.raises(LinearizeError, match=reason):
-        tasks_known.check(suite.load(str(file)))
+        suite.load(str(file), faults=tasks_known.problems)
+
+
+def test_everything_that_is_wrong_with_a_file_is_told_at_once_each_with_its_line(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "abuot: x\nmeasure:\n  - {task: txt, length: 48, windos: 3}\n"
+        "  - {task: passkey, length: 400, items: 0, depth: 3}\n"
+        "  - 7\n  - {task: text, length: -4}\n  - {task: text, length: [48, 64], windws: 1, roles: [studnt]}\n"
+    )
+
+    def faults(unit):
+        return [*tasks_known.problems(unit), *suite.role_problems(unit, [])]
+
+    with pytest.raises(RecipeError) as caught:
+        suite.load(str(file), faults=faults)
+    told = caught.value.problems
+    starts = [
+        "'abuot': did you mean 'about'?", "it has no 'about'", "line 3: unknown task 'txt'",
+        "line 4: passkey: items must",
+        "line 4: passkey has no setting 'depth'", "line 5: an entry is", "line 6: length must be",
+        "line 7: text has no setting 'windws'", "line 7: no role 'studnt'",
+    ]  # fmt: skip
+    assert len(told) == len(starts) and all(map(str.startswith, told, starts)), told
+
+
+def test_a_merged_key_stands_once(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "about: x\nmeasure:\n  - &one {task: text, length: 48, windows: 2}\n  - {<<: *one, length: 64}\n"
+    )
+    [mine] = suite.load(str(file), faults=tasks_known.problems)
+    assert [(unit.length, unit.settings) for unit in mine.units] == [
+        (48, {"windows": 2}),
+        (64, {"windows": 2}),
+    ]
 
 
 def test_what_does_not_fit_is_left_out_with_a_word(tmp_path, caplog):
@@ -113,7 +162,8 @@ def test_a_misspelt_role_is_not_measured_of_nobody(tmp_path):
     file.write_text(
         "about: x\nmeasure:\n  - {task: text, length: 64, roles: [student, studnt, demo-control]}\n"
     )
-    with pytest.raises(LinearizeError, match=r"suite 'mine': no role 'studnt'; did you mean 'student'\?"):
-        suite.check_roles(suite.load(str(file)), [])
+    [[unit]] = [one.units for one in suite.load(str(file))]
+    assert suite.role_problems(unit, []) == ["no role 'studnt'; did you mean 'student'?"]
     file.write_text(file.read_text().replace("studnt", "teacher"))
-    suite.check_roles(suite.load(str(file)), ["control of mine"])
+    [[unit]] = [one.units for one in suite.load(str(file))]
+    assert suite.role_problems(unit, ["control of mine"]) == []
