@@ -132,9 +132,10 @@ def _compared(role: str) -> tuple[str, ...]:
 def _key(entrant: Entrant, beside: Sequence[Any], unit: Unit, setting: Setting) -> str:
     text = unit.settings.get("text")
     about = None if text is None else setting.digest(text)
+    revision = getattr(TASKS[unit.task], "revision", 0)
     return key_of(
         entrant.identity, beside, entrant.role, unit.task, unit.length, unit.settings, setting.seed,
-        __version__, str(setting.autocast), about,
+        __version__, str(setting.autocast), about, *([revision] if revision else []),
     )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def label(role: str, rows: Sequence[Score]) -> str:
 def verdicts(rows: Sequence[Score]) -> Iterator[str]:
     """Sentences: is the student better than the plain window and given controls, and where does the teacher fail."""
     for row in rows:
-        beside = row.role == SINKS or is_given(row.role)
+        beside = row.role in (SINKS, NO_LINEAR) or is_given(row.role)
         if row.metric == "nll_difference" and beside and (not row.by or is_beyond(row)):
             yield _compared(row)
     failed = [
@@ -95,6 +95,11 @@ def _heading(role: str) -> str:
     return SHORT.get(role, role)
 
 
+def called(role: str) -> str:
+    """A control in a sentence about the student."""
+    return "itself without its linear branch" if role == NO_LINEAR else role
+
+
 def is_beyond(row: Score) -> bool:
     """Whether a score is over all that lies behind a window."""
     far = None if row.length is None else beyond(row.length)
@@ -103,10 +108,11 @@ def is_beyond(row: Score) -> bool:
 
 def _compared(row: Score) -> str:
     """A control's difference to the student in words."""
+    other = called(row.role)
     if row.low is None or row.high is None or row.low <= 0 <= row.high:
-        verdict = f"cannot be told apart from {row.role}"
+        verdict = f"cannot be told apart from {other}"
     else:
-        verdict = f"is better than {row.role}" if row.low > 0 else f"is WORSE than {row.role}"
+        verdict = f"is better than {other}" if row.low > 0 else f"is WORSE than {other}"
     ends = "" if row.low is None or row.high is None else f", 95 %: {row.low:+.3f} to {row.high:+.3f}"
     where = "at recalling what lies 64 tokens back or more" if row.by else "over all tokens"
     return f"{row.model} {verdict} {where} ({row.task}, {number(row.length)}: {row.value:+.3f} nats a token{ends})."

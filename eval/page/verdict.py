@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from linearize.eval import summary
+from linearize.eval.ablation import NO_LINEAR
 from linearize.eval.cast import SINKS
 from linearize.eval.page.blocks import Finding
 from linearize.eval.page.contestants import Contestant, place
@@ -49,6 +50,8 @@ def verdict(subjects: Sequence[Subject], cast: Sequence[Contestant]) -> tuple[Fi
         headline, found = _between(subjects, recall_of(cast))
     for name, pairs in window.items():
         found += _twice(pairs, name, SINKS)
+    for subject in subjects:  # what the recurrent state carries, which no score beside a plain window tells
+        found += _twice(list(_beside(subject, NO_LINEAR)), subject.name, summary.called(NO_LINEAR))
     for subject in subjects:
         for role in dict.fromkeys(row.role for row in subject.rows if summary.is_given(row.role)):
             found += _twice(list(_beside(subject, role)), subject.name, role)

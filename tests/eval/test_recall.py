@@ -16,6 +16,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from linearize.errors import DataError
+from linearize.eval import judge
 from linearize.eval.cast import Entrant
 from linearize.eval.measurement import Call, Setting
 from linearize.eval.recall import mqar
@@ -329,3 +330,12 @@ def test_mqar_on_a_vocabulary_of_a_few_letters(tmp_path):
     for row, where in enumerate(asked):
         pairs = dict(zip(inputs[row, 0:8:2].tolist(), inputs[row, 1:8:2].tolist(), strict=True))
         assert [pairs[key] for key in inputs[row, where].tolist()] == labels[row, where].tolist()
+
+
+def test_items_that_are_made_otherwise_have_other_keys(monkeypatch):
+    """A score that is in the file already is not measured again: it has to be known by what its items were."""
+    unit, setting = Unit("phonebook", 512, {"items": 2}), Setting(byte_tokenizer(), {}, Path("."))
+    asked = (Entrant("", "student", "", lambda: None), (), unit, setting)
+    now = judge._key(*asked)
+    monkeypatch.setattr(judge.TASKS["phonebook"], "revision", 0)
+    assert judge._key(*asked) != now

@@ -38,6 +38,14 @@ def test_the_plain_window_is_the_mark(ends, expected):
     assert not list(verdicts([replace(one, by="distance", bucket="64-128"), replace(one, role="window off")]))
 
 
+def test_what_the_linear_branch_carries_is_told():
+    one = row(
+        "linear branch off", "text", "nll_difference", 0.002, (-0.001, 0.004), by="distance", bucket="64-512"
+    )
+    [said] = verdicts([one])
+    assert said.startswith("demo cannot be told apart from itself without its linear branch at recalling")
+
+
 def test_a_teacher_that_fails_is_named():
     rows = [
         row("teacher", "passkey", "exact", 0.2, length=16384),
