@@ -54,6 +54,7 @@ def test_what_cannot_be_compiled_runs_as_it_is():
     assert "not today" in made.obstacle
 
 
+@pytest.mark.slow  # two minutes where kernels are interpreted; the GPU suite runs it
 def test_every_size_is_compiled():
     """torch counts what it compiles by code, and stops at eight: a ninth batch would run operation by operation."""
     met = []

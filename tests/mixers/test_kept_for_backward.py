@@ -33,6 +33,7 @@ def script():
 def test_a_compiled_mixer_keeps_little(script, name):
     mixer = build(mixers_of(name)[0], script.SHAPE)
     whole, little = (script.per_token(mixer, way) for way in ("compiled", "keeping little"))
-    assert little <= MOST[name] and (little < 0.8 * whole or little == whole)
+    # either there is much to leave out, or a few masks at most
+    assert little <= MOST[name] and (little < 0.8 * whole or 0.99 * whole < little <= whole)
     # what the branches read and the output is there in any case
     assert little > 2 * 64 * (9 + 3 + 3 + 9)
