@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linearize.mixers.statistics import Statistics
+from linearize.mixers.statistics import Statistics, finite
 
 QUERIES = 2048
 """Queries that are looked at, spread evenly."""
@@ -42,9 +42,17 @@ class Seen(NamedTuple):
 
 
 def seen(statistics: Statistics) -> Seen:
-    """The moments, from queries and keys as the recurrent branch sees them; a soft cap or a window is left out."""
-    group = statistics.q.shape[1] // statistics.k.shape[1]
-    totals = [torch.zeros((), dtype=torch.float64, device=statistics.q.device) for _ in Seen._fields]
+    """The moments, from queries and keys as the recurrent branch sees them; a soft cap or a window is left out.
+
+    Where no document has a second token there is no pair, and all of them are zero.
+
+    Raises:
+        NotFiniteError: products of queries and keys overflow; names the moment and the head.
+    """
+    heads, dim = statistics.q.shape[1:]
+    group = heads // statistics.k.shape[1]
+    zero = torch.zeros(heads, dim, dim, dtype=torch.float64, device=statistics.q.device)
+    totals = [zero for _ in Seen._fields]
     count = 0
     for q, k, before in _blocks(statistics):
         k = k.repeat_interleave(group, 0)
@@ -58,6 +66,9 @@ def seen(statistics: Statistics) -> Seen:
         made += [q.mT @ (target @ k) for target in (found, level, roots)]
         totals = [total + part.double() for total, part in zip(totals, made, strict=True)]
         count += int(before.sum())
+    for name, total in zip(Seen._fields, totals, strict=True):
+        # no decomposition takes it, and torch's error says neither the layer nor a remedy
+        finite(total, f"{statistics.where}: the mean over pairs of the teacher's {name}")
     return Seen(*(total / max(count, 1) for total in totals))
 
 

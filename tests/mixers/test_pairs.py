@@ -8,6 +8,7 @@ import pytest
 import torch
 from layer_by_hand import Call, call
 
+from linearize.errors import NotFiniteError
 from linearize.mixers import calibration, pairs
 from linearize.mixers.base import LayerShape
 from linearize.mixers.statistics import Statistics
@@ -141,3 +142,21 @@ def test_queries_and_keys_without_spread_give_finite_projections(value):
     made.q, made.k = torch.full_like(made.q, value), torch.full_like(made.k, value)
     for start in made.mixer.recurrent.feature_map.starts(calibration._Layer(made).statistics):
         assert all(weight.isfinite().all() for weight in start.values())
+
+
+@pytest.mark.parametrize("opens", [[0], [0, 1, 2]], ids=["one token", "documents of one token"])
+def test_without_pairs_there_is_nothing_to_follow(opens):
+    seen = pairs.seen(statistics(torch.randn(len(opens), 4, 8), torch.randn(len(opens), 2, 8), opens))
+    assert all(part.shape == (4, 8, 8) and not part.any() for part in seen)
+    assert all(not part.any() for part in pairs.products(seen, seen.roots, 3, 2))
+    assert pairs.tied(seen, seen.roots, 3).isfinite().all()
+
+
+@pytest.mark.parametrize("large", ["q", "k", "both"])
+@pytest.mark.parametrize("size", [1e14, 1e18, 3e38])
+def test_products_that_overflow_are_refused_by_name(size, large):
+    """Finite queries and keys may have infinite products; torch's decompositions only say that they failed."""
+    q, k = torch.randn(40, 4, 8).clamp(-1, 1), torch.randn(40, 2, 8).clamp(-1, 1)
+    q, k = (x * (size if large in (name, "both") else size**0.5) for name, x in (("q", q), ("k", k)))
+    with pytest.raises(NotFiniteError, match=r"the layer: the mean over pairs of the teacher's .*head \d"):
+        pairs.seen(statistics(q, k, [0]))
