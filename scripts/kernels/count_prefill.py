@@ -8,7 +8,6 @@ four layers and two, halved. Views launch nothing, but the host makes them, too.
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from linearize.bench.subjects import TEACHER, convert, random_model
+from linearize.decode.arguments import cache_name
 from linearize.kernels import dispatch
 
 TOKENS = 48
@@ -59,8 +59,7 @@ def counted(recipe: str, layers: int) -> tuple[int, int]:
         model = convert(model, recipe)
     model.requires_grad_(False).eval()
     ids = torch.arange(5, 5 + TOKENS).view(1, TOKENS)
-    # the second name is that of transformers before 5.24
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    name = cache_name(model)
     with torch.no_grad(), nullcontext() if recipe == TEACHER else dispatch.kernels("triton"):
         for mode in (nullcontext(), _Counted()):  # what the first call alone makes is left out
             with mode:
