@@ -32,6 +32,7 @@ def main(options: argparse.Namespace) -> int:
     if not prompt:
         raise LinearizeError("an empty prompt: give at least one character to continue")
     state = None if options.state is None else load_state(options.state)
+    draft_state = _draft_state(options)
     if options.save_state is not None:
         check_target(options.save_state)
     model, tokenizer = load(options.path, options.device)
@@ -39,7 +40,7 @@ def main(options: argparse.Namespace) -> int:
         state.check(model, tokenizer)  # before anything is printed
     if options.save_state is not None:
         return _save(options, model, tokenizer, prompt, state)
-    draft = None if options.draft is None else _draft(options)
+    draft = None if options.draft is None else _draft(options, draft_state)
     if draft is not None:
         draft.check(model, tokenizer, state)
     set_seed(options.seed)
@@ -134,13 +135,31 @@ def _check_draft(options: argparse.Namespace) -> None:
             raise LinearizeError(f"{name} with --draft: {why}; leave out one of the two")
 
 
-def _draft(options: argparse.Namespace) -> Any:
+def _draft_state(options: argparse.Namespace) -> Any:
+    """What the draft has read, whatever else is wrong with the draft being told before a model is loaded."""
+    from linearize.cli.checkpoint import export_of
+    from linearize.decode.draft import check_tokens
+    from linearize.decode.prefix_file import load_state
+    from linearize.errors import ModelNotFoundError
+    from linearize.models import resolve
+
+    if options.draft is None:
+        return None
+    if options.draft_tokens is not None:
+        check_tokens(options.draft_tokens)
+    state = None if options.draft_state is None else load_state(options.draft_state)
+    try:
+        resolve(export_of(options.draft))
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(f"--draft: {error}") from error
+    return state
+
+
+def _draft(options: argparse.Namespace, state: Any) -> Any:
     """The model that drafts."""
     from linearize.cli.checkpoint import load
     from linearize.decode.draft import Draft
-    from linearize.decode.prefix_file import load_state
 
-    state = None if options.draft_state is None else load_state(options.draft_state)
     tokens = {} if options.draft_tokens is None else {"tokens": options.draft_tokens}
     model, tokenizer = load(options.draft, options.device)
     return Draft(model, tokenizer, state=state, **tokens)
