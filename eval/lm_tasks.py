@@ -89,6 +89,17 @@ def suite(
         elif include is not None:
             settings["read"] = task_files.of_folder(include)
         units.append(Unit(TASK, 0, settings))
+    elsewhere = [name for name in chosen if name not in local]
+    if data is not None and elsewhere == list(chosen):
+        raise LinearizeError(
+            f"--task-data: {', '.join(elsewhere)}: not read from there, as the five local tasks are "
+            f"({', '.join(local)}); leave it out, or name some of those"
+        )
+    if include is not None and not elsewhere:
+        raise LinearizeError(
+            f"--include-path: {', '.join(chosen)}: read from --task-data, and no task of that folder is named; leave it "
+            "out, or name one"
+        )
     return Suite("tasks", "tasks of lm-eval", tuple(units))
 
 

@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from linearize.cli.given import dest, stated
+
+OF_TEXT = ("--max-new-tokens", "--temperature", "--top-p", "--seed", "--no-graph", "--compile")
+"""Options that say how text is made, and beside --save-state nothing."""
+
 
 def main(options: argparse.Namespace) -> int:
     """Print the prompt and what the model adds, as it comes where the decoding allows it.
@@ -23,8 +28,8 @@ def main(options: argparse.Namespace) -> int:
     from linearize.errors import LinearizeError
     from linearize.eval.generation import generate
 
-    sampling = _sampling(options)
     _check_states(options)
+    sampling = _sampling(options)
     _check_draft(options)
     counts = {"max_new_tokens": options.max_new_tokens, "num_beams": options.num_beams}
     check_numbers({**counts, **sampling})  # before the seconds that the model takes
@@ -80,10 +85,9 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
         )
     if options.temperature > 0:
         return {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
-    if options.top_p < 1:
-        raise LinearizeError(
-            f"--top-p {options.top_p:g}: nothing is sampled at temperature 0; give --temperature too"
-        )
+    for flag in ["--top-p"] if options.top_p < 1 else stated(options, "--seed"):
+        value = getattr(options, dest(flag))
+        raise LinearizeError(f"{flag} {value:g}: nothing is sampled at temperature 0; give --temperature too")
     return {}
 
 
@@ -103,10 +107,11 @@ def _check_states(options: argparse.Namespace) -> None:
         raise LinearizeError(
             f"--num-beams with {flag}: one text goes on from a state; leave out one of the two"
         )
-    if options.save_state is not None and (options.temperature > 0 or options.compile):
-        name = "--temperature" if options.temperature > 0 else "--compile"
+    of_text = [] if options.save_state is None else stated(options, *OF_TEXT)
+    if of_text:
         raise LinearizeError(
-            f"{name} with --save-state: no text is made, the prompt is read and kept; give {name} with --state"
+            f"{', '.join(of_text)} with --save-state: no text is made, the prompt is read and kept; give that with "
+            "--state, to the call that goes on"
         )
 
 
