@@ -25,13 +25,14 @@ import torch
 import yaml
 
 from linearize.data.tokens import Tokens
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, RecipeError
 from linearize.eval import harness, task_files
 from linearize.eval.intervals import DRAWS, bootstrap, wilson
 from linearize.eval.lm_requests import Share, expected
 from linearize.eval.measurement import Call, Setting, score
 from linearize.eval.rows import TEACHER, Score, key_of
 from linearize.eval.suite import Suite, Takes, Unit
+from linearize.eval.task_groups import Folder
 from linearize.models.boundary import boundary
 from linearize.registry import closest
 from linearize.storing import write_json
@@ -57,7 +58,7 @@ def suite(
         data: folder of the five local tasks' JSONL files, which are then read from there.
 
     Raises:
-        LinearizeError: lm-eval is missing, or has no such task.
+        LinearizeError: lm-eval is missing, or has no such task; a group of the folder names one that there is not.
         DataError: a local file is missing or damaged.
     """
     harness.import_lm_eval()
@@ -71,6 +72,11 @@ def suite(
             "--tasks all: needs --task-data DIR, the folder that holds the five tasks' JSONL files"
         )
     units = []
+    if include is not None:
+        folder = Folder(include, _manager(include).task_index)
+        problems = [problem for name in chosen if name not in local for problem in folder.problems(name)]
+        if problems:
+            raise RecipeError(list(dict.fromkeys(problems)), "--include-path")
     for name in chosen:
         if name not in local and name not in known(include):
             hint = closest(name, [*known(include), *local])
@@ -89,6 +95,17 @@ def suite(
         elif include is not None:
             settings["read"] = task_files.of_folder(include)
         units.append(Unit(TASK, 0, settings))
+    elsewhere = [name for name in chosen if name not in local]
+    if data is not None and elsewhere == list(chosen):
+        raise LinearizeError(
+            f"--task-data: {', '.join(elsewhere)}: not read from there, as the five local tasks are "
+            f"({', '.join(local)}); leave it out, or name some of those"
+        )
+    if include is not None and not elsewhere:
+        raise LinearizeError(
+            f"--include-path: {', '.join(chosen)}: read from --task-data, and no task of that folder is named; leave it "
+            "out, or name one"
+        )
     return Suite("tasks", "tasks of lm-eval", tuple(units))
 
 

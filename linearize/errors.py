@@ -36,7 +36,7 @@ def collected(errors: list[LinearizeError]) -> Iterator[None]:
     """Inside, an error of recipe, model or text is kept for `raise_together`, so that the next one is found too."""
     try:
         yield
-    except (RecipeError, UnsupportedModelError, DataError) as error:
+    except (RecipeError, UnsupportedModelError, ModelNotFoundError, DataError, CheckpointError) as error:
         errors.append(error)
 
 

@@ -107,6 +107,12 @@ def test_recipes_lists_and_shows(capsys, tmp_path):
         ),
         (["generate", "x", "--prompt", "a", "--temperature", "1e-300"], "temperature must be a number from"),
         (["generate", "x", "--prompt", "a", "--top-p", "0.9"], "--top-p 0.9: nothing is sampled at temper"),
+        (["generate", "x", "--prompt", "a", "--seed", "1"], "--seed 1: nothing is sampled at temperature 0"),
+        (["sample", "x", "--temperature", "0", "--top-k", "5"], "--top-k with --temperature 0"),
+        (
+            ["sample", "x", "--temperature", "0", "--top-p", "1", "--top-k", "0"],
+            "--top-k, --top-p with --temper",
+        ),
         (["generate", "x", "--prompt", "a", "--compile", "--no-graph"], "leave out --no-graph or --compile"),
     ],
 )

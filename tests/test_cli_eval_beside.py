@@ -159,6 +159,8 @@ def test_compare_never_tells_to_delete_what_is_not_its_own(tmp_path, capsys):
         (["--suite", ","], "--suite: must name at least one"),
         (["--task-data", "here"], "--task-data without --tasks"),
         (["--include-path", "here"], "--include-path without --tasks"),
+        (["--control", "base", "--roles", "student"], "--control base: nothing is measured of it (--roles"),
+        (["--control", "base", "--control", "a/other", "--roles", "base"], "--control a/other: nothing is"),
         (["--seed", "1", "--seed", "2"], "argument --seed: given twice (1 and 2); it takes one value"),
     ],
 )

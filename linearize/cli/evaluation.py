@@ -26,6 +26,7 @@ def main(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     _check(options)
+    named_controls = options.control
     options.control = _with_trained_alike(options.path, options.control)
     given = [_name(source) for source in options.control]
 
@@ -40,10 +41,17 @@ def main(options: argparse.Namespace) -> int:
     if options.roles:
         suites = suite.of_roles(suites, _roles(options))
     if options.text and not any(tasks_known.TASKS[unit.task].reads for one in suites for unit in one.units):
-        measured = ", ".join(dict.fromkeys(unit.task for one in suites for unit in one.units))
+        tasks = ", ".join(dict.fromkeys(unit.task for one in suites for unit in one.units))
         raise LinearizeError(
-            f"--text: nothing that is measured reads it ({measured}); leave it out, or measure text as well"
+            f"--text: nothing that is measured reads it ({tasks}); leave it out, or measure text as well"
         )
+    measured = [unit for one in suites for unit in one.units]
+    for control in named_controls:
+        if not any(unit.concerns(_name(control)) for unit in measured):
+            raise LinearizeError(
+                f"--control {control}: nothing is measured of it (--roles, or the suite's own roles, leave it out); "
+                f"add '{_name(control)}' to them, or leave out the control"
+            )
     against = options.against or _base(export_of(options.path))
     for source in [against, *options.control]:
         if source is not None:  # before the minutes that the model takes

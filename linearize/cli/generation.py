@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from linearize.cli.given import dest, stated
+
+OF_TEXT = ("--max-new-tokens", "--temperature", "--top-p", "--seed", "--no-graph", "--compile")
+"""Options that say how text is made, and beside --save-state nothing."""
+
 
 def main(options: argparse.Namespace) -> int:
     """Print the prompt and what the model adds, as it comes where the decoding allows it.
@@ -23,8 +28,8 @@ def main(options: argparse.Namespace) -> int:
     from linearize.errors import LinearizeError
     from linearize.eval.generation import generate
 
-    sampling = _sampling(options)
     _check_states(options)
+    sampling = _sampling(options)
     _check_draft(options)
     counts = {"max_new_tokens": options.max_new_tokens, "num_beams": options.num_beams}
     check_numbers({**counts, **sampling})  # before the seconds that the model takes
@@ -32,6 +37,7 @@ def main(options: argparse.Namespace) -> int:
     if not prompt:
         raise LinearizeError("an empty prompt: give at least one character to continue")
     state = None if options.state is None else load_state(options.state)
+    draft_state = _draft_state(options)
     if options.save_state is not None:
         check_target(options.save_state)
     model, tokenizer = load(options.path, options.device)
@@ -39,7 +45,7 @@ def main(options: argparse.Namespace) -> int:
         state.check(model, tokenizer)  # before anything is printed
     if options.save_state is not None:
         return _save(options, model, tokenizer, prompt, state)
-    draft = None if options.draft is None else _draft(options)
+    draft = None if options.draft is None else _draft(options, draft_state)
     if draft is not None:
         draft.check(model, tokenizer, state)
     set_seed(options.seed)
@@ -79,10 +85,9 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
         )
     if options.temperature > 0:
         return {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
-    if options.top_p < 1:
-        raise LinearizeError(
-            f"--top-p {options.top_p:g}: nothing is sampled at temperature 0; give --temperature too"
-        )
+    for flag in ["--top-p"] if options.top_p < 1 else stated(options, "--seed"):
+        value = getattr(options, dest(flag))
+        raise LinearizeError(f"{flag} {value:g}: nothing is sampled at temperature 0; give --temperature too")
     return {}
 
 
@@ -102,10 +107,11 @@ def _check_states(options: argparse.Namespace) -> None:
         raise LinearizeError(
             f"--num-beams with {flag}: one text goes on from a state; leave out one of the two"
         )
-    if options.save_state is not None and (options.temperature > 0 or options.compile):
-        name = "--temperature" if options.temperature > 0 else "--compile"
+    of_text = [] if options.save_state is None else stated(options, *OF_TEXT)
+    if of_text:
         raise LinearizeError(
-            f"{name} with --save-state: no text is made, the prompt is read and kept; give {name} with --state"
+            f"{', '.join(of_text)} with --save-state: no text is made, the prompt is read and kept; give that with "
+            "--state, to the call that goes on"
         )
 
 
@@ -134,13 +140,31 @@ def _check_draft(options: argparse.Namespace) -> None:
             raise LinearizeError(f"{name} with --draft: {why}; leave out one of the two")
 
 
-def _draft(options: argparse.Namespace) -> Any:
+def _draft_state(options: argparse.Namespace) -> Any:
+    """What the draft has read, whatever else is wrong with the draft being told before a model is loaded."""
+    from linearize.cli.checkpoint import export_of
+    from linearize.decode.draft import check_tokens
+    from linearize.decode.prefix_file import load_state
+    from linearize.errors import ModelNotFoundError
+    from linearize.models import resolve
+
+    if options.draft is None:
+        return None
+    if options.draft_tokens is not None:
+        check_tokens(options.draft_tokens)
+    state = None if options.draft_state is None else load_state(options.draft_state)
+    try:
+        resolve(export_of(options.draft))
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(f"--draft: {error}") from error
+    return state
+
+
+def _draft(options: argparse.Namespace, state: Any) -> Any:
     """The model that drafts."""
     from linearize.cli.checkpoint import load
     from linearize.decode.draft import Draft
-    from linearize.decode.prefix_file import load_state
 
-    state = None if options.draft_state is None else load_state(options.draft_state)
     tokens = {} if options.draft_tokens is None else {"tokens": options.draft_tokens}
     model, tokenizer = load(options.draft, options.device)
     return Draft(model, tokenizer, state=state, **tokens)

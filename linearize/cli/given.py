@@ -94,7 +94,23 @@ def names(text: str) -> list[str]:
 
 
 GIVEN = "_given"
-"""Where a namespace keeps the options that were read, while it is made."""
+"""Where a namespace keeps the options that were read, with their values."""
+
+
+def stated(options: argparse.Namespace, *flags: str) -> list[str]:
+    """Those of some options that the command line gives, be it with the value that they have without.
+
+    Args:
+        options: of `parse`.
+        flags: such as "--seed"; also ones that take no value.
+    """
+    read = getattr(options, GIVEN, {})
+    return [flag for flag in flags if (name := dest(flag)) in read or getattr(options, name) is True]
+
+
+def dest(flag: str) -> str:
+    """What a namespace calls an option."""
+    return flag.removeprefix("--").replace("-", "_")
 
 
 class Once(argparse._StoreAction):

@@ -87,7 +87,6 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     if words[:1] == ["help"]:  # as git, pip and cargo answer to it
         words = [*words[1:], "--help"]
     options, rest = parser.parse_known_args(words)
-    vars(options).pop(given.GIVEN, None)
     if not hasattr(options, "overrides"):
         if rest:
             _refuse(options, rest)

@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from linearize.config import compose, list_recipes, outline, to_yaml
+from linearize.cli.run import composed
+from linearize.config import list_recipes, outline, to_yaml
 from linearize.config.names import DEFAULT, SOFTMAX
 from linearize.config.variants import sections
 from linearize.console import console
@@ -37,7 +38,7 @@ def main(options: argparse.Namespace) -> int:
 
 def show(options: argparse.Namespace) -> int:
     """Print the composed, checked recipe as YAML that can be saved and run."""
-    text = to_yaml(compose(options.recipe, options.overrides))
+    text = to_yaml(composed(options))
     console().print(text, end="", markup=False, soft_wrap=True)
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,16 +40,30 @@ def main(options: argparse.Namespace) -> int:
 
 
 def composed(options: argparse.Namespace) -> Recipe:
-    """The recipe of a command line that names MODEL and RECIPE; says so when the two were swapped."""
+    """The recipe of a command line that names RECIPE, and most often MODEL; says so when the two were swapped.
+
+    Raises:
+        RecipeError: see `compose`.
+    """
     try:
         return compose(options.recipe, options.overrides)
     except RecipeError as error:
         names = [name for name, _ in list_recipes()]
-        if options.model in names and options.recipe not in names and not is_file_name(options.recipe):
-            raise RecipeError(
-                [*error.problems, f"MODEL comes first, then RECIPE; '{options.model}' is a recipe"]
-            ) from error
-        raise
+        recipe, model = options.recipe, getattr(options, "model", "")
+        if recipe in names or os.path.isfile(os.path.expanduser(recipe)):
+            raise  # it is one, and what is in it is wrong
+        from linearize.models.mistaken import ENDINGS, model_as_recipe
+
+        what = model_as_recipe(recipe)
+        hints = [] if what is None else [what]
+        if model in names or model.endswith(ENDINGS):
+            hints.append(f"MODEL comes first, then RECIPE; '{model}' is a recipe")
+        elif what is not None:
+            hints.append("RECIPE is the name of a shipped one (see `linearize recipes`) or a YAML file")
+        if not hints:
+            raise
+        # what is no recipe is near to none: not the names of all of them
+        raise RecipeError([*(error.problems if what is None else []), "; ".join(hints)], "recipe") from error
 
 
 def recipe_name(recipe: str) -> str:

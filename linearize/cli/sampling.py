@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize.cli.given import stated
 from linearize.config.ranges import Range
 from linearize.config.rules import RULES
 from linearize.config.schema import RunConfig, TeacherConfig
@@ -32,6 +33,12 @@ def main(options: argparse.Namespace) -> int:
     """Write the text, copy it into one file, and show what became of it."""
     settings = TeacherConfig(**{field.name: getattr(options, field.name) for field in fields(TeacherConfig)})
     _check(settings)
+    unused = [] if settings.temperature > 0 else stated(options, "--top-k", "--top-p")
+    if unused:
+        raise LinearizeError(
+            f"{', '.join(unused)} with --temperature 0: the likeliest token is taken, and nothing drawn; leave out "
+            "one of the two"
+        )
     out = options.out or Path("runs") / f"{_stem(options.model)}-text.parquet"
     if out.exists():
         raise LinearizeError(f"{out} exists; choose another file with --out, or delete it")

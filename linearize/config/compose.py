@@ -16,7 +16,7 @@ from linearize.config.apply import apply, name_part
 from linearize.config.overrides import parse
 from linearize.config.schema import Recipe
 from linearize.config.values import quoted, shown
-from linearize.errors import RecipeError
+from linearize.errors import LinearizeError, RecipeError, collected, raise_together
 from linearize.registry import closest
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -41,7 +41,8 @@ def compose(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     from linearize.config.check import check
 
     changes, problems = parse(overrides)
-    raw = _load(recipe)
+    raw, wrong = _load(recipe)
+    problems += wrong
     problems += apply(raw, changes)
     checked, wrong = check(raw)
     problems += wrong
@@ -84,14 +85,15 @@ def is_file_name(recipe: str | Path) -> bool:
     return isinstance(recipe, Path) or text.endswith((".yaml", ".yml")) or "/" in text or "\\" in text
 
 
-def _load(recipe: str | Path) -> dict[str, Any]:
-    """The composed tree before overrides."""
+def _load(recipe: str | Path) -> tuple[dict[str, Any], list[str]]:
+    """The composed tree before overrides, and what is wrong with single keys of its files."""
     if is_file_name(recipe):
         try:
             path = Path(recipe).expanduser()
         except RuntimeError as error:  # ~name of nobody
             raise RecipeError([f"cannot read {quoted(recipe)}: {error}"]) from error
-        return _Files(path.parent).of(path, ())
+        own = _Files(path.parent)
+        return own.of(path, ()), own.problems
     if recipe not in _names(RECIPES):
         shipped = [name for name, _ in list_recipes()]
         hint = closest(str(recipe), shipped)
@@ -100,7 +102,7 @@ def _load(recipe: str | Path) -> dict[str, Any]:
             [f"unknown recipe {quoted(recipe)}: {hint}{listed}; or give the path of a YAML file"],
             "recipe",
         )
-    return _Files(None).of(RECIPES / f"{recipe}.yaml", ())
+    return _Files(None).of(RECIPES / f"{recipe}.yaml", ()), []
 
 
 def _names(folder: Path | None) -> set[str]:
@@ -122,6 +124,10 @@ class _Files:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.done: dict[Path, dict[str, Any]] = {}
+        self.broken: dict[Path, LinearizeError] = {}
+        self.endless = False
+        self.problems: list[str] = []
+        """With single keys of the files."""
 
     def of(self, path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         """A file's keys over those of what it starts from.
@@ -133,16 +139,30 @@ class _Files:
         where = f"recipe {quoted(path)}"
         if path in chain or len(chain) > CHAIN:
             names = " -> ".join(file.stem for file in (*chain, path)[-CHAIN:])
+            self.endless = True
             raise RecipeError([f"defaults: recipes that start from each other without end: {names}"], where)
+        if path in self.broken:
+            raise self.broken[path]
         if path not in self.done:
-            own = files.read(path)
+            problems: list[str] = []
+            own = files.read(path, problems)
+            self.problems += [f"{path.name}: {problem}" if chain else problem for problem in problems]
             starts = _starts(own.pop("defaults", None), where)
             merged: dict[str, Any] = {}
+            errors: list[LinearizeError] = []
             for name in starts:
+                if self.endless:  # one circle is told, not every way around it
+                    break
                 if name == SELF:
                     merged = self._over(merged, own)
-                else:
+                    continue
+                with collected(errors):  # of what it starts from, all that is missing or broken
                     merged = _merged(merged, self.of(self._find(name, path, where), (*chain, path)))
+            try:
+                raise_together(errors, where)
+            except LinearizeError as error:
+                self.broken[path] = error
+                raise
             self.done[path] = merged
         return self.done[path]
 

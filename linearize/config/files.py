@@ -30,14 +30,23 @@ _TAG = "tag:yaml.org,2002:"
 _TEXT = {f"{_TAG}{kind}" for kind in ("str", "timestamp", "value", "merge")}
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, problems: list[str] | None = None) -> dict[str, Any]:
     """The mapping that a recipe file holds.
+
+    Args:
+        path: of the file.
+        problems: receives what is wrong with single keys, which are then left out; None raises that too.
 
     Raises:
         RecipeError: not a readable file of UTF-8 text, not YAML, or nothing that a recipe could be.
     """
     where = f"recipe {quoted(path)}"
-    return parse(_text(path, where), where)
+    text = _text(path, where)
+    if problems is None:
+        return parse(text, where)
+    found, wrong = _parsed(text, where)
+    problems += wrong
+    return copy.deepcopy(found)
 
 
 def parse(text: str, where: str) -> dict[str, Any]:
@@ -50,12 +59,16 @@ def parse(text: str, where: str) -> dict[str, Any]:
     Raises:
         RecipeError: as `read`.
     """
-    return copy.deepcopy(_parsed(text, where))
+    found, problems = _parsed(text, where)
+    if problems:
+        raise RecipeError(list(problems), where)
+    return copy.deepcopy(found)
 
 
 @functools.lru_cache(64)
-def _parsed(text: str, where: str) -> dict[str, Any]:
-    """`parse`, once a text: recipes begin with the same few files, and YAML is most of what composing one takes."""
+def _parsed(text: str, where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """`parse` and what is wrong with single keys, once a text: recipes begin with the same few files, and YAML is most
+    of what composing one takes."""
     try:
         _check_events(text, where)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -68,9 +81,7 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
     _Size(where).of(root, 0)
     reader = _Reader()
     found = reader.mapping(root, "")
-    if reader.problems:
-        raise RecipeError(reader.problems, where)
-    return found
+    return found, tuple(reader.problems)
 
 
 def _text(path: Path, where: str) -> str:

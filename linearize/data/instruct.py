@@ -58,6 +58,8 @@ class Template:
         self.text_field = text_field
         self.tokenizer = tokenizer
         self.messages_field = text_field if text_field != "text" else "messages"
+        self.passed = 0
+        """Rows that made no document."""
 
     def columns(self, available: Iterable[str], where: str) -> list[str]:
         """The columns that will be read.
@@ -136,6 +138,11 @@ class Template:
     def is_changed(self) -> bool:
         """Whether it asks for anything but plain text in the column that usually holds it."""
         return self.name not in ("none", "rendered") or self.text_field != "text"
+
+    @property
+    def answers(self) -> bool:
+        """Whether rows hold questions with answers; one without is a mistake, as an empty line of plain text is not."""
+        return self.name in ("alpaca", "chat", "preference")
 
     @property
     def wants(self) -> str:

@@ -98,24 +98,34 @@ def load_texts(
     local = [
         _shuffled(shards, seed) if seed is not None else (d for shard in shards for d in _documents(shard))
     ]
-    return _some([*(local if shards else []), *streams], ", ".join(map(str, names)), shape.wants)
+    return _some([*(local if shards else []), *streams], ", ".join(map(str, names)), shape)
 
 
-def _some(streams: list[Iterator[Document]], what: str, wants: str) -> Iterator[Document]:
-    """The streams in turn; refuses to end without a single document."""
-    count = 0
-    while streams:
-        for stream in list(streams):
-            document = next(stream, None)
-            if document is None:
-                streams.remove(stream)
-            else:
-                count += 1
-                yield document
-    if not count:
-        raise DataError(
-            f"{what}: there is no text in it (no rows, or only such as hold no {wants}); give another data source"
-        )
+def _some(streams: list[Iterator[Document]], what: str, shape: Template) -> Iterator[Document]:
+    """The streams in turn; refuses to end without a single document, and tells at the end how many rows had none."""
+    count, before = 0, shape.passed
+    try:
+        while streams:
+            for stream in list(streams):
+                document = next(stream, None)
+                if document is None:
+                    streams.remove(stream)
+                else:
+                    count += 1
+                    yield document
+        if not count:
+            raise DataError(
+                f"{what}: there is no text in it (no rows, or only such as hold no {shape.wants}); give another data "
+                "source"
+            )
+    finally:  # also where the reader has enough
+        if count and shape.passed > before and shape.answers:
+            log.warning(
+                "%s: rows that hold no %s are passed over, %s of them; mend them or take them out",
+                what,
+                shape.wants,
+                f"{shape.passed - before:,}",
+            )
 
 
 def _documents(shard: Shard) -> Iterator[Document]:
@@ -124,7 +134,9 @@ def _documents(shard: Shard) -> Iterator[Document]:
             document = shard.template.document(row, shard.where)
         except DataError as error:
             raise DataError(f"{error} ({place})") from error
-        if document is not None:
+        if document is None:
+            shard.template.passed += 1
+        else:
             yield document
 
 

@@ -13,6 +13,10 @@ from linearize.decode.prefix import Prefix
 from linearize.decode.reach import check_reach
 from linearize.decode.reader import UNEQUAL
 from linearize.errors import LinearizeError
+from linearize.memory import Room
+
+WANTED = 4
+"""Ids, mask and what transformers makes of them at every token, each as long as the text."""
 
 
 def check_continuation(
@@ -47,7 +51,16 @@ def behind(model: Any, prefix: Prefix, ids: Tensor) -> dict[str, Any]:
 
     transformers wants the ids of the whole text, counts them and passes over those that the cache has read. So the last
     token stands for each of them: nothing that `check_continuation` lets through looks at them.
+
+    Raises:
+        LinearizeError: so many ids do not fit into memory, where the state does.
     """
+    room = Room(
+        ids.device,
+        f"the ids of {prefix.tokens:,} tokens, which transformers wants behind a state,",
+        "go on from a state of a shorter text, or on a GPU, where they are not made",
+    )
+    room.take(WANTED * ids.shape[0] * (prefix.tokens + ids.shape[1]) * ids.element_size())
     read = ids.new_full((ids.shape[0], prefix.tokens), prefix.last)
     whole = torch.cat([read, ids], 1)
     return {

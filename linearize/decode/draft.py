@@ -23,6 +23,16 @@ MOST = 64
 """Tokens of a round. Far fewer pay: a round's worth is what is taken of it."""
 
 
+def check_tokens(tokens: Any) -> None:
+    """Refuse a number of tokens that no round drafts.
+
+    Raises:
+        LinearizeError: it is no whole number, or beyond `MOST`.
+    """
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= MOST:
+        raise LinearizeError(f"a draft of {tokens!r} tokens; give a whole number from 1 to {MOST}")
+
+
 @dataclass
 class Drafted:
     """What drafting has come to, over all calls.
@@ -81,8 +91,7 @@ class Draft:
     _kept: tuple[Any, Speculator] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or not 1 <= self.tokens <= MOST:
-            raise LinearizeError(f"a draft of {self.tokens!r} tokens; give a whole number from 1 to {MOST}")
+        check_tokens(self.tokens)
         if not isinstance(self.model, torch.nn.Module):
             raise LinearizeError(
                 f"a draft by {self.model!r:.80}; give a model that is loaded, linearize.load(PATH)"

@@ -27,8 +27,10 @@ KEYS = ("keys", "values")
 GROWING = {**dict.fromkeys(KEYS, 2), **dict.fromkeys(("window_k", "window_v", "window_valid"), 1)}
 """Tensors that may grow with the text, and the axis of its tokens; see `growing`."""
 
-FURTHEST = 2**32
-"""No counter of a text gets there: a text has below 2^31 tokens, and a ring counts its own slots beside them."""
+COUNTERS = ("position", "seen", "window_since", "window_position")
+"""Tensors that count the tokens of a text, every one of them."""
+RING = "window_next"
+"""The counter of a ring, which begins with its slots."""
 
 
 def taken(cache: Cache) -> dict[str, Tensor]:
@@ -83,7 +85,7 @@ def growing(names: Iterable[str]) -> list[str]:
         f"{index}.{name}"
         for index, held in layers.items()
         for name in sorted(held & GROWING.keys())
-        if (held == set(KEYS) if name in KEYS else "window_next" not in held)
+        if (held == set(KEYS) if name in KEYS else RING not in held)
     ]
 
 
@@ -123,13 +125,48 @@ def check_layout(model: Any, tensors: dict[str, Tensor], tokens: int) -> None:
                 f"the state's '{name}' is {found.dtype} {list(found.shape)}, and this model holds {like.dtype} {size} "
                 f"after {tokens:,} tokens; {REMEDY}"
             )
-        # counters, which say where steps write; kernels do not ask whether that is inside
-        if not found.dtype.is_floating_point and found.numel():
-            least, most = (int(value) for value in found.to(torch.int64).aminmax())
-            if least < 0 or most > FURTHEST:
-                raise LinearizeError(
-                    f"the state's '{name}' counts {least:,} to {most:,}, which is beyond any text; {REMEDY}"
-                )
+        _check_counts(name, found, tokens)
+    for name in tensors:
+        index, held = split(name)
+        if held == RING:
+            _check_ring(index, tensors, tokens)
+
+
+def _check_counts(name: str, found: Tensor, tokens: int) -> None:
+    """Counters say how long the text is: each of them has to say the same as the file."""
+    if found.dtype.is_floating_point or found.dtype == torch.bool or split(name)[1] == RING:
+        return
+    least, most = _ends(found)
+    counted = split(name)[1] in COUNTERS
+    if (least, most) != (tokens, tokens) if counted else not 0 <= least <= most <= tokens:
+        said = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        raise LinearizeError(
+            f"the state's '{name}' counts {said}, and by its description the text has {tokens:,} tokens; {REMEDY}"
+        )
+
+
+def _check_ring(layer: int, tensors: dict[str, Tensor], tokens: int) -> None:
+    """A ring fills with the text, until all of its slots but one are taken, and says where the next step writes.
+
+    Kernels do not ask whether that is inside.
+    """
+    valid, following = tensors[f"{layer}.window_valid"], f"{layer}.{RING}"
+    held, slots = int(valid.sum()), valid.numel()
+    if not min(tokens, slots - 1) <= held <= tokens:
+        raise LinearizeError(
+            f"the state's '{layer}.window_valid' has {held:,} tokens in {slots:,} slots, and by its description the "
+            f"text has {tokens:,}; {REMEDY}"
+        )
+    least, most = _ends(tensors[following])
+    if least < 0 or most > tokens + slots:  # it counts slots too, of a ring that was refilled
+        raise LinearizeError(
+            f"the state's '{following}' counts {least:,} to {most:,}, which is beyond {tokens:,} tokens; {REMEDY}"
+        )
+
+
+def _ends(found: Tensor) -> tuple[int, int]:
+    least, most = (int(value) for value in found.to(torch.int64).aminmax())
+    return least, most
 
 
 REMEDY = "the file was not written by this model: read the text again with it (--save-state, read_state)"

@@ -10,6 +10,28 @@ from linearize.config.schema import RunConfig
 from linearize.errors import LinearizeError
 
 
+def resolved(
+    run_config: RunConfig, errors: list[LinearizeError]
+) -> tuple[torch.device, torch.dtype | None, torch.dtype]:
+    """Device, autocast dtype and dtype of what does not train.
+
+    Args:
+        run_config: what was asked for.
+        errors: receives what cannot be had here, so that it is told with all else; the CPU then stands in for it.
+
+    Raises:
+        LinearizeError: in one of several processes, which have to agree before they can talk.
+    """
+    try:
+        device = resolve_device(run_config)
+        return device, resolve_precision(run_config, device), resolve_weights(run_config, device)
+    except LinearizeError as error:
+        if launched.several():
+            raise
+        errors.append(error)
+        return torch.device("cpu"), None, torch.float32
+
+
 def resolve_device(run_config: RunConfig) -> torch.device:
     """The device that `run.device` means here; of several processes each has a card of its own.
 

@@ -115,7 +115,13 @@ class RunFolder:
             ModelNotFoundError: there is no such model.
         """
         self.look()  # once more: another process may have ended the run before this one held the folder
-        teacher = {TEACHER: fingerprint(recipe.run.teacher)} if recipe.run.teacher else {}
+        teacher: dict[str, dict[str, str]] = {}
+        try:
+            teacher = {TEACHER: fingerprint(recipe.run.teacher)} if recipe.run.teacher else {}
+        except ModelNotFoundError:
+            if self.recipe.is_file():
+                raise
+            # `teachers.check` tells it, with all else that is wrong
         if not self.recipe.is_file():
             return {"fingerprint": fingerprint(model), **teacher}
         if not resume:

@@ -91,7 +91,7 @@ def pairs(tokenizer: Any, config: DataConfig, *, tokens: int, seed: int) -> Pair
         seed: of the order.
 
     Raises:
-        DataError: the source is missing or unreadable, or no pair fits.
+        DataError: the source is missing or unreadable, no pair fits, or no pair prefers anything.
     """
     if tokenizer is None:
         raise DataError("the model has no tokenizer; put the tokenizer's files in its folder")
@@ -119,4 +119,25 @@ def pairs(tokenizer: Any, config: DataConfig, *, tokens: int, seed: int) -> Pair
         )
     if dropped:
         log.info("%s: %d pairs longer than %d tokens are left out", config.source, dropped, config.length)
+    _check_preferred(found, config.source)
     return Pairs(found, length=config.length, padding=encode.end or 0)
+
+
+def _check_preferred(found: list[tuple[list[int], list[int], list[int]]], source: Any) -> None:
+    """Refuse pairs of which none has two answers: what comes of a pair is the difference of the two.
+
+    Tokens are compared, so that answers count as the same which a chat template makes the same.
+    """
+    same = sum(chosen == rejected for _, chosen, rejected in found)
+    if same == len(found):
+        raise DataError(
+            f"{source}: chosen and rejected are the same answer in all pairs that are read ({same:,}), so that nothing "
+            "would be learned; look at what wrote the two columns, and give pairs that differ"
+        )
+    if same:
+        log.warning(
+            "%s: %s of %s pairs have one answer as chosen and as rejected, and teach nothing; take them out",
+            source,
+            f"{same:,}",
+            f"{len(found):,}",
+        )

@@ -36,7 +36,7 @@ from linearize.distill import (
     tracking,
 )
 from linearize.distill.callbacks import RunStopped
-from linearize.distill.device import resolve_device, resolve_precision, resolve_weights
+from linearize.distill.device import resolved
 from linearize.distill.folder import TEXTS, RunFolder, facts, plan_json
 from linearize.distill.lock import held
 from linearize.distill.placing import Place
@@ -124,9 +124,8 @@ class _Job:
         """The recipe with files for what the teacher is to write."""
         self.folder = folder
         self.recipe_name = recipe_name
-        self.device = resolve_device(recipe.run)
-        self.autocast = resolve_precision(recipe.run, self.device)
-        self.weights = resolve_weights(recipe.run, self.device)
+        self.wrong: list[LinearizeError] = []
+        self.device, self.autocast, self.weights = resolved(recipe.run, self.wrong)
         out = shlex.quote(str(folder.path))
         # The folder's own recipe: overrides need not be repeated.
         self.resume_command = (
@@ -245,7 +244,7 @@ class _Job:
 
     def _look(self, places: list[StagePlace], *, shared: bool = True) -> texts.Ahead:
         """What `_beforehand` does without weights and without the teacher's text; `shared`: steps are as they stay."""
-        errors: list[LinearizeError] = []
+        errors = [*self.wrong]
         config = models.load_config(self.source)
         tokenizer = models.load_tokenizer(models.resolve(self.source))
         settable = True
@@ -261,8 +260,13 @@ class _Job:
             for place in ahead.waiting:
                 data_of = self.recipe.data.of(self.recipe.stages[place.name])
                 texts.look(self.recipe, data_of, tokenizer, errors)
-            self._datasets([place for place in undone if place not in ahead.waiting], ahead, errors)
-            if ahead.calibrates and not texts.of_teacher(self.recipe.data):
+            given = [place for place in undone if place not in ahead.waiting]
+            if self.wrong:
+                for place in given:
+                    texts.glance(self.recipe, tokenizer, place, errors)
+            else:
+                self._datasets(given, ahead, errors)
+            if ahead.calibrates and not self.wrong and not texts.of_teacher(self.recipe.data):
                 self._calibration_text(ahead, errors)
         with collected(errors):
             shares = sequences.groups(self.recipe.run, launched.count())

@@ -11,7 +11,7 @@ from typing import Any
 from linearize import models
 from linearize.config.schema import Recipe
 from linearize.distill.finetune import needs_teacher
-from linearize.errors import RecipeError
+from linearize.errors import LinearizeError, RecipeError, collected, raise_together
 from linearize.objectives import level_of
 
 log = logging.getLogger(__name__)
@@ -49,41 +49,38 @@ def check(recipe: Recipe, source: str, config: Any, tokenizer: Any) -> None:
         RecipeError: nothing would read the teacher, or it has another vocabulary.
         ModelNotFoundError, CheckpointError, UnsupportedModelError: as `models.load_config`, of the teacher.
     """
-    other = recipe.run.teacher
-    if other and not any(compares(recipe, name) for name in recipe.stages):
-        raise RecipeError(
-            [
-                f"run.teacher: {other} would not be asked: no stage has an objective that compares predictions "
-                f"({COMPARING}); add one, or remove run.teacher"
-            ]
+    other, problems = recipe.run.teacher, []
+    asked = any(compares(recipe, name) for name in recipe.stages)
+    if other and not asked:
+        problems.append(
+            f"run.teacher: {other} would not be asked: no stage has an objective that compares predictions "
+            f"({COMPARING}); add one, or remove run.teacher"
         )
     if recipe.run.teacher_device == "cpu" and not any(apart(recipe, name) for name in recipe.stages):
-        raise RecipeError(
-            [
-                "run.teacher_device: cpu would keep nothing there: no stage has a teacher of its own, since none "
-                "compares predictions with another model or after base weights have trained; remove it"
-            ]
+        problems.append(
+            "run.teacher_device: cpu would keep nothing there: no stage has a teacher of its own, since none "
+            "compares predictions with another model or after base weights have trained; remove it"
         )
     vocabulary = config.get_text_config().vocab_size
-    wide = [name for name, stage in recipe.stages.items() if stage.top_k > vocabulary]
-    if wide:
-        raise RecipeError(
-            [
-                f"stages.{name}.top_k: {recipe.stages[name].top_k:,} is more than the {vocabulary:,} tokens that "
-                f"{source} knows; take fewer, or 0 for all"
-                for name in wide
-            ]
-        )
-    if not other:
-        return
-    theirs = models.load_tokenizer(models.resolve(other))
-    problem = _unlike(other, models.load_config(other), theirs, source, config, tokenizer)
-    if problem is not None:
-        raise RecipeError(
-            [
-                f"run.teacher: {problem}, so its predictions are of other tokens; take a teacher of the same family"
-            ]
-        )
+    problems += [
+        f"stages.{name}.top_k: {stage.top_k:,} is more than the {vocabulary:,} tokens that {source} knows; take fewer, "
+        "or 0 for all"
+        for name, stage in recipe.stages.items()
+        if stage.top_k > vocabulary
+    ]
+    errors: list[LinearizeError] = [RecipeError(problems)] if problems else []
+    if other and asked:
+        with collected(errors):
+            theirs = models.load_tokenizer(models.resolve(other))
+            problem = _unlike(other, models.load_config(other), theirs, source, config, tokenizer)
+            if problem is not None:
+                raise RecipeError(
+                    [
+                        f"run.teacher: {problem}, so its predictions are of other tokens; take a teacher of the same "
+                        "family"
+                    ]
+                )
+    raise_together(errors, "run.teacher")
 
 
 def _unlike(other: str, theirs: Any, tokens: Any, source: str, own: Any, own_tokens: Any) -> str | None:

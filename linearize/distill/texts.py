@@ -15,7 +15,7 @@ from linearize.config.course import Course
 from linearize.config.mix import sources
 from linearize.config.names import TEACHER
 from linearize.config.schema import DataConfig, Recipe, StageConfig
-from linearize.data import packed
+from linearize.data import load_texts, packed
 from linearize.data.mixing import check
 from linearize.distill import batches, preference
 from linearize.distill.identity import digest, fingerprint
@@ -60,6 +60,22 @@ def look(recipe: Recipe, data: DataConfig, tokenizer: Any, errors: list[Lineariz
     with collected(errors):
         chat = job.chat_share(recipe.data.teacher, tokenizer)
         openings.openings(tokenizer, chat=chat > 0, longest=recipe.data.teacher.length // 2)
+
+
+def glance(recipe: Recipe, tokenizer: Any, place: StagePlace, errors: list[LinearizeError]) -> None:
+    """What `dataset` would refuse at once, for a run that is refused in any case: reading all of it takes minutes."""
+    text = recipe.data.of(recipe.stages[place.name])
+    with collected(errors):
+        if text.mix:
+            check(tokenizer, text)
+        else:
+            load_texts(
+                text.source,
+                split=text.split,
+                text_field=text.text_field,
+                template=text.template,
+                tokenizer=tokenizer,
+            )
 
 
 def most(recipe: Recipe) -> int:

@@ -16,6 +16,7 @@ from linearize.models.aliases import ALIASES, Alias
 from linearize.models.cache import build_once, cache_dir, content_hash
 from linearize.models.check import check_checkpoint, check_config, is_whole
 from linearize.models.files import FOLDER, instead_of_file
+from linearize.models.mistaken import RUNS, models_in, refuse_recipe, refuse_recipe_file
 from linearize.models.wheel import fetch
 from linearize.registry import closest
 
@@ -23,11 +24,6 @@ log = logging.getLogger(__name__)
 
 CONVERSION = 3
 """Goes up when the conversion writes something else, so that a cache's older folders are not taken for it."""
-
-RUNS = "runs"
-"""Folder that commands write into unless they are told another one."""
-MODEL_FILES = ("recipe.yaml", "config.json")
-"""Of a run folder, and of a checkpoint."""
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
@@ -88,6 +84,7 @@ def _local(model: str, *, whole: bool = True) -> Path | None:
         raise ModelNotFoundError(f"no model '{model}': there is no such file or folder{hint}")
     if "/" not in model and difflib.get_close_matches(model.lower(), ALIASES, n=1, cutoff=0.6):
         raise ModelNotFoundError(f"no model '{model}': {closest(model.lower(), ALIASES)}")
+    refuse_recipe(model)
     return None
 
 
@@ -99,22 +96,12 @@ def _means_a_folder(model: str, path: Path) -> bool:
     if "/" not in model or "@" in model:
         return False
     return "did you mean" in _nearby(path) or (
-        (path.parent.name == RUNS or bool(_models_in(path.parent))) and not hub.cached(model)
+        (path.parent.name == RUNS or bool(models_in(path.parent))) and not hub.cached(model)
     )
 
 
-def _models_in(folder: Path) -> list[str]:
-    """Names of the runs and checkpoints in a folder."""
-    try:
-        return sorted(
-            entry.name for entry in folder.iterdir() if any((entry / file).is_file() for file in MODEL_FILES)
-        )
-    except OSError:
-        return []
-
-
 def _beside(path: Path) -> str:
-    there = _models_in(path.parent)
+    there = models_in(path.parent)
     names = ", ".join(there[:5]) + (", ..." if len(there) > 5 else "")
     holds = f"{path.parent} holds {names}" if there else f"{path.parent} holds no run"
     return f"; {holds}; for a model of that name on the hub write {path}@main"
@@ -148,6 +135,7 @@ def _from_gguf(file: Path, *, whole: bool) -> Path:
     except OSError as error:
         raise ModelNotFoundError(f"{file} cannot be read ({error.strerror or error})") from error
     if magic != b"GGUF":
+        refuse_recipe_file(file)
         raise ModelNotFoundError(
             f"{file} is a file, but not a GGUF file; give the folder that holds the checkpoint"
             + (f": {file.parent}" if (file.parent / "config.json").is_file() else "")

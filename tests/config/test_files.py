@@ -92,6 +92,32 @@ def test_files_are_refused_by_name(write, text, expected):
     assert expected in found and "mine.yaml" in found
 
 
+def test_a_file_and_what_it_starts_from_are_told_together(write):
+    """Keys that stand twice with what else is wrong; every recipe that is not there, or broken, with all others."""
+    write("defaults: [lolcatz]\nlayers: all", "near.yaml")
+    write("mixer: {a: 1", "cut.yaml")
+    told = problems_of(write("defaults: [hedgehogg, near, cut, near2]\nlayerz: all"))
+    assert "5 problems" not in told and "4 problems" in told, told
+    for part in ("recipe 'hedgehogg'; did", "recipe 'lolcatz'; did", "not valid YAML", "recipe 'near2'; did"):
+        assert part in told
+    write("defaults: [softmax]\nlayers: all\nlayers: [0]", "near.yaml")
+    told = problems_of(
+        write("defaults: [near]\nlayerz: 1\nrun: {seed: 1, seed: 2, device: tpu}"), ["eval.lengthh=3"]
+    )
+    parts = ("near.yaml: layers: stands twice", "run.seed: stands twice", "layerz: unknown", "run.device: unknown",
+             "eval.lengthh: unknown")  # fmt: skip
+    assert "5 problems" in told and all(part in told for part in parts), told
+
+
+def test_files_that_all_start_from_each_other_end_soon(write):
+    names = [f"n{number}" for number in range(15)]
+    for name in names:
+        write(
+            f"defaults: [{', '.join(other for other in names if other != name)}]\nlayers: all", f"{name}.yaml"
+        )
+    assert "without end" in problems_of(write("defaults: [n0]\nlayers: all"))
+
+
 def test_recipes_that_start_from_each_other(write):
     write("defaults: [b]\nlayers: all", "a.yaml")
     write("defaults: [a]\nlayers: all", "b.yaml")

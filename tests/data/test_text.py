@@ -246,6 +246,31 @@ def test_rows_without_an_answer(jsonl):
         list(load_texts(jsonl([{"instruction": "a", "output": " "}]), template="alpaca"))
 
 
+@pytest.mark.parametrize(
+    ("template", "row", "empty", "wants"),
+    [
+        ("alpaca", {"instruction": "a", "output": "b"}, {"output": " "}, "output"),
+        ("chat", {"prompt": "a", "response": "b"}, {"response": ""}, "answer of the assistant"),
+        ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"}, {"chosen": " "}, "pair of answers"),
+        ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"}, {"rejected": None}, "pair of answers"),
+        ("none", {"text": "a"}, {"text": ""}, None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("seed", [None, 1])
+def test_rows_without_an_answer_are_counted(jsonl, tokenizer, caplog, template, row, empty, wants, seed):
+    """Empty lines of plain text are usual, and nothing is said of them."""
+    source = jsonl([{**row, **empty}, row, row, {**row, **empty}])
+    assert len(list(load_texts(source, template=template, tokenizer=tokenizer, seed=seed))) == 2
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == (
+        [] if wants is None else
+        [f"{source}: rows that hold no {wants} are passed over, 2 of them; mend them or take them out"]
+    )  # fmt: skip
+    caplog.clear()
+    next(iter(load_texts(source, template=template, tokenizer=tokenizer)))  # a reader that has enough
+    assert caplog.text.count("passed over, 1 of them") == (wants is not None)
+
+
 def test_an_unknown_template(jsonl):
     with pytest.raises(DataError, match="unknown template 'alpacca': did you mean 'alpaca'"):
         load_texts(jsonl(ROWS), template="alpacca")

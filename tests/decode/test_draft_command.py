@@ -91,6 +91,19 @@ def test_options_that_mean_nothing(folders, options, why, capsys, monkeypatch):
     assert why in shown.err and shown.out == "" and "Traceback" not in shown.err
 
 
+@pytest.mark.parametrize(
+    "options",
+    [["--draft", "student", "--draft-tokens", "65"], ["--draft", "nothing"], ["--draft", "student", "--state", "x"],
+     ["--draft", "student", "--state", "state", "--draft-state", "x"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_draft_is_looked_at_before_the_model_is_loaded(folders, options, capsys, monkeypatch):
+    monkeypatch.chdir(folders)
+    said(capsys, "teacher", "--prompt", "a", "--save-state", "state")
+    monkeypatch.setattr("linearize.cli.checkpoint.load", lambda *_: pytest.fail("a model was loaded"))
+    assert cli.main(["generate", "teacher", "--prompt", "a", *options]) == 2
+
+
 def test_a_draft_with_other_tokens_is_refused(folders, tmp_path, capsys):
     tokenizer = byte_llama.byte_tokenizer()
     tokenizer.add_tokens(["<more>"])

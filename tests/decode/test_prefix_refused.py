@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import covering
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.cache_utils import DynamicCache
 
-from linearize import surgery
-from linearize.decode import load_state, read_ids, save_state
+from linearize import memory, surgery
+from linearize.bench.subjects import mixers_of
+from linearize.config import list_recipes
+from linearize.config.variants import sections
+from linearize.decode import load_state, read_ids, save_state, state_of
+from linearize.decode.arguments import cache_name
+from linearize.decode.continuation import behind
+from linearize.decode.held import COUNTERS, RING, split
 from linearize.decode.identity import checksum
 from linearize.decode.prefix import Prefix
 from linearize.decode.prefix_file import _metadata
@@ -98,6 +107,56 @@ def test_facts_that_only_the_model_can_judge(model, path):
         load_state(forged(path, last=99_999), model)
     with pytest.raises(LinearizeError, match=r"after 22 tokens"):
         load_state(forged(path, last=1, tokens=22), model)
+
+
+@pytest.mark.parametrize("name", covering.recipes([name for name, _ in list_recipes()], covering.parts))
+def test_a_false_count_of_tokens_is_held_against_the_layers(name):
+    """As it was read, at once and token by token, it is taken; of another length only where no layer says which."""
+    mixer, _, mixers = mixers_of(name)
+    for section in sections(mixer, mixers).values():
+        model = surgery.convert(tiny.model(num_hidden_layers=2), section)
+        ids = tiny.tokens(1, 150)
+        for length in (1, 2, 5, 70, 150):
+            text = ids[:, :length]
+            first = 60 if length > 60 else 0  # then token by token
+            cache = DynamicCache(config=model.config)
+            with torch.no_grad():
+                for piece in [*([text[:, :first]] if first else []), *text[:, first:].split(1, 1)]:
+                    model(piece, **{cache_name(model): cache})
+            for state in (read_ids(model, text), state_of(model, cache, text)):
+                _counts_are_held(model, state)
+
+
+def _counts_are_held(model, state):
+    state.check(model)
+    names = {split(name)[1] for name in state.tensors}
+    whole = {split(name)[1] for name, x in state.tensors.items() if x.dtype in (torch.int32, torch.int64)}
+    assert whole <= {*COUNTERS, RING}  # of another one it is to be said what it counts
+    told = names & {*COUNTERS, "keys"} or ("window_valid" in names and RING not in names)
+    full = max((x.numel() - 1 for name, x in state.tensors.items() if name.endswith("_valid")), default=0)
+    for tokens in {max(1, state.tokens - 1), state.tokens + 1, 2 * state.tokens + 40, 2**31 - 1} - {
+        state.tokens
+    }:
+        if told or min(tokens, full) != min(
+            state.tokens, full
+        ):  # a full ring says no more than that it is full
+            with pytest.raises(LinearizeError, match=f"{tokens:,}.*; the file was not written by this model"):
+                replace(state, tokens=tokens).check(model)
+
+
+def test_ids_that_do_not_fit_into_memory(monkeypatch):
+    """Of a state without any count: transformers wants an id for each token."""
+    model = surgery.convert(tiny.model(num_hidden_layers=1), {"feature_map": {"name": "elu"}})
+    state = replace(read_ids(model, tiny.tokens(1, 21)), tokens=2**31 - 1)
+    state.check(model)
+    monkeypatch.setattr(memory, "machine", lambda: (2**34, 2**35))
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(
+        LinearizeError, match=r"ids of 2,147,483,647 tokens.* need more memory .* 16 GiB are free"
+    ):
+        behind(model, state, ids)
+    monkeypatch.setattr(memory, "machine", lambda: (0, 0))  # who knows
+    assert behind(model, replace(state, tokens=21), ids)["input_ids"].shape == (1, 22)
 
 
 def test_sums_of_something_else(tmp_path):

@@ -112,6 +112,15 @@ def test_text_level(checkpoint, tmp_path):
         (["--chat", "--prompt", "a"], "--chat with --state: a template closes the message"),
         (["--num-beams", "2", "--prompt", "a"], "--num-beams with --state"),
         (["--save-state", "x.state", "--temperature", "1", "--prompt", "a"], "--temperature with --save-state"),
+        *[
+            (["--save-state", "x.state", "--prompt", "a", *option.split()], f"{option.split()[0]} with --save-state")
+            for option in (
+                "--max-new-tokens 128", "--seed 0", "--top-p 0.5", "--temperature 0", "--no-graph", "--compile"
+            )
+        ],
+        (["--save-state", "x.state", "--prompt", "a", "--no-graph", "--seed", "3", "--max-new-tokens", "4"],
+         "--max-new-tokens, --seed, --no-graph with --save-state"),
+        (["--seed", "0", "--prompt", "a"], "--seed 0: nothing is sampled at temperature 0"),
         (["--save-state", "no/x.state", "--prompt", "a"], "there is no folder no"),
         (["--prompt-file", "no.txt"], "--prompt-file no.txt cannot be read (No such file or directory)"),
         (["--prompt-file", "."], "--prompt-file . is a folder; give a text file"),

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,8 +176,23 @@ def test_mistakes_are_told_together_before_any_weight_is_loaded(
         distill.run(str(teacher_folder), small, out, recipe_name="mine")
     told = str(caught.value).splitlines()
     assert told[0] == f"mine on {teacher_folder}: 4 problems"
-    for part in ("no attention layer 7", "lora.rank: 500", "missing.txt", "gone.txt"):
+    parts = ["no attention layer 7", "lora.rank: 500", "missing.txt", "gone.txt"]
+    for part in parts:
         assert sum(part in line for line in told) == 1, (part, told)
+    # what cannot be had on this machine, and a teacher that is not there, too; then no text is read through
+    monkeypatch.setattr("linearize.distill.texts.dataset", loaded)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for wrong in ({"device": "cuda"}, {"weights": "bfloat16"}):
+        running = replace(small.run, teacher=str(tmp_path / "nobody"), **wrong)
+        stage = replace(small.stages["recover"], objective={"logits_kl": 1.0})
+        asked = replace(small, run=running, stages={**small.stages, "recover": stage})
+        with pytest.raises(RecipeError) as caught:
+            distill.run(str(teacher_folder), asked, out, recipe_name="mine")
+        told = str(caught.value).splitlines()
+        assert told[0] == f"mine on {teacher_folder}: 6 problems"
+        for part in [*parts, f"run.{next(iter(wrong))}: ", "nobody': there is no"]:
+            assert sum(part in line for line in told) == 1, (part, told)
+    monkeypatch.undo()
     small.layers, small.stages["recover"].lora.rank, small.eval.texts = "all", 2, {}
     del small.stages["transfer"]
     with pytest.raises(DataError, match="gone"):  # one mistake is the error that it is

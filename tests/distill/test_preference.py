@@ -153,6 +153,34 @@ def test_pairs_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
         )
 
 
+SAME = [{**row, "rejected": row["chosen"]} for row in ROWS]
+TRIMMED = [{**row, "rejected": f" {row['chosen']} "} for row in ROWS]
+TRIMS = CHAT.replace("{{ message['content'] }}<eos>", "{{ message['content'] | trim }}<eos>")
+
+
+@pytest.mark.parametrize(("rows", "template"), [(SAME, None), (SAME, CHAT), (TRIMMED, TRIMS)])
+def test_pairs_of_one_answer_prefer_nothing(
+    rows: list[dict[str, Any]], template: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Refused where all are; where some are, said. The template may be what makes two answers one."""
+    made = tokenizer(False)
+    made.chat_template = template
+
+    def read(rows: list[dict[str, Any]]) -> int:
+        config = DataConfig(source=write(tmp_path / "rows.jsonl", rows), template="preference", length=64)
+        return len(pairs(made, config, tokens=10**6, seed=0))
+
+    for few in (rows, rows[:1]):
+        with pytest.raises(
+            DataError, match=r"rows\.jsonl: chosen and rejected are the same .*; look at what wrote"
+        ):
+            read(few)
+    assert read([*rows[:3], *ROWS[3:]]) == 12
+    assert "3 of 12 pairs have one answer as chosen and as rejected, and teach nothing" in caplog.text
+    caplog.clear()
+    assert read(ROWS) == 12 and caplog.text == ""
+
+
 # The stage
 
 

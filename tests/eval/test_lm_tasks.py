@@ -140,7 +140,13 @@ def test_published_shots_and_unknown_tasks(tasks):
     with pytest.raises(LinearizeError, match="needs --task-data DIR"):
         named(tasks, "all")
     with pytest.raises(DataError, match=r"piqa.jsonl not found"):
+        named(None, "piqa", data=tasks)
+    with pytest.raises(LinearizeError, match=r"--task-data: mine_a, hellaswag: not read .* \(.*piqa"):
+        suite(["mine_a", "hellaswag"], shots=None, limit=0, include=tasks, data=tasks)
+    (tasks / "piqa.jsonl").write_text(json.dumps({"query": "the cat", "choices": CHOICES, "gold": 1}))
+    with pytest.raises(LinearizeError, match="--include-path: piqa: read from --task-data"):
         named(tasks, "piqa", data=tasks)
+    assert len(suite(["mine_a", "piqa"], shots=None, limit=0, include=tasks, data=tasks).units) == 2
 
 
 def test_scores_are_of_the_files_that_were_read(tasks, tmp_path, tmp_path_factory):
