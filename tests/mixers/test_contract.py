@@ -17,7 +17,6 @@ from saved_once import unpacked_once
 from linearize.mixers import PARTS, build
 
 mixers = pytest.mark.parametrize("mixer", registered(), ids=label)
-shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
 def rarely(mixer: dict) -> bool:
@@ -56,8 +55,7 @@ TEXTS = [
 ]
 
 
-@mixers
-@shapes
+@placed
 @pytest.mark.parametrize(("tokens", "dtype", "tolerance"), TEXTS)
 def test_chunked_equals_parallel(mixer, shape, dtype, tolerance, tokens):
     made = make(mixer, shape, dtype)
