@@ -15,10 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quick_interpreter
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    quick_interpreter.install()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import pytest
+from compositions import label, registered
 
 from linearize.bench.subjects import TEACHER, VARIANTS, mixers_of
 from linearize.config import compose
@@ -59,6 +60,22 @@ def stages(name: str) -> frozenset[Hashable]:
 def whole(name: str) -> frozenset[Hashable]:
     """Both: what a run of it meets."""
     return parts(name) | stages(name)
+
+
+@functools.cache
+def compositions() -> frozenset[str]:
+    """Labels of registered ones that between them have every value of every option, each update beside each part."""
+    mixers = {label(mixer): normalize(mixer) for mixer in registered()}
+
+    def kinds(name: str) -> frozenset[Hashable]:
+        given = mixers[name]
+        values = {
+            (part, given[part]["name"], key, repr(x)) for part in given for key, x in given[part].items()
+        }
+        beside = {(given["update"]["name"], part, given[part]["name"]) for part in given}
+        return frozenset(values | beside)
+
+    return frozenset(fewest(mixers, kinds))
 
 
 def recipes(

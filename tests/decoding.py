@@ -39,6 +39,29 @@ MIXERS = {
 }
 
 
+def crossed(families, kinds: dict):
+    """Families by kinds of layers: the first family with all, the others with one in which softmax layers stay.
+
+    What a family does of its own is in these, and what the kinds do follows from no family; the other pairs are slow.
+    """
+    kept = [name for name in kinds if name != "all"]
+    quick = {(families[0], name) for name in kinds}
+    quick |= {(family, kept[n % len(kept)]) for n, family in enumerate(families)}
+    return pytest.mark.parametrize(
+        ("family", "layers"),
+        [
+            pytest.param(
+                family,
+                layers,
+                id=f"{family}-{name}",
+                marks=[] if (family, name) in quick else [pytest.mark.slow],
+            )
+            for name, layers in kinds.items()
+            for family in families
+        ],
+    )
+
+
 def hybrid(family: str = "llama", layers="all", mixer=LOLCATS, device: str = "cpu", **changes):
     model = surgery.convert(tiny.model(family, **changes), mixer, layers)
     tiny.randomize(layer.mixer for layer in surgery.converted(model))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from decoding import devices, hybrid
+from decoding import crossed, devices, hybrid
 
 from linearize.decode import Decoder, ahead, newest, read_ids
 from linearize.decode.speculator import Speculator
@@ -31,8 +31,7 @@ def expected(model, ids, mask):
 
 
 @devices
-@pytest.mark.parametrize("layers", [[1, 2], "teacher"], ids=str)
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3"])
+@crossed(["llama", "mistral", "gemma2", "gemma3"], {"[1, 2]": [1, 2], "teacher": "teacher"})
 def test_gives_the_tokens_of_masks(family, layers, device, monkeypatch):
     """Padded prompts, sliding windows, soft caps, rows that take unequal numbers."""
     seen, attend = [], newest.newest_steps

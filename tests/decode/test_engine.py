@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from decoding import HEDGEHOG, MIXERS, devices, hybrid
+from decoding import HEDGEHOG, MIXERS, crossed, devices, hybrid
 
 from linearize import surgery
 from linearize.decode import Decoder, Sampling, engine, newest
@@ -28,8 +28,7 @@ def expected(model, ids, mask, tokens: int = NEW, **options):
 
 
 @devices
-@pytest.mark.parametrize("layers", ["all", [1, 2]], ids=str)
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "qwen3_moe"])
+@crossed(["llama", "mistral", "gemma2", "gemma3", "gpt2", "qwen3_moe"], {"all": "all", "[1, 2]": [1, 2]})
 def test_gives_the_tokens_of_generate(family, layers, device):
     """Left padding, kept softmax layers, sliding windows, soft caps; and a second text on the same state."""
     model = hybrid(family, layers, device=device)

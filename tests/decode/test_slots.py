@@ -9,7 +9,7 @@ import odd
 import pytest
 import tiny
 import torch
-from decoding import HEDGEHOG, LOLCATS, MIXERS, devices, hybrid
+from decoding import HEDGEHOG, LOLCATS, MIXERS, crossed, devices, hybrid
 
 from linearize import surgery
 from linearize.bench.subjects import convert, random_model, subjects
@@ -103,8 +103,7 @@ def together(model, slots: Slots, seed: int, texts: int = 14, abort: float = 0.2
 
 
 @devices
-@pytest.mark.parametrize("layers", ["all", [1, 2], []], ids=["all", "hybrid", "teacher"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
+@crossed(["llama", "mistral", "gemma3", "gpt2"], {"all": "all", "hybrid": [1, 2], "teacher": []})
 def test_gives_the_tokens_of_generate(family, layers, device):
     """Kept softmax layers with and without a sliding window, learned positions, and a model that nobody converted."""
     model = hybrid(family, layers, device=device) if layers else tiny.model(family).to(device)

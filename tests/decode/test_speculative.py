@@ -8,7 +8,7 @@ import compositions
 import pytest
 import tiny
 import torch
-from decoding import HEDGEHOG, LOLCATS, MIXERS, devices, hybrid
+from decoding import HEDGEHOG, LOLCATS, MIXERS, crossed, devices, hybrid
 
 from linearize import surgery
 from linearize.decode import Draft, Sampling, read_ids
@@ -65,8 +65,10 @@ def some_taken(made: Speculator) -> None:
 
 
 @devices
-@pytest.mark.parametrize("layers", ["all", [1, 2], "teacher"], ids=str)
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "qwen3_moe"])
+@crossed(
+    ["llama", "mistral", "gemma2", "gemma3", "gpt2", "qwen3_moe"],
+    {"all": "all", "[1, 2]": [1, 2], "teacher": "teacher"},
+)
 def test_gives_the_tokens_of_generate(family, layers, device):
     """Padding, kept softmax layers, sliding windows, soft caps; a softmax model and its own conversion that drafts."""
     model = tiny.model(family).to(device) if layers == "teacher" else hybrid(family, layers, device=device)
@@ -81,14 +83,17 @@ RARELY = ("linear", "pinned", "softmax", "nope")
 """What has no more to take back than the others."""
 
 
-@devices
-@pytest.mark.parametrize(
+mixers = pytest.mark.parametrize(
     "mixer",
     [
         pytest.param(mixer, id=name, marks=pytest.mark.slow if name in RARELY else [])
         for name, mixer in MIXERS.items()
     ],
 )
+
+
+@devices
+@mixers
 def test_every_kind_of_state(mixer, device):
     """Drafted by the same kind, and by quite another."""
     model = hybrid("llama", "all", mixer, device)
@@ -150,7 +155,7 @@ def test_a_draft_that_is_always_right_is_always_taken(ahead, looks):
         assert made.rounds.tolist() == [rounds] * 2 and made.accepted.tolist() == [rounds * ahead] * 2
 
 
-@pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
+@mixers
 def test_one_row_with_masks_and_without(mixer):
     """As a graph has it, and as it is where the host may look: then nothing that is taken back is masked."""
     model = hybrid("llama", [0, 2], mixer)

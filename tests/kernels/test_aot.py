@@ -40,11 +40,15 @@ COMPILED = {
     ),
 }
 """Architecture and calls; each group is one process."""
+KEPT = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28),
+}  # fmt: skip
+"""For glibc: calls take and give back large tensors, and half of the time went into pages that were made anew."""
 
 
 def aot(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The script in a process of its own, where kernels are compiled and not interpreted."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **KEPT, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), "--jobs", "1", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
 

@@ -26,20 +26,35 @@ def hybrid(family: str = "llama", layers="all", mixer=tiny.LOLCATS):
     return model
 
 
-@families
-@layers
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"num_beams": 3},
-        {"do_sample": True, "temperature": 0.8, "top_k": 20},
-        {"num_return_sequences": 3, "do_sample": True},
-        {"num_beams": 4, "num_return_sequences": 2},
-    ],
-    ids=["greedy", "beams", "sampling", "several", "several-beams"],
-)
-def test_cached_generation_equals_uncached(family, layers, settings):
+SETTINGS = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20},
+    "several": {"num_return_sequences": 3, "do_sample": True},
+    "several-beams": {"num_beams": 4, "num_return_sequences": 2},
+}
+
+
+def beside_llama(names, quick) -> pytest.MarkDecorator:
+    """Everything with a Llama; of another family what a cache does, beside layers that stay: the rest is slow."""
+    return pytest.mark.parametrize(
+        ("family", "layers", "name"),
+        [
+            pytest.param(family, layers, name, marks=marks)
+            for name in names
+            for layers in ("all", [1, 2])
+            for family in ("llama", "gemma3", "gpt2")
+            for marks in (
+                [] if family == "llama" or (layers != "all" and name in quick) else [pytest.mark.slow],
+            )
+        ],
+        ids=str,
+    )
+
+
+@beside_llama(SETTINGS, quick=("greedy", "several-beams"))
+def test_cached_generation_equals_uncached(family, layers, name):
+    settings = SETTINGS[name]
     model = hybrid(family, layers)
     ids, mask, _ = tiny.left_padded(length=20)
     outs = []
@@ -89,10 +104,9 @@ def test_a_static_cache_without_padding(mixer):
     assert torch.equal(made, model.generate(ids, **settings))
 
 
-@families
-@layers
-@pytest.mark.parametrize("mixer", [tiny.LOLCATS, tiny.LAWCAT], ids=["lolcats", "lawcat"])
-def test_assisted_generation_takes_tokens_back(family, layers, mixer):
+@beside_llama(["lolcats", "lawcat"], quick=("lolcats",))
+def test_assisted_generation_takes_tokens_back(family, layers, name):
+    mixer = {"lolcats": tiny.LOLCATS, "lawcat": tiny.LAWCAT}[name]
     model, assistant = hybrid(family, layers, mixer), hybrid(family, layers, mixer)
     tiny.randomize((layer.mixer for layer in surgery.converted(assistant)), seed=3)
     ids, settings = tiny.tokens(1, 20), {"max_new_tokens": 24, "do_sample": False}
