@@ -103,8 +103,8 @@ def suite(
         )
     if include is not None and not elsewhere:
         raise LinearizeError(
-            f"--include-path: {', '.join(chosen)}: read from --task-data, and no task of that folder is named; leave it "
-            "out, or name one"
+            f"--include-path: {', '.join(chosen)}: read from --task-data, and no task of that folder is named; "
+            "leave it out, or name one"
         )
     return Suite("tasks", "tasks of lm-eval", tuple(units))
 

@@ -1,7 +1,7 @@
 """What is wrong with groups of lm-eval's tasks in a folder of one's own, told with file and line before data is read.
 
-lm-eval takes a name that it does not know for a task that the group itself defines, and fails on what that lacks; a file
-of which it can make nothing it passes over in silence.
+lm-eval takes a name that it does not know for a task that the group itself defines, and fails on what that lacks; a
+file of which it can make nothing it passes over in silence.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def _passed_over(file: Path, name: str) -> Iterator[str]:
     for other in _texts(keys.get("include")):
         path = file.parent / other
         if not path.is_file():
-            there = closest(other, [near.name for near in file.parent.glob("*.yaml") if near != file] or [other])
+            there = closest(
+                other, [near.name for near in file.parent.glob("*.yaml") if near != file] or [other]
+            )
             hint = f"; {there}" if there.startswith("did you mean") else ""
             yield (
                 f"{_place(file, keys['include'])}: '{name}' includes {path}, which is no file, so that lm-eval passes "
