@@ -24,7 +24,15 @@ from linearize.eval.page.blocks import (
 )
 from linearize.eval.page.contestants import Contestant, contestants
 from linearize.eval.page.sources import Subject
-from linearize.eval.page.verdict import mean_of, recall_of, texts, verdict, written
+from linearize.eval.page.verdict import (
+    beyond_teacher,
+    listed,
+    mean_of,
+    recall_of,
+    texts,
+    verdict,
+    written,
+)
 from linearize.eval.rows import METRICS, STUDENT, TEACHER, Score
 from linearize.eval.tables import number
 
@@ -71,7 +79,9 @@ def _summary(cast: Sequence[Contestant]) -> Iterator[Block]:
     for one in cast:
         for place in texts(one.rows, one.role):
             counted[place] = counted.get(place, 0) + 1
-    unit = max(counted, key=lambda place: (counted[place], place[1])) if counted else None
+    lost = beyond_teacher(cast)
+    near = [place for place in counted if place not in lost] or list(counted)
+    unit = max(near, key=lambda place: (counted[place], place[1])) if near else None
     shared, left = recall_of(cast)
     rows = []
     for one in cast:
@@ -97,6 +107,8 @@ def _summary(cast: Sequence[Contestant]) -> Iterator[Block]:
         )
         if shared:
             said += f" Recall: {mean_of(shared, left)}."
+        if lost:
+            said += f" Longer than the teacher reaches, so that nothing is near it there: {listed(lost)}."
         yield Words(said)
 
 

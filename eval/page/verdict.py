@@ -22,6 +22,8 @@ GOOD, BAD, OPEN = "good", "bad", "open"
 VERBS = {BAD: "is WORSE than", GOOD: "is better than", OPEN: "cannot be told apart from"}
 FEW_WINDOWS = 6
 """Below so many, drawing them again underestimates how they differ."""
+LOST = 1.5
+"""Times its best perplexity on a text from which on a teacher no longer knows what it reads."""
 MANY = 4
 """So many names or numbers are listed."""
 
@@ -79,6 +81,18 @@ def texts(rows: Sequence[Score], role: str = STUDENT) -> dict[tuple[str, int], S
         for row in rows
         if row.role == role and row.metric == "ppl" and not row.by and summary.is_text(row)
     }
+
+
+def beyond_teacher(cast: Sequence[Contestant]) -> list[tuple[str, int]]:
+    """(task, length) of texts too long for the teacher: its perplexity is half as high again as at another."""
+    found = {
+        place: row.value
+        for one in cast
+        if one.role == TEACHER
+        for place, row in texts(one.rows, TEACHER).items()
+    }
+    best = {task: min(value for (own, _), value in found.items() if own == task) for task, _ in found}
+    return sorted(place for place, value in found.items() if not value < LOST * best[place[0]])
 
 
 def listed(units: Collection[tuple[str, int]]) -> str:

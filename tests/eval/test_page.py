@@ -18,6 +18,7 @@ from judged import judged, score, trained
 from linearize import cli
 from linearize.config import compose
 from linearize.eval import page
+from linearize.eval.cast import CONTROLS
 from linearize.eval.page import blocks, figures, same_training
 from linearize.eval.rows import STUDENT, TEACHER, Scores
 
@@ -192,6 +193,20 @@ def test_means_of_recall_are_over_the_same_everywhere_and_say_what_they_leave_ou
     assert f"Recall: {of}." in words.text
     for row in table.rows[1:3]:
         assert f"{row['model']} {row['recall written right, %']} %" in said
+
+
+@pytest.mark.parametrize(("teacher", "told"), [(21.0, False), (300.0, True)])
+def test_the_summary_is_of_texts_that_the_teacher_reaches(tmp_path, teacher, told):
+    folder = judged(tmp_path / "a")
+    values = {TEACHER: teacher, STUDENT: 17.0} | dict.fromkeys(CONTROLS, 40.0)
+    more = [score(role, "text", "ppl", value, length=32768, model="big" if role == TEACHER else "mine")
+            for role, value in values.items()]  # fmt: skip
+    Scores(folder / "results.json").add(more)
+    table, words = made(folder).sections[0].blocks
+    student = next(row for row in table.rows if row["model"] == "mine")
+    assert (student["perplexity"] == 17.0) is not told
+    assert ("in windows of 32,768" in words.text) is not told
+    assert ("Longer than the teacher reaches" in words.text and "text at 32,768" in words.text) is told
 
 
 def test_a_checkpoint_that_several_were_judged_beside_stands_once_and_in_the_verdict(tmp_path):
