@@ -26,7 +26,7 @@ from linearize.errors import LinearizeError
 from linearize.registry import closest
 from linearize.version import __version__
 
-MODEL_HELP = "hub id, checkpoint folder, GGUF file, or the alias smollm2-135m"
+MODEL_HELP = "hub id, checkpoint folder, GGUF file, or an alias such as smollm2-135m"
 RECIPE_HELP = "name of a shipped recipe (see `linearize recipes`) or a YAML file"
 OVERRIDE_HELP = (
     "change any field of the recipe, such as stages.transfer.lr=5e-3 or layers=[0,2]; 'stages.*.tokens=2M' changes "
