@@ -55,6 +55,10 @@ class Story:
         self.sentences.append(f"{self.held.pop(thing)} {random.choice(DROP)} the {thing}.")
 
 
+EVEN = [step / 40 for step in range(41)]
+"""Depths that sentences are drawn for."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """A generator: how many supporting facts its question needs, 1 to 3."""
@@ -68,7 +72,7 @@ class Facts:
             story, asked, answer = self.story(random)
             examples += f"{' '.join(story.sentences)}\n{asked} the {answer}.\n\n"
         story, asked, answer = self.story(random)
-        depths = spread(random, len(story.sentences))
+        depths = spread(random, len(story.sentences), EVEN)
         return Item(
             before=BEFORE + examples,
             needles=tuple(Needle(text, at) for text, at in zip(story.sentences, depths, strict=True)),

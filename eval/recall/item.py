@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Protocol
@@ -54,6 +54,10 @@ class Generator(Protocol):
         """One item; a task with one needle puts it at `depth`, others draw their own."""
 
 
-def spread(random: Random, count: int) -> list[float]:
-    """Depths of so many needles, all different, in order."""
-    return sorted(step / 40 for step in random.sample(range(41), count))
+DEPTHS = [round(100 * step / 39) / 100 for step in range(40)]
+"""RULER's: forty even steps from the beginning to the end, in whole per cents."""
+
+
+def spread(random: Random, count: int, depths: Sequence[float] = DEPTHS) -> list[float]:
+    """Depths of so many needles out of those given, all different, in order."""
+    return sorted(random.sample(depths, count))

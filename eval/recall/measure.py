@@ -39,8 +39,14 @@ GENERATORS: dict[str, Generator] = {
 }
 ITEMS = 20
 """Where a suite does not say how many."""
-REVISIONS = {"phonebook": 1, "niah_multikey_2": 1, "niah_multikey_3": 1}
-"""Of how a task's items are made: 1 since nothing that is cut stands behind a needle."""
+REVISIONS = {
+    "phonebook": 1,
+    "variable_tracking": 1,
+    **dict.fromkeys(NIAH, 1),
+    "niah_multikey_2": 2,
+    "niah_multikey_3": 2,
+}
+"""Of how a task's items are made: one more since nothing cut stands behind a needle, and since RULER's depths."""
 ROOM = 128
 """Tokens that an answer may take; none is as long."""
 

@@ -3,8 +3,8 @@
 single_1: words to numbers in repeated noise. single_2: the same in prose. single_3: words to UUIDs in prose.
 multikey_1: four keys, one asked for. multikey_2: the whole haystack is needles. multikey_3: those with UUIDs to UUIDs.
 multivalue: four values under one key. multiquery: four keys, all asked for.
-Values are seven-digit numbers or UUIDs, the depths are drawn from 41 even steps. Two differences: the prose is a public
-domain book where RULER has essays, and words are of a list of our own.
+Values are seven-digit numbers or UUIDs, the depths are drawn from forty even steps in whole per cents. Two differences:
+the prose is a public domain book where RULER has essays, and words are of a list of our own.
 """
 
 from __future__ import annotations

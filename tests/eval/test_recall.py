@@ -22,7 +22,7 @@ from linearize.eval.measurement import Call, Setting
 from linearize.eval.recall import mqar
 from linearize.eval.recall.facts import PLACES, Facts
 from linearize.eval.recall.haystack import Haystack
-from linearize.eval.recall.item import Item, Needle
+from linearize.eval.recall.item import DEPTHS, Item, Needle
 from linearize.eval.recall.measure import GENERATORS, Mqar, Retrieval
 from linearize.eval.recall.niah import NIAH
 from linearize.eval.recall.passkey import passkey
@@ -162,6 +162,15 @@ def test_prompts_are_exactly_as_long_as_asked_for_and_the_same_again():
         right, *wrong = (tokenizer.decode(ids) for ids in prompts[0].answers)
         assert right == f" {item.answer}" and len(wrong) == 3 and right not in wrong
     assert GENERATORS["passkey"](Random(1)) != GENERATORS["passkey"](Random(2))
+
+
+def test_needles_are_drawn_at_rulers_depths():
+    rulers = np.round(np.linspace(0, 100, num=40, endpoint=True)).astype(int) / 100
+    assert rulers.tolist() == DEPTHS
+    found = [
+        needle.depth for seed in range(60) for needle in GENERATORS["niah_multivalue"](Random(seed)).needles
+    ]
+    assert set(found) == set(DEPTHS)
 
 
 def test_needles_lie_at_their_depths():
