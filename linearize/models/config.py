@@ -122,7 +122,7 @@ def refuse_quantized(folder: Path, config: PreTrainedConfig) -> None:
             method = given.get("quant_method", "an unnamed method")
             method = str(getattr(method, "value", method))
             raise UnsupportedModelError(
-                f"{folder}: its weights are quantized ({method}), and a conversion trains on plain ones; give the "
+                f"{folder}: its weights are quantized ({method}), and plain ones are read here; give the "
                 f"model's unquantized checkpoint{_dequantizing(method)}"
             )
 
