@@ -25,7 +25,7 @@ from linearize import data
 home = Path(linearize.__file__).resolve().parent
 assert home == Path(sys.argv[1]).resolve(), home
 assert {"lolcats", "hedgehog", "softmax", "demo"} <= {name for name, _ in list_recipes()}
-assert _load("demo")["data"]["length"]
+assert _load("demo")[0]["data"]["length"]
 assert list((home / "eval" / "tasks").glob("*.yaml"))
 assert list((home / "eval" / "suites").glob("*.yaml"))
 assert (home / "eval" / "page" / "page.html.jinja").is_file()

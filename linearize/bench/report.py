@@ -29,7 +29,8 @@ HEADER = ("", "forward ms", "/ floor", "/ ours", "fwd + bwd ms", "/ floor", "/ o
 def given(options: argparse.Namespace) -> dict[str, Any]:
     """The options of a command, for `facts`."""
     own = ("parser", "command", "line", "out")
-    return {name: value for name, value in vars(options).items() if name not in own}
+    # what a parser keeps for itself begins with an underscore
+    return {name: value for name, value in vars(options).items() if name not in own and name[0] != "_"}
 
 
 def facts(device: dict[str, Any], ceilings: Ceilings | None, options: dict[str, Any]) -> dict[str, Any]:
