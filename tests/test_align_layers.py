@@ -1,0 +1,62 @@
+"""scripts/align_layers.py: layers of a tiny model aligned alone, by the shipped plan; rows are not made again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from byte_llama import TEXT, byte_tokenizer, tiny_llama
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAN = ROOT / "scripts" / "align_layers.yaml"
+
+
+@pytest.fixture
+def main(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import align_layers
+
+    return align_layers.main
+
+
+def test_the_error_falls_and_rows_stay(main, tmp_path, capsys):
+    teacher, text, out = tmp_path / "teacher", tmp_path / "text.txt", tmp_path / "layers.json"
+    tiny_llama().save_pretrained(teacher)
+    byte_tokenizer().save_pretrained(teacher)
+    text.write_text(TEXT)
+    sizes = [
+        "--length",
+        "32",
+        "--sequences",
+        "16",
+        "--steps",
+        "20",
+        "--layers",
+        "1",
+        "--only",
+        "weights,LoLCATs' mixer",
+    ]
+    given = [
+        str(PLAN),
+        "--model",
+        str(teacher),
+        "--out",
+        str(out),
+        *sizes,
+        f"data.source={text}",
+        "mixer.window.size=4",
+    ]
+    assert main(given) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert list(rows) == ["weights, 1", "LoLCATs' mixer, 1"]
+    for row in rows.values():
+        assert 0 < row["aligned"] < row["window"]
+    assert "| weights | 0.001 |" in capsys.readouterr().out
+    assert main(given) == 0
+    assert json.loads(out.read_text())["rows"] == rows
+
+
+def test_mistakes_are_told(main, tmp_path, capsys):
+    assert main([str(PLAN), "--only", "weight"]) == 2
+    assert "did you mean 'weights'?" in capsys.readouterr().err
