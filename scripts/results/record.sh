@@ -3,8 +3,8 @@
 #
 #   OUT=runs/record DATA=../shared/data SECONDS_LEFT=1500 scripts/results/record.sh
 #
-# held       gated_delta_window at 12 M tokens with weights in place of shares, and with learned features beside them
-# constant   best_constant as it ships, with weights in place of shares
+# held       gated_delta_window at 12 M tokens with weights in place of shares, aligned at ten times the rate; with learned features, too
+# constant   best_constant likewise, and with LoLCATs' mixer behind the same windows
 # hybrid     best_hybrid with another seed
 # family     OTHER (another real teacher): its layers by `linearize select`, then both best recipes at OTHER_BUDGET
 # ablations  scripts/ablations.yaml at BUDGET each, JOBS at once
@@ -35,14 +35,22 @@ trained() {  # NAME MODEL RECIPE CHANGES...
     say "$name ended with $?"
 }
 
-weights=("mixer.combine={name: weighted, per: head}")
+weights=("mixer.combine={name: weighted, per: head}" stages.align.lr=1e-2)
+features=("mixer.feature_map={name: hedgehog, dim: 64, per: query_head}")
+hedgehog=("${features[@]}" "~mixer.gate" mixer.update.name=additive mixer.normalizer.name=running_sum mixer.position.recurrent=true
+    mixer.window.overlap=false "mixer.combine={name: shared_normalizer, window_weight_init: 0.9, complement: true}" stages.align.lr=1e-2)
 held() {
     local same=(eval.ablations=true "stages.align.tokens=1$million" "stages.distill.tokens=11$million" stages.distill.lr_mixers=1e-3 stages.distill.objective.next_token=0.1)
     trained held-weights "$model" gated_delta_window "${same[@]}" "${weights[@]}" &
-    trained held-features "$model" gated_delta_window "${same[@]}" "${weights[@]}" "mixer.feature_map={name: hedgehog, dim: 64, per: query_head}" &
+    trained held-features "$model" gated_delta_window "${same[@]}" "${weights[@]}" "${features[@]}" &
     wait
 }
-constant() { trained best_constant-weights "$model" best_constant "layers={use: {longer: [$layers]}}" eval.ablations=true "${weights[@]}"; }
+constant() {
+    local same=("layers={use: {longer: [$layers]}}" eval.ablations=true)
+    trained best_constant-weights "$model" best_constant "${same[@]}" "${weights[@]}" &
+    trained best_constant-hedgehog "$model" best_constant "${same[@]}" "${hedgehog[@]}" &
+    wait
+}
 hybrid() { trained best_hybrid-1 "$model" best_hybrid "layers={keep: [$layers]}" eval.ablations=true run.seed=1; }
 
 family() {
@@ -72,7 +80,7 @@ ablations() {
 
 judged() {
     local one found=()
-    for one in best_constant-weights best_hybrid-1; do [ -f "$out/$one/done.json" ] && found+=("$one"); done
+    for one in best_constant-weights best_constant-hedgehog best_hybrid-1; do [ -f "$out/$one/done.json" ] && found+=("$one"); done
     [ ${#found[@]} -gt 0 ] || { say "judged: nothing is trained"; return; }
     PARTS="recall beside text tasks" TASKS=$data/tasks ITEMS=${ITEMS:-300} DATA=$data RUNS=$out OUT=$out/page MODELS="${found[*]}" DEVICE=$device PYTHON=$python \
         LIMIT=$(left) SLOTS=${JUDGES:-4} scripts/results/judge.sh measure >>"$out/logs/judged.log" 2>&1
