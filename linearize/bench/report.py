@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from linearize import storing
 from linearize.bench.clock import Ceilings, Timing, to_dict
 from linearize.bench.runner import Row, floors
 from linearize.eval import tables
@@ -224,7 +225,7 @@ def write_rows(folder: Path, stem: str, about: dict[str, Any], rows: Sequence[di
     Returns:
         The table in markdown.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    storing.make_folder(folder)
     write_json(folder / f"{stem}.json", about, list(rows))
     table = tables.markdown(rows)
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())

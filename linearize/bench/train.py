@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+from linearize import storing
 from linearize.bench import flops, quiet, report, whole
 from linearize.bench.recipes import about, device_of, say
 from linearize.bench.steps import Clocked
@@ -260,14 +261,19 @@ def loaded(shape: str, run: RunConfig) -> Any:
     return random_model(device, resolve_weights(run, device), shape)
 
 
+STEP = ("shape", "way", "batch", "length")
+"""What makes a step the softmax model's own that another one is compared with."""
+SAME = (*STEP, "recipe", "tokens_per_second")
+"""What a row must have for that."""
+
+
 def compared(rows: list[Row]) -> list[Row]:
     """The rows with their tokens a second as a multiple of the softmax model's own step of the same batch."""
-    same = ("shape", "way", "batch", "length")
     softmax = {
-        tuple(row[key] for key in same): row["tokens_per_second"] for row in rows if row["recipe"] == TEACHER
+        tuple(row[key] for key in STEP): row["tokens_per_second"] for row in rows if row["recipe"] == TEACHER
     }
     for row in rows:
-        against = softmax.get(tuple(row[key] for key in same))
+        against = softmax.get(tuple(row[key] for key in STEP))
         known = against and row["tokens_per_second"]
         row["ratio"] = round(row["tokens_per_second"] / against, 3) if known else None
     return rows
@@ -285,14 +291,14 @@ class Page:
         self.path, self.started = options.out / "train.json", time.monotonic()
         self.budget = Budget(options.budget)
         self.about = report.facts(about(device), None, report.given(options))
-        self.rows = whole.read(self.path)
-        options.out.mkdir(parents=True, exist_ok=True)
+        self.rows = whole.read(self.path, SAME)
+        storing.make_folder(options.out)
 
     def add(self, row: Row) -> None:
         """Write and say a row; what other processes have written into the folder meanwhile stays."""
         row = {**row, "device": self.about["device"]["name"]}
         with FileLock(self.path.with_suffix(".lock")):
-            self.rows = compared(whole.merged(whole.read(self.path), row))
+            self.rows = compared(whole.merged(whole.read(self.path, SAME), row))
             whole.write(self.path, self.rows)
             self.path.with_suffix(".md").write_text(markdown(self.about, self.rows), encoding="utf-8")
         say(f"{time.monotonic() - self.started:4.0f} s  {said(self.rows[-1])}")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from linearize import storing
 from linearize.bench import quiet, report
 from linearize.bench.runner import LOST
 from linearize.bench.subjects import TEACHER
@@ -25,6 +26,8 @@ from linearize.markdown import text as escaped
 Row = dict[str, Any]
 KEY = ("measured", "shape", "recipe", "stage", "way", "batch", "length")
 """What makes two rows the same measurement, of which the later one stays."""
+COMPARED = ("recipe", "batch", "tokens_per_second")
+"""What rows are set beside the teacher's by."""
 SHOWN = ("tokens_per_second", "ratio", "milliseconds", "peak_gib", "first_seconds", "note")
 HEADS = {
     "tokens_per_second": "tokens/s",
@@ -65,9 +68,27 @@ class Budget:
             self.end += row.get("first_seconds") or 0.0
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a file, none where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+def read(path: Path, needed: Sequence[str] = ()) -> list[Row]:
+    """The rows of a file, none where there is no file.
+
+    Args:
+        path: of the file.
+        needed: what each row must have.
+
+    Raises:
+        LinearizeError: the file holds something else.
+    """
+    if not path.is_file():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        rows = None
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and row.keys() >= set(needed) for row in rows
+    ):
+        raise LinearizeError(f"{path}: not rows of this benchmark; move it away, or give another --out")
+    return rows
 
 
 def merged(before: Sequence[Row], row: Row) -> list[Row]:
@@ -153,14 +174,14 @@ class Table:
     ) -> None:
         self.path, self.say, self.started = folder / "recipes.json", say, time.monotonic()
         self.about = report.facts(device, None, options)
-        self.rows = read(self.path)
-        folder.mkdir(parents=True, exist_ok=True)
+        self.rows = read(self.path, COMPARED)
+        storing.make_folder(folder)
 
     def add(self, row: Row) -> None:
         """Write and say a row; what other processes have written into the folder meanwhile stays."""
         row = {**row, "device": self.about["device"].get("name", "CPU")}
         with FileLock(self.path.with_suffix(".lock")):
-            self.rows = compared(merged(read(self.path), row))
+            self.rows = compared(merged(read(self.path, COMPARED), row))
             write(self.path, self.rows)
             self.path.with_suffix(".md").write_text(markdown(self.about, self.rows), encoding="utf-8")
         self.say(f"{time.monotonic() - self.started:4.0f} s  {said(self.rows[-1])}")

@@ -7,9 +7,11 @@ import importlib
 import importlib.util
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING
 
+from linearize import storing
 from linearize.console import console, error_console
 from linearize.errors import LinearizeError
 from linearize.registry import closest
@@ -19,6 +21,18 @@ if TYPE_CHECKING:
     from linearize.bench.runner import Row
 
 
+def into_folder(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """A benchmark in which what the system refuses about its folder is told."""
+
+    @wraps(command)
+    def held(options: argparse.Namespace) -> int:
+        with storing.writing(options.out):
+            return command(options)
+
+    return held
+
+
+@into_folder
 def kernels(options: argparse.Namespace) -> int:
     """Time the operators, print the table, and write kernels.json, kernels.md and kernels.png.
 
@@ -43,7 +57,7 @@ def kernels(options: argparse.Namespace) -> int:
     )
     ceilings = clock.ceilings()
     about = report.facts(clock.describe(), ceilings, report.given(options))
-    options.out.mkdir(parents=True, exist_ok=True)
+    storing.make_folder(options.out)
     progress, rows = Progress(), list[Row]()
 
     def save(found: list[Row]) -> None:
@@ -80,6 +94,7 @@ def chosen(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
     return [case for case in cases if not names or case.operator in names]
 
 
+@into_folder
 def recipes(options: argparse.Namespace) -> int:
     """Hand over to `linearize.bench.recipes.main`."""
     from linearize.bench.recipes import main
@@ -87,6 +102,7 @@ def recipes(options: argparse.Namespace) -> int:
     return main(options)
 
 
+@into_folder
 def train(options: argparse.Namespace) -> int:
     """Hand over to `linearize.bench.train.main`."""
     from linearize.bench.train import main
@@ -94,6 +110,7 @@ def train(options: argparse.Namespace) -> int:
     return main(options)
 
 
+@into_folder
 def decode(options: argparse.Namespace) -> int:
     """Hand over to `linearize.bench.decode.main`.
 
