@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 from conversions import Conversion, columns, controls, failures, made, ranked, ratio, titles
-from sheet import ROOT, Sheet, markdown, number
+from sheet import ROOT, Sheet, markdown, names, number
 
 from linearize.config import compose
 from linearize.config.budget import check, parse
@@ -156,7 +156,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--text", action="append", default=[], metavar="NAME=FILE", help="in place of the plan's"
     )
-    parser.add_argument("--only", type=lambda text: [name for name in text.split(",") if name], default=[])
+    parser.add_argument("--only", type=names, default=[])
     parser.add_argument(
         "--jobs", type=int, default=1, help="at once; each has a GPU to itself where there are several"
     )

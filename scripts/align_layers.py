@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from sheet import ROOT, Sheet, markdown, number
+from sheet import ROOT, Sheet, markdown, names, number
 
 from linearize import data, models, surgery
 from linearize.config import compose
@@ -201,7 +201,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("plan", type=Path, metavar="PLAN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="onto every variant")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--only", type=lambda text: [name for name in text.split(",") if name], default=[])
+    parser.add_argument("--only", type=names, default=[])
     parser.add_argument(
         "--layers", type=lambda text: [int(part) for part in text.split(",")], default=[3, 9, 15]
     )

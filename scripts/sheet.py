@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 from collections.abc import Callable
@@ -54,6 +55,11 @@ def markdown(titles: list[str], rows: list[list[str]]) -> str:
     """A table, numbers on the right."""
     lines = ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(titles) - 1) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def names(text: str) -> list[str]:
+    """`a,b` -> both; commas before a space or between digits belong to a name, "up to 4,096"."""
+    return [name for name in re.split(r",(?! |(?<=\d,)\d)", text) if name]
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -269,3 +269,11 @@ def test_ablations_go_on_and_say_what_failed(
     assert ablate.main([*given, "--only", "othr"]) == 2
     said = capsys.readouterr().err
     assert "another budget" in said and "did you mean 'other'" in said
+
+
+def test_names_of_variants_may_have_commas(scripts: None) -> None:
+    import ablate
+    from sheet import names
+
+    known = list(ablate.read(ROOT / "scripts" / "ablations.yaml")["variants"])
+    assert any("," in name for name in known) and names(",".join(known)) == known
