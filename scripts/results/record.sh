@@ -59,11 +59,12 @@ family() {
         give=$([ "$recipe" = best_constant ] && echo "--give longer")
         {
             # shellcheck disable=SC2086
-            [ -f "$out/select-$recipe/recipe.yaml" ] || timeout -s INT -k 20 "$(left)" "$python" -m linearize select "$other" "$recipe" $give --by passkey \
+            chosen() { compgen -G "$out/select-$recipe/$recipe-keep*-passkey.yaml" | head -n 1; }
+            [ -n "$(chosen)" ] || timeout -s INT -k 20 "$(left)" "$python" -m linearize select "$other" "$recipe" $give --by passkey \
                 --length "${SELECT_LENGTH:-1024}" --out "$out/select-$recipe" data.template=rendered "data.mix={$texts/books.train.parquet: 1}" \
                 run.device="$device" $small >>"$out/logs/select-$recipe.log" 2>&1
-            [ -f "$out/select-$recipe/recipe.yaml" ] || { say "select for $recipe failed"; exit; }
-            trained "other-$recipe" "$other" "$out/select-$recipe/recipe.yaml" --budget "${OTHER_BUDGET:-8M-tokens}" eval.ablations=true
+            [ -n "$(chosen)" ] || { say "select for $recipe failed"; exit; }
+            trained "other-$recipe" "$other" "$(chosen)" --budget "${OTHER_BUDGET:-8M-tokens}" eval.ablations=true
         } &
     done
     wait
