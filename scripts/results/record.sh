@@ -4,7 +4,7 @@
 #   OUT=runs/record DATA=../shared/data SECONDS_LEFT=1500 scripts/results/record.sh
 #
 # held       gated_delta_window at 12 M tokens with weights in place of shares, aligned at ten times the rate; with learned features, too
-# constant   best_constant likewise, and with LoLCATs' mixer behind the same windows
+# constant   best_constant likewise, and with LoLCATs' mixer (features of each key head) behind the same windows
 # hybrid     best_hybrid with another seed
 # family     OTHER (another real teacher): its layers by `linearize select`, then both best recipes at OTHER_BUDGET
 # ablations  scripts/ablations.yaml at BUDGET each, JOBS at once
@@ -37,7 +37,7 @@ trained() {  # NAME MODEL RECIPE CHANGES...
 
 weights=("mixer.combine={name: weighted, per: head}" stages.align.lr=1e-2)
 features=("mixer.feature_map={name: hedgehog, dim: 64, per: query_head}")
-hedgehog=("${features[@]}" "~mixer.gate" mixer.update.name=additive mixer.normalizer.name=running_sum mixer.position.recurrent=true
+hedgehog=("mixer.feature_map={name: hedgehog, dim: 32, per: kv_head}" "~mixer.gate" mixer.update.name=additive mixer.normalizer.name=running_sum mixer.position.recurrent=true
     mixer.window.overlap=false "mixer.combine={name: shared_normalizer, window_weight_init: 0.9, complement: true}" stages.align.lr=1e-2)
 held() {
     local same=(eval.ablations=true "stages.align.tokens=1$million" "stages.distill.tokens=11$million" stages.distill.lr_mixers=1e-3 stages.distill.objective.next_token=0.1)
