@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
                 row = _aligned(call, start, rate, options)
                 sheet.rows[f"{name}, {call.layer_idx}"] = {"variant": name, "layer": call.layer_idx, **row}
                 sheet.write()
-                print(f"{name:40} {call.layer_idx:3} {row['window']:.4f} -> {row['aligned']:.4f}", flush=True)
+                print(f"{name:45} {call.layer_idx:3} {row['window']:.4f} -> {row['aligned']:.4f}", flush=True)
     except (LinearizeError, OSError, KeyError, yaml.YAMLError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
