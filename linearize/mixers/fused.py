@@ -23,6 +23,7 @@ from linearize.mixers.combine import Combine
 from linearize.mixers.combine.shared_normalizer import SharedNormalizer
 from linearize.mixers.feature_map.hedgehog import Hedgehog
 from linearize.mixers.given import Given
+from linearize.mixers.normalizer.running_sum import RunningSum
 from linearize.mixers.position import Position
 from linearize.mixers.recurrent import Recurrent
 from linearize.mixers.state import State
@@ -95,7 +96,7 @@ def _is_hedgehog(recurrent: Recurrent) -> bool:
         and made.config.dim in MAP_DIMS
         and type(recurrent.update) is Additive
         and recurrent.update.learned is None
-        and recurrent.normalizer.running_sum
+        and type(recurrent.normalizer) is RunningSum  # `bounded` keeps a sum as well, and divides by another
         and recurrent.gate is None
         and recurrent.short_conv is None
     )
