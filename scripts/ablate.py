@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from conversions import Conversion, columns, controls, failures, made, ranked, ratio, titles
-from sheet import ROOT, Sheet, markdown, names, number
+from sheet import ROOT, Sheet, markdown, names, number, plan_of
 
 from linearize.config import compose
 from linearize.config.budget import check, parse
@@ -58,24 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A plan.
-
-    Raises:
-        LinearizeError: it cannot be read, or is none.
-    """
-    try:
-        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise LinearizeError(f"{path}: {error}") from error
-    if not isinstance(plan, dict) or not isinstance(plan.get("variants"), dict):
-        raise LinearizeError(f"{path}: names no variants; see scripts/ablations.yaml")
-    for key in plan:
-        if key not in KEYS:
-            raise LinearizeError(f"{path}: unknown key '{key}'; {closest(str(key), KEYS)}")
-    for key in ("recipe", "budget"):
-        if key not in plan:
-            raise LinearizeError(f"{path}: no {key}")
-    return plan
+    """A plan; see `sheet.plan`."""
+    return plan_of(path, KEYS, needed=("recipe", "budget"))
 
 
 def variants(plan: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:

@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
-from sheet import ROOT, Sheet, markdown, names, number
+from sheet import ROOT, Sheet, markdown, names, number, plan_of
 
 from linearize import data, models, surgery
 from linearize.config import compose
@@ -34,6 +33,9 @@ from linearize.mixers.combine import SHUT
 from linearize.mixers.seams import some
 from linearize.registry import closest
 
+KEYS = ("recipe", "variants")
+OWN = ("rate", "recipe", "overrides", "start")
+"""What a variant may say."""
 HELD, FITTED = 8, 8
 """Sequences that errors are of, and that the calibration sees."""
 TOGETHER = 4
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _options(given)
     try:
-        plan = yaml.safe_load(options.plan.read_text(encoding="utf-8"))
+        plan = plan_of(options.plan, KEYS, needed=("recipe",))
         wanted = {name: _variant(plan, name, options) for name in options.only or plan["variants"]}
         sheet = Sheet(options.out or ROOT / "docs" / "results" / f"{options.plan.stem}.json", table)
         settings = {"model": options.model, "length": options.length, "sequences": options.sequences}
@@ -67,8 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
                 sheet.rows[f"{name}, {call.layer_idx}"] = {"variant": name, "layer": call.layer_idx, **row}
                 sheet.write()
                 print(f"{name:45} {call.layer_idx:3} {row['window']:.4f} -> {row['aligned']:.4f}", flush=True)
-    except (LinearizeError, OSError, KeyError, yaml.YAMLError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except (LinearizeError, OSError) as error:
+        print(error, file=sys.stderr)
         return 2
     print(table(sheet.found))
     return 0
@@ -79,6 +81,10 @@ def _variant(plan: dict[str, Any], name: str, options: argparse.Namespace) -> tu
     if name not in plan["variants"]:
         raise LinearizeError(f"--only: no variant '{name}'; {closest(name, plan['variants'])}")
     found = plan["variants"][name]
+    if not isinstance(found, dict) or "rate" not in found or not found.keys() <= set(OWN):
+        raise LinearizeError(
+            f"variant '{name}': a mapping of {', '.join(OWN)}, the first of them needed; got {found}"
+        )
     own = [f"data.length={options.length}", *found.get("overrides", []), *options.overrides]
     return compose(found.get("recipe", plan["recipe"]), own), float(found["rate"])
 
@@ -182,7 +188,7 @@ def table(found: dict[str, Any]) -> str:
     head = [
         f"# Layers of {settings.get('model')} aligned alone",
         "",
-        f"`{found.get('command')}`, {found.get('date')}, commit {found.get('commit')}.",
+        f"`{found.get('command')}`, {found.get('date')}, commit {found.get('commit')}, on a CPU.",
         f"{settings.get('steps')} steps of {settings.get('batch')} x {settings.get('length')} tokens.",
         "",
         "Squared error of a layer's output over the teacher's squared size, on sequences that nothing was fitted to: "

@@ -6,10 +6,15 @@ import json
 import re
 import shlex
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from linearize.errors import LinearizeError
+from linearize.registry import closest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,6 +54,32 @@ class Sheet:
         partial.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
         partial.replace(self.path)
         self.path.with_suffix(".md").write_text(self.table(self.found), encoding="utf-8")
+
+
+def plan_of(path: Path, keys: Collection[str], needed: Collection[str]) -> dict[str, Any]:
+    """A plan of variants, from its YAML file.
+
+    Args:
+        path: of the file.
+        keys: that it may have.
+        needed: those that it must have, beside `variants`.
+
+    Raises:
+        LinearizeError: it cannot be read, or is none.
+    """
+    try:
+        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise LinearizeError(f"{path}: {error}") from error
+    if not isinstance(plan, dict) or not isinstance(plan.get("variants"), dict):
+        raise LinearizeError(f"{path}: names no variants; see scripts/ablations.yaml")
+    for key in plan:
+        if key not in keys:
+            raise LinearizeError(f"{path}: unknown key '{key}'; {closest(str(key), list(keys))}")
+    for key in needed:
+        if key not in plan:
+            raise LinearizeError(f"{path}: no {key}")
+    return plan
 
 
 def markdown(titles: list[str], rows: list[list[str]]) -> str:

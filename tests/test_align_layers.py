@@ -25,28 +25,9 @@ def test_the_error_falls_and_rows_stay(main, tmp_path, capsys):
     tiny_llama().save_pretrained(teacher)
     byte_tokenizer().save_pretrained(teacher)
     text.write_text(TEXT)
-    sizes = [
-        "--length",
-        "32",
-        "--sequences",
-        "16",
-        "--steps",
-        "20",
-        "--layers",
-        "1",
-        "--only",
-        "weights,LoLCATs' mixer",
-    ]
-    given = [
-        str(PLAN),
-        "--model",
-        str(teacher),
-        "--out",
-        str(out),
-        *sizes,
-        f"data.source={text}",
-        "mixer.window.size=4",
-    ]
+    sizes = ["--length", "32", "--sequences", "16", "--steps", "20", "--layers", "1"]
+    files = ["--model", str(teacher), "--out", str(out), f"data.source={text}", "mixer.window.size=4"]
+    given = [str(PLAN), *sizes, *files, "--only", "weights,LoLCATs' mixer"]
     assert main(given) == 0
     rows = json.loads(out.read_text())["rows"]
     assert list(rows) == ["weights, 1", "LoLCATs' mixer, 1"]
@@ -60,3 +41,12 @@ def test_the_error_falls_and_rows_stay(main, tmp_path, capsys):
 def test_mistakes_are_told(main, tmp_path, capsys):
     assert main([str(PLAN), "--only", "weight"]) == 2
     assert "did you mean 'weights'?" in capsys.readouterr().err
+    for text, said in (
+        ("[]", "names no variants"),
+        ("variants: {a: {rate: 1}}", "no recipe"),
+        ("{", "plan.yaml"),
+        ("{recipe: lolcats, variants: {a: []}}", "variant 'a'"),
+    ):
+        (tmp_path / "plan.yaml").write_text(text)
+        assert main([str(tmp_path / "plan.yaml")]) == 2
+        assert said in capsys.readouterr().err

@@ -53,13 +53,13 @@ constant() {
 }
 hybrid() { trained best_hybrid-1 "$model" best_hybrid "layers={keep: [$layers]}" eval.ablations=true run.seed=1; }
 
+chosen() { compgen -G "$out/select-$recipe/$recipe-keep*-passkey.yaml" | head -n 1; }  # of what select wrote for $recipe
 family() {
     local recipe give
     for recipe in best_constant best_hybrid; do
         give=$([ "$recipe" = best_constant ] && echo "--give longer")
         {
             # shellcheck disable=SC2086
-            chosen() { compgen -G "$out/select-$recipe/$recipe-keep*-passkey.yaml" | head -n 1; }
             [ -n "$(chosen)" ] || timeout -s INT -k 20 "$(left)" "$python" -m linearize select "$other" "$recipe" $give --by passkey \
                 --length "${SELECT_LENGTH:-1024}" --out "$out/select-$recipe" data.template=rendered "data.mix={$texts/books.train.parquet: 1}" \
                 run.device="$device" $small >>"$out/logs/select-$recipe.log" 2>&1
