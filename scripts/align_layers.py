@@ -5,15 +5,19 @@ the error that its window alone leaves. Rows as they come, resumable, with a tab
 
     python scripts/align_layers.py scripts/align_layers.yaml
     python scripts/align_layers.py scripts/align_layers.yaml --only weights,shares --layers 9 --steps 50
+    python scripts/align_layers.py scripts/align_layers.yaml --far 8192 data.validation=LONG.parquet
 
 The file names a recipe and variants: overrides of it, and a rate. A row is a variant's layer: the squared error of its
 output behind the output projection over the teacher's squared size, on sequences that it was not fitted to: calibrated
 (`linearize.mixers.calibration` on the layer alone), with the window alone, from where the training begins, and aligned.
+With `--far` also what is left of the window's error in longer texts of `data.validation`, by position: a branch whose
+sum grows with the text may be worse than none where it never was.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator
@@ -40,6 +44,8 @@ HELD, FITTED = 8, 8
 """Sequences that errors are of, and that the calibration sees."""
 TOGETHER = 4
 """Sequences whose errors are found at once."""
+FAR = 2
+"""Longer texts, one at a time."""
 WARM_UP, LAST = 10, 0.1
 """Steps in which the rate rises, and the share of it that a line ends at."""
 
@@ -54,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         sheet = Sheet(options.out or ROOT / "docs" / "results" / f"{options.plan.stem}.json", table)
         settings = {"model": options.model, "length": options.length, "sequences": options.sequences}
         settings |= {"steps": options.steps, "batch": options.batch, "layers": options.layers}
+        settings |= {"far": options.far} if options.far else {}
         if sheet.rows and sheet.found["settings"] != {name: str(value) for name, value in settings.items()}:
             raise LinearizeError(f"{sheet.path} holds rows of other settings; give another --out")
         sheet.about("align_layers.py", given, settings)
@@ -64,8 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
         for name, (recipe, rate) in wanted.items():
             missing = [layer for layer in options.layers if f"{name}, {layer}" not in sheet.rows]
             start = plan["variants"][name].get("start", "window")
+            far = _far_calls(recipe, options, missing) if missing and options.far else {}
             for call in _calls(recipe, options, missing) if missing else ():
-                row = _aligned(call, start, rate, options)
+                row = _aligned(call, start, rate, options, far.get(call.layer_idx))
                 sheet.rows[f"{name}, {call.layer_idx}"] = {"variant": name, "layer": call.layer_idx, **row}
                 sheet.write()
                 print(f"{name:45} {call.layer_idx:3} {row['window']:.4f} -> {row['aligned']:.4f}", flush=True)
@@ -89,13 +97,22 @@ def _variant(plan: dict[str, Any], name: str, options: argparse.Namespace) -> tu
     return compose(found.get("recipe", plan["recipe"]), own), float(found["rate"])
 
 
-def _calls(recipe: Recipe, options: argparse.Namespace, layers: list[int]) -> Iterator[Any]:
+def _far_calls(recipe: Recipe, options: argparse.Namespace, layers: list[int]) -> dict[int, Any]:
+    """Layer -> its call on longer texts."""
+    longer = argparse.Namespace(model=options.model, length=options.far, sequences=FAR)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, length=options.far))
+    return {call.layer_idx: call for call in _calls(recipe, longer, layers, split="validation")}
+
+
+def _calls(
+    recipe: Recipe, options: argparse.Namespace, layers: list[int], split: str = "train"
+) -> Iterator[Any]:
     """Each of the layers on all sequences, the teacher's own inputs."""
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = models.load_teacher(options.model)
     surgery.convert(model, recipe.mixer, layers=layers)
     tokens = options.sequences * options.length
-    packed = data.packed(tokenizer, recipe.data, tokens=tokens, seed=recipe.run.seed, split="train")
+    packed = data.packed(tokenizer, recipe.data, tokens=tokens, seed=recipe.run.seed, split=split)
     items = [packed[index] for index in range(options.sequences)]
     batch = {key: torch.stack([item[key] for item in items]) for key in ("input_ids", "position_ids")}
     seen: list[Any] = []
@@ -112,29 +129,48 @@ def _calls(recipe: Recipe, options: argparse.Namespace, layers: list[int]) -> It
 
 def _error(call: Any) -> float:
     """Squared error of the output over the teacher's squared size, on the last sequences."""
-    wrong = size = 0.0
+    wrong, size = _by_position(call, slice(len(call.q) - HELD, len(call.q)), TOGETHER)
+    return float(wrong.sum() / size.sum())
+
+
+def _by_position(call: Any, rows: slice, together: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared error of the output and the teacher's squared size [T], both summed over sequences."""
+    wrong = size = torch.zeros(call.q.shape[1])
     with torch.no_grad():
-        for first in range(len(call.q) - HELD, len(call.q), TOGETHER):
-            part = some(call, slice(first, first + TOGETHER))
+        for first in range(rows.start, rows.stop, together):
+            part = some(call, slice(first, min(first + together, rows.stop)))
             mine, teacher = part.project(part.student()), part.project(part.teacher)
-            wrong += float((mine - teacher).square().sum())
-            size += float(teacher.square().sum())
-    return wrong / size
+            wrong = wrong + (mine - teacher).square().sum((0, 2))
+            size = size + teacher.square().sum((0, 2))
+    return wrong, size
 
 
-def _aligned(call: Any, start: str, rate: float, options: argparse.Namespace) -> dict[str, float]:
+def _far(call: Any, module: Any, length: int) -> dict[str, float]:
+    """Error over the teacher's size in texts of `call`, up to `length` tokens and in each doubling behind it."""
+    wrong, size = _by_position(dataclasses.replace(call, module=module), slice(0, len(call.q)), 1)
+    begin, end, found = 0, length, {}
+    while begin < len(wrong):
+        end = min(end, len(wrong))
+        found[f"{begin}-{end}"] = float(wrong[begin:end].sum() / size[begin:end].sum())
+        begin, end = end, 2 * end
+    return found
+
+
+def _aligned(call: Any, start: str, rate: float, options: argparse.Namespace, far: Any) -> dict[str, Any]:
     """Train one mixer by its layer's output; the rate falls along a line.
 
     Args:
         start: what it begins with, the `window` alone or as `calibrated`.
+        far: the layer's call on longer texts, or None.
     """
     began = time.perf_counter()
     calibration.calibrate(some(call, slice(FITTED)))
-    row = {"calibrated": _error(call)}
+    row: dict[str, Any] = {"calibrated": _error(call)}
     fitted = {name: value.clone() for name, value in call.mixer.state_dict().items()}
     if not call.mixer.combine.lower(SHUT):
         raise LinearizeError("a variant's mixer cannot be its window alone; see `Combine.lower`")
     row["window"] = _error(call)
+    alone = _far(far, call.module, options.length) if far is not None else {}
     if start == "calibrated":
         call.mixer.load_state_dict(fitted)
     parameters = [parameter.requires_grad_() for parameter in call.mixer.parameters()]
@@ -156,6 +192,11 @@ def _aligned(call: Any, start: str, rate: float, options: argparse.Namespace) ->
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         falling.step()
+    if far is not None:
+        row["far"] = {
+            at: {"window": alone[at], "aligned": error}
+            for at, error in _far(far, call.module, options.length).items()
+        }
     return {**row, "aligned": _error(call), "rate": rate, "seconds": time.perf_counter() - began}
 
 
@@ -163,6 +204,7 @@ def table(found: dict[str, Any]) -> str:
     """A line for each variant: what its window alone leaves, and what is left of that, in each layer."""
     rows, settings = list(found["rows"].values()), found.get("settings", {})
     layers = sorted({row["layer"] for row in rows})
+    far = list(dict.fromkeys(at for row in rows for at in row.get("far", {})))
     lines = []
     for name in dict.fromkeys(row["variant"] for row in rows):
         own = {row["layer"]: row for row in rows if row["variant"] == name}
@@ -175,21 +217,16 @@ def table(found: dict[str, Any]) -> str:
         kept = [row["aligned"] / row["window"] for row in own.values()]
         variant = found["variants"].get(name, {})
         changes = " ".join(f"`{change}`" for change in variant.get("overrides", []))
-        lines.append(
-            [
-                name,
-                f"{next(iter(own.values()))['rate']:g}",
-                *cells,
-                f"{100 * sum(kept) / len(kept):.0f}",
-                changes,
-            ]
-        )
-    titles = ["variant", "rate", *(f"layer {layer}" for layer in layers), "left, %", "what differs"]
+        rate = f"{next(iter(own.values()))['rate']:g}"
+        lines.append([name, rate, *cells, _percent(kept), *(_far_left(own, at) for at in far), changes])
+    titles = ["variant", "rate", *(f"layer {layer}" for layer in layers), "left, %"]
+    titles += [*(f"left at {at}, %" for at in far), "what differs"]
     head = [
         f"# Layers of {settings.get('model')} aligned alone",
         "",
         f"`{found.get('command')}`, {found.get('date')}, commit {found.get('commit')}, on a CPU.",
-        f"{settings.get('steps')} steps of {settings.get('batch')} x {settings.get('length')} tokens.",
+        f"{settings.get('steps')} steps of {settings.get('batch')} x {settings.get('length')} tokens."
+        + (" Left at: in longer texts, between these tokens." if far else ""),
         "",
         "Squared error of a layer's output over the teacher's squared size, on sequences that nothing was fitted to: "
         "with the window alone / calibrated, branch and all / aligned. Left: of the window's error, mean over the "
@@ -198,6 +235,16 @@ def table(found: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(head) + markdown(titles, lines)
+
+
+def _percent(shares: list[float]) -> str:
+    return f"{100 * sum(shares) / len(shares):.0f}" if shares else ""
+
+
+def _far_left(own: dict[int, dict[str, Any]], at: str) -> str:
+    return _percent(
+        [row["far"][at]["aligned"] / row["far"][at]["window"] for row in own.values() if "far" in row]
+    )
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -215,6 +262,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=56, help="of them eight are held out")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=2, help="sequences of a step")
+    parser.add_argument(
+        "--far", type=int, default=0, metavar="TOKENS", help="of longer texts to look at as well"
+    )
     parser.add_argument("--out", type=Path, help="JSON; docs/results/PLAN.json by default")
     options = parser.parse_intermixed_args(arguments)
     if options.sequences < HELD + max(FITTED, options.batch):

@@ -38,6 +38,20 @@ def test_the_error_falls_and_rows_stay(main, tmp_path, capsys):
     assert json.loads(out.read_text())["rows"] == rows
 
 
+def test_longer_texts_are_looked_at_by_position(main, tmp_path, capsys):
+    teacher, text, out = tmp_path / "teacher", tmp_path / "text.txt", tmp_path / "layers.json"
+    tiny_llama().save_pretrained(teacher)
+    byte_tokenizer().save_pretrained(teacher)
+    text.write_text(TEXT)
+    sizes = ["--length", "32", "--sequences", "16", "--steps", "2", "--layers", "1", "--far", "100"]
+    files = [f"data.source={text}", f"data.validation={text}", "mixer.window.size=4", "--only", "weights"]
+    assert main([str(PLAN), "--model", str(teacher), "--out", str(out), *sizes, *files]) == 0
+    far = json.loads(out.read_text())["rows"]["weights, 1"]["far"]
+    assert list(far) == ["0-32", "32-64", "64-100"]
+    assert all(0 < error["aligned"] != error["window"] > 0 for error in far.values())
+    assert "left at 64-100, %" in capsys.readouterr().out
+
+
 def test_mistakes_are_told(main, tmp_path, capsys):
     assert main([str(PLAN), "--only", "weight"]) == 2
     assert "did you mean 'weights'?" in capsys.readouterr().err

@@ -3,15 +3,16 @@
 #
 #   OUT=runs/record DATA=../shared/data SECONDS_LEFT=1500 scripts/results/record.sh
 #
-# held       gated_delta_window at 12 M tokens with weights in place of shares, aligned at ten times the rate; with learned features, too
-# constant   best_constant likewise, and with LoLCATs' mixer (features of each key head) behind the same windows
-# hybrid     best_hybrid with another seed
+# held       gated_delta_window at 12 M tokens with weights in place of shares and learned features, aligned at ten times the rate
 # family     OTHER (another real teacher): its layers by `linearize select`, then both best recipes at OTHER_BUDGET
-# ablations  scripts/ablations.yaml at BUDGET each, JOBS at once
-# judged     what of constant and hybrid is there: recall within 2,048 tokens, text and tasks (scripts/results/judge.sh)
+# ablations  scripts/ablations.yaml at BUDGET each, JOBS at once; ONLY names some of them
+# constant   best_constant with Hedgehog's average of what lies behind the windows, by weights of its own
+# hybrid     best_hybrid with another seed
+# judged     constant and hybrid, each as soon as it is trained: recall, text, tasks (scripts/results/judge.sh)
 #
-# PARTS names those that are wanted (all), which begin at once but for `judged`, the last. What is done is not made again
-# when it is called with the same OUT. Layers of MODEL that see far are LAYERS, those that `select` chose for smollm2-135m.
+# PARTS names those that are wanted (all). A card's memory decides the order: held, family and ablations follow each other;
+# constant and hybrid run beside them. What is done is not made again when it is called with the same OUT. Layers of MODEL
+# that see far are LAYERS, those that `select` chose for smollm2-135m.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -35,23 +36,21 @@ trained() {  # NAME MODEL RECIPE CHANGES...
     say "$name ended with $?"
 }
 
-weights=("mixer.combine={name: weighted, per: head}" stages.align.lr=1e-2)
-features=("mixer.feature_map={name: hedgehog, dim: 64, per: query_head}")
-hedgehog=("mixer.feature_map={name: hedgehog, dim: 32, per: kv_head}" "~mixer.gate" mixer.update.name=additive mixer.normalizer.name=running_sum mixer.position.recurrent=true
-    mixer.window.overlap=false "mixer.combine={name: shared_normalizer, window_weight_init: 0.9, complement: true}" stages.align.lr=1e-2)
+learned=("mixer.combine={name: weighted, per: head}" "mixer.feature_map={name: hedgehog, dim: 64, per: query_head}" stages.align.lr=1e-2)
+average=("mixer.feature_map={name: hedgehog, dim: 32, per: kv_head}" "~mixer.gate" mixer.update.name=additive mixer.normalizer.name=running_sum
+    mixer.position.recurrent=true mixer.window.overlap=false "mixer.combine={name: weighted, per: head}" stages.align.lr=1e-2)
 held() {
-    local same=(eval.ablations=true "stages.align.tokens=1$million" "stages.distill.tokens=11$million" stages.distill.lr_mixers=1e-3 stages.distill.objective.next_token=0.1)
-    trained held-weights "$model" gated_delta_window "${same[@]}" "${weights[@]}" &
-    trained held-features "$model" gated_delta_window "${same[@]}" "${weights[@]}" "${features[@]}" &
+    local same=(eval.ablations=true "stages.align.tokens=3$million" "stages.distill.tokens=9$million"
+        stages.distill.lr_mixers=1e-3 stages.distill.objective.next_token=0.1 "${learned[@]}")
+    WINDOWS=100 trained held-features "$model" gated_delta_window "${same[@]}" &
+    WINDOWS=100 trained held-positions "$model" gated_delta_window "${same[@]}" mixer.position.recurrent=true &
     wait
 }
 constant() {
-    local same=("layers={use: {longer: [$layers]}}" eval.ablations=true)
-    trained best_constant-weights "$model" best_constant "${same[@]}" "${weights[@]}" &
-    trained best_constant-hedgehog "$model" best_constant "${same[@]}" "${hedgehog[@]}" &
-    wait
+    trained best_constant-average "$model" best_constant "layers={use: {longer: [$layers]}}" eval.ablations=true "${average[@]}"
+    judged best_constant-average
 }
-hybrid() { trained best_hybrid-1 "$model" best_hybrid "layers={keep: [$layers]}" eval.ablations=true run.seed=1; }
+hybrid() { trained best_hybrid-1 "$model" best_hybrid "layers={keep: [$layers]}" eval.ablations=true run.seed=1; judged best_hybrid-1; }
 
 chosen() { compgen -G "$out/select-$recipe/$recipe-keep*-passkey.yaml" | head -n 1; }  # of what select wrote for $recipe
 family() {
@@ -73,29 +72,26 @@ family() {
 ablations() {
     # shellcheck disable=SC2086
     timeout -k 20 "$(left)" "$python" scripts/ablate.py "${PLAN:-scripts/ablations.yaml}" --model "$model" --budget "${BUDGET:-2M-tokens}" --jobs "${JOBS:-4}" \
+        ${ONLY:+--only "$ONLY"} ${SUITE:+--suite "$SUITE"} \
         --stop-after $(($(left) - 40)) --text "wikitext2=$texts/wikitext2.test.parquet" --text "books=$texts/books.long.parquet" \
         --runs "$out/ablations" --out "$out/ablations.json" "data.mix={$texts/books.train.parquet: 0.6, $texts/teacher.train.parquet: 0.4}" \
         data.template=rendered data.validation="$texts/books.validation.parquet" run.device="$device" $small >>"$out/logs/ablations.log" 2>&1
     say "ablations ended with $?"
 }
 
-judged() {
-    local one found=()
-    for one in best_constant-weights best_constant-hedgehog best_hybrid-1; do [ -f "$out/$one/done.json" ] && found+=("$one"); done
-    [ ${#found[@]} -gt 0 ] || { say "judged: nothing is trained"; return; }
-    PARTS="recall beside text tasks" TASKS=$data/tasks ITEMS=${ITEMS:-300} DATA=$data RUNS=$out OUT=$out/page MODELS="${found[*]}" DEVICE=$device PYTHON=$python \
-        LIMIT=$(left) SLOTS=${JUDGES:-4} scripts/results/judge.sh measure >>"$out/logs/judged.log" 2>&1
-    say "judged ended with $?"
+judged() {  # NAME; what the models have in common is measured beside constant's first
+    wanted judged && [ -f "$out/$1/done.json" ] || return
+    PARTS="${JUDGE_PARTS:-recall text tasks far reach}$([ "$1" = best_constant-average ] && echo " beside")" TASKS=$data/tasks ITEMS=${ITEMS:-300} DATA=$data \
+        RUNS=$out OUT=$out/page MODELS=$1 DEVICE=$device PYTHON=$python LIMIT=$(left) SLOTS=${JUDGES:-2} FAR=books RECALL_ROLES="student,linear branch off" \
+        scripts/results/judge.sh measure >>"$out/logs/judged-$1.log" 2>&1
+    say "$1 is judged: $?"
 }
 
-began=()
-for part in ${PARTS:-held constant hybrid family ablations judged}; do
-    if [ "$part" = judged ]; then last=judged; continue; fi
-    { $part; say "$part is over"; } &
-    case $part in constant | hybrid) began+=($!) ;; esac
+wanted() { case " ${PARTS:-held family ablations constant hybrid judged} " in *" $1 "*) true ;; *) false ;; esac; }
+for part in constant hybrid; do
+    if wanted $part; then { $part; say "$part is over"; } & fi
 done
-if [ -n "${last:-}" ]; then
-    [ ${#began[@]} -eq 0 ] || wait "${began[@]}"
-    judged
-fi
+for part in held family ablations; do
+    if wanted $part; then $part; say "$part is over"; fi
+done
 wait
