@@ -22,6 +22,7 @@ from linearize.data.tokens import Tokens
 from linearize.decode.limits import learned_positions
 from linearize.errors import DataError, NotFiniteError
 from linearize.mixers.offloaded import device_of
+from linearize.objectives.whole import sequences_at_once, whole_logits
 
 LOGITS_AT_ONCE = 2**24
 """Elements of the float32 copy of the logits that exist at a time (64 MB): 341 rows of a 49k vocabulary."""
@@ -77,7 +78,7 @@ def perplexity(
 
     Raises:
         DataError: no whole window of text, a window below 2 tokens, or one longer than the model's table of
-            learned positions.
+            learned positions or than one product's logits.
         NotFiniteError: the likelihood of a token is NaN or zero.
     """
     ids = (
@@ -90,6 +91,7 @@ def perplexity(
     _check_window(ids.shape[1])
     _check_positions(model, ids.shape[1])
     device = device_of(model)
+    most = _most(model, ids, device)
     context = torch.autocast(device.type, dtype=autocast) if autocast is not None else nullcontext()
     training = model.training
     total, scored = 0.0, 0
@@ -97,10 +99,10 @@ def perplexity(
     try:
         # no_grad and not inference_mode: tensors that a module caches here must stay usable in training.
         with torch.no_grad():
-            for batch in ids.split(max(1, batch_size)):
+            for batch in ids.split(max(1, min(batch_size, most))):
                 batch = batch.to(device)
                 with context:
-                    logits = model(input_ids=batch, use_cache=False).logits
+                    logits = whole_logits(model, batch)
                 total += _nll_sum(logits[:, :-1], batch[:, 1:])
                 scored += batch[:, 1:].numel()
                 if not math.isfinite(total):
@@ -197,6 +199,18 @@ def _bos(tokenizer: Any) -> list[int]:
     bos = getattr(tokenizer, "bos_token_id", None)
     start = tokenizer("a")["input_ids"][:1]
     return [bos] if bos is not None and list(start) == [bos] else []
+
+
+def _most(model: nn.Module, ids: Tensor, device: torch.device) -> int:
+    """Windows whose logits one product may make."""
+    most = sequences_at_once(model, ids.shape[1], device)
+    if most == 0:
+        raise DataError(
+            f"window {ids.shape[1]:,} has more logits over this vocabulary than one product of a GPU may: use one of "
+            f"at most {sequences_at_once(model, 1, device):,} tokens (in a recipe: eval.length), or `linearize eval`, "
+            "whose texts make them a slice at a time"
+        )
+    return len(ids) if most is None else most
 
 
 def _check_window(window: int) -> None:

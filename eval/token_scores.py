@@ -22,6 +22,7 @@ from linearize.kernels.distill import Head
 from linearize.kernels.distill.reference import shape_logits
 from linearize.mixers.offloaded import device_of
 from linearize.objectives.headless import predict_final, recognize
+from linearize.objectives.whole import whole_logits
 
 LOGITS_AT_ONCE = 2**24
 """Elements of the float32 logits that exist at a time: 341 tokens of a 49k vocabulary, 64 MB; twice that on a GPU."""
@@ -93,7 +94,7 @@ class Predictor:
         return max(1, TOKENS_AT_ONCE // length) if many else 1
 
     def _whole(self, ids: Tensor) -> Callable[[slice | Tensor], Tensor]:
-        logits = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0]
+        logits = whole_logits(self.model, ids[None].to(self.device))[0]
         return lambda part: F.log_softmax(_wide(logits[part]), -1)
 
     def _part(self, head: Head, hidden: Tensor, part: slice | Tensor) -> Tensor:

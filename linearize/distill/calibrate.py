@@ -24,6 +24,7 @@ from linearize.mixers.combine import SHUT
 from linearize.mixers.offloaded import device_of
 from linearize.mixers.seams import some
 from linearize.models.cache import sha256
+from linearize.objectives.whole import whole_logits
 from linearize.progress import Meter
 
 NAME = "calibrate"
@@ -259,13 +260,12 @@ def over(sequences: list[float]) -> float:
 
 def _divergence(model: nn.Module, batch: dict[str, Tensor]) -> float:
     """Mean KL to the teacher's next-token distribution, a sequence at a time; infinite where it is not a number."""
-    whole: Any = model
     found = []
     for ids, places in zip(batch["input_ids"], batch["position_ids"], strict=True):
-        given = {"input_ids": ids[None], "position_ids": places[None], "use_cache": False}
+        given = {"input_ids": ids[None], "position_ids": places[None]}
         with surgery.mode(model, "teacher"):
-            teacher = whole(**given).logits[0]
-        student = whole(**given).logits[0]
+            teacher = whole_logits(model, **given)[0]
+        student = whole_logits(model, **given)[0]
         found.append(divergence(teacher, student))
     return over(found)
 

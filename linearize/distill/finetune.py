@@ -28,6 +28,7 @@ from linearize.kernels.distill import Head
 from linearize.models.unwrapped import unwrapped
 from linearize.objectives import Final, TopK
 from linearize.objectives.headless import predict_final, recognize
+from linearize.objectives.whole import whole_logits
 
 
 class FinetuneTrainer(StageTrainer):
@@ -135,12 +136,8 @@ def needs_teacher(objective: dict[str, float]) -> bool:
 
 def predict(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Logits [B, T, V] in the compute dtype; packed documents apart."""
-    return model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch.get("attention_mask"),
-        position_ids=batch.get("position_ids"),
-        use_cache=False,
-    ).logits
+    given = {name: batch.get(name) for name in ("attention_mask", "position_ids")}
+    return whole_logits(model, batch["input_ids"], **given)
 
 
 def predicts(model: nn.Module, batch: dict[str, Tensor], head: Head | None) -> Tensor | Final:

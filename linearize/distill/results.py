@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +29,11 @@ from linearize.eval.perplexity import perplexity, windows
 from linearize.mixers.offloaded import device_of
 from linearize.progress import Meter
 from linearize.storing import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+DOUBTFUL = 1000.0
+"""Perplexity of a teacher that reads nothing: its weights, its tokenizer and the text do not belong together."""
 
 
 class Results:
@@ -70,6 +76,17 @@ class Results:
             if launched.first():
                 write_json(self.path, {"rows": self.rows})
                 track(self.rows[-1])
+
+
+def _doubt(perplexities: dict[str, float]) -> None:
+    """Say so where a teacher has nothing to teach."""
+    lost = [f"{value:,.0f} on {name}" for name, value in perplexities.items() if value > DOUBTFUL]
+    if lost:
+        log.warning(
+            "the teacher itself has a perplexity of %s: its weights, its tokenizer and the text do not belong "
+            "together, and what is learned of it will be as wrong; see what it writes: `linearize generate MODEL`",
+            " and ".join(lost),
+        )
 
 
 def _is_row(row: Any) -> bool:
@@ -144,6 +161,8 @@ class Measurer:
             NotFiniteError: a sound model gives NaN or infinity; names the text.
         """
         row: dict[str, Any] = {"perplexity": self.perplexities(model, title, sound=sound)}
+        if title == ablation.TEACHER:
+            _doubt(row["perplexity"])
         if tasks and self.settings.tasks:
             row["tasks"] = self.tasks(model)
         return row
