@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# What half an hour of one card says of the best recipes: a second seed, weights in place of shares, another family, ablations.
+# What half an hour of one card says of the best recipes: learned features in their delta rule, another family, ablations.
 #
 #   OUT=runs/record DATA=../shared/data SECONDS_LEFT=1500 scripts/results/record.sh
 #
 # held       gated_delta_window at 12 M tokens with weights in place of shares and learned features, aligned at ten times the rate
 # family     OTHER (another real teacher): its layers by `linearize select`, then both best recipes at OTHER_BUDGET
 # ablations  scripts/ablations.yaml at BUDGET each, JOBS at once; ONLY names some of them
-# constant   best_constant with Hedgehog's average of what lies behind the windows, by weights of its own
-# hybrid     best_hybrid with another seed
+# constant   best_constant with learned features and weights in place of shares
+# hybrid     best_hybrid likewise
 # judged     constant and hybrid, each as soon as it is trained: recall, text, tasks (scripts/results/judge.sh)
 #
-# PARTS names those that are wanted (all). A card's memory decides the order: held, family and ablations follow each other;
-# constant and hybrid run beside them. What is done is not made again when it is called with the same OUT. Layers of MODEL
+# PARTS names those that are wanted (all but held). A card's memory decides the order: constant and hybrid run beside each
+# other and are judged; held, family and ablations follow each other, and those two. What is done is not made again when it is called with the same OUT. Layers of MODEL
 # that see far are LAYERS, those that `select` chose for smollm2-135m.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -37,8 +37,6 @@ trained() {  # NAME MODEL RECIPE CHANGES...
 }
 
 learned=("mixer.combine={name: weighted, per: head}" "mixer.feature_map={name: hedgehog, dim: 64, per: query_head}" stages.align.lr=1e-2)
-average=("mixer.feature_map={name: hedgehog, dim: 32, per: kv_head}" "~mixer.gate" mixer.update.name=additive mixer.normalizer.name=running_sum
-    mixer.position.recurrent=true mixer.window.overlap=false "mixer.combine={name: weighted, per: head}" stages.align.lr=1e-2)
 held() {
     local same=(eval.ablations=true "stages.align.tokens=3$million" "stages.distill.tokens=9$million"
         stages.distill.lr_mixers=1e-3 stages.distill.objective.next_token=0.1 "${learned[@]}")
@@ -47,10 +45,13 @@ held() {
     wait
 }
 constant() {
-    trained best_constant-average "$model" best_constant "layers={use: {longer: [$layers]}}" eval.ablations=true "${average[@]}"
-    judged best_constant-average
+    trained best_constant-features "$model" best_constant "layers={use: {longer: [$layers]}}" eval.ablations=true "${learned[@]}"
+    judged best_constant-features
 }
-hybrid() { trained best_hybrid-1 "$model" best_hybrid "layers={keep: [$layers]}" eval.ablations=true run.seed=1; judged best_hybrid-1; }
+hybrid() {
+    trained best_hybrid-features "$model" best_hybrid "layers={keep: [$layers]}" eval.ablations=true "${learned[@]}"
+    judged best_hybrid-features
+}
 
 chosen() { compgen -G "$out/select-$recipe/$recipe-keep*-passkey.yaml" | head -n 1; }  # of what select wrote for $recipe
 family() {
@@ -63,7 +64,7 @@ family() {
                 --length "${SELECT_LENGTH:-1024}" --out "$out/select-$recipe" data.template=rendered "data.mix={$texts/books.train.parquet: 1}" \
                 run.device="$device" $small >>"$out/logs/select-$recipe.log" 2>&1
             [ -n "$(chosen)" ] || { say "select for $recipe failed"; exit; }
-            trained "other-$recipe" "$other" "$(chosen)" --budget "${OTHER_BUDGET:-8M-tokens}" eval.ablations=true
+            trained "other-$recipe" "$other" "$(chosen)" --budget "${OTHER_BUDGET:-8M-tokens}" eval.ablations=true "${learned[@]}"
         } &
     done
     wait
@@ -79,19 +80,19 @@ ablations() {
     say "ablations ended with $?"
 }
 
-judged() {  # NAME; what the models have in common is measured beside constant's first
+judged() {  # NAME; what the models have in common is measured beside constant
     wanted judged && [ -f "$out/$1/done.json" ] || return
-    PARTS="${JUDGE_PARTS:-recall text tasks far reach}$([ "$1" = best_constant-average ] && echo " beside")" TASKS=$data/tasks ITEMS=${ITEMS:-300} DATA=$data \
+    PARTS="${JUDGE_PARTS:-recall text tasks far reach}$([ "$1" = best_constant-features ] && echo " beside")" TASKS=$data/tasks ITEMS=${ITEMS:-300} DATA=$data \
         RUNS=$out OUT=$out/page MODELS=$1 DEVICE=$device PYTHON=$python LIMIT=$(left) SLOTS=${JUDGES:-2} FAR=books RECALL_ROLES="student,linear branch off" \
         scripts/results/judge.sh measure >>"$out/logs/judged-$1.log" 2>&1
     say "$1 is judged: $?"
 }
 
-wanted() { case " ${PARTS:-held family ablations constant hybrid judged} " in *" $1 "*) true ;; *) false ;; esac; }
+wanted() { case " ${PARTS:-constant hybrid judged family ablations} " in *" $1 "*) true ;; *) false ;; esac; }
 for part in constant hybrid; do
     if wanted $part; then { $part; say "$part is over"; } & fi
 done
+wait
 for part in held family ablations; do
     if wanted $part; then $part; say "$part is over"; fi
 done
-wait
