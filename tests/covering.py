@@ -42,6 +42,13 @@ def parts(name: str) -> frozenset[Hashable]:
 
 
 @functools.cache
+def states(name: str) -> frozenset[Hashable]:
+    """Of the parts those that keep something from one call to the next, and how: what a test of states tells apart."""
+    kept = {"window", "update", "short_conv", "mixers", "layers"}
+    return frozenset(kind for kind in parts(name) if isinstance(kind, tuple) and kind[0] in kept)
+
+
+@functools.cache
 def stages(name: str) -> frozenset[Hashable]:
     """What the stages of a recipe train on, and train."""
     return frozenset(

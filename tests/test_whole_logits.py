@@ -8,7 +8,7 @@ import pytest
 import torch
 from byte_llama import TEXT, byte_tokenizer, tiny_llama
 
-from linearize.distill.memory import Fitting, is_out_of_memory
+from linearize.distill.memory import Fitting, OutOfMemoryError, is_out_of_memory, watched
 from linearize.errors import DataError
 from linearize.eval.perplexity import perplexity, windows
 from linearize.eval.token_scores import Predictor, score_tokens
@@ -94,6 +94,16 @@ def test_a_stage_goes_on_with_fewer_sequences(monkeypatch, tmp_path, caplog):
         run(str(tmp_path / "teacher"), compose("lolcats", [*given, "mixer.window.size=8"]), tmp_path / "out")
     assert "stage 'recover': 8 sequences at once do not fit into memory; going on with 4" in caplog.text
     assert "going on with 2" in caplog.text
+
+
+def test_what_does_not_fit_by_itself_says_why(limited, cut):
+    with (
+        pytest.raises(
+            OutOfMemoryError, match=r"^too many logits in stage 'recover': 4 x 16 tokens .* Take less\.$"
+        ),
+        watched("in stage 'recover'", lambda: "Take less."),
+    ):
+        whole.whole_logits(tiny_llama(), cut[:4])
 
 
 def test_a_teacher_that_reads_nothing_is_doubted(cut, caplog):

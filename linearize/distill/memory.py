@@ -14,6 +14,7 @@ import torch
 from linearize.config.schema import EvalConfig, StageConfig
 from linearize.errors import LinearizeError
 from linearize.memory import machine
+from linearize.objectives.whole import TooManyLogitsError
 
 _WORDS = (
     "out of memory",
@@ -58,6 +59,8 @@ def watched(where: str | Callable[[], str], remedy: Callable[[], str]) -> Iterat
         if isinstance(error, LinearizeError) or not is_out_of_memory(error):
             raise
         place = where if isinstance(where, str) else where()
+        if isinstance(error, TooManyLogitsError):
+            raise OutOfMemoryError(f"too many logits {place}: {error}. {remedy()}") from error
         figures = ", ".join(figure for figure in (_asked(error), _free(error)) if figure)
         raise OutOfMemoryError(
             f"out of memory {place}{f' ({figures})' if figures else ''}. {remedy()}"

@@ -53,7 +53,7 @@ def test_of_every_recipe(name, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("name", covering.recipes([*subjects(), TEACHER]))
+@pytest.mark.parametrize("name", covering.recipes([*subjects(), TEACHER], covering.states))
 def test_of_rows_that_come_and_go(name, monkeypatch):
     """A step over slots and the choice of their tokens; keys of softmax layers go to a place of each row's own.
 

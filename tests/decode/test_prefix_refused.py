@@ -109,7 +109,7 @@ def test_facts_that_only_the_model_can_judge(model, path):
         load_state(forged(path, last=1, tokens=22), model)
 
 
-@pytest.mark.parametrize("name", covering.recipes([name for name, _ in list_recipes()], covering.parts))
+@pytest.mark.parametrize("name", covering.recipes([name for name, _ in list_recipes()], covering.states))
 def test_a_false_count_of_tokens_is_held_against_the_layers(name):
     """As it was read, at once and token by token, it is taken; of another length only where no layer says which."""
     mixer, _, mixers = mixers_of(name)

@@ -117,7 +117,7 @@ def test_every_kind_of_state(mixer, device):
     assert together(model, Slots(model, 3, 64, prompts=3), seed=2) >= 5
 
 
-@pytest.mark.parametrize("name", covering.recipes(subjects()))
+@pytest.mark.parametrize("name", covering.recipes(subjects(), covering.states))
 def test_of_every_recipe(name):
     model = convert(random_model("cpu", torch.float32, "tiny", hidden_size=64, num_hidden_layers=2), name)
     # far from uniform, so that a row that is not its own shows

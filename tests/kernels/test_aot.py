@@ -67,6 +67,7 @@ def test_kernels_compile_within_the_limits(group, tmp_path):
     assert not starved, "ptxas takes 32 registers on sm_80 unless a launch says how many it may take"
 
 
+@pytest.mark.slow  # a minute of making every call's tensors
 def test_every_kernel_is_among_the_calls():
     """A kernel that no call launches would never be compiled before it meets a GPU."""
     done = aot("--list")

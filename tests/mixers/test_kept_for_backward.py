@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "kernels" / "saved_by
 MOST = {"arwkv": 17_000, "gated_delta_window": 11_000, "gated_deltaproduct": 16_500, "lolcats": 6_000}
 """Bytes a token and layer; at 16 x 1,024 tokens and 30 layers 1,000 of them are half a GiB. Of arwkv's 384 are the
 values before they are mixed with the first layer's."""
-QUICK = ("gated_deltaproduct", "lolcats")
+QUICK = ("lolcats",)
 """Of them, what is compiled at every change: seconds each, in three ways."""
 
 
